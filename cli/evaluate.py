@@ -1,0 +1,50 @@
+"""`sculptor evaluate`."""
+
+import click
+
+from .options import SuggestingCommand, bars, device_option, json_option, quiet_libraries
+
+
+@click.command("evaluate", cls=SuggestingCommand)
+@click.argument("model")
+@click.option(
+    "--data", multiple=True, required=True, type=click.Path(), help="JSONL or .txt rows, all of one kind; repeatable."
+)
+@click.option(
+    "--labels", multiple=True, help="A label to rank; repeat for each [default: the rows' completions, if at most 32]."
+)
+@click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
+@device_option
+@json_option
+def command(
+    model: str,
+    data: tuple[str, ...],
+    labels: tuple[str, ...],
+    max_length: int | None,
+    batch_size: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure MODEL on rows: loss and perplexity; for prompts also exact match and label ranking.
+
+    \b
+    Examples:
+      sculptor evaluate ./tuned --data test.jsonl
+      sculptor evaluate ./tuned --data general.txt --json
+    """
+    from sculptor.report.json_text import to_json
+    from sculptor.report.text import evaluate_text
+    from sculptor.tasks.evaluate import evaluate
+
+    quiet_libraries()
+    result = evaluate(
+        model,
+        data,
+        labels=labels or None,
+        max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+        progress=bars,
+    )
+    click.echo(to_json(result) if as_json else evaluate_text(result))

@@ -1,0 +1,42 @@
+"""`sculptor inspect`."""
+
+from pathlib import Path
+
+import click
+
+from .options import SuggestingCommand, bars, json_option, quiet_libraries
+
+
+@click.command("inspect", cls=SuggestingCommand)
+@click.argument("archive")
+@click.option("--model", help="Checkpoint the archive should belong to: checks every matrix.")
+@click.option("--compare", type=click.Path(), help="Another archive, compared by principal angles.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw spectra and preserved share into this picture file."
+)
+@json_option
+def command(archive: str, model: str | None, compare: str | None, plot: Path | None, as_json: bool) -> None:
+    """Show what ARCHIVE protects: per role, per matrix, and what each task added.
+
+    \b
+    Examples:
+      sculptor inspect ./subspaces
+      sculptor inspect ./tuned/subspaces --compare ./subspaces
+      sculptor inspect ./subspaces --plot subspaces.png
+    """
+    from sculptor.report.json_text import to_json
+    from sculptor.report.plot import plot_archive, require_matplotlib
+    from sculptor.report.text import inspect_text
+    from sculptor.tasks.inspect_archive import inspect
+
+    quiet_libraries()
+    if plot is not None:
+        require_matplotlib()
+    found = inspect(archive, model=model, compare=compare, progress=bars)
+    if plot is not None:
+        from sculptor.archive.store import Archive
+
+        plot_archive(Archive(archive), plot)
+    click.echo(to_json(found) if as_json else inspect_text(found))
+    if plot is not None:
+        click.echo(f"Drew {plot}.", err=True)

@@ -1,0 +1,103 @@
+"""What commands share: near-miss suggestions, progress bars and common options."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean X?`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+class Choice(click.Choice[str]):
+    """A choice that suggests the nearest value."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            listed = ", ".join(map(repr, self.choices))
+            self.fail(f"{value!r} is not one of {listed}.{nearest(str(value), map(str, self.choices))}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class SuggestingCommand(click.Command):
+    """A command that suggests the nearest option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            known = [name for parameter in self.params for name in parameter.opts]
+            raise click.UsageError(
+                f"No such option: {error.option_name}.{nearest(error.option_name, known)}", ctx
+            ) from None
+
+
+class SuggestingGroup(click.Group):
+    """A group that suggests the nearest command."""
+
+    command_class = SuggestingCommand
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
+            raise click.UsageError(f"No such command {name!r}.{nearest(name, self.list_commands(ctx))}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
+    """Progress on stderr with time left, shown only for what takes over two seconds."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        delay=2,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        unit_scale=unit == "B",
+        leave=False,
+        file=sys.stderr,
+    )
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers' own bars and advice off the terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def json_option(command: Command) -> Command:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def device_option(command: Command) -> Command:
+    """`--device`."""
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(command)
+
+
+def overwrite_option(command: Command) -> Command:
+    """`--overwrite`."""
+    return click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")(
+        command
+    )
+
+
+def resume_option(command: Command) -> Command:
+    """`--resume`."""
+    return click.option(
+        "--resume", is_flag=True, help="Go on with what a killed run left; starts anew if there is nothing."
+    )(command)

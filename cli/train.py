@@ -1,0 +1,146 @@
+"""`sculptor train`."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import (
+    Choice,
+    SuggestingCommand,
+    bars,
+    device_option,
+    json_option,
+    overwrite_option,
+    quiet_libraries,
+    resume_option,
+)
+
+
+@click.command("train", cls=SuggestingCommand)
+@click.argument("model")
+@click.option("--subspaces", required=True, type=click.Path(), help="Subspace archive of MODEL.")
+@click.option(
+    "--data", multiple=True, required=True, type=click.Path(), help="JSONL or .txt rows of the task; repeatable."
+)
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of the merged checkpoint."
+)
+@click.option(
+    "--eval-data", multiple=True, type=click.Path(), help="Rows whose loss chooses the best parameters; repeatable."
+)
+@click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
+@click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs and repeats the data.")
+@click.option("--learning-rate", type=float, default=5e-4, show_default=True, help="Peak learning rate of AdamW.")
+@click.option(
+    "--weight-decay",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Pulls the update towards 0, the weights towards the base.",
+)
+@click.option(
+    "--warmup",
+    type=float,
+    default=0.03,
+    show_default=True,
+    help="Share (below 1) or number of steps with rising learning rate.",
+)
+@click.option(
+    "--schedule",
+    type=Choice(["cosine", "linear", "constant"]),
+    default="cosine",
+    show_default=True,
+    help="Fall of the learning rate after the warm-up.",
+)
+@click.option(
+    "--clip", type=float, default=1.0, show_default=True, help="Largest norm of the trainable gradient; 0 for none."
+)
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Rows per optimizer step.")
+@click.option("--micro-batch-size", type=int, default=8, show_default=True, help="Rows per forward; splits a batch.")
+@click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
+@click.option(
+    "--also-train", multiple=True, help="Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides order, masking and dropout.")
+@device_option
+@click.option(
+    "--save-dtype",
+    type=Choice(["keep", "float32", "bfloat16"]),
+    default="keep",
+    show_default=True,
+    help="Dtype of the merged checkpoint.",
+)
+@click.option(
+    "--carry",
+    type=Choice(["accumulate", "retake"]),
+    default="accumulate",
+    show_default=True,
+    help="Updated archive: add what the task learned, or decompose again.",
+)
+@click.option(
+    "--checkpoint-activations/--keep-activations",
+    default=None,
+    help="Recompute activations in the backward pass [default: on a GPU].",
+)
+@click.option("--save-every", type=int, help="Steps between saved states [default: a tenth of the run, at most 500].")
+@click.option("--eval-every", type=int, help="Steps between evaluations [default: a fifth of the run].")
+@resume_option
+@overwrite_option
+@json_option
+def command(
+    model: str,
+    subspaces: str,
+    data: tuple[str, ...],
+    output: Path,
+    eval_data: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Teach MODEL a task inside what the archive leaves free.
+
+    Writes a plain Hugging Face checkpoint, with the archive for the next task in its folder subspaces/.
+    SIGTERM and Ctrl-C save the state and exit; --resume goes on bit for bit.
+
+    \b
+    Examples:
+      sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned
+      sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned --resume
+    """
+    from sculptor.report.json_text import to_json
+    from sculptor.report.text import train_text
+    from sculptor.tasks.train import train
+    from sculptor.training.settings import TrainSettings
+
+    quiet_libraries()
+    report = train(
+        model,
+        subspaces,
+        data,
+        output,
+        TrainSettings(**settings),
+        eval_data=eval_data,
+        overwrite=overwrite,
+        resume=resume,
+        progress=bars,
+        stop=_catch_signals(),
+    )
+    click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
+
+
+def _catch_signals() -> Any:
+    """Remembers SIGTERM and Ctrl-C for the loop to see; a second one ends the process at once."""
+    seen: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, remember)
+    return lambda: seen[0] if seen else None

@@ -1,0 +1,37 @@
+"""`sculptor verify`."""
+
+import sys
+
+import click
+
+from .options import SuggestingCommand, bars, device_option, json_option, quiet_libraries
+
+
+@click.command("verify", cls=SuggestingCommand)
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--subspaces", required=True, type=click.Path(), help="Subspace archive of BASE.")
+@device_option
+@json_option
+def command(base: str, tuned: str, subspaces: str, device: str, as_json: bool) -> None:
+    """Prove that TUNED left the protected pairs of BASE untouched.
+
+    Exit code 0: it did. 1: it did not. 2: it could not be checked.
+
+    \b
+    Examples:
+      sculptor verify ./model ./tuned --subspaces ./subspaces
+    """
+    from sculptor.errors import SculptorError
+    from sculptor.report.json_text import to_json
+    from sculptor.report.text import verify_text
+    from sculptor.tasks.verify import verify
+
+    quiet_libraries()
+    try:
+        result = verify(base, tuned, subspaces, device=device, progress=bars)
+    except SculptorError as error:
+        error.exit_code = 2  # whatever the reason: 1 says that the check was made and failed
+        raise
+    click.echo(to_json(result) if as_json else verify_text(result))
+    sys.exit(0 if result.passed else 1)

@@ -1,0 +1,59 @@
+"""Teaches a saved language model new tasks without making it forget.
+
+The public API is what is named here; each function is what its command calls. Nothing heavy is imported before
+a name is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AnalyzeSettings": "sculptor.tasks.analyze",
+    "Archive": "sculptor.archive.store",
+    "SculptorError": "sculptor.errors",
+    "TrainSettings": "sculptor.training.settings",
+    "analyze": "sculptor.tasks.analyze",
+    "evaluate": "sculptor.tasks.evaluate",
+    "inspect": "sculptor.tasks.inspect_archive",
+    "merge": "sculptor.training.coordinates",
+    "protect": "sculptor.training.coordinates",
+    "train": "sculptor.tasks.train",
+    "verify": "sculptor.tasks.verify",
+}
+__all__ = [
+    "AnalyzeSettings",
+    "Archive",
+    "SculptorError",
+    "TrainSettings",
+    "__version__",
+    "analyze",
+    "evaluate",
+    "inspect",
+    "merge",
+    "protect",
+    "train",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from sculptor.archive.store import Archive
+    from sculptor.errors import SculptorError
+    from sculptor.tasks.analyze import AnalyzeSettings, analyze
+    from sculptor.tasks.evaluate import evaluate
+    from sculptor.tasks.inspect_archive import inspect
+    from sculptor.tasks.train import train
+    from sculptor.tasks.verify import verify
+    from sculptor.training.coordinates import merge, protect
+    from sculptor.training.settings import TrainSettings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sculptor' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

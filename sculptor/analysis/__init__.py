@@ -1,0 +1,1 @@
+"""Floor 3: offline tools over checkpoints and archives."""

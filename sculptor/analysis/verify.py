@@ -1,0 +1,202 @@
+"""Proof, from files alone, that an update left the protected pairs untouched.
+
+Per matrix, in float64: leak = ||frozen part of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
+W' in its dtype explains, sqrt(frozen share) ||ulp(W')|| / (sqrt(12) ||dW||). It holds when
+leak <= sqrt(1e-6^2 + (1.25 rounding)^2). A checkpoint that went through several merges was rounded as often.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sculptor.analysis.weights import to_device
+from sculptor.archive.store import Archive, Subspaces
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.records import read_record
+from sculptor.errors import ArchiveError, VerificationError
+from sculptor.numerics.bases import frozen_norm
+from sculptor.numerics.rounding import leak_allowance, rounding_norm
+from sculptor.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixVerification:
+    """One matrix.
+
+    Attributes:
+        name, role: which.
+        update: ||dW|| / ||W||.
+        leak: ||frozen part of dW|| / ||dW||, 0 where dW is 0.
+        rounding: the leak that rounding alone explains, same unit.
+        eaten: expected ||rounding error|| / ||dW||: the share of the update that rounding ate, at most 1.
+        holds: whether the leak is explained.
+    """
+
+    name: str
+    role: str
+    update: float
+    leak: float
+    rounding: float
+    eaten: float
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The result of `verify`.
+
+    Attributes:
+        passed: every matrix holds, and everything else is untouched.
+        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise.
+        max_leak: of the matrix with the largest.
+        eaten: share of the whole update that rounding ate.
+        num_targets: matrices of the archive.
+        num_changed: those with an update.
+        untouched_identical: every other tensor has the same bytes (after the cast, where the dtype was changed).
+        num_untouched: how many those are.
+        changed_elsewhere: tensors outside the archive that changed without being declared.
+        also_trained: tensors that the run itself declares as trained without protection.
+        num_merges: how often the tuned checkpoint was rounded since the base.
+        cast: dtype everything was cast to, None if dtypes are the same.
+        matrices: one by one.
+    """
+
+    passed: bool
+    leak: float
+    max_leak: float
+    rounding: float
+    eaten: float
+    num_targets: int
+    num_changed: int
+    untouched_identical: bool
+    num_untouched: int
+    changed_elsewhere: tuple[str, ...]
+    also_trained: tuple[str, ...]
+    num_merges: int
+    cast: str | None
+    matrices: tuple[MatrixVerification, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeakMeasure:
+    """Norms of one matrix's update: of all of it, of its frozen part, and of the rounding to expect."""
+
+    update: float
+    frozen: float
+    rounding: float
+    frozen_share: float
+
+
+def measure_leak(base: Tensor, tuned: Tensor, subspaces: Subspaces, device: torch.device) -> LeakMeasure:
+    """Measures one matrix, both given as stored."""
+    record = subspaces.record
+    base64 = to_device(base, record.transposed, device)
+    update64 = to_device(tuned, record.transposed, device) - base64
+    output = subspaces.output and subspaces.output.to(device, torch.float64)
+    input = subspaces.input and subspaces.input.to(device, torch.float64)
+    return LeakMeasure(
+        update=float(update64.norm()),
+        frozen=frozen_norm(update64, record.staircase, output, input),
+        rounding=rounding_norm(tuned),
+        frozen_share=record.staircase.frozen_share,
+    )
+
+
+def verify_checkpoints(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    archive: Archive,
+    *,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Checks a tuned checkpoint against its base and an archive of the base.
+
+    Raises:
+        VerificationError: if it cannot be carried out: the archive is not of `base`, or tensors do not match.
+    """
+    try:
+        archive.check_base(base, progress)
+    except ArchiveError as cause:
+        raise VerificationError(str(cause)) from cause
+    _check_same_tensors(base, tuned)
+    record = read_record(tuned.path)
+    merges = record.merges_since(archive.manifest.base_identity)
+    matrices, squares = [], [0.0, 0.0, 0.0, 0.0]
+    bar = progress(total=len(archive), desc="verify", unit="matrix")
+    for name in archive:
+        measured = measure_leak(base[name], tuned.read_finite(name), archive.read(name), device or torch.device("cpu"))
+        rounding = measured.rounding * merges**0.5
+        frozen_rounding = rounding * measured.frozen_share**0.5
+        for i, value in enumerate((measured.update, measured.frozen, rounding, frozen_rounding)):
+            squares[i] += value**2 if measured.update else 0.0
+        matrices.append(_judge(name, archive[name].role, measured, rounding, frozen_rounding, base[name]))
+        bar.update(1)
+    bar.close()
+    changed, num_untouched = _compare_rest(base, tuned, {*archive, *record.also_trained})
+    update, frozen, eaten, rounding = (value**0.5 for value in squares)
+    scale = update or 1.0
+    dtypes = {str(tuned.infos[name].dtype) for name in archive if tuned.infos[name].dtype != base.infos[name].dtype}
+    return Verification(
+        passed=all(matrix.holds for matrix in matrices) and not changed,
+        leak=frozen / scale,
+        max_leak=max(matrix.leak for matrix in matrices),
+        rounding=rounding / scale,
+        eaten=min(1.0, eaten / scale),
+        num_targets=len(matrices),
+        num_changed=sum(matrix.update > 0 for matrix in matrices),
+        untouched_identical=not changed,
+        num_untouched=num_untouched,
+        changed_elsewhere=tuple(changed),
+        also_trained=record.also_trained,
+        num_merges=merges,
+        cast=", ".join(sorted(dtypes)).replace("torch.", "") or None,
+        matrices=tuple(matrices),
+    )
+
+
+def _judge(
+    name: str, role: str, measured: LeakMeasure, rounding: float, frozen_rounding: float, base: Tensor
+) -> MatrixVerification:
+    if measured.update == 0:
+        return MatrixVerification(name, role, 0.0, 0.0, 0.0, 0.0, True)
+    leak, expected = measured.frozen / measured.update, frozen_rounding / measured.update
+    return MatrixVerification(
+        name,
+        role,
+        update=measured.update / (float(base.to(torch.float64).norm()) or 1.0),
+        leak=leak,
+        rounding=expected,
+        eaten=min(1.0, rounding / measured.update),
+        holds=leak <= leak_allowance(expected),
+    )
+
+
+def _check_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
+    missing = sorted(set(base.infos) - set(tuned.infos))
+    added = sorted(set(tuned.infos) - set(base.infos))
+    if missing or added:
+        raise VerificationError(
+            f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
+            f"first {(missing + added)[0]}; compare a checkpoint with its own base"
+        )
+    for name, info in base.infos.items():
+        if tuned.infos[name].shape != info.shape:
+            raise VerificationError(
+                f"{tuned.path}: {name} has shape {list(tuned.infos[name].shape)}, {list(info.shape)} in {base.path}"
+            )
+
+
+def _compare_rest(base: Checkpoint, tuned: Checkpoint, targets: set[str]) -> tuple[list[str], int]:
+    """Names outside the targets whose bytes differ (after the cast), and how many were compared."""
+    rest = [name for name in base if name not in targets]
+    changed = [
+        name
+        for name in rest
+        if not torch.equal(
+            base[name].to(tuned.infos[name].dtype).reshape(-1).view(torch.uint8),
+            tuned[name].reshape(-1).view(torch.uint8),
+        )
+    ]
+    return changed, len(rest)

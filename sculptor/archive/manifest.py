@@ -1,0 +1,162 @@
+"""What archive.json says: facts about every matrix, no tensors. The format is docs/archive-format.md."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sculptor.errors import ArchiveError
+from sculptor.numerics.bases import Form
+from sculptor.numerics.staircase import Constraint, Staircase
+
+FORMAT = "sculptor-subspaces"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SideRecord:
+    """One stored side of a matrix: which tensor, in which form, and how many directions it protects."""
+
+    tensor: str
+    form: Form
+    directions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Directions that one task added to a matrix, after those that were there."""
+
+    task: int
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRecord:
+    """What the archive knows of one matrix.
+
+    Attributes:
+        name: the tensor in the checkpoint; the key of the record.
+        parameter: the model's parameter it is loaded into.
+        block: path of its block; `index` is the block's position, `role` the path inside it.
+        shape: (m, n) = (out, in); `transposed` says that the file stores (in, out).
+        input_group: the same for matrices that read the same input.
+        base_dtype, base_digest: of the tensor in the checkpoint the archive is bound to.
+        steps: the staircase, (stop row, reach) pairs.
+        output, input: the stored sides; None where none is stored.
+        spectrum: tensor with all singular values, descending; None at preserve 0.
+        retention: share of directions asked for; `importance` is the paper's I, None without data.
+        energy: share of ||W||^2 in the protected singular directions at analysis.
+        added: which task added what, in order; task 0 is the analysis.
+    """
+
+    name: str
+    parameter: str
+    block: str
+    index: int
+    role: str
+    shape: tuple[int, int]
+    transposed: bool
+    input_group: str
+    base_dtype: str
+    base_digest: str
+    steps: tuple[tuple[int, int], ...]
+    output: SideRecord | None
+    input: SideRecord | None
+    spectrum: str | None
+    retention: float
+    importance: float | None
+    energy: float
+    added: tuple[Added, ...]
+
+    @property
+    def staircase(self) -> Staircase:
+        """Which pairs are frozen."""
+        return Staircase(*self.shape, self.steps)
+
+    @property
+    def preserved(self) -> float:
+        """Protected directions over all, on the side that protects most: the F of `--preserve F`."""
+        if self.staircase.num_free == 0:
+            return 1.0
+        sides = [side.directions for side in (self.output, self.input) if side is not None]
+        return max(sides, default=0) / min(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor of the archive is, and the SHA-256 of its bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """One entry of the history: the analysis first, then every task trained on top."""
+
+    name: str
+    kind: str  # "analysis" or "training"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """archive.json as a value."""
+
+    created_by: str
+    model_class: str
+    base_identity: str
+    basis: str
+    constraint: Constraint
+    settings: Mapping[str, Any]
+    tasks: tuple[TaskRecord, ...]
+    matrices: Mapping[str, MatrixRecord]
+    tensors: Mapping[str, StoredTensor]
+    files: Mapping[str, int]
+    not_targeted: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; the inverse of `from_json`."""
+        return {"format": FORMAT, "version": VERSION} | asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Any, path: object) -> "Manifest":
+        """Parses archive.json.
+
+        Raises:
+            ArchiveError: if it is another format or version, or lacks something.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ArchiveError(f'{path}: not a subspace archive ("format" is not "{FORMAT}")')
+        if content.get("version") != VERSION:
+            raise ArchiveError(
+                f"{path}: archive version {content.get('version')}, this sculptor reads version {VERSION}; "
+                "run `sculptor analyze` again or use the version that wrote it"
+            )
+        values = {key: value for key, value in content.items() if key not in ("format", "version")}
+        try:
+            values["matrices"] = {name: matrix_from_json(record) for name, record in values["matrices"].items()}
+            values["tensors"] = {
+                name: StoredTensor(**(tensor | {"shape": tuple(tensor["shape"])}))
+                for name, tensor in values["tensors"].items()
+            }
+            values["tasks"] = tuple(TaskRecord(**task) for task in values["tasks"])
+            values["not_targeted"] = tuple(values["not_targeted"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, AttributeError) as cause:
+            raise ArchiveError(f"{path}: damaged manifest ({cause}); run `sculptor analyze` again") from cause
+
+
+def matrix_from_json(record: Mapping[str, Any]) -> MatrixRecord:
+    """One entry of `matrices`."""
+    values = dict(record)
+    values["shape"] = tuple(values["shape"])
+    values["steps"] = tuple((stop, reach) for stop, reach in values["steps"])
+    values["output"] = SideRecord(**values["output"]) if values["output"] else None
+    values["input"] = SideRecord(**values["input"]) if values["input"] else None
+    values["added"] = tuple(Added(**added) for added in values["added"])
+    result = MatrixRecord(**values)
+    _ = result.staircase  # a staircase that does not descend is an error here, not later
+    return result

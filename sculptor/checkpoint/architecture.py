@@ -1,0 +1,334 @@
+"""Which tensors of a checkpoint are linear maps of its repeated blocks, found from the model's own modules.
+
+The model is built on the meta device (no memory), its blocks are the modules that transformers itself marks
+for gradient checkpointing (else the outermost lists of modules), and names in the file are matched to modules
+by transformers' own loading rules. Nothing is ever matched against the path of the checkpoint.
+"""
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.errors import CheckpointError, SettingsError
+
+Kind = Literal["causal", "seq2seq", "masked", "headless"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One linear map of a repeated block.
+
+    Attributes:
+        name: the tensor in the checkpoint.
+        parameter: the parameter of the model that it is loaded into.
+        block: path of the block in the model.
+        index: position of the block in its stack.
+        role: path inside the block, preceded by the stack where the model has several.
+        shape: (m, n) = (out, in), whatever the orientation.
+        transposed: stored as (in, out), as GPT-2's Conv1D does.
+        input_group: the same for matrices that read the same input.
+    """
+
+    name: str
+    parameter: str
+    block: str
+    index: int
+    role: str
+    shape: tuple[int, int]
+    transposed: bool
+    input_group: str
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class NotTargeted:
+    """Matrices inside the blocks that are no plain linear map (stacked experts, for example) and stay frozen."""
+
+    role: str
+    num_tensors: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a checkpoint's own modules say of it.
+
+    Attributes:
+        model_class: name of the transformers class.
+        kind: how it is trained.
+        targets: in the order of the model.
+        not_targeted: what else has two or more dimensions inside the blocks.
+        tensors: parameter (or buffer) of the model -> tensor of the checkpoint.
+        parameters: those of them that can be trained.
+    """
+
+    model_class: str
+    kind: Kind
+    targets: tuple[Target, ...]
+    not_targeted: tuple[NotTargeted, ...]
+    tensors: Mapping[str, str]
+    parameters: frozenset[str]
+
+
+def model_class(config: Mapping[str, Any], path: object) -> type[Any]:
+    """The transformers class that `config.architectures` names.
+
+    Raises:
+        CheckpointError: if it names none, or one that this transformers does not have.
+    """
+    import transformers
+
+    names = config.get("architectures") or []
+    if not names:
+        raise CheckpointError(f'{path}: config.json has no "architectures"; add the name of the model class')
+    cls = getattr(transformers, names[0], None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise CheckpointError(
+            f"{path}: transformers {transformers.__version__} has no model class {names[0]}; upgrade it or check config.json"
+        )
+    found: type[Any] = cls
+    return found
+
+
+def build_skeleton(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's model on the meta device: modules and shapes, no data."""
+    from transformers import AutoConfig
+
+    cls = model_class(checkpoint.config, checkpoint.path)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        config._attn_implementation = "eager"
+        with torch.device("meta"):
+            return cls(config).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as cause:
+        raise CheckpointError(f"{checkpoint.path}: config.json does not build a {cls.__name__} ({cause})") from cause
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> block, outermost ones only, in the order of the model."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    if not blocks:
+        lists: dict[str, nn.Module] = {
+            name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        }
+        for name, module in _outermost(lists).items():
+            blocks |= {f"{name}.{path}": child for path, child in module.named_children()}
+    return _outermost(blocks)
+
+
+def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in modules.items()
+        if not any(name.startswith(other + ".") for other in modules if other != name)
+    }
+
+
+def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
+    """Targets of a checkpoint, checked against what its files hold.
+
+    Raises:
+        CheckpointError: if the model cannot be built, has no targets, or the files lack some of them.
+    """
+    skeleton = build_skeleton(checkpoint)
+    blocks = find_blocks(skeleton)
+    tensors = match_names(skeleton, checkpoint)
+    linear = _linear_maps(blocks)
+    if not linear:
+        raise CheckpointError(f"{checkpoint.path}: {type(skeleton).__name__} has no linear maps in repeated blocks")
+    missing = [f"{module}.weight" for module in linear if f"{module}.weight" not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: the files hold {len(linear) - len(missing)} of the {len(linear)} matrices that "
+            f"{type(skeleton).__name__} has; first missing {missing[0]}"
+        )
+    stacks = {name.rpartition(".")[0] for name in blocks}
+    leaders = _input_leaders(skeleton, linear)
+    targets = tuple(
+        _target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()
+    )
+    _check_shapes(checkpoint, targets)
+    return Architecture(
+        model_class=type(skeleton).__name__,
+        kind=_kind(skeleton),
+        targets=targets,
+        not_targeted=_not_targeted(blocks, linear),
+        tensors=tensors,
+        parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
+    )
+
+
+def _kind(skeleton: Any) -> Kind:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if skeleton.config.is_encoder_decoder:
+        return "seq2seq" if skeleton.can_generate() else "headless"
+    if type(skeleton).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "masked"
+    return "causal" if skeleton.can_generate() else "headless"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _linear_maps(blocks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Module path -> path of its block."""
+    return {
+        f"{block}.{path}": block
+        for block, module in blocks.items()
+        for path, child in module.named_modules()
+        if path and _is_linear(child)
+    }
+
+
+def _role(module: str, block: str, several_stacks: bool) -> str:
+    path = module.removeprefix(block + ".")
+    if not several_stacks:
+        return path
+    stack = [part for part in block.split(".")[:-1] if "coder" in part] or [block.rpartition(".")[0]]
+    return f"{stack[0]}.{path}"
+
+
+def _target(
+    skeleton: nn.Module, module: str, block: str, tensors: Mapping[str, str], leaders: Mapping[str, str], several: bool
+) -> Target:
+    child = skeleton.get_submodule(module)
+    transposed = not isinstance(child, nn.Linear)
+    rows, columns = child.weight.shape  # type: ignore[misc]
+    shape = (int(columns), int(rows)) if transposed else (int(rows), int(columns))
+    index = block.rpartition(".")[2]
+    return Target(
+        name=tensors[f"{module}.weight"],
+        parameter=f"{module}.weight",
+        block=block,
+        index=int(index) if index.isdigit() else 0,
+        role=_role(module, block, several),
+        shape=shape,
+        transposed=transposed,
+        input_group=leaders[module],
+    )
+
+
+def match_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Parameter of the model -> name in `names`, by the rules transformers itself loads with.
+
+    Tensors that loading would split, stack or otherwise convert have no single name and are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    found = {}
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is None and parameter in state:
+            found[parameter] = name
+    return found
+
+
+def _check_shapes(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
+    for target in targets:
+        found = checkpoint.infos[target.name].shape
+        expected = target.shape[::-1] if target.transposed else target.shape
+        if found != expected:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {target.name} has shape {list(found)}, config.json asks for {list(expected)}"
+            )
+        if not checkpoint.infos[target.name].dtype.is_floating_point:
+            raise CheckpointError(f"{checkpoint.path}: tensor {target.name} holds integers; expected floating point")
+
+
+def _input_leaders(skeleton: Any, linear: Mapping[str, str]) -> dict[str, str]:
+    """Module -> the first module of its block that reads the same input tensor.
+
+    One forward on the meta device records which tensor object each map reads. Where a model cannot run there to
+    its end (routing by value), the blocks that did run speak for the others by their role.
+    """
+    role = {module: module.removeprefix(block + ".") for module, block in linear.items()}
+    read: dict[tuple[str, int], list[str]] = defaultdict(list)  # (block, input object) -> roles in order
+    alive: list[torch.Tensor] = []  # an object's id is its own only while it lives
+
+    def record(module: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else next(iter(kwargs.values()))
+            alive.append(value)
+            roles = read[linear[module], id(value)]
+            if role[module] not in roles:
+                roles.append(role[module])
+
+        return hook
+
+    handles = [
+        skeleton.get_submodule(module).register_forward_pre_hook(record(module), with_kwargs=True) for module in linear
+    ]
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.config.is_encoder_decoder else {})
+    for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
+        # Decoders ask for a mask (else they look for packed rows by value), encoders do without one.
+        with suppress(RuntimeError, NotImplementedError), torch.no_grad():
+            skeleton(**inputs, **mask)
+            break
+    for handle in handles:
+        handle.remove()
+    same = {follower: roles[0] for roles in read.values() for follower in roles}
+    return {module: f"{block}.{same.get(role[module], role[module])}" for module, block in linear.items()}
+
+
+def _not_targeted(blocks: Mapping[str, nn.Module], linear: Mapping[str, str]) -> tuple[NotTargeted, ...]:
+    sizes: dict[str, list[int]] = defaultdict(list)
+    for block, module in blocks.items():
+        for path, parameter in module.named_parameters():
+            if parameter.ndim >= 2 and f"{block}.{path}".removesuffix(".weight") not in linear:
+                sizes[path].append(parameter.numel())
+    return tuple(NotTargeted(role, len(counts), sum(counts)) for role, counts in sizes.items())
+
+
+def select_targets(targets: Sequence[Target], include: Sequence[str], exclude: Sequence[str]) -> tuple[Target, ...]:
+    """The targets that some `include` pattern (all, if none is given) and no `exclude` pattern matches.
+
+    A pattern is a shell glob on the tensor name, the role or the last part of the role (`q_proj`, `mlp.*`,
+    `*.layers.0.*`).
+
+    Raises:
+        SettingsError: if a pattern matches nothing, or nothing is left.
+    """
+    roles = sorted({target.role for target in targets})
+    for option, patterns in (("--targets", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(target, pattern) for target in targets):
+                raise SettingsError(
+                    f"{option} {pattern!r} matches none of the {len(targets)} matrices; roles: {', '.join(roles)}"
+                )
+    chosen = tuple(
+        target
+        for target in targets
+        if (not include or any(_matches(target, pattern) for pattern in include))
+        and not any(_matches(target, pattern) for pattern in exclude)
+    )
+    if not chosen:
+        raise SettingsError(f"--targets and --exclude leave none of the {len(targets)} matrices")
+    return chosen
+
+
+def _matches(target: Target, pattern: str) -> bool:
+    names = (target.name, target.module, target.role, target.role.rpartition(".")[2])
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)

@@ -1,0 +1,136 @@
+"""Safetensors files, one tensor at a time: headers, reading without holding a file mapped, streamed writing."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sculptor.errors import OutputError, SculptorError
+
+# Names of the safetensors format, https://github.com/huggingface/safetensors#format
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return self.dtype.itemsize * _prod(self.shape)
+
+
+def _prod(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def read_header(path: Path, error: type[SculptorError]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a file in the order of their data, and its metadata; the library validates the header.
+
+    Raises:
+        error: if the file is truncated, corrupt, or holds a dtype that is not supported.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.offset_keys()
+            slices = {name: file.get_slice(name) for name in names}
+            metadata = dict(file.metadata() or {})
+            shapes = {name: (item.get_dtype(), tuple(item.get_shape())) for name, item in slices.items()}
+    except FileNotFoundError:
+        raise error(f"{path}: no such file; copy the missing shard back") from None
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise error(f"{path}: truncated or corrupt safetensors file ({cause}); fetch it again") from cause
+    unknown = sorted({dtype for dtype, _ in shapes.values()} - set(DTYPES))
+    if unknown:
+        raise error(f"{path}: dtype {', '.join(unknown)} is not supported; expected one of {', '.join(DTYPES)}")
+    infos = {name: TensorInfo(path.name, DTYPES[dtype], shape) for name, (dtype, shape) in shapes.items()}
+    return infos, metadata
+
+
+def read_tensor(path: Path, name: str, error: type[SculptorError]) -> Tensor:
+    """One tensor on the CPU. The file is mapped only as long as the tensor lives."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{path}: cannot read tensor {name} ({cause}); fetch the file again") from cause
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor, as the format stores them."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the raw bytes of a tensor, in hexadecimal."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def write_tensors(
+    path: Path,
+    entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    produce: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file with one tensor in memory at a time.
+
+    Args:
+        path: the file; overwritten.
+        entries: name, dtype and shape of every tensor; data are laid out in this order, wide dtypes first.
+        produce: gives the tensor of a name; called once each, in the order of the data.
+        metadata: goes into the header.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    ordered = sorted(entries, key=lambda entry: -entry[1].itemsize)  # keeps every tensor aligned
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in ordered:
+        end = offset + dtype.itemsize * _prod(shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(text)))
+            file.write(text)
+            for name, dtype, shape in ordered:
+                tensor = produce(name)
+                assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
+                file.write(tensor_bytes(tensor))
+    except OSError as cause:
+        raise OutputError(
+            f"{path}: cannot write ({cause.strerror}); free some space or choose another place"
+        ) from cause

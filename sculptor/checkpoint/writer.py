@@ -1,0 +1,121 @@
+"""Writing a checkpoint as an edited copy of another: same names, layout and companions, some tensors replaced."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculptor.checkpoint.reader import COMPANION_SUFFIXES, INDEX_NAME, SINGLE_NAME, Checkpoint
+from sculptor.checkpoint.records import RECORD_NAME
+from sculptor.checkpoint.staging import write_json, writing
+from sculptor.checkpoint.tensors import write_tensors
+from sculptor.progress import Bar
+
+Entry = tuple[str, torch.dtype, tuple[int, ...]]
+# Written by sculptor itself; never copied from a base that is itself an output.
+_OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    directory: Path,
+    replace: Mapping[str, Callable[[Tensor], Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    bar: Bar | None = None,
+) -> None:
+    """Copies a checkpoint shard by shard, one tensor in memory, editing some of its tensors on the way.
+
+    Args:
+        source: what is copied.
+        directory: an existing directory to write into.
+        replace: per tensor name, what makes the new tensor from the old one (same shape, right dtype).
+        dtype: dtype of every floating-point tensor; None keeps each as it is.
+        bar: advanced by the bytes of the source.
+
+    Raises:
+        OutputError: if a file cannot be written.
+        CheckpointError: if a source tensor cannot be read.
+    """
+    shards = _plan_shards(source, dtype)
+    names = [SINGLE_NAME] if len(shards) == 1 else _shard_names(len(shards))
+    metadata = source.metadata or {"format": "pt"}
+    for file, entries in zip(names, shards, strict=True):
+        target_dtypes = {name: out for name, out, _ in entries}
+
+        def produce(name: str, target_dtypes: dict[str, torch.dtype] = target_dtypes) -> Tensor:
+            tensor = source[name]
+            result = replace[name](tensor) if name in replace else tensor.to(target_dtypes[name])
+            if bar is not None:
+                bar.update(source.infos[name].num_bytes)
+            return result
+
+        write_tensors(directory / file, entries, produce, metadata)
+    if len(shards) > 1:
+        _write_index(directory, names, shards)
+    _copy_companions(source.path, directory)
+    _write_config(source.config, directory, dtype)
+
+
+def output_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype a source tensor is written in; integers and booleans stay as they are."""
+    return dtype if dtype is not None and source.is_floating_point else source
+
+
+def _plan_shards(source: Checkpoint, dtype: torch.dtype | None) -> list[list[Entry]]:
+    """The source's shards; one that a wider dtype makes larger than the largest of them is split."""
+    sizes = dict.fromkeys(source.files, 0)
+    for info in source.infos.values():
+        sizes[info.file] += info.num_bytes
+    limit = max(sizes.values()) if len(source.files) > 1 else None
+    shards: list[list[Entry]] = []
+    for file in source.files:
+        current: list[Entry] = []
+        current_bytes = 0
+        for name, info in source.infos.items():
+            if info.file != file:
+                continue
+            out = output_dtype(info.dtype, dtype)
+            size = info.num_bytes // info.dtype.itemsize * out.itemsize
+            if limit is not None and current and current_bytes + size > limit:
+                shards.append(current)
+                current, current_bytes = [], 0
+            current.append((name, out, info.shape))
+            current_bytes += size
+        shards.append(current)
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _write_index(directory: Path, names: list[str], shards: list[list[Entry]]) -> None:
+    weight_map = {name: file for file, entries in zip(names, shards, strict=True) for name, _, _ in entries}
+    total = sum(dtype.itemsize * torch.Size(shape).numel() for entries in shards for _, dtype, shape in entries)
+    write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _copy_companions(source: Path, directory: Path) -> None:
+    """Configuration, tokenizer, chat template, licence, also in folders; no weights, no code."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        own = relative.parts[0] == "subspaces" or relative.name in _OWN_FILES
+        wanted = file.suffix.lower() in COMPANION_SUFFIXES or file.suffix == ""
+        if not file.is_file() or hidden or own or not wanted:
+            continue
+        with writing(directory / relative):
+            (directory / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, directory / relative)
+
+
+def _write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    name = str(dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    write_json(directory / "config.json", config | {key: name})

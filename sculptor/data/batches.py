@@ -1,0 +1,100 @@
+"""The order of rows, and padded tensors. Everything is a function of seed and step, so a run can be taken up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sculptor.checkpoint.architecture import Kind
+from sculptor.data.examples import IGNORED, Example
+
+# Rows are sorted by length inside pools of this many batches: little padding, nearly the full randomness.
+_POOL_BATCHES = 32
+_MASK_SHARE = 0.15  # BERT: 15 % of the tokens are predicted, of which 80 % masked, 10 % random, 10 % kept
+
+
+class BatchPlan:
+    """Which rows each optimizer step takes: shuffled every epoch, grouped by length, repeated for ever."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def rows(self, step: int) -> list[int]:
+        """Indices of the rows of a step, longest first."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffle(epoch)
+        return self._batches[position]
+
+    def _shuffle(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.batch_size * _POOL_BATCHES
+        batches = []
+        for start in range(0, len(order), pool):
+            ordered = sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
+            batches += [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return [batches[i] for i in shuffled]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch:
+    """Padded tensors of one micro-batch, (B, T) each; `labels` (B, L) has the decoder's length there."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model reads, padding excluded."""
+        return int(self.attention_mask.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pads examples on the right."""
+    input_ids = _pad([example.input_ids for example in examples], pad_id)
+    mask = _pad([(1,) * len(example.input_ids) for example in examples], 0)
+    return Batch(input_ids, mask, _pad([example.labels for example in examples], IGNORED))
+
+
+def _pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(map(len, sequences))
+    return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences])
+
+
+def mask_tokens(batch: Batch, mask_id: int, vocab_size: int, generator: torch.Generator) -> Batch:
+    """Masked language modelling (BERT): 15 % of the maskable tokens are to be predicted, at least one a batch."""
+    chance = torch.rand(batch.labels.shape, generator=generator)
+    kind = torch.rand(batch.labels.shape, generator=generator)
+    random_ids = torch.randint(vocab_size, batch.labels.shape, generator=generator)
+    maskable = batch.labels != IGNORED
+    chosen = maskable & (chance < _MASK_SHARE)
+    if not bool(chosen.any()):
+        flat = torch.where(maskable, chance, 2.0).flatten().argmin()
+        chosen.view(-1)[flat] = True
+    input_ids = torch.where(chosen & (kind < 0.8), mask_id, batch.input_ids)
+    input_ids = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_ids, input_ids)
+    return Batch(input_ids, batch.attention_mask, torch.where(chosen, batch.labels, IGNORED))
+
+
+def prepare(
+    examples: Sequence[Example], kind: Kind, pad_id: int, mask_id: int | None, vocab_size: int, seed: int
+) -> Batch:
+    """One micro-batch for a kind of model; `seed` decides what is masked."""
+    batch = collate(examples, pad_id)
+    if kind != "masked":
+        return batch
+    assert mask_id is not None
+    return mask_tokens(batch, mask_id, vocab_size, torch.Generator().manual_seed(seed))

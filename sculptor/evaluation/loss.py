@@ -1,0 +1,35 @@
+"""Loss per token over examples, without gradients."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sculptor.data.batches import prepare
+from sculptor.data.examples import Example
+from sculptor.model.load import LoadedModel
+from sculptor.model.loss import batch_loss
+from sculptor.progress import Bar
+
+_MASKING_SEED = 0  # evaluations of a masked model mask the same tokens every time
+
+
+@torch.no_grad()
+def mean_loss(
+    loaded: LoadedModel, examples: Sequence[Example], batch_size: int, bar: Bar | None = None
+) -> tuple[float, int]:
+    """Mean cross-entropy in nats per token, and the number of tokens; the model is left in evaluation mode."""
+    loaded.model.eval()
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+    tokenizer = loaded.tokenizer
+    total, tokens = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        chosen = [examples[i] for i in order[start : start + batch_size]]
+        batch = prepare(
+            chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), _MASKING_SEED + start
+        )
+        found = batch_loss(loaded.model, batch.to(loaded.device), loaded.kind)
+        total += float(found.total)
+        tokens += found.num_tokens
+        if bar is not None:
+            bar.update(len(chosen))
+    return total / tokens, tokens

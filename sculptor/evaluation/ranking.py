@@ -1,0 +1,206 @@
+"""Prompt/completion rows: the labels ranked by their log-probability, and what the model says by itself.
+
+The prompt is computed once; its cache serves all labels and the greedy generation. A label's score is the summed
+log-probability of its tokens and the end of sequence.
+"""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculptor.data.examples import completion_ids, cut_middle, prompt_ids
+from sculptor.data.rows import CompletionRow
+from sculptor.errors import DataError
+from sculptor.model.load import LoadedModel
+from sculptor.progress import Bar
+
+
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """One row.
+
+    Attributes:
+        loss: summed negative log-probability of completion and end of sequence, in nats.
+        num_tokens: how many tokens that is.
+        ranked_right: whether the row's own label scores highest; None without labels.
+        exact: whether greedy generation gives the completion; white space around it is ignored.
+    """
+
+    loss: float
+    num_tokens: int
+    ranked_right: bool | None
+    exact: bool
+
+
+@torch.no_grad()
+def score_rows(
+    loaded: LoadedModel,
+    rows: Sequence[CompletionRow],
+    labels: Sequence[str],
+    max_length: int,
+    batch_size: int,
+    bar: Bar,
+) -> list[RowScore]:
+    """Scores rows in batches of prompts of similar length; results are in the order of `rows`.
+
+    Raises:
+        DataError: if a completion or label does not fit.
+    """
+    tokenizer = loaded.tokenizer
+    wanted = [[*labels, *([] if row.completion in labels else [row.completion])] for row in rows]
+    encode = prompt_ids if loaded.kind == "causal" else lambda t, text: list(t(text).input_ids)
+    known = {text: completion_ids(tokenizer, text) for candidates in wanted for text in candidates}
+    longest = max(map(len, known.values()))
+    budget = max_length - (longest if loaded.kind == "causal" else 0)
+    if budget < 1 or longest > max_length:
+        raise DataError(
+            f"{rows[0].where}: a label of {longest} tokens does not fit into {max_length}; raise --max-length"
+        )
+    prompts = [cut_middle(encode(tokenizer, row.prompt), budget) for row in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if not prompt:
+            raise DataError(f"{row.where}: prompt is empty after tokenisation")
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    results: dict[int, RowScore] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        scores, generated = _score_batch(
+            loaded, [prompts[i] for i in chosen], [[known[text] for text in wanted[i]] for i in chosen], longest
+        )
+        for i, score, said in zip(chosen, scores, generated, strict=True):
+            own = wanted[i].index(rows[i].completion)
+            right = max(range(len(labels)), key=score.__getitem__) == own if labels and own < len(labels) else None
+            right = False if labels and right is None else right
+            text = tokenizer.decode(said, skip_special_tokens=True)
+            results[i] = RowScore(
+                loss=-score[own],
+                num_tokens=len(known[rows[i].completion]),
+                ranked_right=right,
+                exact=text.strip() == rows[i].completion.strip(),
+            )
+        bar.update(len(chosen))
+    return [results[i] for i in range(len(rows))]
+
+
+def _score_batch(
+    loaded: LoadedModel, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]], num_new: int
+) -> tuple[list[list[float]], list[list[int]]]:
+    """Scores of every candidate of every prompt, and what greedy decoding says."""
+    reader = _DecoderOnly(loaded, prompts) if loaded.kind == "causal" else _EncoderDecoder(loaded, prompts)
+    generated = _generate(reader, num_new, loaded.tokenizer.eos_token_id)
+    owners = [i for i, group in enumerate(candidates) for _ in group]
+    flat = [candidate for group in candidates for candidate in group]
+    scores = _candidate_scores(reader, owners, flat, loaded.pad_id)
+    bounds = [0]
+    for group in candidates:
+        bounds.append(bounds[-1] + len(group))
+    return [scores[a:b] for a, b in itertools.pairwise(bounds)], generated
+
+
+class _DecoderOnly:
+    """Prompts, padded on the left and computed once; continuations are read behind copies of their cache."""
+
+    def __init__(self, loaded: LoadedModel, prompts: Sequence[list[int]]) -> None:
+        import inspect
+
+        self.model, self.device = loaded.model, loaded.device
+        accepted = inspect.signature(self.model.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        width = max(map(len, prompts))
+        ids = [[loaded.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        self.mask = torch.tensor(mask, device=self.device)
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        output = self._run(torch.tensor(ids, device=self.device), self.mask, None, keep)
+        self.cache = output.past_key_values
+        self.first_logits = output.logits[:, -1].float()  # (B, vocabulary)
+
+    def _run(self, ids: Tensor, mask: Tensor, cache: Any, extra: dict[str, Any]) -> Any:
+        if self.takes_positions:
+            extra = extra | {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}
+        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+
+    def fork(self, owners: Sequence[int]) -> tuple[Any, Tensor]:
+        """A copy of the caches and masks of some prompts, in this order, with repetitions."""
+        index = torch.tensor(owners, device=self.device)
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(index)
+        return cache, self.mask[index]
+
+    def read(self, state: tuple[Any, Tensor], ids: Tensor) -> tuple[Tensor, tuple[Any, Tensor]]:
+        """Logits (B, t, vocabulary) behind each of `ids` (B, t), and the state after them."""
+        cache, mask = state
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        output = self._run(ids, mask, cache, {})
+        return output.logits.float(), (output.past_key_values, mask)
+
+
+class _EncoderDecoder:
+    """Prompts, encoded once; continuations go to the decoder behind its start token."""
+
+    def __init__(self, loaded: LoadedModel, prompts: Sequence[list[int]]) -> None:
+        self.model, self.device = loaded.model, loaded.device
+        width = max(map(len, prompts))
+        ids = [prompt + [loaded.pad_id] * (width - len(prompt)) for prompt in prompts]
+        mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+        self.mask = torch.tensor(mask, device=self.device)
+        encoder = self.model.get_encoder()
+        self.hidden = encoder(input_ids=torch.tensor(ids, device=self.device), attention_mask=self.mask)[0]
+        start = self.model.config.decoder_start_token_id
+        self.start = torch.full((len(prompts), 1), start, device=self.device)
+        self.first_logits = self._run(self.start, self.hidden, self.mask)[:, -1]
+
+    def _run(self, ids: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, decoder_input_ids=ids
+        )
+        return torch.as_tensor(output.logits.float())
+
+    def fork(self, owners: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.tensor(owners, device=self.device)
+        return self.start[index], self.hidden[index], self.mask[index]
+
+    def read(self, state: tuple[Tensor, Tensor, Tensor], ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        before, hidden, mask = state
+        decoder_ids = torch.cat([before, ids], dim=1)
+        return self._run(decoder_ids, hidden, mask)[:, -ids.shape[1] :], (decoder_ids, hidden, mask)
+
+
+def _generate(reader: _DecoderOnly | _EncoderDecoder, num_new: int, eos_id: int) -> list[list[int]]:
+    """Greedy continuations up to the end of sequence or `num_new` tokens."""
+    batch = reader.first_logits.shape[0]
+    state: Any = reader.fork(range(batch))
+    chosen = reader.first_logits.argmax(dim=1, keepdim=True)
+    said = [chosen]
+    ended = chosen[:, 0] == eos_id
+    while len(said) < num_new and not bool(ended.all()):
+        logits, state = reader.read(state, chosen)
+        chosen = logits[:, -1].argmax(dim=1, keepdim=True)
+        said.append(chosen)
+        ended |= chosen[:, 0] == eos_id
+    sequences = torch.cat(said, dim=1).tolist()
+    return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in sequences]
+
+
+def _candidate_scores(
+    reader: _DecoderOnly | _EncoderDecoder, owners: list[int], candidates: list[list[int]], pad_id: int
+) -> list[float]:
+    """Summed log-probability of each candidate behind its prompt."""
+    width = max(map(len, candidates))
+    device = reader.device
+    padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in candidates], device=device)
+    real = torch.tensor([[1.0] * len(ids) + [0.0] * (width - len(ids)) for ids in candidates], device=device)
+    first = reader.first_logits[torch.tensor(owners, device=device)][:, None]  # predicts the first token
+    logits = first
+    if width > 1:
+        rest, _ = reader.read(reader.fork(owners), padded[:, :-1])  # type: ignore[arg-type]
+        logits = torch.cat([first, rest], dim=1)
+    log_probs = logits.log_softmax(dim=-1).gather(2, padded[:, :, None])[:, :, 0]
+    return [float(x) for x in (log_probs * real).sum(dim=1)]

@@ -1,0 +1,110 @@
+"""Opening a checkpoint as a transformers model with its tokenizer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture, model_class
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.errors import CheckpointError, SettingsError
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoadedModel:
+    """A model on its device, in evaluation mode."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+    @property
+    def kind(self) -> Kind:
+        """How it is trained."""
+        return self.architecture.kind
+
+    @property
+    def pad_id(self) -> int:
+        """What padding is filled with; it is masked, so any valid id does."""
+        found = self.tokenizer.pad_token_id
+        return int(found if found is not None else self.tokenizer.eos_token_id or 0)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU there is, else the CPU.
+
+    Raises:
+        SettingsError: if the device is unknown or not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        reason = str(cause).splitlines()[0][:120]
+        raise SettingsError(f"--device {name}: not available ({reason}); use auto, cpu, cuda or cuda:N") from cause
+    return device
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Architecture | None = None) -> LoadedModel:
+    """Loads model and tokenizer: float32 on a CPU, in the checkpoint's own dtype elsewhere.
+
+    Raises:
+        CheckpointError: if weights are missing, or there is no tokenizer.
+    """
+    architecture = architecture or inspect_architecture(checkpoint)
+    if architecture.kind == "headless":
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.model_class} has no language-modelling head; expected a causal, masked or "
+            'encoder-decoder language model in "architectures"'
+        )
+    cls = model_class(checkpoint.config, checkpoint.path)
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        model, info = cls.from_pretrained(
+            checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as cause:
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot load it ({str(cause).splitlines()[0]})"
+        ) from cause
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} parameters of {architecture.model_class} are not in the files and would be "
+            f"random, first {missing[0]}"
+        )
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    model.to(device).eval()
+    return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint), device)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: if there is none, or it has no end of sequence.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as cause:
+        reason = str(cause).strip().splitlines()[0][:160]
+        raise CheckpointError(f"{checkpoint.path}: no usable tokenizer ({reason}); copy its files there") from cause
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+        raise CheckpointError(f"{checkpoint.path}: the tokenizer has no end-of-sequence token; set eos_token")
+    return tokenizer
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's transformers configuration."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(checkpoint.path)

@@ -1,0 +1,215 @@
+"""The stored directions of one side of a matrix, and the free blocks that two sides and a staircase leave.
+
+The allowed updates of W (m, n) are, over the row groups [a, b) of reach r,
+
+    dW = sum_g  Q_U[:, a:b]  A_g  Q_V[:, r:]^T
+
+with disjoint blocks, as many numbers as there are free pairs, and ||dW|| = ||A||. A side that is free as a
+whole uses the identity, so preserve 0 is A = dW.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sculptor.numerics.linalg import complement
+from sculptor.numerics.staircase import Staircase
+
+Form = Literal["leading", "free"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Basis:
+    """One side's protected directions, stored as themselves or as their complement.
+
+    Attributes:
+        vectors: (d, c) orthonormal. `leading`: the protected directions, most important first. `free`: the
+            complement of the protected ones, whose own order is then lost (enough where there is one cut).
+        form: which of the two it is.
+    """
+
+    vectors: Tensor
+    form: Form
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self.vectors.shape[0]
+
+    @property
+    def directions(self) -> int:
+        """How many directions are protected."""
+        return self.vectors.shape[1] if self.form == "leading" else self.dim - self.vectors.shape[1]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Basis":
+        """The same basis elsewhere."""
+        return Basis(self.vectors.to(device=device, dtype=dtype), self.form)
+
+
+def store_smaller(leading: Tensor) -> Basis:
+    """A single-cut side in whichever form has fewer columns: (d, k) itself, or its complement (d, d - k)."""
+    d, k = leading.shape
+    return Basis(leading, "leading") if 2 * k <= d else Basis(complement(leading), "free")
+
+
+def protected_directions(basis: Basis) -> Tensor:
+    """Orthonormal columns (d, k) that span the protected directions, in the stored dtype."""
+    if basis.form == "leading":
+        return basis.vectors
+    return complement(basis.vectors).to(basis.vectors.dtype)
+
+
+def factor(basis: Basis | None, dim: int, start: int, stop: int) -> Tensor | None:
+    """Q[:, start:stop] (d, stop - start) of the completed basis; None stands for the identity.
+
+    Complements are formed in float64 and returned in the stored dtype.
+
+    Raises:
+        ValueError: if the range cuts a side where the archive stores no direction.
+    """
+    if (start, stop) == (0, dim):
+        return None
+    if basis is None:
+        raise ValueError(f"directions {start} to {stop} of {dim} are asked for, but none are stored")
+    k, dtype = basis.directions, basis.vectors.dtype
+    if basis.form == "free":
+        if (start, stop) == (k, dim):
+            return basis.vectors
+        return complement(basis.vectors).to(dtype)[:, start:stop]
+    if stop <= k:
+        return basis.vectors[:, start:stop]
+    if stop != dim:
+        raise ValueError(f"directions {start} to {stop} of {dim} end inside the complement, which has no order")
+    rest = complement(basis.vectors).to(dtype)
+    return rest if start == k else torch.cat([basis.vectors[:, start:], rest], dim=1)
+
+
+def component(basis: Basis | None, y: Tensor, start: int, stop: int) -> Tensor:
+    """A matrix whose Frobenius norm is that of Q[:, start:stop]^T y, from the stored directions alone.
+
+    Args:
+        basis: the side, or None for the identity (then the range is everything).
+        y: (d, c), float64.
+        start: first direction.
+        stop: one past the last.
+
+    Returns:
+        (stop - start, c), or (d, c) where the range is the complement of what is stored.
+    """
+    if basis is None or (start, stop) == (0, y.shape[0]):
+        return y
+    q = basis.vectors.to(y.dtype)
+    k = basis.directions
+    if basis.form == "free":
+        return q.T @ y if (start, stop) == (k, y.shape[0]) else y - q @ (q.T @ y)
+    if stop <= k:
+        return q[:, start:stop].T @ y
+    return y - q[:, :start] @ (q[:, :start].T @ y)
+
+
+def frozen_norm(update: Tensor, staircase: Staircase, output: Basis | None, input: Basis | None) -> float:
+    """||frozen part of dW||, in float64.
+
+    Args:
+        update: dW (m, n).
+        staircase: which pairs are frozen.
+        output: the stored side U (m), or None.
+        input: the stored side V (n), or None.
+    """
+    update64 = update.to(torch.float64)
+    total = 0.0
+    for start, stop, reach in staircase.groups:
+        if reach:
+            hit = component(input, update64.T, 0, reach).T  # (m, reach)
+            total += float(component(output, hit, start, stop).square().sum())
+    return math.sqrt(total)
+
+
+def extend(basis: Basis | None, directions: Tensor, *, single_cut: bool) -> Basis | None:
+    """Adds directions to a side, after those it has.
+
+    Args:
+        basis: the side as it was, or None where nothing was stored.
+        directions: (d, j); what of them is already protected is left out, the rest is orthonormalised.
+        single_cut: whether the form may be chosen by size (`store_smaller`).
+
+    Returns:
+        The side with up to j more directions, float64; None if there are none at all.
+    """
+    new = directions.to(torch.float64)
+    old = protected_directions(basis).to(torch.float64) if basis is not None else new[:, :0]
+    for _ in range(2):  # twice is enough (Kahan, Parlett)
+        new = new - old @ (old.T @ new)
+    if new.shape[1]:
+        left, sizes, _ = torch.linalg.svd(new, full_matrices=False)
+        new = left[:, sizes > 1e-6]  # directions that were protected already vanish here
+    if basis is None and new.shape[1] == 0:
+        return None
+    if basis is not None and basis.form == "free":
+        free64 = basis.vectors.to(torch.float64)
+        free64 = free64 @ complement(free64.T @ new)  # the free directions that are left, old span untouched
+        return Basis(free64, "free")
+    leading = torch.cat([old, new], dim=1)
+    return store_smaller(leading) if single_cut else Basis(leading, "leading")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FreeBlock:
+    """One block of free pairs: A (p, q) adds left A right^T to W; None stands for the identity."""
+
+    left: Tensor | None  # (m, p)
+    right: Tensor | None  # (n, q)
+    shape: tuple[int, int]  # (p, q)
+
+
+def free_blocks(staircase: Staircase, output: Basis | None, input: Basis | None) -> tuple[FreeBlock, ...]:
+    """The blocks of coordinates that a staircase leaves free, in row order; none where all is frozen."""
+    m, n = staircase.rows, staircase.columns
+    return tuple(
+        FreeBlock(factor(output, m, start, stop), factor(input, n, reach, n), (stop - start, n - reach))
+        for start, stop, reach in staircase.groups
+        if reach < n
+    )
+
+
+def fold(blocks: Sequence[FreeBlock], coordinates: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """dW (m, n) = sum of left A right^T, computed in `dtype`."""
+    update: Tensor | None = None
+    for block, a in zip(blocks, coordinates, strict=True):
+        part = a.to(dtype)
+        if block.left is not None and block.right is not None:
+            left, right = block.left.to(dtype), block.right.to(dtype)
+            m, n, (p, q) = left.shape[0], right.shape[0], block.shape
+            cheaper_left_first = m * q * (p + n) <= p * n * (q + m)
+            part = (left @ part) @ right.T if cheaper_left_first else left @ (part @ right.T)
+        elif block.left is not None:
+            part = block.left.to(dtype) @ part
+        elif block.right is not None:
+            part = part @ block.right.to(dtype).T
+        update = part if update is None else update + part
+    if update is None:
+        raise ValueError("a matrix without free blocks has no update")
+    return update
+
+
+def project(blocks: Sequence[FreeBlock], gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The gradient of each A: left^T G right, for G (m, n), computed in `dtype`."""
+    gradient = gradient.to(dtype)
+    parts = []
+    for block in blocks:
+        part = gradient
+        if block.left is not None and block.right is not None:
+            left, right = block.left.to(dtype), block.right.to(dtype)
+            m, n, (p, q) = left.shape[0], right.shape[0], block.shape
+            left_first = p * n * (m + q) <= m * q * (n + p)
+            part = (left.T @ part) @ right if left_first else left.T @ (part @ right)
+        elif block.left is not None:
+            part = block.left.to(dtype).T @ part
+        elif block.right is not None:
+            part = part @ block.right.to(dtype)
+        parts.append(part)
+    return tuple(parts)

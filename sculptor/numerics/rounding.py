@@ -1,0 +1,33 @@
+"""How much of an update the storage dtype can hold.
+
+Rounding to the nearest adds to each entry an error spread evenly over one unit in the last place, so
+||error|| is about ||ulp(W')||_F / sqrt(12); what of it falls on frozen pairs is that times sqrt(frozen share).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# A leak up to this share of ||dW|| is the float32 rounding of the stored bases.
+LEAK_FLOOR = 1e-6
+# The measured rounding may exceed its expectation by this much.
+ROUNDING_SLACK = 1.25
+
+
+def ulp(values: Tensor) -> Tensor:
+    """The gap between a number and its next neighbour in the dtype of `values`, as float64."""
+    finfo = torch.finfo(values.dtype)
+    exponent = torch.frexp(values.to(torch.float64))[1] - 1  # |w| in [2^e, 2^(e+1))
+    smallest = round(math.log2(finfo.tiny))  # below it, gaps stay the same
+    return finfo.eps * torch.exp2(exponent.clamp_min(smallest).to(torch.float64))
+
+
+def rounding_norm(values: Tensor) -> float:
+    """Expected ||rounding error|| of storing `values` in their own dtype."""
+    return float(ulp(values).norm()) / math.sqrt(12.0)
+
+
+def leak_allowance(rounding: float) -> float:
+    """The largest leak that rounding explains: sqrt(1e-6^2 + (1.25 rounding)^2), all relative to ||dW||."""
+    return math.hypot(LEAK_FLOOR, ROUNDING_SLACK * rounding)

@@ -1,0 +1,26 @@
+"""Results as JSON: dataclasses as objects, with the properties that are part of a result."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def to_json(result: object, **extra: Any) -> str:
+    """A dataclass as a JSON object; numbers that JSON does not have become null."""
+    assert dataclasses.is_dataclass(result)
+    assert not isinstance(result, type)
+    return json.dumps(_plain(dataclasses.asdict(result) | extra), indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,94 @@
+"""Pictures of an archive: spectra, and preserved share by layer and role. Needs matplotlib (extra `plot`)."""
+
+from pathlib import Path
+from typing import Any
+
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.staging import writing
+from sculptor.errors import SettingsError
+
+
+def require_matplotlib() -> None:
+    """Fails early where the picture could not be drawn.
+
+    Raises:
+        SettingsError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SettingsError("--plot needs matplotlib: pip install 'sculptor[plot]'") from None
+
+
+def plot_archive(archive: Archive, path: Path) -> None:
+    """Draws the spectra of every role and a heat map of preserved share.
+
+    Args:
+        archive: read lazily, one spectrum at a time.
+        path: a picture file; its suffix chooses the format.
+
+    Raises:
+        SettingsError: if matplotlib is missing or does not know the format.
+        OutputError: if the picture cannot be written.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix.lstrip(".") not in known:
+        raise SettingsError(f"--plot {path}: unknown picture format {path.suffix!r}; use .png, .pdf or .svg")
+    spectra, heat = figure.subplots(1, 2, width_ratios=[1.1, 1])
+    _draw_spectra(spectra, archive)
+    _draw_heat_map(figure, heat, archive)
+    with writing(path):
+        figure.savefig(path, dpi=130)
+
+
+def _draw_spectra(axes: Any, archive: Archive) -> None:
+    """One curve per role, the middle layer's, with a dot at the last protected direction."""
+    roles: dict[str, list[str]] = {}
+    for name, record in archive.items():
+        roles.setdefault(record.role, []).append(name)
+    drawn = 0
+    for role, names in roles.items():
+        name = names[len(names) // 2]
+        spectrum = archive.spectrum(name)
+        if spectrum is None or float(spectrum[0]) == 0:
+            continue
+        relative = (spectrum / spectrum[0]).tolist()
+        k = round(archive[name].preserved * min(archive[name].shape))
+        positions = [(i + 1) / len(relative) for i in range(len(relative))]
+        (line,) = axes.plot(positions, relative, label=f"{role} (layer {archive[name].index})", linewidth=1.3)
+        if k:
+            axes.plot(positions[k - 1], relative[k - 1], "o", color=line.get_color(), markersize=5)
+        drawn += 1
+    axes.set(
+        title="Singular values, relative to the first (dot: last protected)",
+        xlabel="direction / number of directions",
+        ylabel="singular value / largest",
+        yscale="log",
+    )
+    if drawn:
+        axes.set_ylim(bottom=1e-3)
+        axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+
+
+def _draw_heat_map(figure: Any, axes: Any, archive: Archive) -> None:
+    roles = list(dict.fromkeys(record.role for record in archive.values()))
+    num_layers = 1 + max(record.index for record in archive.values())
+    grid = [[float("nan")] * num_layers for _ in roles]
+    for record in archive.values():
+        grid[roles.index(record.role)][record.index] = record.preserved
+    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set(title="Preserved share", xlabel="layer")
+    axes.set_yticks(range(len(roles)), labels=roles, fontsize=8)
+    if num_layers * len(roles) <= 160:
+        for row, values in enumerate(grid):
+            for column, value in enumerate(values):
+                if value == value:
+                    color = "black" if value > 0.6 else "white"
+                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, ax=axes)

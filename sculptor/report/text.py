@@ -1,0 +1,228 @@
+"""Results as tables of at most 100 columns."""
+
+from collections.abc import Sequence
+
+from sculptor.analysis.verify import MatrixVerification, Verification
+from sculptor.tasks.analyze import AnalyzeReport, RoleSummary
+from sculptor.tasks.evaluate import Evaluation
+from sculptor.tasks.inspect_archive import Inspection
+from sculptor.tasks.train import TrainReport
+
+WIDTH = 100
+_MAX_LISTED = 8
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be; the first is left-aligned and shortened to fit 100 columns."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
+    return "\n".join([*lines, *(_line(row, widths) for row in rows)])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0] if len(cells[0]) <= widths[0] else "…" + cells[0][-(widths[0] - 1) :]
+    rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+    return "  ".join([first.ljust(widths[0]), *rest]).rstrip()
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage."""
+    return f"{100 * share:.1f} %"
+
+
+def analyze_text(report: AnalyzeReport) -> str:
+    """What `sculptor analyze` prints."""
+    lines = [roles_table(report.roles)]
+    lines += not_targeted_lines(report.not_targeted)
+    ratio = report.archive_bytes / max(1, report.checkpoint_bytes)
+    lines.append(
+        f"\nWrote {report.output}: {report.num_matrices} matrices, constraint {report.constraint}, "
+        f"{size(report.archive_bytes)} ({ratio:.2f} x the checkpoint)."
+    )
+    return "\n".join(lines)
+
+
+def roles_table(roles: Sequence[RoleSummary]) -> str:
+    """One line per role and one for all."""
+    rows = [
+        [
+            r.role,
+            str(r.num_matrices),
+            percent(r.preserved),
+            percent(r.energy),
+            f"{r.num_free:,}",
+            percent(r.num_free / r.num_parameters),
+        ]
+        for r in roles
+    ]
+    matrices, free, parameters = (
+        sum(values) for values in zip(*((r.num_matrices, r.num_free, r.num_parameters) for r in roles), strict=True)
+    )
+    preserved = sum(r.preserved * r.num_matrices for r in roles) / matrices
+    energy = sum(r.energy * r.num_matrices for r in roles) / matrices
+    rows.append(["all", str(matrices), percent(preserved), percent(energy), f"{free:,}", percent(free / parameters)])
+    return table(["role", "matrices", "preserved", "energy kept", "free parameters", "free share"], rows)
+
+
+def not_targeted_lines(not_targeted: Sequence[object]) -> list[str]:
+    """What stays frozen because it is no plain linear map."""
+    lines = []
+    for item in not_targeted:
+        assert isinstance(item, dict)
+        lines.append(
+            f"not targeted, frozen: {item['role']} ({item['num_tensors']} tensors, {item['num_parameters']:,} parameters)"
+        )
+    return lines
+
+
+def train_text(report: TrainReport) -> str:
+    """What `sculptor train` prints."""
+    loop = report.loop
+    lines = []
+    if report.num_dropped or report.num_cut:
+        lines.append(
+            f"Data: {report.num_examples} rows; {report.num_dropped} dropped (completion too long), "
+            f"{report.num_cut} with the middle of the prompt cut."
+        )
+    lines += not_targeted_lines(report.not_targeted)
+    if loop.first_loss is not None and loop.last_loss is not None:
+        lines.append(
+            f"Trained {report.num_trainable:,} free parameters for {loop.steps} steps, {loop.tokens:,} tokens, "
+            f"in {loop.seconds:.0f} s: loss {loop.first_loss:.3f} -> {loop.last_loss:.3f}."
+        )
+    if loop.best_step is not None and loop.best_loss is not None:
+        lines.append(f"Kept step {loop.best_step}, evaluation loss {loop.best_loss:.4f}.")
+    if report.also_trained:
+        lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")
+    updates = [matrix for matrix in report.matrices.values() if matrix.update]
+    if updates:
+        lost = sum(matrix.rounding_loss for matrix in updates) / len(updates)
+        lines.append(
+            f"Largest leak into protected pairs {report.max_leak:.1e}; rounding ate {percent(lost)} of the mean update."
+        )
+    else:
+        lines.append("No matrix changed.")
+    added = sum(matrix.outputs_added + matrix.inputs_added for matrix in report.matrices.values())
+    lines.append(f"The archive gained {added:,} directions over {len(report.matrices)} matrices.")
+    if report.frozen:
+        shown = ", ".join(report.frozen[:_MAX_LISTED]) + (", ..." if len(report.frozen) > _MAX_LISTED else "")
+        lines.append(f"Frozen from now on, nothing left free: {len(report.frozen)} matrices ({shown}).")
+    lines.append(f"\nWrote {report.output} (checkpoint) and {report.output / 'subspaces'} (archive for the next task).")
+    return "\n".join(lines)
+
+
+def inspect_text(found: Inspection, per_matrix: bool = True) -> str:
+    """What `sculptor inspect` prints."""
+    head = [
+        f"{found.path}: {found.model_class}, basis {found.basis}, constraint {found.constraint}, "
+        f"{len(found.matrices)} matrices, {size(found.num_bytes)}",
+        f"free: {found.num_free:,} of {found.num_parameters:,} ({percent(found.num_free / found.num_parameters)}); "
+        f"written by {found.created_by}",
+    ]
+    if found.belongs:
+        head.append("belongs to the model: every matrix is, byte for byte, the one that was analyzed")
+    head += [f"task {i}: {task.name} ({task.kind})" for i, task in enumerate(found.tasks)]
+    parts = ["\n".join(head), roles_table(found.roles)]
+    parts += ["\n".join(not_targeted_lines(found.not_targeted))] if found.not_targeted else []
+    if found.comparison is not None:
+        parts.append(_comparison_table(found))
+    elif per_matrix:
+        parts.append(_matrices_table(found))
+    return "\n\n".join(parts)
+
+
+def _matrices_table(found: Inspection) -> str:
+    rows = [
+        [
+            matrix.name,
+            "x".join(map(str, matrix.shape)),
+            percent(matrix.preserved),
+            percent(matrix.energy),
+            percent(matrix.free_share),
+            " ".join(f"{task}:{max(counts)}" for task, counts in matrix.added.items()),
+        ]
+        for matrix in found.matrices
+    ]
+    return table(["matrix", "shape", "preserved", "energy", "free", "task:directions"], rows)
+
+
+def _comparison_table(found: Inspection) -> str:
+    assert found.comparison is not None
+
+    def cell(value: float | None, unit: str) -> str:
+        return "-" if value is None else f"{value:.2f}{unit}"
+
+    rows = [
+        [
+            c.name,
+            f"{c.output.first}/{c.output.second}",
+            cell(c.output.overlap, ""),
+            cell(c.output.largest_angle, "°"),
+            f"{c.input.first}/{c.input.second}",
+            cell(c.input.overlap, ""),
+            cell(c.input.largest_angle, "°"),
+        ]
+        for c in found.comparison
+    ]
+    return table(["matrix", "outputs", "overlap", "angle", "inputs", "overlap", "angle"], rows)
+
+
+def verify_text(result: Verification) -> str:
+    """What `sculptor verify` prints: matrices that fail, else those that leak most."""
+    failed = [matrix for matrix in result.matrices if not matrix.holds]
+    shown = failed or sorted(result.matrices, key=lambda matrix: -matrix.leak)
+    rows = [_verify_row(matrix) for matrix in shown[:_MAX_LISTED]]
+    parts = [table(["matrix", "update", "leak", "rounding explains", "rounding ate", "holds"], rows)]
+    if len(shown) > len(rows):
+        parts[0] += f"\n... and {len(shown) - len(rows)} more"
+    rest = (
+        "identical" if result.untouched_identical else "CHANGED: " + ", ".join(result.changed_elsewhere[:_MAX_LISTED])
+    )
+    lines = [
+        f"leak {result.leak:.2e} over {result.num_targets} matrices ({result.num_changed} changed), largest {result.max_leak:.2e}; "
+        f"rounding explains {result.rounding:.2e}",
+        f"rounding ate {percent(result.eaten)} of the update"
+        + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
+        f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
+    ]
+    if result.eaten > 0.5:
+        lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
+    if result.also_trained:
+        lines.append(
+            f"trained without protection, by the run's own record: {', '.join(result.also_trained[:_MAX_LISTED])}"
+        )
+    lines.append("PASSED" if result.passed else "FAILED: the update reaches protected pairs, or other tensors changed")
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _verify_row(matrix: MatrixVerification) -> list[str]:
+    return [
+        matrix.name,
+        f"{matrix.update:.1e}",
+        f"{matrix.leak:.2e}",
+        f"{matrix.rounding:.2e}",
+        percent(matrix.eaten),
+        "yes" if matrix.holds else "NO",
+    ]
+
+
+def evaluate_text(result: Evaluation) -> str:
+    """What `sculptor evaluate` prints."""
+    rows = [["loss", f"{result.loss:.4f}"], ["perplexity", f"{result.perplexity:,.2f}"]]
+    if result.accuracy is not None and result.labels is not None:
+        rows.append([f"accuracy (ranking {len(result.labels)} labels)", percent(result.accuracy)])
+    if result.exact_match is not None:
+        rows.append(["exact match", percent(result.exact_match)])
+    rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
+    return table(["measure", "value"], rows)

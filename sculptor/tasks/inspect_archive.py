@@ -1,0 +1,119 @@
+"""`sculptor.inspect`: what an archive holds, read lazily."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sculptor.analysis.compare import MatrixComparison, compare_archives
+from sculptor.archive.manifest import TaskRecord
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.progress import Progress, silent
+from sculptor.tasks.analyze import RoleSummary, summarize_roles
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSummary:
+    """One matrix of an archive.
+
+    Attributes:
+        preserved: protected directions over min(m, n).
+        energy: share of ||W||^2 in the protected singular directions at analysis.
+        free_share: trainable coordinates over entries.
+        added: per task, the directions it added (outputs, inputs), by the task's position in the history.
+    """
+
+    name: str
+    role: str
+    index: int
+    shape: tuple[int, int]
+    preserved: float
+    energy: float
+    free_share: float
+    added: Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The result of `inspect`.
+
+    Attributes:
+        belongs: whether the archive is of the given model; None without one. Never False: that is an error.
+        comparison: against another archive; None without one.
+    """
+
+    path: Path
+    created_by: str
+    model_class: str
+    basis: str
+    constraint: str
+    num_bytes: int
+    base_identity: str
+    tasks: tuple[TaskRecord, ...]
+    roles: tuple[RoleSummary, ...]
+    matrices: tuple[MatrixSummary, ...]
+    not_targeted: tuple[Mapping[str, Any], ...]
+    belongs: bool | None
+    comparison: tuple[MatrixComparison, ...] | None
+
+    @property
+    def num_free(self) -> int:
+        """Trainable coordinates."""
+        return sum(role.num_free for role in self.roles)
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all matrices."""
+        return sum(role.num_parameters for role in self.roles)
+
+
+def inspect(
+    archive: str | Path,
+    *,
+    model: str | Path | None = None,
+    compare: str | Path | None = None,
+    progress: Progress = silent,
+) -> Inspection:
+    """Summarises an archive; reads its manifest only, unless it is to be compared.
+
+    Args:
+        archive: the archive's directory.
+        model: a checkpoint it should belong to.
+        compare: another archive, compared by principal angles.
+        progress: makes progress bars.
+
+    Raises:
+        ArchiveError: if it cannot be read, does not belong to `model`, or shares nothing with `compare`.
+    """
+    opened = Archive(archive)
+    if model is not None:
+        opened.check_base(open_checkpoint(model), progress)
+    manifest = opened.manifest
+    return Inspection(
+        path=opened.path,
+        created_by=manifest.created_by,
+        model_class=manifest.model_class,
+        basis=manifest.basis,
+        constraint=manifest.constraint,
+        num_bytes=opened.num_bytes,
+        base_identity=manifest.base_identity,
+        tasks=manifest.tasks,
+        roles=summarize_roles(opened),
+        matrices=tuple(
+            MatrixSummary(
+                record.name,
+                record.role,
+                record.index,
+                record.shape,
+                record.preserved,
+                record.energy,
+                record.staircase.num_free / (record.shape[0] * record.shape[1]),
+                {added.task: (added.outputs, added.inputs) for added in record.added},
+            )
+            for record in opened.values()
+        ),
+        not_targeted=manifest.not_targeted,
+        belongs=None if model is None else True,
+        comparison=None if compare is None else compare_archives(opened, Archive(compare), progress),
+    )

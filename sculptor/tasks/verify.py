@@ -1,0 +1,42 @@
+"""`sculptor.verify`: proof from files that the protected part of a checkpoint did not move."""
+
+from pathlib import Path
+
+from sculptor.analysis.verify import Verification, verify_checkpoints
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.model.load import resolve_device
+from sculptor.progress import Progress, silent
+
+
+def verify(
+    base: str | Path,
+    tuned: str | Path,
+    subspaces: str | Path,
+    *,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Verification:
+    """Checks a tuned checkpoint against its base and an archive of that base.
+
+    Args:
+        base: the checkpoint the archive was made for.
+        tuned: what training made of it, after one task or several.
+        subspaces: the archive.
+        device: where the float64 products run.
+        progress: makes progress bars.
+
+    Returns:
+        The leak of every matrix and of all, and whether everything else is untouched.
+
+    Raises:
+        VerificationError: if it cannot be carried out.
+        SculptorError: if an input cannot be read.
+    """
+    return verify_checkpoints(
+        open_checkpoint(base),
+        open_checkpoint(tuned),
+        Archive(subspaces),
+        device=resolve_device(device),
+        progress=progress,
+    )

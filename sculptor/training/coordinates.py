@@ -1,0 +1,301 @@
+"""Full-rank training inside what is free: W = W0 + sum_g left_g A_g right_g^T, with A the only parameters.
+
+`protect` gives every targeted matrix of a loaded model a torch parametrization with the coordinates A
+(float32) as its parameters. The gradient of A is left^T G right, taken as soon as the full-size G appears; any
+optimizer then keeps the constraint exactly, since an update of A is an allowed update of W whatever made it.
+The dense W that the forward reads is folded from pristine W0 and A once per optimizer step.
+
+When to fold again cannot be told from `A._version` alone: fused optimizers do not advance it. A forward folds
+again when it finds a gradient on A (the optimizer may be about to step, or have stepped without clearing it),
+once after one was there, and when the version did move (values set by hand or loaded). `fold="manual"` leaves it
+to the caller's `refresh`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sculptor.archive.store import Archive, Subspaces
+from sculptor.checkpoint.architecture import match_names
+from sculptor.checkpoint.tensors import digest
+from sculptor.errors import ArchiveError, CapacityError
+from sculptor.numerics.bases import FreeBlock, fold, free_blocks, project
+from sculptor.numerics.linalg import fingerprint
+
+FoldMode = Literal["automatic", "manual"]
+
+
+class _Fold(torch.autograd.Function):
+    """Hands out the folded weight; its gradient goes to the coordinates."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: "Coordinates", *coordinates: Tensor) -> Tensor:
+        ctx.owner = owner
+        assert owner.folded is not None
+        return owner.folded.view_as(owner.folded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        owner: Coordinates = ctx.owner
+        owner.stale = True
+        gradient = gradients[0].T if owner.transposed else gradients[0]
+        with _fast_float32(gradient.device):
+            return (None, *project(owner.free_blocks, gradient, torch.float32))
+
+
+class Coordinates(nn.Module):
+    """The parametrization of one matrix: its free blocks, their coordinates, and the folded weight.
+
+    Attributes:
+        name: the tensor in the checkpoint.
+        blocks: the parameters A, one (p, q) per free block, float32.
+        folded: W0 + dW in the compute dtype, as the module stores it; None before the first forward.
+        stale: whether a gradient was seen since the last fold.
+    """
+
+    def __init__(
+        self, subspaces: Subspaces, device: torch.device, compute_dtype: torch.dtype, mode: FoldMode = "automatic"
+    ) -> None:
+        super().__init__()
+        record = subspaces.record
+        self.name = record.name
+        self.transposed = record.transposed
+        self.compute_dtype = compute_dtype
+        self.mode = mode
+        self.folded: Tensor | None = None
+        self.stale = False
+        output = subspaces.output and subspaces.output.to(device, subspaces.output.vectors.dtype)
+        input = subspaces.input and subspaces.input.to(device, subspaces.input.vectors.dtype)
+        blocks = free_blocks(record.staircase, output, input)
+        self.shapes = tuple(block.shape for block in blocks)
+        for i, block in enumerate(blocks):  # buffers, so that they move with the model; never saved
+            self.register_buffer(f"left_{i}", block.left, persistent=False)
+            self.register_buffer(f"right_{i}", block.right, persistent=False)
+        self.blocks = nn.ParameterList(
+            nn.Parameter(torch.zeros(block.shape, dtype=torch.float32, device=device)) for block in blocks
+        )
+        self._versions: tuple[int, ...] = ()
+
+    @property
+    def free_blocks(self) -> tuple[FreeBlock, ...]:
+        """Left and right factor of every block."""
+        return tuple(
+            FreeBlock(getattr(self, f"left_{i}"), getattr(self, f"right_{i}"), shape)
+            for i, shape in enumerate(self.shapes)
+        )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The folded weight, given pristine W0 as the module stores it."""
+        if self.folded is None or self.folded.device != weight.device:
+            self.refresh(weight)
+        elif self.mode == "automatic":
+            has_gradient = any(a.grad is not None for a in self.blocks)
+            if has_gradient or self.stale or self._versions != tuple(a._version for a in self.blocks):
+                self.refresh(weight)
+                self.stale = has_gradient
+        folded: Tensor = _Fold.apply(self, *self.blocks)  # type: ignore[no-untyped-call]
+        return folded
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Folds again from pristine W0."""
+        with torch.autocast(weight.device.type, enabled=False), _fast_float32(weight.device):
+            update = fold(self.free_blocks, list(self.blocks), torch.float32)
+            stored = update.T if self.transposed else update
+            self.folded = (weight.to(torch.float32) + stored).to(self.compute_dtype).contiguous()
+        self.stale = False
+        self._versions = tuple(a._version for a in self.blocks)
+
+    @torch.no_grad()
+    def update64(self) -> Tensor:
+        """dW (m, n) in float64: what the merge adds."""
+        return fold(self.free_blocks, list(self.blocks), torch.float64)
+
+    def fingerprint(self) -> list[float]:
+        """Identifies the bases the coordinates belong to, up to rounding."""
+        factors = [factor for block in self.free_blocks for factor in (block.left, block.right)]
+        return [value for factor in factors if factor is not None for value in fingerprint(factor)]
+
+
+@contextmanager
+def _fast_float32(device: torch.device) -> Iterator[None]:
+    """TF32 for the per-step fold and the projection: exactness lives in A and in the float64 merge."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ProtectedMatrix:
+    """A module whose weight is parametrized, and its coordinates."""
+
+    path: str
+    module: nn.Module
+    coordinates: Coordinates
+
+    @property
+    def pristine(self) -> nn.Parameter:
+        """W0, as the module stores it."""
+        found: nn.Parameter = self.module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
+        return found
+
+    def refresh(self) -> None:
+        """Folds the weight again."""
+        self.coordinates.refresh(self.pristine)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ProtectedBlock:
+    """One transformer block as a unit: its module, its matrices, their parameters (and so their optimizer state)."""
+
+    path: str
+    module: nn.Module
+    matrices: tuple[ProtectedMatrix, ...]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The coordinates of the block."""
+        return [a for matrix in self.matrices for a in matrix.coordinates.blocks]
+
+
+def protect(
+    model: Any,
+    archive: str | Path | Archive,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    fold: FoldMode = "automatic",
+) -> Any:
+    """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
+
+    They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
+    The model's outputs are unchanged until they are.
+
+    Args:
+        model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
+        archive: the subspace archive of its checkpoint, or its path.
+        compute_dtype: dtype of the folded weights; default each weight's own.
+        fold: "manual" if the caller refreshes the matrices after each optimizer step.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ArchiveError: if the archive does not belong to the model, or the model is protected already.
+        CapacityError: if no matrix has a free direction left.
+    """
+    archive = archive if isinstance(archive, Archive) else Archive(archive)
+    if protected_matrices(model):
+        raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
+    parameters = _find_parameters(model, archive)
+    open_names = [name for name, record in archive.items() if record.staircase.num_free]
+    if not open_names:
+        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    for name, parameter in parameters.items():
+        _check_weight(archive, name, model.get_parameter(parameter))
+    model.requires_grad_(False)
+    for name in open_names:
+        module = model.get_submodule(parameters[name].rpartition(".")[0])
+        weight = module.weight
+        coordinates = Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold)
+        parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
+        module.parametrizations.weight.original.requires_grad_(False)
+    return model
+
+
+def _find_parameters(model: Any, archive: Archive) -> dict[str, str]:
+    """Archive name -> parameter of the model."""
+    found = {name: parameter for parameter, name in match_names(model, list(archive)).items()}
+    absent = [name for name in archive if name not in found]
+    if absent:
+        raise ArchiveError(
+            f"{archive.path}: archive covers {len(archive)} matrices, {type(model).__name__} lacks {len(absent)} of them, "
+            f"first {absent[0]}; run `sculptor analyze` on this model's checkpoint"
+        )
+    return found
+
+
+def _check_weight(archive: Archive, name: str, weight: Tensor) -> None:
+    record = archive[name]
+    expected = record.shape[::-1] if record.transposed else record.shape
+    if tuple(weight.shape) != expected:
+        raise ArchiveError(
+            f"{archive.path}: {name} is {list(expected)} in the archive, {list(weight.shape)} in the model"
+        )
+    base = getattr(torch, record.base_dtype)
+    as_saved = weight.detach().to(base)
+    if digest(as_saved) != record.base_digest:
+        wider = torch.promote_types(base, weight.dtype) == weight.dtype
+        reason = (
+            "the model's weights are not the checkpoint's that was analyzed; run `sculptor analyze` on it"
+            if wider
+            else f"load the model with dtype=torch.{record.base_dtype}, the archive's base cannot be told in {weight.dtype}"
+        )
+        raise ArchiveError(f"{archive.path}: {name} differs from the archive's base: {reason}")
+
+
+def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:
+    """The parametrized matrices of a model, in its order."""
+    found = []
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            coordinates = module.parametrizations.weight[0]
+            if isinstance(coordinates, Coordinates):
+                found.append(ProtectedMatrix(path, module, coordinates))
+    return found
+
+
+def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
+    """The blocks that hold protected matrices: what a streaming engine moves as a unit."""
+    from sculptor.checkpoint.architecture import find_blocks
+
+    matrices = protected_matrices(model)
+    blocks = []
+    for path, module in find_blocks(model).items():
+        inside = tuple(matrix for matrix in matrices if matrix.path.startswith(path + "."))
+        if inside:
+            blocks.append(ProtectedBlock(path, module, inside))
+    return blocks
+
+
+@torch.no_grad()
+def merged_weight(coordinates: Coordinates, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W0 + dW as the module stores it, added in float64 and rounded once to `dtype`."""
+    update = coordinates.update64()
+    stored = update.T if coordinates.transposed else update
+    return (weight.to(torch.float64) + stored.to(weight.device)).to(dtype).contiguous()
+
+
+@torch.no_grad()
+def merge(model: Any) -> Any:
+    """Folds the coordinates of a protected model into its weights and removes them, in place.
+
+    Returns:
+        `model`, with its modules as they were before `protect`, and no trainable parameters.
+
+    Raises:
+        ArchiveError: if the model is not protected.
+    """
+    matrices = protected_matrices(model)
+    if not matrices:
+        raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
+    for matrix in matrices:
+        pristine = matrix.pristine
+        merged = merged_weight(matrix.coordinates, pristine, pristine.dtype)
+        parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
+        weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
+        weight.data = merged
+        weight.requires_grad_(False)
+    return model

@@ -1,0 +1,84 @@
+"""What a training run can be told. Every field's help is the text the command line shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from sculptor.errors import SettingsError
+
+Schedule = Literal["cosine", "linear", "constant"]
+SaveDtype = Literal["keep", "float32", "bfloat16"]
+Carry = Literal["accumulate", "retake"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSettings:
+    """Settings of `sculptor train`; everything that decides its result."""
+
+    epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Optimizer steps, at least 1; overrides epochs and repeats the data."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW on the coordinates."""
+    weight_decay: float = 0.0
+    """Pulls the coordinates towards 0, that is the weights towards the base."""
+    warmup: float = 0.03
+    """Share of the steps (below 1) or number of steps (1 and more) with rising learning rate."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls to 0 after the warm-up."""
+    clip: float = 1.0
+    """Largest norm of the gradient of all trained parameters; 0 for none."""
+    batch_size: int = 32
+    """Rows per optimizer step."""
+    micro_batch_size: int = 8
+    """Rows per forward; splits a batch."""
+    max_length: int | None = None
+    """Longest sequence in tokens; default 1024 or the model's limit."""
+    also_train: tuple[str, ...] = ()
+    """Patterns of further parameters (norms, embeddings, head, biases) to train without protection."""
+    seed: int = 0
+    """Decides order, masking and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    save_dtype: SaveDtype = "keep"
+    """Dtype of the merged checkpoint."""
+    carry: Carry = "accumulate"
+    """How the archive goes on: add what the task learned, or decompose again."""
+    checkpoint_activations: bool | None = None
+    """Recompute activations in the backward pass; default only on a GPU."""
+    save_every: int | None = None
+    """Steps between saved states; default about every tenth of the run."""
+    eval_every: int | None = None
+    """Steps between evaluations; default five times in the run."""
+
+    def __post_init__(self) -> None:
+        checks: Sequence[tuple[bool, str]] = (
+            (self.epochs > 0, f"--epochs {self.epochs}: expected more than 0"),
+            (self.max_steps is None or self.max_steps >= 1, f"--max-steps {self.max_steps}: expected at least 1"),
+            (0 < self.learning_rate < float("inf"), f"--learning-rate {self.learning_rate}: expected more than 0"),
+            (0 <= self.weight_decay < float("inf"), f"--weight-decay {self.weight_decay}: expected 0 or more"),
+            (0 <= self.warmup < float("inf"), f"--warmup {self.warmup}: expected 0 or more"),
+            (0 <= self.clip < float("inf"), f"--clip {self.clip}: expected 0 (none) or more"),
+            (self.batch_size >= 1, f"--batch-size {self.batch_size}: expected at least 1"),
+            (self.micro_batch_size >= 1, f"--micro-batch-size {self.micro_batch_size}: expected at least 1"),
+            (self.max_length is None or self.max_length >= 8, f"--max-length {self.max_length}: expected at least 8"),
+            (self.seed >= 0, f"--seed {self.seed}: expected 0 or more"),
+            (self.save_every is None or self.save_every >= 1, f"--save-every {self.save_every}: expected at least 1"),
+            (self.eval_every is None or self.eval_every >= 1, f"--eval-every {self.eval_every}: expected at least 1"),
+            (self.schedule in ("cosine", "linear", "constant"), f"--schedule {self.schedule}: unknown"),
+            (self.save_dtype in ("keep", "float32", "bfloat16"), f"--save-dtype {self.save_dtype}: unknown"),
+            (self.carry in ("accumulate", "retake"), f"--carry {self.carry}: unknown"),
+        )
+        wrong = [message for holds, message in checks if not holds]
+        if wrong:
+            raise SettingsError("; ".join(wrong))
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of all settings."""
+        return [field.name for field in fields(cls)]
