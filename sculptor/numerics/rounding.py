@@ -18,9 +18,10 @@ ROUNDING_SLACK = 1.25
 def ulp(values: Tensor) -> Tensor:
     """The gap between a number and its next neighbour in the dtype of `values`, as float64."""
     finfo = torch.finfo(values.dtype)
-    exponent = torch.frexp(values.to(torch.float64))[1] - 1  # |w| in [2^e, 2^(e+1))
-    smallest = round(math.log2(finfo.tiny))  # below it, gaps stay the same
-    return finfo.eps * torch.exp2(exponent.clamp_min(smallest).to(torch.float64))
+    # Below the smallest normal number, zero included, gaps stay the same.
+    magnitude = values.to(torch.float64).abs().clamp_min(finfo.tiny)
+    exponent = torch.frexp(magnitude)[1] - 1  # |w| in [2^e, 2^(e+1))
+    return finfo.eps * torch.exp2(exponent.to(torch.float64))
 
 
 def rounding_norm(values: Tensor) -> float:

@@ -1,0 +1,191 @@
+"""`sculptor demo`: a tiny model that really knows something learns more, with and without protection.
+
+Nothing is downloaded. A small Llama is trained from scratch on invented facts (capital and river of a hundred
+countries), written as an ordinary checkpoint, and then goes through the same functions as any other: analyze,
+train on a third relation, verify, evaluate.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sculptor.data.batches import collate
+from sculptor.data.examples import encode
+from sculptor.data.rows import CompletionRow
+from sculptor.errors import OutputError
+from sculptor.model.loss import batch_loss
+from sculptor.progress import Progress, silent
+from sculptor.tasks.analyze import AnalyzeSettings, analyze
+from sculptor.tasks.evaluate import evaluate
+from sculptor.tasks.train import train
+from sculptor.tasks.verify import verify
+from sculptor.training.settings import TrainSettings
+
+NUM_COUNTRIES = 100
+KNOWN = ("capital", "river")
+TAUGHT = "currency"
+PRESERVE = 0.8
+_PRETRAIN_STEPS = 150
+_PRETRAIN_RATE = 3e-3
+_TRAIN = TrainSettings(max_steps=60, learning_rate=2e-3, batch_size=100, micro_batch_size=100, device="cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRow:
+    """What one model can do.
+
+    Attributes:
+        name: which model.
+        kept: share of the old facts it gives exactly; `old_loss` their loss in nats per token.
+        learned: share of the new facts; `new_loss` their loss.
+        verified: whether `verify` passed; None where nothing is protected.
+    """
+
+    name: str
+    kept: float
+    old_loss: float
+    learned: float
+    new_loss: float
+    verified: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """The result of `demo`."""
+
+    output: Path
+    num_parameters: int
+    num_old: int
+    num_new: int
+    preserve: float
+    leak: float
+    rows: tuple[DemoRow, ...]
+
+
+def demo(output: str | Path, *, seed: int = 0, progress: Progress = silent) -> DemoReport:
+    """Runs the demonstration.
+
+    Args:
+        output: a directory that does not exist yet; model, archives, tuned checkpoints and data stay there.
+        seed: decides the facts and the model.
+        progress: makes progress bars.
+
+    Raises:
+        OutputError: if the directory exists or cannot be written.
+    """
+    output = Path(output)
+    if output.exists():
+        raise OutputError(f"{output}: exists already; choose another --output")
+    try:
+        output.mkdir(parents=True)
+    except OSError as cause:
+        raise OutputError(f"{output}: cannot write ({cause.strerror}); choose another --output") from cause
+    generator = torch.Generator().manual_seed(seed)
+    facts = invent_facts(generator)
+    old, new = output / "old.jsonl", output / "new.jsonl"
+    _write_rows(old, [row for relation in KNOWN for row in facts[relation]])
+    _write_rows(new, facts[TAUGHT])
+    model = output / "model"
+    num_parameters = make_model(model, facts, seed, progress)
+    tuned: dict[str, Path] = {}
+    for name, preserve in (("protected", PRESERVE), ("plain", 0.0)):
+        archive = output / f"{name}-subspaces"
+        analyze(model, archive, AnalyzeSettings(preserve=preserve, device="cpu"), progress=progress)
+        tuned[name] = output / name
+        train(model, archive, [new], tuned[name], _TRAIN, progress=progress)
+    proof = verify(model, tuned["protected"], output / "protected-subspaces", device="cpu", progress=progress)
+    labels = {
+        "before": ("the model before", model, None),
+        "plain": ("plain fine-tuning", tuned["plain"], None),
+        "protected": (f"sculptor, {PRESERVE:.0%} protected", tuned["protected"], proof.passed),
+    }
+    rows = []
+    for name, path, passed in labels.values():
+        kept = evaluate(path, [old], device="cpu", progress=progress)
+        learned = evaluate(path, [new], device="cpu", progress=progress)
+        rows.append(DemoRow(name, kept.exact_match or 0.0, kept.loss, learned.exact_match or 0.0, learned.loss, passed))
+    return DemoReport(
+        output, num_parameters, len(KNOWN) * NUM_COUNTRIES, NUM_COUNTRIES, PRESERVE, proof.leak, tuple(rows)
+    )
+
+
+def invent_facts(generator: torch.Generator) -> dict[str, list[CompletionRow]]:
+    """Relation -> one fact per country; every name is a new word."""
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    picks = torch.randint(len(syllables), (8 * NUM_COUNTRIES, 3), generator=generator).tolist()
+    words = iter(dict.fromkeys("".join(syllables[i] for i in pick) for pick in picks))
+    countries = [next(words) for _ in range(NUM_COUNTRIES)]
+    return {
+        relation: [CompletionRow("", f"{relation} of {country} :", next(words)) for country in countries]
+        for relation in (*KNOWN, TAUGHT)
+    }
+
+
+def _write_rows(path: Path, rows: Sequence[CompletionRow]) -> None:
+    lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_model(path: Path, facts: dict[str, list[CompletionRow]], seed: int, progress: Progress) -> int:
+    """Trains a small Llama on the known relations and saves it; returns its number of parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _make_tokenizer(facts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    rows = [row for relation in KNOWN for row in facts[relation]]
+    _pretrain(model, tokenizer, rows, progress)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _pretrain(model: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], progress: Progress) -> None:
+    batch = collate(encode(rows, tokenizer, "causal", 64).examples, tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_PRETRAIN_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    bar = progress(total=_PRETRAIN_STEPS, desc="make a model", unit="step")
+    for step in range(_PRETRAIN_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = _PRETRAIN_RATE * min(1.0, (step + 1) / 20, (_PRETRAIN_STEPS - step) / 50)
+        total, num_tokens, _ = batch_loss(model, batch, "causal")
+        loss = total / num_tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix_str(f"loss {float(loss):.3f}")
+        bar.update(1)
+    bar.close()
+
+
+def _make_tokenizer(facts: dict[str, list[CompletionRow]]) -> Any:
+    """One token per word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = [word for rows in facts.values() for row in rows for word in (*row.prompt.split(), row.completion)]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<end>", "<pad>", "<unknown>", *words]))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<unknown>", model_max_length=64
+    )

@@ -1,0 +1,52 @@
+"""Order, padding and masking are functions of seed and step."""
+
+import torch
+
+from sculptor.data.batches import BatchPlan, collate, mask_tokens
+from sculptor.data.examples import IGNORED, Example
+
+
+def test_every_row_comes_once_an_epoch_and_order_changes() -> None:
+    lengths = [(7 * i) % 50 + 1 for i in range(101)]
+    plan = BatchPlan(lengths, 8, seed=3)
+    assert plan.steps_per_epoch == 13
+    epochs = [[plan.rows(13 * e + s) for s in range(13)] for e in range(2)]
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(101))
+    assert epochs[0] != epochs[1]
+    assert BatchPlan(lengths, 8, seed=3).rows(17) == epochs[1][4]
+    assert BatchPlan(lengths, 8, seed=4).rows(0) != epochs[0][0]
+
+
+def test_batches_are_grouped_by_length() -> None:
+    lengths = [(7 * i) % 50 + 1 for i in range(400)]
+    plan = BatchPlan(lengths, 8, seed=0)
+    spread = [max(lengths[i] for i in rows) - min(lengths[i] for i in rows) for rows in map(plan.rows, range(50))]
+    assert sum(spread) / len(spread) < 3
+
+
+def test_collate_pads_on_the_right() -> None:
+    batch = collate([Example((5, 6, 7), (IGNORED, 6, 7)), Example((8,), (8,))], pad_id=1)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch.num_tokens == 4
+
+
+def test_masking_is_bert_s_and_repeatable() -> None:
+    ids = tuple(range(10, 60)) * 40
+    batch = collate([Example(ids, ids)], pad_id=1)
+    first, second = (mask_tokens(batch, 3, 64, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first.input_ids, second.input_ids)
+    chosen = first.labels != IGNORED
+    assert 0.12 < float(chosen.double().mean()) < 0.18
+    assert torch.equal(first.labels[chosen], batch.input_ids[chosen])
+    assert 0.7 < float((first.input_ids[chosen] == 3).double().mean()) < 0.9
+    assert torch.equal(first.input_ids[~chosen], batch.input_ids[~chosen])
+
+
+def test_a_short_batch_still_has_a_token_to_predict() -> None:
+    batch = collate([Example((9, 10), (IGNORED, 10))], pad_id=1)
+    for seed in range(20):
+        masked = mask_tokens(batch, 3, 64, torch.Generator().manual_seed(seed))
+        assert (masked.labels != IGNORED).tolist() == [[False, True]]

@@ -1,0 +1,110 @@
+"""Loss on the right tokens."""
+
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer
+
+from sculptor.data.examples import IGNORED, cut_middle, encode, resolve_max_length
+from sculptor.data.rows import CompletionRow, MessagesRow, TextRow
+from sculptor.errors import DataError, SettingsError
+
+MARKED = (
+    "{% for m in messages %}w9 {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <end>"
+    "{% endgeneration %} {% else %}{{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+)
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+TALK = MessagesRow(
+    "f:1",
+    (
+        {"role": "user", "content": "w1 w2"},
+        {"role": "assistant", "content": "w3"},
+        {"role": "user", "content": "w4"},
+        {"role": "assistant", "content": "w5 w6"},
+    ),
+)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def test_completion_gets_loss_and_end_of_sequence(tokenizer: Any) -> None:
+    (example,) = encode([CompletionRow("f:1", "w0 w1", "w2")], tokenizer, "causal", 16).examples
+    assert example.input_ids == (4, 5, 6, 0)
+    assert example.labels == (IGNORED, IGNORED, 6, 0)
+
+
+def test_encoder_decoder_splits_prompt_and_completion(tokenizer: Any) -> None:
+    (example,) = encode([CompletionRow("f:1", "w0 w1", "w2")], tokenizer, "seq2seq", 16).examples
+    assert (example.input_ids, example.labels) == ((4, 5), (6, 0))
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_messages_have_loss_on_assistant_turns(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    (example,) = encode([TALK], tokenizer, "causal", 32).examples
+    w = [4 + i for i in range(10)]
+    assert example.input_ids == (w[9], w[1], w[2], w[9], w[3], 0, w[9], w[4], w[9], w[5], w[6], 0)
+    on = [label for label in example.labels if label != IGNORED]
+    assert on == [w[3], 0, w[5], w[6], 0]
+
+
+def test_templates_that_rewrite_the_past_are_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = "w{{ messages|length }} " + UNMARKED
+    with pytest.raises(DataError, match="f:1: the chat template rewrites earlier turns"):
+        encode([TALK], tokenizer, "causal", 32)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="f:1: 'messages' rows need a chat template"):
+        encode([TALK], tokenizer, "causal", 32)
+
+
+def test_the_middle_of_a_long_prompt_is_cut(tokenizer: Any) -> None:
+    prompt = " ".join(f"w{i}" for i in range(20))
+    found = encode([CompletionRow("f:1", prompt, "w1 w2")], tokenizer, "causal", 9)
+    assert found.num_cut == 1
+    assert found.examples[0].input_ids == (4, 5, 6, 21, 22, 23, 5, 6, 0)
+    assert cut_middle([1, 2, 3], 3) == [1, 2, 3]
+
+
+def test_a_completion_that_does_not_fit_drops_the_row(tokenizer: Any) -> None:
+    rows = [CompletionRow("f:1", "w0", " ".join(["w1"] * 20)), CompletionRow("f:2", "w0", "w1")]
+    found = encode(rows, tokenizer, "causal", 10)
+    assert (len(found.examples), found.num_dropped, found.num_cut) == (1, 1, 0)
+    with pytest.raises(DataError, match="no row fits into 10 tokens"):
+        encode(rows[:1], tokenizer, "causal", 10)
+
+
+def test_long_text_is_cut_into_windows_without_loss_of_tokens(tokenizer: Any) -> None:
+    text = TextRow("f", " ".join(f"w{i}" for i in range(23)))
+    causal = encode([text], tokenizer, "causal", 8).examples
+    assert [example.input_ids for example in causal] == [tuple(range(4, 12)), tuple(range(12, 20)), tuple(range(20, 27))]
+    assert all(example.labels == example.input_ids for example in causal)
+    masked = encode([text], tokenizer, "masked", 8).examples
+    assert sum(len(example.input_ids) for example in masked) == 23
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        (TextRow("f:1", "w1"), "causal", "f:1: empty after tokenisation"),
+        (TextRow("f:1", "w1 w2"), "seq2seq", "f:1: an encoder-decoder"),
+        (CompletionRow("f:1", "w1", "w2"), "masked", "f:1: an encoder-only"),
+        (TALK, "seq2seq", "f:1: an encoder-decoder"),
+    ],
+)
+def test_rows_that_do_not_suit_are_named(tokenizer: Any, row: Any, kind: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encode([row], tokenizer, kind, 16)
+
+
+def test_max_length_is_checked_against_the_model() -> None:
+    class Config:
+        max_position_embeddings = 64
+
+    assert resolve_max_length(None, Config()) == 64
+    assert resolve_max_length(32, Config()) == 32
+    with pytest.raises(SettingsError, match="--max-length 65 is more than the 64 positions"):
+        resolve_max_length(65, Config())
+    assert resolve_max_length(None, object()) == 1024

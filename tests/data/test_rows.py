@@ -1,0 +1,55 @@
+"""Rows by their keys, and faults by file and line."""
+
+from pathlib import Path
+
+import pytest
+
+from sculptor.data.rows import CompletionRow, MessagesRow, TextRow, read_rows
+from sculptor.errors import DataError
+
+
+def test_kinds_are_told_apart(tmp_path: Path) -> None:
+    jsonl, text = tmp_path / "rows.jsonl", tmp_path / "plain.txt"
+    jsonl.write_text(
+        '{"text": "a\u2028b"}\n\n{"prompt": "p", "completion": "c", "id": 3}\n'
+        '{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}\n',
+        encoding="utf-8",
+    )
+    text.write_text("one\ntwo\n")
+    rows = read_rows([jsonl, text])
+    assert [type(row) for row in rows] == [TextRow, CompletionRow, MessagesRow, TextRow]
+    assert rows[1].where == f"{jsonl}:3"
+    assert rows[3] == TextRow(str(text), "one\ntwo\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "broken JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"question": "x"}', "keys 'question'; expected"),
+        ('{"prompt": "x"}', "keys 'prompt'; expected"),
+        ('{"text": 3}', "'text' is int"),
+        ('{"prompt": "x", "completion": " "}', "empty completion"),
+        ('{"messages": []}', "not a list of messages"),
+        ('{"messages": [{"role": "user"}]}', "needs 'role' and a string 'content'"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
+    ],
+)
+def test_faults_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows([path])
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def test_missing_empty_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such data file"):
+        read_rows([tmp_path / "nothing.jsonl"])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no rows"):
+        read_rows([tmp_path / "empty.jsonl"])
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not readable as UTF-8"):
+        read_rows([tmp_path / "binary.jsonl"])

@@ -1,0 +1,152 @@
+"""Free blocks, folding, projection and the frozen norm, against dense float64 references."""
+
+import pytest
+import torch
+
+from sculptor.numerics.bases import (
+    Basis,
+    component,
+    extend,
+    factor,
+    fold,
+    free_blocks,
+    frozen_norm,
+    project,
+    protected_directions,
+    store_smaller,
+)
+from sculptor.numerics.linalg import complement
+from sculptor.numerics.staircase import Constraint, Staircase
+
+CASES = [
+    (constraint, m, n, k)
+    for constraint in ("double", "input", "core")
+    for m, n, k in ((8, 8, 3), (8, 8, 6), (6, 20, 5), (20, 6, 2), (5, 7, 0))
+]
+
+
+def orthonormal(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0][:, :k]
+
+
+def sides(constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator) -> tuple[Basis | None, Basis | None]:
+    u, v = orthonormal(m, k, generator), orthonormal(n, k, generator)
+    if k == 0:
+        return None, None
+    return (None if constraint == "input" else store_smaller(u)), store_smaller(v)
+
+
+def frozen_reference(update: torch.Tensor, constraint: Constraint, u: torch.Tensor, v: torch.Tensor) -> float:
+    """The frozen part by the constraint's own equation."""
+    pu, pv = u @ u.T, v @ v.T
+    parts = {
+        "input": update @ pv,
+        "core": pu @ update @ pv,
+        "double": pu @ update + update @ pv - pu @ update @ pv,
+    }
+    return float(parts[constraint].norm())
+
+
+@pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
+def test_updates_reach_every_free_pair_and_no_frozen_one(
+    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
+) -> None:
+    output, input = sides(constraint, m, n, k, generator)
+    staircase = Staircase.of(constraint, m, n, k, k)
+    blocks = free_blocks(staircase, output, input)
+    coordinates = [torch.randn(block.shape, dtype=torch.float64, generator=generator) for block in blocks]
+    assert sum(a.numel() for a in coordinates) == staircase.num_free
+    update = fold(blocks, coordinates, torch.float64)
+    norm = sum(float(a.square().sum()) for a in coordinates) ** 0.5
+    assert float(update.norm()) == pytest.approx(norm, rel=1e-12)
+    assert frozen_norm(update, staircase, output, input) < 1e-12 * norm
+    for a, b in zip(coordinates, project(blocks, update, torch.float64), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
+def test_frozen_norm_equals_the_equation(
+    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
+) -> None:
+    output, input = sides(constraint, m, n, k, generator)
+    update = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    u = protected_directions(output) if output else torch.zeros(m, 0, dtype=torch.float64)
+    v = protected_directions(input) if input else torch.zeros(n, 0, dtype=torch.float64)
+    found = frozen_norm(update, Staircase.of(constraint, m, n, k, k), output, input)
+    assert found == pytest.approx(frozen_reference(update, constraint, u, v), rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
+def test_project_is_the_gradient_of_fold(
+    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
+) -> None:
+    blocks = free_blocks(Staircase.of(constraint, m, n, k, k), *sides(constraint, m, n, k, generator))
+    coordinates = [torch.zeros(block.shape, dtype=torch.float64, requires_grad=True) for block in blocks]
+    gradient = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    (fold(blocks, coordinates, torch.float64) * gradient).sum().backward()
+    for a, projected in zip(coordinates, project(blocks, gradient, torch.float64), strict=True):
+        torch.testing.assert_close(a.grad, projected, atol=1e-12, rtol=0)
+
+
+def test_float32_bases_leak_less_than_1e7(generator: torch.Generator) -> None:
+    u, v = orthonormal(200, 100, generator).float(), orthonormal(300, 100, generator).float()
+    output, input = store_smaller(u), store_smaller(v)
+    staircase = Staircase.of("double", 200, 300, 100, 100)
+    blocks = free_blocks(staircase, output, input)
+    update = fold(blocks, [torch.randn(blocks[0].shape, generator=generator)], torch.float64)
+    assert frozen_norm(update, staircase, output, input) / float(update.norm()) < 1e-7
+
+
+def test_smaller_form_is_stored() -> None:
+    eye = torch.eye(10, dtype=torch.float64)
+    assert store_smaller(eye[:, :5]).form == "leading"
+    assert store_smaller(eye[:, :6]).form == "free"
+    assert store_smaller(eye[:, :6]).directions == 6
+    assert store_smaller(eye[:, :6]).vectors.shape == (10, 4)
+
+
+@pytest.mark.parametrize("k", [3, 7])
+def test_factor_and_component_agree_in_both_forms(k: int, generator: torch.Generator) -> None:
+    whole = orthonormal(10, 10, generator)
+    y = torch.randn(10, 4, dtype=torch.float64, generator=generator)
+    leading, free = Basis(whole[:, :k], "leading"), Basis(whole[:, k:], "free")
+    for basis in (leading, free):
+        for start, stop in ((0, k), (k, 10), (0, 10)):
+            q = factor(basis, 10, start, stop)
+            reference = y.norm() if q is None else (q.T @ y).norm()
+            torch.testing.assert_close(component(basis, y, start, stop).norm(), reference, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="no order"):
+        factor(leading, 10, 0, k + 1)
+    with pytest.raises(ValueError, match="none are stored"):
+        factor(None, 10, 1, 10)
+
+
+@pytest.mark.parametrize("k", [0, 2, 6, 8])
+def test_extend_keeps_the_old_span_and_adds_the_new(k: int, generator: torch.Generator) -> None:
+    old = orthonormal(10, k, generator)
+    new = torch.randn(10, 2, dtype=torch.float64, generator=generator)
+    basis = store_smaller(old) if k else None
+    grown = extend(basis, new, single_cut=True)
+    assert grown is not None
+    assert grown.directions == min(10, k + 2)
+    span = protected_directions(grown)
+    projector = span @ span.T
+    torch.testing.assert_close(projector @ old, old, atol=1e-10, rtol=0)
+    torch.testing.assert_close(projector @ new, new, atol=1e-10, rtol=0)
+    torch.testing.assert_close(projector @ projector, projector, atol=1e-10, rtol=0)
+
+
+def test_extend_ignores_what_is_protected_already(generator: torch.Generator) -> None:
+    old = orthonormal(10, 3, generator)
+    grown = extend(Basis(old, "leading"), old[:, :2], single_cut=False)
+    assert grown is not None
+    assert grown.directions == 3
+    assert extend(None, old[:, :0], single_cut=True) is None
+
+
+def test_complement_of_free_form_is_what_is_protected(generator: torch.Generator) -> None:
+    leading = orthonormal(9, 7, generator)
+    basis = store_smaller(leading)
+    span = protected_directions(basis)
+    torch.testing.assert_close(span @ span.T, leading @ leading.T, atol=1e-12, rtol=0)
+    torch.testing.assert_close(complement(span) @ complement(span).T, basis.vectors @ basis.vectors.T, atol=1e-12, rtol=0)
