@@ -64,7 +64,7 @@ def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
         initial=initial,
         delay=2,
         dynamic_ncols=True,
-        mininterval=0.5,
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
         unit_scale=unit == "B",
         leave=False,
         file=sys.stderr,

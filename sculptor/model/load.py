@@ -108,3 +108,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(checkpoint.path)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recomputes each block's activations in the backward pass; transformers renamed the switch in 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

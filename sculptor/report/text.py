@@ -1,9 +1,11 @@
 """Results as tables of at most 100 columns."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.tasks.analyze import AnalyzeReport, RoleSummary
+from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.evaluate import Evaluation
 from sculptor.tasks.inspect_archive import Inspection
 from sculptor.tasks.train import TrainReport
@@ -226,3 +228,32 @@ def evaluate_text(result: Evaluation) -> str:
         rows.append(["exact match", percent(result.exact_match)])
     rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
     return table(["measure", "value"], rows)
+
+
+def demo_text(report: DemoReport, kept: bool) -> str:
+    """What `sculptor demo` prints."""
+    rows = [
+        [
+            row.name,
+            percent(row.kept),
+            percent(row.learned),
+            "-" if row.verified is None else "passed" if row.verified else "FAILED",
+        ]
+        for row in report.rows
+    ]
+    parts = [
+        f"A model of {report.num_parameters:,} parameters that knows {report.num_old} facts was taught {report.num_new} more.",
+        table(["", f"old facts kept ({report.num_old})", f"new facts learned ({report.num_new})", "verify"], rows),
+        f"Both runs: same data, steps and learning rate. Leak into the protected pairs: {report.leak:.1e} of the update.",
+    ]
+    if kept:
+        parts.append(f"Everything is in {report.output}; look at it with\n" + "\n".join(_demo_commands(report.output)))
+    return "\n\n".join(parts)
+
+
+def _demo_commands(output: Path) -> list[str]:
+    return [
+        f"  sculptor inspect {output / 'protected' / 'subspaces'}",
+        f"  sculptor verify {output / 'model'} {output / 'protected'} --subspaces {output / 'protected-subspaces'}",
+        f"  sculptor evaluate {output / 'protected'} --data {output / 'old.jsonl'}",
+    ]

@@ -29,10 +29,10 @@ from sculptor.training.settings import TrainSettings
 NUM_COUNTRIES = 100
 KNOWN = ("capital", "river")
 TAUGHT = "currency"
-PRESERVE = 0.8
+PRESERVE = 0.6
 _PRETRAIN_STEPS = 150
 _PRETRAIN_RATE = 3e-3
-_TRAIN = TrainSettings(max_steps=60, learning_rate=2e-3, batch_size=100, micro_batch_size=100, device="cpu")
+_TRAIN = TrainSettings(max_steps=150, learning_rate=2e-3, batch_size=100, micro_batch_size=100, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def _pretrain(model: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], p
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {float(loss):.3f}")
+        bar.set_postfix_str(f"loss {float(loss.detach()):.3f}", refresh=False)
         bar.update(1)
     bar.close()
 

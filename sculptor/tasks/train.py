@@ -30,7 +30,14 @@ from sculptor.data.examples import Encoded, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import CapacityError, CheckpointError, DataError, SettingsError
 from sculptor.evaluation.loss import mean_loss
-from sculptor.model.load import LoadedModel, load_config, load_model, load_tokenizer, resolve_device
+from sculptor.model.load import (
+    LoadedModel,
+    checkpoint_activations,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from sculptor.progress import Progress, silent
 from sculptor.training.coordinates import (
     Coordinates,
@@ -236,7 +243,7 @@ def _prepare_model(loaded: LoadedModel, job: _Job) -> TrainedParameters:
         extra[parameter] = value
     recompute = on_gpu if job.settings.checkpoint_activations is None else job.settings.checkpoint_activations
     if recompute:
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(loaded.model)
     return TrainedParameters(tuple(protected_blocks(loaded.model)), extra)
 
 

@@ -200,7 +200,7 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         speed = (self.position.tokens + tokens) / seconds
         self.position = replace(self.position, step=step + 1, tokens=self.position.tokens + tokens, seconds=seconds)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
         bar.update(1)
         epoch = round((step + 1) / self.plan.steps_per_epoch, 4)
         self._log(

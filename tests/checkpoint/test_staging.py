@@ -13,7 +13,7 @@ def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
     partial = start_staging(output, overwrite=False, resume=False)
     assert partial == partial_path(output)
     (partial / "work").write_text("half")
-    with pytest.raises(OutputError, match="left over .* --resume .* --overwrite"):
+    with pytest.raises(OutputError, match=r"left over .* --resume .* --overwrite"):
         start_staging(output, overwrite=False, resume=False)
     assert (start_staging(output, overwrite=False, resume=True) / "work").exists()
     assert not (start_staging(output, overwrite=True, resume=False) / "work").exists()

@@ -41,4 +41,6 @@ def test_data_are_laid_out_in_the_order_of_the_entries(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path, small_disk: None) -> None:
     with pytest.raises(OutputError, match="cannot write"):
-        write_tensors(tmp_path / "a.safetensors", [("a", torch.float32, (1 << 20,))], lambda _: torch.zeros(1 << 20), {})
+        write_tensors(
+            tmp_path / "a.safetensors", [("a", torch.float32, (1 << 20,))], lambda _: torch.zeros(1 << 20), {}
+        )

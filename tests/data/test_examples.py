@@ -79,7 +79,11 @@ def test_a_completion_that_does_not_fit_drops_the_row(tokenizer: Any) -> None:
 def test_long_text_is_cut_into_windows_without_loss_of_tokens(tokenizer: Any) -> None:
     text = TextRow("f", " ".join(f"w{i}" for i in range(23)))
     causal = encode([text], tokenizer, "causal", 8).examples
-    assert [example.input_ids for example in causal] == [tuple(range(4, 12)), tuple(range(12, 20)), tuple(range(20, 27))]
+    assert [example.input_ids for example in causal] == [
+        tuple(range(4, 12)),
+        tuple(range(12, 20)),
+        tuple(range(20, 27)),
+    ]
     assert all(example.labels == example.input_ids for example in causal)
     masked = encode([text], tokenizer, "masked", 8).examples
     assert sum(len(example.input_ids) for example in masked) == 23

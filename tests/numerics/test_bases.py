@@ -29,7 +29,9 @@ def orthonormal(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0][:, :k]
 
 
-def sides(constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator) -> tuple[Basis | None, Basis | None]:
+def sides(
+    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
+) -> tuple[Basis | None, Basis | None]:
     u, v = orthonormal(m, k, generator), orthonormal(n, k, generator)
     if k == 0:
         return None, None
@@ -149,4 +151,6 @@ def test_complement_of_free_form_is_what_is_protected(generator: torch.Generator
     basis = store_smaller(leading)
     span = protected_directions(basis)
     torch.testing.assert_close(span @ span.T, leading @ leading.T, atol=1e-12, rtol=0)
-    torch.testing.assert_close(complement(span) @ complement(span).T, basis.vectors @ basis.vectors.T, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        complement(span) @ complement(span).T, basis.vectors @ basis.vectors.T, atol=1e-12, rtol=0
+    )

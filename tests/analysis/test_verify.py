@@ -1,0 +1,119 @@
+"""The proof holds when it should and fails when it should."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_checkpoint, task_rows, write_rows
+from safetensors.torch import load_file, save_file
+
+from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
+from sculptor.errors import VerificationError
+
+NAME = "model.layers.1.mlp.gate_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bf16 base, its archive, and what one task made of it."""
+    root = tmp_path_factory.mktemp("chain")
+    made = {"root": root, "base": save_checkpoint(root / "base", dtype=torch.bfloat16), "archive": root / "archive"}
+    analyze(made["base"], made["archive"], AnalyzeSettings(preserve=0.5, device="cpu"))
+    made["data"] = write_rows(root / "task.jsonl", task_rows())
+    for dtype in ("keep", "float32"):
+        settings = TrainSettings(max_steps=20, batch_size=8, learning_rate=1e-2, save_dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        made[dtype] = root / dtype
+        train(made["base"], made["archive"], [made["data"]], made[dtype], settings)
+    return made
+
+
+def edited(chain: dict[str, Path], tmp_path: Path, source: str, change: Any) -> Path:
+    import shutil
+
+    shutil.copytree(chain[source], tmp_path / "edited")
+    tensors = load_file(tmp_path / "edited" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "edited" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "edited"
+
+
+def test_bf16_leaks_what_rounding_explains(chain: dict[str, Path]) -> None:
+    found = verify(chain["base"], chain["keep"], chain["archive"], device="cpu")
+    assert found.passed
+    assert found.untouched_identical
+    assert (found.num_targets, found.num_changed, found.num_untouched) == (14, 14, 7)
+    assert found.leak == pytest.approx(found.rounding, rel=0.15)
+    assert found.leak > 1e-4
+    assert found.cast is None
+
+
+def test_float32_leaks_a_few_1e6_at_most(chain: dict[str, Path]) -> None:
+    found = verify(chain["base"], chain["float32"], chain["archive"], device="cpu")
+    assert found.passed
+    assert found.max_leak < 3e-6
+    assert found.untouched_identical
+    assert found.cast == "float32"
+
+
+def test_an_update_of_a_protected_pair_fails(chain: dict[str, Path], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        u, _, vh = torch.linalg.svd(load_file(chain["base"] / "model.safetensors")[NAME].float())
+        norm = tensors[NAME].norm()
+        tensors[NAME] = tensors[NAME] + 1e-4 * norm * torch.outer(u[:, 0], vh[20])
+
+    path = edited(chain, tmp_path, "float32", change)
+    found = verify(chain["base"], path, chain["archive"], device="cpu")
+    assert not found.passed
+    assert [matrix.name for matrix in found.matrices if not matrix.holds] == [NAME]
+    assert found.untouched_identical
+
+
+def test_a_changed_bystander_fails(chain: dict[str, Path], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][3] += 0.01
+
+    found = verify(chain["base"], edited(chain, tmp_path, "keep", change), chain["archive"], device="cpu")
+    assert not found.passed
+    assert not found.untouched_identical
+    assert found.changed_elsewhere == ("model.norm.weight",)
+    assert all(matrix.holds for matrix in found.matrices)
+
+
+def test_an_unchanged_checkpoint_holds(chain: dict[str, Path]) -> None:
+    found = verify(chain["base"], chain["base"], chain["archive"], device="cpu")
+    assert found.passed
+    assert (found.leak, found.num_changed) == (0.0, 0)
+
+
+def test_plain_training_fails(chain: dict[str, Path], tmp_path: Path) -> None:
+    analyze(chain["base"], tmp_path / "open", AnalyzeSettings(preserve=0, device="cpu"))
+    settings = TrainSettings(max_steps=5, learning_rate=1e-2, device="cpu")
+    train(chain["base"], tmp_path / "open", [chain["data"]], tmp_path / "plain", settings)
+    assert verify(chain["base"], tmp_path / "plain", tmp_path / "open", device="cpu").passed
+    found = verify(chain["base"], tmp_path / "plain", chain["archive"], device="cpu")
+    assert not found.passed
+    assert found.leak > 0.3
+
+
+def test_a_second_task_verifies_against_the_first_archive(chain: dict[str, Path], tmp_path: Path) -> None:
+    settings = TrainSettings(max_steps=20, batch_size=8, learning_rate=1e-2, device="cpu", seed=1)
+    second = tmp_path / "second"
+    train(chain["keep"], chain["keep"] / "subspaces", [chain["data"]], second, settings)
+    direct = verify(chain["keep"], second, chain["keep"] / "subspaces", device="cpu")
+    across = verify(chain["base"], second, chain["archive"], device="cpu")
+    assert direct.passed
+    assert across.passed
+    assert (direct.num_merges, across.num_merges) == (1, 2)
+    assert (
+        json.loads((second / "sculptor.json").read_text())["lineage"][0]
+        == json.loads((chain["archive"] / "archive.json").read_text())["base_identity"]
+    )
+
+
+def test_what_cannot_be_checked_says_why(chain: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="archive of another checkpoint"):
+        verify(chain["keep"], chain["keep"], chain["archive"], device="cpu")
+    with pytest.raises(VerificationError, match=r"\d+ missing, \d+ added"):
+        verify(chain["base"], save_checkpoint(tmp_path / "gpt2", "gpt2"), chain["archive"], device="cpu")

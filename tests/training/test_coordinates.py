@@ -1,0 +1,324 @@
+"""protect and merge: other people's loops and optimizers keep the constraint, and the folded weight is never stale."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, save_checkpoint
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from sculptor import AnalyzeSettings, Archive, analyze, merge, protect
+from sculptor.errors import ArchiveError, CapacityError
+from sculptor.model.load import checkpoint_activations
+from sculptor.numerics.bases import frozen_norm
+from sculptor.training.coordinates import protected_blocks, protected_matrices
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "plain": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Checkpoint and archive of a few families."""
+    root = tmp_path_factory.mktemp("made")
+    found = {}
+    for family in ("llama", "gpt2"):
+        for constraint in ("double", "input", "core"):
+            path = root / f"{family}-{constraint}"
+            save_checkpoint(path / "model", family)
+            settings = AnalyzeSettings(preserve=0.5, constraint=constraint, device="cpu")  # type: ignore[arg-type]
+            analyze(path / "model", path / "archive", settings)
+            found[f"{family}-{constraint}"] = (path / "model", path / "archive")
+    return found
+
+
+def load(made: dict[str, tuple[Path, Path]], key: str = "llama-double") -> tuple[Any, Archive]:
+    path, archive = made[key]
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    return model, Archive(archive)
+
+
+def batch(seed: int, rows: int = 4) -> dict[str, torch.Tensor]:
+    ids = torch.randint(4, 44, (rows, 9), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def leak(archive: Archive, before: dict[str, torch.Tensor], model: Any) -> float:
+    """Largest ||frozen part of dW|| / ||dW|| of the merged model."""
+    worst = 0.0
+    for name, record in archive.items():
+        update = model.get_parameter(record.parameter).detach().double() - before[record.parameter].double()
+        update = update.T if record.transposed else update
+        found = archive.read(name)
+        assert float(update.norm()) > 0
+        worst = max(worst, frozen_norm(update, record.staircase, found.output, found.input) / float(update.norm()))
+    return worst
+
+
+@pytest.mark.parametrize("key", ["llama-double", "llama-core", "gpt2-input", "gpt2-double"])
+def test_outputs_are_unchanged_and_only_coordinates_train(made: dict[str, tuple[Path, Path]], key: str) -> None:
+    model, archive = load(made, key)
+    reference = model(**batch(0)).logits
+    assert protect(model, archive) is model
+    assert torch.equal(model(**batch(0)).logits, reference)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == sum(record.staircase.num_free for record in archive.values())
+    assert all(type(p) is torch.nn.Parameter and p.dtype == torch.float32 for p in trainable)
+    merge(model)
+    assert torch.equal(model(**batch(0)).logits, reference)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("key", ["llama-double", "llama-input", "llama-core", "gpt2-double", "gpt2-core"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_plain_loop_keeps_the_constraint(made: dict[str, tuple[Path, Path]], key: str, optimizer: str) -> None:
+    model, archive = load(made, key)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    protect(model, archive)
+    stepper = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    losses = []
+    for _ in range(8):
+        loss = model(**batch(0)).loss
+        loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    assert len(set(losses)) == len(losses)  # a stale folded weight would repeat a loss
+    final = model(**batch(0)).logits
+    merge(model)
+    torch.testing.assert_close(model(**batch(0)).logits, final, atol=2e-5, rtol=1e-4)
+    targets = {record.parameter for record in archive.values()}
+    for name, parameter in model.named_parameters():
+        assert (name in targets) or torch.equal(parameter, before[name])
+    assert leak(archive, before, model) < 5e-6  # float32 rounding of W', not of the method
+
+
+def test_all_adamw_flavours_agree(made: dict[str, tuple[Path, Path]]) -> None:
+    results = []
+    for flavour in ("plain", "foreach", "fused"):
+        model, archive = load(made)
+        protect(model, archive)
+        stepper = OPTIMIZERS[flavour]([p for p in model.parameters() if p.requires_grad])
+        for step in range(5):
+            model(**batch(step)).loss.backward()
+            stepper.step()
+            stepper.zero_grad()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(results[0], results[2], atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_descent_equals_dense_descent_projected_in_float64(made: dict[str, tuple[Path, Path]]) -> None:
+    """An independent reference: dense SGD whose step is projected by the constraint's own equation."""
+    model, archive = load(made)
+    reference = load(made)[0].double()
+    projectors = {}
+    for name, record in archive.items():
+        u, _, vh = torch.linalg.svd(reference.get_parameter(record.parameter).detach())
+        k = min(record.shape) // 2
+        projectors[record.parameter] = (
+            torch.eye(record.shape[0], dtype=torch.float64) - u[:, :k] @ u[:, :k].T,
+            torch.eye(record.shape[1], dtype=torch.float64) - vh[:k].T @ vh[:k],
+        )
+        assert name == record.parameter
+    protect(model, archive)
+    stepper = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(4):
+        model(**batch(step)).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+        reference.zero_grad()
+        reference(**batch(step)).loss.backward()
+        with torch.no_grad():
+            for name, (left, right) in projectors.items():
+                weight = reference.get_parameter(name)
+                weight -= 0.05 * left @ weight.grad @ right
+    merge(model)
+    for name in projectors:
+        torch.testing.assert_close(
+            model.get_parameter(name).double(), reference.get_parameter(name).detach(), atol=2e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("flavour", ["plain", "fused"])
+def test_an_evaluation_between_backward_and_step_does_not_leave_a_stale_weight(
+    made: dict[str, tuple[Path, Path]], flavour: str, set_to_none: bool
+) -> None:
+    def train(evaluate: bool) -> list[float]:
+        model, archive = load(made)
+        protect(model, archive)
+        stepper = OPTIMIZERS[flavour]([p for p in model.parameters() if p.requires_grad])
+        losses = []
+        for step in range(4):
+            loss = model(**batch(step)).loss
+            loss.backward()
+            if evaluate:
+                with torch.no_grad():
+                    model(**batch(99))
+            stepper.step()
+            if evaluate:
+                with torch.no_grad():
+                    model(**batch(99))
+            stepper.zero_grad(set_to_none=set_to_none)
+            losses.append(float(loss.detach()))
+        with torch.no_grad():
+            losses.append(float(model(**batch(0)).loss))
+        return losses
+
+    assert train(evaluate=True) == train(evaluate=False)
+
+
+def test_accumulation_equals_one_batch(made: dict[str, tuple[Path, Path]]) -> None:
+    gradients = []
+    for parts in (1, 4):
+        model, archive = load(made)
+        protect(model, archive)
+        whole = batch(0, rows=8)["input_ids"]
+        for part in whole.chunk(parts):
+            (model(input_ids=part, labels=part).loss / parts).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(made: dict[str, tuple[Path, Path]]) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model, archive = load(made)
+        protect(model, archive)
+        model.train()
+        if recompute:
+            checkpoint_activations(model)
+        model(**batch(0), use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_values_set_by_hand_and_loaded_states_are_seen(made: dict[str, tuple[Path, Path]]) -> None:
+    model, archive = load(made)
+    protect(model, archive)
+    start = model(**batch(0)).logits
+    with torch.no_grad():
+        for matrix in protected_matrices(model):
+            for a in matrix.coordinates.blocks:
+                a.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    moved = model(**batch(0)).logits
+    assert not torch.equal(start, moved)
+    state = model.state_dict()
+    other, _ = load(made)
+    protect(other, archive)
+    other(**batch(0))
+    other.load_state_dict(state)
+    assert torch.equal(other(**batch(0)).logits, moved)
+
+
+def test_manual_folding_waits_for_refresh(made: dict[str, tuple[Path, Path]]) -> None:
+    model, archive = load(made)
+    protect(model, archive, fold="manual")
+    start = model(**batch(0)).logits
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.fill_(0.01)
+    assert torch.equal(model(**batch(0)).logits, start)
+    for matrix in protected_matrices(model):
+        matrix.refresh()
+    assert not torch.equal(model(**batch(0)).logits, start)
+
+
+def test_blocks_are_units(made: dict[str, tuple[Path, Path]]) -> None:
+    model, archive = load(made)
+    protect(model, archive)
+    blocks = protected_blocks(model)
+    assert [block.path for block in blocks] == ["model.layers.0", "model.layers.1"]
+    assert [len(block.matrices) for block in blocks] == [7, 7]
+    parameters = [id(p) for block in blocks for p in block.parameters]
+    assert sorted(parameters) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Sixteen fixed sequences."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in batch(index, rows=1).items()}
+
+
+@pytest.mark.parametrize("flavour", ["adamw_torch", "adamw_torch_fused"])
+def test_the_hugging_face_trainer(made: dict[str, tuple[Path, Path]], tmp_path: Path, flavour: str) -> None:
+    model, archive = load(made)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    protect(model, archive)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        optim=flavour,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.05
+    merge(model)
+    assert leak(archive, before, model) < 5e-6
+
+
+def test_wrong_models_are_refused(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    model, archive = load(made)
+    torch.manual_seed(9)
+    with pytest.raises(ArchiveError, match="not the checkpoint's that was analyzed"):
+        protect(FAMILIES["llama"](), archive)
+    with pytest.raises(ArchiveError, match=r"lacks 14 of them"):
+        protect(FAMILIES["gpt2"](), archive)
+    with pytest.raises(ArchiveError, match=r"load the model with dtype=torch.float32"):
+        protect(AutoModelForCausalLM.from_pretrained(made["llama-double"][0], dtype=torch.bfloat16), archive)
+    with pytest.raises(ArchiveError, match="not protected"):
+        merge(model)
+    protect(model, archive)
+    with pytest.raises(ArchiveError, match="protected already"):
+        protect(model, archive)
+
+
+def test_no_capacity_is_refused(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    model, archive = load(made)
+    shutil.copytree(archive.path, tmp_path / "full")
+    content = json.loads((tmp_path / "full" / "archive.json").read_text())
+    for record in content["matrices"].values():
+        record["steps"] = [[record["shape"][0], record["shape"][1]]]
+    (tmp_path / "full" / "archive.json").write_text(json.dumps(content))
+    with pytest.raises(CapacityError, match="no capacity left: all 14 matrices are frozen"):
+        protect(model, tmp_path / "full")
+
+
+def test_a_bf16_checkpoint_loaded_in_float32_belongs(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    analyze(path, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        reference = model(**batch(0)).logits
+        protect(model, tmp_path / "archive")
+        assert torch.equal(model(**batch(0)).logits, reference)
