@@ -1,22 +1,25 @@
 """Proof, from files alone, that an update left the protected pairs untouched.
 
 Per matrix, in float64: leak = ||frozen part of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
-W' in its dtype explains, sqrt(frozen share) ||ulp(W')|| / (sqrt(12) ||dW||). It holds when
-leak <= sqrt(1e-6^2 + (1.25 rounding)^2). A checkpoint that went through several merges was rounded as often.
+W' in its dtype explains: errors of variance ulp(W')^2 / 12 per entry, taken to the frozen pairs (`frozen_variance`).
+It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). A checkpoint that went through several merges was rounded as
+often.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sculptor.analysis.weights import to_device
+from sculptor.analysis.weights import as_out_in, to_device
+from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive, Subspaces
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.errors import ArchiveError, VerificationError
-from sculptor.numerics.bases import frozen_norm
-from sculptor.numerics.rounding import leak_allowance, rounding_norm
+from sculptor.numerics.bases import frozen_norm, frozen_variance
+from sculptor.numerics.rounding import leak_allowance, rounding_variance
 from sculptor.progress import Progress, silent
 
 
@@ -80,12 +83,12 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class LeakMeasure:
-    """Norms of one matrix's update: of all of it, of its frozen part, and of the rounding to expect."""
+    """Norms of one matrix's update: of all of it, of its frozen part, and of the rounding to expect in both."""
 
     update: float
     frozen: float
     rounding: float
-    frozen_share: float
+    frozen_rounding: float
 
 
 def measure_leak(base: Tensor, tuned: Tensor, subspaces: Subspaces, device: torch.device) -> LeakMeasure:
@@ -95,11 +98,12 @@ def measure_leak(base: Tensor, tuned: Tensor, subspaces: Subspaces, device: torc
     update64 = to_device(tuned, record.transposed, device) - base64
     output = subspaces.output and subspaces.output.to(device, torch.float64)
     input = subspaces.input and subspaces.input.to(device, torch.float64)
+    variance = as_out_in(rounding_variance(tuned).to(device), record.transposed)
     return LeakMeasure(
         update=float(update64.norm()),
         frozen=frozen_norm(update64, record.staircase, output, input),
-        rounding=rounding_norm(tuned),
-        frozen_share=record.staircase.frozen_share,
+        rounding=math.sqrt(float(variance.sum())),
+        frozen_rounding=math.sqrt(frozen_variance(variance, record.staircase, output, input)),
     )
 
 
@@ -128,10 +132,10 @@ def verify_checkpoints(
     for name in archive:
         measured = measure_leak(base[name], tuned.read_finite(name), archive.read(name), device or torch.device("cpu"))
         rounding = measured.rounding * merges**0.5
-        frozen_rounding = rounding * measured.frozen_share**0.5
+        frozen_rounding = measured.frozen_rounding * merges**0.5
         for i, value in enumerate((measured.update, measured.frozen, rounding, frozen_rounding)):
             squares[i] += value**2 if measured.update else 0.0
-        matrices.append(_judge(name, archive[name].role, measured, rounding, frozen_rounding, base[name]))
+        matrices.append(_judge(archive[name], measured, rounding, frozen_rounding, base[name]))
         bar.update(1)
     bar.close()
     changed, num_untouched = _compare_rest(base, tuned, {*archive, *record.also_trained})
@@ -157,19 +161,19 @@ def verify_checkpoints(
 
 
 def _judge(
-    name: str, role: str, measured: LeakMeasure, rounding: float, frozen_rounding: float, base: Tensor
+    record: MatrixRecord, measured: LeakMeasure, rounding: float, frozen_rounding: float, base: Tensor
 ) -> MatrixVerification:
     if measured.update == 0:
-        return MatrixVerification(name, role, 0.0, 0.0, 0.0, 0.0, True)
+        return MatrixVerification(record.name, record.role, 0.0, 0.0, 0.0, 0.0, True)
     leak, expected = measured.frozen / measured.update, frozen_rounding / measured.update
     return MatrixVerification(
-        name,
-        role,
+        record.name,
+        record.role,
         update=measured.update / (float(base.to(torch.float64).norm()) or 1.0),
         leak=leak,
         rounding=expected,
         eaten=min(1.0, rounding / measured.update),
-        holds=leak <= leak_allowance(expected),
+        holds=leak <= leak_allowance(expected, record.staircase.num_frozen),
     )
 
 

@@ -259,8 +259,13 @@ class ArchiveWriter:
         )
 
     def finish(self, manifest: Manifest) -> None:
-        """Writes the last shard and archive.json; `manifest` lacks matrices, tensors, files and identity."""
+        """Writes the last shard and archive.json.
+
+        `manifest` lacks tensors, files and identity; if it has matrices, they give the order.
+        """
         self._write_shard()
+        ordered = [name for name in manifest.matrices if name in self.records] or list(self.records)
+        self.records = {name: self.records[name] for name in ordered}
         manifest = replace(
             manifest,
             base_identity=identity({name: record.base_digest for name, record in self.records.items()}),

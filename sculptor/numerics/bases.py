@@ -129,6 +129,46 @@ def frozen_norm(update: Tensor, staircase: Staircase, output: Basis | None, inpu
     return math.sqrt(total)
 
 
+def leverage(basis: Basis | None, dim: int, start: int, stop: int) -> Tensor:
+    """Squared row norms of Q[:, start:stop]: how much of each coordinate axis lies in those directions.
+
+    Returns:
+        (dim,), float64, between 0 and 1.
+    """
+    if basis is None or (start, stop) == (0, dim):
+        device = None if basis is None else basis.vectors.device
+        return torch.full((dim,), float((start, stop) == (0, dim)), dtype=torch.float64, device=device)
+    q = basis.vectors.to(torch.float64)
+    k = basis.directions
+    if basis.form == "free":
+        free = q.square().sum(dim=1)
+        return free if (start, stop) == (k, dim) else 1 - free
+    if stop <= k:
+        return q[:, start:stop].square().sum(dim=1)
+    return 1 - q[:, :start].square().sum(dim=1)
+
+
+def frozen_variance(variance: Tensor, staircase: Staircase, output: Basis | None, input: Basis | None) -> float:
+    """Expected ||frozen part||^2 of independent errors with the given variance per entry.
+
+    E||Q_U[:, a:b]^T E Q_V[:, :r]||^2 = h^T variance l, with h and l the leverages of the two sides. Large weights
+    have large rounding errors and lie in the leading directions, so this is more than the frozen share of all.
+
+    Args:
+        variance: (m, n), float64.
+        staircase: which pairs are frozen.
+        output: the stored side U (m), or None.
+        input: the stored side V (n), or None.
+    """
+    m, n = variance.shape
+    total = 0.0
+    for start, stop, reach in staircase.groups:
+        if reach:
+            rows, columns = leverage(output, m, start, stop), leverage(input, n, 0, reach)
+            total += float(rows.to(variance.device) @ variance @ columns.to(variance.device))
+    return total
+
+
 def extend(basis: Basis | None, directions: Tensor, *, single_cut: bool) -> Basis | None:
     """Adds directions to a side, after those it has.
 

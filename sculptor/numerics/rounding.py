@@ -1,7 +1,8 @@
 """How much of an update the storage dtype can hold.
 
-Rounding to the nearest adds to each entry an error spread evenly over one unit in the last place, so
-||error|| is about ||ulp(W')||_F / sqrt(12); what of it falls on frozen pairs is that times sqrt(frozen share).
+Rounding to the nearest adds to each entry an error spread evenly over one unit in the last place, of variance
+ulp(W')^2 / 12, so ||error|| is about ||ulp(W')||_F / sqrt(12). What of it falls on frozen pairs is in
+`bases.frozen_variance`.
 """
 
 import math
@@ -24,11 +25,16 @@ def ulp(values: Tensor) -> Tensor:
     return finfo.eps * torch.exp2(exponent.to(torch.float64))
 
 
-def rounding_norm(values: Tensor) -> float:
-    """Expected ||rounding error|| of storing `values` in their own dtype."""
-    return float(ulp(values).norm()) / math.sqrt(12.0)
+def rounding_variance(values: Tensor) -> Tensor:
+    """Variance per entry of the error of storing `values` in their own dtype, float64."""
+    return ulp(values).square() / 12.0
 
 
-def leak_allowance(rounding: float) -> float:
-    """The largest leak that rounding explains: sqrt(1e-6^2 + (1.25 rounding)^2), all relative to ||dW||."""
-    return math.hypot(LEAK_FLOOR, ROUNDING_SLACK * rounding)
+def leak_allowance(rounding: float, num_frozen: int) -> float:
+    """The largest leak that rounding explains: sqrt(1e-6^2 + (slack rounding)^2), all relative to ||dW||.
+
+    The norm of `num_frozen` independent errors varies by 1 / sqrt(2 num_frozen) around its expectation; four of
+    these exceed the slack of 1.25 only where fewer than 128 pairs are frozen.
+    """
+    slack = max(ROUNDING_SLACK, 1 + 4 / math.sqrt(2 * max(1, num_frozen)))
+    return math.hypot(LEAK_FLOOR, slack * rounding)

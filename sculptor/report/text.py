@@ -1,7 +1,8 @@
 """Results as tables of at most 100 columns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.tasks.analyze import AnalyzeReport, RoleSummary
@@ -77,15 +78,14 @@ def roles_table(roles: Sequence[RoleSummary]) -> str:
     return table(["role", "matrices", "preserved", "energy kept", "free parameters", "free share"], rows)
 
 
-def not_targeted_lines(not_targeted: Sequence[object]) -> list[str]:
+def not_targeted_lines(not_targeted: Sequence[Mapping[str, Any]]) -> list[str]:
     """What stays frozen because it is no plain linear map."""
-    lines = []
-    for item in not_targeted:
-        assert isinstance(item, dict)
-        lines.append(
-            f"not targeted, frozen: {item['role']} ({item['num_tensors']} tensors, {item['num_parameters']:,} parameters)"
-        )
-    return lines
+    if not not_targeted:
+        return []
+    items = [
+        f"  {item['role']}: {item['num_tensors']} x, {item['num_parameters']:,} parameters" for item in not_targeted
+    ]
+    return ["Not targeted, frozen (no plain linear map):", *items]
 
 
 def train_text(report: TrainReport) -> str:

@@ -284,14 +284,14 @@ def make_accelerator(device: torch.device) -> Any:
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # asked first: Accelerator would wait for the others
+    if num_processes > 1:
+        raise SettingsError(
+            f"{num_processes} processes: sculptor trains in one process for now; start it without a launcher"
+        )
+    return Accelerator(
         cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" else "no", device_placement=False
     )
-    if accelerator.num_processes > 1:
-        raise SettingsError(
-            f"{accelerator.num_processes} processes: sculptor trains in one process for now; start it without a launcher"
-        )
-    return accelerator
 
 
 def make_optimizer(parameters: TrainedParameters, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:

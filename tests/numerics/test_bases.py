@@ -11,6 +11,7 @@ from sculptor.numerics.bases import (
     fold,
     free_blocks,
     frozen_norm,
+    frozen_variance,
     project,
     protected_directions,
     store_smaller,
@@ -154,3 +155,20 @@ def test_complement_of_free_form_is_what_is_protected(generator: torch.Generator
     torch.testing.assert_close(
         complement(span) @ complement(span).T, basis.vectors @ basis.vectors.T, atol=1e-12, rtol=0
     )
+
+
+@pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
+def test_frozen_variance_is_the_expectation(
+    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
+) -> None:
+    """Errors are independent, so their frozen energies add up entry by entry."""
+    output, input = sides(constraint, m, n, k, generator)
+    staircase = Staircase.of(constraint, m, n, k, k)
+    variance = torch.rand(m, n, dtype=torch.float64, generator=generator)
+    expected = 0.0
+    for i in range(m):
+        for j in range(n):
+            one = torch.zeros(m, n, dtype=torch.float64)
+            one[i, j] = 1.0
+            expected += float(variance[i, j]) * frozen_norm(one, staircase, output, input) ** 2
+    assert frozen_variance(variance, staircase, output, input) == pytest.approx(expected, abs=1e-12)

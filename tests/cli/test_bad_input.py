@@ -1,0 +1,163 @@
+"""Bad input of every kind ends in one line, exit 1 or 2, and leaves nothing that looks finished."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from benchmarks.kill import COMMAND
+from conftest import Result, save_checkpoint, task_rows, write_rows
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def made(tmp_path: Path, cli: Callable[..., Result]) -> dict[str, Path]:
+    model = save_checkpoint(tmp_path / "model")
+    assert cli("analyze", model, "-o", tmp_path / "archive", "--preserve", 0.5, "--device", "cpu").code == 0
+    data = write_rows(tmp_path / "task.jsonl", task_rows())
+    return {"model": model, "archive": tmp_path / "archive", "data": data, "out": tmp_path / "out"}
+
+
+def one_line(found: Result, *needles: str, code: int = 1) -> None:
+    assert found.code == code, (found.code, found.err)
+    lines = found.err.strip().splitlines()
+    assert len(lines) == 1, found.err
+    assert lines[0].startswith("error: ")
+    for needle in needles:
+        assert needle in lines[0]
+
+
+def train(cli: Callable[..., Result], made: dict[str, Path], *more: object, **changes: Path) -> Result:
+    paths = made | changes
+    return cli(
+        "train", paths["model"], "--subspaces", paths["archive"], "--data", paths["data"], "-o", paths["out"],
+        "--max-steps", 2, "--device", "cpu", *more,
+    )  # fmt: skip
+
+
+def nothing_finished(path: Path) -> None:
+    assert not path.exists()
+
+
+def test_models(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
+    for command in (("analyze", "-o", made["out"]), ("evaluate", "--data", made["data"])):
+        one_line(cli(command[0], tmp_path / "nowhere", *command[1:]), "no such directory")
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        one_line(cli(command[0], tmp_path / "empty", *command[1:]), "empty directory")
+    nothing_finished(made["out"])
+
+
+def test_nan_weights_name_the_tensor(cli: Callable[..., Result], made: dict[str, Path]) -> None:
+    file = made["model"] / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name][1, 1] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    one_line(cli("analyze", made["model"], "-o", made["out"], "--device", "cpu"), name, "NaN or infinite")
+    nothing_finished(made["out"])
+
+
+def test_archives(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
+    other = save_checkpoint(tmp_path / "other", seed=3)
+    one_line(train(cli, made, model=other), "archive of another checkpoint", "sculptor analyze")
+    one_line(train(cli, made, archive=tmp_path / "nowhere"), "no archive.json")
+    one_line(cli("verify", other, other, "--subspaces", made["archive"]), "another checkpoint", code=2)
+    one_line(cli("verify", made["model"], tmp_path / "nowhere", "--subspaces", made["archive"]), "no such", code=2)
+    one_line(cli("inspect", made["archive"], "--model", other), "another checkpoint")
+    manifest = made["archive"] / "archive.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"version": 2}))
+    one_line(train(cli, made), "archive version 2")
+    manifest.write_text(manifest.read_text()[:100])
+    one_line(train(cli, made), "truncated or corrupt")
+    nothing_finished(made["out"])
+
+
+@pytest.mark.parametrize(
+    ("line", "needle"),
+    [('{"prompt": "x"', "broken JSON"), ('{"instruction": "x"}', "'instruction'"), ('{"text": "w1"}', "empty after")],
+)
+def test_rows_name_file_and_line(cli: Callable[..., Result], made: dict[str, Path], line: str, needle: str) -> None:
+    with made["data"].open("a") as file:
+        file.write(line + "\n")
+    one_line(train(cli, made), f"{made['data']}:25", needle)
+    nothing_finished(made["out"])
+    nothing_finished(made["out"].with_name("out.partial"))
+
+
+def test_existing_outputs_are_kept(cli: Callable[..., Result], made: dict[str, Path]) -> None:
+    made["out"].mkdir()
+    (made["out"] / "precious").write_text("x")
+    one_line(train(cli, made), "exists already", "--overwrite")
+    one_line(cli("analyze", made["model"], "-o", made["out"]), "exists already")
+    assert (made["out"] / "precious").read_text() == "x"
+    assert train(cli, made, "--overwrite").code == 0
+    assert not (made["out"] / "precious").exists()
+
+
+def test_a_place_that_cannot_be_written(cli: Callable[..., Result], made: dict[str, Path]) -> None:
+    one_line(train(cli, made, out=Path("/proc/nowhere/out")), "cannot write")
+    one_line(cli("analyze", made["model"], "-o", "/proc/nowhere/out"), "cannot write")
+
+
+def test_a_disk_that_fills_up(made: dict[str, Path]) -> None:
+    """A limit on file size stands for the full disk; both commands stop with one line."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); "
+    )
+    command = [COMMAND[0], "-c", limit + COMMAND[2]]
+    arguments = {
+        "analyze": [str(made["model"]), "--preserve", "0.5"],
+        "train": [
+            str(made["model"]),
+            "--subspaces",
+            str(made["archive"]),
+            "--data",
+            str(made["data"]),
+            "--max-steps",
+            "2",
+        ],
+    }
+    for name, rest in arguments.items():
+        found = subprocess.run(
+            [*command, name, *rest, "-o", str(made["out"])], capture_output=True, text=True, env={**os.environ}
+        )
+        assert found.returncode == 1, found.stderr
+        assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+        assert "cannot write" in found.stderr
+        nothing_finished(made["out"])
+        subprocess.run(["rm", "-rf", str(made["out"]) + ".partial"], check=True)
+
+
+def test_settings(cli: Callable[..., Result], made: dict[str, Path]) -> None:
+    analyze = ("analyze", made["model"], "-o", made["out"])
+    one_line(cli(*analyze, "--preserve", 1.5), "--preserve 1.5", code=2)
+    one_line(cli(*analyze, "--preserve", 1), "--preserve 1", code=2)
+    one_line(cli(*analyze, "--targets", "q_prj"), "'q_prj' matches none of the 14", code=2)
+    one_line(train(cli, made, "--max-steps", 0), "--max-steps 0", code=2)
+    one_line(train(cli, made, "--max-length", 999), "--max-length 999 is more than the 64", code=2)
+    one_line(train(cli, made, "--device", "nonsense"), "--device nonsense", code=2)
+    nothing_finished(made["out"])
+
+
+def test_misspelling_suggests_the_nearest(cli: Callable[..., Result], made: dict[str, Path]) -> None:
+    analyze = ("analyze", made["model"], "-o", made["out"])
+    one_line(cli(*analyze, "--presrve", 0.5), "--presrve", "Did you mean '--preserve'?", code=2)
+    one_line(cli(*analyze, "--constraint", "dubble"), "Did you mean 'double'?", code=2)
+    one_line(cli("anlyze"), "Did you mean 'analyze'?", code=2)
+    one_line(cli("train", "x"), "--subspaces", code=2)
+    one_line(cli(*analyze, "--preserve", "half"), "half", code=2)
+
+
+def test_several_processes_are_refused(made: dict[str, Path]) -> None:
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    found = subprocess.run(
+        [*COMMAND, "train", str(made["model"]), "--subspaces", str(made["archive"]), "--data", str(made["data"]), "-o",
+         str(made["out"]), "--device", "cpu"],
+        capture_output=True, text=True, env=environment | {"MASTER_PORT": "29511"}, timeout=60,
+    )  # fmt: skip
+    assert found.returncode == 2, found.stderr
+    assert "one process" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1

@@ -1,0 +1,49 @@
+"""Help alone tells a newcomer enough, and costs nothing."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from conftest import Result
+
+COMMANDS = ["analyze", "train", "inspect", "verify", "evaluate", "demo"]
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, sculptor_cli.main as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_command_is_listed(cli: Callable[..., Result]) -> None:
+    found = cli("--help")
+    assert found.code == 0
+    assert all(f"\n  {name} " in found.out for name in COMMANDS)
+    assert cli("--version").out.startswith("sculptor ")
+    assert cli().code == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help_and_every_command_examples(cli: Callable[..., Result], name: str) -> None:
+    found = cli(name, "--help")
+    assert found.code == 0
+    assert "Examples:" in found.out
+    import importlib
+
+    modules = {"inspect": "inspect_archive"}
+    command = importlib.import_module(f"sculptor_cli.{modules.get(name, name)}").command
+    for parameter in command.params:
+        assert parameter.param_type_name == "argument" or parameter.help, parameter.name
+
+
+def test_defaults_of_the_command_are_those_of_the_library() -> None:
+    from sculptor_cli.train import command
+
+    from sculptor import TrainSettings
+
+    defaults = TrainSettings()
+    shown = {parameter.name: parameter.default for parameter in command.params}
+    for name in TrainSettings.names():
+        assert name in shown, name
+        if isinstance(shown[name], int | float | str) and not isinstance(shown[name], bool):
+            assert shown[name] == getattr(defaults, name), name

@@ -1,0 +1,67 @@
+"""Tables fit 100 columns, pictures are drawn, JSON has what was promised."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Result, save_checkpoint, task_rows, write_rows
+
+from sculptor import AnalyzeSettings, analyze
+from sculptor.report.text import WIDTH, size, table
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> dict[str, Path]:
+    model = save_checkpoint(tmp_path / "model", "t5")  # the longest names
+    analyze(model, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    return {"model": model, "archive": tmp_path / "archive", "data": write_rows(tmp_path / "d.jsonl", task_rows())}
+
+
+def test_everything_fits_100_columns(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
+    short = Path("out")
+    trained = cli(
+        "train", made["model"], "--subspaces", made["archive"], "--data", made["data"], "-o", tmp_path / short,
+        "--max-steps", 2, "--device", "cpu",
+    )  # fmt: skip
+    outputs = [
+        trained,
+        cli("inspect", made["archive"]),
+        cli("inspect", tmp_path / short / "subspaces", "--compare", made["archive"]),
+        cli("verify", made["model"], tmp_path / short, "--subspaces", made["archive"], "--device", "cpu"),
+        cli("evaluate", made["model"], "--data", made["data"], "--device", "cpu"),
+        cli("analyze", made["model"], "-o", tmp_path / "again", "--device", "cpu"),
+    ]
+    for found in outputs:
+        assert found.code == 0, found.err
+        tables = [line for line in found.out.splitlines() if str(tmp_path) not in line]
+        assert max(map(len, tables)) <= WIDTH, max(tables, key=len)
+        assert found.err == ""
+
+
+def test_verify_json_has_the_promised_keys(cli: Callable[..., Result], made: dict[str, Path]) -> None:
+    verified = cli("verify", made["model"], made["model"], "--subspaces", made["archive"], "--json").json
+    keys = {"passed", "leak", "max_leak", "rounding", "num_targets", "untouched_identical"}
+    assert keys <= verified.keys()
+    evaluated = cli("evaluate", made["model"], "--data", made["data"], "--json").json
+    assert {"loss", "perplexity", "accuracy", "exact_match", "num_rows", "num_tokens"} <= evaluated.keys()
+
+
+def test_a_picture_is_drawn(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = cli("inspect", made["archive"], "--plot", tmp_path / "p.png")
+    assert found.code == 0, found.err
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    wrong = cli("inspect", made["archive"], "--plot", tmp_path / "p.gif7")
+    assert wrong.code == 2
+    assert "unknown picture format" in wrong.err
+
+
+def test_long_first_cells_are_shortened_from_the_left() -> None:
+    text = table(["name", "value"], [["x" * 200 + "tail", "1"]])
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" in text
+    assert "tail" in text
+
+
+def test_sizes_are_for_people() -> None:
+    assert [size(n) for n in (999, 1000, 2_500_000, 3 * 10**12)] == ["999 B", "1.0 kB", "2.5 MB", "3.0 TB"]

@@ -1,0 +1,25 @@
+"""The demonstration shows a real difference."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import Result
+
+
+def test_protection_keeps_what_plain_training_loses(cli: Callable[..., Result], tmp_path: Path) -> None:
+    found = cli("demo", "--output", tmp_path / "demo", "--json")
+    assert found.code == 0, found.err
+    before, plain, protected = found.json["rows"]
+    assert before["kept"] > 0.98
+    assert before["learned"] < 0.05
+    assert plain["learned"] > 0.95
+    assert protected["learned"] > 0.9
+    assert plain["kept"] < 0.6
+    assert protected["kept"] > plain["kept"] + 0.3
+    assert protected["verified"] is True
+    assert found.json["leak"] < 1e-6
+    assert json.loads((tmp_path / "demo" / "protected" / "config.json").read_text())["architectures"]
+    again = cli("demo", "--output", tmp_path / "demo")
+    assert again.code == 1
+    assert "exists already" in again.err
