@@ -1,0 +1,66 @@
+"""Random checkpoints of real shapes, written one tensor at a time.
+
+    python tests/benchmarks/shapes.py 1.1b OUT --tokenizer DIR
+
+The weights are random (normal, 0.02), so losses mean nothing; sizes, times and memory do.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from sculptor.checkpoint.tensors import write_tensors
+
+SHAPES = {
+    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+             "num_key_value_heads": 4},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32},
+}  # fmt: skip
+
+
+def make_checkpoint(path: Path, shape: str, tokenizer: Path, device: str = "cpu") -> Path:
+    """A bf16 Llama of a shape, in one file, with a tokenizer copied from another checkpoint."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, max_position_embeddings=4096, bos_token_id=0, eos_token_id=0, pad_token_id=1, **SHAPES[shape]
+    )
+    with torch.device("meta"):
+        entries = [
+            (name, torch.bfloat16, tuple(tensor.shape))
+            for name, tensor in LlamaForCausalLM(config).state_dict().items()
+        ]
+    shapes = {name: size for name, _, size in entries}
+    generator = torch.Generator(device).manual_seed(0)
+
+    def produce(name: str) -> torch.Tensor:
+        if len(shapes[name]) == 1:
+            return torch.ones(shapes[name], dtype=torch.bfloat16)
+        return (torch.randn(shapes[name], generator=generator, device=device) * 0.02).to(torch.bfloat16).cpu()
+
+    path.mkdir(parents=True)
+    write_tensors(path / "model.safetensors", entries, produce, {"format": "pt"})
+    content = config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    (path / "config.json").write_text(json.dumps(content))
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(file, path / file.name)
+    return path
+
+
+def main() -> None:
+    """Writes one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    make_checkpoint(options.output, options.shape, options.tokenizer, options.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Every example in the documentation runs, and the page of options is what the commands print."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import Result, save_checkpoint, task_rows, write_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Fenced code of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_quickstart_runs_as_printed(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in blocks("docs/quickstart.md", "sh") for line in block.splitlines()]
+    assert len(commands) >= 9
+    for command in commands:
+        found = cli(*shlex.split(command)[1:])
+        assert found.code == 0, command + found.err
+
+
+def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "model")
+    write_rows(tmp_path / "task.jsonl", task_rows())
+    namespace: dict[str, object] = {}
+    code = blocks("docs/library.md", "python")
+    assert len(code) == 2
+    for block in code:
+        exec(compile(block, "docs/library.md", "exec"), namespace)
+    assert (tmp_path / "by-hand" / "model.safetensors").is_file()
+
+
+def test_readme_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "model")
+    for name in ("task", "next", "test"):
+        write_rows(tmp_path / f"{name}.jsonl", task_rows())
+    found = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("sculptor ")]
+    assert len(found) == 5
+    for command in found:
+        result = cli(*shlex.split(command)[1:])
+        assert result.code == 0, command + result.err
+
+
+def test_data_examples_are_read(tmp_path: Path) -> None:
+    from sculptor.data.rows import read_rows
+
+    (block,) = blocks("docs/data.md", "json")
+    (tmp_path / "rows.jsonl").write_text(block)
+    assert len(read_rows([tmp_path / "rows.jsonl"])) == 3
+
+
+@pytest.mark.parametrize("name", ["analyze", "train", "inspect", "verify", "evaluate", "demo"])
+def test_the_page_of_options_is_what_help_prints(name: str) -> None:
+    from sculptor_cli.main import main
+
+    shown = CliRunner().invoke(main, [name, "--help"], prog_name="sculptor", terminal_width=100).output.rstrip()
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert f"## sculptor {name}\n\n```text\n{shown}\n```" in page
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_archive_format_page_names_every_key() -> None:
+    from dataclasses import fields
+
+    from sculptor.archive.manifest import Manifest, MatrixRecord
+
+    page = (ROOT / "docs" / "archive-format.md").read_text(encoding="utf-8")
+    for cls in (Manifest, MatrixRecord):
+        for field in fields(cls):
+            assert f"`{field.name}`" in page, field.name
+
+
+def test_an_independent_reader_follows_the_format_page(tmp_path: Path) -> None:
+    """A reader written from docs/archive-format.md alone, without sculptor's own."""
+    import hashlib
+    import json
+
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from sculptor import AnalyzeSettings, analyze
+
+    for constraint in ("double", "input", "core"):
+        model = save_checkpoint(tmp_path / constraint / "model")
+        settings = AnalyzeSettings(preserve=0.75, constraint=constraint, device="cpu")  # type: ignore[arg-type]
+        analyze(model, tmp_path / constraint / "a", settings)
+        directory = tmp_path / constraint / "a"
+        manifest = json.loads((directory / "archive.json").read_text())
+        assert (manifest["format"], manifest["version"]) == ("sculptor-subspaces", 1)
+        weights = load_file(model / "model.safetensors")
+        for name, record in manifest["matrices"].items():
+            m, n = record["shape"]
+            assert hashlib.sha256(weights[name].tobytes()).hexdigest() == record["base_digest"]
+            complete = []
+            for side, d in ((record["output"], m), (record["input"], n)):
+                if side is None:
+                    complete.append(np.eye(d))
+                    continue
+                stored = manifest["tensors"][side["tensor"]]
+                q = load_file(directory / stored["file"])[side["tensor"]]
+                assert hashlib.sha256(q.tobytes()).hexdigest() == stored["sha256"]
+                rest = np.linalg.qr(q.astype(np.float64), mode="complete")[0][:, q.shape[1] :]
+                complete.append(np.hstack([q, rest] if side["form"] == "leading" else [rest, q]))
+            qu, qv = complete
+            u, s, vt = np.linalg.svd(weights[name].astype(np.float64))
+            k = int(0.75 * min(m, n))
+            leading, start = (u[:, :k] * s[:k]) @ vt[:k], 0
+            frozen = 0.0
+            for stop, reach in record["steps"]:
+                frozen += np.linalg.norm(qu[:, start:stop].T @ leading @ qv[:, :reach]) ** 2
+                start = stop
+            assert abs(frozen**0.5 - np.linalg.norm(leading)) < 1e-5 * np.linalg.norm(leading)
