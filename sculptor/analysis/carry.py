@@ -48,26 +48,22 @@ def accumulate(subspaces: Subspaces, update: Tensor, constraint: Constraint) -> 
     outputs = subspaces.output.directions if subspaces.output else 0
     inputs = subspaces.input.directions if subspaces.input else 0
     free = n - inputs if constraint == "input" else min(m - outputs, n - inputs)
-    count = directions_to_add(update, free)
-    if count == 0:
+    allowed = min(max(1, int(FREE_SHARE * free)), free - 1)
+    if allowed <= 0:
         return CarriedSubspaces(Staircase.closed(m, n), subspaces.output, subspaces.input, 0, 0)
-    found = singular_subspaces(update, count)
-    output = None if constraint == "input" else extend(subspaces.output, found.left, single_cut=True)
-    input = extend(subspaces.input, found.right, single_cut=True)
+    found = singular_subspaces(update, min(allowed, m, n))
+    count = min(allowed, num_leading(found.values))
+    output = None if constraint == "input" else extend(subspaces.output, found.left[:, :count], single_cut=True)
+    input = extend(subspaces.input, found.right[:, :count], single_cut=True)
     new_outputs, new_inputs = (side.directions if side else 0 for side in (output, input))
     staircase = Staircase.of(constraint, m, n, new_outputs, new_inputs)
     return CarriedSubspaces(staircase, output, input, new_outputs - outputs, new_inputs - inputs)
 
 
-def directions_to_add(update: Tensor, free: int) -> int:
-    """The fewest directions that hold 95 % of ||dW||^2, at most a quarter of the `free` ones, never the last."""
-    allowed = min(max(1, int(FREE_SHARE * free)), free - 1)
-    if allowed <= 0:
-        return 0
-    squares = singular_subspaces(update, 0).values.square()
-    held = squares.cumsum(0) / squares.sum()
-    needed = int((held < ENERGY_SHARE).sum()) + 1
-    return min(needed, allowed)
+def num_leading(values: Tensor) -> int:
+    """The fewest leading singular values that hold 95 % of the squared norm."""
+    squares = values.square()
+    return int((squares.cumsum(0) < ENERGY_SHARE * squares.sum()).sum()) + 1
 
 
 def retake(record: MatrixRecord, weight: Tensor, constraint: Constraint) -> MatrixSubspaces:

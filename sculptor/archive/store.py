@@ -168,6 +168,11 @@ class Archive(Mapping[str, MatrixRecord]):
             )
 
 
+def has_progress(directory: Path) -> bool:
+    """Whether a staging directory holds complete shards."""
+    return (directory / PROGRESS_NAME).is_file()
+
+
 class ArchiveWriter:
     """Fills a directory with an archive, one matrix at a time; `finish` writes the manifest.
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sculptor.checkpoint.tensors import TensorInfo, digest, read_header, read_tensor
@@ -63,6 +64,8 @@ class Checkpoint(Mapping[str, Tensor]):
             CheckpointError: if it has any.
         """
         tensor = self[name]
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            tensor = tensor.to(torch.float32)  # float8 has no isfinite
         if not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(

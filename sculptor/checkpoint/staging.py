@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,31 @@ def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def start_staging(output: Path, *, overwrite: bool, resume: bool) -> Path:
-    """Creates or takes up the staging directory of an output.
+@contextmanager
+def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Callable[[Path], bool]) -> Iterator[Path]:
+    """Creates or takes up the staging directory of an output, and yields it.
+
+    After an error it is removed, unless it holds something a later `--resume` can use.
 
     Args:
         output: the directory to be made.
         overwrite: allow an existing output (replaced at success only) and discard left-overs.
         resume: take up what a killed run left; nothing left over means starting from the beginning.
-
-    Returns:
-        The staging directory.
+        worth_keeping: whether the staging directory holds progress.
 
     Raises:
         OutputError: if the output exists, something is left over, or the place cannot be written.
     """
+    partial = _start(output, overwrite=overwrite, resume=resume)
+    try:
+        yield partial
+    except BaseException:
+        if not worth_keeping(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _start(output: Path, *, overwrite: bool, resume: bool) -> Path:
     partial = partial_path(output)
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already; choose another --output or pass --overwrite")

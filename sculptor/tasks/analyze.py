@@ -11,10 +11,10 @@ from sculptor import __version__
 from sculptor.analysis.ranks import adaptive_retention, measure_cosines, normalize_importance, protected_count
 from sculptor.analysis.weights import analyze_matrix, to_device
 from sculptor.archive.manifest import Added, Manifest, MatrixRecord, TaskRecord
-from sculptor.archive.store import Archive, ArchiveWriter
+from sculptor.archive.store import Archive, ArchiveWriter, has_progress
 from sculptor.checkpoint.architecture import Architecture, Target, inspect_architecture, select_targets
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
-from sculptor.checkpoint.staging import commit, start_staging
+from sculptor.checkpoint.staging import commit, staging
 from sculptor.checkpoint.tensors import digest
 from sculptor.data.examples import Example, encode, resolve_max_length
 from sculptor.data.rows import read_rows
@@ -157,35 +157,46 @@ def analyze(
     device = resolve_device(settings.device)
     examples = _read_examples(checkpoint, architecture, settings)
     output = Path(output)
-    partial = start_staging(output, overwrite=overwrite, resume=resume)
-    key = {"settings": asdict(settings), "base": {name: str(info) for name, info in checkpoint.infos.items()}}
-    writer = ArchiveWriter(partial, getattr(torch, settings.dtype), key)
-    writer.resume()
-    importance = _measure_importance(checkpoint, architecture, targets, examples, device, progress)
-    bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
-    for target in targets:
-        if target.name not in writer.records:
-            _analyze_target(checkpoint, target, settings, importance.get(target.name), device, writer)
-            bar.update(1)
-    bar.close()
-    analysis = TaskRecord("analysis", "analysis", {"model": str(model), "settings": asdict(settings)})
-    writer.finish(
-        Manifest(
-            created_by=f"sculptor {__version__}",
-            model_class=architecture.model_class,
-            base_identity="",
-            basis=settings.basis,
-            constraint=settings.constraint,
-            settings=asdict(settings),
-            tasks=(analysis,),
-            matrices={},
-            tensors={},
-            files={},
-            not_targeted=tuple(asdict(item) for item in architecture.not_targeted),
+    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
+        key = {"settings": asdict(settings), "base": {name: str(info) for name, info in checkpoint.infos.items()}}
+        writer = ArchiveWriter(partial, getattr(torch, settings.dtype), key)
+        writer.resume()
+        _check_finite(checkpoint, {target.name for target in targets}, progress)
+        importance = _measure_importance(checkpoint, architecture, targets, examples, device, progress)
+        bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
+        for target in targets:
+            if target.name not in writer.records:
+                _analyze_target(checkpoint, target, settings, importance.get(target.name), device, writer)
+                bar.update(1)
+        bar.close()
+        analysis = TaskRecord("analysis", "analysis", {"model": str(model), "settings": asdict(settings)})
+        writer.finish(
+            Manifest(
+                created_by=f"sculptor {__version__}",
+                model_class=architecture.model_class,
+                base_identity="",
+                basis=settings.basis,
+                constraint=settings.constraint,
+                settings=asdict(settings),
+                tasks=(analysis,),
+                matrices={},
+                tensors={},
+                files={},
+                not_targeted=tuple(asdict(item) for item in architecture.not_targeted),
+            )
         )
-    )
-    commit(partial, output)
+        commit(partial, output)
     return report_of(Archive(output), checkpoint)
+
+
+def _check_finite(checkpoint: Checkpoint, targets: set[str], progress: Progress) -> None:
+    """Tensors that are not decomposed have to be finite too: the model runs on all of them."""
+    rest = [name for name in checkpoint if name not in targets]
+    bar = progress(total=len(rest), desc="check", unit="tensor")
+    for name in rest:
+        checkpoint.read_finite(name)
+        bar.update(1)
+    bar.close()
 
 
 def _analyze_target(

@@ -5,10 +5,10 @@ in its folder `output`, which a rename puts in its place.
 """
 
 import fnmatch
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sculptor.archive.store import Archive, ArchiveWriter, Subspaces
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
-from sculptor.checkpoint.staging import commit, start_staging, write_json, writing
+from sculptor.checkpoint.staging import commit, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import Encoded, encode, resolve_max_length
@@ -41,14 +41,14 @@ from sculptor.model.load import (
 from sculptor.progress import Progress, silent
 from sculptor.training.coordinates import (
     Coordinates,
+    attach_coordinates,
     merged_weight,
-    protect,
     protected_blocks,
     protected_matrices,
 )
 from sculptor.training.loop import LoopResult, TrainedParameters, TrainingLoop, make_accelerator
 from sculptor.training.settings import TrainSettings
-from sculptor.training.state import StateStore
+from sculptor.training.state import STATE_NAME, StateStore, has_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +151,23 @@ def train(
     device = resolve_device(settings.device)
     make_accelerator(device)  # refuses several processes before any work
     job = _open_job(model, subspaces, data, eval_data, settings, progress)
-    staging = start_staging(output, overwrite=overwrite, resume=resume)
-    loaded = load_model(job.checkpoint, device, job.architecture)
-    parameters = _prepare_model(loaded, job)
-    store = StateStore(staging / "state", _run_key(job), _fingerprints(loaded.model))
-    evaluate = _evaluator(loaded, job)
-    loop = TrainingLoop(
-        loaded,
-        parameters,
-        job.encoded.examples,
-        job.settings,
-        store=store,
-        metrics=staging / "metrics.jsonl",
-        evaluate=evaluate,
-        stop=stop,
-    )
-    result = loop.run(progress)
-    report = _write_output(job, loaded, parameters, result, output, staging, progress)
-    commit(staging / "output", output)
-    shutil.rmtree(staging)
+    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
+        loaded = load_model(job.checkpoint, device, job.architecture)
+        parameters = _prepare_model(loaded, job)
+        loop = TrainingLoop(
+            loaded,
+            parameters,
+            job.encoded.examples,
+            job.settings,
+            store=StateStore(partial / STATE_NAME, _run_key(job), _fingerprints(loaded.model)),
+            metrics=partial / "metrics.jsonl",
+            evaluate=_evaluator(loaded, job),
+            stop=stop,
+        )
+        result = loop.run(progress)
+        report = _write_output(job, loaded, parameters, result, output, partial, progress)
+        commit(partial / "output", output)
+        shutil.rmtree(partial)
     return report
 
 
@@ -234,7 +232,7 @@ def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequen
 def _prepare_model(loaded: LoadedModel, job: _Job) -> TrainedParameters:
     """Protects the model and opens what else is trained, in float32."""
     on_gpu = loaded.device.type == "cuda"
-    protect(loaded.model, job.archive, compute_dtype=torch.bfloat16 if on_gpu else None, fold="manual")
+    attach_coordinates(loaded.model, job.archive, compute_dtype=torch.bfloat16 if on_gpu else None, fold="manual")
     extra: dict[str, nn.Parameter] = {}
     for parameter in job.extra:
         value = loaded.model.get_parameter(parameter)
@@ -292,10 +290,10 @@ def _write_output(
     parameters: TrainedParameters,
     result: LoopResult,
     output: Path,
-    staging: Path,
+    partial: Path,
     progress: Progress,
 ) -> TrainReport:
-    staged = staging / "output"
+    staged = partial / "output"
     shutil.rmtree(staged, ignore_errors=True)
     with writing(staged):
         (staged / "subspaces").mkdir(parents=True)
@@ -304,9 +302,11 @@ def _write_output(
     writer = ArchiveWriter(staged / "subspaces", getattr(torch, first_dtype), {})
     previous = read_record(job.checkpoint.path)
     matrices = _MatrixWriter(job, loaded, writer, saved, len(job.archive.manifest.tasks))
-    replacements: dict[str, Callable[[Tensor], Tensor]] = {name: partial(matrices.write, name) for name in job.archive}
+    replacements: dict[str, Callable[[Tensor], Tensor]] = {
+        name: functools.partial(matrices.write, name) for name in job.archive
+    }
     for parameter, name in job.extra.items():
-        replacements[name] = partial(_cast_like, parameters.extra[parameter], saved)
+        replacements[name] = functools.partial(_cast_like, parameters.extra[parameter], saved)
     bar = progress(total=sum(info.num_bytes for info in job.checkpoint.infos.values()), desc="write", unit="B")
     write_checkpoint(job.checkpoint, staged, replacements, dtype=saved, bar=bar)
     bar.close()
@@ -338,7 +338,7 @@ def _write_output(
         replace(job.archive.manifest, created_by=f"sculptor {__version__}", tasks=(*job.archive.manifest.tasks, task))
     )
     with writing(staged):
-        shutil.copyfile(staging / "metrics.jsonl", staged / "metrics.jsonl")
+        shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
     write_json(staged / RECORD_NAME, _output_record(job, report, previous.lineage))
     return report
 

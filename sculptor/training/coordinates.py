@@ -199,12 +199,19 @@ def protect(
     archive = archive if isinstance(archive, Archive) else Archive(archive)
     if protected_matrices(model):
         raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
+    for name, parameter in _find_parameters(model, archive).items():
+        _check_weight(archive, name, model.get_parameter(parameter))
+    return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold)
+
+
+def attach_coordinates(
+    model: Any, archive: Archive, *, compute_dtype: torch.dtype | None = None, fold: FoldMode = "automatic"
+) -> Any:
+    """`protect` for a model whose weights are known to be those of the archive's base."""
     parameters = _find_parameters(model, archive)
     open_names = [name for name, record in archive.items() if record.staircase.num_free]
     if not open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    for name, parameter in parameters.items():
-        _check_weight(archive, name, model.get_parameter(parameter))
     model.requires_grad_(False)
     for name in open_names:
         module = model.get_submodule(parameters[name].rpartition(".")[0])

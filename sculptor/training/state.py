@@ -20,6 +20,7 @@ from sculptor.archive.store import save_tensors
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.errors import OutputError
 
+STATE_NAME = "state"
 FINGERPRINT_TOLERANCE = 1e-4  # rounding is near 1e-6, another basis near 1
 
 
@@ -42,6 +43,11 @@ class Position:
     metrics_bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+
+def has_state(partial: Path) -> bool:
+    """Whether a staging directory holds a complete saved state."""
+    return any((partial / STATE_NAME).glob("step-????????"))
 
 
 class StateStore:

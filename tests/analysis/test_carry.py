@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sculptor.analysis.carry import accumulate, directions_to_add, retake
+from sculptor.analysis.carry import accumulate, num_leading, retake
 from sculptor.analysis.weights import analyze_matrix
 from sculptor.archive.manifest import Added, MatrixRecord
 from sculptor.archive.store import Subspaces
@@ -47,8 +47,8 @@ def test_growth_protects_the_leading_part_of_the_update_and_all_before(
     old = frozen_norm(second, before.record.staircase, before.output, before.input)
     assert old < 1e-10 * float(second.norm())  # bases only grow: what was protected stays so
     free = (40 - k) if constraint == "input" else 24 - k
-    leading = directions_to_add(update, free)
     u, s, vh = torch.linalg.svd(update)
+    leading = min(num_leading(s), max(1, free // 4))
     task = (u[:, :leading] * s[:leading]) @ vh[:leading]
     if constraint != "core":
         assert frozen_norm(task, carried.staircase, carried.output, carried.input) == pytest.approx(float(task.norm()))
@@ -59,11 +59,16 @@ def test_the_fewest_directions_that_hold_95_percent() -> None:
     update = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.1, 0.0, 0.0, 0.0]))
     squares = torch.tensor([9.0, 4.0, 1.0, 0.25, 0.01])
     assert float(squares[:3].sum() / squares.sum()) > 0.95 > float(squares[:2].sum() / squares.sum())
-    assert directions_to_add(update, 100) == 3
-    assert directions_to_add(update, 8) == 2  # at most a quarter of what is free
-    assert directions_to_add(update, 3) == 1
-    assert directions_to_add(update, 2) == 1
-    assert directions_to_add(update, 1) == 0  # never the last free one
+    assert num_leading(torch.diagonal(update)) == 3
+    assert num_leading(torch.tensor([1.0, 0.0])) == 1
+
+
+@pytest.mark.parametrize(("k", "added"), [(0, 6), (16, 2), (20, 1), (22, 1), (23, 0)])
+def test_at_most_a_quarter_of_what_is_free_and_never_the_last(k: int, added: int, generator: torch.Generator) -> None:
+    before = subspaces("double", k, generator)
+    carried = accumulate(before, update_of(before, generator), "double")
+    assert carried.outputs_added == carried.inputs_added == added
+    assert (carried.staircase.num_free == 0) == (k == 23)
 
 
 def test_capacity_runs_out_after_enough_tasks(generator: torch.Generator) -> None:
