@@ -61,15 +61,15 @@ class LoopResult:
 
     Attributes:
         steps: optimizer steps in all.
-        first_loss: training loss of the first step of this process, `last_loss` of the last (nats per token).
+        first_loss: training loss of the first step, `last_loss` of the last (nats per token).
         best_step: the step whose parameters are kept, None without evaluation.
         best_loss: its evaluation loss.
         tokens: tokens read, padding excluded; `seconds` spent, both over all parts of a resumed run.
     """
 
     steps: int
-    first_loss: float | None
-    last_loss: float | None
+    first_loss: float
+    last_loss: float
     best_step: int | None
     best_loss: float | None
     tokens: int
@@ -132,12 +132,10 @@ class TrainingLoop:
     def _run(self, progress: Progress) -> LoopResult:
         self._restore()
         self._truncate_metrics()
-        first_loss = last_loss = None
         bar = progress(total=self.total, desc="train", unit="step", initial=self.position.step)
         started = time.perf_counter() - self.position.seconds
         for step in range(self.position.step, self.total):
-            last_loss = self._step(step, bar, started)
-            first_loss = last_loss if first_loss is None else first_loss
+            self._step(step, bar, started)
             done = step + 1
             if self.evaluate is not None and (done % self._eval_every == 0 or done == self.total):
                 self._evaluate(done)
@@ -156,8 +154,16 @@ class TrainingLoop:
             self._load(self.best)
         self.parameters.refresh()
         position = self.position
+        assert position.first_loss is not None
+        assert position.last_loss is not None
         return LoopResult(
-            self.total, first_loss, last_loss, position.best_step, position.best_loss, position.tokens, position.seconds
+            steps=self.total,
+            first_loss=position.first_loss,
+            last_loss=position.last_loss,
+            best_step=position.best_step,
+            best_loss=position.best_loss,
+            tokens=position.tokens,
+            seconds=position.seconds,
         )
 
     @property
@@ -168,7 +174,7 @@ class TrainingLoop:
     def _eval_every(self) -> int:
         return self.settings.eval_every or max(1, -(-self.total // 5))
 
-    def _step(self, step: int, bar: Bar, started: float) -> float:
+    def _step(self, step: int, bar: Bar, started: float) -> None:
         rows = self.plan.rows(step)
         batches = self._micro_batches(rows, step)
         total_tokens = sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches)
@@ -199,14 +205,20 @@ class TrainingLoop:
         tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
         speed = (self.position.tokens + tokens) / seconds
-        self.position = replace(self.position, step=step + 1, tokens=self.position.tokens + tokens, seconds=seconds)
+        self.position = replace(
+            self.position,
+            step=step + 1,
+            first_loss=loss if step == 0 else self.position.first_loss,
+            last_loss=loss,
+            tokens=self.position.tokens + tokens,
+            seconds=seconds,
+        )
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
         bar.update(1)
         epoch = round((step + 1) / self.plan.steps_per_epoch, 4)
         self._log(
             step=step + 1, epoch=epoch, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=seconds
         )
-        return loss
 
     def _micro_batches(self, rows: list[int], step: int) -> list[Batch]:
         size, tokenizer = self.settings.micro_batch_size, self.loaded.tokenizer

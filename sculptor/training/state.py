@@ -33,6 +33,7 @@ class Position:
         best_step: step of the best evaluation so far, None before the first.
         best_loss: its loss.
         metrics_bytes: length of metrics.jsonl at this step.
+        first_loss: training loss of the first step, `last_loss` of the last one done.
         tokens: tokens read so far.
         seconds: time spent in the loop so far.
     """
@@ -41,6 +42,8 @@ class Position:
     best_step: int | None = None
     best_loss: float | None = None
     metrics_bytes: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
     tokens: int = 0
     seconds: float = 0.0
 

@@ -40,8 +40,7 @@ def _content(file: Path) -> object:
         return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
     if file.name == "sculptor.json":
         content = json.loads(file.read_text())
-        for key in ("seconds", "first_loss"):  # of the process that ended the run
-            content["result"].pop(key)
+        content["result"].pop("seconds")
         return content
     return file.read_bytes()
 
