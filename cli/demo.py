@@ -18,7 +18,7 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries
 )
 @json_option
 def command(output: Path | None, seed: int, as_json: bool) -> None:
-    """Show the whole tool on a tiny model made on the spot, in about half a minute.
+    """Show the whole tool on a tiny model made on the spot.
 
     Trains a small Llama on invented facts, protects it, teaches it more with and without protection, verifies,
     and prints what was learned and what was kept. Nothing is downloaded.

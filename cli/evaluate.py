@@ -26,7 +26,10 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure MODEL on rows: loss and perplexity; for prompts also exact match and label ranking.
+    """Measure loss, exact match and label ranking of MODEL.
+
+    Text gives loss and perplexity. Prompts also give exact match of greedy generation, and accuracy by ranking
+    the labels: summed log-probability of label and end of sequence.
 
     \b
     Examples:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import SuggestingCommand, bars, json_option, quiet_libraries
+from .options import SuggestingCommand, bars, json_option, overwrite_option, quiet_libraries
 
 
 @click.command("inspect", cls=SuggestingCommand)
@@ -14,9 +14,12 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw spectra and preserved share into this picture file."
 )
+@overwrite_option
 @json_option
-def command(archive: str, model: str | None, compare: str | None, plot: Path | None, as_json: bool) -> None:
-    """Show what ARCHIVE protects: per role, per matrix, and what each task added.
+def command(
+    archive: str, model: str | None, compare: str | None, plot: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    """Show what ARCHIVE protects, and what each task added.
 
     \b
     Examples:
@@ -24,6 +27,7 @@ def command(archive: str, model: str | None, compare: str | None, plot: Path | N
       sculptor inspect ./tuned/subspaces --compare ./subspaces
       sculptor inspect ./subspaces --plot subspaces.png
     """
+    from sculptor.errors import OutputError
     from sculptor.report.json_text import to_json
     from sculptor.report.plot import plot_archive, require_matplotlib
     from sculptor.report.text import inspect_text
@@ -32,6 +36,8 @@ def command(archive: str, model: str | None, compare: str | None, plot: Path | N
     quiet_libraries()
     if plot is not None:
         require_matplotlib()
+        if plot.exists() and not overwrite:
+            raise OutputError(f"{plot}: exists already; choose another --plot or pass --overwrite")
     found = inspect(archive, model=model, compare=compare, progress=bars)
     if plot is not None:
         from sculptor.archive.store import Archive

@@ -1,6 +1,7 @@
 """The `sculptor` command."""
 
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -58,8 +59,11 @@ def main() -> None:
 
 def run() -> None:
     """Entry point, and the one place where an error that a user can act on becomes one line."""
+    # Threads that spin while they wait take the cores away from each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = main(standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         sys.exit(2)
@@ -72,7 +76,7 @@ def run() -> None:
     except BrokenPipeError:  # `| head` is not an error of ours
         sys.stderr.close()
         sys.exit(1)
-    except (MemoryError, RuntimeError, ValueError) as error:
+    except (MemoryError, RuntimeError, ValueError, OSError) as error:
         message = _message(error)
         if message is None:
             raise
@@ -87,6 +91,8 @@ def _message(error: Exception) -> str | None:
 
     if isinstance(error, SculptorError):
         return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or error}; free some space or choose another place"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "out of memory; use a smaller --micro-batch-size or --max-length, or another --device"
     return None

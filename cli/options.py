@@ -10,6 +10,10 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+# What the same thing is called elsewhere.
+_OTHER_NAMES = {"--lr": "--learning-rate", "--out": "--output", "--archive": "--subspaces", "--dataset": "--data"}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean X?`, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -34,6 +38,9 @@ class SuggestingCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             known = [name for parameter in self.params for name in parameter.opts]
+            if error.option_name in _OTHER_NAMES and _OTHER_NAMES[error.option_name] in known:
+                message = f"No such option: {error.option_name}. Did you mean {_OTHER_NAMES[error.option_name]!r}?"
+                raise click.UsageError(message, ctx) from None
             raise click.UsageError(
                 f"No such option: {error.option_name}.{nearest(error.option_name, known)}", ctx
             ) from None

@@ -80,17 +80,22 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_tokenizer() -> Any:
-    """One token per word; id 0 ends a sequence, 1 pads, 2 masks, 3 is unknown."""
+def make_tokenizer(wrapped: bool = False) -> Any:
+    """One token per word; id 0 ends a sequence, 1 pads, 2 masks, 3 is unknown; `wrapped`: as BERT's, in two tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
 
     vocabulary = {word: i for i, word in enumerate(["<end>", "<pad>", "<mask>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    if wrapped:
+        tokenizer.add_special_tokens(["<cls>", "<sep>"])
+        tokenizer.post_processor = TemplateProcessing("<cls> $A <sep>", special_tokens=[("<cls>", 44), ("<sep>", 45)])
+    own = {"cls_token": "<cls>", "sep_token": "<sep>"} if wrapped else {}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", mask_token="<mask>", unk_token="<unk>"
+        **own, tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", mask_token="<mask>", unk_token="<unk>"
     )
 
 
@@ -105,7 +110,7 @@ def save_checkpoint(
             if parameter.ndim >= 2:
                 parameter.mul_(4)
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
-    make_tokenizer().save_pretrained(path)
+    make_tokenizer(wrapped=family == "bert").save_pretrained(path)
     return path
 
 

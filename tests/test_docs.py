@@ -127,3 +127,8 @@ def test_an_independent_reader_follows_the_format_page(tmp_path: Path) -> None:
                 frozen += np.linalg.norm(qu[:, start:stop].T @ leading @ qv[:, :reach]) ** 2
                 start = stop
             assert abs(frozen**0.5 - np.linalg.norm(leading)) < 1e-5 * np.linalg.norm(leading)
+
+
+def test_no_placeholder_is_left() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert "@@" not in page.read_text(encoding="utf-8"), page.name

@@ -2,11 +2,12 @@
 
 Per matrix, in float64: leak = ||frozen part of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
 W' in its dtype explains: errors of variance ulp(W')^2 / 12 per entry, taken to the frozen pairs (`frozen_variance`).
-It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). A checkpoint that went through several merges was rounded as
-often.
+It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). A checkpoint that went through several merges was
+rounded in each, to the dtype of each; its sculptor.json says so.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,14 +92,20 @@ class LeakMeasure:
     frozen_rounding: float
 
 
-def measure_leak(base: Tensor, tuned: Tensor, subspaces: Subspaces, device: torch.device) -> LeakMeasure:
-    """Measures one matrix, both given as stored."""
+def measure_leak(
+    base: Tensor,
+    tuned: Tensor,
+    subspaces: Subspaces,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> LeakMeasure:
+    """Measures one matrix, both given as stored; `dtypes`: what the tuned one was rounded to, once each."""
     record = subspaces.record
     base64 = to_device(base, record.transposed, device)
     update64 = to_device(tuned, record.transposed, device) - base64
     output = subspaces.output and subspaces.output.to(device, torch.float64)
     input = subspaces.input and subspaces.input.to(device, torch.float64)
-    variance = as_out_in(rounding_variance(tuned).to(device), record.transposed)
+    variance = as_out_in(rounding_variance(tuned, dtypes).to(device), record.transposed)
     return LeakMeasure(
         update=float(update64.norm()),
         frozen=frozen_norm(update64, record.staircase, output, input),
@@ -124,24 +131,26 @@ def verify_checkpoints(
         archive.check_base(base, progress)
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
-    _check_same_tensors(base, tuned)
+    _check_same_tensors(base, tuned, archive)
     record = read_record(tuned.path)
-    merges = record.merges_since(archive.manifest.base_identity)
+    merges = record.merges_since({name: archive[name].base_digest for name in archive})
     matrices, squares = [], [0.0, 0.0, 0.0, 0.0]
     bar = progress(total=len(archive), desc="verify", unit="matrix")
     for name in archive:
-        measured = measure_leak(base[name], tuned.read_finite(name), archive.read(name), device or torch.device("cpu"))
-        rounding = measured.rounding * merges**0.5
-        frozen_rounding = measured.frozen_rounding * merges**0.5
-        for i, value in enumerate((measured.update, measured.frozen, rounding, frozen_rounding)):
+        before = base[name]
+        dtypes = [getattr(torch, merge.dtypes[name]) for merge in merges if name in merge.dtypes]
+        measured = measure_leak(
+            before, tuned.read_finite(name), archive.read(name), device or torch.device("cpu"), dtypes
+        )
+        for i, value in enumerate((measured.update, measured.frozen, measured.rounding, measured.frozen_rounding)):
             squares[i] += value**2 if measured.update else 0.0
-        matrices.append(_judge(archive[name], measured, rounding, frozen_rounding, base[name]))
+        matrices.append(_judge(archive[name], measured, before))
         bar.update(1)
     bar.close()
-    changed, num_untouched = _compare_rest(base, tuned, {*archive, *record.also_trained})
+    changed, num_untouched = _compare_rest(base, tuned, {*archive, *record.also_trained}, record.save_dtype)
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
-    dtypes = {str(tuned.infos[name].dtype) for name in archive if tuned.infos[name].dtype != base.infos[name].dtype}
+    cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
     return Verification(
         passed=all(matrix.holds for matrix in matrices) and not changed,
         leak=frozen / scale,
@@ -154,30 +163,28 @@ def verify_checkpoints(
         num_untouched=num_untouched,
         changed_elsewhere=tuple(changed),
         also_trained=record.also_trained,
-        num_merges=merges,
-        cast=", ".join(sorted(dtypes)).replace("torch.", "") or None,
+        num_merges=max(1, len(merges)),
+        cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=tuple(matrices),
     )
 
 
-def _judge(
-    record: MatrixRecord, measured: LeakMeasure, rounding: float, frozen_rounding: float, base: Tensor
-) -> MatrixVerification:
+def _judge(record: MatrixRecord, measured: LeakMeasure, base: Tensor) -> MatrixVerification:
     if measured.update == 0:
         return MatrixVerification(record.name, record.role, 0.0, 0.0, 0.0, 0.0, True)
-    leak, expected = measured.frozen / measured.update, frozen_rounding / measured.update
+    leak, expected = measured.frozen / measured.update, measured.frozen_rounding / measured.update
     return MatrixVerification(
         record.name,
         record.role,
         update=measured.update / (float(base.to(torch.float64).norm()) or 1.0),
         leak=leak,
         rounding=expected,
-        eaten=min(1.0, rounding / measured.update),
+        eaten=min(1.0, measured.rounding / measured.update),
         holds=leak <= leak_allowance(expected, record.staircase.num_frozen),
     )
 
 
-def _check_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -> None:
     missing = sorted(set(base.infos) - set(tuned.infos))
     added = sorted(set(tuned.infos) - set(base.infos))
     if missing or added:
@@ -185,6 +192,9 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
             f"first {(missing + added)[0]}; compare a checkpoint with its own base"
         )
+    for name in archive:
+        if not tuned.infos[name].dtype.is_floating_point:
+            raise VerificationError(f"{tuned.path}: {name} holds {tuned.infos[name].dtype}; expected floating point")
     for name, info in base.infos.items():
         if tuned.infos[name].shape != info.shape:
             raise VerificationError(
@@ -192,15 +202,31 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
             )
 
 
-def _compare_rest(base: Checkpoint, tuned: Checkpoint, targets: set[str]) -> tuple[list[str], int]:
-    """Names outside the targets whose bytes differ (after the cast), and how many were compared."""
+def _compare_rest(
+    base: Checkpoint, tuned: Checkpoint, targets: set[str], save_dtype: str | None
+) -> tuple[list[str], int]:
+    """Names outside the targets whose bytes differ, and how many were compared.
+
+    A cast is allowed where it loses nothing, or where the run's own record declares it.
+    """
     rest = [name for name in base if name not in targets]
-    changed = [
-        name
-        for name in rest
-        if not torch.equal(
-            base[name].to(tuned.infos[name].dtype).reshape(-1).view(torch.uint8),
-            tuned[name].reshape(-1).view(torch.uint8),
-        )
-    ]
-    return changed, len(rest)
+    return [name for name in rest if not _same(base[name], tuned[name], save_dtype)], len(rest)
+
+
+# Casts of floating-point numbers that lose nothing.
+_LOSSLESS = {
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.float16, torch.float64),
+    (torch.float32, torch.float64),
+}
+
+
+def _same(base: Tensor, tuned: Tensor, save_dtype: str | None) -> bool:
+    if base.dtype != tuned.dtype:
+        declared = save_dtype is not None and tuned.dtype == getattr(torch, save_dtype, None)
+        if not declared and (base.dtype, tuned.dtype) not in _LOSSLESS:
+            return False
+        base = base.to(tuned.dtype)
+    return torch.equal(base.reshape(-1).view(torch.uint8), tuned.reshape(-1).view(torch.uint8))

@@ -121,6 +121,30 @@ class Manifest:
         """A JSON object; the inverse of `from_json`."""
         return {"format": FORMAT, "version": VERSION} | asdict(self)
 
+    def check(self) -> None:
+        """Checks that records, sides and staircases belong together.
+
+        Raises:
+            ValueError: naming the first that does not.
+        """
+        if self.constraint not in ("double", "input", "core"):
+            raise ValueError(f"constraint {self.constraint!r} is unknown")
+        if not self.matrices:
+            raise ValueError("no matrices")
+        for name, record in self.matrices.items():
+            counts = []
+            for side, dim in zip((record.output, record.input), record.shape, strict=True):
+                counts.append(0 if side is None else side.directions)
+                if side is not None:
+                    stored = side.directions if side.form == "leading" else dim - side.directions
+                    if self.tensors[side.tensor].shape != (dim, stored):
+                        raise ValueError(f"{name}: {side.tensor} does not hold {side.directions} directions of {dim}")
+            expected = Staircase.of(self.constraint, *record.shape, *counts)
+            if record.staircase not in (expected, Staircase.closed(*record.shape)):
+                raise ValueError(f"{name}: steps {record.steps} are not those of {counts} protected directions")
+            if record.spectrum is not None and record.spectrum not in self.tensors:
+                raise ValueError(f"{name}: {record.spectrum} is not stored")
+
     @classmethod
     def from_json(cls, content: Any, path: object) -> "Manifest":
         """Parses archive.json.
@@ -144,7 +168,10 @@ class Manifest:
             }
             values["tasks"] = tuple(TaskRecord(**task) for task in values["tasks"])
             values["not_targeted"] = tuple(values["not_targeted"])
-            return cls(**values)
+            values["files"] = {str(name): int(size) for name, size in values["files"].items()}
+            manifest = cls(**values)
+            manifest.check()
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise ArchiveError(f"{path}: damaged manifest ({cause}); run `sculptor analyze` again") from cause
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sculptor.archive.manifest import Manifest, MatrixRecord, SideRecord, StoredTensor, matrix_from_json
 from sculptor.checkpoint.reader import Checkpoint, identity
-from sculptor.checkpoint.staging import write_json, writing
+from sculptor.checkpoint.staging import LOCK_NAME, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_tensor
 from sculptor.errors import ArchiveError, OutputError
 from sculptor.numerics.bases import Basis
@@ -162,9 +162,11 @@ class Archive(Mapping[str, MatrixRecord]):
             bar.update(1)
         bar.close()
         if different:
+            carried = checkpoint.path / "subspaces"
+            remedy = f"use {carried}" if carried.is_dir() else "run `sculptor analyze` on this checkpoint"
             raise ArchiveError(
                 f"{self.path}: archive of another checkpoint: {len(different)} of {len(self)} matrices differ from "
-                f"{checkpoint.path}, first {different[0]}; run `sculptor analyze` on this checkpoint"
+                f"{checkpoint.path}, first {different[0]}; {remedy}"
             )
 
 
@@ -200,7 +202,11 @@ class ArchiveWriter:
         self._shards: list[str] = []
 
     def resume(self) -> None:
-        """Takes up complete shards of a killed run; anything else in the directory goes."""
+        """Takes up complete shards of a killed run; anything else in the directory goes.
+
+        Raises:
+            OutputError: if they were made with another key.
+        """
         progress = self.directory / PROGRESS_NAME
         try:
             content = json.loads(progress.read_text(encoding="utf-8"))
@@ -213,7 +219,13 @@ class ArchiveWriter:
                 for name, tensor in content["tensors"].items()
             }
             self._shards = list(content["shards"])
-        kept = {*self._shards, PROGRESS_NAME} if self._shards else set()
+        elif content:
+            different = sorted(name for name in self.key if content["key"].get(name) != self.key[name])
+            raise OutputError(
+                f"{progress}: left by a run with other inputs or settings ({', '.join(different)}); use the same or pass "
+                "--overwrite to start anew"
+            )
+        kept = {*self._shards, PROGRESS_NAME, LOCK_NAME} if self._shards else {LOCK_NAME}
         for file in self.directory.iterdir():
             if file.name not in kept:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -288,12 +300,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    from safetensors import SafetensorError
-
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
-    except SafetensorError as cause:  # the library reports a full disk as its own error
-        raise OutputError(f"{path}: cannot write ({cause}); free some space or choose another place") from cause
     with writing(path):
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
         temporary.replace(path)

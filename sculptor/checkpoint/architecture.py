@@ -8,7 +8,6 @@ by transformers' own loading rules. Nothing is ever matched against the path of 
 import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.sharing import input_leaders
 from sculptor.errors import CheckpointError, SettingsError
 
 Kind = Literal["causal", "seq2seq", "masked", "headless"]
@@ -71,6 +71,8 @@ class Architecture:
         not_targeted: what else has two or more dimensions inside the blocks.
         tensors: parameter (or buffer) of the model -> tensor of the checkpoint.
         parameters: those of them that can be trained.
+        max_positions: longest sequence its positions allow, None where they have no limit.
+        vocab_size: ids it has embeddings for.
     """
 
     model_class: str
@@ -79,6 +81,8 @@ class Architecture:
     not_targeted: tuple[NotTargeted, ...]
     tensors: Mapping[str, str]
     parameters: frozenset[str]
+    max_positions: int | None
+    vocab_size: int
 
 
 def model_class(config: Mapping[str, Any], path: object) -> type[Any]:
@@ -90,6 +94,8 @@ def model_class(config: Mapping[str, Any], path: object) -> type[Any]:
     import transformers
 
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f'{path}: "architectures" in config.json is not a list of names')
     if not names:
         raise CheckpointError(f'{path}: config.json has no "architectures"; add the name of the model class')
     cls = getattr(transformers, names[0], None)
@@ -103,16 +109,19 @@ def model_class(config: Mapping[str, Any], path: object) -> type[Any]:
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
     """The checkpoint's model on the meta device: modules and shapes, no data."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedModel
 
     cls = model_class(checkpoint.config, checkpoint.path)
+    if not issubclass(cls, PreTrainedModel):
+        raise CheckpointError(f'{checkpoint.path}: "architectures" names {cls.__name__}, which is not a model class')
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
         config._attn_implementation = "eager"
         with torch.device("meta"):
             return cls(config).eval()
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as cause:
-        raise CheckpointError(f"{checkpoint.path}: config.json does not build a {cls.__name__} ({cause})") from cause
+    except Exception as cause:  # a configuration can break model code in any way it likes
+        reason = " ".join(str(cause).split())[:200]
+        raise CheckpointError(f"{checkpoint.path}: config.json does not build a {cls.__name__} ({reason})") from cause
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -156,7 +165,7 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
             f"{type(skeleton).__name__} has; first missing {missing[0]}"
         )
     stacks = {name.rpartition(".")[0] for name in blocks}
-    leaders = _input_leaders(skeleton, linear)
+    leaders = input_leaders(skeleton, linear)
     targets = tuple(
         _target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()
     )
@@ -168,7 +177,24 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
         not_targeted=_not_targeted(blocks, linear),
         tensors=tensors,
         parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
+        max_positions=_max_positions(skeleton),
+        vocab_size=int(skeleton.get_input_embeddings().weight.shape[0]),
     )
+
+
+def _max_positions(skeleton: Any) -> int | None:
+    """What the configuration says, less what a table of positions reserves for padding (RoBERTa)."""
+    config = skeleton.config
+    if hasattr(config, "relative_attention_num_buckets"):  # T5
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    for name, module in skeleton.named_modules():
+        reserved = getattr(module, "padding_idx", None)
+        if "position" in name and isinstance(module, nn.Embedding) and reserved is not None:
+            limit = min(limit, module.num_embeddings - reserved - 1)
+    return limit
 
 
 def _kind(skeleton: Any) -> Kind:
@@ -255,42 +281,6 @@ def _check_shapes(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
             )
         if not checkpoint.infos[target.name].dtype.is_floating_point:
             raise CheckpointError(f"{checkpoint.path}: tensor {target.name} holds integers; expected floating point")
-
-
-def _input_leaders(skeleton: Any, linear: Mapping[str, str]) -> dict[str, str]:
-    """Module -> the first module of its block that reads the same input tensor.
-
-    One forward on the meta device records which tensor object each map reads. Where a model cannot run there to
-    its end (routing by value), the blocks that did run speak for the others by their role.
-    """
-    role = {module: module.removeprefix(block + ".") for module, block in linear.items()}
-    read: dict[tuple[str, int], list[str]] = defaultdict(list)  # (block, input object) -> roles in order
-    alive: list[torch.Tensor] = []  # an object's id is its own only while it lives
-
-    def record(module: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = args[0] if args else next(iter(kwargs.values()))
-            alive.append(value)
-            roles = read[linear[module], id(value)]
-            if role[module] not in roles:
-                roles.append(role[module])
-
-        return hook
-
-    handles = [
-        skeleton.get_submodule(module).register_forward_pre_hook(record(module), with_kwargs=True) for module in linear
-    ]
-    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.config.is_encoder_decoder else {})
-    for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
-        # Decoders ask for a mask (else they look for packed rows by value), encoders do without one.
-        with suppress(RuntimeError, NotImplementedError), torch.no_grad():
-            skeleton(**inputs, **mask)
-            break
-    for handle in handles:
-        handle.remove()
-    same = {follower: roles[0] for roles in read.values() for follower in roles}
-    return {module: f"{block}.{same.get(role[module], role[module])}" for module, block in linear.items()}
 
 
 def _not_targeted(blocks: Mapping[str, nn.Module], linear: Mapping[str, str]) -> tuple[NotTargeted, ...]:

@@ -3,14 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.tensors import TensorInfo, digest, read_header, read_tensor
+from sculptor.checkpoint.tensors import TensorInfo, read_header, read_tensor
 from sculptor.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -74,10 +73,10 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         return tensor
 
-    @cached_property
-    def num_parameters(self) -> int:
-        """Numbers in all tensors."""
-        return sum(info.num_bytes // info.dtype.itemsize for info in self.infos.values())
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(info.num_bytes for info in self.infos.values())
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -123,7 +122,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(config).__name__}")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+        found = config["quantization_config"]
+        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
         raise CheckpointError(f"{path}: quantised checkpoint ({method}); sculptor needs the unquantised weights")
     if config.get("auto_map"):
         raise CheckpointError(f"{path}: needs custom code (auto_map in config.json), which sculptor does not run")
@@ -173,8 +173,3 @@ def identity(digests: Mapping[str, str]) -> str:
     """One digest for a set of tensors: SHA-256 over their sorted `name=digest` lines, whatever the sharding."""
     text = "".join(f"{name}={digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digests_of(checkpoint: Checkpoint, names: list[str]) -> dict[str, str]:
-    """Digest of each named tensor, read one at a time."""
-    return {name: digest(checkpoint[name]) for name in names}

@@ -3,12 +3,18 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
 from sculptor.errors import OutputError
+
+LOCK_NAME = ".lock"
 
 
 def partial_path(output: Path) -> Path:
@@ -16,11 +22,24 @@ def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuses an output that is, or holds, something the run reads: `--overwrite` would delete it.
+
+    Raises:
+        OutputError: naming the input.
+    """
+    resolved = output.resolve()
+    for item in map(Path, inputs):
+        if item.exists() and (item.resolve() == resolved or resolved in item.resolve().parents):
+            raise OutputError(f"{output}: is or holds the input {item}; choose another --output")
+
+
 @contextmanager
 def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Callable[[Path], bool]) -> Iterator[Path]:
     """Creates or takes up the staging directory of an output, and yields it.
 
-    After an error it is removed, unless it holds something a later `--resume` can use.
+    It is locked, so that no second run writes there. After an error it is removed, unless it holds something a
+    later `--resume` can use.
 
     Args:
         output: the directory to be made.
@@ -31,43 +50,63 @@ def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Calla
     Raises:
         OutputError: if the output exists, something is left over, or the place cannot be written.
     """
-    partial = _start(output, overwrite=overwrite, resume=resume)
+    with writing(output):
+        _check_place(output, overwrite=overwrite, resume=resume)
+        partial = partial_path(output)
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(partial / LOCK_NAME)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                f"{partial}: another run is writing there; wait for it or choose another --output"
+            ) from None
     try:
+        if not resume:
+            _empty(partial)
         yield partial
     except BaseException:
         if not worth_keeping(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        lock.release()
 
 
-def _start(output: Path, *, overwrite: bool, resume: bool) -> Path:
+def _empty(partial: Path) -> None:
+    """Removes what another run left; the lock stays."""
+    for item in partial.iterdir():
+        if item.name != LOCK_NAME:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+def _check_place(output: Path, *, overwrite: bool, resume: bool) -> None:
     partial = partial_path(output)
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already; choose another --output or pass --overwrite")
-    if partial.exists() and not resume:
-        if not overwrite:
-            raise OutputError(
-                f"{partial}: left over from a run that did not finish; pass --resume to go on or --overwrite to start anew"
-            )
-        shutil.rmtree(partial)
-    with writing(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-        probe = partial / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    return partial
+    if output.exists() and not _is_output(output):
+        raise OutputError(f"{output}: is neither a checkpoint nor an archive, so --overwrite does not touch it")
+    if partial.exists() and not (resume or overwrite):
+        raise OutputError(
+            f"{partial}: left over from a run that did not finish; pass --resume to go on or --overwrite to start anew"
+        )
+
+
+def _is_output(path: Path) -> bool:
+    """Whether a directory is something this program writes, or empty."""
+    known = ("archive.json", "sculptor.json", "config.json")
+    return path.is_dir() and (not any(path.iterdir()) or any((path / name).is_file() for name in known))
 
 
 def commit(staged: Path, output: Path) -> None:
     """Puts a complete staged directory in the place of the output; an old one goes only now."""
     with writing(output):
+        (staged / LOCK_NAME).unlink(missing_ok=True)
         if output.exists():
-            old = output.with_name(output.name + ".old")
-            if old.exists():
-                shutil.rmtree(old)
-            output.rename(old)
+            old = Path(tempfile.mkdtemp(prefix=output.name + ".old-", dir=output.parent))
+            output.rename(old / output.name)
             staged.rename(output)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            shutil.rmtree(old)
         else:
             staged.rename(output)
 
@@ -77,6 +116,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turns a failed write into one line that names the place."""
     try:
         yield
+    except SafetensorError as cause:  # the library reports a full disk as its own error
+        raise OutputError(f"{path}: cannot write ({cause}); free some space or choose another place") from cause
     except OSError as cause:
         where = cause.filename or path
         raise OutputError(

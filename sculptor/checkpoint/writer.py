@@ -16,6 +16,7 @@ from sculptor.progress import Bar
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 # Written by sculptor itself; never copied from a base that is itself an output.
+_OUTPUT_MARKS = (RECORD_NAME, "archive.json", "model*.safetensors")
 _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
 
 
@@ -100,11 +101,12 @@ def _write_index(directory: Path, names: list[str], shards: list[list[Entry]]) -
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
-    """Configuration, tokenizer, chat template, licence, also in folders; no weights, no code."""
+    """Configuration, tokenizer, chat template, licence, also in folders; no weights, no code, no outputs of ours."""
+    outputs = {file.parent for name in _OUTPUT_MARKS for file in source.rglob(name)} - {source}
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        own = relative.parts[0] == "subspaces" or relative.name in _OWN_FILES
+        hidden = any(part.startswith(".") or part.endswith(".partial") for part in relative.parts)
+        own = relative.name in _OWN_FILES or bool(outputs & set(file.parents))
         wanted = file.suffix.lower() in COMPANION_SUFFIXES or file.suffix == ""
         if not file.is_file() or hidden or own or not wanted:
             continue

@@ -1,5 +1,8 @@
 """Rows to token sequences, with the loss on the right tokens."""
 
+import hashlib
+import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +13,7 @@ from sculptor.errors import DataError, SettingsError
 
 IGNORED = -100  # the label without loss, as in torch and transformers
 DEFAULT_MAX_LENGTH = 1024
+MIN_MAX_LENGTH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +49,35 @@ class Encoded:
         return sum(label != IGNORED for example in self.examples for label in example.labels)
 
 
-def resolve_max_length(asked: int | None, config: Any) -> int:
+def digest_examples(examples: Sequence[Example]) -> str:
+    """SHA-256 over all ids and labels, to tell whether data are still the same."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(array("q", [*example.input_ids, -1, *example.labels, -2]).tobytes())
+    return found.hexdigest()
+
+
+def resolve_max_length(asked: int | None, max_positions: int | None) -> int:
     """`--max-length` against what the model can take; by default 1024 or the model's own limit.
 
     Raises:
-        SettingsError: if more is asked for than the model has positions.
+        SettingsError: if more is asked for than the model has positions, or too little to be of use.
     """
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if asked is not None and limit and asked > limit and not hasattr(config, "relative_attention_num_buckets"):
-        raise SettingsError(f"--max-length {asked} is more than the {limit} positions of the model")
-    return asked or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, max_positions or DEFAULT_MAX_LENGTH)
+    if asked < MIN_MAX_LENGTH:
+        raise SettingsError(f"--max-length {asked}: expected at least {MIN_MAX_LENGTH}")
+    if max_positions is not None and asked > max_positions:
+        raise SettingsError(f"--max-length {asked} is more than the {max_positions} positions of the model")
+    return asked
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int) -> Encoded:
+def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> Encoded:
     """Tokenises rows for a kind of model.
 
     Long `text` is cut into consecutive windows. Of any other over-long row the middle of the prompt is cut,
-    never the completion; a row whose completion does not fit is dropped and counted.
+    never the completion; a row whose completion does not fit is dropped and counted. `vocab_size`, if given, is
+    how many ids the model has.
 
     Raises:
         DataError: with file and line number, for a row that is empty after tokenisation or does not suit the
@@ -82,11 +98,20 @@ def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int) -> 
         num_dropped += fitted is None
         num_cut += cut
         examples += fitted or []
+    _check_vocabulary(examples, vocab_size)
     if not examples:
         raise DataError(
             f"{rows[0].where if rows else 'data'}: no row fits into {max_length} tokens; raise --max-length"
         )
     return Encoded(tuple(examples), num_dropped, num_cut)
+
+
+def _check_vocabulary(examples: Sequence[Example], vocab_size: int | None) -> None:
+    largest = max((max(*example.input_ids, *example.labels) for example in examples), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        raise DataError(
+            f"the tokenizer gives id {largest}, the model has {vocab_size} embeddings; resize them or use its own tokenizer"
+        )
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -119,18 +144,30 @@ def _encode_text(row: TextRow, tokenizer: Any, kind: Kind, max_length: int) -> l
     if kind == "seq2seq":
         raise DataError(f"{row.where}: an encoder-decoder model trains on 'prompt' and 'completion' rows")
     if kind == "masked":
-        special = tokenizer.num_special_tokens_to_add()
-        ids = tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids
-        if not ids:
-            raise DataError(f"{row.where}: empty after tokenisation")
-        windows = [ids[i : i + max_length - special] for i in range(0, len(ids), max_length - special)]
-        built = [tokenizer.build_inputs_with_special_tokens(window) for window in windows] if special else windows
-        return [Example(tuple(ids), _maskable(ids, tokenizer)) for ids in built]
+        return _encode_masked(row, tokenizer, max_length)
     ids = tokenizer(row.text, verbose=False).input_ids
-    if len(ids) < 2:
-        raise DataError(f"{row.where}: empty after tokenisation ({len(ids)} token); the loss needs at least 2")
+    bare = tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids
+    if not bare or len(ids) < 2:
+        raise DataError(f"{row.where}: empty after tokenisation ({len(bare)} tokens); the loss needs at least 2")
     windows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
     return [Example(tuple(window), tuple(window)) for window in windows if len(window) > 1]
+
+
+def _encode_masked(row: TextRow, tokenizer: Any, max_length: int) -> list[Example]:
+    """Windows of a text, each between the tokenizer's own special tokens."""
+    bare = tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids
+    whole = tokenizer(row.text, verbose=False).input_ids
+    start = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    prefix, suffix = whole[:start], whole[start + len(bare) :]
+    size = max_length - len(prefix) - len(suffix)
+    examples = []
+    for i in range(0, len(bare), size):
+        ids = [*prefix, *bare[i : i + size], *suffix]
+        examples.append(Example(tuple(ids), _maskable(ids, tokenizer)))
+    examples = [example for example in examples if set(example.labels) != {IGNORED}]
+    if not examples:
+        raise DataError(f"{row.where}: empty after tokenisation: no token that could be masked")
+    return examples
 
 
 def _maskable(ids: list[int], tokenizer: Any) -> tuple[int, ...]:
@@ -172,14 +209,21 @@ def _encode_messages(row: MessagesRow, tokenizer: Any) -> tuple[list[int], list[
     """A rendered conversation and its labels: by the template's generation marks, else by prefix difference."""
     if not tokenizer.chat_template:
         raise DataError(f"{row.where}: 'messages' rows need a chat template, and the tokenizer has none")
+    from jinja2 import TemplateError
+
     messages = list(row.messages)
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
-    else:
-        ids, mask = _mask_by_prefix(row, messages, tokenizer)
+    try:
+        if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
+        else:
+            ids, mask = _mask_by_prefix(row, messages, tokenizer)
+    except DataError:
+        raise
+    except (TemplateError, ValueError, TypeError) as cause:
+        raise DataError(f"{row.where}: the chat template does not take these messages ({cause})") from cause
     if not any(mask):
         raise DataError(f"{row.where}: the assistant turns are empty after tokenisation")
     return ids, [token if on else IGNORED for token, on in zip(ids, mask, strict=True)]
@@ -197,7 +241,8 @@ def _mask_by_prefix(row: MessagesRow, messages: list[Any], tokenizer: Any) -> tu
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = render(i, True), render(i + 1, False)
+        # Many templates refuse an empty conversation; nothing stands before a first turn of the assistant.
+        before, after = render(i, True) if i else [], render(i + 1, False)
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise DataError(
                 f"{row.where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told; "

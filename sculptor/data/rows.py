@@ -68,6 +68,12 @@ def _parse(line: str, where: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as cause:
         raise DataError(f"{where}: broken JSON ({cause.msg} at column {cause.colno})") from cause
+    except RecursionError:
+        raise DataError(f"{where}: broken JSON (nested too deeply)") from None
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as cause:
+        raise DataError(f"{where}: half a surrogate pair ({cause.reason}); not valid text") from cause
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
     if "messages" in row:

@@ -58,9 +58,10 @@ def score_rows(
     longest = max(map(len, known.values()))
     budget = max_length - (longest if loaded.kind == "causal" else 0)
     if budget < 1 or longest > max_length:
-        raise DataError(
-            f"{rows[0].where}: a label of {longest} tokens does not fit into {max_length}; raise --max-length"
+        where = next(
+            row.where for row, texts in zip(rows, wanted, strict=True) if longest in {len(known[t]) for t in texts}
         )
+        raise DataError(f"{where}: a label of {longest} tokens does not fit into {max_length}; raise --max-length")
     prompts = [cut_middle(encode(tokenizer, row.prompt), budget) for row in rows]
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:
@@ -95,7 +96,10 @@ def _score_batch(
     generated = _generate(reader, num_new, loaded.tokenizer.eos_token_id)
     owners = [i for i, group in enumerate(candidates) for _ in group]
     flat = [candidate for group in candidates for candidate in group]
-    scores = _candidate_scores(reader, owners, flat, loaded.pad_id)
+    scores: list[float] = []
+    for start in range(0, len(flat), len(prompts)):  # as many rows at once as there are prompts
+        part = slice(start, start + len(prompts))
+        scores += _candidate_scores(reader, owners[part], flat[part], loaded.pad_id)
     bounds = [0]
     for group in candidates:
         bounds.append(bounds[-1] + len(group))

@@ -79,13 +79,18 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
             f"{checkpoint.path}: {len(missing)} parameters of {architecture.model_class} are not in the files and would be "
             f"random, first {missing[0]}"
         )
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has NaN or infinite values; use a checkpoint from before the training diverged"
+            )
     model.config.use_cache = False
     model.requires_grad_(False)
     model.to(device).eval()
-    return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint), device)
+    return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint, architecture.kind), device)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, kind: Kind) -> Any:
     """The checkpoint's tokenizer.
 
     Raises:
@@ -98,16 +103,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as cause:
         reason = str(cause).strip().splitlines()[0][:160]
         raise CheckpointError(f"{checkpoint.path}: no usable tokenizer ({reason}); copy its files there") from cause
-    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+    if kind in ("causal", "seq2seq") and tokenizer.eos_token_id is None:
         raise CheckpointError(f"{checkpoint.path}: the tokenizer has no end-of-sequence token; set eos_token")
+    if kind == "masked" and tokenizer.mask_token_id is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer has no mask token; masked language modelling needs one"
+        )
     return tokenizer
-
-
-def load_config(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's transformers configuration."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(checkpoint.path)
 
 
 def checkpoint_activations(model: Any) -> None:

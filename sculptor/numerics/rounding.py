@@ -6,6 +6,7 @@ ulp(W')^2 / 12, so ||error|| is about ||ulp(W')||_F / sqrt(12). What of it falls
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,18 +17,18 @@ LEAK_FLOOR = 1e-6
 ROUNDING_SLACK = 1.25
 
 
-def ulp(values: Tensor) -> Tensor:
-    """The gap between a number and its next neighbour in the dtype of `values`, as float64."""
-    finfo = torch.finfo(values.dtype)
+def ulp(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The gap between a number and its next neighbour in a dtype (default: that of `values`), as float64."""
+    finfo = torch.finfo(dtype or values.dtype)
     # Below the smallest normal number, zero included, gaps stay the same.
     magnitude = values.to(torch.float64).abs().clamp_min(finfo.tiny)
     exponent = torch.frexp(magnitude)[1] - 1  # |w| in [2^e, 2^(e+1))
     return finfo.eps * torch.exp2(exponent.to(torch.float64))
 
 
-def rounding_variance(values: Tensor) -> Tensor:
-    """Variance per entry of the error of storing `values` in their own dtype, float64."""
-    return ulp(values).square() / 12.0
+def rounding_variance(values: Tensor, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
+    """Variance per entry of the error of storing `values` once in each dtype (default: once in their own), float64."""
+    return sum((ulp(values, dtype).square() / 12.0 for dtype in dtypes or [values.dtype]), start=torch.zeros(()))
 
 
 def leak_allowance(rounding: float, num_frozen: int) -> float:

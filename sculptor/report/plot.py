@@ -65,13 +65,13 @@ def _draw_spectra(axes: Any, archive: Archive) -> None:
             axes.plot(positions[k - 1], relative[k - 1], "o", color=line.get_color(), markersize=5)
         drawn += 1
     axes.set(
-        title="Singular values, relative to the first (dot: last protected)",
+        title="Singular values of the middle layer, relative to the first (dot: last protected)",
         xlabel="direction / number of directions",
         ylabel="singular value / largest",
         yscale="log",
     )
     if drawn:
-        axes.set_ylim(bottom=1e-3)
+        axes.set_ylim(bottom=1e-4)
         axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
 
@@ -84,6 +84,7 @@ def _draw_heat_map(figure: Any, axes: Any, archive: Archive) -> None:
         grid[roles.index(record.role)][record.index] = record.preserved
     image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set(title="Preserved share", xlabel="layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks(range(len(roles)), labels=roles, fontsize=8)
     if num_layers * len(roles) <= 160:
         for row, values in enumerate(grid):

@@ -9,7 +9,7 @@ from sculptor.tasks.analyze import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.evaluate import Evaluation
 from sculptor.tasks.inspect_archive import Inspection
-from sculptor.tasks.train import TrainReport
+from sculptor.tasks.train_output import TrainReport
 
 WIDTH = 100
 _MAX_LISTED = 8
@@ -75,7 +75,8 @@ def roles_table(roles: Sequence[RoleSummary]) -> str:
     preserved = sum(r.preserved * r.num_matrices for r in roles) / matrices
     energy = sum(r.energy * r.num_matrices for r in roles) / matrices
     rows.append(["all", str(matrices), percent(preserved), percent(energy), f"{free:,}", percent(free / parameters)])
-    return table(["role", "matrices", "preserved", "energy kept", "free parameters", "free share"], rows)
+    note = "free share: entries of the update that may change; energy kept: of ||W||^2, at analysis"
+    return table(["role", "matrices", "preserved", "energy kept", "free parameters", "free share"], rows) + f"\n{note}"
 
 
 def not_targeted_lines(not_targeted: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -95,7 +96,8 @@ def train_text(report: TrainReport) -> str:
     if report.num_dropped or report.num_cut:
         lines.append(
             f"Data: {report.num_examples} rows; {report.num_dropped} dropped (completion too long), "
-            f"{report.num_cut} with the middle of the prompt cut."
+            f"{report.num_cut} with the middle of the prompt cut"
+            + ("; raise --max-length to keep more." if report.num_cut > 0.2 * report.num_examples else ".")
         )
     lines += not_targeted_lines(report.not_targeted)
     lines.append(
@@ -110,7 +112,8 @@ def train_text(report: TrainReport) -> str:
     if updates:
         lost = sum(matrix.rounding_loss for matrix in updates) / len(updates)
         lines.append(
-            f"Largest leak into protected pairs {report.max_leak:.1e}; rounding ate {percent(lost)} of the mean update."
+            f"Largest leak into protected pairs {report.max_leak:.1e} of the update, by rounding or not: see verify.\n"
+            f"Storing the result removed {percent(lost)} of the update, by rounding."
         )
     else:
         lines.append("No matrix changed.")
@@ -164,6 +167,7 @@ def _comparison_table(found: Inspection) -> str:
     def cell(value: float | None, unit: str) -> str:
         return "-" if value is None else f"{value:.2f}{unit}"
 
+    legend = "a/b: directions here / in the other; overlap: share of the smaller inside the larger; angle: largest"
     rows = [
         [
             c.name,
@@ -176,7 +180,7 @@ def _comparison_table(found: Inspection) -> str:
         ]
         for c in found.comparison
     ]
-    return table(["matrix", "outputs", "overlap", "angle", "inputs", "overlap", "angle"], rows)
+    return table(["matrix", "outputs", "overlap", "angle", "inputs", "overlap", "angle"], rows) + f"\n{legend}"
 
 
 def verify_text(result: Verification) -> str:
@@ -184,7 +188,7 @@ def verify_text(result: Verification) -> str:
     failed = [matrix for matrix in result.matrices if not matrix.holds]
     shown = failed or sorted(result.matrices, key=lambda matrix: -matrix.leak)
     rows = [_verify_row(matrix) for matrix in shown[:_MAX_LISTED]]
-    parts = [table(["matrix", "update", "leak", "rounding explains", "rounding ate", "holds"], rows)]
+    parts = [table(["matrix", "update", "leak", "rounding explains", "removed", "holds"], rows)]
     if len(shown) > len(rows):
         parts[0] += f"\n... and {len(shown) - len(rows)} more"
     rest = (
@@ -193,7 +197,7 @@ def verify_text(result: Verification) -> str:
     lines = [
         f"leak {result.leak:.2e} over {result.num_targets} matrices ({result.num_changed} changed), largest {result.max_leak:.2e}; "
         f"rounding explains {result.rounding:.2e}",
-        f"rounding ate {percent(result.eaten)} of the update"
+        f"rounding removed {percent(result.eaten)} of the update"
         + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
         f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
     ]
@@ -203,8 +207,20 @@ def verify_text(result: Verification) -> str:
         lines.append(
             f"trained without protection, by the run's own record: {', '.join(result.also_trained[:_MAX_LISTED])}"
         )
-    lines.append("PASSED" if result.passed else "FAILED: the update reaches protected pairs, or other tensors changed")
+    lines.append("A matrix holds while its leak is at most 1.25 times what rounding explains, plus 1e-6.")
+    lines.append(_verdict(result))
     return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _verdict(result: Verification) -> str:
+    reasons = []
+    if any(not matrix.holds for matrix in result.matrices):
+        reasons.append(f"{sum(not matrix.holds for matrix in result.matrices)} updates reach protected pairs")
+    if not result.untouched_identical:
+        reasons.append(f"{len(result.changed_elsewhere)} other tensors changed")
+    if reasons:
+        return "FAILED: " + " and ".join(reasons)
+    return "PASSED" if result.num_changed else "PASSED: nothing changed; are these the same checkpoint?"
 
 
 def _verify_row(matrix: MatrixVerification) -> list[str]:

@@ -13,13 +13,13 @@ from sculptor.analysis.weights import analyze_matrix, to_device
 from sculptor.archive.manifest import Added, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive, ArchiveWriter, has_progress
 from sculptor.checkpoint.architecture import Architecture, Target, inspect_architecture, select_targets
-from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
-from sculptor.checkpoint.staging import commit, staging
+from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
+from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest
-from sculptor.data.examples import Example, encode, resolve_max_length
+from sculptor.data.examples import Example, digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import SettingsError
-from sculptor.model.load import load_config, load_model, load_tokenizer, resolve_device
+from sculptor.model.load import load_model, load_tokenizer, resolve_device
 from sculptor.numerics.staircase import Constraint
 from sculptor.progress import Progress, silent
 
@@ -60,7 +60,7 @@ class AnalyzeSettings:
             ("--target-retention", self.target_retention),
         ):
             if value is not None and not 0 <= value <= 1:
-                wrong.append(f"{option} {value}: expected a share between 0 and 1")
+                wrong.append(f"{option} {value}: expected a share between 0 and 1, like 0.5")
         if self.preserve == 1:
             wrong.append("--preserve 1: no direction would be left to train; use less than 1")
         if self.preserve is not None:
@@ -156,9 +156,14 @@ def analyze(
     targets = select_targets(architecture.targets, settings.targets, settings.exclude)
     device = resolve_device(settings.device)
     examples = _read_examples(checkpoint, architecture, settings)
-    output = Path(output)
+    output = Path(output).resolve()
+    check_apart(output, [checkpoint.path, *settings.data])
     with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
-        key = {"settings": asdict(settings), "base": {name: str(info) for name, info in checkpoint.infos.items()}}
+        key = {
+            "settings": asdict(settings),
+            "data": digest_examples(examples),
+            "base": identity({target.name: digest(checkpoint[target.name]) for target in targets}),
+        }
         writer = ArchiveWriter(partial, getattr(torch, settings.dtype), key)
         writer.resume()
         _check_finite(checkpoint, {target.name for target in targets}, progress)
@@ -238,8 +243,10 @@ def _read_examples(
     if not settings.data:
         return ()
     rows = read_rows(settings.data)
-    max_length = resolve_max_length(None, load_config(checkpoint))
-    found = encode(rows, load_tokenizer(checkpoint), architecture.kind, max_length).examples
+    max_length = resolve_max_length(None, architecture.max_positions)
+    found = encode(
+        rows, load_tokenizer(checkpoint, architecture.kind), architecture.kind, max_length, architecture.vocab_size
+    ).examples
     step = max(1, -(-len(found) // _MAX_IMPORTANCE_ROWS))
     return found[::step]
 
@@ -268,7 +275,7 @@ def report_of(archive: Archive, checkpoint: Checkpoint) -> AnalyzeReport:
         constraint=archive.manifest.constraint,
         roles=summarize_roles(archive),
         archive_bytes=archive.num_bytes,
-        checkpoint_bytes=sum(info.num_bytes for info in checkpoint.infos.values()),
+        checkpoint_bytes=checkpoint.num_bytes,
         not_targeted=archive.manifest.not_targeted,
     )
 

@@ -6,6 +6,7 @@ train on a third relation, verify, evaluate.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sculptor.checkpoint.staging import writing
 from sculptor.data.batches import collate
 from sculptor.data.examples import encode
 from sculptor.data.rows import CompletionRow
@@ -81,10 +83,16 @@ def demo(output: str | Path, *, seed: int = 0, progress: Progress = silent) -> D
     output = Path(output)
     if output.exists():
         raise OutputError(f"{output}: exists already; choose another --output")
-    try:
+    with writing(output):
         output.mkdir(parents=True)
-    except OSError as cause:
-        raise OutputError(f"{output}: cannot write ({cause.strerror}); choose another --output") from cause
+    try:
+        return _run(output, seed, progress)
+    except BaseException:  # half a demonstration is of no use
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _run(output: Path, seed: int, progress: Progress) -> DemoReport:
     generator = torch.Generator().manual_seed(seed)
     facts = invent_facts(generator)
     old, new = output / "old.jsonl", output / "new.jsonl"
@@ -128,7 +136,8 @@ def invent_facts(generator: torch.Generator) -> dict[str, list[CompletionRow]]:
 
 def _write_rows(path: Path, rows: Sequence[CompletionRow]) -> None:
     lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def make_model(path: Path, facts: dict[str, list[CompletionRow]], seed: int, progress: Progress) -> int:
@@ -152,8 +161,9 @@ def make_model(path: Path, facts: dict[str, list[CompletionRow]], seed: int, pro
         model = LlamaForCausalLM(config)
     rows = [row for relation in KNOWN for row in facts[relation]]
     _pretrain(model, tokenizer, rows, progress)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    with writing(path):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

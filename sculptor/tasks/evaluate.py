@@ -79,7 +79,7 @@ def evaluate(
         raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows have labels")
     loaded = load_model(checkpoint, resolve_device(device))
     loaded.model.config.use_cache = True
-    length = resolve_max_length(max_length, loaded.model.config)
+    length = resolve_max_length(max_length, loaded.architecture.max_positions)
     if pairs and loaded.kind != "masked":
         return _evaluate_pairs(loaded, pairs, _labels(pairs, labels), length, batch_size, progress)
     return _evaluate_loss(loaded, rows, length, batch_size, progress)
@@ -92,16 +92,18 @@ def _labels(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple
     # A label is written as a person says it; the rows' completions may start with the space that follows a prompt.
     leading = all(text.startswith(" ") for text in found)
     chosen = tuple(dict.fromkeys(f" {text.strip()}" if leading else text for text in given))
+    unused = [text for text in chosen if text not in found]
     foreign = [text for text in found if text not in chosen]
     if foreign:
-        raise SettingsError(f"--labels lacks {foreign[0]!r}, which is the completion of some row; name every label")
+        typo = f"; {unused[0]!r} is the completion of none" if unused else ""
+        raise SettingsError(f"--labels lacks {foreign[0]!r}, the completion of some row{typo}; name every label")
     return chosen
 
 
 def _evaluate_loss(
     loaded: LoadedModel, rows: Sequence[Row], length: int, batch_size: int, progress: Progress
 ) -> Evaluation:
-    encoded = encode(rows, loaded.tokenizer, loaded.kind, length)
+    encoded = encode(rows, loaded.tokenizer, loaded.kind, length, loaded.architecture.vocab_size)
     bar = progress(total=len(encoded.examples), desc="evaluate", unit="row")
     loss, tokens = mean_loss(loaded, encoded.examples, batch_size, bar)
     bar.close()

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from sculptor.archive.store import Archive, Subspaces
 from sculptor.checkpoint.architecture import match_names
 from sculptor.checkpoint.tensors import digest
-from sculptor.errors import ArchiveError, CapacityError
+from sculptor.errors import ArchiveError, CapacityError, TrainingError
 from sculptor.numerics.bases import FreeBlock, fold, free_blocks, project
 from sculptor.numerics.linalg import fingerprint
 
@@ -199,8 +199,10 @@ def protect(
     archive = archive if isinstance(archive, Archive) else Archive(archive)
     if protected_matrices(model):
         raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
-    for name, parameter in _find_parameters(model, archive).items():
-        _check_weight(archive, name, model.get_parameter(parameter))
+    parameters = _find_parameters(model, archive)
+    for check in (_check_shape, _check_bytes):  # what says most first
+        for name, parameter in parameters.items():
+            check(archive, name, model.get_parameter(parameter))
     return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold)
 
 
@@ -212,11 +214,13 @@ def attach_coordinates(
     open_names = [name for name, record in archive.items() if record.staircase.num_free]
     if not open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    model.requires_grad_(False)
+    prepared = []  # all of them before the model is touched: an error leaves it as it was
     for name in open_names:
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
-        coordinates = Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold)
+        prepared.append((module, Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold)))
+    model.requires_grad_(False)
+    for module, coordinates in prepared:
         parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
         module.parametrizations.weight.original.requires_grad_(False)
     return model
@@ -234,23 +238,28 @@ def _find_parameters(model: Any, archive: Archive) -> dict[str, str]:
     return found
 
 
-def _check_weight(archive: Archive, name: str, weight: Tensor) -> None:
+def _check_shape(archive: Archive, name: str, weight: Tensor) -> None:
     record = archive[name]
     expected = record.shape[::-1] if record.transposed else record.shape
     if tuple(weight.shape) != expected:
         raise ArchiveError(
             f"{archive.path}: {name} is {list(expected)} in the archive, {list(weight.shape)} in the model"
         )
+
+
+def _check_bytes(archive: Archive, name: str, weight: Tensor) -> None:
+    record = archive[name]
     base = getattr(torch, record.base_dtype)
-    as_saved = weight.detach().to(base)
-    if digest(as_saved) != record.base_digest:
-        wider = torch.promote_types(base, weight.dtype) == weight.dtype
-        reason = (
-            "the model's weights are not the checkpoint's that was analyzed; run `sculptor analyze` on it"
-            if wider
-            else f"load the model with dtype=torch.{record.base_dtype}, the archive's base cannot be told in {weight.dtype}"
+    if torch.promote_types(base, weight.dtype) != weight.dtype:
+        raise ArchiveError(
+            f"{archive.path}: the archive's base is {record.base_dtype}, {name} was loaded in {weight.dtype}, in which "
+            f"it cannot be told; load the model with dtype=torch.{record.base_dtype}"
         )
-        raise ArchiveError(f"{archive.path}: {name} differs from the archive's base: {reason}")
+    if digest(weight.detach().to(base)) != record.base_digest:
+        raise ArchiveError(
+            f"{archive.path}: archive of another model: {name} differs from the weights that were analyzed; "
+            "run `sculptor analyze` on this checkpoint"
+        )
 
 
 def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:
@@ -278,11 +287,18 @@ def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
 
 
 @torch.no_grad()
-def merged_weight(coordinates: Coordinates, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """W0 + dW as the module stores it, added in float64 and rounded once to `dtype`."""
-    update = coordinates.update64()
-    stored = update.T if coordinates.transposed else update
-    return (weight.to(torch.float64) + stored.to(weight.device)).to(dtype).contiguous()
+def merge_weight(coordinates: Coordinates, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W0 + dW as the module stores it, added in float64 and rounded once to `dtype`, and dW (m, n) itself.
+
+    Raises:
+        TrainingError: if the sum does not fit the dtype.
+    """
+    update64 = coordinates.update64()
+    stored = update64.T if coordinates.transposed else update64
+    merged = (weight.to(torch.float64) + stored.to(weight.device)).to(dtype).contiguous()
+    if not bool(merged.isfinite().all()):
+        raise TrainingError(f"{coordinates.name}: merged values overflow {dtype}; use --save-dtype float32")
+    return merged, update64
 
 
 @torch.no_grad()
@@ -300,7 +316,7 @@ def merge(model: Any) -> Any:
         raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
     for matrix in matrices:
         pristine = matrix.pristine
-        merged = merged_weight(matrix.coordinates, pristine, pristine.dtype)
+        merged, _ = merge_weight(matrix.coordinates, pristine, pristine.dtype)
         parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
         weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
         weight.data = merged

@@ -229,7 +229,7 @@ class TrainingLoop:
                 self.loaded.pad_id,
                 tokenizer.mask_token_id,
                 len(tokenizer),
-                seed=(self.settings.seed * 1_000_003 + step) * 1_009 + start,
+                seed=((self.settings.seed * 1_000_003 + step) * 1_009 + start) % 2**63,
             )
             for start in range(0, len(rows), size)
         ]
@@ -296,14 +296,19 @@ def make_accelerator(device: torch.device) -> Any:
     """
     from accelerate import Accelerator
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # asked first: Accelerator would wait for the others
-    if num_processes > 1:
+    num_processes = os.environ.get("WORLD_SIZE", "1")  # asked first: Accelerator would wait for the others
+    if num_processes != "1":
         raise SettingsError(
-            f"{num_processes} processes: sculptor trains in one process for now; start it without a launcher"
+            f"{num_processes} processes (WORLD_SIZE): sculptor trains in one for now; start it without a launcher"
         )
-    return Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" else "no", device_placement=False
-    )
+    precision = "bf16" if device.type == "cuda" else "no"
+    try:
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
+    except ValueError as cause:  # accelerate keeps one state per process
+        raise SettingsError(
+            f"accelerate is set up in this process for another device or precision than {device.type} and {precision}; "
+            "train in a process of its own"
+        ) from cause
 
 
 def make_optimizer(parameters: TrainedParameters, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:

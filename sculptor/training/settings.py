@@ -54,7 +54,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         checks: Sequence[tuple[bool, str]] = (
-            (self.epochs > 0, f"--epochs {self.epochs}: expected more than 0"),
+            (0 < self.epochs < float("inf"), f"--epochs {self.epochs}: expected more than 0"),
             (self.max_steps is None or self.max_steps >= 1, f"--max-steps {self.max_steps}: expected at least 1"),
             (0 < self.learning_rate < float("inf"), f"--learning-rate {self.learning_rate}: expected more than 0"),
             (0 <= self.weight_decay < float("inf"), f"--weight-decay {self.weight_decay}: expected 0 or more"),
@@ -63,7 +63,7 @@ class TrainSettings:
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: expected at least 1"),
             (self.micro_batch_size >= 1, f"--micro-batch-size {self.micro_batch_size}: expected at least 1"),
             (self.max_length is None or self.max_length >= 8, f"--max-length {self.max_length}: expected at least 8"),
-            (self.seed >= 0, f"--seed {self.seed}: expected 0 or more"),
+            (0 <= self.seed < 2**31, f"--seed {self.seed}: expected 0 to {2**31 - 1}"),
             (self.save_every is None or self.save_every >= 1, f"--save-every {self.save_every}: expected at least 1"),
             (self.eval_every is None or self.eval_every >= 1, f"--eval-every {self.eval_every}: expected at least 1"),
             (self.schedule in ("cosine", "linear", "constant"), f"--schedule {self.schedule}: unknown"),

@@ -85,7 +85,7 @@ def test_data_changes_ranks_and_none_means_the_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"preserve": 1.5}, "--preserve 1.5: expected a share between 0 and 1"),
+        ({"preserve": 1.5}, "--preserve 1.5: expected a share between 0 and 1, like 0.5"),
         ({"preserve": -0.1}, "--preserve -0.1"),
         ({"preserve": 1.0}, "--preserve 1: no direction would be left"),
         ({"preserve": float("nan")}, "--preserve nan"),

@@ -1,6 +1,5 @@
 """The proof holds when it should and fails when it should."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +105,44 @@ def test_a_second_task_verifies_against_the_first_archive(chain: dict[str, Path]
     assert direct.passed
     assert across.passed
     assert (direct.num_merges, across.num_merges) == (1, 2)
-    assert (
-        json.loads((second / "sculptor.json").read_text())["lineage"][0]
-        == json.loads((chain["archive"] / "archive.json").read_text())["base_identity"]
-    )
+
+
+def test_merges_in_different_dtypes_are_each_counted(chain: dict[str, Path], tmp_path: Path) -> None:
+    settings = TrainSettings(max_steps=20, batch_size=8, learning_rate=1e-2, device="cpu", save_dtype="float32")
+    train(chain["keep"], chain["keep"] / "subspaces", [chain["data"]], tmp_path / "second", settings)
+    found = verify(chain["base"], tmp_path / "second", chain["archive"], device="cpu")
+    assert found.passed
+    assert found.num_merges == 2
+    assert found.rounding > 1e-4  # the first merge's bf16
+
+
+def test_merges_are_found_for_another_archive_of_the_same_base(chain: dict[str, Path], tmp_path: Path) -> None:
+    settings = TrainSettings(max_steps=20, batch_size=8, learning_rate=1e-2, device="cpu")
+    train(chain["keep"], chain["keep"] / "subspaces", [chain["data"]], tmp_path / "second", settings)
+    part = AnalyzeSettings(preserve=0.5, exclude=("down_proj",), device="cpu")
+    analyze(chain["base"], tmp_path / "part", part)
+    found = verify(chain["base"], tmp_path / "second", tmp_path / "part", device="cpu")
+    assert found.num_merges == 2
+    assert all(matrix.holds for matrix in found.matrices)
+    assert len(found.changed_elsewhere) == 2  # what this archive does not cover did change
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_narrowed_bystander_fails(chain: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+
+    found = verify(chain["base"], edited(chain, tmp_path, "keep", change), chain["archive"], device="cpu")
+    assert found.changed_elsewhere == ("lm_head.weight",)
+    assert not found.passed
+
+
+def test_a_matrix_of_integers_cannot_be_checked(chain: dict[str, Path], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[NAME] = tensors[NAME].to(torch.int32)
+
+    with pytest.raises(VerificationError, match=f"{NAME} holds torch.int32"):
+        verify(chain["base"], edited(chain, tmp_path, "keep", change), chain["archive"], device="cpu")
 
 
 def test_what_cannot_be_checked_says_why(chain: dict[str, Path], tmp_path: Path) -> None:

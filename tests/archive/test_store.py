@@ -79,6 +79,12 @@ def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], *, with_
         (lambda c: c.pop("matrices"), "damaged manifest"),
         (lambda c: c["matrices"][NAME].update(steps=[[3, 1]]), "damaged manifest .*steps"),
         (lambda c: c["matrices"][NAME].update(surprise=1), "damaged manifest"),
+        (lambda c: c.update(constraint="triple"), "constraint 'triple' is unknown"),
+        (lambda c: c.update(matrices={}), "no matrices"),
+        (lambda c: c.update(files=[]), "damaged manifest"),
+        (lambda c: c["matrices"][NAME]["input"].update(tensor="absent"), "damaged manifest .*absent"),
+        (lambda c: c["matrices"][NAME]["input"].update(directions=3), "does not hold 3 directions"),
+        (lambda c: c["matrices"][NAME].update(steps=[[1, 32], [48, 1]]), "are not those of"),
     ],
 )
 def test_damaged_manifests_are_named(path: Path, change: Callable[[dict], None], message: str) -> None:
@@ -156,7 +162,9 @@ def test_a_writer_goes_on_behind_the_last_complete_shard(path: Path, tmp_path: P
     again = fill(cut, 14, "a")
     again.finish(archive.manifest)
     assert {f.name: f.read_bytes() for f in whole.iterdir()} == {f.name: f.read_bytes() for f in cut.iterdir()}
-    assert len(fill(tmp_path / "whole", 0, "other settings").records) == 0
+    fill(tmp_path / "half", 7, "a")
+    with pytest.raises(OutputError, match=r"other inputs or settings .key.* --overwrite"):
+        fill(tmp_path / "half", 14, "b")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, small_disk: None) -> None:

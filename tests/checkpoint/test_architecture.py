@@ -113,3 +113,37 @@ def test_patterns_choose_by_name_role_and_last_part(tmp_path: Path) -> None:
         select_targets(targets, [], ["x"])
     with pytest.raises(SettingsError, match="leave none"):
         select_targets(targets, ["q_proj"], ["*"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"hidden_size": "abc"},
+        {"hidden_size": -32},
+        {"num_hidden_layers": "2"},
+        {"rope_parameters": "x"},
+        {"architectures": ["AutoModelForCausalLM"]},
+        {"architectures": [5]},
+        {"architectures": "Llama"},
+        {"quantization_config": "gptq"},
+    ],
+)
+def test_damaged_configurations_are_one_line(tmp_path: Path, damage: dict[str, object]) -> None:
+    path = save_checkpoint(tmp_path / "m")
+    edit_config(path, **damage)
+    with pytest.raises(CheckpointError) as caught:
+        inspect_architecture(open_checkpoint(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_positions_reserved_for_padding_are_not_offered(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    config = RobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=34
+    )
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "m")
+    assert inspect_architecture(open_checkpoint(tmp_path / "m")).max_positions == 32
+    for family, limit in (("llama", 64), ("gpt2", 64), ("opt", 64), ("t5", None), ("bert", 64)):
+        path = save_checkpoint(tmp_path / family, family)
+        assert inspect_architecture(open_checkpoint(path)).max_positions == limit

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sculptor.checkpoint.staging import commit, partial_path, staging
+from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging
 from sculptor.errors import OutputError
 
 
@@ -31,13 +31,42 @@ def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
 def test_overwrite_replaces_only_at_success(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "old").write_text("")
+    (output / "config.json").write_text("")
+    (tmp_path / "out.old").mkdir()
     partial = start(output, overwrite=True)
-    assert (output / "old").exists()
+    assert (output / "config.json").exists()
     (partial / "new").write_text("")
     commit(partial, output)
     assert [file.name for file in output.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
+
+
+def test_overwrite_touches_only_outputs(tmp_path: Path) -> None:
+    output = tmp_path / "home"
+    output.mkdir()
+    (output / "precious").write_text("")
+    with pytest.raises(OutputError, match="neither a checkpoint nor an archive"):
+        start(output, overwrite=True)
+    assert (output / "precious").exists()
+
+
+def test_inputs_are_never_outputs(tmp_path: Path) -> None:
+    (tmp_path / "work" / "model").mkdir(parents=True)
+    for output in (tmp_path / "work" / "model", tmp_path / "work", tmp_path / "work" / "model" / ".." / "model"):
+        with pytest.raises(OutputError, match=r"is or holds the input .*model"):
+            check_apart(output, [tmp_path / "work" / "model"])
+    check_apart(tmp_path / "work" / "model" / "tuned", [tmp_path / "work" / "model", "owner/name"])
+
+
+def test_two_runs_do_not_share_a_place(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with staging(output, overwrite=False, resume=False, worth_keeping=lambda _: True) as partial:
+        (partial / "work").write_text("")
+        for resume in (True, False):
+            with pytest.raises(OutputError, match="another run is writing there"):
+                start(output, overwrite=not resume, resume=resume)
+        assert (partial / "work").exists()
+    assert start(output, resume=True) == partial
 
 
 @pytest.mark.parametrize("worth", [True, False])

@@ -90,6 +90,7 @@ def test_rows_name_file_and_line(cli: Callable[..., Result], made: dict[str, Pat
 def test_existing_outputs_are_kept(cli: Callable[..., Result], made: dict[str, Path]) -> None:
     made["out"].mkdir()
     (made["out"] / "precious").write_text("x")
+    (made["out"] / "config.json").write_text("{}")
     one_line(train(cli, made), "exists already", "--overwrite")
     one_line(cli("analyze", made["model"], "-o", made["out"]), "exists already")
     assert (made["out"] / "precious").read_text() == "x"
@@ -159,5 +160,35 @@ def test_several_processes_are_refused(made: dict[str, Path]) -> None:
         capture_output=True, text=True, env=environment | {"MASTER_PORT": "29511"}, timeout=60,
     )  # fmt: skip
     assert found.returncode == 2, found.stderr
-    assert "one process" in found.stderr
+    assert "2 processes" in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_odd_outputs(cli: Callable[..., Result], made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    one_line(cli("analyze", made["model"], "-o", "x" * 300), "cannot write")
+    one_line(cli("analyze", made["model"], "-o", made["model"], "--overwrite"), "is or holds the input")
+    one_line(train(cli, made, "--overwrite", out=made["model"].parent), "is or holds the input")
+    (made["model"].parent / "here").mkdir()
+    monkeypatch.chdir(made["model"].parent / "here")
+    one_line(cli("analyze", made["model"], "-o", "."), "exists already")
+    assert (made["model"] / "model.safetensors").is_file()
+
+
+def test_stdout_that_cannot_be_written(made: dict[str, Path]) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [*COMMAND, "inspect", str(made["archive"])], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert found.returncode == 1
+    assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+
+
+def test_a_picture_is_not_overwritten(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "p.png").write_text("precious")
+    one_line(cli("inspect", made["archive"], "--plot", tmp_path / "p.png"), "exists already")
+    assert (tmp_path / "p.png").read_text() == "precious"
+
+
+def test_names_used_elsewhere_are_understood(cli: Callable[..., Result]) -> None:
+    one_line(cli("train", "m", "--lr", 1), "Did you mean '--learning-rate'?", code=2)

@@ -85,8 +85,10 @@ def test_long_text_is_cut_into_windows_without_loss_of_tokens(tokenizer: Any) ->
         tuple(range(20, 27)),
     ]
     assert all(example.labels == example.input_ids for example in causal)
-    masked = encode([text], tokenizer, "masked", 8).examples
-    assert sum(len(example.input_ids) for example in masked) == 23
+    masked = encode([text], make_tokenizer(wrapped=True), "masked", 8).examples
+    assert [len(example.input_ids) for example in masked] == [8, 8, 8, 7]
+    assert all((example.input_ids[0], example.input_ids[-1]) == (44, 45) for example in masked)
+    assert [token for example in masked for token in example.input_ids[1:-1]] == list(range(4, 27))
 
 
 @pytest.mark.parametrize(
@@ -104,11 +106,34 @@ def test_rows_that_do_not_suit_are_named(tokenizer: Any, row: Any, kind: Any, me
 
 
 def test_max_length_is_checked_against_the_model() -> None:
-    class Config:
-        max_position_embeddings = 64
-
-    assert resolve_max_length(None, Config()) == 64
-    assert resolve_max_length(32, Config()) == 32
+    assert resolve_max_length(None, 64) == 64
+    assert resolve_max_length(32, 64) == 32
     with pytest.raises(SettingsError, match="--max-length 65 is more than the 64 positions"):
-        resolve_max_length(65, Config())
-    assert resolve_max_length(None, object()) == 1024
+        resolve_max_length(65, 64)
+    with pytest.raises(SettingsError, match="--max-length 0: expected at least 8"):
+        resolve_max_length(0, None)
+    assert resolve_max_length(None, None) == 1024
+
+
+def test_templates_that_refuse_the_messages_name_the_row(tokenizer: Any) -> None:
+    for template in ("{{ raise_exception('no') }}", "{% for %}", "{{ messages[9].content }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(DataError, match="f:1: the chat template does not take these messages"):
+            encode([TALK], tokenizer, "causal", 32)
+
+
+def test_a_first_turn_of_the_assistant_needs_no_empty_conversation(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}" + UNMARKED
+    row = MessagesRow("f:1", ({"role": "assistant", "content": "w3"},))
+    (example,) = encode([row], tokenizer, "causal", 32).examples
+    assert example.labels == example.input_ids
+
+
+def test_ids_beyond_the_embeddings_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="the tokenizer gives id 23, the model has 20 embeddings"):
+        encode([TextRow("f", "w1 w19")], tokenizer, "causal", 16, vocab_size=20)
+
+
+def test_a_row_without_a_maskable_token_is_refused() -> None:
+    with pytest.raises(DataError, match="no token that could be masked"):
+        encode([TextRow("f:1", "<mask> <sep>")], make_tokenizer(wrapped=True), "masked", 16)

@@ -26,6 +26,8 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "broken JSON"),
+        ("[" * 100000, "broken JSON .nested too deeply"),
+        ('{"text": "\\ud800"}', "half a surrogate pair"),
         ("[1]", "expected a JSON object, found list"),
         ('{"question": "x"}', "keys 'question'; expected"),
         ('{"prompt": "x"}', "keys 'prompt'; expected"),

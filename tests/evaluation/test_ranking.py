@@ -110,7 +110,7 @@ def test_labels_can_be_given(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "p.jsonl", task_rows())
     found = evaluate(path, [data], labels=["w0", "w1", "w2", "w3", "w9"], device="cpu")
     assert found.labels == ("w0", "w1", "w2", "w3", "w9")
-    with pytest.raises(SettingsError, match="--labels lacks 'w3'"):
+    with pytest.raises(SettingsError, match="--labels lacks 'w3', the completion of some row; name"):
         evaluate(path, [data], labels=["w0", "w1", "w2"], device="cpu")
     with pytest.raises(SettingsError, match="--labels without effect"):
         evaluate(path, [write_rows(tmp_path / "t.jsonl", task_rows("text"))], labels=["w0"], device="cpu")

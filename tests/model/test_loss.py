@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, save_checkpoint
+from conftest import FAMILIES, make_tokenizer, save_checkpoint
 
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import Batch
@@ -83,3 +83,26 @@ def test_unknown_devices_are_refused() -> None:
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(SettingsError, match="--device nonsense: not available"):
         resolve_device("nonsense")
+
+
+def test_nan_anywhere_in_the_model_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = save_checkpoint(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 3] = float("nan")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight has NaN"):
+        load_model(open_checkpoint(path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_tokenizer_without_the_tokens_it_needs_is_refused(tmp_path: Path, family: str) -> None:
+    path = save_checkpoint(tmp_path / "m", family)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.mask_token = None
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    tokenizer.save_pretrained(path)
+    with pytest.raises(CheckpointError, match="no end-of-sequence token" if family == "llama" else "no mask token"):
+        load_model(open_checkpoint(path), torch.device("cpu"))

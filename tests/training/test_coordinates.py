@@ -10,7 +10,7 @@ from conftest import FAMILIES, save_checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sculptor import AnalyzeSettings, Archive, analyze, merge, protect
-from sculptor.errors import ArchiveError, CapacityError
+from sculptor.errors import ArchiveError, CapacityError, TrainingError
 from sculptor.model.load import checkpoint_activations
 from sculptor.numerics.bases import frozen_norm
 from sculptor.training.coordinates import protected_blocks, protected_matrices
@@ -287,7 +287,7 @@ def test_the_hugging_face_trainer(made: dict[str, tuple[Path, Path]], tmp_path: 
 def test_wrong_models_are_refused(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     model, archive = load(made)
     torch.manual_seed(9)
-    with pytest.raises(ArchiveError, match="not the checkpoint's that was analyzed"):
+    with pytest.raises(ArchiveError, match="archive of another model"):
         protect(FAMILIES["llama"](), archive)
     with pytest.raises(ArchiveError, match=r"lacks 14 of them"):
         protect(FAMILIES["gpt2"](), archive)
@@ -298,6 +298,43 @@ def test_wrong_models_are_refused(made: dict[str, tuple[Path, Path]], tmp_path: 
     protect(model, archive)
     with pytest.raises(ArchiveError, match="protected already"):
         protect(model, archive)
+
+
+def test_shapes_are_named_before_dtypes(made: dict[str, tuple[Path, Path]]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, num_attention_heads=2, num_hidden_layers=2))
+    with pytest.raises(ArchiveError, match=r"in the archive, \[16, 16\] in the model"):
+        protect(other.to(torch.bfloat16), made["llama-double"][1])
+
+
+def test_a_failed_protect_leaves_the_model_as_it_was(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model, archive = load(made)
+    shutil.copytree(archive.path, tmp_path / "damaged")
+    file = next((tmp_path / "damaged").glob("*.safetensors"))
+    tensors = load_file(file)
+    last = list(archive)[-1]
+    tensors[f"{last}.input"] = -tensors[f"{last}.input"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ArchiveError, match="has changed since it was written"):
+        protect(model, tmp_path / "damaged")
+    assert not protected_matrices(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_merge_that_overflows_says_so(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", dtype=torch.float16)
+    analyze(path, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
+    protect(model, tmp_path / "archive")
+    with torch.no_grad():
+        protected_matrices(model)[0].coordinates.blocks[0].fill_(1e6)
+    with pytest.raises(TrainingError, match=r"merged values overflow torch.float16"):
+        merge(model)
 
 
 def test_no_capacity_is_refused(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:

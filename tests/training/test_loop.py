@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, make_tokenizer, save_checkpoint, task_rows, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train
 from sculptor.checkpoint.reader import open_checkpoint
@@ -182,3 +182,39 @@ def test_save_dtype_decides_the_files(task: dict[str, Any], tmp_path: Path) -> N
     train(**task, output=tmp_path / "out", settings=settings(save_dtype="bfloat16"))
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_tied_head_that_stands_in_the_files_twice_is_written_twice(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "llama-tied")
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    analyze(path, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    data = [write_rows(tmp_path / "task.jsonl", task_rows())]
+    for patterns in (("embed_tokens",), ("embed_tokens", "lm_head")):
+        output = tmp_path / f"out{len(patterns)}"
+        train(path, tmp_path / "archive", data, output, settings(also_train=patterns))
+        after = load_file(output / "model.safetensors")
+        assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+        assert not torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
+
+
+def test_a_symlinked_output_is_followed(task: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    train(**task, output=tmp_path / "link", settings=settings())
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
+
+
+def test_outputs_inside_the_model_directory_do_not_travel(task: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(task["subspaces"], task["model"] / "archive")
+    train(**task, output=task["model"] / "first", settings=settings())
+    train(**task, output=task["model"] / "second", settings=settings())
+    assert sorted(p.name for p in (task["model"] / "second").iterdir() if p.is_dir()) == ["subspaces"]
+
+
+def test_options_without_effect_are_refused(task: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--eval-every without effect"):
+        train(**task, output=tmp_path / "out", settings=settings(eval_every=2))

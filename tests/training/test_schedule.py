@@ -32,6 +32,7 @@ def test_known_values() -> None:
     "wrong",
     [
         {"epochs": 0},
+        {"epochs": float("inf")},
         {"max_steps": 0},
         {"learning_rate": 0},
         {"learning_rate": float("nan")},
@@ -42,6 +43,7 @@ def test_known_values() -> None:
         {"micro_batch_size": 0},
         {"max_length": 3},
         {"seed": -1},
+        {"seed": 2**40},
         {"schedule": "sine"},
         {"save_dtype": "int8"},
         {"carry": "merge"},

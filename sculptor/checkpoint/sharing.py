@@ -1,0 +1,45 @@
+"""Which linear maps read the same input, seen in one forward without data."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def input_leaders(skeleton: Any, linear: Mapping[str, str]) -> dict[str, str]:
+    """Module -> the first module of its block that reads the same input tensor.
+
+    One forward on the meta device records which tensor object each map reads. Where a model cannot run there to
+    its end (routing by value), the blocks that did run speak for the others by their role.
+    """
+    role = {module: module.removeprefix(block + ".") for module, block in linear.items()}
+    read: dict[tuple[str, int], list[str]] = defaultdict(list)  # (block, input object) -> roles in order
+    alive: list[torch.Tensor] = []  # an object's id is its own only while it lives
+
+    def record(module: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else next(iter(kwargs.values()))
+            alive.append(value)
+            roles = read[linear[module], id(value)]
+            if role[module] not in roles:
+                roles.append(role[module])
+
+        return hook
+
+    handles = [
+        skeleton.get_submodule(module).register_forward_pre_hook(record(module), with_kwargs=True) for module in linear
+    ]
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.config.is_encoder_decoder else {})
+    for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
+        # Decoders ask for a mask (else they look for packed rows by value), encoders do without one.
+        with suppress(RuntimeError, NotImplementedError), torch.no_grad():
+            skeleton(**inputs, **mask)
+            break
+    for handle in handles:
+        handle.remove()
+    same = {follower: roles[0] for roles in read.values() for follower in roles}
+    return {module: f"{block}.{same.get(role[module], role[module])}" for module, block in linear.items()}

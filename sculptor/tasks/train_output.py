@@ -1,0 +1,279 @@
+"""What a training run leaves: the merged checkpoint, the updated archive, and the record of how they were made.
+
+One pass over the checkpoint, one tensor in memory: a target is merged in float64, its leak measured on what will be
+written, and its entry of the next archive added.
+"""
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sculptor import __version__
+from sculptor.analysis.carry import accumulate, retake
+from sculptor.analysis.verify import measure_leak
+from sculptor.archive.manifest import Added, TaskRecord
+from sculptor.archive.store import Archive, ArchiveWriter, Subspaces
+from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.records import RECORD_NAME, Merge, read_record
+from sculptor.checkpoint.staging import write_json, writing
+from sculptor.checkpoint.tensors import digest
+from sculptor.checkpoint.writer import output_dtype, write_checkpoint
+from sculptor.data.examples import Encoded
+from sculptor.model.load import LoadedModel
+from sculptor.progress import Progress
+from sculptor.training.coordinates import merge_weight, protected_matrices
+from sculptor.training.loop import LoopResult, TrainedParameters
+from sculptor.training.settings import TrainSettings
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixReport:
+    """What the run did to one matrix.
+
+    Attributes:
+        update: ||dW|| / ||W||.
+        leak: ||frozen part of dW|| / ||dW||, measured on the tensor that was written.
+        rounding_loss: ||W' - (W + dW)|| / ||dW||: the share of the update that rounding ate.
+        outputs_added, inputs_added: directions the archive gained.
+        frozen: nothing is left free in it.
+    """
+
+    role: str
+    update: float
+    leak: float
+    rounding_loss: float
+    outputs_added: int
+    inputs_added: int
+    frozen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What `train` did."""
+
+    output: Path
+    loop: LoopResult
+    num_examples: int
+    num_dropped: int
+    num_cut: int
+    num_trainable: int
+    num_protected: int
+    also_trained: tuple[str, ...]
+    not_targeted: tuple[Mapping[str, Any], ...]
+    matrices: Mapping[str, MatrixReport]
+
+    @property
+    def max_leak(self) -> float:
+        """Of the matrix with the largest."""
+        return max((matrix.leak for matrix in self.matrices.values()), default=0.0)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Matrices with no free direction left."""
+        return tuple(name for name, matrix in self.matrices.items() if matrix.frozen)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TrainJob:
+    """Opened and checked inputs of a run."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    archive: Archive
+    settings: TrainSettings
+    data: tuple[str, ...]
+    encoded: Encoded
+    evaluation: Encoded | None
+    name: str
+    extra: Mapping[str, str]  # openly trained parameter -> tensor
+
+
+def write_output(
+    job: TrainJob,
+    loaded: LoadedModel,
+    parameters: TrainedParameters,
+    result: LoopResult,
+    output: Path,
+    partial: Path,
+    progress: Progress,
+) -> TrainReport:
+    staged = partial / "output"
+    shutil.rmtree(staged, ignore_errors=True)
+    with writing(staged):
+        (staged / "subspaces").mkdir(parents=True)
+    saved = None if job.settings.save_dtype == "keep" else getattr(torch, job.settings.save_dtype)
+    first_dtype = next(iter(job.archive.manifest.tensors.values())).dtype if job.archive.manifest.tensors else "float32"
+    writer = ArchiveWriter(staged / "subspaces", getattr(torch, first_dtype), {})
+    previous = read_record(job.checkpoint.path)
+    matrices = _MatrixWriter(job, loaded, writer, saved, len(job.archive.manifest.tasks))
+    replacements: dict[str, Callable[[Tensor], Tensor]] = {
+        name: functools.partial(matrices.write, name) for name in job.archive
+    }
+    opened = _files_of(loaded, job.architecture, parameters.extra)
+    for name, value in opened.items():
+        replacements[name] = functools.partial(_cast_like, value, saved)
+    bar = progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
+    write_checkpoint(job.checkpoint, staged, replacements, dtype=saved, bar=bar)
+    bar.close()
+    also_trained = tuple(sorted({*previous.also_trained, *opened}))
+    report = TrainReport(
+        output=output,
+        loop=result,
+        num_examples=len(job.encoded.examples),
+        num_dropped=job.encoded.num_dropped,
+        num_cut=job.encoded.num_cut,
+        num_trainable=sum(a.numel() for a in parameters.named().values()),
+        num_protected=sum(record.staircase.num_frozen for record in job.archive.values()),
+        also_trained=also_trained,
+        not_targeted=job.archive.manifest.not_targeted,
+        matrices={name: matrices.reports[name] for name in job.archive},
+    )
+    task = TaskRecord(
+        job.name,
+        "training",
+        {
+            "data": list(job.data),
+            "rows": report.num_examples,
+            "steps": result.steps,
+            "carry": job.settings.carry,
+            "learning_rate": job.settings.learning_rate,
+        },
+    )
+    writer.finish(
+        replace(job.archive.manifest, created_by=f"sculptor {__version__}", tasks=(*job.archive.manifest.tasks, task))
+    )
+    with writing(staged):
+        shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
+    write_json(staged / RECORD_NAME, _output_record(job, report, previous.lineage, saved))
+    return report
+
+
+def _files_of(
+    loaded: LoadedModel, architecture: Architecture, extra: Mapping[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Tensor of the checkpoint -> openly trained parameter; a tied one may stand in the files under several names."""
+    trained = {id(value): value for value in extra.values()}
+    known = dict(loaded.model.named_parameters(remove_duplicate=False))
+    return {
+        name: trained[id(known[parameter])]
+        for parameter, name in architecture.tensors.items()
+        if parameter in known and id(known[parameter]) in trained
+    }
+
+
+def _cast_like(value: Tensor, saved: torch.dtype | None, tensor: Tensor) -> Tensor:
+    """An openly trained parameter in the dtype that the base's `tensor` is written in."""
+    return value.detach().cpu().to(output_dtype(tensor.dtype, saved))
+
+
+class _MatrixWriter:
+    """Merges one matrix at a time: makes the tensor to write, its archive entry and its figures."""
+
+    def __init__(
+        self, job: TrainJob, loaded: LoadedModel, writer: ArchiveWriter, saved: torch.dtype | None, task: int
+    ) -> None:
+        self.job = job
+        self.device = loaded.device
+        self.writer = writer
+        self.saved = saved
+        self.task = task
+        self.coordinates = {matrix.coordinates.name: matrix.coordinates for matrix in protected_matrices(loaded.model)}
+        self.reports: dict[str, MatrixReport] = {}
+
+    def write(self, name: str, weight: Tensor) -> Tensor:
+        """The merged tensor, given the base's as stored."""
+        dtype = output_dtype(weight.dtype, self.saved)
+        subspaces = self.job.archive.read(name)
+        coordinates = self.coordinates.get(name)
+        if coordinates is None:
+            merged, update = weight.to(dtype), torch.zeros(subspaces.record.shape, dtype=torch.float64)
+        else:
+            merged, update = merge_weight(coordinates, weight.to(self.device), dtype)
+            merged = merged.cpu()
+        self._carry(subspaces, merged, update)
+        measured = measure_leak(weight, merged, subspaces, self.device)
+        stored = update.T if subspaces.record.transposed else update
+        norm = float(update.norm())
+        lost = float((merged.to(torch.float64) - weight.to(torch.float64) - stored.cpu()).norm())
+        record = self.writer.record(name)
+        self.reports[name] = MatrixReport(
+            role=record.role,
+            update=measured.update / (float(weight.to(torch.float64).norm()) or 1.0),
+            leak=measured.frozen / measured.update if measured.update else 0.0,
+            rounding_loss=lost / norm if norm else 0.0,
+            outputs_added=record.added[-1].outputs if record.added[-1].task == self.task else 0,
+            inputs_added=record.added[-1].inputs if record.added[-1].task == self.task else 0,
+            frozen=record.staircase.num_free == 0,
+        )
+        return merged
+
+    def _carry(self, subspaces: Subspaces, merged: Tensor, update: Tensor) -> None:
+        record, constraint = subspaces.record, self.job.archive.manifest.constraint
+        spectrum = self.job.archive.spectrum(record.name)
+        record = replace(record, base_digest=digest(merged), base_dtype=str(merged.dtype).removeprefix("torch."))
+        if self.job.settings.carry == "retake":
+            weight = merged.to(self.device, torch.float64)
+            found = retake(record, weight.T if record.transposed else weight, constraint)
+            # Decomposed anew: no direction is any task's own any more.
+            record = replace(record, steps=found.staircase.steps, energy=found.energy, added=record.added[:1])
+            self.writer.add(record, found.output, found.input, found.spectrum)
+            return
+        carried = accumulate(
+            Subspaces(
+                record,
+                subspaces.output and subspaces.output.to(update.device, subspaces.output.vectors.dtype),
+                subspaces.input and subspaces.input.to(update.device, subspaces.input.vectors.dtype),
+            ),
+            update,
+            constraint,
+        )
+        added = record.added
+        if carried.outputs_added or carried.inputs_added:
+            added = (*added, Added(self.task, carried.outputs_added, carried.inputs_added))
+        record = replace(record, steps=carried.staircase.steps, added=added)
+        self.writer.add(record, carried.output, carried.input, spectrum)
+
+
+def _output_record(
+    job: TrainJob, report: TrainReport, lineage: tuple[Merge, ...], saved: torch.dtype | None
+) -> dict[str, Any]:
+    """sculptor.json: how the output came about."""
+    import accelerate
+    import safetensors
+    import transformers
+
+    merge = Merge(
+        base_digests={name: record.base_digest for name, record in job.archive.items()},
+        dtypes={
+            name: str(output_dtype(job.checkpoint.infos[name].dtype, saved)).removeprefix("torch.")
+            for name in job.archive
+        },
+    )
+    return {
+        "created_by": f"sculptor {__version__}",
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "command": "train",
+        "settings": asdict(job.settings),
+        "data": list(job.data),
+        "base": str(job.checkpoint.path),
+        "lineage": [*map(asdict, lineage), asdict(merge)],
+        "also_trained": list(report.also_trained),
+        "not_targeted": [dict(item) for item in report.not_targeted],
+        "frozen": list(report.frozen),
+        "examples": {"rows": report.num_examples, "dropped": report.num_dropped, "cut": report.num_cut},
+        "num_trainable": report.num_trainable,
+        "result": asdict(report.loop),
+        "matrices": {name: asdict(matrix) for name, matrix in report.matrices.items()},
+    }
