@@ -28,11 +28,14 @@ def command(output: Path | None, seed: int, as_json: bool) -> None:
       sculptor demo
       sculptor demo --output ./demo
     """
+    import torch
+
     from sculptor.report.json_text import to_json
     from sculptor.report.text import demo_text
     from sculptor.tasks.demo import demo
 
     quiet_libraries()
+    torch.set_num_threads(1)  # the model is too small for more, and waiting threads starve each other on a busy machine
     scratch = None if output is not None else Path(tempfile.mkdtemp(prefix="sculptor-demo-"))
     try:
         report = demo(output or (scratch or Path()) / "demo", seed=seed, progress=bars)

@@ -1,7 +1,6 @@
 """The `sculptor` command."""
 
 import importlib
-import os
 import sys
 from typing import NoReturn
 
@@ -59,8 +58,6 @@ def main() -> None:
 
 def run() -> None:
     """Entry point, and the one place where an error that a user can act on becomes one line."""
-    # Threads that spin while they wait take the cores away from each other on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = main(standalone_mode=False)
         sys.stdout.flush()

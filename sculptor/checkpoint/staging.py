@@ -82,6 +82,8 @@ def _empty(partial: Path) -> None:
 
 def _check_place(output: Path, *, overwrite: bool, resume: bool) -> None:
     partial = partial_path(output)
+    if output.exists() and resume and not overwrite:
+        raise OutputError(f"{output}: exists already, there is nothing to resume; pass --overwrite to start anew")
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already; choose another --output or pass --overwrite")
     if output.exists() and not _is_output(output):

@@ -104,6 +104,12 @@ def write_output(
     partial: Path,
     progress: Progress,
 ) -> TrainReport:
+    """Writes checkpoint, archive, metrics and record of a finished loop into `partial / "output"`.
+
+    Raises:
+        OutputError: if a file cannot be written.
+        TrainingError: if merged values do not fit the dtype they are saved in.
+    """
     staged = partial / "output"
     shutil.rmtree(staged, ignore_errors=True)
     with writing(staged):

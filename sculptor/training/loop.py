@@ -242,6 +242,8 @@ class TrainingLoop:
     def _evaluate(self, step: int) -> None:
         assert self.evaluate is not None
         loss = self.evaluate()
+        if not math.isfinite(loss):
+            raise TrainingError(f"evaluation loss {loss} after step {step}: not finite; lower --learning-rate")
         self._log(step=step, eval_loss=loss)
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)

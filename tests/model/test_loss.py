@@ -81,8 +81,9 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_unknown_devices_are_refused() -> None:
     assert resolve_device("cpu").type == "cpu"
-    with pytest.raises(SettingsError, match="--device nonsense: not available"):
-        resolve_device("nonsense")
+    for name in ("nonsense", "mps", "meta"):
+        with pytest.raises(SettingsError, match=f"--device {name}: not available"):
+            resolve_device(name)
 
 
 def test_nan_anywhere_in_the_model_is_named(tmp_path: Path) -> None:
