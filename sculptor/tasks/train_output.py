@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sculptor import __version__
 from sculptor.analysis.carry import accumulate, retake
 from sculptor.analysis.verify import measure_leak
+from sculptor.analysis.weights import as_out_in, to_device
 from sculptor.archive.manifest import Added, TaskRecord
 from sculptor.archive.store import Archive, ArchiveWriter, Subspaces
 from sculptor.checkpoint.architecture import Architecture
@@ -205,7 +206,7 @@ class _MatrixWriter:
             merged = merged.cpu()
         self._carry(subspaces, merged, update)
         measured = measure_leak(weight, merged, subspaces, self.device)
-        stored = update.T if subspaces.record.transposed else update
+        stored = as_out_in(update, subspaces.record.transposed)
         norm = float(update.norm())
         lost = float((merged.to(torch.float64) - weight.to(torch.float64) - stored.cpu()).norm())
         record = self.writer.record(name)
@@ -225,8 +226,7 @@ class _MatrixWriter:
         spectrum = self.job.archive.spectrum(record.name)
         record = replace(record, base_digest=digest(merged), base_dtype=str(merged.dtype).removeprefix("torch."))
         if self.job.settings.carry == "retake":
-            weight = merged.to(self.device, torch.float64)
-            found = retake(record, weight.T if record.transposed else weight, constraint)
+            found = retake(record, to_device(merged, record.transposed, self.device), constraint)
             # Decomposed anew: no direction is any task's own any more.
             record = replace(record, steps=found.staircase.steps, energy=found.energy, added=record.added[:1])
             self.writer.add(record, found.output, found.input, found.spectrum)
