@@ -17,8 +17,8 @@ _HOMES = {
     "analyze": "sculptor.tasks.analyze",
     "evaluate": "sculptor.tasks.evaluate",
     "inspect": "sculptor.tasks.inspect_archive",
-    "merge": "sculptor.training.coordinates",
-    "protect": "sculptor.training.coordinates",
+    "merge": "sculptor.training.protect",
+    "protect": "sculptor.training.protect",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
 }
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.train import train
     from sculptor.tasks.verify import verify
-    from sculptor.training.coordinates import merge, protect
+    from sculptor.training.protect import merge, protect
     from sculptor.training.settings import TrainSettings
 
 

@@ -1,15 +1,6 @@
-"""The stored directions of one side of a matrix, and the free blocks that two sides and a staircase leave.
-
-The allowed updates of W (m, n) are, over the row groups [a, b) of reach r,
-
-    dW = sum_g  Q_U[:, a:b]  A_g  Q_V[:, r:]^T
-
-with disjoint blocks, as many numbers as there are free pairs, and ||dW|| = ||A||. A side that is free as a
-whole uses the identity, so preserve 0 is A = dW.
-"""
+"""The stored directions of one side of a matrix, and what of an update falls on the frozen pairs of two sides."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,31 +52,6 @@ def protected_directions(basis: Basis) -> Tensor:
     if basis.form == "leading":
         return basis.vectors
     return complement(basis.vectors).to(basis.vectors.dtype)
-
-
-def factor(basis: Basis | None, dim: int, start: int, stop: int) -> Tensor | None:
-    """Q[:, start:stop] (d, stop - start) of the completed basis; None stands for the identity.
-
-    Complements are formed in float64 and returned in the stored dtype.
-
-    Raises:
-        ValueError: if the range cuts a side where the archive stores no direction.
-    """
-    if (start, stop) == (0, dim):
-        return None
-    if basis is None:
-        raise ValueError(f"directions {start} to {stop} of {dim} are asked for, but none are stored")
-    k, dtype = basis.directions, basis.vectors.dtype
-    if basis.form == "free":
-        if (start, stop) == (k, dim):
-            return basis.vectors
-        return complement(basis.vectors).to(dtype)[:, start:stop]
-    if stop <= k:
-        return basis.vectors[:, start:stop]
-    if stop != dim:
-        raise ValueError(f"directions {start} to {stop} of {dim} end inside the complement, which has no order")
-    rest = complement(basis.vectors).to(dtype)
-    return rest if start == k else torch.cat([basis.vectors[:, start:], rest], dim=1)
 
 
 def component(basis: Basis | None, y: Tensor, start: int, stop: int) -> Tensor:
@@ -195,61 +161,3 @@ def extend(basis: Basis | None, directions: Tensor, *, single_cut: bool) -> Basi
         return Basis(free64, "free")
     leading = torch.cat([old, new], dim=1)
     return store_smaller(leading) if single_cut else Basis(leading, "leading")
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class FreeBlock:
-    """One block of free pairs: A (p, q) adds left A right^T to W; None stands for the identity."""
-
-    left: Tensor | None  # (m, p)
-    right: Tensor | None  # (n, q)
-    shape: tuple[int, int]  # (p, q)
-
-
-def free_blocks(staircase: Staircase, output: Basis | None, input: Basis | None) -> tuple[FreeBlock, ...]:
-    """The blocks of coordinates that a staircase leaves free, in row order; none where all is frozen."""
-    m, n = staircase.rows, staircase.columns
-    return tuple(
-        FreeBlock(factor(output, m, start, stop), factor(input, n, reach, n), (stop - start, n - reach))
-        for start, stop, reach in staircase.groups
-        if reach < n
-    )
-
-
-def fold(blocks: Sequence[FreeBlock], coordinates: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """dW (m, n) = sum of left A right^T, computed in `dtype`."""
-    update: Tensor | None = None
-    for block, a in zip(blocks, coordinates, strict=True):
-        part = a.to(dtype)
-        if block.left is not None and block.right is not None:
-            left, right = block.left.to(dtype), block.right.to(dtype)
-            m, n, (p, q) = left.shape[0], right.shape[0], block.shape
-            cheaper_left_first = m * q * (p + n) <= p * n * (q + m)
-            part = (left @ part) @ right.T if cheaper_left_first else left @ (part @ right.T)
-        elif block.left is not None:
-            part = block.left.to(dtype) @ part
-        elif block.right is not None:
-            part = part @ block.right.to(dtype).T
-        update = part if update is None else update + part
-    if update is None:
-        raise ValueError("a matrix without free blocks has no update")
-    return update
-
-
-def project(blocks: Sequence[FreeBlock], gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The gradient of each A: left^T G right, for G (m, n), computed in `dtype`."""
-    gradient = gradient.to(dtype)
-    parts = []
-    for block in blocks:
-        part = gradient
-        if block.left is not None and block.right is not None:
-            left, right = block.left.to(dtype), block.right.to(dtype)
-            m, n, (p, q) = left.shape[0], right.shape[0], block.shape
-            left_first = p * n * (m + q) <= m * q * (n + p)
-            part = (left.T @ part) @ right if left_first else left.T @ (part @ right)
-        elif block.left is not None:
-            part = block.left.to(dtype).T @ part
-        elif block.right is not None:
-            part = part @ block.right.to(dtype)
-        parts.append(part)
-    return tuple(parts)

@@ -72,8 +72,7 @@ def complement(basis: Tensor) -> Tensor:
     """Orthonormal basis of everything orthogonal to the columns of `basis`.
 
     One Householder factorisation (geqrf), then the reflectors applied to the trailing unit vectors (ormqr).
-    The result is fixed by the LAPACK sign convention, so libraries that follow it agree to rounding; callers
-    that store numbers in these coordinates keep a `fingerprint` to be sure.
+    The result is fixed by the LAPACK sign convention, so libraries that follow it agree to rounding.
 
     Args:
         basis: (d, k), k <= d, of full column rank; computed in float64.
@@ -132,14 +131,3 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     cosines = torch.linalg.svdvals(overlap).clamp(max=1)
     sines = torch.linalg.svdvals(b64 - a64 @ overlap).flip(0).clamp(max=1)
     return torch.where(cosines**2 < 0.5, torch.arccos(cosines), torch.arcsin(sines[: cosines.numel()]))
-
-
-def fingerprint(basis: Tensor, count: int = 8) -> list[float]:
-    """A few numbers that identify a basis up to rounding: its first coordinates of a fixed vector.
-
-    Coordinates stored against a complement mean nothing in another one; two bases that differ by a sign or
-    a rotation differ here by about 1, two that differ by rounding by about 1e-6.
-    """
-    d = basis.shape[0]
-    fixed = torch.cos(torch.arange(1, d + 1, dtype=torch.float64, device=basis.device) ** 2)
-    return [float(x) for x in (basis[:, :count].to(torch.float64).T @ fixed)]

@@ -59,7 +59,7 @@ class Staircase:
                 steps = ((outputs, inputs), (rows, 0))
             case _:
                 raise ValueError(f"unknown constraint {constraint!r}")
-        return cls(rows, columns, _merge_steps(steps))
+        return cls(rows, columns, merge_steps(steps))
 
     @classmethod
     def closed(cls, rows: int, columns: int) -> "Staircase":
@@ -98,7 +98,7 @@ class Staircase:
         return self.num_frozen / (self.rows * self.columns)
 
 
-def _merge_steps(steps: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+def merge_steps(steps: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
     """Drops empty row groups and joins neighbours of equal reach."""
     merged: list[tuple[int, int]] = []
     for stop, reach in steps:

@@ -31,12 +31,12 @@ from sculptor.model.load import (
 )
 from sculptor.progress import Progress, silent
 from sculptor.tasks.train_output import TrainJob, TrainReport, write_output
-from sculptor.training.coordinates import (
+from sculptor.training.loop import TrainedParameters, TrainingLoop, make_accelerator
+from sculptor.training.protect import (
     attach_coordinates,
     protected_blocks,
     protected_matrices,
 )
-from sculptor.training.loop import TrainedParameters, TrainingLoop, make_accelerator
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
 

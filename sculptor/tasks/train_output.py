@@ -29,8 +29,8 @@ from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import Encoded
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
-from sculptor.training.coordinates import merge_weight, protected_matrices
 from sculptor.training.loop import LoopResult, TrainedParameters
+from sculptor.training.protect import merge_weight, protected_matrices
 from sculptor.training.settings import TrainSettings
 
 

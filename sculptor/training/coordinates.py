@@ -1,6 +1,6 @@
 """Full-rank training inside what is free: W = W0 + sum_g left_g A_g right_g^T, with A the only parameters.
 
-`protect` gives every targeted matrix of a loaded model a torch parametrization with the coordinates A
+`protect.protect` gives every targeted matrix of a loaded model a torch parametrization with the coordinates A
 (float32) as its parameters. The gradient of A is left^T G right, taken as soon as the full-size G appears; any
 optimizer then keeps the constraint exactly, since an update of A is an allowed update of W whatever made it.
 The dense W that the forward reads is folded from pristine W0 and A once per optimizer step.
@@ -11,22 +11,18 @@ once after one was there, and when the version did move (values set by hand or l
 to the caller's `refresh`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from sculptor.archive.store import Archive, Subspaces
-from sculptor.checkpoint.architecture import match_names
-from sculptor.checkpoint.tensors import digest
-from sculptor.errors import ArchiveError, CapacityError, TrainingError
-from sculptor.numerics.bases import FreeBlock, fold, free_blocks, project
-from sculptor.numerics.linalg import fingerprint
+from sculptor.archive.manifest import SideRecord
+from sculptor.archive.store import Subspaces
+from sculptor.numerics.bases import Basis
+from sculptor.numerics.free_space import FreeSpace
+from sculptor.numerics.reflectors import CompleteBasis
 
 FoldMode = Literal["automatic", "manual"]
 
@@ -46,49 +42,62 @@ class _Fold(torch.autograd.Function):
         owner.stale = True
         gradient = gradients[0].T if owner.transposed else gradients[0]
         with _fast_float32(gradient.device):
-            return (None, *project(owner.free_blocks, gradient, torch.float32))
+            return (None, *owner.space.project(gradient.to(torch.float32)))
 
 
 class Coordinates(nn.Module):
-    """The parametrization of one matrix: its free blocks, their coordinates, and the folded weight.
+    """The parametrization of one matrix: its free space, the coordinates in it, and the folded weight.
 
     Attributes:
         name: the tensor in the checkpoint.
-        blocks: the parameters A, one (p, q) per free block, float32.
+        blocks: the parameters A, one (p, q) per row group with free pairs, float32.
         folded: W0 + dW in the compute dtype, as the module stores it; None before the first forward.
         stale: whether a gradient was seen since the last fold.
     """
 
     def __init__(
-        self, subspaces: Subspaces, device: torch.device, compute_dtype: torch.dtype, mode: FoldMode = "automatic"
+        self,
+        subspaces: Subspaces,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        mode: FoldMode = "automatic",
+        complete: Callable[[SideRecord, Basis], CompleteBasis] | None = None,
     ) -> None:
         super().__init__()
         record = subspaces.record
         self.name = record.name
+        self.staircase = record.staircase
         self.transposed = record.transposed
         self.compute_dtype = compute_dtype
         self.mode = mode
         self.folded: Tensor | None = None
         self.stale = False
-        output = subspaces.output and subspaces.output.to(device, subspaces.output.vectors.dtype)
-        input = subspaces.input and subspaces.input.to(device, subspaces.input.vectors.dtype)
-        blocks = free_blocks(record.staircase, output, input)
-        self.shapes = tuple(block.shape for block in blocks)
-        for i, block in enumerate(blocks):  # buffers, so that they move with the model; never saved
-            self.register_buffer(f"left_{i}", block.left, persistent=False)
-            self.register_buffer(f"right_{i}", block.right, persistent=False)
+        self.shifts: dict[str, int] = {}
+        complete = complete or (lambda _, basis: complete_basis(basis, device))
+        for side, stored, basis in (
+            ("output", record.output, subspaces.output),
+            ("input", record.input, subspaces.input),
+        ):
+            if stored is not None and basis is not None:
+                found = complete(stored, basis)
+                # Buffers, so that they move with the model; never saved.
+                self.register_buffer(f"{side}_reflectors", found.reflectors, persistent=False)
+                self.register_buffer(f"{side}_triangle", found.triangle, persistent=False)
+                self.shifts[side] = found.shift
         self.blocks = nn.ParameterList(
-            nn.Parameter(torch.zeros(block.shape, dtype=torch.float32, device=device)) for block in blocks
+            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)) for shape in self.space.shapes
         )
         self._versions: tuple[int, ...] = ()
 
     @property
-    def free_blocks(self) -> tuple[FreeBlock, ...]:
-        """Left and right factor of every block."""
-        return tuple(
-            FreeBlock(getattr(self, f"left_{i}"), getattr(self, f"right_{i}"), shape)
-            for i, shape in enumerate(self.shapes)
-        )
+    def space(self) -> FreeSpace:
+        """Where the coordinates live."""
+        return FreeSpace(self.staircase, self._side("output"), self._side("input"))
+
+    def _side(self, side: str) -> CompleteBasis | None:
+        if side not in self.shifts:
+            return None
+        return CompleteBasis(getattr(self, f"{side}_reflectors"), getattr(self, f"{side}_triangle"), self.shifts[side])
 
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
@@ -106,7 +115,7 @@ class Coordinates(nn.Module):
     def refresh(self, weight: Tensor) -> None:
         """Folds again from pristine W0."""
         with torch.autocast(weight.device.type, enabled=False), _fast_float32(weight.device):
-            update = fold(self.free_blocks, list(self.blocks), torch.float32)
+            update = self.space.fold(list(self.blocks))
             stored = update.T if self.transposed else update
             self.folded = (weight.to(torch.float32) + stored).to(self.compute_dtype).contiguous()
         self.stale = False
@@ -115,12 +124,21 @@ class Coordinates(nn.Module):
     @torch.no_grad()
     def update64(self) -> Tensor:
         """dW (m, n) in float64: what the merge adds."""
-        return fold(self.free_blocks, list(self.blocks), torch.float64)
+        space = self.space
+        sides = [side and side.to(dtype=torch.float64) for side in (space.output, space.input)]
+        return FreeSpace(self.staircase, *sides).fold([a.to(torch.float64) for a in self.blocks])
 
     def fingerprint(self) -> list[float]:
         """Identifies the bases the coordinates belong to, up to rounding."""
-        factors = [factor for block in self.free_blocks for factor in (block.left, block.right)]
-        return [value for factor in factors if factor is not None for value in fingerprint(factor)]
+        space = self.space
+        first, least = space.groups[0].start, space.groups[-1].reach
+        sides = [(space.output, first), (space.input, least)]
+        return [value for side, start in sides if side is not None for value in side.fingerprint(start)]
+
+
+def complete_basis(basis: Basis, device: torch.device) -> CompleteBasis:
+    """A stored side completed on a device, for training: factorised in float64, held in float32."""
+    return CompleteBasis.of(basis.to(device, torch.float64)).to(dtype=torch.float32)
 
 
 @contextmanager
@@ -136,189 +154,3 @@ def _fast_float32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ProtectedMatrix:
-    """A module whose weight is parametrized, and its coordinates."""
-
-    path: str
-    module: nn.Module
-    coordinates: Coordinates
-
-    @property
-    def pristine(self) -> nn.Parameter:
-        """W0, as the module stores it."""
-        found: nn.Parameter = self.module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
-        return found
-
-    def refresh(self) -> None:
-        """Folds the weight again."""
-        self.coordinates.refresh(self.pristine)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ProtectedBlock:
-    """One transformer block as a unit: its module, its matrices, their parameters (and so their optimizer state)."""
-
-    path: str
-    module: nn.Module
-    matrices: tuple[ProtectedMatrix, ...]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The coordinates of the block."""
-        return [a for matrix in self.matrices for a in matrix.coordinates.blocks]
-
-
-def protect(
-    model: Any,
-    archive: str | Path | Archive,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    fold: FoldMode = "automatic",
-) -> Any:
-    """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
-
-    They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
-    The model's outputs are unchanged until they are.
-
-    Args:
-        model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
-        archive: the subspace archive of its checkpoint, or its path.
-        compute_dtype: dtype of the folded weights; default each weight's own.
-        fold: "manual" if the caller refreshes the matrices after each optimizer step.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ArchiveError: if the archive does not belong to the model, or the model is protected already.
-        CapacityError: if no matrix has a free direction left.
-    """
-    archive = archive if isinstance(archive, Archive) else Archive(archive)
-    if protected_matrices(model):
-        raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
-    parameters = _find_parameters(model, archive)
-    for check in (_check_shape, _check_bytes):  # what says most first
-        for name, parameter in parameters.items():
-            check(archive, name, model.get_parameter(parameter))
-    return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold)
-
-
-def attach_coordinates(
-    model: Any, archive: Archive, *, compute_dtype: torch.dtype | None = None, fold: FoldMode = "automatic"
-) -> Any:
-    """`protect` for a model whose weights are known to be those of the archive's base."""
-    parameters = _find_parameters(model, archive)
-    open_names = [name for name, record in archive.items() if record.staircase.num_free]
-    if not open_names:
-        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    prepared = []  # all of them before the model is touched: an error leaves it as it was
-    for name in open_names:
-        module = model.get_submodule(parameters[name].rpartition(".")[0])
-        weight = module.weight
-        prepared.append((module, Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold)))
-    model.requires_grad_(False)
-    for module, coordinates in prepared:
-        parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
-        module.parametrizations.weight.original.requires_grad_(False)
-    return model
-
-
-def _find_parameters(model: Any, archive: Archive) -> dict[str, str]:
-    """Archive name -> parameter of the model."""
-    found = {name: parameter for parameter, name in match_names(model, list(archive)).items()}
-    absent = [name for name in archive if name not in found]
-    if absent:
-        raise ArchiveError(
-            f"{archive.path}: archive covers {len(archive)} matrices, {type(model).__name__} lacks {len(absent)} of them, "
-            f"first {absent[0]}; run `sculptor analyze` on this model's checkpoint"
-        )
-    return found
-
-
-def _check_shape(archive: Archive, name: str, weight: Tensor) -> None:
-    record = archive[name]
-    expected = record.shape[::-1] if record.transposed else record.shape
-    if tuple(weight.shape) != expected:
-        raise ArchiveError(
-            f"{archive.path}: {name} is {list(expected)} in the archive, {list(weight.shape)} in the model"
-        )
-
-
-def _check_bytes(archive: Archive, name: str, weight: Tensor) -> None:
-    record = archive[name]
-    base = getattr(torch, record.base_dtype)
-    if torch.promote_types(base, weight.dtype) != weight.dtype:
-        raise ArchiveError(
-            f"{archive.path}: the archive's base is {record.base_dtype}, {name} was loaded in {weight.dtype}, in which "
-            f"it cannot be told; load the model with dtype=torch.{record.base_dtype}"
-        )
-    if digest(weight.detach().to(base)) != record.base_digest:
-        raise ArchiveError(
-            f"{archive.path}: archive of another model: {name} differs from the weights that were analyzed; "
-            "run `sculptor analyze` on this checkpoint"
-        )
-
-
-def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:
-    """The parametrized matrices of a model, in its order."""
-    found = []
-    for path, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            coordinates = module.parametrizations.weight[0]
-            if isinstance(coordinates, Coordinates):
-                found.append(ProtectedMatrix(path, module, coordinates))
-    return found
-
-
-def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
-    """The blocks that hold protected matrices: what a streaming engine moves as a unit."""
-    from sculptor.checkpoint.architecture import find_blocks
-
-    matrices = protected_matrices(model)
-    blocks = []
-    for path, module in find_blocks(model).items():
-        inside = tuple(matrix for matrix in matrices if matrix.path.startswith(path + "."))
-        if inside:
-            blocks.append(ProtectedBlock(path, module, inside))
-    return blocks
-
-
-@torch.no_grad()
-def merge_weight(coordinates: Coordinates, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """W0 + dW as the module stores it, added in float64 and rounded once to `dtype`, and dW (m, n) itself.
-
-    Raises:
-        TrainingError: if the sum does not fit the dtype.
-    """
-    update64 = coordinates.update64()
-    stored = update64.T if coordinates.transposed else update64
-    merged = (weight.to(torch.float64) + stored.to(weight.device)).to(dtype).contiguous()
-    if not bool(merged.isfinite().all()):
-        raise TrainingError(f"{coordinates.name}: merged values overflow {dtype}; use --save-dtype float32")
-    return merged, update64
-
-
-@torch.no_grad()
-def merge(model: Any) -> Any:
-    """Folds the coordinates of a protected model into its weights and removes them, in place.
-
-    Returns:
-        `model`, with its modules as they were before `protect`, and no trainable parameters.
-
-    Raises:
-        ArchiveError: if the model is not protected.
-    """
-    matrices = protected_matrices(model)
-    if not matrices:
-        raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
-    for matrix in matrices:
-        pristine = matrix.pristine
-        merged, _ = merge_weight(matrix.coordinates, pristine, pristine.dtype)
-        parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
-        weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
-        weight.data = merged
-        weight.requires_grad_(False)
-    return model

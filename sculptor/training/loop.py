@@ -23,7 +23,7 @@ from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress
-from sculptor.training.coordinates import ProtectedBlock
+from sculptor.training.protect import ProtectedBlock
 from sculptor.training.schedule import learning_rate
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, random_state, set_random_state

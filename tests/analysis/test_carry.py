@@ -9,7 +9,9 @@ from sculptor.analysis.carry import accumulate, num_leading, retake
 from sculptor.analysis.weights import analyze_matrix
 from sculptor.archive.manifest import Added, MatrixRecord
 from sculptor.archive.store import Subspaces
-from sculptor.numerics.bases import fold, free_blocks, frozen_norm
+from sculptor.numerics.bases import frozen_norm
+from sculptor.numerics.free_space import FreeSpace
+from sculptor.numerics.reflectors import CompleteBasis
 from sculptor.numerics.staircase import Constraint
 
 
@@ -24,13 +26,17 @@ def subspaces(constraint: Constraint, k: int, generator: torch.Generator, m: int
 
 
 def update_of(found: Subspaces, generator: torch.Generator, rank: int | None = None) -> torch.Tensor:
-    blocks = free_blocks(found.record.staircase, found.output, found.input)
+    space = FreeSpace(
+        found.record.staircase,
+        found.output and CompleteBasis.of(found.output),
+        found.input and CompleteBasis.of(found.input),
+    )
     values = []
-    for p, q in (block.shape for block in blocks):
+    for p, q in space.shapes:
         r = rank or min(p, q)
         left = torch.randn(p, r, dtype=torch.float64, generator=generator)
         values.append(left @ torch.randn(r, q, dtype=torch.float64, generator=generator))
-    return fold(blocks, values, torch.float64)
+    return space.fold(values)
 
 
 @pytest.mark.parametrize("constraint", ["double", "input", "core"])

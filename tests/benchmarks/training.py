@@ -19,7 +19,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import Batch
 from sculptor.model.load import checkpoint_activations, load_model
 from sculptor.model.loss import batch_loss
-from sculptor.training.coordinates import protect, protected_matrices
+from sculptor.training.protect import protect, protected_matrices
 
 
 def train(model: Any, parameters: list[torch.nn.Parameter], options: argparse.Namespace, refresh: Any) -> float:

@@ -1,18 +1,13 @@
-"""Free blocks, folding, projection and the frozen norm, against dense float64 references."""
+"""Stored sides and the frozen norm, against dense float64 references."""
 
 import pytest
 import torch
 
 from sculptor.numerics.bases import (
     Basis,
-    component,
     extend,
-    factor,
-    fold,
-    free_blocks,
     frozen_norm,
     frozen_variance,
-    project,
     protected_directions,
     store_smaller,
 )
@@ -51,23 +46,6 @@ def frozen_reference(update: torch.Tensor, constraint: Constraint, u: torch.Tens
 
 
 @pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
-def test_updates_reach_every_free_pair_and_no_frozen_one(
-    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
-) -> None:
-    output, input = sides(constraint, m, n, k, generator)
-    staircase = Staircase.of(constraint, m, n, k, k)
-    blocks = free_blocks(staircase, output, input)
-    coordinates = [torch.randn(block.shape, dtype=torch.float64, generator=generator) for block in blocks]
-    assert sum(a.numel() for a in coordinates) == staircase.num_free
-    update = fold(blocks, coordinates, torch.float64)
-    norm = sum(float(a.square().sum()) for a in coordinates) ** 0.5
-    assert float(update.norm()) == pytest.approx(norm, rel=1e-12)
-    assert frozen_norm(update, staircase, output, input) < 1e-12 * norm
-    for a, b in zip(coordinates, project(blocks, update, torch.float64), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
 def test_frozen_norm_equals_the_equation(
     constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
 ) -> None:
@@ -79,49 +57,12 @@ def test_frozen_norm_equals_the_equation(
     assert found == pytest.approx(frozen_reference(update, constraint, u, v), rel=1e-10, abs=1e-12)
 
 
-@pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
-def test_project_is_the_gradient_of_fold(
-    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
-) -> None:
-    blocks = free_blocks(Staircase.of(constraint, m, n, k, k), *sides(constraint, m, n, k, generator))
-    coordinates = [torch.zeros(block.shape, dtype=torch.float64, requires_grad=True) for block in blocks]
-    gradient = torch.randn(m, n, dtype=torch.float64, generator=generator)
-    (fold(blocks, coordinates, torch.float64) * gradient).sum().backward()
-    for a, projected in zip(coordinates, project(blocks, gradient, torch.float64), strict=True):
-        torch.testing.assert_close(a.grad, projected, atol=1e-12, rtol=0)
-
-
-def test_float32_bases_leak_less_than_1e7(generator: torch.Generator) -> None:
-    u, v = orthonormal(200, 100, generator).float(), orthonormal(300, 100, generator).float()
-    output, input = store_smaller(u), store_smaller(v)
-    staircase = Staircase.of("double", 200, 300, 100, 100)
-    blocks = free_blocks(staircase, output, input)
-    update = fold(blocks, [torch.randn(blocks[0].shape, generator=generator)], torch.float64)
-    assert frozen_norm(update, staircase, output, input) / float(update.norm()) < 1e-7
-
-
 def test_smaller_form_is_stored() -> None:
     eye = torch.eye(10, dtype=torch.float64)
     assert store_smaller(eye[:, :5]).form == "leading"
     assert store_smaller(eye[:, :6]).form == "free"
     assert store_smaller(eye[:, :6]).directions == 6
     assert store_smaller(eye[:, :6]).vectors.shape == (10, 4)
-
-
-@pytest.mark.parametrize("k", [3, 7])
-def test_factor_and_component_agree_in_both_forms(k: int, generator: torch.Generator) -> None:
-    whole = orthonormal(10, 10, generator)
-    y = torch.randn(10, 4, dtype=torch.float64, generator=generator)
-    leading, free = Basis(whole[:, :k], "leading"), Basis(whole[:, k:], "free")
-    for basis in (leading, free):
-        for start, stop in ((0, k), (k, 10), (0, 10)):
-            q = factor(basis, 10, start, stop)
-            reference = y.norm() if q is None else (q.T @ y).norm()
-            torch.testing.assert_close(component(basis, y, start, stop).norm(), reference, atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="no order"):
-        factor(leading, 10, 0, k + 1)
-    with pytest.raises(ValueError, match="none are stored"):
-        factor(None, 10, 1, 10)
 
 
 @pytest.mark.parametrize("k", [0, 2, 6, 8])

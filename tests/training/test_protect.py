@@ -13,7 +13,7 @@ from sculptor import AnalyzeSettings, Archive, analyze, merge, protect
 from sculptor.errors import ArchiveError, CapacityError, TrainingError
 from sculptor.model.load import checkpoint_activations
 from sculptor.numerics.bases import frozen_norm
-from sculptor.training.coordinates import protected_blocks, protected_matrices
+from sculptor.training.protect import protected_blocks, protected_matrices
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "plain": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False),

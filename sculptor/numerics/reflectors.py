@@ -1,0 +1,119 @@
+"""Stored directions completed to an orthonormal basis of the whole space, without forming it.
+
+Householder's factorisation of the stored columns (d, c) gives c reflectors whose product
+
+    H = I - Y T Y^T        (compact WY form, Schreiber and Van Loan 1989)
+
+is orthogonal whatever the input, and whose first j columns span the first j stored ones, for every j. Applying it
+costs 4 d c w operations for w vectors and stores d c numbers, where the d - c directions of the complement, written
+out, may be many times as many.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sculptor.numerics.bases import Basis
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CompleteBasis:
+    """Q (d, d): the protected directions first, the free ones behind them.
+
+    Attributes:
+        reflectors: Y (d, c), unit lower trapezoidal.
+        triangle: T (c, c), upper triangular.
+        shift: where in H the first direction of Q is: 0 if the stored columns are the leading ones, c if they
+            are the free ones, which come last in Q.
+    """
+
+    reflectors: Tensor
+    triangle: Tensor
+    shift: int
+
+    @classmethod
+    def of(cls, basis: Basis) -> "CompleteBasis":
+        """Completes a stored side; factorised and returned in float64, on its device."""
+        d, c = basis.vectors.shape
+        packed, tau = torch.geqrf(basis.vectors.to(torch.float64))
+        unit = torch.eye(d, c, dtype=torch.float64, device=packed.device)
+        # A reflector with tau 0 is the identity, which a vector of zeros says as well.
+        reflectors = (packed.tril(-1) + unit) * (tau != 0)
+        return cls(reflectors, _triangle(reflectors), c if basis.form == "free" else 0)
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self.reflectors.shape[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "CompleteBasis":
+        """The same elsewhere. T is derived anew from Y in float64, so H is orthogonal to rounding in any dtype."""
+        dtype = dtype or self.reflectors.dtype
+        reflectors = self.reflectors.to(device=device, dtype=dtype)
+        if dtype == self.reflectors.dtype:
+            return CompleteBasis(reflectors, self.triangle.to(device=device), self.shift)
+        return CompleteBasis(reflectors, _triangle(reflectors.to(torch.float64)).to(dtype), self.shift)
+
+    def apply(self, x: Tensor, start: int = 0) -> Tensor:
+        """Q[:, start:] x.
+
+        Args:
+            x: (d - start, w), in the dtype of the basis.
+            start: first direction.
+
+        Returns:
+            (d, w).
+        """
+        y = self.reflectors
+        inner = sum((y[there].T @ x[here] for here, there in self._segments(start)), start=x.new_zeros(()))
+        out = y @ (self.triangle @ -inner)
+        for here, there in self._segments(start):
+            out[there] += x[here]
+        return out
+
+    def apply_transposed(self, x: Tensor, start: int = 0) -> Tensor:
+        """Q[:, start:]^T x.
+
+        Args:
+            x: (d, w), in the dtype of the basis.
+            start: first direction.
+
+        Returns:
+            (d - start, w).
+        """
+        y = self.reflectors
+        inner = self.triangle.T @ (y.T @ x)  # (c, w)
+        parts = [torch.addmm(x[there], y[there], inner, alpha=-1) for _, there in self._segments(start)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def fingerprint(self, start: int, count: int = 8) -> list[float]:
+        """A few numbers that identify the basis up to rounding: the coordinates of a fixed vector, summed with fixed signs.
+
+        Coordinates stored in one basis mean nothing in another; two that differ by a sign or a rotation differ
+        here by about 1, two that differ by rounding by about 1e-6.
+        """
+        positions = torch.arange(1, self.dim + 1, dtype=torch.float64, device=self.reflectors.device)
+        fixed = torch.cos(positions**2).to(self.reflectors.dtype)[:, None]
+        coordinates = self.apply_transposed(fixed, start)[:, 0].to(torch.float64)
+        signs = torch.cos(positions[:count, None] * positions[None, : self.dim - start])
+        return [float(x) for x in signs @ coordinates]
+
+    def _segments(self, start: int) -> Iterator[tuple[slice, slice]]:
+        """Directions start, start + 1, ... of Q as (where among them, where in H), in order."""
+        turn = self.dim - self.shift if self.shift else self.dim  # from here on Q reads H from its beginning
+        if start < turn:
+            yield slice(0, turn - start), slice(start + self.shift, turn + self.shift)
+        if turn < self.dim:
+            first = max(start, turn)
+            yield slice(first - start, self.dim - start), slice(first - turn, self.dim - turn)
+
+
+def _triangle(reflectors64: Tensor) -> Tensor:
+    """T of the product of reflectors I - tau y y^T, tau = 2 / y^T y: its inverse is the upper part of Y^T Y."""
+    gram = reflectors64.T @ reflectors64
+    diagonal = gram.diagonal() / 2
+    inverse = gram.triu(1) + torch.diag(torch.where(diagonal == 0, 1.0, diagonal))
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(inverse, identity, upper=True)

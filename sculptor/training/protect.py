@@ -1,0 +1,217 @@
+"""`protect` and `merge`: coordinates put into a loaded model, and folded back into plain weights."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sculptor.archive.manifest import SideRecord
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import match_names
+from sculptor.checkpoint.tensors import digest
+from sculptor.errors import ArchiveError, CapacityError, TrainingError
+from sculptor.numerics.bases import Basis
+from sculptor.numerics.reflectors import CompleteBasis
+from sculptor.training.coordinates import Coordinates, FoldMode, complete_basis
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ProtectedMatrix:
+    """A module whose weight is parametrized, and its coordinates."""
+
+    path: str
+    module: nn.Module
+    coordinates: Coordinates
+
+    @property
+    def pristine(self) -> nn.Parameter:
+        """W0, as the module stores it."""
+        found: nn.Parameter = self.module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
+        return found
+
+    def refresh(self) -> None:
+        """Folds the weight again."""
+        self.coordinates.refresh(self.pristine)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ProtectedBlock:
+    """One transformer block as a unit: its module, its matrices, their parameters (and so their optimizer state)."""
+
+    path: str
+    module: nn.Module
+    matrices: tuple[ProtectedMatrix, ...]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The coordinates of the block."""
+        return [a for matrix in self.matrices for a in matrix.coordinates.blocks]
+
+
+def protect(
+    model: Any,
+    archive: str | Path | Archive,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    fold: FoldMode = "automatic",
+) -> Any:
+    """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
+
+    They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
+    The model's outputs are unchanged until they are.
+
+    Args:
+        model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
+        archive: the subspace archive of its checkpoint, or its path.
+        compute_dtype: dtype of the folded weights; default each weight's own.
+        fold: "manual" if the caller refreshes the matrices after each optimizer step.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ArchiveError: if the archive does not belong to the model, or the model is protected already.
+        CapacityError: if no matrix has a free direction left.
+    """
+    archive = archive if isinstance(archive, Archive) else Archive(archive)
+    if protected_matrices(model):
+        raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
+    parameters = _find_parameters(model, archive)
+    for check in (_check_shape, _check_bytes):  # what says most first
+        for name, parameter in parameters.items():
+            check(archive, name, model.get_parameter(parameter))
+    return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold)
+
+
+def attach_coordinates(
+    model: Any, archive: Archive, *, compute_dtype: torch.dtype | None = None, fold: FoldMode = "automatic"
+) -> Any:
+    """`protect` for a model whose weights are known to be those of the archive's base."""
+    parameters = _find_parameters(model, archive)
+    open_names = [name for name, record in archive.items() if record.staircase.num_free]
+    if not open_names:
+        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    completed: dict[tuple[str, torch.device], CompleteBasis] = {}  # matrices that read the same input share its basis
+    prepared = []  # all of them before the model is touched: an error leaves it as it was
+    for name in open_names:
+        module = model.get_submodule(parameters[name].rpartition(".")[0])
+        weight = module.weight
+        shared = functools.partial(_complete_once, completed, weight.device)
+        coordinates = Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold, shared)
+        prepared.append((module, coordinates))
+    model.requires_grad_(False)
+    for module, coordinates in prepared:
+        parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
+        module.parametrizations.weight.original.requires_grad_(False)
+    return model
+
+
+def _complete_once(
+    known: dict[tuple[str, torch.device], CompleteBasis], device: torch.device, side: SideRecord, basis: Basis
+) -> CompleteBasis:
+    key = (side.tensor, device)
+    if key not in known:
+        known[key] = complete_basis(basis, device)
+    return known[key]
+
+
+def _find_parameters(model: Any, archive: Archive) -> dict[str, str]:
+    """Archive name -> parameter of the model."""
+    found = {name: parameter for parameter, name in match_names(model, list(archive)).items()}
+    absent = [name for name in archive if name not in found]
+    if absent:
+        raise ArchiveError(
+            f"{archive.path}: archive covers {len(archive)} matrices, {type(model).__name__} lacks {len(absent)} of them, "
+            f"first {absent[0]}; run `sculptor analyze` on this model's checkpoint"
+        )
+    return found
+
+
+def _check_shape(archive: Archive, name: str, weight: Tensor) -> None:
+    record = archive[name]
+    expected = record.shape[::-1] if record.transposed else record.shape
+    if tuple(weight.shape) != expected:
+        raise ArchiveError(
+            f"{archive.path}: {name} is {list(expected)} in the archive, {list(weight.shape)} in the model"
+        )
+
+
+def _check_bytes(archive: Archive, name: str, weight: Tensor) -> None:
+    record = archive[name]
+    base = getattr(torch, record.base_dtype)
+    if torch.promote_types(base, weight.dtype) != weight.dtype:
+        raise ArchiveError(
+            f"{archive.path}: the archive's base is {record.base_dtype}, {name} was loaded in {weight.dtype}, in which "
+            f"it cannot be told; load the model with dtype=torch.{record.base_dtype}"
+        )
+    if digest(weight.detach().to(base)) != record.base_digest:
+        raise ArchiveError(
+            f"{archive.path}: archive of another model: {name} differs from the weights that were analyzed; "
+            "run `sculptor analyze` on this checkpoint"
+        )
+
+
+def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:
+    """The parametrized matrices of a model, in its order."""
+    found = []
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            coordinates = module.parametrizations.weight[0]
+            if isinstance(coordinates, Coordinates):
+                found.append(ProtectedMatrix(path, module, coordinates))
+    return found
+
+
+def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
+    """The blocks that hold protected matrices: what a streaming engine moves as a unit."""
+    from sculptor.checkpoint.architecture import find_blocks
+
+    matrices = protected_matrices(model)
+    blocks = []
+    for path, module in find_blocks(model).items():
+        inside = tuple(matrix for matrix in matrices if matrix.path.startswith(path + "."))
+        if inside:
+            blocks.append(ProtectedBlock(path, module, inside))
+    return blocks
+
+
+@torch.no_grad()
+def merge_weight(coordinates: Coordinates, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W0 + dW as the module stores it, added in float64 and rounded once to `dtype`, and dW (m, n) itself.
+
+    Raises:
+        TrainingError: if the sum does not fit the dtype.
+    """
+    update64 = coordinates.update64()
+    stored = update64.T if coordinates.transposed else update64
+    merged = (weight.to(torch.float64) + stored.to(weight.device)).to(dtype).contiguous()
+    if not bool(merged.isfinite().all()):
+        raise TrainingError(f"{coordinates.name}: merged values overflow {dtype}; use --save-dtype float32")
+    return merged, update64
+
+
+@torch.no_grad()
+def merge(model: Any) -> Any:
+    """Folds the coordinates of a protected model into its weights and removes them, in place.
+
+    Returns:
+        `model`, with its modules as they were before `protect`, and no trainable parameters.
+
+    Raises:
+        ArchiveError: if the model is not protected.
+    """
+    matrices = protected_matrices(model)
+    if not matrices:
+        raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
+    for matrix in matrices:
+        pristine = matrix.pristine
+        merged, _ = merge_weight(matrix.coordinates, pristine, pristine.dtype)
+        parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
+        weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
+        weight.data = merged
+        weight.requires_grad_(False)
+    return model
