@@ -1,6 +1,7 @@
 """`sculptor analyze`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,28 +22,65 @@ from .options import (
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of the archive.")
 @click.option(
     "--basis",
-    type=Choice(["weights"]),
+    type=Choice(["weights", "inputs", "curvature", "random"]),
     default="weights",
     show_default=True,
-    help="Where protected directions come from: the weights' singular vectors.",
+    help="Where protected directions come from: the weights' singular vectors, what layers read, what they read and "
+    "its effect on the loss, or chance (a control).",
+)
+@click.option(
+    "--budget", type=float, help="inputs, curvature: share of (output, input) pairs left free [default: 0.6]."
+)
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(),
+    help="Rows to calibrate on, or `self` for text the model says; with weights, rows that measure importance for the "
+    "adaptive rank; repeatable.",
+)
+@click.option("--chat", is_flag=True, help="With `--data self`: sample through the chat template.")
+@click.option(
+    "--calibration-tokens", type=int, default=100_000, show_default=True, help="Tokens to calibrate on, over all files."
+)
+@click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
+@click.option(
+    "--keep", type=float, default=0.5, show_default=True, help="Share of each moment's directions that is stored."
+)
+@click.option("--steps", type=int, default=7, show_default=True, help="curvature: row groups of the staircase.")
+@click.option(
+    "--threshold",
+    type=Choice(["matrix", "model"]),
+    default="matrix",
+    show_default=True,
+    help="Give every matrix the budget, or all together.",
+)
+@click.option(
+    "--fisher",
+    type=Choice(["true", "sampled"]),
+    default="true",
+    show_default=True,
+    help="curvature: gradients of the rows' own labels, or of labels drawn from the model.",
+)
+@click.option(
+    "--weighting",
+    type=Choice(["tokens", "gradients"]),
+    default="tokens",
+    show_default=True,
+    help="curvature: count each token's input once, or by its squared gradient.",
 )
 @click.option(
     "--constraint",
     type=Choice(["double", "input", "core"]),
-    default="double",
-    show_default=True,
-    help="What an update may not touch: outputs and inputs, inputs, or their core.",
+    help="weights, random: what an update may not touch: outputs and inputs, inputs, or their core [default: double].",
 )
 @click.option(
     "--preserve",
     type=float,
-    help="Protect this share of directions in every matrix, 0 to below 1 (default: adaptive rank).",
+    help="weights, random: protect this share of directions in every matrix, 0 to below 1 [default: adaptive rank].",
 )
 @click.option("--min-retention", type=float, help="Adaptive rank: share of the least important matrix [default: 0.1].")
 @click.option("--target-retention", type=float, help="Adaptive rank: share at mean importance [default: 0.8].")
-@click.option(
-    "--data", multiple=True, type=click.Path(), help="Rows that measure importance for the adaptive rank; repeatable."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, masking and random directions.")
 @click.option(
     "--targets", multiple=True, help="Protect only matrices that match, e.g. 'q_proj' or 'mlp.*'; repeatable."
 )
@@ -58,49 +96,25 @@ from .options import (
 @resume_option
 @overwrite_option
 @json_option
-def command(
-    model: str,
-    output: Path,
-    basis: str,
-    constraint: str,
-    preserve: float | None,
-    min_retention: float | None,
-    target_retention: float | None,
-    data: tuple[str, ...],
-    targets: tuple[str, ...],
-    exclude: tuple[str, ...],
-    dtype: str,
-    device: str,
-    resume: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, output: Path, resume: bool, overwrite: bool, as_json: bool, **settings: Any) -> None:
     """Save the subspaces that carry what MODEL knows, as an archive.
 
-    MODEL is a checkpoint directory or a hub name. Without --preserve, the share is the paper's adaptive rank:
-    0.8 everywhere, or by importance if --data is given.
+    MODEL is a checkpoint directory or a hub name. `--basis curvature` protects what earlier data use, and is the one
+    to choose if there are such data, or text of any kind. `weights` is the paper's: it needs no data; without --preserve
+    its share is the adaptive rank, 0.8 everywhere, or by importance if --data is given.
 
     \b
     Examples:
+      sculptor analyze ./model --basis curvature --data general.txt --output ./subspaces
+      sculptor analyze ./model --basis curvature --data self --output ./subspaces
       sculptor analyze ./model --preserve 0.5 --output ./subspaces
       sculptor analyze ./model --data old-task.jsonl --constraint input --output ./subspaces
     """
+    from sculptor.analysis.settings import AnalyzeSettings
     from sculptor.report.json_text import to_json
     from sculptor.report.text import analyze_text
-    from sculptor.tasks.analyze import AnalyzeSettings, analyze
+    from sculptor.tasks.analyze import analyze
 
     quiet_libraries()
-    settings = AnalyzeSettings(
-        basis=basis,  # type: ignore[arg-type]
-        constraint=constraint,  # type: ignore[arg-type]
-        preserve=preserve,
-        min_retention=min_retention,
-        target_retention=target_retention,
-        data=data,
-        targets=targets,
-        exclude=exclude,
-        dtype=dtype,  # type: ignore[arg-type]
-        device=device,
-    )
-    report = analyze(model, output, settings, overwrite=overwrite, resume=resume, progress=bars)
+    report = analyze(model, output, AnalyzeSettings(**settings), overwrite=overwrite, resume=resume, progress=bars)
     click.echo(to_json(report) if as_json else analyze_text(report))

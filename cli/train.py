@@ -75,10 +75,19 @@ from .options import (
 )
 @click.option(
     "--carry",
-    type=Choice(["accumulate", "retake"]),
-    default="accumulate",
+    type=Choice(["merge", "accumulate", "retake"]),
+    help="Updated archive: merge the task's moments in, add what it learned, or decompose again [default: merge if the "
+    "archive has moments, else accumulate].",
+)
+@click.option(
+    "--memory-rows", type=int, default=384, show_default=True, help="Rows of the task whose moments are merged in."
+)
+@click.option(
+    "--memory-weight",
+    type=float,
+    default=1.0,
     show_default=True,
-    help="Updated archive: add what the task learned, or decompose again.",
+    help="Weight of the task's moments against those of one earlier source.",
 )
 @click.option(
     "--checkpoint-activations/--keep-activations",

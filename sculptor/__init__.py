@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AnalyzeSettings": "sculptor.tasks.analyze",
+    "AnalyzeSettings": "sculptor.analysis.settings",
     "Archive": "sculptor.archive.store",
     "SculptorError": "sculptor.errors",
     "TrainSettings": "sculptor.training.settings",
@@ -38,9 +38,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from sculptor.analysis.settings import AnalyzeSettings
     from sculptor.archive.store import Archive
     from sculptor.errors import SculptorError
-    from sculptor.tasks.analyze import AnalyzeSettings, analyze
+    from sculptor.tasks.analyze import analyze
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.train import train

@@ -1,5 +1,6 @@
 """Protected directions from a weight matrix alone: its leading singular vectors (the paper's choice)."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,34 @@ def analyze_matrix(weight: Tensor, constraint: Constraint, k: int) -> MatrixSubs
 def as_out_in(weight: Tensor, transposed: bool) -> Tensor:
     """A stored matrix in the (out, in) form that everything here is about."""
     return weight.T if transposed else weight
+
+
+def random_directions(weight: Tensor, constraint: Constraint, k: int, seed: str) -> MatrixSubspaces:
+    """`k` random directions per side instead of the leading ones: the control that any choice has to beat.
+
+    Args:
+        weight: (m, n); only its shape and norms are used.
+        constraint: what is frozen of them.
+        k: how many.
+        seed: any text; the same gives the same directions.
+    """
+    m, n = weight.shape
+    if k == 0:
+        return analyze_matrix(weight, constraint, 0)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+    left, right = (
+        torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator))[0].to(weight.device)
+        for d in (m, n)
+    )
+    weight64 = weight.to(torch.float64)
+    norm = float(weight64.square().sum())
+    return MatrixSubspaces(
+        Staircase.of(constraint, m, n, k, k),
+        output=None if constraint == "input" else store_smaller(left),
+        input=store_smaller(right),
+        spectrum=None,
+        energy=float((left.T @ weight64 @ right).diagonal().square().sum()) / norm if norm > 0 else 1.0,
+    )
 
 
 def to_device(weight: Tensor, transposed: bool, device: torch.device) -> Tensor:

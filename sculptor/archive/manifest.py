@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sculptor.errors import ArchiveError
 from sculptor.numerics.bases import Form
 from sculptor.numerics.staircase import Constraint, Staircase
+
+# Moments give every matrix steps of its own.
+ArchiveConstraint = Constraint | Literal["staircase"]
 
 FORMAT = "sculptor-subspaces"
 VERSION = 1
@@ -14,11 +17,23 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SideRecord:
-    """One stored side of a matrix: which tensor, in which form, and how many directions it protects."""
+    """One stored side of a matrix.
+
+    Attributes:
+        tensor: holds its directions; matrices that read the same input may share one.
+        form: whether these are the protected directions or their complement.
+        directions: how many are protected, or told apart by the staircase.
+        values: tensor with their eigenvalues in the second moment; None where directions come from weights.
+        rest: mean eigenvalue of all other directions.
+        profiles: tensor (tasks, 65) with each task's share of the moment on the leading 64 directions and the rest.
+    """
 
     tensor: str
     form: Form
     directions: int
+    values: str | None = None
+    rest: float = 0.0
+    profiles: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +59,10 @@ class MatrixRecord:
         steps: the staircase, (stop row, reach) pairs.
         output, input: the stored sides; None where none is stored.
         spectrum: tensor with all singular values, descending; None at preserve 0.
-        retention: share of directions asked for; `importance` is the paper's I, None without data.
-        energy: share of ||W||^2 in the protected singular directions at analysis.
+        retention: share of directions asked for, or of pairs; `importance` is the paper's I, None without data.
+        energy: what the protected part holds: of ||W||^2 at analysis, or of the curvature as it is.
         added: which task added what, in order; task 0 is the analysis.
+        traces: (tr C, tr G) of every source of moments, in order; empty where directions come from weights.
     """
 
     name: str
@@ -67,6 +83,12 @@ class MatrixRecord:
     importance: float | None
     energy: float
     added: tuple[Added, ...]
+    traces: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether eigenvalues are stored with the directions, so that tasks can be merged in."""
+        return self.input is not None and self.input.values is not None
 
     @property
     def staircase(self) -> Staircase:
@@ -75,9 +97,12 @@ class MatrixRecord:
 
     @property
     def preserved(self) -> float:
-        """Protected directions over all, on the side that protects most: the F of `--preserve F`."""
-        if self.staircase.num_free == 0:
-            return 1.0
+        """Protected directions over all, on the side that protects most: the F of `--preserve F`.
+
+        With moments, the share of frozen pairs: their staircase has no single number of directions.
+        """
+        if self.staircase.num_free == 0 or self.has_moments:
+            return self.staircase.frozen_share
         sides = [side.directions for side in (self.output, self.input) if side is not None]
         return max(sides, default=0) / min(self.shape)
 
@@ -109,7 +134,7 @@ class Manifest:
     model_class: str
     base_identity: str
     basis: str
-    constraint: Constraint
+    constraint: ArchiveConstraint
     settings: Mapping[str, Any]
     tasks: tuple[TaskRecord, ...]
     matrices: Mapping[str, MatrixRecord]
@@ -127,7 +152,7 @@ class Manifest:
         Raises:
             ValueError: naming the first that does not.
         """
-        if self.constraint not in ("double", "input", "core"):
+        if self.constraint not in ("double", "input", "core", "staircase"):
             raise ValueError(f"constraint {self.constraint!r} is unknown")
         if not self.matrices:
             raise ValueError("no matrices")
@@ -139,8 +164,11 @@ class Manifest:
                     stored = side.directions if side.form == "leading" else dim - side.directions
                     if self.tensors[side.tensor].shape != (dim, stored):
                         raise ValueError(f"{name}: {side.tensor} does not hold {side.directions} directions of {dim}")
-            expected = Staircase.of(self.constraint, *record.shape, *counts)
-            if record.staircase not in (expected, Staircase.closed(*record.shape)):
+            for side in (record.output, record.input):
+                absent = [t for t in (side.values, side.profiles) if t and t not in self.tensors] if side else []
+                if absent:
+                    raise ValueError(f"{name}: {absent[0]} is not stored")
+            if not _fits(self.constraint, record, *counts):
                 raise ValueError(f"{name}: steps {record.steps} are not those of {counts} protected directions")
             if record.spectrum is not None and record.spectrum not in self.tensors:
                 raise ValueError(f"{name}: {record.spectrum} is not stored")
@@ -176,6 +204,16 @@ class Manifest:
             raise ArchiveError(f"{path}: damaged manifest ({cause}); run `sculptor analyze` again") from cause
 
 
+def _fits(constraint: ArchiveConstraint, record: MatrixRecord, outputs: int, inputs: int) -> bool:
+    """Whether a matrix's staircase is one of the archive's kind, and tells apart only what is stored."""
+    found = record.staircase
+    if found == Staircase.closed(*record.shape):
+        return True
+    if record.has_moments:
+        return found.outputs <= outputs and found.inputs <= inputs
+    return constraint != "staircase" and found == Staircase.of(constraint, *record.shape, outputs, inputs)
+
+
 def matrix_from_json(record: Mapping[str, Any]) -> MatrixRecord:
     """One entry of `matrices`."""
     values = dict(record)
@@ -184,6 +222,7 @@ def matrix_from_json(record: Mapping[str, Any]) -> MatrixRecord:
     values["output"] = SideRecord(**values["output"]) if values["output"] else None
     values["input"] = SideRecord(**values["input"]) if values["input"] else None
     values["added"] = tuple(Added(**added) for added in values["added"])
+    values["traces"] = tuple((float(c), float(g)) for c, g in values["traces"])
     result = MatrixRecord(**values)
     _ = result.staircase  # a staircase that does not descend is an error here, not later
     return result

@@ -31,8 +31,7 @@ class BatchLoss(NamedTuple):
 
 def num_loss_tokens(batch: Batch, kind: Kind) -> int:
     """Tokens that carry loss: a decoder never predicts the first token of a sequence."""
-    labels = batch.labels[:, 1:] if kind == "causal" else batch.labels
-    return int((labels != IGNORED).sum())
+    return int((_read_labels(batch, kind) != IGNORED).sum())
 
 
 def batch_loss(model: Any, batch: Batch, kind: Kind) -> BatchLoss:
@@ -43,23 +42,47 @@ def batch_loss(model: Any, batch: Batch, kind: Kind) -> BatchLoss:
         batch: padded on the right.
         kind: how its labels are to be read.
     """
+    outputs, logits, wanted = _predict(model, batch, kind)
+    labels = _read_labels(batch, kind)[wanted]
+    total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return BatchLoss(total, int(wanted.sum()), _auxiliary(model, outputs))
+
+
+def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generator) -> Batch:
+    """The batch with every label that carries loss drawn anew from the model's own prediction.
+
+    Args:
+        model: as for `batch_loss`.
+        batch: on the model's device; what the model reads stays.
+        kind: how its labels are to be read.
+        generator: of the model's device.
+    """
+    _, logits, wanted = _predict(model, batch, kind)
+    drawn = torch.multinomial(logits.float().softmax(dim=-1), 1, generator=generator)[:, 0]
+    labels = batch.labels.clone()
+    _read_labels(Batch(batch.input_ids, batch.attention_mask, labels), kind)[wanted] = drawn  # a view of them
+    return Batch(batch.input_ids, batch.attention_mask, labels)
+
+
+def _read_labels(batch: Batch, kind: Kind) -> Tensor:
+    """Labels in the place of the logits that predict them: a decoder predicts the next token."""
+    return batch.labels[:, 1:] if kind == "causal" else batch.labels
+
+
+def _predict(model: Any, batch: Batch, kind: Kind) -> tuple[Any, Tensor, Tensor]:
+    """The model's outputs, its logits (tokens with loss, vocabulary), and the mask (B, L) of these tokens."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    labels = batch.labels
+    labels = _read_labels(batch, kind)
+    wanted = labels != IGNORED
     if kind == "seq2seq":
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    if kind == "causal":
-        labels = labels[:, 1:]
-        columns = (labels != IGNORED).any(dim=0).nonzero().flatten()
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            inputs["logits_to_keep"] = columns
-            labels = labels[:, columns]
+    if kind == "causal" and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        columns = wanted.any(dim=0).nonzero().flatten()
+        outputs = model(**inputs, logits_to_keep=columns)
+        return outputs, outputs.logits[wanted[:, columns]], wanted
     outputs = model(**inputs)
-    logits = outputs.logits
-    if kind == "causal" and "logits_to_keep" not in inputs:
-        logits = logits[:, :-1]
-    wanted = labels != IGNORED
-    total = nn.functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum")
-    return BatchLoss(total, int(wanted.sum()), _auxiliary(model, outputs))
+    logits = outputs.logits[:, :-1] if kind == "causal" else outputs.logits
+    return outputs, logits[wanted], wanted
 
 
 def _auxiliary(model: Any, outputs: Any) -> Tensor | None:

@@ -98,7 +98,8 @@ def allocate(matrices: Sequence[Importance], budget: float, steps: int = STEPS) 
     least = least_free_share(matrices, steps)
     if not least - 1e-9 <= budget <= 1:
         raise ValueError(f"free share {budget} is not between {least:.3f}, which the stored directions allow, and 1")
-    thresholds = torch.cat([torch.full((1,), -1.0, dtype=torch.float64), *(m.levels(steps) for m in matrices)]).unique()
+    levels = torch.cat([torch.full((1,), -1.0, dtype=torch.float64), *(m.levels(steps) for m in matrices)])
+    thresholds = torch.unique_consecutive(levels.sort().values)
     low, high = 0, thresholds.numel() - 1  # nothing is above the last level: all is free there
     while low < high:
         middle = (low + high) // 2

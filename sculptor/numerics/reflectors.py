@@ -116,4 +116,5 @@ def _triangle(reflectors64: Tensor) -> Tensor:
     diagonal = gram.diagonal() / 2
     inverse = gram.triu(1) + torch.diag(torch.where(diagonal == 0, 1.0, diagonal))
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(inverse, identity, upper=True)
+    triangle: Tensor = torch.linalg.solve_triangular(inverse, identity, upper=True)
+    return triangle

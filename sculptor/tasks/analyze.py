@@ -1,93 +1,32 @@
 """`sculptor.analyze`: a checkpoint in, a subspace archive out, one matrix in memory at a time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from sculptor import __version__
 from sculptor.analysis.ranks import adaptive_retention, measure_cosines, normalize_importance, protected_count
-from sculptor.analysis.weights import analyze_matrix, to_device
-from sculptor.archive.manifest import Added, Manifest, MatrixRecord, TaskRecord
-from sculptor.archive.store import Archive, ArchiveWriter, has_progress
+from sculptor.analysis.settings import AnalyzeSettings
+from sculptor.analysis.weights import analyze_matrix, random_directions, to_device
+from sculptor.archive.manifest import Added, ArchiveConstraint, Manifest, MatrixRecord, TaskRecord
+from sculptor.archive.store import Archive
+from sculptor.archive.writer import ArchiveWriter, has_progress
 from sculptor.checkpoint.architecture import Architecture, Target, inspect_architecture, select_targets
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest
 from sculptor.data.examples import Example, digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
-from sculptor.errors import SettingsError
 from sculptor.model.load import load_model, load_tokenizer, resolve_device
-from sculptor.numerics.staircase import Constraint
+from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
+from sculptor.tasks.memory import read_sources, sample_sources, settle, write_factors
 
 # Importance is a mean over tokens: a few hundred rows settle it, more only cost time.
 _MAX_IMPORTANCE_ROWS = 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnalyzeSettings:
-    """Settings of `sculptor analyze`; everything that decides its result."""
-
-    basis: Literal["weights"] = "weights"
-    """Where directions come from: the weights' singular vectors."""
-    constraint: Constraint = "double"
-    """What an update may not touch."""
-    preserve: float | None = None
-    """The same share of directions in every matrix; None for the adaptive rank."""
-    min_retention: float | None = None
-    """mrr of the adaptive rank; default 0.1."""
-    target_retention: float | None = None
-    """trr of the adaptive rank; default 0.8."""
-    data: tuple[str, ...] = ()
-    """Files whose rows measure the importance for the adaptive rank."""
-    targets: tuple[str, ...] = ()
-    """Patterns of matrices to protect; default all."""
-    exclude: tuple[str, ...] = ()
-    """Patterns of matrices to leave out."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Dtype of the stored bases."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        wrong = []
-        for option, value in (
-            ("--preserve", self.preserve),
-            ("--min-retention", self.min_retention),
-            ("--target-retention", self.target_retention),
-        ):
-            if value is not None and not 0 <= value <= 1:
-                wrong.append(f"{option} {value}: expected a share between 0 and 1, like 0.5")
-        if self.preserve == 1:
-            wrong.append("--preserve 1: no direction would be left to train; use less than 1")
-        if self.preserve is not None:
-            unused = [
-                option
-                for option, given in (
-                    ("--min-retention", self.min_retention is not None),
-                    ("--target-retention", self.target_retention is not None),
-                    ("--data", bool(self.data)),
-                )
-                if given
-            ]
-            if unused:
-                wrong.append(
-                    f"{', '.join(unused)} without effect: --preserve fixes the rank of every matrix; drop one of the two"
-                )
-        elif self.retention_range[0] > self.retention_range[1]:
-            wrong.append("--min-retention {} is above --target-retention {}".format(*self.retention_range))
-        if wrong:
-            raise SettingsError("; ".join(wrong))
-
-    @property
-    def retention_range(self) -> tuple[float, float]:
-        """mrr and trr, the paper's 0.1 and 0.8 unless given."""
-        minimum = 0.1 if self.min_retention is None else self.min_retention
-        target = 0.8 if self.target_retention is None else self.target_retention
-        return minimum, target
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +35,7 @@ class RoleSummary:
 
     Attributes:
         preserved: mean share of protected directions.
-        energy: mean share of ||W||^2 in them.
+        energy: mean share of ||W||^2, or of the curvature, in them.
         num_free: trainable coordinates; `num_parameters` entries of the matrices.
     """
 
@@ -113,7 +52,8 @@ class AnalyzeReport:
     """What `analyze` did."""
 
     output: Path
-    constraint: Constraint
+    basis: str
+    constraint: str
     roles: tuple[RoleSummary, ...]
     archive_bytes: int
     checkpoint_bytes: int
@@ -139,7 +79,7 @@ def analyze(
     Args:
         model: a checkpoint directory or hub name.
         output: the archive's directory.
-        settings: what to protect; the default is the paper's adaptive rank.
+        settings: what to protect; the default is the weights' directions with the paper's adaptive rank.
         overwrite: replace an existing archive, at success.
         resume: take up what a killed run left.
         progress: makes progress bars.
@@ -155,36 +95,47 @@ def analyze(
     architecture = inspect_architecture(checkpoint)
     targets = select_targets(architecture.targets, settings.targets, settings.exclude)
     device = resolve_device(settings.device)
-    examples = _read_examples(checkpoint, architecture, settings)
+    sources = read_sources(checkpoint, architecture, targets, settings) if settings.has_moments else []
+    examples = () if settings.has_moments else _read_examples(checkpoint, architecture, settings)
     output = Path(output).resolve()
     check_apart(output, [checkpoint.path, *settings.data])
     with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
+        digests = {target.name: digest(checkpoint[target.name]) for target in targets}
         key = {
             "settings": asdict(settings),
-            "data": digest_examples(examples),
-            "base": identity({target.name: digest(checkpoint[target.name]) for target in targets}),
+            "data": [digest_examples(part) for part in (examples, *(source.examples for source in sources))],
+            "base": identity(digests),
         }
         writer = ArchiveWriter(partial, getattr(torch, settings.dtype), key)
         writer.resume()
         _check_finite(checkpoint, {target.name for target in targets}, progress)
-        importance = _measure_importance(checkpoint, architecture, targets, examples, device, progress)
-        bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
-        for target in targets:
-            if target.name not in writer.records:
-                _analyze_target(checkpoint, target, settings, importance.get(target.name), device, writer)
-                bar.update(1)
-        bar.close()
-        analysis = TaskRecord("analysis", "analysis", {"model": str(model), "settings": asdict(settings)})
+        if settings.has_moments:
+            loaded = load_model(checkpoint, device, architecture)
+            sources = sources or sample_sources(loaded, settings, progress)
+            records = [_new_record(checkpoint, target, settings, digests[target.name]) for target in targets]
+            write_factors(loaded, records, targets, sources, settings, writer, None, progress)
+            settle(writer, settings, [float(len(sources))])
+        else:
+            importance = _measure_importance(checkpoint, architecture, targets, examples, device, progress)
+            bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
+            for target in targets:
+                if target.name not in writer.records:
+                    record = _new_record(checkpoint, target, settings, digests[target.name])
+                    _analyze_target(checkpoint, target, record, settings, importance.get(target.name), device, writer)
+                    bar.update(1)
+            bar.close()
+        details: dict[str, Any] = {"model": str(model), "settings": asdict(settings)}
+        details |= {"weight": len(sources)} if settings.has_moments else {}
         writer.finish(
             Manifest(
                 created_by=f"sculptor {__version__}",
                 model_class=architecture.model_class,
                 base_identity="",
                 basis=settings.basis,
-                constraint=settings.constraint,
+                constraint=archive_constraint(settings),
                 settings=asdict(settings),
-                tasks=(analysis,),
-                matrices={},
+                tasks=(TaskRecord("analysis", "analysis", details),),
+                matrices={target.name: writer.record(target.name) for target in targets},
                 tensors={},
                 files={},
                 not_targeted=tuple(asdict(item) for item in architecture.not_targeted),
@@ -192,6 +143,13 @@ def analyze(
         )
         commit(partial, output)
     return report_of(Archive(output), checkpoint)
+
+
+def archive_constraint(settings: AnalyzeSettings) -> ArchiveConstraint:
+    """What the archive of an analysis constrains."""
+    if settings.has_moments:
+        return "staircase" if settings.basis == "curvature" else "input"
+    return settings.constraint or "double"
 
 
 def _check_finite(checkpoint: Checkpoint, targets: set[str], progress: Progress) -> None:
@@ -204,9 +162,29 @@ def _check_finite(checkpoint: Checkpoint, targets: set[str], progress: Progress)
     bar.close()
 
 
+def _new_record(checkpoint: Checkpoint, target: Target, settings: AnalyzeSettings, base_digest: str) -> MatrixRecord:
+    """What is known of a matrix before it is analyzed."""
+    return MatrixRecord(
+        **{name: getattr(target, name) for name in ("name", "parameter", "block", "index", "role", "shape")},
+        transposed=target.transposed,
+        input_group=target.input_group,
+        base_dtype=str(checkpoint.infos[target.name].dtype).removeprefix("torch."),
+        base_digest=base_digest,
+        steps=Staircase.closed(*target.shape).steps,
+        output=None,
+        input=None,
+        spectrum=None,
+        retention=1 - settings.free_budget,
+        importance=None,
+        energy=0.0,
+        added=(Added(0, 0, 0),),
+    )
+
+
 def _analyze_target(
     checkpoint: Checkpoint,
     target: Target,
+    record: MatrixRecord,
     settings: AnalyzeSettings,
     importance: float | None,
     device: torch.device,
@@ -216,18 +194,15 @@ def _analyze_target(
     if retention is None:
         retention = adaptive_retention(1.0 if importance is None else importance, *settings.retention_range)
     k = protected_count(retention, target.shape)
-    weight = checkpoint.read_finite(target.name)
-    found = analyze_matrix(to_device(weight, target.transposed, device), settings.constraint, k)
-    record = MatrixRecord(
-        **{name: getattr(target, name) for name in ("name", "parameter", "block", "index", "role", "shape")},
-        transposed=target.transposed,
-        input_group=target.input_group,
-        base_dtype=str(weight.dtype).removeprefix("torch."),
-        base_digest=digest(weight),
+    constraint = settings.constraint or "double"
+    weight = to_device(checkpoint.read_finite(target.name), target.transposed, device)
+    if settings.basis == "random":
+        found = random_directions(weight, constraint, k, f"{settings.seed} {target.name}")
+    else:
+        found = analyze_matrix(weight, constraint, k)
+    record = replace(
+        record,
         steps=found.staircase.steps,
-        output=None,
-        input=None,
-        spectrum=None,
         retention=retention,
         importance=importance,
         energy=found.energy,
@@ -243,7 +218,7 @@ def _read_examples(
     if not settings.data:
         return ()
     rows = read_rows(settings.data)
-    max_length = resolve_max_length(None, architecture.max_positions)
+    max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     found = encode(
         rows, load_tokenizer(checkpoint, architecture.kind), architecture.kind, max_length, architecture.vocab_size
     ).examples
@@ -272,6 +247,7 @@ def report_of(archive: Archive, checkpoint: Checkpoint) -> AnalyzeReport:
     """The table of an archive, per role in the order of the model."""
     return AnalyzeReport(
         output=archive.path,
+        basis=archive.manifest.basis,
         constraint=archive.manifest.constraint,
         roles=summarize_roles(archive),
         archive_bytes=archive.num_bytes,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sculptor.analysis.settings import AnalyzeSettings
 from sculptor.checkpoint.staging import writing
 from sculptor.data.batches import collate
 from sculptor.data.examples import encode
@@ -22,7 +23,7 @@ from sculptor.data.rows import CompletionRow
 from sculptor.errors import OutputError
 from sculptor.model.loss import batch_loss
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze import AnalyzeSettings, analyze
+from sculptor.tasks.analyze import analyze
 from sculptor.tasks.evaluate import evaluate
 from sculptor.tasks.train import train
 from sculptor.tasks.verify import verify

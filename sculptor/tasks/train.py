@@ -30,7 +30,7 @@ from sculptor.model.load import (
     resolve_device,
 )
 from sculptor.progress import Progress, silent
-from sculptor.tasks.train_output import TrainJob, TrainReport, write_output
+from sculptor.tasks.train_output import TrainJob, TrainReport, resolve_carry, write_output
 from sculptor.training.loop import TrainedParameters, TrainingLoop, make_accelerator
 from sculptor.training.protect import (
     attach_coordinates,
@@ -120,6 +120,7 @@ def _open_job(
     archive = Archive(subspaces)
     if not any(record.staircase.num_free for record in archive.values()):
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    resolve_carry(settings.carry, archive)  # refuses before any work
     archive.check_base(checkpoint, progress)
     tokenizer = load_tokenizer(checkpoint, architecture.kind)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from sculptor import __version__
 from sculptor.analysis.carry import accumulate, retake
+from sculptor.analysis.factors import Source
+from sculptor.analysis.settings import AnalyzeSettings
 from sculptor.analysis.verify import measure_leak
 from sculptor.analysis.weights import as_out_in, to_device
-from sculptor.archive.manifest import Added, TaskRecord
-from sculptor.archive.store import Archive, ArchiveWriter, Subspaces
+from sculptor.archive.manifest import Added, MatrixRecord, TaskRecord
+from sculptor.archive.store import Archive, Subspaces
+from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, Merge, read_record
@@ -27,11 +30,13 @@ from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import Encoded
+from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
+from sculptor.tasks.memory import settle, write_factors
 from sculptor.training.loop import LoopResult, TrainedParameters
-from sculptor.training.protect import merge_weight, protected_matrices
-from sculptor.training.settings import TrainSettings
+from sculptor.training.protect import merge, merge_weight, protected_matrices
+from sculptor.training.settings import Carry, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,8 @@ def write_output(
     bar = progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
     write_checkpoint(job.checkpoint, staged, replacements, dtype=saved, bar=bar)
     bar.close()
+    if matrices.waiting:
+        _remember(job, loaded, writer, matrices.waiting, progress)
     also_trained = tuple(sorted({*previous.also_trained, *opened}))
     report = TrainReport(
         output=output,
@@ -149,9 +156,10 @@ def write_output(
             "data": list(job.data),
             "rows": report.num_examples,
             "steps": result.steps,
-            "carry": job.settings.carry,
+            "carry": matrices.carry,
             "learning_rate": job.settings.learning_rate,
-        },
+        }
+        | ({"weight": job.settings.memory_weight} if matrices.carry == "merge" else {}),
     )
     writer.finish(
         replace(job.archive.manifest, created_by=f"sculptor {__version__}", tasks=(*job.archive.manifest.tasks, task))
@@ -160,6 +168,38 @@ def write_output(
         shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
     write_json(staged / RECORD_NAME, _output_record(job, report, previous.lineage, saved))
     return report
+
+
+def _remember(
+    job: TrainJob, loaded: LoadedModel, writer: ArchiveWriter, records: Mapping[str, MatrixRecord], progress: Progress
+) -> None:
+    """Adds the moments of the finished task to those of the archive, from a few hundred of its rows."""
+    if protected_matrices(loaded.model):
+        merge(loaded.model)
+    loaded.model.requires_grad_(False)
+    settings = AnalyzeSettings.from_json(job.archive.manifest.settings)
+    targets = [target for target in job.architecture.targets if target.name in records]
+    examples = job.encoded.examples
+    count = min(len(examples), job.settings.memory_rows)
+    chosen = [examples[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count)]
+    source = Source(job.name, chosen, job.settings.memory_weight)
+    write_factors(loaded, list(records.values()), targets, [source], settings, writer, job.archive, progress)
+    weights = [float(task.details["weight"]) for task in job.archive.manifest.tasks]
+    settle(writer, settings, [*weights, job.settings.memory_weight])
+
+
+def resolve_carry(asked: Carry | None, archive: Archive) -> Carry:
+    """How an archive goes on: by default `merge` where it has moments, else `accumulate`.
+
+    Raises:
+        SettingsError: if the archive cannot go on like that.
+    """
+    has_moments = any(record.has_moments for record in archive.values())
+    carry = asked or ("merge" if has_moments else "accumulate")
+    if has_moments != (carry == "merge"):
+        fitting = "merge" if has_moments else "accumulate or retake"
+        raise SettingsError(f"--carry {carry}: an archive with basis {archive.manifest.basis} goes on by {fitting}")
+    return carry
 
 
 def _files_of(
@@ -192,6 +232,8 @@ class _MatrixWriter:
         self.saved = saved
         self.task = task
         self.coordinates = {matrix.coordinates.name: matrix.coordinates for matrix in protected_matrices(loaded.model)}
+        self.carry = resolve_carry(job.settings.carry, job.archive)
+        self.waiting: dict[str, MatrixRecord] = {}  # records whose moments are still to be measured
         self.reports: dict[str, MatrixReport] = {}
 
     def write(self, name: str, weight: Tensor) -> Tensor:
@@ -205,11 +247,11 @@ class _MatrixWriter:
             merged, update = merge_weight(coordinates, weight.to(self.device), dtype)
             merged = merged.cpu()
         self._carry(subspaces, merged, update)
+        record = self.waiting.get(name) or self.writer.record(name)
         measured = measure_leak(weight, merged, subspaces, self.device)
         stored = as_out_in(update, subspaces.record.transposed)
         norm = float(update.norm())
         lost = float((merged.to(torch.float64) - weight.to(torch.float64) - stored.cpu()).norm())
-        record = self.writer.record(name)
         self.reports[name] = MatrixReport(
             role=record.role,
             update=measured.update / (float(weight.to(torch.float64).norm()) or 1.0),
@@ -222,10 +264,14 @@ class _MatrixWriter:
         return merged
 
     def _carry(self, subspaces: Subspaces, merged: Tensor, update: Tensor) -> None:
-        record, constraint = subspaces.record, self.job.archive.manifest.constraint
-        spectrum = self.job.archive.spectrum(record.name)
+        record = subspaces.record
         record = replace(record, base_digest=digest(merged), base_dtype=str(merged.dtype).removeprefix("torch."))
-        if self.job.settings.carry == "retake":
+        if self.carry == "merge":  # its moments follow when all matrices are merged
+            self.waiting[record.name] = record
+            return
+        constraint: Any = self.job.archive.manifest.constraint
+        spectrum = self.job.archive.spectrum(record.name)
+        if self.carry == "retake":
             found = retake(record, to_device(merged, record.transposed, self.device), constraint)
             # Decomposed anew: no direction is any task's own any more.
             record = replace(record, steps=found.staircase.steps, energy=found.energy, added=record.added[:1])

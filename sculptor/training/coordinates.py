@@ -11,8 +11,7 @@ once after one was there, and when the version did move (values set by hand or l
 to the caller's `refresh`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from sculptor.archive.manifest import SideRecord
 from sculptor.archive.store import Subspaces
 from sculptor.numerics.bases import Basis
 from sculptor.numerics.free_space import FreeSpace
+from sculptor.numerics.precision import float32_products
 from sculptor.numerics.reflectors import CompleteBasis
 
 FoldMode = Literal["automatic", "manual"]
@@ -41,7 +41,8 @@ class _Fold(torch.autograd.Function):
         owner: Coordinates = ctx.owner
         owner.stale = True
         gradient = gradients[0].T if owner.transposed else gradients[0]
-        with _fast_float32(gradient.device):
+        # Exactness lives in A and in the float64 merge, so TF32 does for the projection and the fold.
+        with float32_products(gradient.device, tf32=True):
             return (None, *owner.space.project(gradient.to(torch.float32)))
 
 
@@ -114,7 +115,7 @@ class Coordinates(nn.Module):
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Folds again from pristine W0."""
-        with torch.autocast(weight.device.type, enabled=False), _fast_float32(weight.device):
+        with float32_products(weight.device, tf32=True):
             update = self.space.fold(list(self.blocks))
             stored = update.T if self.transposed else update
             self.folded = (weight.to(torch.float32) + stored).to(self.compute_dtype).contiguous()
@@ -139,18 +140,3 @@ class Coordinates(nn.Module):
 def complete_basis(basis: Basis, device: torch.device) -> CompleteBasis:
     """A stored side completed on a device, for training: factorised in float64, held in float32."""
     return CompleteBasis.of(basis.to(device, torch.float64)).to(dtype=torch.float32)
-
-
-@contextmanager
-def _fast_float32(device: torch.device) -> Iterator[None]:
-    """TF32 for the per-step fold and the projection: exactness lives in A and in the float64 merge."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -1,14 +1,14 @@
 """What a training run can be told. Every field's help is the text the command line shows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from sculptor.errors import SettingsError
 
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
-Carry = Literal["accumulate", "retake"]
+Carry = Literal["merge", "accumulate", "retake"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +43,13 @@ class TrainSettings:
     """auto, cpu, cuda or cuda:N."""
     save_dtype: SaveDtype = "keep"
     """Dtype of the merged checkpoint."""
-    carry: Carry = "accumulate"
-    """How the archive goes on: add what the task learned, or decompose again."""
+    carry: Carry | None = None
+    """How the archive goes on: merge the task's moments in (default where it has any), add what the task learned
+    (default elsewhere), or decompose again."""
+    memory_rows: int = 384
+    """Rows of the task whose moments are merged into the archive."""
+    memory_weight: float = 1.0
+    """Weight of the task's moments against those of one earlier source."""
     checkpoint_activations: bool | None = None
     """Recompute activations in the backward pass; default only on a GPU."""
     save_every: int | None = None
@@ -68,7 +73,9 @@ class TrainSettings:
             (self.eval_every is None or self.eval_every >= 1, f"--eval-every {self.eval_every}: expected at least 1"),
             (self.schedule in ("cosine", "linear", "constant"), f"--schedule {self.schedule}: unknown"),
             (self.save_dtype in ("keep", "float32", "bfloat16"), f"--save-dtype {self.save_dtype}: unknown"),
-            (self.carry in ("accumulate", "retake"), f"--carry {self.carry}: unknown"),
+            (self.carry in (None, "merge", "accumulate", "retake"), f"--carry {self.carry}: unknown"),
+            (self.memory_rows >= 1, f"--memory-rows {self.memory_rows}: expected at least 1"),
+            (0 < self.memory_weight < float("inf"), f"--memory-weight {self.memory_weight}: expected more than 0"),
         )
         wrong = [message for holds, message in checks if not holds]
         if wrong:
@@ -77,8 +84,3 @@ class TrainSettings:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Names of all settings."""
-        return [field.name for field in fields(cls)]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sculptor.archive.store import save_tensors
+from sculptor.archive.writer import save_tensors
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.errors import OutputError
 

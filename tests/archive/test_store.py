@@ -10,7 +10,8 @@ from conftest import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, analyze
-from sculptor.archive.store import Archive, ArchiveWriter, save_tensors
+from sculptor.archive.store import Archive
+from sculptor.archive.writer import ArchiveWriter, save_tensors
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, OutputError

@@ -1,0 +1,265 @@
+"""Second moments of layer inputs and output gradients, measured by running the model on calibration rows.
+
+A few blocks are measured at a time, as many as fit beside the model, so the memory is that of their moments and no
+more; the rows are read again for the next blocks. Matrices that read the same input share its moment. In a pass with
+gradients the graph begins at the first measured matrix: nothing below it is kept.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sculptor.checkpoint.architecture import Target
+from sculptor.data.batches import Batch, prepare
+from sculptor.data.examples import IGNORED, Example
+from sculptor.model.load import LoadedModel
+from sculptor.model.loss import batch_loss, sample_labels
+from sculptor.numerics.precision import float32_products
+from sculptor.progress import Bar
+
+Labels = Literal["true", "sampled"]
+Weighting = Literal["tokens", "gradients"]
+
+# Tokens of one forward: enough to keep a GPU busy, few enough that a 7B model's activations stay under 5 GB.
+_BATCH_TOKENS = 1024
+# What the moments of one pass may take: on a GPU a share of what is free, on a CPU a fixed amount.
+_GPU_SHARE = 0.5
+_CPU_BYTES = 1.5e9
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Moments:
+    """Means over tokens, float32 on the model's device.
+
+    Attributes:
+        inputs: C (n, n) by input group.
+        outputs: G (m, m) by target name; empty without gradients.
+        num_tokens: that the inputs are means over, by input group; padding does not count.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    num_tokens: dict[str, float] = field(default_factory=dict)
+
+
+def passes(targets: Sequence[Target], gradients: bool, device: torch.device) -> list[list[Target]]:
+    """Targets by blocks, as many of these at a time as their moments fit into memory; one at least."""
+    if device.type == "cuda":
+        largest = max(max(target.shape) for target in targets)
+        decomposition = 40 * largest**2  # float64 matrix, eigenvectors and workspace of the eigensolver
+        budget = _GPU_SHARE * max(0, torch.cuda.mem_get_info(device)[0] - decomposition)
+    else:
+        budget = _CPU_BYTES
+    blocks: dict[str, list[Target]] = defaultdict(list)
+    for target in targets:
+        blocks[target.block].append(target)
+    found: list[list[Target]] = []
+    room = -1.0
+    for block in blocks.values():
+        needed = moment_bytes(block, gradients)
+        if room < needed:
+            found.append([])
+            room = budget
+        found[-1] += block
+        room -= needed
+    return found
+
+
+def moment_bytes(targets: Iterable[Target], gradients: bool) -> int:
+    """Bytes of the float32 moments of some targets."""
+    inputs = {target.input_group: target.shape[1] for target in targets}
+    outputs = [target.shape[0] for target in targets] if gradients else []
+    return sum(4 * d * d for d in [*inputs.values(), *outputs])
+
+
+def measure_moments(
+    loaded: LoadedModel,
+    targets: Sequence[Target],
+    examples: Sequence[Example],
+    *,
+    gradients: bool,
+    labels: Labels = "true",
+    seed: int = 0,
+    weighting: Weighting = "tokens",
+    bar: Bar,
+) -> Moments:
+    """Moments of some matrices over all tokens of some examples.
+
+    Args:
+        loaded: an unprotected model; run in evaluation mode, its parameters are not touched.
+        targets: the matrices; only these take memory.
+        examples: calibration rows.
+        gradients: also measure the gradients of the summed loss with respect to each matrix's output.
+        labels: the rows' own, or drawn from the model's predictions (the true Fisher).
+        weighting: how much each token's input counts: the same, or as the squared gradient it receives.
+        seed: of the drawn labels, and of what is masked in a masked language model.
+        bar: advanced by one per example.
+    """
+    recorder = _Recorder(targets, gradients, weighting)
+    generator = torch.Generator(loaded.device).manual_seed(seed)
+    model = loaded.model
+    model.eval()
+    handles = [handle for target in targets for handle in recorder.watch(model.get_submodule(target.module), target)]
+    try:
+        for batch in _batches(loaded, examples, seed):
+            if gradients and labels == "sampled":
+                recorder.masks = None
+                with torch.no_grad():
+                    batch = sample_labels(model, batch, loaded.kind, generator)
+            recorder.masks = _masks(batch, loaded)
+            with torch.set_grad_enabled(gradients), suppress(_EnoughError):
+                found = batch_loss(model, batch, loaded.kind)
+                if gradients:
+                    found.total.backward()  # type: ignore[no-untyped-call]
+            bar.update(batch.input_ids.shape[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.means()
+
+
+class _EnoughError(Exception):
+    """The last measured matrix has been read: the rest of a forward without gradients is of no use."""
+
+
+class _Recorder:
+    """Sums of outer products, filled by hooks on the watched modules."""
+
+    def __init__(self, targets: Sequence[Target], gradients: bool, weighting: Weighting) -> None:
+        self.gradients = gradients
+        self.weighted = gradients and weighting == "gradients"
+        self.inputs: dict[str, Tensor] = {}  # of the forward that is under way, where gradients weigh them
+        self.masks: list[_Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
+        self.sums = Moments()
+        self.leaders = {target.input_group: target.name for target in reversed(targets)}
+        self.remaining = {target.input_group for target in targets}
+        self.num_gradients: dict[str, int] = defaultdict(int)
+        self._seen: set[str] = set()
+
+    def watch(self, module: nn.Module, target: Target) -> list[Any]:
+        handles = []
+        if self.leaders[target.input_group] == target.name:
+            handles.append(module.register_forward_pre_hook(self._read_input(target), with_kwargs=True))
+        if self.gradients:
+            handles.append(module.register_forward_hook(self._watch_output(target)))
+        return handles
+
+    def _read_input(self, target: Target) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.masks is None:
+                return
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            group = target.input_group
+            if self.weighted:
+                self.inputs[group] = x.reshape(-1, x.shape[-1])
+                return
+            counted = self._counted(x)
+            _add_outer(self.sums.inputs, group, counted)
+            self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + counted.shape[0]
+            if not self.gradients:
+                self._seen.add(group)
+                if self._seen == self.remaining:
+                    self._seen = set()
+                    raise _EnoughError
+
+        return hook
+
+    def _watch_output(self, target: Target) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if self.masks is None:
+                return None
+            replaced = None
+            if not y.requires_grad:  # the graph begins here; a copy, since models may go on in place
+                y = replaced = y.detach().requires_grad_(True).clone()
+            y.register_hook(self._read_gradient(target))  # type: ignore[no-untyped-call]
+            return replaced
+
+        return hook
+
+    def _read_gradient(self, target: Target) -> Any:
+        def hook(gradient: Tensor) -> None:
+            # Padding has no part in the loss, so its gradients are zero and need no mask.
+            rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            _add_outer(self.sums.outputs, target.name, rows)
+            self.num_gradients[target.name] += self._num_counted(rows.shape[0])
+            if self.weighted:
+                group = target.input_group
+                weights = rows.to(torch.float32).square().sum(dim=1)
+                _add_outer(self.sums.inputs, group, self.inputs[group], weights)
+                self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + float(weights.sum())
+
+        return hook
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """The rows (tokens, d) of an input that are no padding."""
+        assert self.masks is not None
+        flat = x.reshape(-1, x.shape[-1])
+        for mask in self.masks:
+            same_shape = x.ndim == 3 and mask.real.shape == x.shape[:2]
+            if same_shape or (x.ndim == 2 and mask.real.numel() == x.shape[0]):
+                return flat if mask.count == x.shape[:-1].numel() else flat[mask.real.reshape(-1)]
+        return flat
+
+    def _num_counted(self, rows: int) -> int:
+        """Tokens among `rows` that are no padding."""
+        assert self.masks is not None
+        return next((mask.count for mask in self.masks if mask.real.numel() == rows), rows)
+
+    def means(self) -> Moments:
+        tokens = self.sums.num_tokens
+        for group, total in self.sums.inputs.items():
+            total /= tokens[group] or 1.0
+        for name, total in self.sums.outputs.items():
+            total /= self.num_gradients[name]
+        return self.sums
+
+
+def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor | None = None) -> None:
+    """sums[key] += rows^T rows in float32, each row counted `weights` times.
+
+    Products of bf16 numbers are exact in TF32, whose sums are float32: the fast path loses nothing. Wider rows are
+    multiplied in full float32.
+    """
+    d = rows.shape[-1]
+    if key not in sums:
+        sums[key] = torch.zeros(d, d, dtype=torch.float32, device=rows.device)
+    rows32 = rows.to(torch.float32)
+    left32 = rows32 if weights is None else rows32 * weights[:, None]
+    with float32_products(rows.device, tf32=rows.dtype == torch.bfloat16 and weights is None):
+        sums[key].addmm_(left32.T, rows32)
+
+
+def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Iterator[Batch]:
+    """Examples of similar length together, at most `_BATCH_TOKENS` tokens with padding; longest first."""
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+    start = 0
+    while start < len(order):
+        size = max(1, _BATCH_TOKENS // max(1, examples[order[start]].length))
+        chosen = [examples[i] for i in order[start : start + size]]
+        tokenizer = loaded.tokenizer
+        batch = prepare(chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed + start)
+        if loaded.kind == "seq2seq" and batch.labels.shape == batch.input_ids.shape:
+            # Encoder and decoder states are told apart by their length.
+            batch = Batch(batch.input_ids, batch.attention_mask, nn.functional.pad(batch.labels, (0, 1), value=IGNORED))
+        yield batch.to(loaded.device)
+        start += size
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Mask:
+    """Which tokens (B, T) are no padding, and how many."""
+
+    real: Tensor
+    count: int
+
+
+def _masks(batch: Batch, loaded: LoadedModel) -> list[_Mask]:
+    masks = [batch.attention_mask.bool()]
+    if loaded.kind == "seq2seq":
+        masks.append(batch.labels != IGNORED)
+    return [_Mask(mask, int(mask.sum())) for mask in masks]

@@ -1,0 +1,124 @@
+"""Text that a model says by itself: calibration for users who have a checkpoint and nothing else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sculptor.data.examples import IGNORED, Example
+from sculptor.errors import CheckpointError, DataError
+from sculptor.model.load import LoadedModel
+from sculptor.progress import Progress
+
+# Rows sampled side by side; a smaller last round is cut to what is still wanted.
+_ROWS = 64
+_MAX_USER_TOKENS = 96
+_MARK = "\u241e"  # stands for the user's words while a template is taken apart
+_MAX_ROUNDS = 1000
+
+
+@torch.no_grad()
+def sample_examples(
+    loaded: LoadedModel, num_tokens: int, max_length: int, *, chat: bool, seed: int, progress: Progress
+) -> tuple[Example, ...]:
+    """Sequences sampled at temperature 1 until they hold `num_tokens` tokens.
+
+    Args:
+        loaded: a causal model.
+        num_tokens: to stop at; the last sequence is cut to it.
+        max_length: longest sequence.
+        chat: sample a user's turn and the answer through the chat template, with the loss on the answer; else text
+            from the beginning of a sequence.
+        seed: of the sampling.
+        progress: makes a progress bar.
+
+    Raises:
+        CheckpointError: if the model cannot sample text.
+        DataError: if what it says is empty.
+    """
+    tokenizer, place = loaded.tokenizer, loaded.checkpoint.path
+    if loaded.kind != "causal":
+        raise CheckpointError(f"{place}: only a causal model can sample text; give --data files instead of self")
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if chat and not tokenizer.chat_template:
+        raise CheckpointError(f"{place}: --chat needs a chat template, and the tokenizer has none; leave it out")
+    devices = [loaded.device.index or 0] if loaded.device.type == "cuda" else []
+    found: list[Example] = []
+    total = 0
+    bar = progress(total=num_tokens, desc="sample", unit="token")
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for _ in range(_MAX_ROUNDS):
+            if total >= num_tokens:
+                break
+            rows = max(1, min(_ROWS, -(-(num_tokens - total) // max_length)))
+            sampled = _converse(loaded, rows, max_length) if chat else _speak(loaded, rows, start, max_length)
+            for example in sampled:
+                kept = min(example.length, num_tokens - total)
+                if kept > 1:
+                    found.append(Example(example.input_ids[:kept], example.labels[:kept]))
+                    total += kept
+                    bar.update(kept)
+    bar.close()
+    found = [example for example in found if set(example.labels) != {IGNORED}]
+    if not found:
+        raise DataError(f"{place}: the model says nothing by itself; give --data files instead of self")
+    return tuple(found)
+
+
+def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int) -> list[Example]:
+    said = _generate(loaded, [[start]] * rows, max_length - 1, [loaded.tokenizer.eos_token_id])
+    return [Example((start, *ids), (start, *ids)) for ids in said if ids]
+
+
+def _converse(loaded: LoadedModel, rows: int, max_length: int) -> list[Example]:
+    """A user's turn in the model's own words, then its answer."""
+    tokenizer = loaded.tokenizer
+    shown = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    before, found, after = shown.partition(_MARK)
+    if not found:
+        raise CheckpointError(f"{loaded.checkpoint.path}: the chat template leaves out the user's words")
+    opening = tokenizer(before, add_special_tokens=False).input_ids
+    closing = tokenizer(after.lstrip(), add_special_tokens=False).input_ids
+    ends = [tokenizer.eos_token_id, *closing[:1]]
+    questions = _generate(loaded, [opening] * rows, min(_MAX_USER_TOKENS, max_length // 2), ends)
+    prompts = []
+    for ids in questions:
+        text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True).strip()
+        if text:
+            rendered = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=True, return_dict=True, add_generation_prompt=True
+            )
+            prompts.append(list(rendered["input_ids"])[: max_length - 2])
+    if not prompts:
+        return []
+    longest = max(map(len, prompts))
+    answers = _generate(loaded, prompts, max_length - longest, ends)
+    return [
+        Example((*prompt, *ids), (*(IGNORED,) * len(prompt), *ids))
+        for prompt, ids in zip(prompts, answers, strict=True)
+        if ids
+    ]
+
+
+def _generate(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], num_new: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """Continuations up to the first of `ends`, which is part of them."""
+    width = max(map(len, prompts))
+    ids = [[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
+    output = loaded.model.generate(
+        input_ids=torch.tensor(ids, device=loaded.device),
+        attention_mask=torch.tensor(mask, device=loaded.device),
+        max_new_tokens=num_new,
+        eos_token_id=list(ends),
+        pad_token_id=loaded.pad_id,
+        **options,
+    )
+    found = []
+    for row in output[:, width:].tolist():
+        stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        found.append(row[:stop])
+    return found

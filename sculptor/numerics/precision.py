@@ -1,0 +1,26 @@
+"""How float32 products are formed on a GPU, for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def float32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """TF32 or full float32 matrix products on a GPU, whatever the process is set to; autocast is off.
+
+    TF32 is exact for factors that came from bf16, and enough where exactness lives elsewhere. A CPU always
+    multiplies in full.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
