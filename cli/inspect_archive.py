@@ -27,17 +27,15 @@ def command(
       sculptor inspect ./tuned/subspaces --compare ./subspaces
       sculptor inspect ./subspaces --plot subspaces.png
     """
-    from sculptor.errors import OutputError
     from sculptor.report.json_text import to_json
-    from sculptor.report.plot import plot_archive, require_matplotlib
+    from sculptor.report.plot import check_picture, plot_archive, require_matplotlib
     from sculptor.report.text import inspect_text
     from sculptor.tasks.inspect_archive import inspect
 
     quiet_libraries()
     if plot is not None:
         require_matplotlib()
-        if plot.exists() and not overwrite:
-            raise OutputError(f"{plot}: exists already; choose another --plot or pass --overwrite")
+        check_picture(plot, overwrite)
     found = inspect(archive, model=model, compare=compare, progress=bars)
     if plot is not None:
         from sculptor.archive.store import Archive

@@ -14,6 +14,7 @@ _COMMANDS = {
     "inspect": "inspect_archive",
     "verify": "verify",
     "evaluate": "evaluate",
+    "continual": "continual",
     "demo": "demo",
 }
 

@@ -1,7 +1,9 @@
 """What commands share: near-miss suggestions, progress bars and common options."""
 
 import difflib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -108,3 +110,17 @@ def resume_option(command: Command) -> Command:
     return click.option(
         "--resume", is_flag=True, help="Go on with what a killed run left; starts anew if there is nothing."
     )(command)
+
+
+def catch_signals() -> Any:
+    """Remembers SIGTERM and Ctrl-C for the loop to see; a second one ends the process at once."""
+    seen: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, remember)
+    return lambda: seen[0] if seen else None

@@ -1,7 +1,5 @@
 """`sculptor train`."""
 
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from .options import (
     Choice,
     SuggestingCommand,
     bars,
+    catch_signals,
     device_option,
     json_option,
     overwrite_option,
@@ -60,6 +59,7 @@ from .options import (
 )
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Rows per optimizer step.")
 @click.option("--micro-batch-size", type=int, default=8, show_default=True, help="Rows per forward; splits a batch.")
+@click.option("--max-rows", type=int, help="Rows to use of each file, the first ones [default: all].")
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option(
     "--also-train", multiple=True, help="Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."
@@ -136,20 +136,6 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=bars,
-        stop=_catch_signals(),
+        stop=catch_signals(),
     )
     click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
-
-
-def _catch_signals() -> Any:
-    """Remembers SIGTERM and Ctrl-C for the loop to see; a second one ends the process at once."""
-    seen: list[int] = []
-
-    def remember(number: int, _: object) -> None:
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, remember)
-    return lambda: seen[0] if seen else None

@@ -15,6 +15,7 @@ _HOMES = {
     "SculptorError": "sculptor.errors",
     "TrainSettings": "sculptor.training.settings",
     "analyze": "sculptor.tasks.analyze",
+    "continual": "sculptor.tasks.continual",
     "evaluate": "sculptor.tasks.evaluate",
     "inspect": "sculptor.tasks.inspect_archive",
     "merge": "sculptor.training.protect",
@@ -29,6 +30,7 @@ __all__ = [
     "TrainSettings",
     "__version__",
     "analyze",
+    "continual",
     "evaluate",
     "inspect",
     "merge",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from sculptor.archive.store import Archive
     from sculptor.errors import SculptorError
     from sculptor.tasks.analyze import analyze
+    from sculptor.tasks.continual import continual
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.train import train

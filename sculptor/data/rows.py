@@ -37,8 +37,8 @@ class MessagesRow:
 Row = TextRow | CompletionRow | MessagesRow
 
 
-def read_rows(paths: Sequence[str | Path]) -> list[Row]:
-    """All rows of the files, in order; a .txt file is one row.
+def read_rows(paths: Sequence[str | Path], max_rows: int | None = None) -> list[Row]:
+    """All rows of the files, or the first of each, in order; a .txt file is one row.
 
     Raises:
         DataError: with file and line number, for a row that is broken, empty or of unknown keys.
@@ -56,7 +56,7 @@ def read_rows(paths: Sequence[str | Path]) -> list[Row]:
             rows += [TextRow(f"{path}", text)] if text.strip() else []
         else:
             for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
+                if line.strip() and (max_rows is None or len(rows) - before < max_rows):
                     rows.append(_parse(line, f"{path}:{number}"))
         if len(rows) == before:
             raise DataError(f"{path}: no rows; expected JSONL with messages, prompt and completion, or text")

@@ -28,13 +28,13 @@ class RowScore:
         loss: summed negative log-probability of completion and end of sequence, in nats.
         num_tokens: how many tokens that is.
         ranked_right: whether the row's own label scores highest; None without labels.
-        exact: whether greedy generation gives the completion; white space around it is ignored.
+        exact: whether greedy generation gives the completion; white space around it is ignored; None if not asked.
     """
 
     loss: float
     num_tokens: int
     ranked_right: bool | None
-    exact: bool
+    exact: bool | None
 
 
 @torch.no_grad()
@@ -45,8 +45,11 @@ def score_rows(
     max_length: int,
     batch_size: int,
     bar: Bar,
+    generate: bool = True,
 ) -> list[RowScore]:
     """Scores rows in batches of prompts of similar length; results are in the order of `rows`.
+
+    `generate=False` leaves out the greedy continuation, which takes longest.
 
     Raises:
         DataError: if a completion or label does not fit.
@@ -70,19 +73,21 @@ def score_rows(
     results: dict[int, RowScore] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        scores, generated = _score_batch(
-            loaded, [prompts[i] for i in chosen], [[known[text] for text in wanted[i]] for i in chosen], longest
-        )
-        for i, score, said in zip(chosen, scores, generated, strict=True):
+        candidates = [[known[text] for text in wanted[i]] for i in chosen]
+        scores, said = _score_batch(loaded, [prompts[i] for i in chosen], candidates, longest if generate else 0)
+        for i, score, ids in zip(chosen, scores, said, strict=True):
             own = wanted[i].index(rows[i].completion)
             right = max(range(len(labels)), key=score.__getitem__) == own if labels and own < len(labels) else None
             right = False if labels and right is None else right
-            text = tokenizer.decode(said, skip_special_tokens=True)
+            exact = None
+            if ids is not None:
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                exact = text.strip() == rows[i].completion.strip()
             results[i] = RowScore(
                 loss=-score[own],
                 num_tokens=len(known[rows[i].completion]),
                 ranked_right=right,
-                exact=text.strip() == rows[i].completion.strip(),
+                exact=exact,
             )
         bar.update(len(chosen))
     return [results[i] for i in range(len(rows))]
@@ -90,10 +95,12 @@ def score_rows(
 
 def _score_batch(
     loaded: LoadedModel, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]], num_new: int
-) -> tuple[list[list[float]], list[list[int]]]:
-    """Scores of every candidate of every prompt, and what greedy decoding says."""
+) -> tuple[list[list[float]], list[list[int] | None]]:
+    """Scores of every candidate of every prompt, and what greedy decoding says in `num_new` tokens, if any."""
     reader = _DecoderOnly(loaded, prompts) if loaded.kind == "causal" else _EncoderDecoder(loaded, prompts)
-    generated = _generate(reader, num_new, loaded.tokenizer.eos_token_id)
+    said: list[list[int] | None] = [None] * len(prompts)
+    if num_new:
+        said = list(_generate(reader, num_new, loaded.tokenizer.eos_token_id))
     owners = [i for i, group in enumerate(candidates) for _ in group]
     flat = [candidate for group in candidates for candidate in group]
     scores: list[float] = []
@@ -103,7 +110,7 @@ def _score_batch(
     bounds = [0]
     for group in candidates:
         bounds.append(bounds[-1] + len(group))
-    return [scores[a:b] for a, b in itertools.pairwise(bounds)], generated
+    return [scores[a:b] for a, b in itertools.pairwise(bounds)], said
 
 
 class _DecoderOnly:

@@ -1,11 +1,12 @@
-"""Pictures of an archive: spectra, and preserved share by layer and role. Needs matplotlib (extra `plot`)."""
+"""Pictures: an archive's spectra and preserved share, a continual run's matrix. Needs matplotlib (extra `plot`)."""
 
 from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.staging import writing
-from sculptor.errors import SettingsError
+from sculptor.errors import OutputError, SettingsError
+from sculptor.tasks.continual import ContinualReport
 
 
 def require_matplotlib() -> None:
@@ -20,6 +21,51 @@ def require_matplotlib() -> None:
         raise SettingsError("--plot needs matplotlib: pip install 'sculptor[plot]'") from None
 
 
+def check_picture(path: Path, overwrite: bool) -> None:
+    """Refuses a picture file that exists or is of no known format, before any work.
+
+    Raises:
+        OutputError: if it exists.
+        SettingsError: if matplotlib does not know the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; choose another --plot or pass --overwrite")
+    if path.suffix.lstrip(".") not in FigureCanvasAgg(Figure()).get_supported_filetypes():
+        raise SettingsError(f"--plot {path}: unknown picture format {path.suffix!r}; use .png, .pdf or .svg")
+
+
+def plot_matrix(report: ContinualReport, path: Path) -> None:
+    """Draws the score of every task after every stage as a heat map.
+
+    Raises:
+        OutputError: if the picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = len(report.stages), len(report.tasks)
+    figure = Figure(figsize=(2.2 + 1.1 * columns, 1.6 + 0.6 * rows), layout="constrained")
+    axes = figure.subplots()
+    percent = report.metric != "loss"
+    grid = [[100 * value if percent else -value for value in row] for row in report.matrix]
+    image = axes.imshow(grid, aspect="auto", cmap="viridis" if percent else "viridis_r", interpolation="nearest")
+    axes.set(title=f"{report.metric.replace('_', ' ')} after each task, {report.method}", xlabel="evaluated on")
+    axes.set_ylabel("after")
+    axes.set_xticks(range(columns), labels=report.tasks)
+    axes.set_yticks(range(rows), labels=[stage.name for stage in report.stages])
+    low, high = min(map(min, grid)), max(map(max, grid))
+    for y, values in enumerate(grid):
+        for x, value in enumerate(values):
+            dark = (value - low) < 0.6 * (high - low)
+            color = "white" if dark == percent else "black"
+            axes.text(x, y, f"{value:.1f}" if percent else f"{value:.2f}", ha="center", va="center", color=color)
+    figure.colorbar(image, ax=axes)
+    with writing(path):
+        figure.savefig(path, dpi=130)
+
+
 def plot_archive(archive: Archive, path: Path) -> None:
     """Draws the spectra of every role and a heat map of preserved share.
 
@@ -32,13 +78,10 @@ def plot_archive(archive: Archive, path: Path) -> None:
         OutputError: if the picture cannot be written.
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    check_picture(path, overwrite=True)
     figure = Figure(figsize=(13, 5.5), layout="constrained")
-    known = FigureCanvasAgg(figure).get_supported_filetypes()
-    if path.suffix.lstrip(".") not in known:
-        raise SettingsError(f"--plot {path}: unknown picture format {path.suffix!r}; use .png, .pdf or .svg")
     spectra, heat = figure.subplots(1, 2, width_ratios=[1.1, 1])
     _draw_spectra(spectra, archive)
     _draw_heat_map(figure, heat, archive)

@@ -66,9 +66,41 @@ def evaluate(
     """
     if batch_size < 1:
         raise SettingsError(f"--batch-size {batch_size}: expected at least 1")
+    checkpoint = open_checkpoint(model)
+    rows = read_evaluation_rows(data, labels)
+    loaded = load_model(checkpoint, resolve_device(device))
+    return evaluate_rows(loaded, rows, labels, max_length, batch_size, generate=True, progress=progress)
+
+
+def evaluate_rows(
+    loaded: LoadedModel,
+    rows: Sequence[Row],
+    labels: Sequence[str] | None,
+    max_length: int | None,
+    batch_size: int,
+    *,
+    generate: bool,
+    progress: Progress,
+) -> Evaluation:
+    """`evaluate` for a model that is loaded; `generate=False` leaves out exact match."""
+    length = resolve_max_length(max_length, loaded.architecture.max_positions)
+    pairs = [row for row in rows if isinstance(row, CompletionRow)]
+    if pairs and loaded.kind != "masked":
+        loaded.model.config.use_cache = True
+        found = _evaluate_pairs(loaded, pairs, _labels(pairs, labels), length, batch_size, generate, progress)
+        loaded.model.config.use_cache = False
+        return found
+    return _evaluate_loss(loaded, rows, length, batch_size, progress)
+
+
+def read_evaluation_rows(data: Sequence[str | Path], labels: Sequence[str] | None) -> list[Row]:
+    """Rows of one kind.
+
+    Raises:
+        DataError: if there are none, or of two kinds.
+    """
     if not data:
         raise DataError("no data: pass at least one file")
-    checkpoint = open_checkpoint(model)
     rows = read_rows(data)
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs and len(pairs) < len(rows):
@@ -77,12 +109,7 @@ def evaluate(
         )
     if labels is not None and not pairs:
         raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows have labels")
-    loaded = load_model(checkpoint, resolve_device(device))
-    loaded.model.config.use_cache = True
-    length = resolve_max_length(max_length, loaded.architecture.max_positions)
-    if pairs and loaded.kind != "masked":
-        return _evaluate_pairs(loaded, pairs, _labels(pairs, labels), length, batch_size, progress)
-    return _evaluate_loss(loaded, rows, length, batch_size, progress)
+    return rows
 
 
 def _labels(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -116,10 +143,11 @@ def _evaluate_pairs(
     labels: tuple[str, ...] | None,
     length: int,
     batch_size: int,
+    generate: bool,
     progress: Progress,
 ) -> Evaluation:
     bar = progress(total=len(rows), desc="evaluate", unit="row")
-    scores = score_rows(loaded, rows, labels or (), length, batch_size, bar)
+    scores = score_rows(loaded, rows, labels or (), length, batch_size, bar, generate)
     bar.close()
     tokens = sum(score.num_tokens for score in scores)
     loss = sum(score.loss for score in scores) / tokens
@@ -127,7 +155,7 @@ def _evaluate_pairs(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         accuracy=sum(score.ranked_right or False for score in scores) / len(scores) if labels else None,
-        exact_match=sum(score.exact for score in scores) / len(scores),
+        exact_match=sum(score.exact or False for score in scores) / len(scores) if generate else None,
         num_rows=len(rows),
         num_tokens=tokens,
         labels=labels,

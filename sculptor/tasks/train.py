@@ -129,7 +129,7 @@ def _open_job(
     if not files:
         raise DataError("no data: pass at least one file")
     kind, size = architecture.kind, architecture.vocab_size
-    encoded = encode(read_rows(files), tokenizer, kind, settings.max_length, size)
+    encoded = encode(read_rows(files, settings.max_rows), tokenizer, kind, settings.max_length, size)
     evaluation = None
     if eval_data:
         evaluation = encode(read_rows(tuple(map(str, eval_data))), tokenizer, kind, settings.max_length, size)

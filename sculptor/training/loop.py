@@ -86,6 +86,7 @@ class TrainingLoop:
         settings: resolved settings; `max_length` and `device` have been applied already.
         store: where states are saved.
         metrics: a JSONL file, one line per step and per evaluation.
+        penalty: a term added to the loss of every step, or None.
         evaluate: gives the validation loss of the model as it is, or None for no evaluation.
         stop: polled after every step; a signal number ends the run after its state is saved.
     """
@@ -99,6 +100,7 @@ class TrainingLoop:
         *,
         store: StateStore,
         metrics: Path,
+        penalty: Callable[[], Tensor] | None = None,
         evaluate: Callable[[], float] | None = None,
         stop: Callable[[], int | None] = lambda: None,
     ) -> None:
@@ -108,6 +110,7 @@ class TrainingLoop:
         self.settings = settings
         self.store = store
         self.metrics = metrics
+        self.penalty = penalty
         self.evaluate = evaluate
         self.stop = stop
         self.plan = BatchPlan([example.length for example in examples], settings.batch_size, settings.seed)
@@ -189,6 +192,8 @@ class TrainingLoop:
                 share = share + found.auxiliary * (found.num_tokens / total_tokens)
             self.accelerator.backward(share)
             loss += float(share.detach())
+        if self.penalty is not None:
+            self.accelerator.backward(self.penalty())
         norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(

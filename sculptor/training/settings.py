@@ -33,6 +33,8 @@ class TrainSettings:
     """Rows per optimizer step."""
     micro_batch_size: int = 8
     """Rows per forward; splits a batch."""
+    max_rows: int | None = None
+    """Use at most this many rows of each file, the first ones."""
     max_length: int | None = None
     """Longest sequence in tokens; default 1024 or the model's limit."""
     also_train: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ class TrainSettings:
             (0 <= self.clip < float("inf"), f"--clip {self.clip}: expected 0 (none) or more"),
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: expected at least 1"),
             (self.micro_batch_size >= 1, f"--micro-batch-size {self.micro_batch_size}: expected at least 1"),
+            (self.max_rows is None or self.max_rows >= 1, f"--max-rows {self.max_rows}: expected at least 1"),
             (self.max_length is None or self.max_length >= 8, f"--max-length {self.max_length}: expected at least 8"),
             (0 <= self.seed < 2**31, f"--seed {self.seed}: expected 0 to {2**31 - 1}"),
             (self.save_every is None or self.save_every >= 1, f"--save-every {self.save_every}: expected at least 1"),

@@ -1,0 +1,93 @@
+"""`sculptor continual`."""
+
+from pathlib import Path
+
+import click
+
+from .options import (
+    Choice,
+    SuggestingCommand,
+    bars,
+    catch_signals,
+    json_option,
+    overwrite_option,
+    quiet_libraries,
+    resume_option,
+)
+
+
+@click.command("continual", cls=SuggestingCommand)
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of report and model.")
+@click.option(
+    "--method",
+    type=Choice(["sculptor", "random", "full", "joint", "lora", "olora", "osf"]),
+    default="sculptor",
+    show_default=True,
+    help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, or (extra "
+    "`compare`) LoRA, O-LoRA and OSF through PEFT.",
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override the plan's value; repeatable."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of training, sampling and random directions.")
+@click.option(
+    "--split",
+    type=Choice(["test", "validation"]),
+    default="test",
+    show_default=True,
+    help="Which files of the tasks to evaluate on; choose settings on validation.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the matrix as a heat map into this picture file.")
+@resume_option
+@overwrite_option
+@json_option
+def command(
+    plan: Path,
+    output: Path,
+    method: str,
+    overrides: tuple[str, ...],
+    seed: int,
+    split: str,
+    plot: Path | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Train the tasks of PLAN in order and evaluate all of them after each.
+
+    PLAN is a TOML file: a model, [analyze], [train] and [evaluate] settings, a list of [[tasks]] and general texts to
+    watch. Reports the accuracy matrix, average accuracy (AA), backward transfer (BWT, forgetting if negative),
+    learning accuracy (LA) and forward transfer (FWT).
+
+    \b
+    Examples:
+      sculptor continual plan.toml --output ./run
+      sculptor continual plan.toml --output ./plain --method full --set train.learning_rate=3e-4
+    """
+    from sculptor.report.json_text import to_json
+    from sculptor.report.plot import check_picture, plot_matrix, require_matplotlib
+    from sculptor.report.text import continual_text
+    from sculptor.tasks.continual import continual
+
+    quiet_libraries()
+    if plot is not None:
+        require_matplotlib()
+        check_picture(plot, overwrite)
+    report = continual(
+        plan,
+        output,
+        method=method,  # type: ignore[arg-type]
+        overrides=overrides,
+        seed=seed,
+        split=split,  # type: ignore[arg-type]
+        overwrite=overwrite,
+        resume=resume,
+        progress=bars,
+        stop=catch_signals(),
+    )
+    if plot is not None:
+        plot_matrix(report, plot)
+    click.echo(to_json(report) if as_json else continual_text(report))
+    if plot is not None:
+        click.echo(f"Drew {plot}.", err=True)

@@ -1,0 +1,323 @@
+"""`sculptor.continual`: a sequence of tasks, one after another, with everything evaluated after each.
+
+Everything is staged in `<output>.partial`: one directory per task while it is trained, and scores.json, which grows by
+a row per task. A run that was killed goes on behind the last complete row, inside a task at its last saved state.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sculptor import __version__
+from sculptor.analysis.settings import AnalyzeSettings
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.staging import check_apart, commit, staging, write_json, writing
+from sculptor.data.rows import Row
+from sculptor.errors import OutputError, SettingsError
+from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
+from sculptor.model.load import load_model, resolve_device
+from sculptor.progress import Progress, silent
+from sculptor.tasks.adapters import require_peft, train_adapter
+from sculptor.tasks.analyze import analyze
+from sculptor.tasks.evaluate import Evaluation, evaluate_rows, read_evaluation_rows
+from sculptor.tasks.plan import METHODS, Method, Plan, PlannedTask, Split, read_plan
+from sculptor.tasks.train import train
+
+SCORES_NAME = "scores.json"
+REPORT_NAME = "continual.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """One task after one stage; what does not apply is None."""
+
+    accuracy: float | None
+    exact_match: float | None
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The state after one training, or the base.
+
+    Attributes:
+        name: the task that was learned; "base" for the first.
+        scores: by task, all of them.
+        general_loss: mean loss per token on the general texts, None without.
+        archive_bytes: size of the archive for the next task, None without.
+        seconds: training and carrying the archive on.
+    """
+
+    name: str
+    scores: Mapping[str, TaskScore]
+    general_loss: float | None
+    archive_bytes: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ContinualReport:
+    """The result of `continual`.
+
+    Attributes:
+        metric: what the matrix is made of: accuracy, exact_match, or loss (negative, so that more is better).
+        matrix: R, the base first, a column per task.
+        general_rise: of the loss on the general texts, from the base to the end.
+    """
+
+    output: Path
+    method: str
+    basis: str | None
+    split: str
+    seed: int
+    tasks: tuple[str, ...]
+    metric: str
+    matrix: tuple[tuple[float, ...], ...]
+    metrics: ContinualMetrics
+    general_rise: float | None
+    stages: tuple[Stage, ...]
+
+
+def continual(
+    plan: str | Path,
+    output: str | Path,
+    *,
+    method: Method = "sculptor",
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    split: Split = "test",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress = silent,
+    stop: Callable[[], int | None] = lambda: None,
+) -> ContinualReport:
+    """Trains the tasks of a plan in order and evaluates all of them after each.
+
+    Args:
+        plan: PLAN.toml; its sections are the settings of `analyze`, `train` and `evaluate`.
+        output: directory of the report, and of the last checkpoint in `model/`.
+        method: sculptor as the plan says, or one to compare with at the same budget.
+        overrides: `section.name=value` in the place of what the plan says.
+        seed: of training, sampling and random directions.
+        split: which files of the tasks are evaluated.
+        overwrite: replace an existing output, at success; discard left-overs.
+        resume: go on with a run that did not finish.
+        progress: makes progress bars.
+        stop: polled after every training step; a signal number saves the state and ends the run.
+
+    Returns:
+        The matrix, its figures, and the change on general text.
+
+    Raises:
+        SculptorError: if the plan, an input or the output cannot be used.
+    """
+    if method not in METHODS:
+        raise SettingsError(f"--method {method}: expected one of {', '.join(METHODS)}")
+    resolved = read_plan(plan, overrides)
+    resolved = replace(resolved, analyze=replace(resolved.analyze, seed=seed), train=replace(resolved.train, seed=seed))
+    if method in ("lora", "olora", "osf"):
+        require_peft()
+    output = Path(output).resolve()
+    files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
+    check_apart(output, [plan, resolved.model, *files, *resolved.general])
+    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
+        run = _Run(resolved, method, split, partial, progress, stop)
+        stages = run.run()
+        report = _report(resolved, method, split, seed, stages, output)
+        write_json(partial / REPORT_NAME, {"created_by": f"sculptor {__version__}", "plan": run.key} | _plain(report))
+        write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
+        (partial / SCORES_NAME).unlink()
+        commit(partial, output)
+    return report
+
+
+def _has_scores(partial: Path) -> bool:
+    return (partial / SCORES_NAME).is_file()
+
+
+class _Run:
+    """One run of a plan; `run` does the work."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        method: Method,
+        split: Split,
+        partial: Path,
+        progress: Progress,
+        stop: Callable[[], int | None],
+    ) -> None:
+        self.plan = plan
+        self.method = method
+        self.partial = partial
+        self.progress = progress
+        self.stop = stop
+        self.key: dict[str, Any] = json.loads(
+            json.dumps(plan.to_json() | {"method": method, "split": split, "version": __version__})
+        )
+        self.rows: dict[str, list[Row]] = {
+            task.name: read_evaluation_rows(plan.rows_of(task, split), task.labels) for task in plan.tasks
+        }
+        self.general: list[Row] = read_evaluation_rows(plan.general, None) if plan.general else []
+        self.stages: list[Stage] = []
+
+    def run(self) -> list[Stage]:
+        self._restore()
+        steps = self._trainings()
+        bar = self.progress(total=len(steps), desc="tasks", unit="task", initial=max(0, len(self.stages) - 1))
+        if not self.stages:
+            self._finish_stage("base", self.plan.model, None, 0.0)
+        model, archive = self.plan.model, None
+        for i, (name, task) in enumerate(steps, 1):
+            target = self.partial / f"{i:02d}-{name}"
+            if i >= len(self.stages):
+                started = time.perf_counter()
+                archive = archive or self._first_archive(model)
+                self._train(task, model, archive, target)
+                archive_bytes = Archive(target / "subspaces").num_bytes if self._carries else None
+                self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started)
+                bar.update(1)
+            if i > 1:
+                shutil.rmtree(self.partial / f"{i - 1:02d}-{steps[i - 2][0]}", ignore_errors=True)
+            model, archive = str(target), target / "subspaces" if self._carries else None
+        bar.close()
+        shutil.rmtree(self.partial / "archive", ignore_errors=True)
+        with writing(self.partial / "model"):
+            Path(model).rename(self.partial / "model")
+        return self.stages
+
+    @property
+    def _carries(self) -> bool:
+        return self.method in ("sculptor", "random")
+
+    def _trainings(self) -> list[tuple[str, PlannedTask]]:
+        """Name and task of every training."""
+        tasks = self.plan.tasks
+        if self.method != "joint":
+            return [(task.name, task) for task in tasks]
+        together = PlannedTask(name="joint", data=tuple(file for task in tasks for file in task.data), test=())
+        return [("joint", together)]
+
+    def _first_archive(self, model: str) -> Path:
+        """The archive of the base, or one that frees everything."""
+        path = self.partial / "archive"
+        if not self._carries:
+            shutil.rmtree(path, ignore_errors=True)  # of the task before
+        if not path.exists():
+            analyze(model, path, self._analysis(), resume=True, progress=self.progress)
+        return path
+
+    def _analysis(self) -> AnalyzeSettings:
+        settings = self.plan.analyze
+        if self.method == "sculptor":
+            return settings
+        preserve = 0.0 if self.method != "random" else 0.5 if settings.preserve is None else settings.preserve
+        return AnalyzeSettings(
+            basis="random" if self.method == "random" else "weights",
+            constraint=settings.constraint,
+            preserve=preserve,
+            seed=settings.seed,
+            targets=settings.targets,
+            exclude=settings.exclude,
+            device=settings.device,
+        )
+
+    def _train(self, task: PlannedTask, model: str, archive: Path, target: Path) -> None:
+        if target.is_dir():
+            return  # complete; the run was killed before it was evaluated
+        settings = self.plan.train_settings(task)
+        if self.method in ("lora", "olora", "osf"):
+            train_adapter(
+                model,
+                task.data,
+                target,
+                settings,
+                self.plan.adapter,
+                self.method,
+                progress=self.progress,
+                stop=self.stop,
+            )
+            return
+        if not self._carries:
+            settings = replace(settings, carry="retake")  # of an archive that frees everything: nothing to do
+        train(model, archive, task.data, target, settings, resume=True, progress=self.progress, stop=self.stop)
+
+    def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:
+        """Evaluates a checkpoint on everything and notes the row."""
+        options = self.plan.evaluate
+        loaded = load_model(open_checkpoint(model), resolve_device(self.plan.train.device))
+
+        def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
+            return evaluate_rows(
+                loaded,
+                rows,
+                labels,
+                options.max_length,
+                options.batch_size,
+                generate=options.exact_match,
+                progress=self.progress,
+            )
+
+        scores = {}
+        for task in self.plan.tasks:
+            found = measure(self.rows[task.name], task.labels)
+            scores[task.name] = TaskScore(found.accuracy, found.exact_match, found.loss)
+        general = measure(self.general, None).loss if self.general else None
+        self.stages.append(Stage(name, scores, general, archive_bytes, seconds))
+        write_json(self.partial / SCORES_NAME, {"key": self.key, "stages": [asdict(stage) for stage in self.stages]})
+
+    def _restore(self) -> None:
+        """Rows of a run that was killed.
+
+        Raises:
+            OutputError: if it followed another plan.
+        """
+        path = self.partial / SCORES_NAME
+        if not path.is_file():
+            return
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] != self.key:
+            different = sorted(name for name in self.key if content["key"].get(name) != self.key[name])
+            raise OutputError(
+                f"{path}: left by a run of another plan ({', '.join(different)}); use the same or pass --overwrite to "
+                "start anew"
+            )
+        for stage in content["stages"]:
+            scores = {name: TaskScore(**score) for name, score in stage.pop("scores").items()}
+            self.stages.append(Stage(scores=scores, **stage))
+
+
+def _report(
+    plan: Plan, method: Method, split: Split, seed: int, stages: Sequence[Stage], output: Path
+) -> ContinualReport:
+    names = tuple(task.name for task in plan.tasks)
+    everything = [score for stage in stages for score in stage.scores.values()]
+    metric = next(
+        (name for name in ("accuracy", "exact_match") if all(getattr(s, name) is not None for s in everything)), "loss"
+    )
+    sign = -1 if metric == "loss" else 1
+    matrix = tuple(tuple(sign * getattr(stage.scores[name], metric) for name in names) for stage in stages)
+    first, last = stages[0].general_loss, stages[-1].general_loss
+    basis = {"sculptor": plan.analyze.basis, "random": "random"}.get(method)
+    return ContinualReport(
+        output=output,
+        method=method,
+        basis=basis,
+        split=split,
+        seed=seed,
+        tasks=names,
+        metric=metric,
+        matrix=matrix,
+        metrics=continual_metrics(matrix),
+        general_rise=None if first is None or last is None else last - first,
+        stages=tuple(stages),
+    )
+
+
+def _plain(report: ContinualReport) -> dict[str, Any]:
+    return asdict(report) | {"output": str(report.output)}
