@@ -93,6 +93,11 @@ from .options import (
     help="Dtype of the stored bases.",
 )
 @device_option
+@click.option(
+    "--device-memory",
+    type=float,
+    help="inputs, curvature: GB of the GPU to stay within, by reading the rows more often [default: what is free].",
+)
 @resume_option
 @overwrite_option
 @json_option

@@ -25,10 +25,11 @@ from sculptor.progress import Bar
 Labels = Literal["true", "sampled"]
 Weighting = Literal["tokens", "gradients"]
 
-# Tokens of one forward: enough to keep a GPU busy, few enough that a 7B model's activations stay under 5 GB.
-_BATCH_TOKENS = 1024
-# What the moments of one pass may take: on a GPU a share of what is free, on a CPU a fixed amount.
-_GPU_SHARE = 0.5
+# Tokens of one forward: as many as activations of about 4 GB allow, within bounds (a 7B model gets 1,024).
+_ACTIVATION_BYTES = 4e9
+_BATCH_TOKENS = (1024, 8192)
+# What the moments of one pass may take: on a GPU nearly all that activations and eigensolver leave, on a CPU this much.
+_GPU_SHARE = 0.9
 _CPU_BYTES = 1.5e9
 
 
@@ -47,12 +48,25 @@ class Moments:
     num_tokens: dict[str, float] = field(default_factory=dict)
 
 
-def passes(targets: Sequence[Target], gradients: bool, device: torch.device) -> list[list[Target]]:
-    """Targets by blocks, as many of these at a time as their moments fit into memory; one at least."""
+def passes(
+    targets: Sequence[Target], gradients: bool, device: torch.device, device_memory: float | None = None
+) -> list[list[Target]]:
+    """Targets by blocks, as many of these at a time as their moments fit into memory; one at least.
+
+    Args:
+        targets: in the order of the model.
+        gradients: whether outputs are measured too.
+        device: where the model is.
+        device_memory: GB to stay within on a GPU, the model included; None for what is free.
+    """
     if device.type == "cuda":
-        largest = max(max(target.shape) for target in targets)
-        decomposition = 40 * largest**2  # float64 matrix, eigenvectors and workspace of the eigensolver
-        budget = _GPU_SHARE * max(0, torch.cuda.mem_get_info(device)[0] - decomposition)
+        if device_memory is None:
+            available = float(torch.cuda.mem_get_info(device)[0])
+        else:
+            available = 1e9 * device_memory - torch.cuda.memory_allocated(device)
+        # float64 matrix, eigenvectors and workspace of the eigensolver
+        decomposition = 50 * max(max(target.shape) for target in targets) ** 2
+        budget = _GPU_SHARE * (available - max(decomposition, _ACTIVATION_BYTES))
     else:
         budget = _CPU_BYTES
     blocks: dict[str, list[Target]] = defaultdict(list)
@@ -235,11 +249,14 @@ def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor 
 
 
 def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Iterator[Batch]:
-    """Examples of similar length together, at most `_BATCH_TOKENS` tokens with padding; longest first."""
+    """Examples of similar length together, as many as activations leave room for; longest first."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+    width = sum(m + n for m, n in (target.shape for target in loaded.architecture.targets))
+    per_token = 2 * width + 12 * loaded.architecture.vocab_size  # bf16 activations; logits, their softmax and gradient
+    room = int(min(max(_ACTIVATION_BYTES / per_token, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
     start = 0
     while start < len(order):
-        size = max(1, _BATCH_TOKENS // max(1, examples[order[start]].length))
+        size = max(1, room // max(1, examples[order[start]].length))
         chosen = [examples[i] for i in order[start : start + size]]
         tokenizer = loaded.tokenizer
         batch = prepare(chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed + start)

@@ -69,7 +69,7 @@ def derive_factors(
         progress: makes progress bars.
     """
     gradients = settings.basis == "curvature"
-    groups = passes(targets, gradients, loaded.device)
+    groups = passes(targets, gradients, loaded.device, settings.device_memory)
     rows = sum(len(source.examples) for source in sources)
     bar = progress(total=rows * len(groups), desc="calibrate", unit="row")
     for chosen in groups:

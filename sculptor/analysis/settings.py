@@ -58,6 +58,8 @@ class AnalyzeSettings:
     """Dtype of the stored bases."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    device_memory: float | None = None
+    """GB of a GPU that calibration stays within, by reading the rows more often; default what is free."""
 
     def __post_init__(self) -> None:
         wrong = self._out_of_range() + (self._of_moments() if self.has_moments else self._of_ranks())
@@ -85,6 +87,8 @@ class AnalyzeSettings:
             wrong.append(f"--{'budget' if self.budget == 0 else 'keep'} 0: expected more than 0")
         if self.calibration_tokens < 1:
             wrong.append(f"--calibration-tokens {self.calibration_tokens}: expected at least 1")
+        if self.device_memory is not None and not self.device_memory > 0:
+            wrong.append(f"--device-memory {self.device_memory}: expected GB, more than 0")
         if not 1 <= self.steps <= 32:
             wrong.append(f"--steps {self.steps}: expected 1 to 32")
         if self.basis not in ("weights", "random", "inputs", "curvature"):
@@ -120,7 +124,7 @@ class AnalyzeSettings:
     def _of_ranks(self) -> list[str]:
         """What does not go with singular or random directions."""
         defaults = {field.name: field.default for field in fields(self)}
-        moments = ("budget", "calibration_tokens", "keep", "steps", "threshold", "fisher", "weighting")
+        moments = ("budget", "calibration_tokens", "keep", "steps", "threshold", "fisher", "weighting", "device_memory")
         unused = ["--" + name.replace("_", "-") for name in moments if getattr(self, name) != defaults[name]]
         wrong = []
         if unused:

@@ -24,6 +24,11 @@ from sculptor.numerics.staircase import RowGroup, Staircase
 class FreeSpace:
     """A staircase in its two bases; None stands for the identity.
 
+    Attributes:
+        staircase: which pairs are frozen.
+        output, input: the completed bases.
+        gains: factors (p, q) on the box of free directions, at most 1, that slow pairs down; None for 1 everywhere.
+
     Raises:
         ValueError: if the staircase tells directions apart that a side does not have.
     """
@@ -31,6 +36,7 @@ class FreeSpace:
     staircase: Staircase
     output: CompleteBasis | None
     input: CompleteBasis | None
+    gains: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.output is None and self.staircase.outputs) or (self.input is None and self.staircase.inputs):
@@ -55,6 +61,8 @@ class FreeSpace:
         if not coordinates:
             raise ValueError("a matrix without free pairs has no update")
         update = self._box(coordinates)
+        if self.gains is not None:
+            update = update * self.gains
         first, reach = self.groups[0].start, self.groups[-1].reach
         if self.input is not None:
             update = self.input.apply(update.T, reach).T
@@ -70,9 +78,22 @@ class FreeSpace:
             box = self.output.apply_transposed(box, first)
         if self.input is not None:
             box = self.input.apply_transposed(box.T, least).T
+        if self.gains is not None:
+            box = box * self.gains
         return tuple(
             box[group.start - first : group.stop - first, group.reach - least :].contiguous() for group in self.groups
         )
+
+    def to64(self) -> "FreeSpace":
+        """The same in float64, for the merge."""
+        output, input = (side and side.to(dtype=torch.float64) for side in (self.output, self.input))
+        gains = None if self.gains is None else self.gains.to(torch.float64)
+        return FreeSpace(self.staircase, output, input, gains)
+
+    def fingerprint(self) -> list[float]:
+        """Identifies the bases up to rounding, since coordinates in one mean nothing in another."""
+        sides = [(self.output, self.groups[0].start), (self.input, self.groups[-1].reach)]
+        return [value for side, start in sides if side is not None for value in side.fingerprint(start)]
 
     def _box(self, coordinates: Sequence[Tensor]) -> Tensor:
         if len(coordinates) == 1:
@@ -83,3 +104,34 @@ class FreeSpace:
         for group, a in zip(self.groups, coordinates, strict=True):
             box[group.start - first : group.stop - first, group.reach - least :] = a
         return box
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DenseSpace:
+    """The same updates from one dense matrix, projected: what an optimizer sees are the weights' own axes.
+
+    As many numbers as the matrix has, whatever is free; to compare with.
+    """
+
+    space: FreeSpace
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(m, n)."""
+        return ((self.space.staircase.rows, self.space.staircase.columns),)
+
+    def fold(self, coordinates: Sequence[Tensor]) -> Tensor:
+        """dW (m, n): the matrix without its frozen part."""
+        return self.space.fold(self.space.project(coordinates[0]))
+
+    def project(self, gradient: Tensor) -> tuple[Tensor, ...]:
+        """The gradient without its frozen part."""
+        return (self.fold([gradient]),)
+
+    def to64(self) -> "DenseSpace":
+        """The same in float64."""
+        return DenseSpace(self.space.to64())
+
+    def fingerprint(self) -> list[float]:
+        """Nothing depends on the bases beyond their span."""
+        return []

@@ -161,7 +161,14 @@ def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequen
 def _prepare_model(loaded: LoadedModel, job: TrainJob) -> TrainedParameters:
     """Protects the model and opens what else is trained, in float32."""
     on_gpu = loaded.device.type == "cuda"
-    attach_coordinates(loaded.model, job.archive, compute_dtype=torch.bfloat16 if on_gpu else None, fold="manual")
+    attach_coordinates(
+        loaded.model,
+        job.archive,
+        compute_dtype=torch.bfloat16 if on_gpu else None,
+        fold="manual",
+        soften=job.settings.soften,
+        dense=job.settings.coordinates == "dense",
+    )
     extra: dict[str, nn.Parameter] = {}
     for parameter in job.extra:
         value = loaded.model.get_parameter(parameter)

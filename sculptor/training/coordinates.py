@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sculptor.archive.manifest import SideRecord
 from sculptor.archive.store import Subspaces
 from sculptor.numerics.bases import Basis
-from sculptor.numerics.free_space import FreeSpace
+from sculptor.numerics.free_space import DenseSpace, FreeSpace
 from sculptor.numerics.precision import float32_products
 from sculptor.numerics.reflectors import CompleteBasis
 
@@ -63,6 +63,8 @@ class Coordinates(nn.Module):
         compute_dtype: torch.dtype,
         mode: FoldMode = "automatic",
         complete: Callable[[SideRecord, Basis], CompleteBasis] | None = None,
+        gains: Tensor | None = None,
+        dense: bool = False,
     ) -> None:
         super().__init__()
         record = subspaces.record
@@ -85,15 +87,19 @@ class Coordinates(nn.Module):
                 self.register_buffer(f"{side}_reflectors", found.reflectors, persistent=False)
                 self.register_buffer(f"{side}_triangle", found.triangle, persistent=False)
                 self.shifts[side] = found.shift
+        self.dense = dense
+        self.gains: Tensor | None
+        self.register_buffer("gains", gains, persistent=False)
         self.blocks = nn.ParameterList(
             nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)) for shape in self.space.shapes
         )
         self._versions: tuple[int, ...] = ()
 
     @property
-    def space(self) -> FreeSpace:
+    def space(self) -> FreeSpace | DenseSpace:
         """Where the coordinates live."""
-        return FreeSpace(self.staircase, self._side("output"), self._side("input"))
+        space = FreeSpace(self.staircase, self._side("output"), self._side("input"), self.gains)
+        return DenseSpace(space) if self.dense else space
 
     def _side(self, side: str) -> CompleteBasis | None:
         if side not in self.shifts:
@@ -125,16 +131,11 @@ class Coordinates(nn.Module):
     @torch.no_grad()
     def update64(self) -> Tensor:
         """dW (m, n) in float64: what the merge adds."""
-        space = self.space
-        sides = [side and side.to(dtype=torch.float64) for side in (space.output, space.input)]
-        return FreeSpace(self.staircase, *sides).fold([a.to(torch.float64) for a in self.blocks])
+        return self.space.to64().fold([a.to(torch.float64) for a in self.blocks])
 
     def fingerprint(self) -> list[float]:
         """Identifies the bases the coordinates belong to, up to rounding."""
-        space = self.space
-        first, least = space.groups[0].start, space.groups[-1].reach
-        sides = [(space.output, first), (space.input, least)]
-        return [value for side, start in sides if side is not None for value in side.fingerprint(start)]
+        return self.space.fingerprint()
 
 
 def complete_basis(basis: Basis, device: torch.device) -> CompleteBasis:

@@ -88,7 +88,13 @@ def protect(
 
 
 def attach_coordinates(
-    model: Any, archive: Archive, *, compute_dtype: torch.dtype | None = None, fold: FoldMode = "automatic"
+    model: Any,
+    archive: Archive,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    fold: FoldMode = "automatic",
+    soften: float = 0.0,
+    dense: bool = False,
 ) -> Any:
     """`protect` for a model whose weights are known to be those of the archive's base."""
     parameters = _find_parameters(model, archive)
@@ -101,13 +107,35 @@ def attach_coordinates(
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
         shared = functools.partial(_complete_once, completed, weight.device)
-        coordinates = Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold, shared)
+        gains = soft_gains(archive, name, soften).to(weight.device) if soften else None
+        coordinates = Coordinates(
+            archive.read(name), weight.device, compute_dtype or weight.dtype, fold, shared, gains, dense
+        )
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
         parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
         module.parametrizations.weight.original.requires_grad_(False)
     return model
+
+
+def soft_gains(archive: Archive, name: str, soften: float) -> Tensor:
+    """How much the free pairs of a matrix are slowed down: 1 / sqrt(1 + soften * importance over its mean).
+
+    Returns:
+        (p, q), float32, on the box of free directions.
+
+    Raises:
+        ArchiveError: if the archive has no moments.
+    """
+    output, input = archive.factors(name)
+    m, n = archive[name].shape
+    groups = [group for group in archive[name].staircase.groups if group.reach < n]
+    outputs = output.spectrum() if output is not None else torch.ones(m, dtype=torch.float64)
+    inputs = input.spectrum()
+    outputs, inputs = outputs / outputs.mean(), inputs / inputs.mean()
+    importance = torch.outer(outputs[groups[0].start :], inputs[groups[-1].reach :])
+    return (1 + soften * importance).rsqrt().to(torch.float32)
 
 
 def _complete_once(

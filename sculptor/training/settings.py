@@ -23,6 +23,10 @@ class TrainSettings:
     """Peak learning rate of AdamW on the coordinates."""
     weight_decay: float = 0.0
     """Pulls the coordinates towards 0, that is the weights towards the base."""
+    soften: float = 0.0
+    """With moments: slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean)."""
+    coordinates: Literal["subspace", "dense"] = "subspace"
+    """What the optimizer works on: the free coordinates, or dense updates that are projected."""
     warmup: float = 0.03
     """Share of the steps (below 1) or number of steps (1 and more) with rising learning rate."""
     schedule: Schedule = "cosine"
@@ -65,6 +69,7 @@ class TrainSettings:
             (self.max_steps is None or self.max_steps >= 1, f"--max-steps {self.max_steps}: expected at least 1"),
             (0 < self.learning_rate < float("inf"), f"--learning-rate {self.learning_rate}: expected more than 0"),
             (0 <= self.weight_decay < float("inf"), f"--weight-decay {self.weight_decay}: expected 0 or more"),
+            (0 <= self.soften < float("inf"), f"--soften {self.soften}: expected 0 or more"),
             (0 <= self.warmup < float("inf"), f"--warmup {self.warmup}: expected 0 or more"),
             (0 <= self.clip < float("inf"), f"--clip {self.clip}: expected 0 (none) or more"),
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: expected at least 1"),

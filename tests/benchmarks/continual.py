@@ -1,0 +1,173 @@
+"""Suites of continual runs, several side by side, each through `sculptor continual`; prints one line per run.
+
+    python tests/benchmarks/continual.py SUITE --model DIR --data DIR --output DIR [--gpus 1] [--jobs 8] [--deadline 540]
+
+DATA holds cl/<task>/{train,validation,test}.jsonl and text/{general,wikitext2-test}.txt. Results of runs that finished
+are in OUTPUT/results.jsonl.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ORDERS = {
+    "1": ("dbpedia", "amazon", "yelp", "agnews"),
+    "2": ("agnews", "yelp", "amazon", "dbpedia"),
+    "6": ("dbpedia", "amazon", "yelp", "agnews", "sst2", "rte"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of a suite."""
+
+    order: str
+    method: str
+    rate: float
+    sets: tuple[str, ...] = field(default=())
+    seed: int = 0
+    split: str = "validation"
+
+    @property
+    def name(self) -> str:
+        """Says everything that differs."""
+        parts = [f"o{self.order}", self.method, f"{self.rate:g}", *self.sets, f"s{self.seed}", self.split[:4]]
+        return " ".join(parts)
+
+
+def plan_text(model: Path, data: Path, run: Run) -> str:
+    """The plan of one run, at the budgets of the comparison."""
+    tasks = "".join(
+        f'[[tasks]]\nname = "{task}"\n'
+        + "".join(
+            f'{key} = "{data}/cl/{task}/{file}.jsonl"\n'
+            for key, file in (("data", "train"), ("validation", "validation"), ("test", "test"))
+        )
+        for task in ORDERS[run.order]
+    )
+    return f'''model = "{model}"
+general = ["{data}/text/wikitext2-test.txt"]
+[analyze]
+basis = "curvature"
+data = ["{data}/text/general.txt"]
+max_length = 256
+calibration_tokens = 98304
+[train]
+epochs = 2
+max_rows = 3000
+batch_size = 32
+micro_batch_size = 32
+max_length = 512
+schedule = "linear"
+checkpoint_activations = false
+save_every = 100000
+learning_rate = {run.rate}
+[evaluate]
+exact_match = false
+max_length = 512
+batch_size = 128
+{tasks}'''
+
+
+def rates(methods: Sequence[tuple[str, tuple[str, ...], Sequence[float]]]) -> list[Run]:
+    """Each method at its candidate learning rates, on validation rows of both orders."""
+    return [Run("1", m, rate, sets) for m, sets, choices in methods for rate in choices]
+
+
+INPUTS = ("analyze.basis=inputs", "analyze.budget=0.5")
+WEIGHTS = ("analyze.basis=weights", "analyze.preserve=0.5", "analyze.data=[]", "analyze.calibration_tokens=100000")
+SUITES: dict[str, list[Run]] = {
+    "smoke": [Run("1", "sculptor", 5e-4), Run("1", "full", 3e-4)],
+    "first": [
+        Run("1", "sculptor", 5e-4),
+        Run("1", "full", 3e-4),
+        Run("1", "joint", 5e-4),
+        Run("1", "sculptor", 5e-4, INPUTS),
+        Run("1", "sculptor", 5e-4, ("analyze.weighting=gradients",)),
+        Run("1", "sculptor", 1e-3),
+        Run("1", "osf", 1e-3),
+        Run("1", "olora", 2e-3),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=8, help="processes per GPU")
+    parser.add_argument("--deadline", type=float, default=540, help="seconds after which what still runs is stopped")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    waiting = list(enumerate(SUITES[arguments.suite]))
+    running: dict[int, tuple[int, Run, subprocess.Popen[bytes], float]] = {}
+    with open(arguments.output / "results.jsonl", "a", encoding="utf-8") as results:
+        while waiting or running:
+            now = time.perf_counter() - started
+            for slot in range(arguments.gpus * arguments.jobs):
+                if slot not in running and waiting and now < arguments.deadline - 60:
+                    number, run = waiting.pop(0)
+                    process = start(run, number, slot // arguments.jobs, arguments)
+                    running[slot] = number, run, process, now
+            for slot, (number, run, process, began) in list(running.items()):
+                if process.poll() is not None:
+                    report(run, number, now - began, arguments.output, results)
+                    del running[slot]
+            if now > arguments.deadline:
+                for _, run, process, _ in running.values():
+                    process.kill()
+                    print(f"{run.name:70} stopped at the deadline", flush=True)
+                break
+            time.sleep(0.5)
+    print(f"{len(waiting)} runs not started; {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def start(run: Run, number: int, gpu: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """Starts one run on one GPU."""
+    plan = arguments.output / f"{number:03d}.toml"
+    plan.write_text(plan_text(arguments.model.resolve(), arguments.data.resolve(), run), encoding="utf-8")
+    sets = [item for override in run.sets for item in ("--set", override)]
+    command = [
+        sys.executable, "-c", "from sculptor_cli.main import run; run()", "continual", str(plan), "--json",
+        "--output", str(arguments.output / f"{number:03d}"), "--method", run.method, "--seed", str(run.seed),
+        "--split", run.split, *sets,
+    ]  # fmt: skip
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    with open(arguments.output / f"{number:03d}.log", "wb") as log:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+
+
+def report(run: Run, number: int, seconds: float, output: Path, results: object) -> None:
+    """Prints and keeps the result of a run, and removes its checkpoint."""
+    path = output / f"{number:03d}" / "continual.json"
+    if not path.is_file():
+        error = (output / f"{number:03d}.log").read_text(encoding="utf-8", errors="replace").strip()
+        print(f"{run.name:70} FAILED {error[-300:]}", flush=True)
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    metrics = content["metrics"]
+    figures = [f"{key[:3].upper()} {100 * value:+6.2f}" for key, value in metrics.items() if value is not None]
+    print(
+        f"{run.name:70} {' '.join(figures)} general {content['general_rise']:+.3f} "
+        f"{'/'.join(f'{100 * value:.1f}' for value in content['matrix'][-1])} {seconds:.0f} s",
+        flush=True,
+    )
+    content["run"] = run.name
+    content.pop("plan")
+    print(json.dumps(content), file=results, flush=True)  # type: ignore[call-overload]
+    shutil.rmtree(path.parent)
+
+
+if __name__ == "__main__":
+    main()
