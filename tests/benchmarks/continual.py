@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,24 +75,51 @@ batch_size = 128
 {tasks}'''
 
 
-def rates(methods: Sequence[tuple[str, tuple[str, ...], Sequence[float]]]) -> list[Run]:
-    """Each method at its candidate learning rates, on validation rows of both orders."""
-    return [Run("1", m, rate, sets) for m, sets, choices in methods for rate in choices]
-
-
 INPUTS = ("analyze.basis=inputs", "analyze.budget=0.5")
 WEIGHTS = ("analyze.basis=weights", "analyze.preserve=0.5", "analyze.data=[]", "analyze.calibration_tokens=100000")
+GRADIENTS = ("analyze.weighting=gradients",)
+
+
+def curvature(order: str, rate: float, *sets: str, seed: int = 0) -> Run:
+    """A variation of curvature."""
+    return Run(order, "sculptor", rate, sets, seed)
+
+
 SUITES: dict[str, list[Run]] = {
     "smoke": [Run("1", "sculptor", 5e-4), Run("1", "full", 3e-4)],
-    "first": [
-        Run("1", "sculptor", 5e-4),
-        Run("1", "full", 3e-4),
-        Run("1", "joint", 5e-4),
-        Run("1", "sculptor", 5e-4, INPUTS),
-        Run("1", "sculptor", 5e-4, ("analyze.weighting=gradients",)),
-        Run("1", "sculptor", 1e-3),
-        Run("1", "osf", 1e-3),
-        Run("1", "olora", 2e-3),
+    "sweep": [
+        *(curvature(o, rate, *GRADIENTS) for rate in (5e-4, 7e-4, 1e-3) for o in "12"),
+        *(curvature(o, 1e-3, *GRADIENTS, f"train.soften={soft}") for soft in (10, 100) for o in "12"),
+        curvature("2", 5e-4),
+        curvature("1", 5e-4, *GRADIENTS, "train.coordinates=dense"),
+        curvature("1", 3e-4, *GRADIENTS, "train.coordinates=dense"),
+        curvature("1", 5e-4, *GRADIENTS, "analyze.keep=1.0"),
+        *(curvature("1", 5e-4, *GRADIENTS, f"analyze.budget={budget}") for budget in (0.5, 0.75, 0.9)),
+        *(curvature(o, 5e-4, *GRADIENTS, "analyze.threshold=model") for o in "12"),
+        *(curvature(o, 5e-4, *GRADIENTS, "analyze.fisher=sampled") for o in "12"),
+        *(curvature("1", 5e-4, *GRADIENTS, f"train.memory_rows={rows}") for rows in (48, 1536)),
+        *(Run("1", "full", rate) for rate in (1e-4, 1e-3)),
+        *(Run("1", "joint", rate) for rate in (3e-4, 1e-3)),
+        *(Run("1", "sculptor", rate, INPUTS) for rate in (3e-4, 1e-3)),
+        Run("2", "joint", 5e-4),
+        Run("2", "full", 3e-4),
+        Run("2", "sculptor", 5e-4, INPUTS),
+        *(curvature(o, 5e-4, *GRADIENTS, 'analyze.data=["self"]') for o in "12"),
+        *(curvature("1", 1e-3, *GRADIENTS, "analyze.budget=1.0", f"train.soften={soft}") for soft in (100, 1000)),
+        curvature("1", 1e-3, *GRADIENTS, "train.soften=1"),
+        curvature("1", 7e-4, *GRADIENTS, "train.soften=10"),
+        *(Run("1", "sculptor", rate, WEIGHTS) for rate in (3e-4, 5e-4, 1e-3)),
+        *(Run("1", "random", rate) for rate in (3e-4, 5e-4, 1e-3)),
+        *(Run("1", "osf", rate) for rate in (3e-4, 5e-4)),
+        *(Run("1", "olora", rate) for rate in (1e-3, 4e-3)),
+        *(Run("1", "lora", rate) for rate in (5e-4, 1e-3, 2e-3)),
+        curvature("1", 5e-4, *GRADIENTS, "analyze.keep=0.25", "analyze.budget=0.8"),
+        curvature("1", 5e-4, *GRADIENTS, "analyze.keep=1.0", "analyze.steps=16"),
+        curvature("1", 5e-4, *GRADIENTS, "train.memory_weight=2.0"),
+        curvature("1", 5e-4, *GRADIENTS, "analyze.keep=0.75", "analyze.budget=0.4"),
+        curvature("1", 5e-4, *GRADIENTS, "train.memory_rows=96"),
+        curvature("1", 5e-4, *GRADIENTS, seed=1),
+        curvature("1", 5e-4, seed=1),
     ],
 }
 
