@@ -117,6 +117,8 @@ class AnalyzeSettings:
                 if used
             ]
         wrong = [f"{', '.join(unused)} without effect with --basis {self.basis}: use --budget"] if unused else []
+        if self.data.count(SELF) > 1:
+            wrong.append("--data self is given twice")
         if not self.data:
             wrong.append(f"--basis {self.basis} needs --data: files to calibrate on, or `--data self` for sampled text")
         return wrong
@@ -150,6 +152,11 @@ class AnalyzeSettings:
     def has_moments(self) -> bool:
         """Whether directions come from second moments."""
         return self.basis in ("inputs", "curvature")
+
+    @property
+    def tokens_per_source(self) -> int:
+        """The part of the calibration tokens that each file, or sampled text, has."""
+        return -(-self.calibration_tokens // max(1, len(self.data)))
 
     @property
     def free_budget(self) -> float:

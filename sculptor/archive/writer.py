@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from sculptor.numerics.bases import Basis
 from sculptor.numerics.moments import Factor
 
 PROGRESS_NAME = "progress.json"
-# A buffer of this size is the price of a shard; small, because analysis promises little memory.
-MAX_SHARD_BYTES = 512 * 2**20
+# Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.
+# Small, because analysis promises little memory.
+MAX_SHARD_BYTES = 256 * 2**20
 
 
 def has_progress(directory: Path) -> bool:
@@ -55,6 +57,8 @@ class ArchiveWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_records: dict[str, MatrixRecord] = {}
         self._shards: list[str] = []
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._in_flight: tuple[Future[None], dict[str, Tensor], dict[str, MatrixRecord]] | None = None
 
     def resume(self) -> None:
         """Takes up complete shards of a killed run; anything else in the directory goes.
@@ -117,22 +121,32 @@ class ArchiveWriter:
 
     def update(self, record: MatrixRecord) -> None:
         """Replaces the facts of a matrix that was added; its tensors stay."""
+        self._wait()
         known = self._pending_records if record.name in self._pending_records else self.records
         known[record.name] = record
 
     def all_records(self) -> list[MatrixRecord]:
         """Everything that was added."""
+        self._wait()
         return [*self.records.values(), *self._pending_records.values()]
 
     def read(self, name: str) -> Tensor:
         """A tensor that was added."""
+        self._wait()
         if name in self._pending:
             return self._pending[name]
         return read_tensor(self.directory / self.tensors[name].file, name, OutputError)
 
     def record(self, name: str) -> MatrixRecord:
         """A record that was added."""
-        return self._pending_records.get(name) or self.records[name]
+        for known in (self._pending_records, self._in_flight[2] if self._in_flight else {}, self.records):
+            if name in known:
+                return known[name]
+        raise KeyError(name)
+
+    def _holds(self, tensor: str) -> bool:
+        in_flight = self._in_flight[1] if self._in_flight else {}
+        return tensor in self._pending or tensor in in_flight or tensor in self.tensors
 
     def _keep(self, name: str, basis: Basis | None) -> SideRecord | None:
         if basis is None:
@@ -142,23 +156,35 @@ class ArchiveWriter:
 
     def _keep_factor(self, name: str, factor: Factor, profiles: Tensor) -> SideRecord:
         side = SideRecord(name, "leading", factor.values.numel(), f"{name}.values", factor.rest, f"{name}.profiles")
-        if name not in self._pending and name not in self.tensors:  # else another matrix reads the same input
+        if not self._holds(name):  # else another matrix reads the same input
             self._pending[name] = factor.vectors.to("cpu", self.dtype).contiguous()
             self._pending[f"{name}.values"] = factor.values.to("cpu", torch.float64).contiguous()
             self._pending[f"{name}.profiles"] = profiles.to("cpu", torch.float32).contiguous()
         return side
 
     def _write_shard(self) -> None:
-        if self._pending:
+        """Hands what is pending to the thread, after the shard before it."""
+        self._wait()
+        tensors, records = self._pending, self._pending_records
+        self._in_flight = self._thread.submit(self._store, tensors, records), tensors, records
+        self._pending, self._pending_records = {}, {}
+
+    def _wait(self) -> None:
+        """Until everything handed over is stored; raises what went wrong there."""
+        if self._in_flight is not None:
+            self._in_flight[0].result()
+            self._in_flight = None
+
+    def _store(self, tensors: Mapping[str, Tensor], records: Mapping[str, MatrixRecord]) -> None:
+        """Writes a shard, and then the note that it is complete."""
+        if tensors:
             name = f"subspaces-{len(self._shards) + 1:05d}.safetensors"
-            save_tensors(self._pending, self.directory / name)
-            for key, tensor in self._pending.items():
+            save_tensors(tensors, self.directory / name)
+            for key, tensor in tensors.items():
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 self.tensors[key] = StoredTensor(name, dtype, tuple(tensor.shape), digest(tensor))
             self._shards.append(name)
-            self._pending = {}
-        self.records |= self._pending_records
-        self._pending_records = {}
+        self.records |= records
         write_json(
             self.directory / PROGRESS_NAME,
             {
@@ -175,6 +201,8 @@ class ArchiveWriter:
         `manifest` lacks tensors, files and identity; if it has matrices, they give the order.
         """
         self._write_shard()
+        self._wait()
+        self._thread.shutdown()
         ordered = [name for name in manifest.matrices if name in self.records] or list(self.records)
         self.records = {name: self.records[name] for name in ordered}
         manifest = replace(

@@ -111,7 +111,7 @@ def analyze(
         _check_finite(checkpoint, {target.name for target in targets}, progress)
         if settings.has_moments:
             loaded = load_model(checkpoint, device, architecture)
-            sources = sources or sample_sources(loaded, settings, progress)
+            sources += sample_sources(loaded, settings, progress)
             records = [_new_record(checkpoint, target, settings, digests[target.name]) for target in targets]
             write_factors(loaded, records, targets, sources, settings, writer, None, progress)
             settle(writer, settings, [float(len(sources))])

@@ -21,7 +21,7 @@ from sculptor.progress import Progress
 def read_sources(
     checkpoint: Checkpoint, architecture: Architecture, targets: Sequence[Target], settings: AnalyzeSettings
 ) -> list[Source]:
-    """One source per file, each with its part of the token budget; none for text that has yet to be sampled.
+    """One source per file, each with its part of the token budget; text that has yet to be sampled is none of them.
 
     Raises:
         SettingsError: if the settings do not go with the model or with each other.
@@ -36,28 +36,25 @@ def read_sources(
     if settings.fisher == "sampled" and architecture.kind == "seq2seq":
         raise SettingsError("--fisher sampled: not for encoder-decoder models, whose decoder reads its own labels")
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
-    if SELF in settings.data:
-        if len(settings.data) > 1:
-            raise SettingsError("--data self stands alone; give files or let the model speak")
-        return []
     tokenizer = load_tokenizer(checkpoint, architecture.kind)
-    share = -(-settings.calibration_tokens // len(settings.data))
     sources = []
-    for path in settings.data:
+    for path in (path for path in settings.data if path != SELF):
         found = encode(read_rows([path]), tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
-        sources.append(Source(path, spread(found, share)))
+        sources.append(Source(path, spread(found, settings.tokens_per_source)))
     return sources
 
 
 def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, progress: Progress) -> list[Source]:
-    """What the model says by itself.
+    """What the model says by itself, where the settings ask for it.
 
     Raises:
         CheckpointError: if it cannot sample.
     """
+    if SELF not in settings.data:
+        return []
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
     examples = sample_examples(
-        loaded, settings.calibration_tokens, max_length, chat=settings.chat, seed=settings.seed, progress=progress
+        loaded, settings.tokens_per_source, max_length, chat=settings.chat, seed=settings.seed, progress=progress
     )
     return [Source(SELF, examples)]
 
