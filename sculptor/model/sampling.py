@@ -10,8 +10,9 @@ from sculptor.errors import CheckpointError, DataError
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
 
-# Rows sampled side by side; a smaller last round is cut to what is still wanted.
-_ROWS = 64
+# Rows sampled side by side: as many as their caches (keys and values of every layer) fit into, within bounds.
+_CACHE_BYTES = {"cuda": 6e9, "cpu": 1e9}
+_ROWS = (4, 256)
 _MAX_USER_TOKENS = 96
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
@@ -43,15 +44,16 @@ def sample_examples(
     if chat and not tokenizer.chat_template:
         raise CheckpointError(f"{place}: --chat needs a chat template, and the tokenizer has none; leave it out")
     devices = [loaded.device.index or 0] if loaded.device.type == "cuda" else []
+    most = _rows_at_once(loaded, max_length)
     found: list[Example] = []
     total = 0
     bar = progress(total=num_tokens, desc="sample", unit="token")
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for _ in range(_MAX_ROUNDS):
-            if total >= num_tokens:
+            if total >= num_tokens - 1:  # one token is no sequence
                 break
-            rows = max(1, min(_ROWS, -(-(num_tokens - total) // max_length)))
+            rows = max(1, min(most, -(-(num_tokens - total) // max_length)))
             sampled = _converse(loaded, rows, max_length) if chat else _speak(loaded, rows, start, max_length)
             for example in sampled:
                 kept = min(example.length, num_tokens - total)
@@ -64,6 +66,12 @@ def sample_examples(
     if not found:
         raise DataError(f"{place}: the model says nothing by itself; give --data files instead of self")
     return tuple(found)
+
+
+def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
+    config = loaded.model.config.get_text_config()
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * (2 if loaded.device.type == "cuda" else 4)
+    return int(min(max(_CACHE_BYTES[loaded.device.type] / (per_token * max_length), _ROWS[0]), _ROWS[1]))
 
 
 def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int) -> list[Example]:

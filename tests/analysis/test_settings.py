@@ -1,5 +1,7 @@
 """Every contradiction in what an analysis is told is one error that names the option."""
 
+from dataclasses import asdict
+from json import dumps, loads
 from typing import Any
 
 import pytest
@@ -91,7 +93,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 )
 def test_unknown_words_are_refused(wrong: dict[str, Any]) -> None:
     """A plan can say any word, so the settings have to know theirs."""
-    option = "--" + [name for name in wrong if name not in CURVATURE][0]
+    option = "--" + next(name for name in wrong if name not in CURVATURE)
     with pytest.raises(SettingsError, match=option):
         AnalyzeSettings(**wrong)
 
@@ -110,9 +112,6 @@ def test_unknown_words_are_refused(wrong: dict[str, Any]) -> None:
     ],
 )
 def test_what_fits_is_taken_and_survives_the_manifest(right: dict[str, Any]) -> None:
-    from dataclasses import asdict
-    from json import dumps, loads
-
     settings = AnalyzeSettings(**right)
     assert AnalyzeSettings.from_json(loads(dumps(asdict(settings)))) == settings
     assert settings.has_moments == (right.get("basis") in ("inputs", "curvature"))
