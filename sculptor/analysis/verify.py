@@ -2,7 +2,8 @@
 
 Per matrix, in float64: leak = ||frozen part of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
 W' in its dtype explains: errors of variance ulp(W')^2 / 12 per entry, taken to the frozen pairs (`frozen_variance`).
-It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). A checkpoint that went through several merges was
+It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). Where the archive has moments, the curvature that the update
+touches, tr(G dW C dW^T), is set against what an update of its size in random directions would. A checkpoint that went through several merges was
 rounded in each, to the dtype of each; its sculptor.json says so.
 """
 
@@ -20,6 +21,7 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.errors import ArchiveError, VerificationError
 from sculptor.numerics.bases import frozen_norm, frozen_variance
+from sculptor.numerics.moments import Factor, curvature
 from sculptor.numerics.rounding import leak_allowance, rounding_variance
 from sculptor.progress import Progress, silent
 
@@ -35,6 +37,8 @@ class MatrixVerification:
         rounding: the leak that rounding alone explains, same unit.
         eaten: expected ||rounding error|| / ||dW||: the share of the update that rounding ate, at most 1.
         holds: whether the leak is explained.
+        kept: share of the archive's curvature that the update stayed out of, against one of its size in random
+            directions; negative if it touches more than that, None without moments.
     """
 
     name: str
@@ -44,6 +48,7 @@ class MatrixVerification:
     rounding: float
     eaten: float
     holds: bool
+    kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Verification:
         num_merges: how often the tuned checkpoint was rounded since the base.
         cast: dtype everything was cast to, None if dtypes are the same.
         matrices: one by one.
+        kept: of the archive's curvature over all matrices; None without moments.
     """
 
     passed: bool
@@ -80,16 +86,22 @@ class Verification:
     num_merges: int
     cast: str | None
     matrices: tuple[MatrixVerification, ...]
+    kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LeakMeasure:
-    """Norms of one matrix's update: of all of it, of its frozen part, and of the rounding to expect in both."""
+    """Norms of one matrix's update: of all of it, of its frozen part, and of the rounding to expect in both.
+
+    With moments also `touched`, tr(G dW C dW^T), and `touched_at_random`, its mean over all updates of that norm.
+    """
 
     update: float
     frozen: float
     rounding: float
     frozen_rounding: float
+    touched: float | None = None
+    touched_at_random: float | None = None
 
 
 def measure_leak(
@@ -98,19 +110,35 @@ def measure_leak(
     subspaces: Subspaces,
     device: torch.device,
     dtypes: Sequence[torch.dtype] | None = None,
+    factors: tuple[Factor | None, Factor] | None = None,
 ) -> LeakMeasure:
-    """Measures one matrix, both given as stored; `dtypes`: what the tuned one was rounded to, once each."""
+    """Measures one matrix, both given as stored.
+
+    Args:
+        base, tuned: before and after.
+        subspaces: the archive's entry.
+        device: where the float64 products run.
+        dtypes: what the tuned one was rounded to, once each.
+        factors: the moments G and C, if the archive has any.
+    """
     record = subspaces.record
     base64 = to_device(base, record.transposed, device)
     update64 = to_device(tuned, record.transposed, device) - base64
     output = subspaces.output and subspaces.output.to(device, torch.float64)
     input = subspaces.input and subspaces.input.to(device, torch.float64)
     variance = as_out_in(rounding_variance(tuned, dtypes).to(device), record.transposed)
+    touched = at_random = None
+    if factors is not None:
+        g, c = factors
+        touched = curvature(update64, g, c)
+        at_random = float(update64.square().sum()) * c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
     return LeakMeasure(
         update=float(update64.norm()),
         frozen=frozen_norm(update64, record.staircase, output, input),
         rounding=math.sqrt(float(variance.sum())),
         frozen_rounding=math.sqrt(frozen_variance(variance, record.staircase, output, input)),
+        touched=touched,
+        touched_at_random=at_random,
     )
 
 
@@ -134,14 +162,19 @@ def verify_checkpoints(
     _check_same_tensors(base, tuned, archive)
     record = read_record(tuned.path)
     merges = record.merges_since({name: archive[name].base_digest for name in archive})
-    matrices, squares = [], [0.0, 0.0, 0.0, 0.0]
+    matrices, squares, touched, at_random = [], [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
+    device = device or torch.device("cpu")
     bar = progress(total=len(archive), desc="verify", unit="matrix")
     for name in archive:
         before = base[name]
         dtypes = [getattr(torch, merge.dtypes[name]) for merge in merges if name in merge.dtypes]
-        measured = measure_leak(
-            before, tuned.read_finite(name), archive.read(name), device or torch.device("cpu"), dtypes
-        )
+        found = archive.read(name)
+        factors = archive.factors(name, found) if found.record.has_moments else None
+        measured = measure_leak(before, tuned.read_finite(name), found, device, dtypes, factors)
+        if measured.touched is not None and measured.touched_at_random is not None:
+            weight = found.record.scale
+            touched += weight * measured.touched
+            at_random += weight * measured.touched_at_random
         for i, value in enumerate((measured.update, measured.frozen, measured.rounding, measured.frozen_rounding)):
             squares[i] += value**2 if measured.update else 0.0
         matrices.append(_judge(archive[name], measured, before))
@@ -166,6 +199,7 @@ def verify_checkpoints(
         num_merges=max(1, len(merges)),
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=tuple(matrices),
+        kept=1 - touched / at_random if at_random else None,
     )
 
 
@@ -181,6 +215,9 @@ def _judge(record: MatrixRecord, measured: LeakMeasure, base: Tensor) -> MatrixV
         rounding=expected,
         eaten=min(1.0, measured.rounding / measured.update),
         holds=leak <= leak_allowance(expected, record.staircase.num_frozen),
+        kept=1 - measured.touched / measured.touched_at_random
+        if measured.touched is not None and measured.touched_at_random
+        else None,
     )
 
 

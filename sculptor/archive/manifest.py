@@ -91,6 +91,12 @@ class MatrixRecord:
         return self.input is not None and self.input.values is not None
 
     @property
+    def scale(self) -> float:
+        """Size of the matrix's curvature against others, mean over its sources; 1 without moments."""
+        sizes = [c * g if self.output is not None else c for c, g in self.traces]
+        return sum(sizes) / len(sizes) if sizes else 1.0
+
+    @property
     def staircase(self) -> Staircase:
         """Which pairs are frozen."""
         return Staircase(*self.shape, self.steps)

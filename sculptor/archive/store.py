@@ -123,13 +123,13 @@ class Archive(Mapping[str, MatrixRecord]):
             )
         return Basis(vectors, side.form)
 
-    def factors(self, name: str) -> tuple[Factor | None, Factor]:
-        """The truncated moments (G or None, C) of one matrix, checked as its sides are.
+    def factors(self, name: str, found: Subspaces | None = None) -> tuple[Factor | None, Factor]:
+        """The truncated moments (G or None, C) of one matrix, checked as its sides are; `found` if these are read already.
 
         Raises:
             ArchiveError: if a check fails, or the archive has no moments.
         """
-        found = self.read(name)
+        found = found or self.read(name)
         if not found.record.has_moments:
             raise ArchiveError(
                 f"{self.path}: basis {self.manifest.basis} has no moments; analyze with --basis curvature"

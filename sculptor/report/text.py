@@ -47,18 +47,19 @@ def percent(share: float) -> str:
 
 def analyze_text(report: AnalyzeReport) -> str:
     """What `sculptor analyze` prints."""
-    lines = [roles_table(report.roles)]
+    lines = [roles_table(report.roles, report.basis)]
     lines += not_targeted_lines(report.not_targeted)
     ratio = report.archive_bytes / max(1, report.checkpoint_bytes)
     lines.append(
-        f"\nWrote {report.output}: {report.num_matrices} matrices, constraint {report.constraint}, "
+        f"\nWrote {report.output}: {report.num_matrices} matrices, basis {report.basis}, constraint {report.constraint}, "
         f"{size(report.archive_bytes)} ({ratio:.2f} x the checkpoint)."
     )
     return "\n".join(lines)
 
 
-def roles_table(roles: Sequence[RoleSummary]) -> str:
+def roles_table(roles: Sequence[RoleSummary], basis: str) -> str:
     """One line per role and one for all."""
+    held = {"inputs": "inputs kept", "curvature": "curvature kept"}.get(basis, "energy kept")
     rows = [
         [
             r.role,
@@ -76,8 +77,9 @@ def roles_table(roles: Sequence[RoleSummary]) -> str:
     preserved = sum(r.preserved * r.num_matrices for r in roles) / matrices
     energy = sum(r.energy * r.num_matrices for r in roles) / matrices
     rows.append(["all", str(matrices), percent(preserved), percent(energy), f"{free:,}", percent(free / parameters)])
-    note = "free share: entries of the update that may change; energy kept: of ||W||^2, at analysis"
-    return table(["role", "matrices", "preserved", "energy kept", "free parameters", "free share"], rows) + f"\n{note}"
+    kept = "kept: of ||W||^2, at analysis" if held == "energy kept" else "kept: of the curvature, in frozen pairs"
+    note = f"free share: entries of the update that may change; {kept}"
+    return table(["role", "matrices", "preserved", held, "free parameters", "free share"], rows) + f"\n{note}"
 
 
 def not_targeted_lines(not_targeted: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -138,13 +140,33 @@ def inspect_text(found: Inspection, per_matrix: bool = True) -> str:
     if found.belongs:
         head.append("belongs to the model: every matrix is, byte for byte, the one that was analyzed")
     head += [f"task {i}: {task.name} ({task.kind})" for i, task in enumerate(found.tasks)]
-    parts = ["\n".join(head), roles_table(found.roles)]
+    parts = ["\n".join(head), roles_table(found.roles, found.basis)]
+    parts += [_shares_table(found)] if found.shares else []
     parts += ["\n".join(not_targeted_lines(found.not_targeted))] if found.not_targeted else []
     if found.comparison is not None:
         parts.append(_comparison_table(found))
     elif per_matrix:
         parts.append(_matrices_table(found))
     return "\n\n".join(parts)
+
+
+def _shares_table(found: Inspection) -> str:
+    """One line per task: what is protected of it, its part of all that is, and its overlap with the others."""
+    shown = list(enumerate(found.shares))[-_MAX_LISTED:]
+    rows = [
+        [
+            f"{i} {share.name}",
+            percent(share.protected),
+            percent(share.own),
+            *(f"{share.overlaps[j]:.2f}" for j, _ in shown),
+        ]
+        for i, share in shown
+    ]
+    note = (
+        "protected: of the task's own curvature; part: of all that is protected; ~i: overlap with task i\n"
+        f"free capacity left: {percent(found.num_free / found.num_parameters)} of all pairs"
+    )
+    return table(["task", "protected", "part", *(f"~{i}" for i, _ in shown)], rows) + f"\n{note}"
 
 
 def _matrices_table(found: Inspection) -> str:
@@ -202,6 +224,8 @@ def verify_text(result: Verification) -> str:
         + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
         f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
     ]
+    if result.kept is not None:
+        lines.append(f"curvature kept: {percent(result.kept)} (an update of this size in random directions keeps 0 %)")
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     if result.also_trained:
@@ -209,6 +233,10 @@ def verify_text(result: Verification) -> str:
             f"trained without protection, by the run's own record: {', '.join(result.also_trained[:_MAX_LISTED])}"
         )
     lines.append("A matrix holds while its leak is at most 1.25 times what rounding explains, plus 1e-6.")
+    if not result.passed and result.kept is not None and result.num_merges > 1:
+        lines.append(
+            "The guarantee is for the archive that each task was trained with; this one is of an earlier state."
+        )
     lines.append(_verdict(result))
     return "\n\n".join([*parts, "\n".join(lines)])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.analysis.compare import MatrixComparison, compare_archives
+from sculptor.analysis.shares import TaskShare, task_shares
 from sculptor.archive.manifest import TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import open_checkpoint
@@ -19,7 +20,7 @@ class MatrixSummary:
 
     Attributes:
         preserved: protected directions over min(m, n).
-        energy: share of ||W||^2 in the protected singular directions at analysis.
+        energy: what the protected part holds: of ||W||^2 at analysis, or of the curvature.
         free_share: trainable coordinates over entries.
         added: per task, the directions it added (outputs, inputs), by the task's position in the history.
     """
@@ -41,6 +42,7 @@ class Inspection:
     Attributes:
         belongs: whether the archive is of the given model; None without one. Never False: that is an error.
         comparison: against another archive; None without one.
+        shares: how the tasks share what is protected; empty for an archive without moments.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Inspection:
     not_targeted: tuple[Mapping[str, Any], ...]
     belongs: bool | None
     comparison: tuple[MatrixComparison, ...] | None
+    shares: tuple[TaskShare, ...] = ()
 
     @property
     def num_free(self) -> int:
@@ -75,7 +78,7 @@ def inspect(
     compare: str | Path | None = None,
     progress: Progress = silent,
 ) -> Inspection:
-    """Summarises an archive; reads its manifest only, unless it is to be compared.
+    """Summarises an archive; reads its manifest and the tasks' profiles, and no bases unless it is to be compared.
 
     Args:
         archive: the archive's directory.
@@ -116,4 +119,5 @@ def inspect(
         not_targeted=manifest.not_targeted,
         belongs=None if model is None else True,
         comparison=None if compare is None else compare_archives(opened, Archive(compare), progress),
+        shares=task_shares(opened, progress),
     )

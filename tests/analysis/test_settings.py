@@ -64,6 +64,7 @@ RANDOM: dict[str, Any] = {"basis": "random", "preserve": 0.5}
         # Sampled text.
         (CURVATURE | {"chat": True}, "--chat without effect: it samples conversations for --data self"),
         ({"chat": True}, "--chat without effect"),
+        (CURVATURE | {"data": ("self", "rows.jsonl", "self")}, "--data self is given twice"),
     ],
 )
 def test_contradictions_are_named(wrong: dict[str, Any], message: str) -> None:
@@ -108,6 +109,7 @@ def test_unknown_words_are_refused(wrong: dict[str, Any]) -> None:
         CURVATURE,
         CURVATURE | {"budget": 1.0, "keep": 1.0, "steps": 1, "threshold": "model", "fisher": "sampled"},
         CURVATURE | {"data": ("self",), "chat": True, "weighting": "gradients"},
+        CURVATURE | {"data": ("rows.jsonl", "self")},
         INPUTS | {"budget": 0.5, "calibration_tokens": 1},
     ],
 )
@@ -116,3 +118,9 @@ def test_what_fits_is_taken_and_survives_the_manifest(right: dict[str, Any]) -> 
     assert AnalyzeSettings.from_json(loads(dumps(asdict(settings)))) == settings
     assert settings.has_moments == (right.get("basis") in ("inputs", "curvature"))
     assert settings.free_budget == right.get("budget", 0.6)
+
+
+def test_sources_share_the_tokens() -> None:
+    settings = AnalyzeSettings(basis="inputs", data=("a.jsonl", "b.jsonl", "self"), calibration_tokens=100)
+    assert settings.tokens_per_source == 34
+    assert AnalyzeSettings().tokens_per_source == 100_000

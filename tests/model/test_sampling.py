@@ -1,0 +1,175 @@
+"""Text that a small model says by itself: seeded, within the budget, with the loss where it belongs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_checkpoint
+
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.examples import IGNORED, Example
+from sculptor.errors import CheckpointError, DataError
+from sculptor.model.load import LoadedModel, load_model
+from sculptor.model.sampling import sample_examples
+from sculptor.progress import silent
+
+END = 0
+USER, ANSWER, TURN = 4, 5, 6  # the ids of w0, w1, w2
+# "w0 WORDS w2 ", then "w1 " where the answer begins.
+TEMPLATE = (
+    "{% for message in messages %}{{ 'w0 ' if message['role'] == 'user' else 'w1 ' }}{{ message['content'] }}"
+    "{{ ' w2 ' }}{% endfor %}{% if add_generation_prompt %}{{ 'w1 ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> LoadedModel:
+    return load(tmp_path, "llama")
+
+
+def load(path: Path, family: str) -> LoadedModel:
+    return load_model(open_checkpoint(save_checkpoint(path / family, family)), torch.device("cpu"))
+
+
+def sample(
+    loaded: LoadedModel, num_tokens: int = 300, max_length: int = 32, seed: int = 0, chat: bool = False
+) -> tuple[Example, ...]:
+    return sample_examples(loaded, num_tokens, max_length, chat=chat, seed=seed, progress=silent)
+
+
+def num_tokens(examples: Sequence[Example]) -> int:
+    return sum(example.length for example in examples)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_seed_decides_the_text(tmp_path: Path, family: str) -> None:
+    loaded = load(tmp_path, family)
+    first, again, other = (sample(loaded, seed=seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_the_caller_s_randomness_is_left_alone(loaded: LoadedModel) -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    sample(loaded)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("wanted", [2, 31, 32, 50, 300, 1000])
+@pytest.mark.parametrize("max_length", [8, 32, 64])
+def test_the_budget_is_kept(loaded: LoadedModel, wanted: int, max_length: int) -> None:
+    """All but the last sequence are whole; a single token that is left over carries no loss and may be missing."""
+    count_rounds(loaded)
+    examples = sample(loaded, wanted, max_length)
+    assert wanted - 1 <= num_tokens(examples) <= wanted
+    assert all(2 <= example.length <= max_length for example in examples)
+    whole = [e for e in examples[:-1] if e.length == max_length or e.input_ids[-1] == END]
+    assert len(whole) == len(examples) - 1
+
+
+def test_one_token_that_is_left_over_ends_the_sampling(loaded: LoadedModel) -> None:
+    """No sequence of one token is of use, so nothing is gained by asking for more."""
+    loaded.model.generation_config.suppress_tokens = [END]  # every sequence has the full length
+    rounds = count_rounds(loaded)
+    examples = sample(loaded, num_tokens=17, max_length=8)
+    assert num_tokens(examples) in (16, 17)
+    assert len(rounds) <= 3
+
+
+def count_rounds(loaded: LoadedModel) -> list[int]:
+    """Grows with every call of the model's own `generate`; far more calls than any budget needs are an error."""
+    generate = loaded.model.generate
+    rounds: list[int] = []
+
+    def counted(**options: Any) -> Any:
+        rounds.append(options["input_ids"].shape[0])
+        assert len(rounds) <= 300, "generates again and again"
+        return generate(**options)
+
+    loaded.model.generate = counted
+    return rounds
+
+
+def test_free_text_starts_as_a_sequence_does_and_is_learned_in_full(loaded: LoadedModel) -> None:
+    examples = sample(loaded)
+    assert len(examples) > 1
+    for example in examples:
+        assert example.labels == example.input_ids
+        assert example.input_ids[0] == END  # no token begins a sequence here, so the one that ends the last
+        assert END not in example.input_ids[1:-1]
+
+
+def test_a_token_that_begins_sequences_comes_first(loaded: LoadedModel) -> None:
+    loaded.tokenizer.bos_token = "w5"
+    assert {example.input_ids[0] for example in sample(loaded)} == {9}
+
+
+def test_text_is_as_likely_as_the_model_says(loaded: LoadedModel) -> None:
+    """Temperature 1 and no truncation, whatever the checkpoint's own generation settings are."""
+    loaded.model.generation_config.temperature = 0.1
+    loaded.model.generation_config.top_k = 1
+    with torch.no_grad():
+        expected = loaded.model(torch.tensor([[END]])).logits[0, 0].softmax(dim=-1)
+    examples = sample(loaded, num_tokens=6000, max_length=8)
+    seconds = torch.tensor([example.input_ids[1] for example in examples])
+    shares = torch.bincount(seconds, minlength=64) / len(examples)
+    assert len(examples) > 500
+    assert float((shares - expected).abs().max()) < 4 * (0.25 / len(examples)) ** 0.5
+
+
+def test_chat_needs_a_template(loaded: LoadedModel) -> None:
+    with pytest.raises(CheckpointError, match="--chat needs a chat template, and the tokenizer has none") as caught:
+        sample(loaded, chat=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_has_to_show_what_the_user_says(loaded: LoadedModel) -> None:
+    loaded.tokenizer.chat_template = "w0 w1 w2"
+    with pytest.raises(CheckpointError, match="the chat template leaves out the user's words"):
+        sample(loaded, chat=True)
+
+
+def test_chat_learns_the_answers(loaded: LoadedModel) -> None:
+    loaded.tokenizer.chat_template = TEMPLATE
+    examples = sample(loaded, num_tokens=600, max_length=48, chat=True)
+    assert len(examples) > 3
+    assert num_tokens(examples) <= 600
+    for example in examples[:-1]:
+        assert example.length <= 48
+        start = next(i for i, label in enumerate(example.labels) if label != IGNORED)
+        prompt, answer = example.input_ids[:start], example.input_ids[start:]
+        assert example.labels[start:] == answer
+        assert prompt[0] == USER
+        assert prompt[-2:] == (TURN, ANSWER)
+        assert len(prompt) > 3
+        assert not {END, TURN} & set(answer[:-1])
+        assert answer[-1] in (END, TURN) or example.length <= 48
+    assert any(example.labels[0] == IGNORED for example in examples)
+    assert sample(loaded, num_tokens=600, max_length=48, chat=True) == examples
+    assert sample(loaded, num_tokens=600, max_length=48, chat=True, seed=1) != examples
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_models_that_do_not_speak_are_refused(tmp_path: Path, family: str, chat: bool) -> None:
+    loaded = load(tmp_path, family)
+    with pytest.raises(CheckpointError, match="only a causal model can sample text; give --data files") as caught:
+        sample(loaded, chat=chat)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_without_room_for_a_sequence_is_an_error(loaded: LoadedModel) -> None:
+    count_rounds(loaded)
+    with pytest.raises(DataError, match="give --data files instead of self"):
+        sample(loaded, num_tokens=1)
+
+
+def test_the_model_is_left_as_it_was(loaded: LoadedModel) -> None:
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    sample(loaded)
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
