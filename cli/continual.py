@@ -30,7 +30,7 @@ from .options import (
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override the plan's value; repeatable."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of training, sampling and random directions.")
+@click.option("--seed", type=int, help="Of training, sampling and random directions [default: the plan's].")
 @click.option(
     "--split",
     type=Choice(["test", "validation"]),
@@ -47,7 +47,7 @@ def command(
     output: Path,
     method: str,
     overrides: tuple[str, ...],
-    seed: int,
+    seed: int | None,
     split: str,
     plot: Path | None,
     resume: bool,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sculptor.analysis.calibration import Labels, Weighting
 from sculptor.errors import SettingsError
@@ -10,6 +10,8 @@ from sculptor.numerics.allocation import STEPS
 from sculptor.numerics.staircase import Constraint
 
 BasisKind = Literal["weights", "random", "inputs", "curvature"]
+Threshold = Literal["matrix", "model"]
+BasisDtype = Literal["float32", "float64"]
 SELF = "self"  # as a data file: text that the model itself says
 DEFAULT_BUDGET = 0.6
 
@@ -42,7 +44,7 @@ class AnalyzeSettings:
     """Share of each moment's leading directions that the archive stores."""
     steps: int = STEPS
     """Row groups of the staircase, at most."""
-    threshold: Literal["matrix", "model"] = "matrix"
+    threshold: Threshold = "matrix"
     """Whether every matrix gets the budget, or all together."""
     fisher: Labels = "true"
     """Labels of the gradients: the rows' own, or drawn from the model."""
@@ -54,7 +56,7 @@ class AnalyzeSettings:
     """Patterns of matrices to protect; default all."""
     exclude: tuple[str, ...] = ()
     """Patterns of matrices to leave out."""
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: BasisDtype = "float32"
     """Dtype of the stored bases."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -91,8 +93,19 @@ class AnalyzeSettings:
             wrong.append(f"--device-memory {self.device_memory}: expected GB, more than 0")
         if not 1 <= self.steps <= 32:
             wrong.append(f"--steps {self.steps}: expected 1 to 32")
-        if self.basis not in ("weights", "random", "inputs", "curvature"):
-            wrong.append(f"--basis {self.basis}: expected weights, random, inputs or curvature")
+        words = {
+            "--basis": (self.basis, BasisKind),
+            "--constraint": (self.constraint or "double", Constraint),
+            "--threshold": (self.threshold, Threshold),
+            "--fisher": (self.fisher, Labels),
+            "--weighting": (self.weighting, Weighting),
+            "--dtype": (self.dtype, BasisDtype),
+        }
+        wrong += [
+            f"{option} {value}: expected {', '.join(get_args(known))}"
+            for option, (value, known) in words.items()
+            if value not in get_args(known)
+        ]
         if not 0 <= self.seed < 2**31:
             wrong.append(f"--seed {self.seed}: expected 0 to {2**31 - 1}")
         return wrong

@@ -3,8 +3,9 @@
 Per matrix, in float64: leak = ||frozen part of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
 W' in its dtype explains: errors of variance ulp(W')^2 / 12 per entry, taken to the frozen pairs (`frozen_variance`).
 It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). Where the archive has moments, the curvature that the update
-touches, tr(G dW C dW^T), is set against what an update of its size in random directions would. A checkpoint that went through several merges was
-rounded in each, to the dtype of each; its sculptor.json says so.
+touches, tr(G dW C dW^T), is set against what an update of its size in random directions would.
+
+A checkpoint that went through several merges was rounded in each, to the dtype of each; its sculptor.json says so.
 """
 
 import math

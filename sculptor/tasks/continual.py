@@ -4,11 +4,12 @@ Everything is staged in `<output>.partial`: one directory per task while it is t
 a row per task. A run that was killed goes on behind the last complete row, inside a task at its last saved state.
 """
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def continual(
     *,
     method: Method = "sculptor",
     overrides: Sequence[str] = (),
-    seed: int = 0,
+    seed: int | None = None,
     split: Split = "test",
     overwrite: bool = False,
     resume: bool = False,
@@ -103,7 +104,7 @@ def continual(
         output: directory of the report, and of the last checkpoint in `model/`.
         method: sculptor as the plan says, or one to compare with at the same budget.
         overrides: `section.name=value` in the place of what the plan says.
-        seed: of training, sampling and random directions.
+        seed: of training, sampling and random directions; None for what the plan says.
         split: which files of the tasks are evaluated.
         overwrite: replace an existing output, at success; discard left-overs.
         resume: go on with a run that did not finish.
@@ -119,20 +120,23 @@ def continual(
     if method not in METHODS:
         raise SettingsError(f"--method {method}: expected one of {', '.join(METHODS)}")
     resolved = read_plan(plan, overrides)
-    resolved = replace(resolved, analyze=replace(resolved.analyze, seed=seed), train=replace(resolved.train, seed=seed))
+    if seed is not None:
+        resolved = replace(
+            resolved, analyze=replace(resolved.analyze, seed=seed), train=replace(resolved.train, seed=seed)
+        )
     if method in ("lora", "olora", "osf"):
         require_peft()
     output = Path(output).resolve()
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
-    check_apart(output, [plan, resolved.model, *files, *resolved.general])
+    check_apart(output, [plan, resolved.model, *files, *resolved.general, *resolved.analyze.data])
     with staging(output, overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
         run = _Run(resolved, method, split, partial, progress, stop)
         stages = run.run()
-        report = _report(resolved, method, split, seed, stages, output)
+        report = _report(resolved, method, split, stages, output)
         write_json(partial / REPORT_NAME, {"created_by": f"sculptor {__version__}", "plan": run.key} | _plain(report))
         write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
-        (partial / SCORES_NAME).unlink()
         commit(partial, output)
+    (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
     return report
 
 
@@ -157,13 +161,16 @@ class _Run:
         self.partial = partial
         self.progress = progress
         self.stop = stop
-        self.key: dict[str, Any] = json.loads(
-            json.dumps(plan.to_json() | {"method": method, "split": split, "version": __version__})
-        )
         self.rows: dict[str, list[Row]] = {
             task.name: read_evaluation_rows(plan.rows_of(task, split), task.labels) for task in plan.tasks
         }
         self.general: list[Row] = read_evaluation_rows(plan.general, None) if plan.general else []
+        evaluated = [row for rows in (*self.rows.values(), self.general) for row in rows]
+        digest = hashlib.sha256(
+            repr([(type(row).__name__, astuple(row)[1:]) for row in evaluated]).encode()
+        ).hexdigest()
+        own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest}
+        self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
 
     def run(self) -> list[Stage]:
@@ -187,8 +194,10 @@ class _Run:
             model, archive = str(target), target / "subspaces" if self._carries else None
         bar.close()
         shutil.rmtree(self.partial / "archive", ignore_errors=True)
-        with writing(self.partial / "model"):
-            Path(model).rename(self.partial / "model")
+        if Path(model).exists():  # else a run that was killed after this had put it there
+            shutil.rmtree(self.partial / "model", ignore_errors=True)
+            with writing(self.partial / "model"):
+                Path(model).rename(self.partial / "model")
         return self.stages
 
     @property
@@ -292,9 +301,7 @@ class _Run:
             self.stages.append(Stage(scores=scores, **stage))
 
 
-def _report(
-    plan: Plan, method: Method, split: Split, seed: int, stages: Sequence[Stage], output: Path
-) -> ContinualReport:
+def _report(plan: Plan, method: Method, split: Split, stages: Sequence[Stage], output: Path) -> ContinualReport:
     names = tuple(task.name for task in plan.tasks)
     everything = [score for stage in stages for score in stage.scores.values()]
     metric = next(
@@ -309,7 +316,7 @@ def _report(
         method=method,
         basis=basis,
         split=split,
-        seed=seed,
+        seed=plan.train.seed,
         tasks=names,
         metric=metric,
         matrix=matrix,

@@ -2,11 +2,13 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sculptor.analysis.settings import SELF, AnalyzeSettings
+from sculptor.data.examples import MIN_MAX_LENGTH
 from sculptor.errors import DataError, SettingsError
 from sculptor.training.settings import TrainSettings
 
@@ -26,6 +28,12 @@ class EvaluateSettings:
     exact_match: bool = True
     """Also generate greedily and compare; takes longest."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SettingsError(f"batch_size {self.batch_size}: expected at least 1")
+        if self.max_length is not None and self.max_length < MIN_MAX_LENGTH:
+            raise SettingsError(f"max_length {self.max_length}: expected at least {MIN_MAX_LENGTH}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSettings:
@@ -39,6 +47,13 @@ class AdapterSettings:
     """O-LoRA's lambda: weight of the overlap with the A of earlier tasks."""
     preserve: float = 0.5
     """OSF's share of frozen singular directions."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or self.orthogonality < 0 or not 0 < self.preserve < 1:
+            raise SettingsError(
+                f"rank {self.rank}, alpha {self.alpha}, orthogonality {self.orthogonality}, preserve {self.preserve}: expected "
+                "at least 1, more than 0, at least 0, and a share between 0 and 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,16 +144,24 @@ def read_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     if twice:
         raise SettingsError(f"{path}: two tasks are called {twice[0]}")
     analyze = _section(content, "analyze", path)
-    analyze["data"] = tuple(item if item == SELF else _locate(item, place) for item in analyze.get("data", ()))
-    return Plan(
+    if "data" in analyze:
+        files = _strings(analyze["data"], f"{path} [analyze]: data")
+        analyze["data"] = tuple(item if item == SELF else _locate(item, place) for item in files)
+    plan = Plan(
         model=_locate(content["model"], place),
         tasks=parsed,
-        general=tuple(_locate(item, place) for item in content.get("general", ())),
-        analyze=_settings(AnalyzeSettings, analyze, "analyze", path),
-        train=_settings(TrainSettings, _section(content, "train", path), "train", path),
-        evaluate=_settings(EvaluateSettings, _section(content, "evaluate", path), "evaluate", path),
-        adapter=_settings(AdapterSettings, _section(content, "adapter", path), "adapter", path),
+        general=tuple(_locate(item, place) for item in _strings(content.get("general", ()), f"{path}: general")),
+        analyze=_settings(AnalyzeSettings, analyze, f"{path} [analyze]"),
+        train=_settings(TrainSettings, _section(content, "train", path), f"{path} [train]"),
+        evaluate=_settings(EvaluateSettings, _section(content, "evaluate", path), f"{path} [evaluate]"),
+        adapter=_settings(AdapterSettings, _section(content, "adapter", path), f"{path} [adapter]"),
     )
+    for i, task in enumerate(plan.tasks, 1):
+        try:
+            plan.train_settings(task)
+        except SettingsError as error:
+            raise SettingsError(f"{path}: task {i} ({task.name}): {error}") from error
+    return plan
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -166,36 +189,65 @@ def _section(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any
     return dict(section)
 
 
-def _settings(cls: type[Any], values: Mapping[str, Any], name: str, path: Path) -> Any:
-    _refuse_unknown(values, {field.name for field in fields(cls)}, f"{path} [{name}]")
+def _settings(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """A settings class from a section, each value checked against the type of its field."""
+    hints = get_type_hints(cls)
+    _refuse_unknown(values, set(hints), where)
+    checked = {name: _value(value, hints[name], f"{where}: {name}") for name, value in values.items()}
     try:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(**checked)
     except SettingsError as error:
-        raise SettingsError(f"{path} [{name}]: {error}") from error
-    except TypeError as error:
-        raise SettingsError(f"{path} [{name}]: a value has the wrong type ({error})") from error
+        raise SettingsError(f"{where}: {error}") from error
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """A TOML value as a field's type has it: one string for several, an integer for a float.
+
+    Raises:
+        SettingsError: if it is of another type.
+    """
+    choices = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+    for choice in choices:
+        if get_origin(choice) is tuple:
+            return _strings(value, where)
+        if get_origin(choice) is Literal and value in get_args(choice):
+            return value
+        if choice is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(choice, type) and type(value) is choice:
+            return value
+    names = [
+        str(getattr(c, "__name__", c)) if get_origin(c) is None else " or ".join(map(repr, get_args(c)))
+        for c in choices
+    ]
+    expected = " or ".join(name for name in names if name != "NoneType")
+    raise SettingsError(f"{where} is {value!r}; expected {expected}")
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    """One string or a list of them."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple) or not all(isinstance(item, str) for item in listed):
+        raise SettingsError(f"{where} is {value!r}; expected a string or a list of strings")
+    return tuple(listed)
 
 
 def _task(values: Any, number: int, place: Path, path: Path) -> PlannedTask:
     where = f"{path}: task {number}"
     if not isinstance(values, dict):
         raise SettingsError(f"{where} is no table; write [[tasks]]")
-    _refuse_unknown(values, {field.name for field in fields(PlannedTask)}, where)
     missing = [key for key in ("name", "data", "test") if key not in values]
     if missing:
         raise SettingsError(f"{where} has no {missing[0]}; expected name, data and test")
     if not isinstance(values["name"], str) or not values["name"].replace("-", "").replace("_", "").isalnum():
         raise SettingsError(f"{where}: name {values['name']!r} is to be of letters, digits, - and _")
-    chosen = dict(values)
-    for key in ("data", "test", "validation"):
-        files = chosen.get(key, [])
-        files = [files] if isinstance(files, str) else files
-        if not isinstance(files, list) or not all(isinstance(item, str) for item in files):
-            raise SettingsError(f"{where}: {key} is to be a file or a list of files")
-        chosen[key] = tuple(_locate(item, place) for item in files)
-    if chosen.get("labels") is not None:
-        chosen["labels"] = tuple(map(str, chosen["labels"]))
-    return PlannedTask(**chosen)
+    files = {
+        key: tuple(_locate(item, place) for item in _strings(values[key], f"{where}: {key}"))
+        for key in ("data", "test", "validation")
+        if key in values
+    }
+    task: PlannedTask = _settings(PlannedTask, values | files, where)
+    return task
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -32,7 +32,7 @@ RANDOM: dict[str, Any] = {"basis": "random", "preserve": 0.5}
         (CURVATURE | {"steps": 33}, "--steps 33: expected 1 to 32"),
         (CURVATURE | {"seed": -1}, "--seed -1: expected 0 to"),
         (CURVATURE | {"seed": 2**31}, "--seed 2147483648: expected 0 to"),
-        ({"basis": "fisher"}, "--basis fisher: expected weights, random, inputs or curvature"),
+        ({"basis": "fisher"}, "--basis fisher: expected weights, random, inputs, curvature"),
         # Moments: what goes with ranks only.
         ({"basis": "curvature"}, "--basis curvature needs --data"),
         ({"basis": "inputs"}, "--basis inputs needs --data"),

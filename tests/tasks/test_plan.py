@@ -193,14 +193,14 @@ def test_one_general_text_may_stand_without_a_list(place: Path) -> None:
         ("evaluate.split=test", ("plan.toml [evaluate]", "unknown 'split'")),
         ("adapter.r=1", ("plan.toml [adapter]", "unknown 'r'", "rank")),
         ("train.learning_rate=-1", ("plan.toml [train]", "--learning-rate -1")),
-        ("train.schedule=square", ("plan.toml [train]", "--schedule square")),
-        ("train.learning_rate=fast", ("plan.toml [train]", "wrong type")),
-        ("train.max_steps=[3]", ("plan.toml [train]", "wrong type")),
-        ("analyze.budget=all", ("plan.toml [analyze]", "wrong type")),
+        ("train.schedule=square", ("plan.toml [train]", "schedule is 'square'")),
+        ("train.learning_rate=fast", ("plan.toml [train]", "expected float")),
+        ("train.max_steps=[3]", ("plan.toml [train]", "expected int")),
+        ("analyze.budget=all", ("plan.toml [analyze]", "expected float")),
         ("analyze.budget=2", ("plan.toml [analyze]", "--budget 2")),
         ("analyze.preserve=0.5", ("plan.toml [analyze]", "--preserve without effect")),
         ("analyze.data=[]", ("plan.toml [analyze]", "--basis curvature needs --data")),
-        ("analyze.basis=fisher", ("plan.toml [analyze]", "--basis fisher")),
+        ("analyze.basis=fisher", ("plan.toml [analyze]", "basis is 'fisher'")),
     ],
 )
 def test_wrong_overrides_name_their_place(place: Path, override: str, needles: tuple[str, ...]) -> None:
@@ -222,9 +222,9 @@ def test_wrong_overrides_name_their_place(place: Path, override: str, needles: t
         ('name = "first"', 'name = ""', ("plan.toml: task 1", "name ''")),
         ('name = "second-task_2"', 'name = "first"', ("plan.toml", "two tasks are called first")),
         ("epochs = 3", "epoch = 3", ("plan.toml: task 2", "unknown 'epoch'", "epochs")),
-        ('data = "rows/second.jsonl"', "data = 3", ("plan.toml: task 2", "data is to be a file or a list")),
-        ('data = "rows/second.jsonl"', "data = [3]", ("plan.toml: task 2", "data is to be a file or a list")),
-        ('test = "rows/test.jsonl"', "test = true", ("plan.toml: task 1", "test is to be a file or a list")),
+        ('data = "rows/second.jsonl"', "data = 3", ("plan.toml: task 2", "expected a string or a list")),
+        ('data = "rows/second.jsonl"', "data = [3]", ("plan.toml: task 2", "expected a string or a list")),
+        ('test = "rows/test.jsonl"', "test = true", ("plan.toml: task 1", "expected a string or a list")),
     ],
 )
 def test_wrong_plans_name_their_place(place: Path, old: str, new: str, needles: tuple[str, ...]) -> None:
@@ -235,7 +235,6 @@ def test_wrong_plans_name_their_place(place: Path, old: str, new: str, needles: 
     ("old", "new", "needles"),
     [
         ('labels = ["yes", "no"]', "labels = 3", ("plan.toml: task 1", "labels")),
-        ('labels = ["yes", "no"]', 'labels = "yes"', ("plan.toml: task 1", "labels")),
         ("epochs = 3", 'epochs = "three"', ("plan.toml: task 2", "epochs")),
         ("epochs = 3", "epochs = 0", ("plan.toml: task 2", "--epochs 0")),
         ("learning_rate = 2e-3", "learning_rate = -1", ("plan.toml: task 2", "--learning-rate -1")),
