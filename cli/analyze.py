@@ -50,9 +50,7 @@ from .options import (
 @click.option(
     "--threshold",
     type=Choice(["matrix", "model"]),
-    default="matrix",
-    show_default=True,
-    help="Give every matrix the budget, or all together.",
+    help="Give every matrix the budget, or all together [default: model with curvature, matrix with inputs].",
 )
 @click.option(
     "--fisher",

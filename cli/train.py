@@ -32,7 +32,12 @@ from .options import (
 )
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
 @click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs and repeats the data.")
-@click.option("--learning-rate", type=float, default=5e-4, show_default=True, help="Peak learning rate of AdamW.")
+@click.option("--learning-rate", type=float, help="Peak learning rate [default: 1e-3 with curvature, else 5e-4].")
+@click.option(
+    "--soften",
+    type=float,
+    help="With moments: slow free pairs down by 1/sqrt(1 + SOFTEN * importance/mean) [default: 3 with curvature, else 0].",
+)
 @click.option(
     "--weight-decay",
     type=float,
@@ -79,15 +84,11 @@ from .options import (
     help="Updated archive: merge the task's moments in, add what it learned, or decompose again [default: merge if the "
     "archive has moments, else accumulate].",
 )
-@click.option(
-    "--memory-rows", type=int, default=384, show_default=True, help="Rows of the task whose moments are merged in."
-)
+@click.option("--memory-rows", type=int, help="Rows of the task whose moments are merged in [default: 384].")
 @click.option(
     "--memory-weight",
     type=float,
-    default=1.0,
-    show_default=True,
-    help="Weight of the task's moments against those of one earlier source.",
+    help="Weight of the task's moments against those of one earlier source [default: 1].",
 )
 @click.option(
     "--checkpoint-activations/--keep-activations",

@@ -166,7 +166,7 @@ def decide_staircases(
     budget = settings.free_budget
     scales = _scales(records, weights)
     found = [_importance(record, values, scale) for record, scale in zip(records, scales, strict=True)]
-    if settings.threshold == "model":
+    if settings.one_threshold:
         staircases = allocate(found, budget, settings.steps)
     else:
         staircases = [allocate([importance], budget, settings.steps)[0] for importance in found]

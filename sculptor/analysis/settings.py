@@ -44,8 +44,8 @@ class AnalyzeSettings:
     """Share of each moment's leading directions that the archive stores."""
     steps: int = STEPS
     """Row groups of the staircase, at most."""
-    threshold: Threshold = "matrix"
-    """Whether every matrix gets the budget, or all together."""
+    threshold: Threshold | None = None
+    """Whether every matrix gets the budget, or all together; default all with curvature, every one with inputs."""
     fisher: Labels = "true"
     """Labels of the gradients: the rows' own, or drawn from the model."""
     weighting: Weighting = "tokens"
@@ -96,7 +96,7 @@ class AnalyzeSettings:
         words = {
             "--basis": (self.basis, BasisKind),
             "--constraint": (self.constraint or "double", Constraint),
-            "--threshold": (self.threshold, Threshold),
+            "--threshold": (self.threshold or "matrix", Threshold),
             "--fisher": (self.fisher, Labels),
             "--weighting": (self.weighting, Weighting),
             "--dtype": (self.dtype, BasisDtype),
@@ -165,6 +165,11 @@ class AnalyzeSettings:
     def has_moments(self) -> bool:
         """Whether directions come from second moments."""
         return self.basis in ("inputs", "curvature")
+
+    @property
+    def one_threshold(self) -> bool:
+        """Whether one threshold serves all matrices."""
+        return self.basis == "curvature" if self.threshold is None else self.threshold == "model"
 
     @property
     def tokens_per_source(self) -> int:

@@ -104,34 +104,3 @@ class FreeSpace:
         for group, a in zip(self.groups, coordinates, strict=True):
             box[group.start - first : group.stop - first, group.reach - least :] = a
         return box
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class DenseSpace:
-    """The same updates from one dense matrix, projected: what an optimizer sees are the weights' own axes.
-
-    As many numbers as the matrix has, whatever is free; to compare with.
-    """
-
-    space: FreeSpace
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(m, n)."""
-        return ((self.space.staircase.rows, self.space.staircase.columns),)
-
-    def fold(self, coordinates: Sequence[Tensor]) -> Tensor:
-        """dW (m, n): the matrix without its frozen part."""
-        return self.space.fold(self.space.project(coordinates[0]))
-
-    def project(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """The gradient without its frozen part."""
-        return (self.fold([gradient]),)
-
-    def to64(self) -> "DenseSpace":
-        """The same in float64."""
-        return DenseSpace(self.space.to64())
-
-    def fingerprint(self) -> list[float]:
-        """Nothing depends on the bases beyond their span."""
-        return []

@@ -288,7 +288,7 @@ def demo_text(report: DemoReport, kept: bool) -> str:
     parts = [
         f"A model of {report.num_parameters:,} parameters that knows {report.num_old} facts was taught {report.num_new} more.",
         table(["", f"old facts kept ({report.num_old})", f"new facts learned ({report.num_new})", "verify"], rows),
-        f"Both runs: same data, steps and learning rate. Leak into the protected pairs: {report.leak:.1e} of the update.",
+        f"All runs: same data, steps and learning rate. Largest leak into the protected pairs: {report.leak:.1e} of the update.",
     ]
     if kept:
         parts.append(f"Everything is in {report.output}; look at it with\n" + "\n".join(_demo_commands(report.output)))

@@ -29,7 +29,7 @@ from sculptor.model.load import LoadedModel, load_model, resolve_device
 from sculptor.progress import Progress
 from sculptor.tasks.plan import AdapterSettings, Method
 from sculptor.training.loop import TrainedParameters, TrainingLoop
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import DEFAULT_RATE, TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
 
 _ADAPTER = "default"
@@ -68,7 +68,11 @@ def train_adapter(
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
     device = resolve_device(settings.device)
-    settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
+    settings = replace(
+        settings,
+        max_length=resolve_max_length(settings.max_length, architecture.max_positions),
+        learning_rate=settings.learning_rate or DEFAULT_RATE,
+    )
     assert settings.max_length is not None
     with staging(output, overwrite=False, resume=True, worth_keeping=has_state) as partial:
         loaded = load_model(checkpoint, device, architecture)

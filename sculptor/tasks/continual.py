@@ -252,8 +252,10 @@ class _Run:
                 stop=self.stop,
             )
             return
-        if not self._carries:
-            settings = replace(settings, carry="retake")  # of an archive that frees everything: nothing to do
+        if self.method != "sculptor":  # what is for moments has no effect there
+            settings = replace(settings, soften=None, memory_rows=None, memory_weight=None)
+            # Plain fine-tuning protects nothing, so there is nothing to carry.
+            settings = replace(settings, carry="accumulate" if self.method == "random" else "retake")
         train(model, archive, task.data, target, settings, resume=True, progress=self.progress, stop=self.stop)
 
     def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:

@@ -2,7 +2,8 @@
 
 Nothing is downloaded. A small Llama is trained from scratch on invented facts (capital and river of a hundred
 countries), written as an ordinary checkpoint, and then goes through the same functions as any other: analyze,
-train on a third relation, verify, evaluate.
+train on a third relation, verify, evaluate. It does so without protection, and protected by the directions of its
+weights, of what it says by itself, and of what the old facts use.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sculptor.analysis.settings import AnalyzeSettings
+from sculptor.analysis.settings import SELF, AnalyzeSettings
 from sculptor.checkpoint.staging import writing
 from sculptor.data.batches import collate
 from sculptor.data.examples import encode
@@ -32,9 +33,9 @@ from sculptor.training.settings import TrainSettings
 NUM_COUNTRIES = 100
 KNOWN = ("capital", "river")
 TAUGHT = "currency"
-PRESERVE = 0.6
 _PRETRAIN_STEPS = 150
 _PRETRAIN_RATE = 3e-3
+_SELF_TOKENS = 4000
 _TRAIN = TrainSettings(max_steps=150, learning_rate=2e-3, batch_size=100, micro_batch_size=100, device="cpu")
 
 
@@ -59,13 +60,12 @@ class DemoRow:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """The result of `demo`."""
+    """The result of `demo`; `leak` is the largest of the protected runs."""
 
     output: Path
     num_parameters: int
     num_old: int
     num_new: int
-    preserve: float
     leak: float
     rows: tuple[DemoRow, ...]
 
@@ -101,26 +101,42 @@ def _run(output: Path, seed: int, progress: Progress) -> DemoReport:
     _write_rows(new, facts[TAUGHT])
     model = output / "model"
     num_parameters = make_model(model, facts, seed, progress)
-    tuned: dict[str, Path] = {}
-    for name, preserve in (("protected", PRESERVE), ("plain", 0.0)):
-        archive = output / f"{name}-subspaces"
-        analyze(model, archive, AnalyzeSettings(preserve=preserve, device="cpu"), progress=progress)
-        tuned[name] = output / name
-        train(model, archive, [new], tuned[name], _TRAIN, progress=progress)
-    proof = verify(model, tuned["protected"], output / "protected-subspaces", device="cpu", progress=progress)
-    labels = {
-        "before": ("the model before", model, None),
-        "plain": ("plain fine-tuning", tuned["plain"], None),
-        "protected": (f"sculptor, {PRESERVE:.0%} protected", tuned["protected"], proof.passed),
-    }
-    rows = []
-    for name, path, passed in labels.values():
-        kept = evaluate(path, [old], device="cpu", progress=progress)
-        learned = evaluate(path, [new], device="cpu", progress=progress)
-        rows.append(DemoRow(name, kept.exact_match or 0.0, kept.loss, learned.exact_match or 0.0, learned.loss, passed))
-    return DemoReport(
-        output, num_parameters, len(KNOWN) * NUM_COUNTRIES, NUM_COUNTRIES, PRESERVE, proof.leak, tuple(rows)
-    )
+    rows = [_measure("the model before", model, old, new, None, progress)]
+    leak = 0.0
+    for name, title, settings in _variants(old):
+        archive, tuned = output / f"{name}-subspaces", output / name
+        analyze(model, archive, settings, progress=progress)
+        train(model, archive, [new], tuned, _TRAIN, progress=progress)
+        passed = None
+        if name != "plain":
+            proof = verify(model, tuned, archive, device="cpu", progress=progress)
+            passed, leak = proof.passed, max(leak, proof.leak)
+        rows.append(_measure(title, tuned, old, new, passed, progress))
+    return DemoReport(output, num_parameters, len(KNOWN) * NUM_COUNTRIES, NUM_COUNTRIES, leak, tuple(rows))
+
+
+def _variants(old: Path) -> list[tuple[str, str, AnalyzeSettings]]:
+    """Directory, title and analysis of every run."""
+    return [
+        ("plain", "plain fine-tuning", AnalyzeSettings(preserve=0.0, device="cpu")),
+        ("weights", "protected: weights, 60 %", AnalyzeSettings(preserve=0.6, device="cpu")),
+        (
+            "self",
+            "protected: curvature, sampled text",
+            AnalyzeSettings(basis="curvature", data=(SELF,), calibration_tokens=_SELF_TOKENS, device="cpu"),
+        ),
+        (
+            "protected",
+            "protected: curvature, old rows",
+            AnalyzeSettings(basis="curvature", data=(str(old),), device="cpu"),
+        ),
+    ]
+
+
+def _measure(name: str, path: Path, old: Path, new: Path, passed: bool | None, progress: Progress) -> DemoRow:
+    kept = evaluate(path, [old], device="cpu", progress=progress)
+    learned = evaluate(path, [new], device="cpu", progress=progress)
+    return DemoRow(name, kept.exact_match or 0.0, kept.loss, learned.exact_match or 0.0, learned.loss, passed)
 
 
 def invent_facts(generator: torch.Generator) -> dict[str, list[CompletionRow]]:

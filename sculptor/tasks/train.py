@@ -30,15 +30,17 @@ from sculptor.model.load import (
     resolve_device,
 )
 from sculptor.progress import Progress, silent
-from sculptor.tasks.train_output import TrainJob, TrainReport, resolve_carry, write_output
+from sculptor.tasks.train_output import TrainJob, TrainReport, write_output
 from sculptor.training.loop import TrainedParameters, TrainingLoop, make_accelerator
 from sculptor.training.protect import (
     attach_coordinates,
     protected_blocks,
     protected_matrices,
 )
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import DEFAULT_RATE, Carry, TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
+
+MEMORY_ROWS = 384
 
 
 def train(
@@ -120,7 +122,7 @@ def _open_job(
     archive = Archive(subspaces)
     if not any(record.staircase.num_free for record in archive.values()):
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    resolve_carry(settings.carry, archive)  # refuses before any work
+    settings = resolve_settings(settings, archive)  # refuses before any work
     archive.check_base(checkpoint, progress)
     tokenizer = load_tokenizer(checkpoint, architecture.kind)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
@@ -136,6 +138,50 @@ def _open_job(
     extra = _select_extra(architecture, archive, settings.also_train)
     name = Path(files[0]).stem if Path(files[0]).stem != "train" else Path(files[0]).resolve().parent.name
     return TrainJob(checkpoint, architecture, archive, settings, files, encoded, evaluation, name, extra)
+
+
+def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings:
+    """The settings with the defaults that depend on the archive filled in.
+
+    Raises:
+        SettingsError: if the archive cannot go on like that, or a setting would have no effect.
+    """
+    carry = resolve_carry(settings.carry, archive)
+    has_moments = carry == "merge"
+    given = {
+        "--soften": bool(settings.soften),
+        "--memory-rows": settings.memory_rows is not None,
+        "--memory-weight": settings.memory_weight is not None,
+    }
+    unused = [option for option, used in given.items() if used and not has_moments]
+    if unused:
+        raise SettingsError(
+            f"{', '.join(unused)} without effect: an archive with basis {archive.manifest.basis} has no moments; analyze "
+            "with --basis inputs or curvature"
+        )
+    curvature = archive.manifest.basis == "curvature"
+    return replace(
+        settings,
+        carry=carry,
+        learning_rate=settings.learning_rate or (1e-3 if curvature else DEFAULT_RATE),
+        soften=settings.soften if settings.soften is not None else (3.0 if curvature else 0.0),
+        memory_rows=settings.memory_rows or MEMORY_ROWS,
+        memory_weight=settings.memory_weight or 1.0,
+    )
+
+
+def resolve_carry(asked: Carry | None, archive: Archive) -> Carry:
+    """How an archive goes on: by default `merge` where it has moments, else `accumulate`.
+
+    Raises:
+        SettingsError: if the archive cannot go on like that.
+    """
+    has_moments = any(record.has_moments for record in archive.values())
+    carry = asked or ("merge" if has_moments else "accumulate")
+    if has_moments != (carry == "merge"):
+        fitting = "merge" if has_moments else "accumulate or retake"
+        raise SettingsError(f"--carry {carry}: an archive with basis {archive.manifest.basis} goes on by {fitting}")
+    return carry
 
 
 def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequence[str]) -> dict[str, str]:
@@ -166,8 +212,7 @@ def _prepare_model(loaded: LoadedModel, job: TrainJob) -> TrainedParameters:
         job.archive,
         compute_dtype=torch.bfloat16 if on_gpu else None,
         fold="manual",
-        soften=job.settings.soften,
-        dense=job.settings.coordinates == "dense",
+        soften=job.settings.soften or 0.0,
     )
     extra: dict[str, nn.Parameter] = {}
     for parameter in job.extra:

@@ -30,13 +30,12 @@ from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import Encoded
-from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
 from sculptor.tasks.memory import settle, write_factors
 from sculptor.training.loop import LoopResult, TrainedParameters
 from sculptor.training.protect import merge, merge_weight, protected_matrices
-from sculptor.training.settings import Carry, TrainSettings
+from sculptor.training.settings import TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,26 +179,14 @@ def _remember(
     settings = AnalyzeSettings.from_json(job.archive.manifest.settings)
     targets = [target for target in job.architecture.targets if target.name in records]
     examples = job.encoded.examples
+    assert job.settings.memory_rows is not None
+    assert job.settings.memory_weight is not None
     count = min(len(examples), job.settings.memory_rows)
     chosen = [examples[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count)]
     source = Source(job.name, chosen, job.settings.memory_weight)
     write_factors(loaded, list(records.values()), targets, [source], settings, writer, job.archive, progress)
     weights = [float(task.details["weight"]) for task in job.archive.manifest.tasks]
     settle(writer, settings, [*weights, job.settings.memory_weight])
-
-
-def resolve_carry(asked: Carry | None, archive: Archive) -> Carry:
-    """How an archive goes on: by default `merge` where it has moments, else `accumulate`.
-
-    Raises:
-        SettingsError: if the archive cannot go on like that.
-    """
-    has_moments = any(record.has_moments for record in archive.values())
-    carry = asked or ("merge" if has_moments else "accumulate")
-    if has_moments != (carry == "merge"):
-        fitting = "merge" if has_moments else "accumulate or retake"
-        raise SettingsError(f"--carry {carry}: an archive with basis {archive.manifest.basis} goes on by {fitting}")
-    return carry
 
 
 def _files_of(
@@ -232,7 +219,7 @@ class _MatrixWriter:
         self.saved = saved
         self.task = task
         self.coordinates = {matrix.coordinates.name: matrix.coordinates for matrix in protected_matrices(loaded.model)}
-        self.carry = resolve_carry(job.settings.carry, job.archive)
+        self.carry = job.settings.carry
         self.waiting: dict[str, MatrixRecord] = {}  # records whose moments are still to be measured
         self.reports: dict[str, MatrixReport] = {}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sculptor.archive.manifest import SideRecord
 from sculptor.archive.store import Subspaces
 from sculptor.numerics.bases import Basis
-from sculptor.numerics.free_space import DenseSpace, FreeSpace
+from sculptor.numerics.free_space import FreeSpace
 from sculptor.numerics.precision import float32_products
 from sculptor.numerics.reflectors import CompleteBasis
 
@@ -64,7 +64,6 @@ class Coordinates(nn.Module):
         mode: FoldMode = "automatic",
         complete: Callable[[SideRecord, Basis], CompleteBasis] | None = None,
         gains: Tensor | None = None,
-        dense: bool = False,
     ) -> None:
         super().__init__()
         record = subspaces.record
@@ -87,7 +86,6 @@ class Coordinates(nn.Module):
                 self.register_buffer(f"{side}_reflectors", found.reflectors, persistent=False)
                 self.register_buffer(f"{side}_triangle", found.triangle, persistent=False)
                 self.shifts[side] = found.shift
-        self.dense = dense
         self.gains: Tensor | None
         self.register_buffer("gains", gains, persistent=False)
         self.blocks = nn.ParameterList(
@@ -96,10 +94,9 @@ class Coordinates(nn.Module):
         self._versions: tuple[int, ...] = ()
 
     @property
-    def space(self) -> FreeSpace | DenseSpace:
+    def space(self) -> FreeSpace:
         """Where the coordinates live."""
-        space = FreeSpace(self.staircase, self._side("output"), self._side("input"), self.gains)
-        return DenseSpace(space) if self.dense else space
+        return FreeSpace(self.staircase, self._side("output"), self._side("input"), self.gains)
 
     def _side(self, side: str) -> CompleteBasis | None:
         if side not in self.shifts:

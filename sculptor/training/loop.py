@@ -198,7 +198,7 @@ class TrainingLoop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower --learning-rate "
-                f"({self.settings.learning_rate:g}) or look at rows of that step"
+                f"({self.settings.learning_rate}) or look at rows of that step"
             )
         rate = learning_rate(self.settings, step, self.total)
         for group in self.optimizer.param_groups:
@@ -326,4 +326,5 @@ def make_optimizer(parameters: TrainedParameters, settings: TrainSettings, devic
     if parameters.extra:
         groups.append({"params": list(parameters.extra.values()), "weight_decay": 0.0})
     fused = device.type in ("cpu", "cuda")
+    assert settings.learning_rate is not None
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=fused)

@@ -94,7 +94,6 @@ def attach_coordinates(
     compute_dtype: torch.dtype | None = None,
     fold: FoldMode = "automatic",
     soften: float = 0.0,
-    dense: bool = False,
 ) -> Any:
     """`protect` for a model whose weights are known to be those of the archive's base."""
     parameters = _find_parameters(model, archive)
@@ -108,9 +107,7 @@ def attach_coordinates(
         weight = module.weight
         shared = functools.partial(_complete_once, completed, weight.device)
         gains = soft_gains(archive, name, soften).to(weight.device) if soften else None
-        coordinates = Coordinates(
-            archive.read(name), weight.device, compute_dtype or weight.dtype, fold, shared, gains, dense
-        )
+        coordinates = Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold, shared, gains)
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:

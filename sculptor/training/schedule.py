@@ -16,9 +16,11 @@ def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
 
     The last step still has a rate above 0, the one after it would have 0.
     """
+    peak = settings.learning_rate
+    assert peak is not None
     warmup = warmup_steps(settings, total)
     if step < warmup:
-        return settings.learning_rate * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)
     done = (step - warmup) / (total - warmup)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
-    return settings.learning_rate * factor
+    return peak * factor

@@ -9,6 +9,7 @@ from sculptor.errors import SettingsError
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
 Carry = Literal["merge", "accumulate", "retake"]
+DEFAULT_RATE = 5e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,14 +20,14 @@ class TrainSettings:
     """Passes over the data."""
     max_steps: int | None = None
     """Optimizer steps, at least 1; overrides epochs and repeats the data."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of AdamW on the coordinates."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW on the coordinates; default 1e-3 with curvature, which slows down what matters, else
+    5e-4."""
     weight_decay: float = 0.0
     """Pulls the coordinates towards 0, that is the weights towards the base."""
-    soften: float = 0.0
-    """With moments: slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean)."""
-    coordinates: Literal["subspace", "dense"] = "subspace"
-    """What the optimizer works on: the free coordinates, or dense updates that are projected."""
+    soften: float | None = None
+    """With moments: slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); default 3 with
+    curvature, else 0."""
     warmup: float = 0.03
     """Share of the steps (below 1) or number of steps (1 and more) with rising learning rate."""
     schedule: Schedule = "cosine"
@@ -52,10 +53,10 @@ class TrainSettings:
     carry: Carry | None = None
     """How the archive goes on: merge the task's moments in (default where it has any), add what the task learned
     (default elsewhere), or decompose again."""
-    memory_rows: int = 384
-    """Rows of the task whose moments are merged into the archive."""
-    memory_weight: float = 1.0
-    """Weight of the task's moments against those of one earlier source."""
+    memory_rows: int | None = None
+    """Rows of the task whose moments are merged into the archive; default 384."""
+    memory_weight: float | None = None
+    """Weight of the task's moments against those of one earlier source; default 1."""
     checkpoint_activations: bool | None = None
     """Recompute activations in the backward pass; default only on a GPU."""
     save_every: int | None = None
@@ -67,9 +68,9 @@ class TrainSettings:
         checks: Sequence[tuple[bool, str]] = (
             (0 < self.epochs < float("inf"), f"--epochs {self.epochs}: expected more than 0"),
             (self.max_steps is None or self.max_steps >= 1, f"--max-steps {self.max_steps}: expected at least 1"),
-            (0 < self.learning_rate < float("inf"), f"--learning-rate {self.learning_rate}: expected more than 0"),
+            (_positive(self.learning_rate), f"--learning-rate {self.learning_rate}: expected more than 0"),
             (0 <= self.weight_decay < float("inf"), f"--weight-decay {self.weight_decay}: expected 0 or more"),
-            (0 <= self.soften < float("inf"), f"--soften {self.soften}: expected 0 or more"),
+            (self.soften is None or 0 <= self.soften < float("inf"), f"--soften {self.soften}: expected 0 or more"),
             (0 <= self.warmup < float("inf"), f"--warmup {self.warmup}: expected 0 or more"),
             (0 <= self.clip < float("inf"), f"--clip {self.clip}: expected 0 (none) or more"),
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: expected at least 1"),
@@ -82,8 +83,11 @@ class TrainSettings:
             (self.schedule in ("cosine", "linear", "constant"), f"--schedule {self.schedule}: unknown"),
             (self.save_dtype in ("keep", "float32", "bfloat16"), f"--save-dtype {self.save_dtype}: unknown"),
             (self.carry in (None, "merge", "accumulate", "retake"), f"--carry {self.carry}: unknown"),
-            (self.memory_rows >= 1, f"--memory-rows {self.memory_rows}: expected at least 1"),
-            (0 < self.memory_weight < float("inf"), f"--memory-weight {self.memory_weight}: expected more than 0"),
+            (
+                self.memory_rows is None or self.memory_rows >= 1,
+                f"--memory-rows {self.memory_rows}: expected at least 1",
+            ),
+            (_positive(self.memory_weight), f"--memory-weight {self.memory_weight}: expected more than 0"),
         )
         wrong = [message for holds, message in checks if not holds]
         if wrong:
@@ -92,3 +96,7 @@ class TrainSettings:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
+
+
+def _positive(value: float | None) -> bool:
+    return value is None or 0 < value < float("inf")

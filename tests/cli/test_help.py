@@ -36,14 +36,17 @@ def test_every_option_has_help_and_every_command_examples(cli: Callable[..., Res
         assert parameter.param_type_name == "argument" or parameter.help, parameter.name
 
 
-def test_defaults_of_the_command_are_those_of_the_library() -> None:
-    from sculptor_cli.train import command
+@pytest.mark.parametrize("name", ["train", "analyze"])
+def test_defaults_of_the_command_are_those_of_the_library(name: str) -> None:
+    import importlib
+    from dataclasses import fields
 
-    from sculptor import TrainSettings
+    from sculptor import AnalyzeSettings, TrainSettings
 
-    defaults = TrainSettings()
+    command = importlib.import_module(f"sculptor_cli.{name}").command
+    defaults = {"train": TrainSettings, "analyze": AnalyzeSettings}[name]()
     shown = {parameter.name: parameter.default for parameter in command.params}
-    for name in TrainSettings.names():
-        assert name in shown, name
-        if isinstance(shown[name], int | float | str) and not isinstance(shown[name], bool):
-            assert shown[name] == getattr(defaults, name), name
+    for field in fields(defaults):
+        assert field.name in shown, field.name
+        if isinstance(shown[field.name], int | float | str) and not isinstance(shown[field.name], bool):
+            assert shown[field.name] == getattr(defaults, field.name), field.name

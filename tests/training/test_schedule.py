@@ -25,7 +25,7 @@ def test_known_values() -> None:
     assert learning_rate(cosine, 5, 10) == pytest.approx(1.0)
     linear = TrainSettings(learning_rate=2.0, warmup=2, schedule="linear")
     assert [learning_rate(linear, step, 6) for step in range(6)] == pytest.approx([2 / 3, 4 / 3, 2, 1.5, 1, 0.5])
-    assert learning_rate(TrainSettings(warmup=100), 0, 1) == 5e-4
+    assert learning_rate(TrainSettings(warmup=100, learning_rate=5e-4), 0, 1) == 5e-4
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,11 @@ def test_known_values() -> None:
         {"seed": 2**40},
         {"schedule": "sine"},
         {"save_dtype": "int8"},
-        {"carry": "merge"},
+        {"carry": "merged"},
+        {"soften": -1},
+        {"memory_rows": 0},
+        {"memory_weight": 0},
+        {"max_rows": 0},
     ],
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
