@@ -27,7 +27,8 @@ class FreeSpace:
     Attributes:
         staircase: which pairs are frozen.
         output, input: the completed bases.
-        gains: factors (p, q) on the box of free directions, at most 1, that slow pairs down; None for 1 everywhere.
+        softening: how pairs of the box of free directions are slowed down: h (p,) and w (q,) for factors
+            1 / sqrt(1 + h_i w_j) on coordinates and gradients, or None for 1 everywhere.
 
     Raises:
         ValueError: if the staircase tells directions apart that a side does not have.
@@ -36,7 +37,7 @@ class FreeSpace:
     staircase: Staircase
     output: CompleteBasis | None
     input: CompleteBasis | None
-    gains: Tensor | None = None
+    softening: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if (self.output is None and self.staircase.outputs) or (self.input is None and self.staircase.inputs):
@@ -61,8 +62,8 @@ class FreeSpace:
         if not coordinates:
             raise ValueError("a matrix without free pairs has no update")
         update = self._box(coordinates)
-        if self.gains is not None:
-            update = update * self.gains
+        if self.softening is not None:
+            update = update * self._gains()
         first, reach = self.groups[0].start, self.groups[-1].reach
         if self.input is not None:
             update = self.input.apply(update.T, reach).T
@@ -78,8 +79,8 @@ class FreeSpace:
             box = self.output.apply_transposed(box, first)
         if self.input is not None:
             box = self.input.apply_transposed(box.T, least).T
-        if self.gains is not None:
-            box = box * self.gains
+        if self.softening is not None:
+            box = box * self._gains()
         return tuple(
             box[group.start - first : group.stop - first, group.reach - least :].contiguous() for group in self.groups
         )
@@ -87,13 +88,17 @@ class FreeSpace:
     def to64(self) -> "FreeSpace":
         """The same in float64, for the merge."""
         output, input = (side and side.to(dtype=torch.float64) for side in (self.output, self.input))
-        gains = None if self.gains is None else self.gains.to(torch.float64)
-        return FreeSpace(self.staircase, output, input, gains)
+        softening = self.softening and (self.softening[0].to(torch.float64), self.softening[1].to(torch.float64))
+        return FreeSpace(self.staircase, output, input, softening)
 
     def fingerprint(self) -> list[float]:
         """Identifies the bases up to rounding, since coordinates in one mean nothing in another."""
         sides = [(self.output, self.groups[0].start), (self.input, self.groups[-1].reach)]
         return [value for side, start in sides if side is not None for value in side.fingerprint(start)]
+
+    def _gains(self) -> Tensor:
+        assert self.softening is not None
+        return torch.outer(*self.softening).add_(1).rsqrt_()
 
     def _box(self, coordinates: Sequence[Tensor]) -> Tensor:
         if len(coordinates) == 1:

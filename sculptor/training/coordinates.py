@@ -63,7 +63,7 @@ class Coordinates(nn.Module):
         compute_dtype: torch.dtype,
         mode: FoldMode = "automatic",
         complete: Callable[[SideRecord, Basis], CompleteBasis] | None = None,
-        gains: Tensor | None = None,
+        softening: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         record = subspaces.record
@@ -86,8 +86,10 @@ class Coordinates(nn.Module):
                 self.register_buffer(f"{side}_reflectors", found.reflectors, persistent=False)
                 self.register_buffer(f"{side}_triangle", found.triangle, persistent=False)
                 self.shifts[side] = found.shift
-        self.gains: Tensor | None
-        self.register_buffer("gains", gains, persistent=False)
+        self.soft = softening is not None
+        if softening is not None:
+            self.register_buffer("soft_outputs", softening[0], persistent=False)
+            self.register_buffer("soft_inputs", softening[1], persistent=False)
         self.blocks = nn.ParameterList(
             nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)) for shape in self.space.shapes
         )
@@ -96,7 +98,8 @@ class Coordinates(nn.Module):
     @property
     def space(self) -> FreeSpace:
         """Where the coordinates live."""
-        return FreeSpace(self.staircase, self._side("output"), self._side("input"), self.gains)
+        softening = (getattr(self, "soft_outputs"), getattr(self, "soft_inputs")) if self.soft else None  # noqa: B009
+        return FreeSpace(self.staircase, self._side("output"), self._side("input"), softening)
 
     def _side(self, side: str) -> CompleteBasis | None:
         if side not in self.shifts:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sculptor.archive.manifest import SideRecord
-from sculptor.archive.store import Archive
+from sculptor.archive.store import Archive, Subspaces
 from sculptor.checkpoint.architecture import match_names
 from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, CapacityError, TrainingError
@@ -58,6 +58,7 @@ def protect(
     *,
     compute_dtype: torch.dtype | None = None,
     fold: FoldMode = "automatic",
+    soften: float = 0.0,
 ) -> Any:
     """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
 
@@ -69,6 +70,8 @@ def protect(
         archive: the subspace archive of its checkpoint, or its path.
         compute_dtype: dtype of the folded weights; default each weight's own.
         fold: "manual" if the caller refreshes the matrices after each optimizer step.
+        soften: with moments, slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); `train` uses
+            3 with curvature.
 
     Returns:
         `model`.
@@ -84,7 +87,7 @@ def protect(
     for check in (_check_shape, _check_bytes):  # what says most first
         for name, parameter in parameters.items():
             check(archive, name, model.get_parameter(parameter))
-    return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold)
+    return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=soften)
 
 
 def attach_coordinates(
@@ -106,8 +109,9 @@ def attach_coordinates(
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
         shared = functools.partial(_complete_once, completed, weight.device)
-        gains = soft_gains(archive, name, soften).to(weight.device) if soften else None
-        coordinates = Coordinates(archive.read(name), weight.device, compute_dtype or weight.dtype, fold, shared, gains)
+        found = archive.read(name)
+        soft = softening(archive, found, soften, weight.device) if soften else None
+        coordinates = Coordinates(found, weight.device, compute_dtype or weight.dtype, fold, shared, soft)
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
@@ -116,23 +120,29 @@ def attach_coordinates(
     return model
 
 
-def soft_gains(archive: Archive, name: str, soften: float) -> Tensor:
-    """How much the free pairs of a matrix are slowed down: 1 / sqrt(1 + soften * importance over its mean).
+def softening(archive: Archive, found: Subspaces, strength: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How much the free pairs of a matrix are slowed down: by 1 / sqrt(1 + strength * importance over its mean).
+
+    The importance of a pair is g_i c_j, eigenvalues of the two moments. Where the curvature is large, a step that is
+    sqrt(1 + ...) times shorter does no more damage than one in a flat direction.
 
     Returns:
-        (p, q), float32, on the box of free directions.
+        h (p,) and w (q,), float32, on the box of free directions, with h_i w_j = strength * importance over its mean.
 
     Raises:
         ArchiveError: if the archive has no moments.
     """
-    output, input = archive.factors(name)
-    m, n = archive[name].shape
-    groups = [group for group in archive[name].staircase.groups if group.reach < n]
+    output, input = archive.factors(found.record.name, found)
+    m, n = found.record.shape
+    groups = [group for group in found.record.staircase.groups if group.reach < n]
     outputs = output.spectrum() if output is not None else torch.ones(m, dtype=torch.float64)
     inputs = input.spectrum()
-    outputs, inputs = outputs / outputs.mean(), inputs / inputs.mean()
-    importance = torch.outer(outputs[groups[0].start :], inputs[groups[-1].reach :])
-    return (1 + soften * importance).rsqrt().to(torch.float32)
+    sides = strength * outputs[groups[0].start :] / _mean(outputs), inputs[groups[-1].reach :] / _mean(inputs)
+    return sides[0].to(device, torch.float32), sides[1].to(device, torch.float32)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) or 1.0  # a matrix that calibration never reached is not slowed down
 
 
 def _complete_once(
