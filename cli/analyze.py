@@ -62,9 +62,7 @@ from .options import (
 @click.option(
     "--weighting",
     type=Choice(["tokens", "gradients"]),
-    default="tokens",
-    show_default=True,
-    help="curvature: count each token's input once, or by its squared gradient.",
+    help="Count each token's input once, or by the squared gradient it receives [default: gradients with curvature].",
 )
 @click.option(
     "--constraint",

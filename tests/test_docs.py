@@ -26,6 +26,11 @@ def test_quickstart_runs_as_printed(
     for command in commands:
         found = cli(*shlex.split(command)[1:])
         assert found.code == 0, command + found.err
+    (plan,) = blocks("docs/continual.md", "toml")  # it goes on with what the quickstart's demo left
+    (tmp_path / "plan.toml").write_text(plan, encoding="utf-8")
+    for command in blocks("docs/continual.md", "sh")[0].splitlines():
+        found = cli(*shlex.split(command)[1:])
+        assert found.code == 0, command + found.err
 
 
 def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +50,7 @@ def test_readme_commands_are_real(cli: Callable[..., Result], tmp_path: Path, mo
     save_checkpoint(tmp_path / "model")
     for name in ("task", "next", "test"):
         write_rows(tmp_path / f"{name}.jsonl", task_rows())
+    (tmp_path / "general.txt").write_text(" ".join(row["text"] for row in task_rows("text")), encoding="utf-8")
     found = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("sculptor ")]
     assert len(found) == 5
     for command in found:
@@ -60,7 +66,7 @@ def test_data_examples_are_read(tmp_path: Path) -> None:
     assert len(read_rows([tmp_path / "rows.jsonl"])) == 3
 
 
-@pytest.mark.parametrize("name", ["analyze", "train", "inspect", "verify", "evaluate", "demo"])
+@pytest.mark.parametrize("name", ["analyze", "train", "inspect", "verify", "evaluate", "continual", "demo"])
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main
 
@@ -103,7 +109,7 @@ def test_an_independent_reader_follows_the_format_page(tmp_path: Path) -> None:
         analyze(model, tmp_path / constraint / "a", settings)
         directory = tmp_path / constraint / "a"
         manifest = json.loads((directory / "archive.json").read_text())
-        assert (manifest["format"], manifest["version"]) == ("sculptor-subspaces", 1)
+        assert (manifest["format"], manifest["version"]) == ("sculptor-subspaces", 2)
         weights = load_file(model / "model.safetensors")
         for name, record in manifest["matrices"].items():
             m, n = record["shape"]

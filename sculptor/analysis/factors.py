@@ -82,7 +82,7 @@ def derive_factors(
                 source.examples,
                 gradients=gradients,
                 labels=settings.fisher,
-                weighting=settings.weighting,
+                weighting=settings.input_weighting,
                 seed=settings.seed + i,
                 bar=bar,
             )

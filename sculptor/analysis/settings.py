@@ -48,8 +48,8 @@ class AnalyzeSettings:
     """Whether every matrix gets the budget, or all together; default all with curvature, every one with inputs."""
     fisher: Labels = "true"
     """Labels of the gradients: the rows' own, or drawn from the model."""
-    weighting: Weighting = "tokens"
-    """What a token's input counts: 1, or its squared gradient."""
+    weighting: Weighting | None = None
+    """What a token's input counts: 1 (with inputs), or the squared gradient it receives (default with curvature)."""
     seed: int = 0
     """Of sampled text and labels, masking, and random directions."""
     targets: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ class AnalyzeSettings:
             "--constraint": (self.constraint or "double", Constraint),
             "--threshold": (self.threshold or "matrix", Threshold),
             "--fisher": (self.fisher, Labels),
-            "--weighting": (self.weighting, Weighting),
+            "--weighting": (self.weighting or "tokens", Weighting),
             "--dtype": (self.dtype, BasisDtype),
         }
         wrong += [
@@ -124,7 +124,7 @@ class AnalyzeSettings:
                 option
                 for option, used in (
                     ("--fisher", self.fisher != "true"),
-                    ("--weighting", self.weighting != "tokens"),
+                    ("--weighting", self.weighting == "gradients"),
                     ("--steps", self.steps != STEPS),
                 )
                 if used
@@ -165,6 +165,11 @@ class AnalyzeSettings:
     def has_moments(self) -> bool:
         """Whether directions come from second moments."""
         return self.basis in ("inputs", "curvature")
+
+    @property
+    def input_weighting(self) -> Weighting:
+        """What a token's input counts."""
+        return self.weighting or ("gradients" if self.basis == "curvature" else "tokens")
 
     @property
     def one_threshold(self) -> bool:

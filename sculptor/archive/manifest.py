@@ -12,7 +12,7 @@ from sculptor.numerics.staircase import Constraint, Staircase
 ArchiveConstraint = Constraint | Literal["staircase"]
 
 FORMAT = "sculptor-subspaces"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
