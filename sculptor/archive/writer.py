@@ -57,6 +57,7 @@ class ArchiveWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_records: dict[str, MatrixRecord] = {}
         self._shards: list[str] = []
+        self._sides: dict[str, SideRecord] = {}  # sides with moments, by their tensor
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._in_flight: tuple[Future[None], dict[str, Tensor], dict[str, MatrixRecord]] | None = None
 
@@ -78,6 +79,8 @@ class ArchiveWriter:
                 for name, tensor in content["tensors"].items()
             }
             self._shards = list(content["shards"])
+            sides = [side for record in self.records.values() for side in (record.output, record.input)]
+            self._sides = {side.tensor: side for side in sides if side is not None and side.values is not None}
         elif content:
             different = sorted(name for name in self.key if content["key"].get(name) != self.key[name])
             raise OutputError(
@@ -144,10 +147,6 @@ class ArchiveWriter:
                 return known[name]
         raise KeyError(name)
 
-    def _holds(self, tensor: str) -> bool:
-        in_flight = self._in_flight[1] if self._in_flight else {}
-        return tensor in self._pending or tensor in in_flight or tensor in self.tensors
-
     def _keep(self, name: str, basis: Basis | None) -> SideRecord | None:
         if basis is None:
             return None
@@ -155,12 +154,13 @@ class ArchiveWriter:
         return SideRecord(name, basis.form, basis.directions)
 
     def _keep_factor(self, name: str, factor: Factor, profiles: Tensor) -> SideRecord:
-        side = SideRecord(name, "leading", factor.values.numel(), f"{name}.values", factor.rest, f"{name}.profiles")
-        if not self._holds(name):  # else another matrix reads the same input
+        if name not in self._sides:  # else another matrix reads the same input
+            count = factor.values.numel()
+            self._sides[name] = SideRecord(name, "leading", count, f"{name}.values", factor.rest, f"{name}.profiles")
             self._pending[name] = factor.vectors.to("cpu", self.dtype).contiguous()
             self._pending[f"{name}.values"] = factor.values.to("cpu", torch.float64).contiguous()
             self._pending[f"{name}.profiles"] = profiles.to("cpu", torch.float32).contiguous()
-        return side
+        return self._sides[name]
 
     def _write_shard(self) -> None:
         """Hands what is pending to the thread, after the shard before it."""

@@ -84,11 +84,16 @@ def write_factors(
         DataError: if the moments are not finite.
     """
     by_name = {record.name: record for record in records}
-    missing = [target for target in targets if target.name not in writer.records]
-    if not missing:
+    # Whole blocks: an input that several matrices read may be weighed by the gradients of all of them.
+    missing = {target.block for target in targets if target.name not in writer.records}
+    todo = [target for target in targets if target.block in missing]
+    if not todo:
         return
+    done = set(writer.records)
     try:
-        for found in derive_factors(loaded, missing, sources, settings, previous, progress):
+        for found in derive_factors(loaded, todo, sources, settings, previous, progress):
+            if found.target.name in done:
+                continue
             record = by_name[found.target.name]
             outputs = found.output.factor.values.numel() if found.output else 0
             added = (Added(0, outputs, found.input.factor.values.numel()),)

@@ -10,7 +10,7 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 from torch import Tensor
 
 from sculptor import Archive
-from sculptor.analysis.calibration import measure_moments
+from sculptor.analysis.calibration import Weighting, measure_moments
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import Example, encode
 from sculptor.data.rows import read_rows
@@ -115,7 +115,10 @@ def unit_moments(checkpoint: Path, data: Path, gradients: bool) -> tuple[dict[st
         read_rows([data]), loaded.tokenizer, loaded.kind, 1024 if loaded.kind == "seq2seq" else 64
     ).examples
     bar = silent(total=1, desc="", unit="")
-    found = measure_moments(loaded, loaded.architecture.targets, examples, gradients=gradients, bar=bar)
+    weighting: Weighting = "gradients" if gradients else "tokens"
+    found = measure_moments(
+        loaded, loaded.architecture.targets, examples, gradients=gradients, weighting=weighting, bar=bar
+    )
     return {k: unit_trace(v) for k, v in found.inputs.items()}, {k: unit_trace(v) for k, v in found.outputs.items()}
 
 
@@ -237,7 +240,7 @@ def test_one_threshold_for_the_whole_model(cli: Callable[..., Result], tmp_path:
     verifies(cli, model, tmp_path / "b", archive.path)
 
 
-@pytest.mark.parametrize("options", [("--fisher", "sampled"), ("--weighting", "gradients"), ("--steps", 1)])
+@pytest.mark.parametrize("options", [("--fisher", "sampled"), ("--weighting", "tokens"), ("--steps", 1)])
 def test_other_measures_verify_too(cli: Callable[..., Result], tmp_path: Path, options: tuple[object, ...]) -> None:
     model, data = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "task.jsonl", "llama")
     plain = analyze(cli, model, tmp_path / "plain", "curvature", data)
@@ -349,3 +352,74 @@ def test_a_moment_says_of_which_task_it_is(cli: Callable[..., Result], tmp_path:
             torch.testing.assert_close(profiles.sum(dim=1), torch.tensor([1.0, 3.0]), rtol=1e-4, atol=0)
     record = json.loads((tmp_path / "b" / "sculptor.json").read_text())
     assert record["settings"]["memory_weight"] == 3
+
+
+def test_an_earlier_archive_reports_a_leak_and_what_was_kept(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """The exact guarantee is for the archive a task was trained with."""
+    model, rows = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "rows.jsonl", "llama")
+    other = write_rows(tmp_path / "other.jsonl", task_rows("text"))
+    analyze(cli, model, tmp_path / "a", "curvature", rows)
+    train(cli, model, tmp_path / "a", rows, tmp_path / "first")
+    train(cli, tmp_path / "first", tmp_path / "first" / "subspaces", other, tmp_path / "second")
+    found = cli("verify", model, tmp_path / "second", "--subspaces", tmp_path / "a", "--device", "cpu")
+    assert found.code == 1
+    assert "curvature kept" in found.out
+    assert "this one is of an earlier state" in found.out
+    told = cli("verify", model, tmp_path / "second", "--subspaces", tmp_path / "a", "--device", "cpu", "--json").json
+    assert not told["passed"]
+    assert told["leak"] > 1e-3
+    assert 0 < told["kept"] < 1
+    own = cli("verify", tmp_path / "first", tmp_path / "second", "--subspaces", tmp_path / "first" / "subspaces")
+    assert own.code == 0, own.out
+
+
+def test_inspect_tells_how_tasks_share_what_is_protected(cli: Callable[..., Result], tmp_path: Path) -> None:
+    model, rows = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "rows.jsonl", "llama")
+    analyze(cli, model, tmp_path / "a", "curvature", rows)
+    other = write_rows(tmp_path / "other.jsonl", task_rows("text"))
+    train(cli, model, tmp_path / "a", other, tmp_path / "first", "--memory-weight", 2)
+    found = cli("inspect", tmp_path / "first" / "subspaces", "--json").json
+    analysis, task = found["shares"]
+    assert (analysis["name"], task["name"]) == ("analysis", "other")
+    assert analysis["own"] + task["own"] == pytest.approx(1)
+    assert task["own"] > analysis["own"]  # of twice the weight
+    for i, share in enumerate((analysis, task)):
+        assert 0 < share["protected"] < 1
+        assert share["overlaps"][i] == pytest.approx(1)
+        assert 0 < share["overlaps"][1 - i] < 1
+    text = cli("inspect", tmp_path / "first" / "subspaces").out
+    assert "1 other" in text
+    assert "free capacity left: 6" in text
+    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 100
+
+
+def test_an_analysis_goes_on_behind_its_last_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after some matrices and taken up again, it gives the same archive as in one go."""
+    from sculptor import AnalyzeSettings
+    from sculptor import analyze as run
+    from sculptor.archive.writer import ArchiveWriter
+
+    model, rows = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "rows.jsonl", "llama")
+    settings = AnalyzeSettings(basis="curvature", data=(str(rows),), device="cpu")
+    plain, write = ArchiveWriter.__init__, ArchiveWriter.add_factors
+
+    def in_small_shards(self: ArchiveWriter, *arguments: object) -> None:
+        plain(self, *arguments, max_shard_bytes=8000)  # type: ignore[arg-type]
+
+    def stopped(self: ArchiveWriter, *arguments: object) -> None:
+        if len(self.all_records()) == 9:
+            raise KeyboardInterrupt
+        write(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ArchiveWriter, "__init__", in_small_shards)
+    run(model, tmp_path / "whole", settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(ArchiveWriter, "add_factors", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "parts", settings)
+    assert (tmp_path / "parts.partial" / "progress.json").is_file()
+    run(model, tmp_path / "parts", settings, resume=True)
+    whole, parts = Archive(tmp_path / "whole"), Archive(tmp_path / "parts")
+    assert dict(whole) == dict(parts)
+    for name, stored in whole.manifest.tensors.items():
+        assert parts.manifest.tensors[name].sha256 == stored.sha256, name
