@@ -92,7 +92,7 @@ from .options import (
 @click.option(
     "--device-memory",
     type=float,
-    help="inputs, curvature: GB of the GPU to stay within, by reading the rows more often [default: what is free].",
+    help="inputs, curvature: GB to stay within, by reading the rows more often [default: what is free on a GPU, 8 on a CPU].",
 )
 @resume_option
 @overwrite_option

@@ -2,19 +2,21 @@
 
 A few blocks are measured at a time, as many as fit beside the model, so the memory is that of their moments and no
 more; the rows are read again for the next blocks. Matrices that read the same input share its moment. In a pass with
-gradients the graph begins at the first measured matrix: nothing below it is kept.
+gradients the graph begins at the first measured matrix, and blocks are computed again in the backward pass.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from sculptor.checkpoint.architecture import Target
+from sculptor.checkpoint.architecture import Target, find_blocks
 from sculptor.data.batches import Batch, prepare
 from sculptor.data.examples import IGNORED, Example
 from sculptor.model.load import LoadedModel
@@ -25,12 +27,14 @@ from sculptor.progress import Bar
 Labels = Literal["true", "sampled"]
 Weighting = Literal["tokens", "gradients"]
 
-# Tokens of one forward: as many as activations of about 4 GB allow, within bounds (a 7B model gets 1,024).
-_ACTIVATION_BYTES = 4e9
-_BATCH_TOKENS = (1024, 8192)
-# What the moments of one pass may take: on a GPU nearly all that activations and eigensolver leave, on a CPU this much.
-_GPU_SHARE = 0.9
-_CPU_BYTES = 1.5e9
+# Tokens of one forward: as many as this leaves room for, within bounds.
+_ACTIVATION_BYTES = {"cuda": 2e9, "cpu": 5e8}
+_BATCH_TOKENS = (256, 8192)
+# Of the memory that model, activations and eigensolver leave, what the moments of one pass take.
+_SHARE = 0.9
+# GB to stay within on a CPU unless told otherwise, and what the process has before any tensor.
+_CPU_MEMORY = 8.0
+_CPU_RUNTIME = 0.6
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,7 +53,11 @@ class Moments:
 
 
 def passes(
-    targets: Sequence[Target], gradients: bool, device: torch.device, device_memory: float | None = None
+    targets: Sequence[Target],
+    gradients: bool,
+    device: torch.device,
+    device_memory: float | None = None,
+    model_bytes: int = 0,
 ) -> list[list[Target]]:
     """Targets by blocks, as many of these at a time as their moments fit into memory; one at least.
 
@@ -57,18 +65,18 @@ def passes(
         targets: in the order of the model.
         gradients: whether outputs are measured too.
         device: where the model is.
-        device_memory: GB to stay within on a GPU, the model included; None for what is free.
+        device_memory: GB to stay within, the model included; None for what is free on a GPU, 8 on a CPU.
+        model_bytes: size of the model.
     """
-    if device.type == "cuda":
-        if device_memory is None:
-            available = float(torch.cuda.mem_get_info(device)[0])
-        else:
-            available = 1e9 * device_memory - torch.cuda.memory_allocated(device)
-        # float64 matrix, eigenvectors and workspace of the eigensolver
-        decomposition = 50 * max(max(target.shape) for target in targets) ** 2
-        budget = _GPU_SHARE * (available - max(decomposition, _ACTIVATION_BYTES))
+    # float64 matrix, eigenvectors and workspace of the eigensolver
+    decomposition = 50 * max(max(target.shape) for target in targets) ** 2
+    if device.type == "cuda" and device_memory is None:
+        available = float(torch.cuda.mem_get_info(device)[0])
+    elif device.type == "cuda":
+        available = 1e9 * (device_memory or 0) - model_bytes
     else:
-        budget = _CPU_BYTES
+        available = 1e9 * ((device_memory or _CPU_MEMORY) - _CPU_RUNTIME) - model_bytes
+    budget = _SHARE * (available - max(decomposition, _ACTIVATION_BYTES[device.type]))
     blocks: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         blocks[target.block].append(target)
@@ -119,6 +127,7 @@ def measure_moments(
     model = loaded.model
     model.eval()
     handles = [handle for target in targets for handle in recorder.watch(model.get_submodule(target.module), target)]
+    restore = _recompute_blocks(model, recorder) if gradients else _nothing
     try:
         for batch in _batches(loaded, examples, seed):
             if gradients and labels == "sampled":
@@ -132,9 +141,36 @@ def measure_moments(
                     found.total.backward()  # type: ignore[no-untyped-call]
             bar.update(batch.input_ids.shape[0])
     finally:
+        restore()
         for handle in handles:
             handle.remove()
     return recorder.means()
+
+
+def _nothing() -> None:
+    """There is nothing to undo."""
+
+
+def _recompute_blocks(model: Any, recorder: "_Recorder") -> Callable[[], None]:
+    """Keeps no activations inside blocks for the backward pass; returns what undoes it.
+
+    Done on the instances' `forward`, since transformers' own switch asks for training mode, and so for dropout.
+    """
+    blocks = list(find_blocks(model).values())
+    for block in blocks:
+        block.forward = functools.partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), recorder.paused()),
+        )
+
+    def restore() -> None:
+        for block in blocks:
+            del block.forward
+
+    return restore
 
 
 class _EnoughError(Exception):
@@ -154,6 +190,15 @@ class _Recorder:
         self.remaining = {target.input_group for target in targets}
         self.num_gradients: dict[str, int] = defaultdict(int)
         self._seen: set[str] = set()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing: the blocks run a second time for the backward pass."""
+        masks, self.masks = self.masks, None
+        try:
+            yield
+        finally:
+            self.masks = masks
 
     def watch(self, module: nn.Module, target: Target) -> list[Any]:
         handles = []
@@ -185,12 +230,13 @@ class _Recorder:
 
     def _watch_output(self, target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-            if self.masks is None:
+            if not torch.is_grad_enabled():
                 return None
             replaced = None
             if not y.requires_grad:  # the graph begins here; a copy, since models may go on in place
                 y = replaced = y.detach().requires_grad_(True).clone()
-            y.register_hook(self._read_gradient(target))  # type: ignore[no-untyped-call]
+            if self.masks is not None:
+                y.register_hook(self._read_gradient(target))  # type: ignore[no-untyped-call]
             return replaced
 
         return hook
@@ -251,9 +297,7 @@ def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor 
 def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Iterator[Batch]:
     """Examples of similar length together, as many as activations leave room for; longest first."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
-    width = sum(m + n for m, n in (target.shape for target in loaded.architecture.targets))
-    per_token = 2 * width + 12 * loaded.architecture.vocab_size  # bf16 activations; logits, their softmax and gradient
-    room = int(min(max(_ACTIVATION_BYTES / per_token, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
+    room = _batch_tokens(loaded)
     start = 0
     while start < len(order):
         size = max(1, room // max(1, examples[order[start]].length))
@@ -265,6 +309,18 @@ def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Ite
             batch = Batch(batch.input_ids, batch.attention_mask, nn.functional.pad(batch.labels, (0, 1), value=IGNORED))
         yield batch.to(loaded.device)
         start += size
+
+
+def _batch_tokens(loaded: LoadedModel) -> int:
+    """Tokens whose activations fit: block boundaries, the inside of one block twice, logits and their gradient."""
+    widths: dict[str, int] = defaultdict(int)
+    for target in loaded.architecture.targets:
+        widths[target.block] += sum(target.shape)
+    size = 2 if loaded.device.type == "cuda" else 4
+    hidden = loaded.model.get_input_embeddings().weight.shape[1]
+    per_token = size * (hidden * len(widths) + 2 * max(widths.values())) + 12 * loaded.architecture.vocab_size
+    room = _ACTIVATION_BYTES[loaded.device.type] / per_token
+    return int(min(max(room, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -69,7 +69,8 @@ def derive_factors(
         progress: makes progress bars.
     """
     gradients = settings.basis == "curvature"
-    groups = passes(targets, gradients, loaded.device, settings.device_memory)
+    model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    groups = passes(targets, gradients, loaded.device, settings.device_memory, model_bytes)
     rows = sum(len(source.examples) for source in sources)
     bar = progress(total=rows * len(groups), desc="calibrate", unit="row")
     for chosen in groups:
@@ -88,7 +89,7 @@ def derive_factors(
             )
             _accumulate(total.inputs, found.inputs, traces, "input ", source.weight)
             _accumulate(total.outputs, found.outputs, traces, "output ", source.weight)
-        yield from _decompose(chosen, total, traces, settings.keep, previous)
+        yield from _decompose(chosen, total, traces, settings, previous)
     bar.close()
 
 
@@ -108,28 +109,36 @@ def _accumulate(
 
 
 def _decompose(
-    targets: Sequence[Target], total: Moments, traces: Mapping[str, float], keep: float, previous: Archive | None
+    targets: Sequence[Target],
+    total: Moments,
+    traces: Mapping[str, float],
+    settings: AnalyzeSettings,
+    previous: Archive | None,
 ) -> Iterator[MatrixFactors]:
     inputs: dict[str, Side] = {}
     for target in targets:
         record = previous[target.name] if previous is not None else None
         if target.input_group not in inputs:
             side = record.input if record is not None else None
-            inputs[target.input_group] = _side(total.inputs.pop(target.input_group), keep, previous, target.name, side)
+            inputs[target.input_group] = _side(
+                total.inputs.pop(target.input_group), settings, previous, target.name, side
+            )
         output = None
         if target.name in total.outputs:
             side = record.output if record is not None else None
-            output = _side(total.outputs.pop(target.name), keep, previous, target.name, side)
+            output = _side(total.outputs.pop(target.name), settings, previous, target.name, side)
         pair = traces.get("input " + target.input_group, 0.0), traces.get("output " + target.name, 0.0)
         yield MatrixFactors(target, output, inputs[target.input_group], pair)
 
 
-def _side(moment: Tensor, keep: float, previous: Archive | None, name: str, side: SideRecord | None) -> Side:
-    """One moment, with what an earlier archive holds of it."""
-    k = kept_directions(moment.shape[0], keep)
+def _side(
+    moment: Tensor, settings: AnalyzeSettings, previous: Archive | None, name: str, side: SideRecord | None
+) -> Side:
+    """One moment, with what an earlier archive holds of it, as it will be stored."""
+    k = kept_directions(moment.shape[0], settings.keep)
     if previous is None or side is None:
         factor = truncate(moment, k)
-        return Side(factor, profile(moment, factor.vectors)[None].cpu())
+        return Side(_stored(factor, settings), profile(moment, factor.vectors)[None].cpu())
     found = previous.factors(name)
     old = found[0] if side == previous[name].output else found[1]
     assert old is not None
@@ -138,7 +147,12 @@ def _side(moment: Tensor, keep: float, previous: Archive | None, name: str, side
     profiles = previous.profiles(side)
     assert profiles is not None
     carried = [rotate_profile(row.to(moment.device), old_vectors, factor.vectors) for row in profiles]
-    return Side(factor, torch.stack([*carried, profile(moment, factor.vectors)]).cpu())
+    return Side(_stored(factor, settings), torch.stack([*carried, profile(moment, factor.vectors)]).cpu())
+
+
+def _stored(factor: Factor, settings: AnalyzeSettings) -> Factor:
+    """On the CPU, in the dtype of the archive: a pass's shared inputs wait for all their readers."""
+    return Factor(factor.vectors.to("cpu", getattr(torch, settings.dtype)), factor.values.cpu(), factor.rest)
 
 
 def kept_directions(dim: int, keep: float) -> int:

@@ -61,7 +61,8 @@ class AnalyzeSettings:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     device_memory: float | None = None
-    """GB of a GPU that calibration stays within, by reading the rows more often; default what is free."""
+    """GB that calibration stays within, the model included, by reading the rows more often; default what is free on a
+    GPU, 8 on a CPU."""
 
     def __post_init__(self) -> None:
         wrong = self._out_of_range() + (self._of_moments() if self.has_moments else self._of_ranks())

@@ -72,11 +72,14 @@ def _read_labels(batch: Batch, kind: Kind) -> Tensor:
 def _predict(model: Any, batch: Batch, kind: Kind) -> tuple[Any, Tensor, Tensor]:
     """The model's outputs, its logits (tokens with loss, vocabulary), and the mask (B, L) of these tokens."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:  # a cache would be met again when blocks are recomputed
+        inputs["use_cache"] = False
     labels = _read_labels(batch, kind)
     wanted = labels != IGNORED
     if kind == "seq2seq":
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    if kind == "causal" and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if kind == "causal" and "logits_to_keep" in accepted:
         columns = wanted.any(dim=0).nonzero().flatten()
         outputs = model(**inputs, logits_to_keep=columns)
         return outputs, outputs.logits[wanted[:, columns]], wanted
