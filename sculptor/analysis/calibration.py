@@ -58,6 +58,7 @@ def passes(
     device: torch.device,
     device_memory: float | None = None,
     model_bytes: int = 0,
+    copies: int = 1,
 ) -> list[list[Target]]:
     """Targets by blocks, as many of these at a time as their moments fit into memory; one at least.
 
@@ -67,6 +68,7 @@ def passes(
         device: where the model is.
         device_memory: GB to stay within, the model included; None for what is free on a GPU, 8 on a CPU.
         model_bytes: size of the model.
+        copies: of the moments that are held at a time.
     """
     # float64 matrix, eigenvectors and workspace of the eigensolver
     decomposition = 50 * max(max(target.shape) for target in targets) ** 2
@@ -83,7 +85,7 @@ def passes(
     found: list[list[Target]] = []
     room = -1.0
     for block in blocks.values():
-        needed = moment_bytes(block, gradients)
+        needed = copies * moment_bytes(block, gradients)
         if room < needed:
             found.append([])
             room = budget
@@ -135,10 +137,12 @@ def measure_moments(
                 with torch.no_grad():
                     batch = sample_labels(model, batch, loaded.kind, generator)
             recorder.masks = _masks(batch, loaded)
+            recorder.calls = 0
             with torch.set_grad_enabled(gradients), suppress(_EnoughError):
                 found = batch_loss(model, batch, loaded.kind)
                 if gradients:
                     found.total.backward()  # type: ignore[no-untyped-call]
+            recorder.calls_per_forward = recorder.calls
             bar.update(batch.input_ids.shape[0])
     finally:
         restore()
@@ -173,6 +177,11 @@ def _recompute_blocks(model: Any, recorder: "_Recorder") -> Callable[[], None]:
     return restore
 
 
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x.detach()
+
+
 class _EnoughError(Exception):
     """The last measured matrix has been read: the rest of a forward without gradients is of no use."""
 
@@ -183,13 +192,12 @@ class _Recorder:
     def __init__(self, targets: Sequence[Target], gradients: bool, weighting: Weighting) -> None:
         self.gradients = gradients
         self.weighted = gradients and weighting == "gradients"
-        self.inputs: dict[str, Tensor] = {}  # of the forward that is under way, where gradients weigh them
         self.masks: list[_Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
         self.sums = Moments()
         self.leaders = {target.input_group: target.name for target in reversed(targets)}
-        self.remaining = {target.input_group for target in targets}
+        self.calls = 0  # inputs read in the forward under way
+        self.calls_per_forward: int | None = None  # a shared module is called several times; the first forward tells
         self.num_gradients: dict[str, int] = defaultdict(int)
-        self._seen: set[str] = set()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -205,52 +213,48 @@ class _Recorder:
         if self.leaders[target.input_group] == target.name:
             handles.append(module.register_forward_pre_hook(self._read_input(target), with_kwargs=True))
         if self.gradients:
-            handles.append(module.register_forward_hook(self._watch_output(target)))
+            handles.append(module.register_forward_hook(self._watch_output(target), with_kwargs=True))
         return handles
 
     def _read_input(self, target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.masks is None:
                 return
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
             group = target.input_group
-            if self.weighted:
-                self.inputs[group] = x.reshape(-1, x.shape[-1])
-                return
-            counted = self._counted(x)
-            _add_outer(self.sums.inputs, group, counted)
-            self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + counted.shape[0]
-            if not self.gradients:
-                self._seen.add(group)
-                if self._seen == self.remaining:
-                    self._seen = set()
-                    raise _EnoughError
+            if not self.weighted:  # else the gradients' hooks count it
+                counted = self._counted(_first_input(args, kwargs))
+                _add_outer(self.sums.inputs, group, counted)
+                self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + counted.shape[0]
+            self.calls += 1
+            if not self.gradients and self.calls == self.calls_per_forward:
+                raise _EnoughError
 
         return hook
 
     def _watch_output(self, target: Target) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
             replaced = None
             if not y.requires_grad:  # the graph begins here; a copy, since models may go on in place
                 y = replaced = y.detach().requires_grad_(True).clone()
             if self.masks is not None:
-                y.register_hook(self._read_gradient(target))  # type: ignore[no-untyped-call]
+                x = _first_input(args, kwargs) if self.weighted else None
+                y.register_hook(self._read_gradient(target, x))  # type: ignore[no-untyped-call]
             return replaced
 
         return hook
 
-    def _read_gradient(self, target: Target) -> Any:
+    def _read_gradient(self, target: Target, x: Tensor | None) -> Any:
         def hook(gradient: Tensor) -> None:
             # Padding has no part in the loss, so its gradients are zero and need no mask.
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
             _add_outer(self.sums.outputs, target.name, rows)
             self.num_gradients[target.name] += self._num_counted(rows.shape[0])
-            if self.weighted:
+            if x is not None:
                 group = target.input_group
                 weights = rows.to(torch.float32).square().sum(dim=1)
-                _add_outer(self.sums.inputs, group, self.inputs[group], weights)
+                _add_outer(self.sums.inputs, group, x.reshape(-1, x.shape[-1]), weights)
                 self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + float(weights.sum())
 
         return hook

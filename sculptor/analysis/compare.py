@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from sculptor.archive.store import Archive
+from sculptor.archive.store import Archive, Subspaces
 from sculptor.errors import ArchiveError
 from sculptor.numerics.bases import Basis, protected_directions
 from sculptor.numerics.linalg import principal_angles
@@ -52,13 +52,24 @@ def compare_archives(first: Archive, second: Archive, progress: Progress = silen
             raise ArchiveError(
                 f"{name} is {list(first[name].shape)} in {first.path} and {list(second[name].shape)} in {second.path}"
             )
-        a, b = first.read(name), second.read(name)
+        (a_output, a_input), (b_output, b_input) = _protected(first.read(name)), _protected(second.read(name))
         results.append(
-            MatrixComparison(name, first[name].role, _compare(a.output, b.output), _compare(a.input, b.input))
+            MatrixComparison(name, first[name].role, _compare(a_output, b_output), _compare(a_input, b_input))
         )
         bar.update(1)
     bar.close()
     return tuple(results)
+
+
+def _protected(found: Subspaces) -> tuple[Basis | None, Basis | None]:
+    """The sides of one matrix, as far as its staircase tells their directions apart; more may be stored."""
+    if not found.record.has_moments:
+        return found.output, found.input
+    staircase = found.record.staircase
+    counts = staircase.outputs, max(reach for _, reach in staircase.steps)
+    sides = zip((found.output, found.input), counts, strict=True)
+    output, input = (side and Basis(side.vectors[:, :count], "leading") for side, count in sides)
+    return output, input
 
 
 def _compare(a: Basis | None, b: Basis | None) -> SideComparison:

@@ -5,6 +5,7 @@ archive holds, is decomposed, truncated and handed out block by block. The stair
 known, since one threshold may serve the whole model.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,12 +43,15 @@ class Side:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MatrixFactors:
-    """What calibration gives for one matrix; `output` is None where only inputs are measured."""
+    """What calibration gives for one matrix; `output` is None where only inputs are measured.
+
+    `traces` are (tr C, tr G) of every source, before these are scaled.
+    """
 
     target: Target
     output: Side | None
     input: Side
-    traces: tuple[float, float]
+    traces: tuple[tuple[float, float], ...]
 
 
 def derive_factors(
@@ -70,12 +74,13 @@ def derive_factors(
     """
     gradients = settings.basis == "curvature"
     model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    groups = passes(targets, gradients, loaded.device, settings.device_memory, model_bytes)
+    copies = min(2, len(sources))  # of one source, and the sum over those before
+    groups = passes(targets, gradients, loaded.device, settings.device_memory, model_bytes, copies)
     rows = sum(len(source.examples) for source in sources)
     bar = progress(total=rows * len(groups), desc="calibrate", unit="row")
     for chosen in groups:
         total = Moments()
-        traces: dict[str, float] = {}
+        traces: dict[str, list[float]] = defaultdict(list)
         for i, source in enumerate(sources):
             found = measure_moments(
                 loaded,
@@ -89,18 +94,19 @@ def derive_factors(
             )
             _accumulate(total.inputs, found.inputs, traces, "input ", source.weight)
             _accumulate(total.outputs, found.outputs, traces, "output ", source.weight)
+            _check_reached(chosen, total, gradients)
         yield from _decompose(chosen, total, traces, settings, previous)
     bar.close()
 
 
 def _accumulate(
-    total: dict[str, Tensor], found: dict[str, Tensor], traces: dict[str, float], side: str, weight: float
+    total: dict[str, Tensor], found: dict[str, Tensor], traces: dict[str, list[float]], side: str, weight: float
 ) -> None:
     """Adds moments of unit trace, in place and one at a time; `traces` remembers what they were."""
     for key in list(found):
         moment = found.pop(key)
         trace = float(moment.diagonal().to(torch.float64).sum())
-        traces[side + key] = traces.get(side + key, 0.0) + weight * trace
+        traces[side + key].append(trace)
         moment *= weight / trace if trace > 0 else 0.0
         if key in total:
             total[key] += moment
@@ -108,14 +114,25 @@ def _accumulate(
             total[key] = moment
 
 
+def _check_reached(targets: Sequence[Target], total: Moments, gradients: bool) -> None:
+    absent = [
+        target.name
+        for target in targets
+        if target.input_group not in total.inputs or (gradients and target.name not in total.outputs)
+    ]
+    if absent:
+        raise ValueError(f"no row reaches {len(absent)} matrices, first {absent[0]}; leave them out with --exclude")
+
+
 def _decompose(
     targets: Sequence[Target],
     total: Moments,
-    traces: Mapping[str, float],
+    traces: Mapping[str, list[float]],
     settings: AnalyzeSettings,
     previous: Archive | None,
 ) -> Iterator[MatrixFactors]:
     inputs: dict[str, Side] = {}
+    gradients = settings.basis == "curvature"
     for target in targets:
         record = previous[target.name] if previous is not None else None
         if target.input_group not in inputs:
@@ -127,8 +144,10 @@ def _decompose(
         if target.name in total.outputs:
             side = record.output if record is not None else None
             output = _side(total.outputs.pop(target.name), settings, previous, target.name, side)
-        pair = traces.get("input " + target.input_group, 0.0), traces.get("output " + target.name, 0.0)
-        yield MatrixFactors(target, output, inputs[target.input_group], pair)
+        of_inputs = traces["input " + target.input_group]
+        of_outputs = traces["output " + target.name] if gradients else [0.0] * len(of_inputs)
+        pairs = tuple(zip(of_inputs, of_outputs, strict=True))
+        yield MatrixFactors(target, output, inputs[target.input_group], pairs)
 
 
 def _side(
@@ -178,7 +197,7 @@ def decide_staircases(
         ValueError: if the stored directions cannot freeze as much as the budget asks for.
     """
     budget = settings.free_budget
-    scales = _scales(records, weights)
+    scales = curvature_scales(records, weights)
     found = [_importance(record, values, scale) for record, scale in zip(records, scales, strict=True)]
     if settings.one_threshold:
         staircases = allocate(found, budget, settings.steps)
@@ -215,8 +234,8 @@ def _importance(record: MatrixRecord, values: Mapping[str, Tensor], scale: float
     return Importance(m, outputs, spectrum(record.input, n), stored, record.input.directions, scale)
 
 
-def _scales(records: Sequence[MatrixRecord], weights: Sequence[float]) -> list[float]:
-    """Curvature of every matrix against the mean over all, averaged over sources."""
+def curvature_scales(records: Sequence[MatrixRecord], weights: Sequence[float]) -> list[float]:
+    """Curvature of every matrix against the mean over all, added up over sources with their weights."""
     totals = [0.0] * len(records)
     for i, weight in enumerate(weights):
         sizes = [c * g if record.output is not None else c for record in records for c, g in [record.traces[i]]]

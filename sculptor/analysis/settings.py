@@ -131,8 +131,9 @@ class AnalyzeSettings:
                 if used
             ]
         wrong = [f"{', '.join(unused)} without effect with --basis {self.basis}: use --budget"] if unused else []
-        if self.data.count(SELF) > 1:
-            wrong.append("--data self is given twice")
+        twice = sorted({item for item in self.data if self.data.count(item) > 1})
+        if twice:
+            wrong.append(f"--data {twice[0]} is given twice")
         if not self.data:
             wrong.append(f"--basis {self.basis} needs --data: files to calibrate on, or `--data self` for sampled text")
         return wrong
@@ -145,6 +146,8 @@ class AnalyzeSettings:
         wrong = []
         if unused:
             wrong.append(f"{', '.join(unused)} without effect with --basis {self.basis}; use inputs or curvature")
+        if self.max_length is not None and not self.data:
+            wrong.append("--max-length without effect: there is no --data")
         if SELF in self.data:
             wrong.append(f"--data self without effect with --basis {self.basis}; use inputs or curvature")
         if self.preserve is None:

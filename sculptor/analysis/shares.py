@@ -39,7 +39,7 @@ def task_shares(archive: Archive, progress: Progress = silent) -> tuple[TaskShar
     records = [record for record in archive.values() if record.has_moments]
     if not records:
         return ()
-    weights = torch.tensor([float(task.details.get("weight", 1.0)) for task in tasks], dtype=torch.float64)
+    weights = torch.tensor([float(sum(task.details.get("weights", ()))) for task in tasks], dtype=torch.float64)
     protected = torch.zeros(len(tasks), dtype=torch.float64)
     own = torch.zeros(len(tasks), dtype=torch.float64)
     overlaps = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)

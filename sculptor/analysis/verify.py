@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sculptor.analysis.factors import curvature_scales
 from sculptor.analysis.weights import as_out_in, to_device
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive, Subspaces
@@ -165,6 +166,8 @@ def verify_checkpoints(
     merges = record.merges_since({name: archive[name].base_digest for name in archive})
     matrices, squares, touched, at_random = [], [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
     device = device or torch.device("cpu")
+    weights = archive.manifest.source_weights
+    scales = dict(zip(archive, curvature_scales(list(archive.values()), weights), strict=True)) if weights else {}
     bar = progress(total=len(archive), desc="verify", unit="matrix")
     for name in archive:
         before = base[name]
@@ -173,9 +176,8 @@ def verify_checkpoints(
         factors = archive.factors(name, found) if found.record.has_moments else None
         measured = measure_leak(before, tuned.read_finite(name), found, device, dtypes, factors)
         if measured.touched is not None and measured.touched_at_random is not None:
-            weight = found.record.scale
-            touched += weight * measured.touched
-            at_random += weight * measured.touched_at_random
+            touched += scales[name] * measured.touched
+            at_random += scales[name] * measured.touched_at_random
         for i, value in enumerate((measured.update, measured.frozen, measured.rounding, measured.frozen_rounding)):
             squares[i] += value**2 if measured.update else 0.0
         matrices.append(_judge(archive[name], measured, before))

@@ -62,7 +62,7 @@ class MatrixRecord:
         retention: share of directions asked for, or of pairs; `importance` is the paper's I, None without data.
         energy: what the protected part holds: of ||W||^2 at analysis, or of the curvature as it is.
         added: which task added what, in order; task 0 is the analysis.
-        traces: (tr C, tr G) of every source of moments, in order; empty where directions come from weights.
+        traces: (tr C, tr G) of every source of moments before it was scaled; empty where directions come from weights.
     """
 
     name: str
@@ -89,12 +89,6 @@ class MatrixRecord:
     def has_moments(self) -> bool:
         """Whether eigenvalues are stored with the directions, so that tasks can be merged in."""
         return self.input is not None and self.input.values is not None
-
-    @property
-    def scale(self) -> float:
-        """Size of the matrix's curvature against others, mean over its sources; 1 without moments."""
-        sizes = [c * g if self.output is not None else c for c, g in self.traces]
-        return sum(sizes) / len(sizes) if sizes else 1.0
 
     @property
     def staircase(self) -> Staircase:
@@ -151,6 +145,11 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """A JSON object; the inverse of `from_json`."""
         return {"format": FORMAT, "version": VERSION} | asdict(self)
+
+    @property
+    def source_weights(self) -> tuple[float, ...]:
+        """Weights of the sources of moments, in the order of `MatrixRecord.traces`; empty without moments."""
+        return tuple(float(weight) for task in self.tasks for weight in task.details.get("weights", ()))
 
     def check(self) -> None:
         """Checks that records, sides and staircases belong together.

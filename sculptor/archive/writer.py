@@ -195,6 +195,10 @@ class ArchiveWriter:
             },
         )
 
+    def close(self) -> None:
+        """Lets the thread end; after an error nothing is written any more once this returns."""
+        self._thread.shutdown(wait=True)
+
     def finish(self, manifest: Manifest) -> None:
         """Writes the last shard and archive.json.
 
@@ -202,7 +206,6 @@ class ArchiveWriter:
         """
         self._write_shard()
         self._wait()
-        self._thread.shutdown()
         ordered = [name for name in manifest.matrices if name in self.records] or list(self.records)
         self.records = {name: self.records[name] for name in ordered}
         manifest = replace(

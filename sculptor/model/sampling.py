@@ -1,7 +1,6 @@
 """Text that a model says by itself: calibration for users who have a checkpoint and nothing else."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -113,18 +112,29 @@ def _generate(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], num_new: int, ends: Sequence[int]
 ) -> list[list[int]]:
     """Continuations up to the first of `ends`, which is part of them."""
+    from transformers import GenerationConfig
+
     width = max(map(len, prompts))
     ids = [[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
-    output = loaded.model.generate(
-        input_ids=torch.tensor(ids, device=loaded.device),
-        attention_mask=torch.tensor(mask, device=loaded.device),
+    own = loaded.model.generation_config
+    # Not the checkpoint's: a repetition penalty or beams would not be what the model says at temperature 1.
+    loaded.model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        use_cache=True,
         max_new_tokens=num_new,
         eos_token_id=list(ends),
         pad_token_id=loaded.pad_id,
-        **options,
     )
+    try:
+        output = loaded.model.generate(
+            input_ids=torch.tensor(ids, device=loaded.device), attention_mask=torch.tensor(mask, device=loaded.device)
+        )
+    finally:
+        loaded.model.generation_config = own
     found = []
     for row in output[:, width:].tolist():
         stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))

@@ -90,7 +90,8 @@ def allocate(matrices: Sequence[Importance], budget: float, steps: int = STEPS) 
         steps: how many row groups at most.
 
     Returns:
-        One staircase per matrix; together at least `budget` is free, more by less than one column of a group.
+        One staircase per matrix; together at least `budget` is free, more by less than one column of a group, or by
+        the pairs whose importance is the same as the last one's.
 
     Raises:
         ValueError: if the stored directions cannot freeze as much.

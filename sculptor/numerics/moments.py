@@ -79,13 +79,6 @@ def truncate(moment: Tensor, k: int) -> Factor:
     return Factor(vectors.contiguous(), values[:k].contiguous(), rest)
 
 
-def unit_trace(moment: Tensor) -> Tensor:
-    """The moment over its trace, float64; one without any content stays zero."""
-    moment64 = moment.to(torch.float64)
-    trace = float(moment64.diagonal().sum())
-    return moment64 / trace if trace > 0 else moment64
-
-
 def curvature(update: Tensor, output: Factor | None, input: Factor) -> float:
     """tr(G dW C dW^T), or tr(dW C dW^T) without an output factor, in float64.
 

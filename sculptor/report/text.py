@@ -10,7 +10,7 @@ from sculptor.tasks.continual import ContinualReport
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.evaluate import Evaluation
 from sculptor.tasks.inspect_archive import Inspection
-from sculptor.tasks.train_output import TrainReport
+from sculptor.tasks.train_report import TrainReport
 
 WIDTH = 100
 _MAX_LISTED = 8
@@ -121,7 +121,10 @@ def train_text(report: TrainReport) -> str:
     else:
         lines.append("No matrix changed.")
     added = sum(matrix.outputs_added + matrix.inputs_added for matrix in report.matrices.values())
-    lines.append(f"The archive gained {added:,} directions over {len(report.matrices)} matrices.")
+    if report.carry == "merge":
+        lines.append("The archive holds what the task uses beside what was there before: see inspect.")
+    else:
+        lines.append(f"The archive gained {added:,} directions over {len(report.matrices)} matrices.")
     if report.frozen:
         shown = ", ".join(report.frozen[:_MAX_LISTED]) + (", ..." if len(report.frozen) > _MAX_LISTED else "")
         lines.append(f"Frozen from now on, nothing left free: {len(report.frozen)} matrices ({shown}).")
@@ -177,11 +180,12 @@ def _matrices_table(found: Inspection) -> str:
             percent(matrix.preserved),
             percent(matrix.energy),
             percent(matrix.free_share),
-            " ".join(f"{task}:{max(counts)}" for task, counts in matrix.added.items()),
+            *([] if found.shares else [" ".join(f"{task}:{max(counts)}" for task, counts in matrix.added.items())]),
         ]
         for matrix in found.matrices
     ]
-    return table(["matrix", "shape", "preserved", "energy", "free", "task:directions"], rows)
+    head = ["matrix", "shape", "preserved", "curvature" if found.shares else "energy", "free"]
+    return table(head if found.shares else [*head, "task:directions"], rows)
 
 
 def _comparison_table(found: Inspection) -> str:

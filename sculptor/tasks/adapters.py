@@ -5,6 +5,7 @@ adds lambda * sum ||A_earlier A^T||^2 to the loss; the A of earlier tasks wait b
 version of the paper that sculptor implements.
 """
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,11 +22,11 @@ from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import commit, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_tensor
-from sculptor.checkpoint.writer import write_checkpoint
+from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import OutputError, SettingsError
-from sculptor.model.load import LoadedModel, load_model, resolve_device
+from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.progress import Progress
 from sculptor.tasks.plan import AdapterSettings, Method
 from sculptor.training.loop import TrainedParameters, TrainingLoop
@@ -65,6 +66,13 @@ def train_adapter(
         SculptorError: if an input or the output cannot be used.
     """
     require_peft()
+    unused = [
+        option
+        for option, given in (("weight_decay", settings.weight_decay), ("also_train", settings.also_train))
+        if given
+    ]
+    if unused:
+        raise SettingsError(f"[train] {', '.join(unused)} without effect with --method {method}; leave it out")
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
     device = resolve_device(settings.device)
@@ -79,6 +87,9 @@ def train_adapter(
         rows = read_rows(data, settings.max_rows)
         encoded = encode(rows, loaded.tokenizer, loaded.kind, settings.max_length, architecture.vocab_size)
         parameters = _inject(loaded, settings, adapter, method)
+        on_gpu = device.type == "cuda"
+        if on_gpu if settings.checkpoint_activations is None else settings.checkpoint_activations:
+            checkpoint_activations(loaded.model)
         earlier = _read_earlier(checkpoint.path, device) if method == "olora" else {}
         key = asdict(settings) | asdict(adapter) | {"method": method, "data": digest_examples(encoded.examples)}
         key["base"] = identity({target.name: digest(checkpoint[target.name]) for target in architecture.targets})
@@ -98,10 +109,10 @@ def train_adapter(
         shutil.rmtree(staged, ignore_errors=True)
         with writing(staged):
             staged.mkdir(parents=True)
-        deltas = _deltas(loaded.model, architecture)
-        replacements = {name: _adder(delta) for name, delta in deltas.items()}
+        saved = None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
+        replacements = _merged(loaded.model, architecture, saved)
         bar = progress(total=checkpoint.num_bytes, desc="write", unit="B")
-        write_checkpoint(checkpoint, staged, replacements, dtype=None, bar=bar)
+        write_checkpoint(checkpoint, staged, replacements, dtype=saved, bar=bar)
         bar.close()
         if method == "olora":
             _write_earlier(staged, earlier, parameters)
@@ -138,19 +149,22 @@ def _inject(
     return found
 
 
-@torch.no_grad()
-def _deltas(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """What the adapters add to each tensor of the checkpoint, float32 on the CPU, as the module stores it."""
+def _merged(
+    model: nn.Module, architecture: Architecture, saved: torch.dtype | None
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For each tensor of the checkpoint what adds its adapter, when it is written."""
     by_module = {target.module: target.name for target in architecture.targets}
     return {
-        by_module[path]: module.get_delta_weight(_ADAPTER).float().cpu()
+        by_module[path]: functools.partial(_add_delta, module, saved)
         for path, module in model.named_modules()
         if path in by_module
     }
 
 
-def _adder(delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda weight: (weight.double() + delta.double()).to(weight.dtype)
+@torch.no_grad()
+def _add_delta(module: Any, saved: torch.dtype | None, weight: Tensor) -> Tensor:
+    delta: Tensor = module.get_delta_weight(_ADAPTER).double().cpu()
+    return (weight.double() + delta).to(output_dtype(weight.dtype, saved))
 
 
 def _read_earlier(checkpoint: Path, device: torch.device) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""`sculptor.analyze`: a checkpoint in, a subspace archive out, one matrix in memory at a time."""
+"""`sculptor.analyze`: a checkpoint in, a subspace archive out; one matrix at a time, or the moments of a few blocks."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,41 +107,45 @@ def analyze(
             "data": [digest_examples(part) for part in (examples, *(source.examples for source in sources))],
             "base": identity(digests),
         }
-        writer = ArchiveWriter(partial, getattr(torch, settings.dtype), key)
-        writer.resume()
-        _check_finite(checkpoint, {target.name for target in targets}, progress)
-        if settings.has_moments:
-            loaded = load_model(checkpoint, device, architecture)
-            sources += sample_sources(loaded, settings, progress)
-            records = [_new_record(checkpoint, target, settings, digests[target.name]) for target in targets]
-            write_factors(loaded, records, targets, sources, settings, writer, None, progress)
-            settle(writer, settings, [float(len(sources))])
-        else:
-            importance = _measure_importance(checkpoint, architecture, targets, examples, device, progress)
-            bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
-            for target in targets:
-                if target.name not in writer.records:
-                    record = _new_record(checkpoint, target, settings, digests[target.name])
-                    _analyze_target(checkpoint, target, record, settings, importance.get(target.name), device, writer)
-                    bar.update(1)
-            bar.close()
-        details: dict[str, Any] = {"model": str(model), "settings": asdict(settings)}
-        details |= {"weight": len(sources)} if settings.has_moments else {}
-        writer.finish(
-            Manifest(
-                created_by=f"sculptor {__version__}",
-                model_class=architecture.model_class,
-                base_identity="",
-                basis=settings.basis,
-                constraint=archive_constraint(settings),
-                settings=asdict(settings),
-                tasks=(TaskRecord("analysis", "analysis", details),),
-                matrices={target.name: writer.record(target.name) for target in targets},
-                tensors={},
-                files={},
-                not_targeted=tuple(asdict(item) for item in architecture.not_targeted),
+        with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key)) as writer:
+            writer.resume()
+            if settings.has_moments:
+                loaded = load_model(checkpoint, device, architecture)
+                sources += sample_sources(loaded, settings, progress)
+                records = [_new_record(checkpoint, target, settings, digests[target.name]) for target in targets]
+                write_factors(loaded, records, targets, sources, settings, writer, None, progress)
+                settle(writer, settings, [source.weight for source in sources])
+            else:
+                _check_finite(checkpoint, {target.name for target in targets}, progress)
+                importance = _measure_importance(
+                    checkpoint, architecture, targets, examples, settings.seed, device, progress
+                )
+                bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
+                for target in targets:
+                    if target.name not in writer.records:
+                        record = _new_record(checkpoint, target, settings, digests[target.name])
+                        _analyze_target(
+                            checkpoint, target, record, settings, importance.get(target.name), device, writer
+                        )
+                        bar.update(1)
+                bar.close()
+            details: dict[str, Any] = {"model": str(model), "settings": asdict(settings)}
+            details |= {"weights": [source.weight for source in sources]} if settings.has_moments else {}
+            writer.finish(
+                Manifest(
+                    created_by=f"sculptor {__version__}",
+                    model_class=architecture.model_class,
+                    base_identity="",
+                    basis=settings.basis,
+                    constraint=archive_constraint(settings),
+                    settings=asdict(settings),
+                    tasks=(TaskRecord("analysis", "analysis", details),),
+                    matrices={target.name: writer.record(target.name) for target in targets},
+                    tensors={},
+                    files={},
+                    not_targeted=tuple(asdict(item) for item in architecture.not_targeted),
+                )
             )
-        )
         commit(partial, output)
     return report_of(Archive(output), checkpoint)
 
@@ -231,6 +236,7 @@ def _measure_importance(
     architecture: Architecture,
     targets: Sequence[Target],
     examples: Sequence[Example],
+    seed: int,
     device: torch.device,
     progress: Progress,
 ) -> dict[str, float]:
@@ -238,7 +244,7 @@ def _measure_importance(
         return {}
     loaded = load_model(checkpoint, device, architecture)
     bar = progress(total=len(examples), desc="importance", unit="row")
-    cosines = measure_cosines(loaded, targets, examples, 0, bar)
+    cosines = measure_cosines(loaded, targets, examples, seed, bar)
     bar.close()
     return normalize_importance(cosines)
 

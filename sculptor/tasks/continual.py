@@ -16,8 +16,9 @@ from typing import Any
 from sculptor import __version__
 from sculptor.analysis.settings import AnalyzeSettings
 from sculptor.archive.store import Archive
-from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.checkpoint.staging import check_apart, commit, staging, write_json, writing
+from sculptor.checkpoint.reader import identity, open_checkpoint
+from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
+from sculptor.checkpoint.tensors import digest as digest_tensor
 from sculptor.data.rows import Row
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
@@ -140,6 +141,21 @@ def continual(
     return report
 
 
+def _digest_model(model: str) -> str:
+    checkpoint = open_checkpoint(model)
+    return identity({name: digest_tensor(checkpoint[name]) for name in checkpoint})
+
+
+def _digest_files(plan: Plan) -> str:
+    """Of everything that is trained or calibrated on."""
+    files = [*plan.analyze.data, *(file for task in plan.tasks for file in task.data)]
+    found = hashlib.sha256()
+    for file in files:
+        path = Path(file)
+        found.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else file.encode())
+    return found.hexdigest()
+
+
 def _has_scores(partial: Path) -> bool:
     return (partial / SCORES_NAME).is_file()
 
@@ -170,6 +186,7 @@ class _Run:
             repr([(type(row).__name__, astuple(row)[1:]) for row in evaluated]).encode()
         ).hexdigest()
         own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest}
+        own |= {"model files": _digest_model(plan.model), "data files": _digest_files(plan)}
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
 
@@ -184,7 +201,6 @@ class _Run:
             target = self.partial / f"{i:02d}-{name}"
             if i >= len(self.stages):
                 started = time.perf_counter()
-                archive = archive or self._first_archive(model)
                 self._train(task, model, archive, target)
                 archive_bytes = Archive(target / "subspaces").num_bytes if self._carries else None
                 self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started)
@@ -236,9 +252,10 @@ class _Run:
             device=settings.device,
         )
 
-    def _train(self, task: PlannedTask, model: str, archive: Path, target: Path) -> None:
-        if target.is_dir():
-            return  # complete; the run was killed before it was evaluated
+    def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
+        if target.is_dir():  # complete; the run was killed before it was evaluated
+            shutil.rmtree(partial_path(target), ignore_errors=True)
+            return
         settings = self.plan.train_settings(task)
         if self.method in ("lora", "olora", "osf"):
             train_adapter(
@@ -256,6 +273,7 @@ class _Run:
             settings = replace(settings, soften=None, memory_rows=None, memory_weight=None)
             # Plain fine-tuning protects nothing, so there is nothing to carry.
             settings = replace(settings, carry="accumulate" if self.method == "random" else "retake")
+        archive = archive or self._first_archive(model)
         train(model, archive, task.data, target, settings, resume=True, progress=self.progress, stop=self.stop)
 
     def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:

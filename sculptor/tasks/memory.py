@@ -98,7 +98,7 @@ def write_factors(
             outputs = found.output.factor.values.numel() if found.output else 0
             added = (Added(0, outputs, found.input.factor.values.numel()),)
             writer.add_factors(
-                replace(record, traces=(*record.traces, found.traces), added=added),
+                replace(record, traces=(*record.traces, *found.traces), added=added),
                 (found.output.factor, found.output.profiles) if found.output else None,
                 (found.input.factor, found.input.profiles),
             )

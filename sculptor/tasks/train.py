@@ -30,7 +30,8 @@ from sculptor.model.load import (
     resolve_device,
 )
 from sculptor.progress import Progress, silent
-from sculptor.tasks.train_output import TrainJob, TrainReport, write_output
+from sculptor.tasks.train_output import TrainJob, write_output
+from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainedParameters, TrainingLoop, make_accelerator
 from sculptor.training.protect import (
     attach_coordinates,
@@ -98,6 +99,7 @@ def train(
             stop=stop,
         )
         result = loop.run(progress)
+        del loop  # and with it the optimizer's state
         report = write_output(job, loaded, parameters, result, output, partial, progress)
         commit(partial / "output", output)
         shutil.rmtree(partial)
@@ -254,7 +256,9 @@ def _run_key(job: TrainJob) -> dict[str, Any]:
 
 
 def _archive_identity(archive: Archive) -> str:
-    return identity({name: stored.sha256 for name, stored in archive.manifest.tensors.items()})
+    """Of its tensors and its staircases: archives under other budgets share their tensors."""
+    steps = {f"{name} steps": str(record.steps) for name, record in archive.items()}
+    return identity({name: stored.sha256 for name, stored in archive.manifest.tensors.items()} | steps)
 
 
 def _fingerprints(model: nn.Module) -> dict[str, list[float]]:

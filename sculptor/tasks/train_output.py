@@ -7,6 +7,7 @@ written, and its entry of the next archive added.
 import functools
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,56 +34,10 @@ from sculptor.data.examples import Encoded
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
 from sculptor.tasks.memory import settle, write_factors
+from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult, TrainedParameters
 from sculptor.training.protect import merge, merge_weight, protected_matrices
 from sculptor.training.settings import TrainSettings
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixReport:
-    """What the run did to one matrix.
-
-    Attributes:
-        update: ||dW|| / ||W||.
-        leak: ||frozen part of dW|| / ||dW||, measured on the tensor that was written.
-        rounding_loss: ||W' - (W + dW)|| / ||dW||: the share of the update that rounding ate.
-        outputs_added, inputs_added: directions the archive gained.
-        frozen: nothing is left free in it.
-    """
-
-    role: str
-    update: float
-    leak: float
-    rounding_loss: float
-    outputs_added: int
-    inputs_added: int
-    frozen: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TrainReport:
-    """What `train` did."""
-
-    output: Path
-    loop: LoopResult
-    num_examples: int
-    num_dropped: int
-    num_cut: int
-    num_trainable: int
-    num_protected: int
-    also_trained: tuple[str, ...]
-    not_targeted: tuple[Mapping[str, Any], ...]
-    matrices: Mapping[str, MatrixReport]
-
-    @property
-    def max_leak(self) -> float:
-        """Of the matrix with the largest."""
-        return max((matrix.leak for matrix in self.matrices.values()), default=0.0)
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """Matrices with no free direction left."""
-        return tuple(name for name, matrix in self.matrices.items() if matrix.frozen)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -119,9 +74,26 @@ def write_output(
     shutil.rmtree(staged, ignore_errors=True)
     with writing(staged):
         (staged / "subspaces").mkdir(parents=True)
+    dtype = getattr(torch, job.archive.manifest.settings.get("dtype", "float32"))
+    with closing(ArchiveWriter(staged / "subspaces", dtype, {})) as writer:
+        report = _write(job, loaded, parameters, result, output, staged, writer, progress)
+    with writing(staged):
+        shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
+    return report
+
+
+def _write(
+    job: TrainJob,
+    loaded: LoadedModel,
+    parameters: TrainedParameters,
+    result: LoopResult,
+    output: Path,
+    staged: Path,
+    writer: ArchiveWriter,
+    progress: Progress,
+) -> TrainReport:
     saved = None if job.settings.save_dtype == "keep" else getattr(torch, job.settings.save_dtype)
-    first_dtype = next(iter(job.archive.manifest.tensors.values())).dtype if job.archive.manifest.tensors else "float32"
-    writer = ArchiveWriter(staged / "subspaces", getattr(torch, first_dtype), {})
+    num_trainable = sum(a.numel() for a in parameters.named().values())
     previous = read_record(job.checkpoint.path)
     matrices = _MatrixWriter(job, loaded, writer, saved, len(job.archive.manifest.tasks))
     replacements: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,7 +106,7 @@ def write_output(
     write_checkpoint(job.checkpoint, staged, replacements, dtype=saved, bar=bar)
     bar.close()
     if matrices.waiting:
-        _remember(job, loaded, writer, matrices.waiting, progress)
+        _remember(job, loaded, parameters, writer, matrices, progress)
     also_trained = tuple(sorted({*previous.also_trained, *opened}))
     report = TrainReport(
         output=output,
@@ -142,7 +114,8 @@ def write_output(
         num_examples=len(job.encoded.examples),
         num_dropped=job.encoded.num_dropped,
         num_cut=job.encoded.num_cut,
-        num_trainable=sum(a.numel() for a in parameters.named().values()),
+        num_trainable=num_trainable,
+        carry=matrices.carry or "",
         num_protected=sum(record.staircase.num_frozen for record in job.archive.values()),
         also_trained=also_trained,
         not_targeted=job.archive.manifest.not_targeted,
@@ -158,24 +131,36 @@ def write_output(
             "carry": matrices.carry,
             "learning_rate": job.settings.learning_rate,
         }
-        | ({"weight": job.settings.memory_weight} if matrices.carry == "merge" else {}),
+        | ({"weights": [job.settings.memory_weight]} if matrices.carry == "merge" else {}),
     )
     writer.finish(
         replace(job.archive.manifest, created_by=f"sculptor {__version__}", tasks=(*job.archive.manifest.tasks, task))
     )
-    with writing(staged):
-        shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
     write_json(staged / RECORD_NAME, _output_record(job, report, previous.lineage, saved))
     return report
 
 
 def _remember(
-    job: TrainJob, loaded: LoadedModel, writer: ArchiveWriter, records: Mapping[str, MatrixRecord], progress: Progress
+    job: TrainJob,
+    loaded: LoadedModel,
+    parameters: TrainedParameters,
+    writer: ArchiveWriter,
+    matrices: "_MatrixWriter",
+    progress: Progress,
 ) -> None:
     """Adds the moments of the finished task to those of the archive, from a few hundred of its rows."""
+    records = matrices.waiting
     if protected_matrices(loaded.model):
         merge(loaded.model)
     loaded.model.requires_grad_(False)
+    for coordinates in matrices.coordinates.values():
+        coordinates.release()  # the moments need the room
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()
+    first = next(target.parameter for target in job.architecture.targets if target.name in records)
+    dtype = loaded.model.get_parameter(first).dtype
+    for value in parameters.extra.values():  # trained in float32; without autocast, one dtype has to do
+        value.data = value.data.to(dtype)
     settings = AnalyzeSettings.from_json(job.archive.manifest.settings)
     targets = [target for target in job.architecture.targets if target.name in records]
     examples = job.encoded.examples
@@ -185,8 +170,10 @@ def _remember(
     chosen = [examples[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count)]
     source = Source(job.name, chosen, job.settings.memory_weight)
     write_factors(loaded, list(records.values()), targets, [source], settings, writer, job.archive, progress)
-    weights = [float(task.details["weight"]) for task in job.archive.manifest.tasks]
-    settle(writer, settings, [*weights, job.settings.memory_weight])
+    settle(writer, settings, [*job.archive.manifest.source_weights, source.weight])
+    for name in records:
+        frozen = writer.record(name).staircase.num_free == 0
+        matrices.reports[name] = replace(matrices.reports[name], frozen=frozen)
 
 
 def _files_of(

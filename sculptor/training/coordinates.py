@@ -133,6 +133,14 @@ class Coordinates(nn.Module):
         """dW (m, n) in float64: what the merge adds."""
         return self.space.to64().fold([a.to(torch.float64) for a in self.blocks])
 
+    def release(self) -> None:
+        """Frees everything it holds; it cannot be used any more."""
+        self.folded = None
+        for a in self.blocks:
+            a.data, a.grad = torch.empty(0), None
+        for name in list(self._buffers):
+            self._buffers[name] = None
+
     def fingerprint(self) -> list[float]:
         """Identifies the bases the coordinates belong to, up to rounding."""
         return self.space.fingerprint()

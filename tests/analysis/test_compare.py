@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import save_checkpoint
+from conftest import save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.analysis.compare import compare_archives
@@ -31,3 +31,16 @@ def test_same_nested_and_different_archives(tmp_path: Path) -> None:
     analyze(gpt2, tmp_path / "c", AnalyzeSettings(preserve=0.25, device="cpu"))
     with pytest.raises(ArchiveError, match="share no matrix"):
         compare_archives(archives[0.25], Archive(tmp_path / "c"))
+
+
+def test_only_directions_that_are_told_apart_are_compared(tmp_path: Path) -> None:
+    """Two budgets over the same moments store the same directions and protect different ones."""
+    path, rows = save_checkpoint(tmp_path / "m"), write_rows(tmp_path / "rows.jsonl", task_rows())
+    found = {}
+    for budget in (0.6, 0.95):
+        settings = AnalyzeSettings(basis="curvature", data=(str(rows),), budget=budget, device="cpu")
+        analyze(path, tmp_path / f"a{budget}", settings)
+        found[budget] = Archive(tmp_path / f"a{budget}")
+    compared = compare_archives(found[0.6], found[0.95])
+    assert any(matrix.input.first > matrix.input.second for matrix in compared)
+    assert all(matrix.input.overlap is None or matrix.input.overlap > 0.99 for matrix in compared)  # nested

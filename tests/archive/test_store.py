@@ -76,7 +76,7 @@ def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], *, with_
     ("change", "message"),
     [
         (lambda c: c.update(format="other"), "not a subspace archive"),
-        (lambda c: c.update(version=99), "archive version 99, this sculptor reads version 1"),
+        (lambda c: c.update(version=99), "archive version 99, this sculptor reads version 2"),
         (lambda c: c.pop("matrices"), "damaged manifest"),
         (lambda c: c["matrices"][NAME].update(steps=[[3, 1]]), "damaged manifest .*steps"),
         (lambda c: c["matrices"][NAME].update(surprise=1), "damaged manifest"),
@@ -158,12 +158,13 @@ def test_a_writer_goes_on_behind_the_last_complete_shard(path: Path, tmp_path: P
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fill(whole, 14, "a").finish(archive.manifest)
     killed = fill(cut, 7, "a")
+    killed.close()
     assert 0 < len(killed.records) < 14
     (cut / "subspaces-00099.safetensors.tmp").write_bytes(b"half a shard")
     again = fill(cut, 14, "a")
     again.finish(archive.manifest)
     assert {f.name: f.read_bytes() for f in whole.iterdir()} == {f.name: f.read_bytes() for f in cut.iterdir()}
-    fill(tmp_path / "half", 7, "a")
+    fill(tmp_path / "half", 7, "a").close()
     with pytest.raises(OutputError, match=r"other inputs or settings .key.* --overwrite"):
         fill(tmp_path / "half", 14, "b")
 

@@ -1,6 +1,7 @@
 """A sequence of two tasks by every method: the matrix, the model, what resumes, and what is refused."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -490,6 +491,30 @@ def test_other_rows_are_not_mixed_into_a_resumed_matrix(place: Path) -> None:
     write_rows(place / "first-test.jsonl", rows)
     with pytest.raises(OutputError, match="--overwrite"):
         continual(place / "plan.toml", place / "cut", method="full", resume=True)
+
+
+@pytest.mark.parametrize("replaced", ["first.jsonl", "second.jsonl", "general.jsonl", "model"])
+def test_what_was_trained_on_may_not_change_before_a_resume(place: Path, replaced: str) -> None:
+    with pytest.raises(Stopped):
+        continual(place / "plan.toml", place / "cut", stop=StopAt(5))
+    if replaced == "model":
+        (place / "base").rename(place / "old")
+        save_checkpoint(place / "base", seed=7)
+    else:
+        write_rows(place / replaced, task_rows("text" if replaced == "general.jsonl" else "pairs", 5))
+    with pytest.raises(OutputError, match=r"another plan .*(files|rows)"):
+        continual(place / "plan.toml", place / "cut", resume=True)
+
+
+def test_states_of_a_complete_task_do_not_reach_the_output(place: Path) -> None:
+    """Killed after a task was put in its place and before its states were removed."""
+    with pytest.raises(Stopped):
+        continual(place / "plan.toml", place / "cut", method="full", stop=StopAt(5))
+    left = place / "cut.partial" / "02-second.partial"
+    assert left.is_dir()
+    shutil.copytree(place / "cut.partial" / "01-first", place / "cut.partial" / "02-second")
+    continual(place / "plan.toml", place / "cut", method="full", resume=True)
+    assert sorted(path.name for path in (place / "cut").iterdir()) == ["continual.json", "model", "sculptor.json"]
 
 
 @pytest.mark.parametrize("method", ["sculptor", "full"])

@@ -15,13 +15,17 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import Example, encode
 from sculptor.data.rows import read_rows
 from sculptor.model.load import load_model
-from sculptor.numerics.moments import unit_trace
 from sculptor.progress import silent
 from sculptor.tasks.memory import spread
 
 BUDGET = 0.7
 TRAIN = ("--max-steps", 6, "--batch-size", 8, "--learning-rate", "1e-2", "--device", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def unit_trace(moment: torch.Tensor) -> torch.Tensor:
+    """The moment over its trace, float64."""
+    return moment.double() / moment.double().trace()
 
 
 def rows_of(path: Path, family: str, count: int = 24) -> Path:
@@ -162,7 +166,7 @@ def test_every_file_counts_the_same(cli: Callable[..., Result], tmp_path: Path) 
     small, large = rows_of(tmp_path / "small.jsonl", "llama", 4), rows_of(tmp_path / "large.jsonl", "llama", 30)
     archive = analyze(cli, model, tmp_path / "a", "curvature", small, "--data", large, "--keep", 1.0, "--budget", 0.5)
     parts = [unit_moments(model, data, True) for data in (small, large)]
-    assert archive.manifest.tasks[0].details["weight"] == 2
+    assert archive.manifest.tasks[0].details["weights"] == [1.0, 1.0]
     for name, record in archive.items():
         output, input = archive.factors(name)
         assert output is not None
@@ -269,7 +273,7 @@ def test_what_the_model_says_beside_a_file(cli: Callable[..., Result], tmp_path:
     model, data = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "task.jsonl", "llama")
     more = ("--calibration-tokens", 300)
     both = analyze(cli, model, tmp_path / "a", "inputs", data, "--data", "self", *more)
-    assert both.manifest.tasks[0].details["weight"] == 2
+    assert both.manifest.tasks[0].details["weights"] == [1.0, 1.0]
     alone = analyze(cli, model, tmp_path / "b", "inputs", data, *more)
     assert both.manifest.tensors != alone.manifest.tensors
 

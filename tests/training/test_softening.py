@@ -8,7 +8,7 @@ from conftest import save_checkpoint, task_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
-from sculptor.errors import SettingsError
+from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.numerics.free_space import FreeSpace
 from sculptor.numerics.staircase import Staircase
 from sculptor.training.protect import attach_coordinates, protected_matrices, softening
@@ -79,3 +79,27 @@ def test_nothing_of_the_size_of_a_matrix_is_held_for_it(made: Path) -> None:
         m, n = matrix.coordinates.staircase.rows, matrix.coordinates.staircase.columns
         soft = [b for name, b in matrix.coordinates.named_buffers() if name.startswith("soft_")]
         assert sum(b.numel() for b in soft) <= m + n
+
+
+def test_a_matrix_without_curvature_is_not_slowed_down(tmp_path: Path) -> None:
+    """Behind a projection of zeros (as in block expansion) no gradient comes back."""
+    model = AutoModelForCausalLM.from_pretrained(save_checkpoint(tmp_path / "made"))
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "made")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    analyze(tmp_path / "made", tmp_path / "a", AnalyzeSettings(basis="curvature", data=(str(rows),), device="cpu"))
+    report = train(
+        tmp_path / "made", tmp_path / "a", [rows], tmp_path / "out", TrainSettings(max_steps=3, device="cpu")
+    )
+    assert report.loop.last_loss < report.loop.first_loss
+
+
+def test_a_state_of_another_budget_is_not_taken_up(made: Path, tmp_path: Path) -> None:
+    """Archives under two budgets share their tensors and differ in their steps."""
+    rows = str(made / "rows.jsonl")
+    analyze(made / "model", tmp_path / "b", AnalyzeSettings(basis="curvature", data=(rows,), budget=0.8, device="cpu"))
+    settings = TrainSettings(max_steps=4, save_every=1, device="cpu")
+    with pytest.raises(Stopped):
+        train(made / "model", made / "archive", [rows], tmp_path / "out", settings, stop=lambda: 15)
+    with pytest.raises(OutputError, match=r"other settings .*subspaces"):
+        train(made / "model", tmp_path / "b", [rows], tmp_path / "out", settings, resume=True)

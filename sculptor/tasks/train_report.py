@@ -1,0 +1,56 @@
+"""What `train` says of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sculptor.training.loop import LoopResult
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixReport:
+    """What the run did to one matrix.
+
+    Attributes:
+        update: ||dW|| / ||W||.
+        leak: ||frozen part of dW|| / ||dW||, measured on the tensor that was written.
+        rounding_loss: ||W' - (W + dW)|| / ||dW||: the share of the update that rounding ate.
+        outputs_added, inputs_added: directions the archive gained.
+        frozen: nothing is left free in it.
+    """
+
+    role: str
+    update: float
+    leak: float
+    rounding_loss: float
+    outputs_added: int
+    inputs_added: int
+    frozen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What `train` did."""
+
+    output: Path
+    loop: LoopResult
+    num_examples: int
+    num_dropped: int
+    num_cut: int
+    num_trainable: int
+    num_protected: int
+    carry: str
+    also_trained: tuple[str, ...]
+    not_targeted: tuple[Mapping[str, Any], ...]
+    matrices: Mapping[str, MatrixReport]
+
+    @property
+    def max_leak(self) -> float:
+        """Of the matrix with the largest."""
+        return max((matrix.leak for matrix in self.matrices.values()), default=0.0)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Matrices with no free direction left."""
+        return tuple(name for name, matrix in self.matrices.items() if matrix.frozen)
