@@ -56,13 +56,24 @@ class Importance:
         return torch.stack([outputs64[a:b].mean() for a, b in zip((0, *ends), ends, strict=False)])
 
     def levels(self, steps: int) -> Tensor:
-        """Every importance a threshold can separate, float64."""
-        kept = self.inputs[: self.stored_inputs].to(torch.float64)
-        return ((self.group_means(steps) * self.scale)[:, None] * kept).flatten()
+        """Every importance a threshold can separate: (groups, stored inputs + 1), float64.
 
-    def staircase(self, threshold: float, steps: int) -> Staircase:
-        """The pairs above a threshold, in groups of rows."""
-        reaches = (self.levels(steps).view(-1, self.stored_inputs) > threshold).sum(dim=1)
+        The last column is that of all input directions that are not stored, which freeze together or not at all; in the
+        last group, which has the unstored output directions, never.
+        """
+        inputs64 = self.inputs.to(torch.float64)
+        rest = inputs64[self.stored_inputs :].mean() if self.stored_inputs < self.columns else inputs64.new_zeros(())
+        kept = torch.cat([inputs64[: self.stored_inputs], rest[None]])
+        levels = (self.group_means(steps) * self.scale)[:, None] * kept
+        levels[-1, -1] = -torch.inf
+        return levels
+
+    def staircase(self, threshold: float, steps: int, rest_threshold: float | None = None) -> Staircase:
+        """The pairs above a threshold, in groups of rows; directions that are not stored may have one of their own."""
+        levels = self.levels(steps)
+        above = levels[:, :-1] > threshold
+        whole = above.all(dim=1) & (levels[:, -1] > (threshold if rest_threshold is None else rest_threshold))
+        reaches = torch.where(whole, self.columns, above.sum(dim=1))
         reached = torch.cummin(reaches, dim=0).values.tolist()
         return Staircase(self.rows, self.columns, merge_steps(tuple(zip(self.ends(steps), reached, strict=True))))
 
@@ -99,16 +110,29 @@ def allocate(matrices: Sequence[Importance], budget: float, steps: int = STEPS) 
     least = least_free_share(matrices, steps)
     if not least - 1e-9 <= budget <= 1:
         raise ValueError(f"free share {budget} is not between {least:.3f}, which the stored directions allow, and 1")
-    levels = torch.cat([torch.full((1,), -1.0, dtype=torch.float64), *(m.levels(steps) for m in matrices)])
+    levels = torch.cat([torch.full((1,), -1.0, dtype=torch.float64), *(m.levels(steps).flatten() for m in matrices)])
     thresholds = torch.unique_consecutive(levels.sort().values)
-    low, high = 0, thresholds.numel() - 1  # nothing is above the last level: all is free there
+    first = _lowest(matrices, budget, steps, thresholds, None)
+    # What is not stored freezes in large blocks, and the next one may not fit; single columns still do.
+    return _at(matrices, _lowest(matrices, budget, steps, thresholds, first), steps, first)
+
+
+def _lowest(
+    matrices: Sequence[Importance], budget: float, steps: int, thresholds: Tensor, rest_threshold: float | None
+) -> float:
+    """The lowest of ascending thresholds that leaves `budget` free."""
+    low, high = 0, thresholds.numel() - 1  # nothing is above the last: all is free there
     while low < high:
         middle = (low + high) // 2
-        if _free_share([matrix.staircase(float(thresholds[middle]), steps) for matrix in matrices]) >= budget - 1e-9:
+        if _free_share(_at(matrices, float(thresholds[middle]), steps, rest_threshold)) >= budget - 1e-9:
             high = middle
         else:
             low = middle + 1
-    return [matrix.staircase(float(thresholds[low]), steps) for matrix in matrices]
+    return float(thresholds[low])
+
+
+def _at(matrices: Sequence[Importance], threshold: float, steps: int, rest_threshold: float | None) -> list[Staircase]:
+    return [matrix.staircase(threshold, steps, rest_threshold) for matrix in matrices]
 
 
 def _free_share(staircases: Sequence[Staircase]) -> float:

@@ -87,8 +87,8 @@ def test_a_common_threshold_gives_more_to_what_matters_less(generator: torch.Gen
 
 def test_too_small_a_budget_is_refused(generator: torch.Generator) -> None:
     found = importance_of(truncate(moment(32, generator), 8), truncate(moment(32, generator), 8), 32)
-    assert least_free_share([found]) == pytest.approx(0.75)
-    with pytest.raises(ValueError, match=r"0\.750"):
+    assert least_free_share([found]) == pytest.approx(0.75**2)  # neither row nor column is stored
+    with pytest.raises(ValueError, match=r"0\.562"):
         allocate([found], 0.5)
 
 
@@ -104,7 +104,7 @@ def test_a_few_steps_from_truncated_factors_protect_nearly_all(generator: torch.
     best = float(exact.sort(descending=True).values[: round(0.39 * exact.numel())].sum() / exact.sum())
     found = importance_of(truncate(g, 64), truncate(c, 96), 128)
     (staircase,) = allocate([found], 0.61)
-    assert found.protected_share(staircase) > 0.95 * best
+    assert found.protected_share(staircase) > 0.97 * best
     assert found.protected_share(staircase) <= best + 1e-9
 
 
