@@ -65,9 +65,9 @@ def command(
       sculptor continual plan.toml --output ./run
       sculptor continual plan.toml --output ./plain --method full --set train.learning_rate=3e-4
     """
+    from sculptor.report.continual import continual_text
     from sculptor.report.json_text import to_json
     from sculptor.report.plot import check_picture, plot_matrix, require_matplotlib
-    from sculptor.report.text import continual_text
     from sculptor.tasks.continual import continual
 
     quiet_libraries()

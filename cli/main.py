@@ -51,7 +51,7 @@ def main() -> None:
     \b
     Examples:
       sculptor demo
-      sculptor analyze MODEL --preserve 0.5 --output ARCHIVE
+      sculptor analyze MODEL --basis curvature --data TEXT --output ARCHIVE
       sculptor train MODEL --subspaces ARCHIVE --data task.jsonl --output TUNED
       sculptor verify MODEL TUNED --subspaces ARCHIVE
     """

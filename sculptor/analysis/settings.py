@@ -120,8 +120,9 @@ class AnalyzeSettings:
             "--target-retention": self.target_retention,
         }
         unused = [option for option, value in given.items() if value is not None]
+        wrong = [f"{', '.join(unused)} without effect with --basis {self.basis}: use --budget"] if unused else []
         if self.basis == "inputs":
-            unused += [
+            unused = [
                 option
                 for option, used in (
                     ("--fisher", self.fisher != "true"),
@@ -130,7 +131,8 @@ class AnalyzeSettings:
                 )
                 if used
             ]
-        wrong = [f"{', '.join(unused)} without effect with --basis {self.basis}: use --budget"] if unused else []
+            if unused:
+                wrong.append(f"{', '.join(unused)} without effect with --basis inputs: for curvature only")
         twice = sorted({item for item in self.data if self.data.count(item) > 1})
         if twice:
             wrong.append(f"--data {twice[0]} is given twice")

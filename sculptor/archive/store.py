@@ -184,6 +184,9 @@ class Archive(Mapping[str, MatrixRecord]):
         if different:
             carried = checkpoint.path / "subspaces"
             remedy = f"use {carried}" if carried.is_dir() else "run `sculptor analyze` on this checkpoint"
+            owner = self.path.resolve().parent
+            if (owner / "config.json").is_file() and owner != checkpoint.path.resolve():
+                remedy = f"it belongs to {owner}, for the task after; use the archive that was trained with"
             raise ArchiveError(
                 f"{self.path}: archive of another checkpoint: {len(different)} of {len(self)} matrices differ from "
                 f"{checkpoint.path}, first {different[0]}; {remedy}"

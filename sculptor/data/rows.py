@@ -47,6 +47,8 @@ def read_rows(paths: Sequence[str | Path], max_rows: int | None = None) -> list[
     for path in map(Path, paths):
         try:
             text = path.read_text(encoding="utf-8")
+        except IsADirectoryError:
+            raise DataError(f"{path}: is a directory; name the data files in it") from None
         except FileNotFoundError:
             raise DataError(f"{path}: no such data file") from None
         except (OSError, UnicodeDecodeError) as cause:

@@ -6,7 +6,7 @@ from typing import Any
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.staging import writing
 from sculptor.errors import OutputError, SettingsError
-from sculptor.tasks.continual import ContinualReport
+from sculptor.tasks.continual_report import ContinualReport
 
 
 def require_matplotlib() -> None:
@@ -90,27 +90,34 @@ def plot_archive(archive: Archive, path: Path) -> None:
 
 
 def _draw_spectra(axes: Any, archive: Archive) -> None:
-    """One curve per role, the middle layer's, with a dot at the last protected direction."""
+    """One curve per role, the middle layer's, with a dot at the last direction that is protected.
+
+    Of a matrix with moments, eigenvalues of what it reads, as far as they are stored.
+    """
     roles: dict[str, list[str]] = {}
     for name, record in archive.items():
         roles.setdefault(record.role, []).append(name)
     drawn = 0
     for role, names in roles.items():
         name = names[len(names) // 2]
-        spectrum = archive.spectrum(name)
+        record = archive[name]
+        values = record.input.values if record.input is not None else None
+        spectrum = archive.spectrum(name) if values is None else archive.tensor(values)
         if spectrum is None or float(spectrum[0]) == 0:
             continue
         relative = (spectrum / spectrum[0]).tolist()
-        k = round(archive[name].preserved * min(archive[name].shape))
-        positions = [(i + 1) / len(relative) for i in range(len(relative))]
+        dim = min(record.shape) if values is None else record.shape[1]
+        k = round(record.preserved * dim) if values is None else min(len(relative), record.staircase.inputs)
+        positions = [(i + 1) / dim for i in range(len(relative))]
         (line,) = axes.plot(positions, relative, label=f"{role} (layer {archive[name].index})", linewidth=1.3)
         if k:
             axes.plot(positions[k - 1], relative[k - 1], "o", color=line.get_color(), markersize=5)
         drawn += 1
+    what = "Input moments" if archive.manifest.source_weights else "Singular values"
     axes.set(
-        title="Singular values of the middle layer, relative to the first (dot: last protected)",
+        title=f"{what} of the middle layer, relative to the first (dot: last protected)",
         xlabel="direction / number of directions",
-        ylabel="singular value / largest",
+        ylabel="value / largest",
         yscale="log",
     )
     if drawn:

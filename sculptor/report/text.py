@@ -6,7 +6,6 @@ from typing import Any
 
 from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.tasks.analyze import AnalyzeReport, RoleSummary
-from sculptor.tasks.continual import ContinualReport
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.evaluate import Evaluation
 from sculptor.tasks.inspect_archive import Inspection
@@ -50,16 +49,26 @@ def analyze_text(report: AnalyzeReport) -> str:
     lines = [roles_table(report.roles, report.basis)]
     lines += not_targeted_lines(report.not_targeted)
     ratio = report.archive_bytes / max(1, report.checkpoint_bytes)
+    if report.calibration:
+        lines += [
+            f"Calibrated on {c['source']}: {c['rows']:,} rows, {c['tokens']:,} tokens, {c['tokens_with_loss']:,} of them with loss."
+            for c in report.calibration
+        ]
+        if min(c["tokens_with_loss"] for c in report.calibration) < report.most_directions:
+            lines.append(
+                f"That is fewer than the {report.most_directions:,} directions stored of a matrix: take more rows, or the "
+                "figures above say little."
+            )
     lines.append(
-        f"\nWrote {report.output}: {report.num_matrices} matrices, basis {report.basis}, constraint {report.constraint}, "
-        f"{size(report.archive_bytes)} ({ratio:.2f} x the checkpoint)."
+        f"\n{report.num_matrices} matrices, basis {report.basis}, constraint {report.constraint}, "
+        f"{size(report.archive_bytes)} ({ratio:.2f} x the checkpoint).\nWrote {report.output}."
     )
     return "\n".join(lines)
 
 
 def roles_table(roles: Sequence[RoleSummary], basis: str) -> str:
     """One line per role and one for all."""
-    held = {"inputs": "inputs kept", "curvature": "curvature kept"}.get(basis, "energy kept")
+    held = {"inputs": "inputs frozen", "curvature": "curvature frozen"}.get(basis, "energy kept")
     rows = [
         [
             r.role,
@@ -75,11 +84,18 @@ def roles_table(roles: Sequence[RoleSummary], basis: str) -> str:
         sum(values) for values in zip(*((r.num_matrices, r.num_free, r.num_parameters) for r in roles), strict=True)
     )
     preserved = sum(r.preserved * r.num_matrices for r in roles) / matrices
+    if held != "energy kept":  # pairs add up, directions do not
+        preserved = 1 - free / parameters
     energy = sum(r.energy * r.num_matrices for r in roles) / matrices
     rows.append(["all", str(matrices), percent(preserved), percent(energy), f"{free:,}", percent(free / parameters)])
-    kept = "kept: of ||W||^2, at analysis" if held == "energy kept" else "kept: of the curvature, in frozen pairs"
-    note = f"free share: entries of the update that may change; {kept}"
-    return table(["role", "matrices", "preserved", held, "free parameters", "free share"], rows) + f"\n{note}"
+    notes = {
+        "energy kept": "energy kept: of ||W||^2, at analysis",
+        "inputs frozen": "inputs frozen: of E||x||^2",
+        "curvature frozen": "curvature frozen: what these pairs have of it",
+    }
+    share = "preserved" if held == "energy kept" else "frozen pairs"
+    note = f"free share: entries of the update that may change; {notes[held]}"
+    return table(["role", "matrices", share, held, "free parameters", "free share"], rows) + f"\n{note}"
 
 
 def not_targeted_lines(not_targeted: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -115,7 +131,7 @@ def train_text(report: TrainReport) -> str:
     if updates:
         lost = sum(matrix.rounding_loss for matrix in updates) / len(updates)
         lines.append(
-            f"Largest leak into protected pairs {report.max_leak:.1e} of the update, by rounding or not: see verify.\n"
+            f"Largest leak into protected pairs {report.max_leak:.1e} of the update; verify tells rounding from the rest.\n"
             f"Storing the result removed {percent(lost)} of the update, by rounding."
         )
     else:
@@ -128,7 +144,7 @@ def train_text(report: TrainReport) -> str:
     if report.frozen:
         shown = ", ".join(report.frozen[:_MAX_LISTED]) + (", ..." if len(report.frozen) > _MAX_LISTED else "")
         lines.append(f"Frozen from now on, nothing left free: {len(report.frozen)} matrices ({shown}).")
-    lines.append(f"\nWrote {report.output} (checkpoint) and {report.output / 'subspaces'} (archive for the next task).")
+    lines.append(f"\nWrote {report.output}: checkpoint, and in subspaces/ the archive for the next task.")
     return "\n".join(lines)
 
 
@@ -213,7 +229,7 @@ def _comparison_table(found: Inspection) -> str:
 def verify_text(result: Verification) -> str:
     """What `sculptor verify` prints: matrices that fail, else those that leak most."""
     failed = [matrix for matrix in result.matrices if not matrix.holds]
-    shown = failed or sorted(result.matrices, key=lambda matrix: -matrix.leak)
+    shown = sorted(failed or result.matrices, key=lambda matrix: -matrix.leak)
     rows = [_verify_row(matrix) for matrix in shown[:_MAX_LISTED]]
     parts = [table(["matrix", "update", "leak", "rounding explains", "removed", "holds"], rows)]
     if len(shown) > len(rows):
@@ -229,7 +245,9 @@ def verify_text(result: Verification) -> str:
         f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
     ]
     if result.kept is not None:
-        lines.append(f"curvature kept: {percent(result.kept)} (an update of this size in random directions keeps 0 %)")
+        lines.append(
+            f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
+        )
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     if result.also_trained:
@@ -305,41 +323,3 @@ def _demo_commands(output: Path) -> list[str]:
         f"  sculptor verify {output / 'model'} {output / 'protected'} --subspaces {output / 'protected-subspaces'}",
         f"  sculptor evaluate {output / 'protected'} --data {output / 'old.jsonl'}",
     ]
-
-
-def continual_text(report: ContinualReport) -> str:
-    """What `sculptor continual` prints."""
-    percent_scores = report.metric != "loss"
-
-    def cell(value: float) -> str:
-        return f"{100 * value:.1f}" if percent_scores else f"{-value:.3f}"
-
-    has_general = report.stages[0].general_loss is not None
-    rows = [
-        [stage.name, *map(cell, scores)] + ([f"{stage.general_loss:.3f}"] if has_general else [])
-        for stage, scores in zip(report.stages, report.matrix, strict=True)
-    ]
-    head = ["after", *report.tasks] + (["general loss"] if has_general else [])
-    m = report.metrics
-    scale = 100 if percent_scores else 1
-    figures = [("AA", m.average), ("BWT", m.backward), ("LA", m.learning), ("FWT", m.forward)]
-    shown = [
-        f"{name} {scale * value:+.2f}" if name in ("BWT", "FWT") else f"{name} {scale * value:.2f}"
-        for name, value in figures
-        if value is not None
-    ]
-    if report.general_rise is not None:
-        shown.append(f"general loss {report.general_rise:+.3f}")
-    how = report.method + (f" ({report.basis})" if report.method == "sculptor" else "")
-    unit = f"{report.metric.replace('_', ' ')} on {report.split} rows" + (
-        ", %" if percent_scores else ", nats per token"
-    )
-    seconds = sum(stage.seconds for stage in report.stages)
-    return "\n".join(
-        [
-            table(head, rows),
-            f"{unit}; method {how}, seed {report.seed}, {seconds:.0f} s of training",
-            ", ".join(shown),
-            f"\nWrote {report.output} (continual.json, model/).",
-        ]
-    )

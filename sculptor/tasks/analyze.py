@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sculptor import __version__
+from sculptor.analysis.factors import Source
 from sculptor.analysis.ranks import adaptive_retention, measure_cosines, normalize_importance, protected_count
 from sculptor.analysis.settings import AnalyzeSettings
 from sculptor.analysis.weights import analyze_matrix, random_directions, to_device
@@ -19,7 +20,7 @@ from sculptor.checkpoint.architecture import Architecture, Target, inspect_archi
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest
-from sculptor.data.examples import Example, digest_examples, encode, resolve_max_length
+from sculptor.data.examples import IGNORED, Example, digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.model.load import load_model, load_tokenizer, resolve_device
 from sculptor.numerics.staircase import Staircase
@@ -50,7 +51,7 @@ class RoleSummary:
 
 @dataclass(frozen=True, slots=True)
 class AnalyzeReport:
-    """What `analyze` did."""
+    """What `analyze` did; `calibration` are rows and tokens of every source, `most_directions` the most a side stores."""
 
     output: Path
     basis: str
@@ -59,6 +60,8 @@ class AnalyzeReport:
     archive_bytes: int
     checkpoint_bytes: int
     not_targeted: tuple[Mapping[str, Any], ...] = field(default=())
+    calibration: tuple[Mapping[str, Any], ...] = ()
+    most_directions: int = 0
 
     @property
     def num_matrices(self) -> int:
@@ -130,7 +133,9 @@ def analyze(
                         bar.update(1)
                 bar.close()
             details: dict[str, Any] = {"model": str(model), "settings": asdict(settings)}
-            details |= {"weights": [source.weight for source in sources]} if settings.has_moments else {}
+            if settings.has_moments:
+                details |= {"weights": [source.weight for source in sources]}
+                details |= {"calibration": [_facts(source) for source in sources]}
             writer.finish(
                 Manifest(
                     created_by=f"sculptor {__version__}",
@@ -148,6 +153,16 @@ def analyze(
             )
         commit(partial, output)
     return report_of(Archive(output), checkpoint)
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    labels = [label for example in source.examples for label in example.labels]
+    return {
+        "source": source.name,
+        "rows": len(source.examples),
+        "tokens": sum(len(example.input_ids) for example in source.examples),
+        "tokens_with_loss": sum(label != IGNORED for label in labels),
+    }
 
 
 def archive_constraint(settings: AnalyzeSettings) -> ArchiveConstraint:
@@ -259,6 +274,12 @@ def report_of(archive: Archive, checkpoint: Checkpoint) -> AnalyzeReport:
         archive_bytes=archive.num_bytes,
         checkpoint_bytes=checkpoint.num_bytes,
         not_targeted=archive.manifest.not_targeted,
+        calibration=tuple(archive.manifest.tasks[0].details.get("calibration", ())),
+        most_directions=max(
+            side.directions for record in archive.values() for side in (record.output, record.input) if side is not None
+        )
+        if archive.manifest.source_weights
+        else 0,
     )
 
 

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,68 +21,18 @@ from sculptor.checkpoint.staging import check_apart, commit, partial_path, stagi
 from sculptor.checkpoint.tensors import digest as digest_tensor
 from sculptor.data.rows import Row
 from sculptor.errors import OutputError, SettingsError
-from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
+from sculptor.evaluation.matrix import continual_metrics
 from sculptor.model.load import load_model, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.adapters import require_peft, train_adapter
 from sculptor.tasks.analyze import analyze
+from sculptor.tasks.continual_report import ContinualReport, Stage, TaskScore
 from sculptor.tasks.evaluate import Evaluation, evaluate_rows, read_evaluation_rows
 from sculptor.tasks.plan import METHODS, Method, Plan, PlannedTask, Split, read_plan
 from sculptor.tasks.train import train
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
-
-
-@dataclass(frozen=True, slots=True)
-class TaskScore:
-    """One task after one stage; what does not apply is None."""
-
-    accuracy: float | None
-    exact_match: float | None
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """The state after one training, or the base.
-
-    Attributes:
-        name: the task that was learned; "base" for the first.
-        scores: by task, all of them.
-        general_loss: mean loss per token on the general texts, None without.
-        archive_bytes: size of the archive for the next task, None without.
-        seconds: training and carrying the archive on.
-    """
-
-    name: str
-    scores: Mapping[str, TaskScore]
-    general_loss: float | None
-    archive_bytes: int | None
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ContinualReport:
-    """The result of `continual`.
-
-    Attributes:
-        metric: what the matrix is made of: accuracy, exact_match, or loss (negative, so that more is better).
-        matrix: R, the base first, a column per task.
-        general_rise: of the loss on the general texts, from the base to the end.
-    """
-
-    output: Path
-    method: str
-    basis: str | None
-    split: str
-    seed: int
-    tasks: tuple[str, ...]
-    metric: str
-    matrix: tuple[tuple[float, ...], ...]
-    metrics: ContinualMetrics
-    general_rise: float | None
-    stages: tuple[Stage, ...]
 
 
 def continual(
@@ -139,6 +89,18 @@ def continual(
         commit(partial, output)
     (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
     return report
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of what differs, as `section.name`."""
+    names = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            names += [f"{name}.{inner}" for inner in value if old.get(inner) != value[inner]]
+        elif old != value:
+            names.append(name)
+    return sorted(names)
 
 
 def _digest_model(model: str) -> str:
@@ -311,7 +273,7 @@ class _Run:
             return
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["key"] != self.key:
-            different = sorted(name for name in self.key if content["key"].get(name) != self.key[name])
+            different = _different(content["key"], self.key)
             raise OutputError(
                 f"{path}: left by a run of another plan ({', '.join(different)}); use the same or pass --overwrite to "
                 "start anew"

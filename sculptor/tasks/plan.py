@@ -92,6 +92,8 @@ class Plan:
         """The settings of one task."""
         own = {"epochs": task.epochs, "learning_rate": task.learning_rate}
         changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        if task.epochs is not None:
+            changes["max_steps"] = None  # which would go before epochs
         return replace(self.train, **changes)
 
     def rows_of(self, task: PlannedTask, split: Split) -> tuple[str, ...]:

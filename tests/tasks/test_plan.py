@@ -111,7 +111,11 @@ def test_a_task_s_own_settings_come_first(place: Path) -> None:
     plan = read_plan(place / "plan.toml")
     assert plan.train_settings(plan.tasks[0]) == plan.train
     own = plan.train_settings(plan.tasks[1])
-    assert (own.epochs, own.learning_rate, own.max_steps) == (3, 2e-3, 5)
+    assert (own.epochs, own.learning_rate, own.max_steps) == (
+        3,
+        2e-3,
+        None,
+    )  # max_steps of the plan would go before epochs
 
 
 def test_files_of_a_split(place: Path) -> None:
