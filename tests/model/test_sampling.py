@@ -51,6 +51,19 @@ def test_the_seed_decides_the_text(tmp_path: Path, family: str) -> None:
     assert first != other
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"temperature": 0.1, "top_k": 1}, {"num_beams": 2}],
+)
+def test_the_checkpoint_s_generation_settings_do_not_bend_the_text(loaded: LoadedModel, own: dict[str, Any]) -> None:
+    """Calibration is on what the model says at temperature 1, whatever its card recommends."""
+    plain = sample(loaded)
+    loaded.model.generation_config.update(do_sample=True, **own)
+    before = loaded.model.generation_config
+    assert sample(loaded) == plain
+    assert loaded.model.generation_config is before
+
+
 def test_the_caller_s_randomness_is_left_alone(loaded: LoadedModel) -> None:
     torch.manual_seed(11)
     before = torch.get_rng_state()

@@ -427,3 +427,20 @@ def test_an_analysis_goes_on_behind_its_last_shard(tmp_path: Path, monkeypatch: 
     assert dict(whole) == dict(parts)
     for name, stored in whole.manifest.tensors.items():
         assert parts.manifest.tensors[name].sha256 == stored.sha256, name
+
+
+def test_every_source_weighs_the_same_between_matrices(tmp_path: Path) -> None:
+    """One threshold for the model: a source with a larger loss does not decide alone which matrices matter."""
+    from dataclasses import replace
+
+    from sculptor.analysis.factors import curvature_scales
+    from sculptor.archive.manifest import Added, MatrixRecord, SideRecord
+
+    side = SideRecord("t", "leading", 1, "t.values")
+    first = MatrixRecord(
+        "a", "a", "b", 0, "r", (2, 2), False, "g", "float32", "", ((2, 0),), side, side, None,
+        0.4, None, 0.5, (Added(0, 1, 1),), ((1.0, 1.0), (1.0, 100.0)),
+    )  # fmt: skip
+    second = replace(first, name="b", traces=((1.0, 1.0), (1.0, 300.0)))
+    assert curvature_scales([first, second], [1.0, 1.0]) == pytest.approx([1.5, 2.5])
+    assert curvature_scales([first, second], [1.0, 2.0]) == pytest.approx([2.0, 4.0])
