@@ -197,6 +197,7 @@ class _Recorder:
         self.leaders = {target.input_group: target.name for target in reversed(targets)}
         self.calls = 0  # inputs read in the forward under way
         self.calls_per_forward: int | None = None  # a shared module is called several times; the first forward tells
+        self.weight_sums: dict[str, Tensor | float] = {}  # of gradients that weigh inputs, by group
         self.num_gradients: dict[str, int] = defaultdict(int)
 
     @contextmanager
@@ -255,7 +256,8 @@ class _Recorder:
                 group = target.input_group
                 weights = rows.to(torch.float32).square().sum(dim=1)
                 _add_outer(self.sums.inputs, group, x.reshape(-1, x.shape[-1]), weights)
-                self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + float(weights.sum())
+                # On the device: a number here would wait for the GPU once per matrix and batch.
+                self.weight_sums[group] = self.weight_sums.get(group, 0.0) + weights.sum().to(torch.float64)
 
         return hook
 
@@ -276,6 +278,7 @@ class _Recorder:
 
     def means(self) -> Moments:
         tokens = self.sums.num_tokens
+        tokens |= {group: float(total) for group, total in self.weight_sums.items()}
         for group, total in self.sums.inputs.items():
             total /= tokens[group] or 1.0
         for name, total in self.sums.outputs.items():

@@ -20,7 +20,7 @@ from sculptor.checkpoint.architecture import Target
 from sculptor.data.examples import Example
 from sculptor.model.load import LoadedModel
 from sculptor.numerics.allocation import Importance, allocate, least_free_share
-from sculptor.numerics.moments import Factor, profile, rotate_profile, truncate
+from sculptor.numerics.moments import Factor, profile, rotate_profile, truncate, whole_spectrum
 from sculptor.progress import Progress
 
 
@@ -158,9 +158,7 @@ def _side(
     if previous is None or side is None:
         factor = truncate(moment, k)
         return Side(_stored(factor, settings), profile(moment, factor.vectors)[None].cpu())
-    found = previous.factors(name)
-    old = found[0] if side == previous[name].output else found[1]
-    assert old is not None
+    old = previous.factor(name, side)
     old_vectors = old.vectors.to(moment.device)
     factor = truncate(moment + old.dense(moment.device).to(moment.dtype), k)
     profiles = previous.profiles(side)
@@ -224,8 +222,7 @@ def least_budget(targets: Sequence[Target], settings: AnalyzeSettings) -> float:
 def _importance(record: MatrixRecord, values: Mapping[str, Tensor], scale: float) -> Importance:
     def spectrum(side: SideRecord, dim: int) -> Tensor:
         assert side.values is not None
-        kept = values[side.values].to("cpu", torch.float64)
-        return torch.cat([kept, torch.full((dim - kept.numel(),), side.rest, dtype=torch.float64)])
+        return whole_spectrum(values[side.values], side.rest, dim)
 
     assert record.input is not None
     m, n = record.shape

@@ -139,6 +139,12 @@ class Archive(Mapping[str, MatrixRecord]):
         assert input is not None
         return output, input
 
+    def factor(self, name: str, side: SideRecord) -> Factor:
+        """The truncated moment of one side of a matrix, checked as its basis is; the other side is not read."""
+        found = self._factor(side, self._side(name, side))
+        assert found is not None
+        return found
+
     def _factor(self, side: SideRecord | None, basis: Basis | None) -> Factor | None:
         if side is None or basis is None:
             return None

@@ -40,8 +40,7 @@ class Factor:
 
     def spectrum(self) -> Tensor:
         """All d eigenvalues in the order of the completed basis, float64, on the CPU."""
-        rest = torch.full((self.dim - self.values.numel(),), self.rest, dtype=torch.float64)
-        return torch.cat([self.values.to("cpu", torch.float64), rest])
+        return whole_spectrum(self.values, self.rest, self.dim)
 
     def dense(self, device: torch.device | None = None) -> Tensor:
         """The moment (d, d), float64."""
@@ -49,6 +48,12 @@ class Factor:
         found = (vectors64 * (values64 - self.rest)) @ vectors64.T
         found.diagonal().add_(self.rest)
         return found
+
+
+def whole_spectrum(values: Tensor, rest: float, dim: int) -> Tensor:
+    """All `dim` eigenvalues, float64, on the CPU: the stored ones (k,), and the mean of the rest in the place of each."""
+    others = torch.full((dim - values.numel(),), rest, dtype=torch.float64)
+    return torch.cat([values.to("cpu", torch.float64), others])
 
 
 def truncate(moment: Tensor, k: int) -> Factor:

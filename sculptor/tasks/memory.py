@@ -64,7 +64,12 @@ def spread(examples: Sequence[Example], num_tokens: int) -> tuple[Example, ...]:
     total = sum(example.length for example in examples)
     if total <= num_tokens:
         return tuple(examples)
-    count = max(1, round(len(examples) * num_tokens / total))
+    return spread_rows(examples, max(1, round(len(examples) * num_tokens / total)))
+
+
+def spread_rows(examples: Sequence[Example], count: int) -> tuple[Example, ...]:
+    """`count` examples evenly over all of them; all, if there are no more."""
+    count = min(len(examples), count)
     return tuple(examples[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count))
 
 

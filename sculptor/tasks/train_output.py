@@ -33,7 +33,7 @@ from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import Encoded
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
-from sculptor.tasks.memory import settle, write_factors
+from sculptor.tasks.memory import settle, spread_rows, write_factors
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult, TrainedParameters
 from sculptor.training.protect import merge, merge_weight, protected_matrices
@@ -163,11 +163,9 @@ def _remember(
         value.data = value.data.to(dtype)
     settings = AnalyzeSettings.from_json(job.archive.manifest.settings)
     targets = [target for target in job.architecture.targets if target.name in records]
-    examples = job.encoded.examples
     assert job.settings.memory_rows is not None
     assert job.settings.memory_weight is not None
-    count = min(len(examples), job.settings.memory_rows)
-    chosen = [examples[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count)]
+    chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
     source = Source(job.name, chosen, job.settings.memory_weight)
     write_factors(loaded, list(records.values()), targets, [source], settings, writer, job.archive, progress)
     settle(writer, settings, [*job.archive.manifest.source_weights, source.weight])

@@ -2,36 +2,19 @@
 
 import pytest
 import torch
+from numerics.sides import CASES, orthonormal, sides
 
 from sculptor.numerics.bases import Basis, component, frozen_norm, store_smaller
 from sculptor.numerics.free_space import FreeSpace
 from sculptor.numerics.reflectors import CompleteBasis
 from sculptor.numerics.staircase import Constraint, Staircase
 
-CASES = [
-    (constraint, m, n, k)
-    for constraint in ("double", "input", "core")
-    for m, n, k in ((8, 8, 3), (8, 8, 6), (6, 20, 5), (20, 6, 2), (5, 7, 0))
-]
 STEPS = [
     ((1, 7), (3, 5), (5, 2), (8, 0)),
     ((2, 10), (4, 6), (8, 1)),
     ((3, 4), (8, 4)),
     ((1, 6), (6, 3), (8, 2)),
 ]
-
-
-def orthonormal(d: int, k: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))[0][:, :k]
-
-
-def sides(
-    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
-) -> tuple[Basis | None, Basis | None]:
-    u, v = orthonormal(m, k, generator), orthonormal(n, k, generator)
-    if k == 0:
-        return None, None
-    return (None if constraint == "input" else store_smaller(u)), store_smaller(v)
 
 
 def space_of(staircase: Staircase, output: Basis | None, input: Basis | None) -> FreeSpace:
