@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 ORDERS = {
     "1": ("dbpedia", "amazon", "yelp", "agnews"),
@@ -127,7 +128,7 @@ SUITES: dict[str, list[Run]] = {
 
 BOTH, OWN = 'analyze.data=["GENERAL","self"]', 'analyze.data=["self"]'
 MODEL_WIDE = ("analyze.weighting=gradients", "analyze.threshold=model")
-# What the sweep left open; `choose` takes one of them by validation, and the headline runs follow on test rows.
+# What the sweep left open, on validation rows.
 CANDIDATES: list[tuple[float, tuple[str, ...]]] = [
     (7e-4, (*MODEL_WIDE, BOTH)),
     (1e-3, (*MODEL_WIDE, BOTH, "train.soften=1")),
@@ -137,48 +138,48 @@ CANDIDATES: list[tuple[float, tuple[str, ...]]] = [
     (1e-3, (*MODEL_WIDE, BOTH, "train.soften=3", "analyze.budget=0.75")),
     (1e-3, (*MODEL_WIDE, BOTH, "train.soften=1", "train.memory_weight=2.0")),
 ]
-BASELINES = [
-    *(Run(o, "full", 3e-4, (), seed, "test") for seed in (0, 1, 2) for o in "12"),
-    *(Run("1", "joint", 5e-4, (), seed, "test") for seed in (0, 1, 2)),
+CHOSEN = (1e-3, (*MODEL_WIDE, BOTH, "train.soften=3"))
+SUITES["candidates"] = [Run(o, "sculptor", rate, sets) for rate, sets in CANDIDATES for o in "12"]
+
+
+def chosen(order: str, *sets: str, seed: int = 0, data: str = BOTH, split: str = "test") -> Run:
+    """What the candidates led to, which is also the product's default, with something changed."""
+    rate, chosen_sets = CHOSEN
+    return Run(order, "sculptor", rate, (*(item for item in chosen_sets if item != BOTH), data, *sets), seed, split)
+
+
+# The long ones first: they start on the GPU with the fewest neighbours.
+SUITES["headline"] = [
+    chosen("6"),
+    Run("6", "full", 3e-4, (), 0, "test"),
+    *(chosen(o, seed=seed) for seed in (0, 1, 2) for o in "12"),
     *(Run(o, "sculptor", 5e-4, INPUTS, seed, "test") for seed in (0, 1, 2) for o in "12"),
+    *(chosen(o, data=data) for data in ('analyze.data=["GENERAL"]', OWN) for o in "12"),
+    *(Run(o, "full", 3e-4, (), seed, "test") for seed in (0, 1, 2) for o in "12"),
     *(Run(o, "sculptor", 1e-3, WEIGHTS, 0, "test") for o in "12"),
     *(Run(o, "random", 1e-3, (), 0, "test") for o in "12"),
+    *(chosen("1", *sets, split="validation") for sets in ([], ["analyze.steps=2"], ["analyze.steps=15"])),
+    *(Run("1", "joint", 5e-4, (), seed, "test") for seed in (0, 1, 2)),
     *(Run(o, "osf", 5e-4, (), 0, "test") for o in "12"),
     *(Run(o, "olora", 2e-3, (), 0, "test") for o in "12"),
     *(Run(o, "lora", 2e-3, (), 0, "test") for o in "12"),
-    Run("6", "full", 3e-4, (), 0, "test"),
+    *(
+        chosen("1", *sets, split="validation")
+        for sets in (["analyze.budget=1.0"], ["analyze.keep=0.25", "analyze.budget=0.8"], ["analyze.budget=0.8"])
+    ),
 ]
-SUITES["final"] = [*(Run(o, "sculptor", rate, sets) for rate, sets in CANDIDATES for o in "12"), *BASELINES]
 
 
-def choose(found: dict[str, list[dict[str, float]]]) -> tuple[float, tuple[str, ...]]:
-    """The candidate with the best validation figures over both orders.
-
-    A tenth of a nat of general loss weighs as much as a point of average accuracy, and more beyond 0.22.
-    """
-
-    def value(candidate: tuple[float, tuple[str, ...]]) -> float:
-        results = found.get(str(candidate), [])
-        if len(results) < 2:
-            return float("-inf")
-        rises = [result["general_rise"] for result in results]
-        accuracy = sum(100 * result["average"] for result in results) / len(results)
-        return accuracy - 10 * sum(rises) / len(rises) - 100 * max(0.0, max(rises) - 0.22)
-
-    for candidate in CANDIDATES:
-        print(f"candidate {candidate}: {value(candidate):.2f}", flush=True)
-    return max(CANDIDATES, key=value)
-
-
-def headline(rate: float, sets: tuple[str, ...]) -> list[Run]:
-    """The chosen settings on test rows, with what they are to be compared with."""
-    rest = tuple(item for item in sets if not item.startswith("analyze.data="))
-    sources = (BOTH, 'analyze.data=["GENERAL"]', OWN)
-    return [
-        *(Run(o, "sculptor", rate, sets, seed, "test") for seed in (0, 1, 2) for o in "12"),
-        Run("6", "sculptor", rate, sets, 0, "test"),
-        *(Run(o, "sculptor", rate, (*rest, data), 0, "test") for data in sources if data not in sets for o in "12"),
-    ]
+# More steps follow the threshold more closely.
+SUITES["steps"] = [
+    *(
+        chosen(o, f"analyze.steps={steps}", seed=seed, split="validation")
+        for steps in (7, 15, 31)
+        for seed in (1, 2)
+        for o in "12"
+    ),
+    *(chosen(o, "analyze.steps=15", seed=seed) for seed in (0, 1, 2) for o in "12"),
+]
 
 
 def main() -> None:
@@ -188,39 +189,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--first-gpu", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=8, help="processes per GPU")
-    parser.add_argument("--hold", type=Path, help="leave the last GPU alone until this file exists")
+    parser.add_argument("--last-jobs", type=int, help="processes on the last GPU, which takes the first runs")
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which what still runs is stopped")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     waiting = list(enumerate(SUITES[arguments.suite]))
-    candidates = {Run(o, "sculptor", *c).name: str(c) for c in CANDIDATES for o in "12"}
-    chosen: dict[str, list[dict[str, float]]] = {}
-    open_candidates = len(candidates) if arguments.suite == "final" else 0
+    last = arguments.jobs if arguments.last_jobs is None else arguments.last_jobs
+    slots = [
+        gpu
+        for gpu in reversed(range(arguments.gpus))
+        for _ in range(last if gpu == arguments.gpus - 1 else arguments.jobs)
+    ]
     running: dict[int, tuple[int, Run, subprocess.Popen[bytes], float]] = {}
     with open(arguments.output / "results.jsonl", "a", encoding="utf-8") as results:
         while waiting or running:
             now = time.perf_counter() - started
-            for slot in range(arguments.gpus * arguments.jobs):
-                gpu = slot // arguments.jobs
-                held = arguments.hold is not None and gpu == arguments.gpus - 1 and not arguments.hold.exists()
-                if slot not in running and waiting and not held and now < arguments.deadline - 60:
+            for slot, gpu in enumerate(slots):
+                if slot not in running and waiting and now < arguments.deadline - 60:
                     number, run = waiting.pop(0)
-                    process = start(run, number, gpu, arguments)
-                    running[slot] = number, run, process, now
+                    running[slot] = number, run, start(run, number, arguments.first_gpu + gpu, arguments), now
             for slot, (number, run, process, began) in list(running.items()):
                 if process.poll() is not None:
-                    content = report(run, number, now - began, arguments.output, results)
+                    report(run, number, now - began, arguments.output, results)
                     del running[slot]
-                    if open_candidates and run.name in candidates:
-                        open_candidates -= 1
-                        if content is not None:
-                            chosen.setdefault(candidates[run.name], []).append(content)
-                        if not open_candidates:
-                            best = choose(chosen)
-                            print(f"chosen: {best}", flush=True)
-                            waiting = [*enumerate(headline(*best), start=500), *waiting]
             if now > arguments.deadline:
                 for _, run, process, _ in running.values():
                     process.kill()
@@ -246,13 +240,13 @@ def start(run: Run, number: int, gpu: int, arguments: argparse.Namespace) -> sub
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
 
 
-def report(run: Run, number: int, seconds: float, output: Path, results: object) -> dict[str, float] | None:
-    """Prints and keeps the result of a run, and removes its checkpoint; None if it failed."""
+def report(run: Run, number: int, seconds: float, output: Path, results: TextIO) -> None:
+    """Prints and keeps the result of a run, and removes its checkpoint."""
     path = output / f"{number:03d}" / "continual.json"
     if not path.is_file():
         error = (output / f"{number:03d}.log").read_text(encoding="utf-8", errors="replace").strip()
         print(f"{run.name:70} FAILED {error[-300:]}", flush=True)
-        return None
+        return
     content = json.loads(path.read_text(encoding="utf-8"))
     metrics = content["metrics"]
     figures = [f"{key[:3].upper()} {100 * value:+6.2f}" for key, value in metrics.items() if value is not None]
@@ -263,9 +257,8 @@ def report(run: Run, number: int, seconds: float, output: Path, results: object)
     )
     content["run"] = run.name
     content.pop("plan")
-    print(json.dumps(content), file=results, flush=True)  # type: ignore[call-overload]
+    print(json.dumps(content), file=results, flush=True)
     shutil.rmtree(path.parent)
-    return {"average": metrics["average"], "general_rise": content["general_rise"]}
 
 
 if __name__ == "__main__":
