@@ -11,6 +11,7 @@ from .options import (
     bars,
     device_option,
     json_option,
+    offload_option,
     overwrite_option,
     quiet_libraries,
     resume_option,
@@ -89,6 +90,7 @@ from .options import (
     help="Dtype of the stored bases.",
 )
 @device_option
+@offload_option
 @click.option(
     "--device-memory",
     type=float,
@@ -97,7 +99,9 @@ from .options import (
 @resume_option
 @overwrite_option
 @json_option
-def command(model: str, output: Path, resume: bool, overwrite: bool, as_json: bool, **settings: Any) -> None:
+def command(
+    model: str, output: Path, offload: Any, resume: bool, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
     """Save the subspaces that carry what MODEL knows, as an archive.
 
     MODEL is a checkpoint directory or a hub name. `--basis curvature` protects what earlier data use, and is the one
@@ -117,5 +121,13 @@ def command(model: str, output: Path, resume: bool, overwrite: bool, as_json: bo
     from sculptor.tasks.analyze import analyze
 
     quiet_libraries()
-    report = analyze(model, output, AnalyzeSettings(**settings), overwrite=overwrite, resume=resume, progress=bars)
+    report = analyze(
+        model,
+        output,
+        AnalyzeSettings(**settings),
+        offload=offload,
+        overwrite=overwrite,
+        resume=resume,
+        progress=bars,
+    )
     click.echo(to_json(report) if as_json else analyze_text(report))

@@ -1,8 +1,10 @@
 """`sculptor evaluate`."""
 
+from typing import Any
+
 import click
 
-from .options import SuggestingCommand, bars, device_option, json_option, quiet_libraries
+from .options import SuggestingCommand, bars, device_option, json_option, offload_option, quiet_libraries
 
 
 @click.command("evaluate", cls=SuggestingCommand)
@@ -16,6 +18,7 @@ from .options import SuggestingCommand, bars, device_option, json_option, quiet_
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
 @device_option
+@offload_option
 @json_option
 def command(
     model: str,
@@ -24,6 +27,7 @@ def command(
     max_length: int | None,
     batch_size: int,
     device: str,
+    offload: Any,
     as_json: bool,
 ) -> None:
     """Measure loss, exact match and label ranking of MODEL.
@@ -48,6 +52,7 @@ def command(
         max_length=max_length,
         batch_size=batch_size,
         device=device,
+        offload=offload,
         progress=bars,
     )
     click.echo(to_json(result) if as_json else evaluate_text(result))

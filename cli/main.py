@@ -9,6 +9,7 @@ import click
 from .options import SuggestingGroup
 
 _COMMANDS = {
+    "estimate": "estimate",
     "analyze": "analyze",
     "train": "train",
     "inspect": "inspect_archive",

@@ -98,6 +98,17 @@ def device_option(command: Command) -> Command:
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(command)
 
 
+def offload_option(command: Command) -> Command:
+    """`--offload`."""
+    return click.option(
+        "--offload",
+        type=Choice(["none", "cpu", "disk", "auto"]),
+        default="auto",
+        show_default=True,
+        help="Where blocks wait that are not being computed: all stay on the device, host memory, disk, or what fits.",
+    )(command)
+
+
 def overwrite_option(command: Command) -> Command:
     """`--overwrite`."""
     return click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")(

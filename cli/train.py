@@ -12,6 +12,7 @@ from .options import (
     catch_signals,
     device_option,
     json_option,
+    offload_option,
     overwrite_option,
     quiet_libraries,
     resume_option,
@@ -61,6 +62,34 @@ from .options import (
 )
 @click.option(
     "--clip", type=float, default=1.0, show_default=True, help="Largest norm of the trainable gradient; 0 for none."
+)
+@click.option(
+    "--clip-by",
+    type=Choice(["model", "matrix"]),
+    default="model",
+    show_default=True,
+    help="Clip all trained parameters together, or each matrix by itself.",
+)
+@offload_option
+@click.option(
+    "--optimizer-mode",
+    type=Choice(["exact", "fused"]),
+    default="exact",
+    show_default=True,
+    help="With offloading: fused updates blocks within the backward pass; needs one micro-batch per step, and --clip-by "
+    "matrix or --clip 0.",
+)
+@click.option(
+    "--optimizer-on",
+    type=Choice(["auto", "host", "device"]),
+    default="auto",
+    show_default=True,
+    help="With --offload cpu: run AdamW in host memory, where its moments wait, or on the device [auto: host for a GPU].",
+)
+@click.option(
+    "--offload-inputs/--keep-inputs",
+    default=None,
+    help="With offloading: activation checkpoints wait in host memory too [default: on a GPU].",
 )
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Rows per optimizer step.")
 @click.option("--micro-batch-size", type=int, default=8, show_default=True, help="Rows per forward; splits a batch.")
@@ -137,6 +166,7 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=bars,
+        notice=lambda text: click.echo(text, err=True),
         stop=catch_signals(),
     )
     click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))

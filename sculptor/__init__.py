@@ -11,30 +11,36 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AnalyzeSettings": "sculptor.analysis.settings",
+    "EstimateSettings": "sculptor.tasks.estimate",
     "Archive": "sculptor.archive.store",
     "SculptorError": "sculptor.errors",
     "TrainSettings": "sculptor.training.settings",
     "analyze": "sculptor.tasks.analyze",
     "continual": "sculptor.tasks.continual",
+    "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
     "inspect": "sculptor.tasks.inspect_archive",
     "merge": "sculptor.training.protect",
     "protect": "sculptor.training.protect",
+    "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
 }
 __all__ = [
     "AnalyzeSettings",
     "Archive",
+    "EstimateSettings",
     "SculptorError",
     "TrainSettings",
     "__version__",
     "analyze",
     "continual",
+    "estimate",
     "evaluate",
     "inspect",
     "merge",
     "protect",
+    "stream",
     "train",
     "verify",
 ]
@@ -45,8 +51,10 @@ if TYPE_CHECKING:
     from sculptor.errors import SculptorError
     from sculptor.tasks.analyze import analyze
     from sculptor.tasks.continual import continual
+    from sculptor.tasks.estimate import EstimateSettings, estimate
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect
+    from sculptor.tasks.stream import stream
     from sculptor.tasks.train import train
     from sculptor.tasks.verify import verify
     from sculptor.training.protect import merge, protect

@@ -39,10 +39,11 @@ def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_rows(tmp_path / "task.jsonl", task_rows())
     namespace: dict[str, object] = {}
     code = blocks("docs/library.md", "python")
-    assert len(code) == 2
+    assert len(code) == 3
     for block in code:
         exec(compile(block, "docs/library.md", "exec"), namespace)
-    assert (tmp_path / "by-hand" / "model.safetensors").is_file()
+    for name in ("by-hand", "streamed-by-hand"):
+        assert (tmp_path / name / "model.safetensors").is_file()
 
 
 def test_readme_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def test_data_examples_are_read(tmp_path: Path) -> None:
     assert len(read_rows([tmp_path / "rows.jsonl"])) == 3
 
 
-@pytest.mark.parametrize("name", ["analyze", "train", "inspect", "verify", "evaluate", "continual", "demo"])
+@pytest.mark.parametrize("name", ["estimate", "analyze", "train", "inspect", "verify", "evaluate", "continual", "demo"])
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main
 

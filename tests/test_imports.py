@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"numerics", "errors", "progress"},
     {"checkpoint"},
-    {"archive", "data"},
+    {"archive", "data", "streaming"},
     {"model"},
     {"analysis", "training", "evaluation"},
     {"tasks"},

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from sculptor.checkpoint.architecture import Target, find_blocks
 from sculptor.data.batches import Batch, prepare
 from sculptor.data.examples import IGNORED, Example
+from sculptor.model.head import find_head
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, sample_labels
 from sculptor.numerics.precision import float32_products
@@ -128,8 +129,9 @@ def measure_moments(
     generator = torch.Generator(loaded.device).manual_seed(seed)
     model = loaded.model
     model.eval()
+    find_head(model, loaded.kind)  # tried on a token once, which is not to be measured
     handles = [handle for target in targets for handle in recorder.watch(model.get_submodule(target.module), target)]
-    restore = _recompute_blocks(model, recorder) if gradients else _nothing
+    restore = _recompute_blocks(loaded, recorder) if gradients else lambda: None
     try:
         for batch in _batches(loaded, examples, seed):
             if gradients and labels == "sampled":
@@ -142,6 +144,8 @@ def measure_moments(
                 found = batch_loss(model, batch, loaded.kind)
                 if gradients:
                     found.total.backward()  # type: ignore[no-untyped-call]
+                    if loaded.stream is not None:
+                        loaded.stream.end_backward()
             recorder.calls_per_forward = recorder.calls
             bar.update(batch.input_ids.shape[0])
     finally:
@@ -151,16 +155,16 @@ def measure_moments(
     return recorder.means()
 
 
-def _nothing() -> None:
-    """There is nothing to undo."""
-
-
-def _recompute_blocks(model: Any, recorder: "_Recorder") -> Callable[[], None]:
+def _recompute_blocks(loaded: LoadedModel, recorder: "_Recorder") -> Callable[[], None]:
     """Keeps no activations inside blocks for the backward pass; returns what undoes it.
 
-    Done on the instances' `forward`, since transformers' own switch asks for training mode, and so for dropout.
+    On the instances' `forward`, since transformers' own switch asks for training mode; a streamed model does it anyway.
     """
-    blocks = list(find_blocks(model).values())
+    stream = loaded.stream
+    if stream is not None:
+        stream.recompute = recorder.paused
+        return lambda: setattr(stream, "recompute", nullcontext)
+    blocks = list(find_blocks(loaded.model).values())
     for block in blocks:
         block.forward = functools.partial(
             checkpoint,

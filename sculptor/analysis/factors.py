@@ -74,6 +74,8 @@ def derive_factors(
     """
     gradients = settings.basis == "curvature"
     model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    if loaded.stream is not None:
+        model_bytes += loaded.stream.slots.num_bytes
     copies = min(2, len(sources))  # of one source, and the sum over those before
     groups = passes(targets, gradients, loaded.device, settings.device_memory, model_bytes, copies)
     rows = sum(len(source.examples) for source in sources)

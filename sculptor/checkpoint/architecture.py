@@ -7,13 +7,14 @@ by transformers' own loading rules. Nothing is ever matched against the path of 
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.sharing import input_leaders
 from sculptor.errors import CheckpointError, SettingsError
@@ -249,26 +250,6 @@ def _target(
         transposed=transposed,
         input_group=leaders[module],
     )
-
-
-def match_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Parameter of the model -> name in `names`, by the rules transformers itself loads with.
-
-    Tensors that loading would split, stack or otherwise convert have no single name and are left out.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    found = {}
-    for name in names:
-        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if pattern is None and parameter in state:
-            found[parameter] = name
-    return found
 
 
 def _check_shapes(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class TensorInfo:
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = 0  # of its first byte in the file
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +66,7 @@ def read_header(path: Path, error: type[SculptorError]) -> tuple[dict[str, Tenso
             slices = {name: file.get_slice(name) for name in names}
             metadata = dict(file.metadata() or {})
             shapes = {name: (item.get_dtype(), tuple(item.get_shape())) for name, item in slices.items()}
+        offsets = _read_offsets(path)
     except FileNotFoundError:
         raise error(f"{path}: no such file; copy the missing shard back") from None
     except (SafetensorError, OSError, ValueError) as cause:
@@ -71,8 +74,41 @@ def read_header(path: Path, error: type[SculptorError]) -> tuple[dict[str, Tenso
     unknown = sorted({dtype for dtype, _ in shapes.values()} - set(DTYPES))
     if unknown:
         raise error(f"{path}: dtype {', '.join(unknown)} is not supported; expected one of {', '.join(DTYPES)}")
-    infos = {name: TensorInfo(path.name, DTYPES[dtype], shape) for name, (dtype, shape) in shapes.items()}
+    infos = {
+        name: TensorInfo(path.name, DTYPES[dtype], shape, offsets[name]) for name, (dtype, shape) in shapes.items()
+    }
     return infos, metadata
+
+
+def _read_offsets(path: Path) -> dict[str, int]:
+    """Where in the file each tensor begins; the header has been validated."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: 8 + length + item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}
+
+
+def read_bytes(descriptor: int, offset: int, into: Tensor) -> None:
+    """Fills a contiguous CPU tensor of bytes from an open file, without mapping it.
+
+    Raises:
+        OSError: if the file ends before.
+    """
+    view = into.numpy().data
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"the file ends {len(view) - done} bytes too early")
+        done += count
+
+
+def write_bytes(descriptor: int, offset: int, source: Tensor) -> None:
+    """Writes a contiguous CPU tensor of bytes into an open file."""
+    view = source.numpy().data
+    done = 0
+    while done < len(view):
+        done += os.pwritev(descriptor, [view[done:]], offset + done)
 
 
 def read_tensor(path: Path, name: str, error: type[SculptorError]) -> Tensor:

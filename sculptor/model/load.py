@@ -1,6 +1,8 @@
 """Opening a checkpoint as a transformers model with its tokenizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,17 +10,22 @@ import torch
 from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture, model_class
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import CheckpointError, SettingsError
+from sculptor.progress import Progress, silent
+from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.build import stream_model
+from sculptor.streaming.weights import Tier
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoadedModel:
-    """A model on its device, in evaluation mode."""
+    """A model on its device, or streamed to it, in evaluation mode."""
 
     checkpoint: Checkpoint
     architecture: Architecture
     model: Any
     tokenizer: Any
     device: torch.device
+    stream: BlockStream | None = None  # if its blocks are not on the device
 
     @property
     def kind(self) -> Kind:
@@ -46,7 +53,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("no float64, which the decompositions and the merge need")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with its number
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
         reason = str(cause).splitlines()[0][:120]
         raise SettingsError(f"--device {name}: not available ({reason}); use auto, cpu, cuda or cuda:N") from cause
@@ -60,11 +67,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
         CheckpointError: if weights are missing, or there is no tokenizer.
     """
     architecture = architecture or inspect_architecture(checkpoint)
-    if architecture.kind == "headless":
-        raise CheckpointError(
-            f"{checkpoint.path}: {architecture.model_class} has no language-modelling head; expected a causal, masked or "
-            'encoder-decoder language model in "architectures"'
-        )
+    _check_head(checkpoint, architecture)
     cls = model_class(checkpoint.config, checkpoint.path)
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
@@ -90,6 +93,63 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
     model.requires_grad_(False)
     model.to(device).eval()
     return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint, architecture.kind), device)
+
+
+def load_streamed(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    tier: Tier,
+    architecture: Architecture | None = None,
+    *,
+    scratch: Path | None = None,
+    trained: Mapping[str, torch.dtype] | None = None,
+    resident: frozenset[str] = frozenset(),
+    keep_inputs: bool | None = None,
+    progress: Progress = silent,
+) -> LoadedModel:
+    """`load_model` for a model of which one block at a time is on the device.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where the model computes.
+        tier: where blocks wait.
+        architecture: of the checkpoint.
+        scratch: directory for what changes, in the disk tier.
+        trained: parameters of blocks that will change, and the dtype they are to have on the device.
+        resident: parameters of blocks that stay on the device.
+        keep_inputs: whether activation checkpoints stay on the device; default on a CPU only.
+        progress: makes progress bars.
+
+    Raises:
+        CheckpointError: if weights are missing, or there is no tokenizer.
+        SettingsError: if the host does not give enough memory.
+    """
+    architecture = architecture or inspect_architecture(checkpoint)
+    _check_head(checkpoint, architecture)
+    try:
+        model, stream = stream_model(
+            checkpoint,
+            architecture,
+            device,
+            tier,
+            scratch=scratch,
+            compute_dtypes=trained,
+            resident=resident,
+            keep_inputs=keep_inputs,
+            progress=progress,
+        )
+    except MemoryError as cause:
+        raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause
+    tokenizer = load_tokenizer(checkpoint, architecture.kind)
+    return LoadedModel(checkpoint, architecture, model, tokenizer, device, stream)
+
+
+def _check_head(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    if architecture.kind == "headless":
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.model_class} has no language-modelling head; expected a causal, masked or "
+            'encoder-decoder language model in "architectures"'
+        )
 
 
 def load_tokenizer(checkpoint: Checkpoint, kind: Kind) -> Any:

@@ -1,7 +1,8 @@
 """The summed cross-entropy of a batch: the same for training and evaluation.
 
 Models are called without labels, so that the sum can be divided by the tokens of a whole optimizer step, and
-logits are made only where there is loss, where the model can do that.
+logits are made only where there is loss, where the model can do that. Many of them never exist at once: the tokens go
+through the model's own head in slices (`sculptor.model.head`), each made again in the backward pass.
 """
 
 import inspect
@@ -9,10 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sculptor.checkpoint.architecture import Kind
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
+from sculptor.model.head import Head, find_head
+
+# Logits that exist at a time, in elements.
+SLICE = {"cuda": 2**25, "cpu": 2**23}
 
 
 class BatchLoss(NamedTuple):
@@ -42,10 +48,31 @@ def batch_loss(model: Any, batch: Batch, kind: Kind) -> BatchLoss:
         batch: padded on the right.
         kind: how its labels are to be read.
     """
-    outputs, logits, wanted = _predict(model, batch, kind)
-    labels = _read_labels(batch, kind)[wanted]
-    total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return BatchLoss(total, int(wanted.sum()), _auxiliary(model, outputs))
+    all_labels = _read_labels(batch, kind)
+    wanted = all_labels != IGNORED
+    labels = all_labels[wanted]
+    rows = max(1, SLICE[labels.device.type] // int(model.get_input_embeddings().weight.shape[0]))
+    head = find_head(model, kind) if labels.numel() > rows else None
+    if head is None:
+        outputs, logits, _ = _predict(model, batch, kind)
+        return BatchLoss(_sum(logits, labels), labels.numel(), _auxiliary(model, outputs))
+    with head.kept_out() as kept:
+        outputs = model(**_inputs(model, batch, kind))
+    hidden = kept[0][:, : wanted.shape[1]][wanted]
+    parts = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
+    total = torch.stack([_slice_loss(head, part, chosen) for part, chosen in parts]).sum()
+    return BatchLoss(total, labels.numel(), _auxiliary(model, outputs))
+
+
+def _sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def _slice_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _sum(head.logits(hidden), labels)
+    found: Tensor = checkpoint(lambda h: _sum(head.logits(h), labels), hidden, use_reentrant=False)
+    return found
 
 
 def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generator) -> Batch:
@@ -71,21 +98,27 @@ def _read_labels(batch: Batch, kind: Kind) -> Tensor:
 
 def _predict(model: Any, batch: Batch, kind: Kind) -> tuple[Any, Tensor, Tensor]:
     """The model's outputs, its logits (tokens with loss, vocabulary), and the mask (B, L) of these tokens."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:  # a cache would be met again when blocks are recomputed
-        inputs["use_cache"] = False
+    inputs = _inputs(model, batch, kind)
     labels = _read_labels(batch, kind)
     wanted = labels != IGNORED
-    if kind == "seq2seq":
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    if kind == "causal" and "logits_to_keep" in accepted:
+    if kind == "causal" and "logits_to_keep" in inspect.signature(model.forward).parameters:
         columns = wanted.any(dim=0).nonzero().flatten()
         outputs = model(**inputs, logits_to_keep=columns)
         return outputs, outputs.logits[wanted[:, columns]], wanted
     outputs = model(**inputs)
     logits = outputs.logits[:, :-1] if kind == "causal" else outputs.logits
     return outputs, logits[wanted], wanted
+
+
+def _inputs(model: Any, batch: Batch, kind: Kind) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if (
+        "use_cache" in inspect.signature(model.forward).parameters
+    ):  # a cache would be met again when blocks are recomputed
+        inputs["use_cache"] = False
+    if kind == "seq2seq":
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+    return inputs
 
 
 def _auxiliary(model: Any, outputs: Any) -> Tensor | None:

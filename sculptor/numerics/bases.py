@@ -44,7 +44,12 @@ class Basis:
 def store_smaller(leading: Tensor) -> Basis:
     """A single-cut side in whichever form has fewer columns: (d, k) itself, or its complement (d, d - k)."""
     d, k = leading.shape
-    return Basis(leading, "leading") if 2 * k <= d else Basis(complement(leading), "free")
+    return Basis(leading, "leading") if stored_columns(d, k) == k else Basis(complement(leading), "free")
+
+
+def stored_columns(d: int, k: int) -> int:
+    """How many columns a single-cut side of d directions, k of them protected, is stored in."""
+    return k if 2 * k <= d else d - k
 
 
 def protected_directions(basis: Basis) -> Tensor:

@@ -10,14 +10,25 @@ two bases at once, whatever the number of groups. A side without stored directio
 preserve 0 is A = dW.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sculptor.numerics.reflectors import CompleteBasis
+from sculptor.numerics.reflectors import FreeSide
 from sculptor.numerics.staircase import RowGroup, Staircase
+
+
+def free_groups(staircase: Staircase) -> tuple[RowGroup, ...]:
+    """The row groups with free pairs: the last ones."""
+    return tuple(group for group in staircase.groups if group.reach < staircase.columns)
+
+
+def first_free(staircase: Staircase) -> tuple[int, int]:
+    """The first direction of the outputs, and of the inputs, that has a free pair."""
+    groups = free_groups(staircase)
+    return groups[0].start, groups[-1].reach
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -26,7 +37,8 @@ class FreeSpace:
 
     Attributes:
         staircase: which pairs are frozen.
-        output, input: the completed bases.
+        output, input: the directions of either side from the first that has a free pair on; all in one dtype, in
+            which products are formed (bf16 will do for training: gradients are no finer, and the merge uses float64).
         softening: how pairs of the box of free directions are slowed down: h (p,) and w (q,) for factors
             1 / sqrt(1 + h_i w_j) on coordinates and gradients, or None for 1 everywhere.
 
@@ -35,8 +47,8 @@ class FreeSpace:
     """
 
     staircase: Staircase
-    output: CompleteBasis | None
-    input: CompleteBasis | None
+    output: FreeSide | None
+    input: FreeSide | None
     softening: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -46,15 +58,25 @@ class FreeSpace:
     @property
     def groups(self) -> tuple[RowGroup, ...]:
         """The row groups with free pairs: the last ones."""
-        return tuple(group for group in self.staircase.groups if group.reach < self.staircase.columns)
+        return free_groups(self.staircase)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(p, q) of every A_g; none where all is frozen."""
         return tuple((group.stop - group.start, self.staircase.columns - group.reach) for group in self.groups)
 
+    @property
+    def first(self) -> int:
+        """The first direction of the outputs that has a free pair."""
+        return first_free(self.staircase)[0]
+
+    @property
+    def least(self) -> int:
+        """The first direction of the inputs that has a free pair."""
+        return first_free(self.staircase)[1]
+
     def fold(self, coordinates: Sequence[Tensor]) -> Tensor:
-        """dW (m, n), computed in the dtype of the coordinates, which is that of the bases.
+        """dW (m, n), in the dtype of the bases, or that of the coordinates where there are none.
 
         Raises:
             ValueError: if nothing is free.
@@ -64,36 +86,83 @@ class FreeSpace:
         update = self._box(coordinates)
         if self.softening is not None:
             update = update * self._gains()
-        first, reach = self.groups[0].start, self.groups[-1].reach
-        if self.input is not None:
-            update = self.input.apply(update.T, reach).T
-        if self.output is not None:
-            update = self.output.apply(update, first)
+        update = update.to(self._dtype(update))
+        turns = (self._turn_input, self._turn_output)
+        for turn in turns if self._output_sees_all() else turns[::-1]:
+            update = turn(update)
         return update
 
+    def _turn_input(self, x: Tensor) -> Tensor:
+        return x if self.input is None else self.input.apply(x.T, self.least).T
+
+    def _turn_output(self, x: Tensor) -> Tensor:
+        return x if self.output is None else self.output.apply(x, self.first)
+
     def project(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of every A_g: Q_U[:, a:b]^T G Q_V[:, r:], for G (m, n) in the dtype of the bases."""
-        first, least = self.groups[0].start, self.groups[-1].reach
-        box = gradient
-        if self.output is not None:
-            box = self.output.apply_transposed(box, first)
-        if self.input is not None:
-            box = self.input.apply_transposed(box.T, least).T
+        """The gradient of every A_g: Q_U[:, a:b]^T G Q_V[:, r:], for G (m, n); float32, or float64 with such bases."""
+        box = gradient.to(self._dtype(gradient))
+        reads = (self._read_output, self._read_input)
+        for read in reads if self._output_sees_all() else reads[::-1]:
+            box = read(box)
+        box = box.to(torch.promote_types(box.dtype, torch.float32))
         if self.softening is not None:
             box = box * self._gains()
         return tuple(
-            box[group.start - first : group.stop - first, group.reach - least :].contiguous() for group in self.groups
+            box[group.start - self.first : group.stop - self.first, group.reach - self.least :].contiguous()
+            for group in self.groups
         )
 
-    def to64(self) -> "FreeSpace":
-        """The same in float64, for the merge."""
-        output, input = (side and side.to(dtype=torch.float64) for side in (self.output, self.input))
-        softening = self.softening and (self.softening[0].to(torch.float64), self.softening[1].to(torch.float64))
+    def _read_input(self, x: Tensor) -> Tensor:
+        return x if self.input is None else self.input.apply_transposed(x.T, self.least).T
+
+    def _read_output(self, x: Tensor) -> Tensor:
+        return x if self.output is None else self.output.apply_transposed(x, self.first)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        side = self.output or self.input
+        return x.dtype if side is None else next(iter(side.tensors().values())).dtype
+
+    def _output_sees_all(self) -> bool:
+        """Whether it costs less to turn the outputs where there are n columns and the inputs where there are box rows.
+
+        The other order turns the outputs of the box's columns only, but the inputs of all m rows.
+        """
+        outputs = self.output.cost(self.first) if self.output is not None else 0
+        inputs = self.input.cost(self.least) if self.input is not None else 0
+        return outputs * self.least <= inputs * self.first  # what either order turns in vain
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FreeSpace":
+        """The same elsewhere; gains stay float32 unless the bases become float64."""
+        output, input = (side and side.to(device, dtype) for side in (self.output, self.input))
+        wide = torch.float64 if dtype == torch.float64 else None
+        softening = self.softening and (
+            self.softening[0].to(device=device, dtype=wide or self.softening[0].dtype),
+            self.softening[1].to(device=device, dtype=wide or self.softening[1].dtype),
+        )
+        return FreeSpace(self.staircase, output, input, softening)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of; `at` puts it together again from other tensors of these names, shapes and dtypes."""
+        found: dict[str, Tensor] = {}
+        for side, part in (("output", self.output), ("input", self.input)):
+            if part is not None:
+                found |= {f"{side}_{name}": tensor for name, tensor in part.tensors().items()}
+        if self.softening is not None:
+            found |= {"soft_outputs": self.softening[0], "soft_inputs": self.softening[1]}
+        return found
+
+    def at(self, tensors: Mapping[str, Tensor]) -> "FreeSpace":
+        """The same in other memory."""
+        output, input = (
+            part and part.at({name: tensors[f"{side}_{name}"] for name in part.tensors()})
+            for side, part in (("output", self.output), ("input", self.input))
+        )
+        softening = self.softening and (tensors["soft_outputs"], tensors["soft_inputs"])
         return FreeSpace(self.staircase, output, input, softening)
 
     def fingerprint(self) -> list[float]:
         """Identifies the bases up to rounding, since coordinates in one mean nothing in another."""
-        sides = [(self.output, self.groups[0].start), (self.input, self.groups[-1].reach)]
+        sides = [(self.output, self.first), (self.input, self.least)]
         return [value for side, start in sides if side is not None for value in side.fingerprint(start)]
 
     def _gains(self) -> Tensor:
@@ -103,7 +172,7 @@ class FreeSpace:
     def _box(self, coordinates: Sequence[Tensor]) -> Tensor:
         if len(coordinates) == 1:
             return coordinates[0]
-        first, least = self.groups[0].start, self.groups[-1].reach
+        first, least = self.first, self.least
         shape = (self.staircase.rows - first, self.staircase.columns - least)
         box = torch.zeros(shape, dtype=coordinates[0].dtype, device=coordinates[0].device)
         for group, a in zip(self.groups, coordinates, strict=True):

@@ -6,10 +6,10 @@ Householder's factorisation of the stored columns (d, c) gives c reflectors whos
 
 is orthogonal whatever the input, and whose first j columns span the first j stored ones, for every j. Applying it
 costs 4 d c w operations for w vectors and stores d c numbers, where the d - c directions of the complement, written
-out, may be many times as many.
+out, may be many times as many. Where they are no more than c, they are written out: that costs half as much to apply.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,17 +88,22 @@ class CompleteBasis:
         parts = [torch.addmm(x[there], y[there], inner, alpha=-1) for _, there in self._segments(start)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def fingerprint(self, start: int, count: int = 8) -> list[float]:
-        """A few numbers that identify the basis up to rounding: the coordinates of a fixed vector, summed with fixed signs.
+    def cost(self, start: int) -> int:
+        """Multiplications for one vector."""
+        d, c = self.reflectors.shape
+        return c * (d + c + d - start)
 
-        Coordinates stored in one basis mean nothing in another; two that differ by a sign or a rotation differ
-        here by about 1, two that differ by rounding by about 1e-6.
-        """
-        positions = torch.arange(1, self.dim + 1, dtype=torch.float64, device=self.reflectors.device)
-        fixed = torch.cos(positions**2).to(self.reflectors.dtype)[:, None]
-        coordinates = self.apply_transposed(fixed, start)[:, 0].to(torch.float64)
-        signs = torch.cos(positions[:count, None] * positions[None, : self.dim - start])
-        return [float(x) for x in signs @ coordinates]
+    def fingerprint(self, start: int, count: int = 8) -> list[float]:
+        """A few numbers that identify the directions from `start` on up to rounding."""
+        return _fingerprint(self, start, count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of; `at` puts it together again from other tensors of these names, shapes and dtypes."""
+        return {"reflectors": self.reflectors, "triangle": self.triangle}
+
+    def at(self, tensors: Mapping[str, Tensor]) -> "CompleteBasis":
+        """The same in other memory."""
+        return CompleteBasis(tensors["reflectors"], tensors["triangle"], self.shift)
 
     def _segments(self, start: int) -> Iterator[tuple[slice, slice]]:
         """Directions start, start + 1, ... of Q as (where among them, where in H), in order."""
@@ -108,6 +113,80 @@ class CompleteBasis:
         if turn < self.dim:
             first = max(start, turn)
             yield slice(first - start, self.dim - start), slice(first - turn, self.dim - turn)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Columns:
+    """The directions Q[:, start:] written out, (d, d - start)."""
+
+    columns: Tensor
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self.columns.shape[0]
+
+    @property
+    def start(self) -> int:
+        """The first direction."""
+        return self.columns.shape[0] - self.columns.shape[1]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Columns":
+        """The same elsewhere."""
+        return Columns(self.columns.to(device=device, dtype=dtype or self.columns.dtype))
+
+    def apply(self, x: Tensor, start: int) -> Tensor:
+        """Q[:, start:] x, for x (d - start, w)."""
+        return self.columns[:, start - self.start :] @ x
+
+    def apply_transposed(self, x: Tensor, start: int) -> Tensor:
+        """Q[:, start:]^T x, for x (d, w)."""
+        return self.columns[:, start - self.start :].T @ x
+
+    def cost(self, start: int) -> int:
+        """Multiplications for one vector."""
+        return self.dim * (self.dim - start)
+
+    def fingerprint(self, start: int, count: int = 8) -> list[float]:
+        """As that of `CompleteBasis`."""
+        return _fingerprint(self, start, count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As those of `CompleteBasis`."""
+        return {"columns": self.columns}
+
+    def at(self, tensors: Mapping[str, Tensor]) -> "Columns":
+        """The same in other memory."""
+        return Columns(tensors["columns"])
+
+
+FreeSide = CompleteBasis | Columns
+
+
+def free_side(basis: Basis, start: int) -> FreeSide:
+    """What applies the directions from `start` on of a stored side at the least cost, in float64 on its device."""
+    c, free = basis.vectors.shape[1], basis.dim - start
+    if basis.form == "free" and free <= c:
+        return Columns(basis.vectors[:, c - free :].to(torch.float64))
+    complete = CompleteBasis.of(basis)
+    if free > c:
+        return complete
+    identity = torch.eye(free, dtype=torch.float64, device=basis.vectors.device)
+    return Columns(complete.apply(identity, start))
+
+
+def _fingerprint(side: FreeSide, start: int, count: int) -> list[float]:
+    """The coordinates of a fixed vector, summed with fixed signs.
+
+    Coordinates stored in one basis mean nothing in another; two that differ by a sign or a rotation differ
+    here by about 1, two that differ by rounding by about 1e-6.
+    """
+    some = next(iter(side.tensors().values()))
+    positions = torch.arange(1, side.dim + 1, dtype=torch.float64, device=some.device)
+    fixed = torch.cos(positions**2).to(some.dtype)[:, None]
+    coordinates = side.apply_transposed(fixed, start)[:, 0].to(torch.float64)
+    signs = torch.cos(positions[:count, None] * positions[None, : side.dim - start])
+    return [float(x) for x in signs @ coordinates]
 
 
 def _triangle(reflectors64: Tensor) -> Tensor:

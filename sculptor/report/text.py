@@ -123,6 +123,7 @@ def train_text(report: TrainReport) -> str:
         f"Trained {report.num_trainable:,} free parameters for {loop.steps} steps, {loop.tokens:,} tokens, "
         f"in {loop.seconds:.0f} s: loss {loop.first_loss:.3f} -> {loop.last_loss:.3f}."
     )
+    lines.append(f"{report.placement}.")
     if loop.best_step is not None and loop.best_loss is not None:
         lines.append(f"Kept step {loop.best_step}, evaluation loss {loop.best_loss:.4f}.")
     if report.also_trained:

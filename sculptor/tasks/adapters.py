@@ -29,9 +29,10 @@ from sculptor.errors import OutputError, SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.progress import Progress
 from sculptor.tasks.plan import AdapterSettings, Method
-from sculptor.training.loop import TrainedParameters, TrainingLoop
+from sculptor.training.loop import TrainingLoop
 from sculptor.training.settings import DEFAULT_RATE, TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.training.updates import ResidentUpdates, TrainedParameters
 
 _ADAPTER = "default"
 _EARLIER = "earlier_adapters.safetensors"
@@ -68,7 +69,12 @@ def train_adapter(
     require_peft()
     unused = [
         option
-        for option, given in (("weight_decay", settings.weight_decay), ("also_train", settings.also_train))
+        for option, given in (
+            ("weight_decay", settings.weight_decay),
+            ("also_train", settings.also_train),
+            ("offload", settings.offload in ("cpu", "disk")),
+            ("optimizer_mode", settings.optimizer_mode != "exact"),
+        )
         if given
     ]
     if unused:
@@ -96,7 +102,7 @@ def train_adapter(
         key.pop("save_every")
         loop = TrainingLoop(
             loaded,
-            TrainedParameters((), parameters),
+            ResidentUpdates(TrainedParameters((), parameters), settings, device),
             encoded.examples,
             settings,
             store=StateStore(partial / STATE_NAME, key, {}),

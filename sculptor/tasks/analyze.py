@@ -26,6 +26,8 @@ from sculptor.model.load import load_model, load_tokenizer, resolve_device
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
 from sculptor.tasks.memory import read_sources, sample_sources, settle, write_factors
+from sculptor.tasks.placement import open_model
+from sculptor.training.settings import Offload
 
 # Importance is a mean over tokens: a few hundred rows settle it, more only cost time.
 _MAX_IMPORTANCE_ROWS = 256
@@ -74,6 +76,7 @@ def analyze(
     output: str | Path,
     settings: AnalyzeSettings | None = None,
     *,
+    offload: Offload = "auto",
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -84,6 +87,7 @@ def analyze(
         model: a checkpoint directory or hub name.
         output: the archive's directory.
         settings: what to protect; the default is the weights' directions with the paper's adaptive rank.
+        offload: with calibration, where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         overwrite: replace an existing archive, at success.
         resume: take up what a killed run left.
         progress: makes progress bars.
@@ -113,10 +117,14 @@ def analyze(
         with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key)) as writer:
             writer.resume()
             if settings.has_moments:
-                loaded = load_model(checkpoint, device, architecture)
-                sources += sample_sources(loaded, settings, progress)
-                records = [_new_record(checkpoint, target, settings, digests[target.name]) for target in targets]
-                write_factors(loaded, records, targets, sources, settings, writer, None, progress)
+                loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
+                try:
+                    sources += sample_sources(loaded, settings, progress)
+                    records = [_new_record(checkpoint, target, settings, digests[target.name]) for target in targets]
+                    write_factors(loaded, records, targets, sources, settings, writer, None, progress)
+                finally:
+                    if loaded.stream is not None:
+                        loaded.stream.close()
                 settle(writer, settings, [source.weight for source in sources])
             else:
                 _check_finite(checkpoint, {target.name for target in targets}, progress)

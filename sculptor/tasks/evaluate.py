@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import encode, resolve_max_length
 from sculptor.data.rows import CompletionRow, Row, read_rows
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.loss import mean_loss
 from sculptor.evaluation.ranking import score_rows
-from sculptor.model.load import LoadedModel, load_model, resolve_device
+from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.placement import open_model
+from sculptor.training.settings import Offload
 
 # With more distinct completions than this, they are answers, not labels.
 MAX_IMPLIED_LABELS = 32
@@ -48,6 +51,7 @@ def evaluate(
     max_length: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    offload: Offload = "auto",
     progress: Progress = silent,
 ) -> Evaluation:
     """Measures what a checkpoint can do.
@@ -59,6 +63,7 @@ def evaluate(
         max_length: longest sequence in tokens; default 1024 or the model's limit.
         batch_size: rows per forward.
         device: auto, cpu, cuda or cuda:N.
+        offload: where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         progress: makes progress bars.
 
     Raises:
@@ -68,8 +73,15 @@ def evaluate(
         raise SettingsError(f"--batch-size {batch_size}: expected at least 1")
     checkpoint = open_checkpoint(model)
     rows = read_evaluation_rows(data, labels)
-    loaded = load_model(checkpoint, resolve_device(device))
-    return evaluate_rows(loaded, rows, labels, max_length, batch_size, generate=True, progress=progress)
+    architecture = inspect_architecture(checkpoint)
+    tokens = batch_size * resolve_max_length(max_length, architecture.max_positions)
+    loaded = open_model(checkpoint, resolve_device(device), architecture, offload, tokens=tokens, progress=progress)
+    try:
+        found = evaluate_rows(loaded, rows, labels, max_length, batch_size, generate=True, progress=progress)
+    finally:
+        if loaded.stream is not None:
+            loaded.stream.close()
+    return found
 
 
 def evaluate_rows(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
@@ -22,26 +21,21 @@ from sculptor.data.examples import digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import CapacityError, CheckpointError, DataError, SettingsError
 from sculptor.evaluation.loss import mean_loss
-from sculptor.model.load import (
-    LoadedModel,
-    checkpoint_activations,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from sculptor.model.load import LoadedModel, load_tokenizer, resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.placement import archive_shapes, choose
 from sculptor.tasks.train_output import TrainJob, write_output
 from sculptor.tasks.train_report import TrainReport
-from sculptor.training.loop import TrainedParameters, TrainingLoop, make_accelerator
-from sculptor.training.protect import (
-    attach_coordinates,
-    protected_blocks,
-    protected_matrices,
-)
-from sculptor.training.settings import DEFAULT_RATE, Carry, TrainSettings
+from sculptor.tasks.train_setup import prepare
+from sculptor.training.footprint import Footprint, Workload, footprints
+from sculptor.training.loop import TrainingLoop, make_accelerator
+from sculptor.training.settings import DEFAULT_RATE, Carry, Offload, TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.training.streamed_update import optimizer_on_host
 
 MEMORY_ROWS = 384
+# Settings that decide how a run is done, not what comes out.
+_HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
 
 
 def train(
@@ -55,6 +49,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> TrainReport:
     """Teaches a checkpoint a task inside what an archive leaves free.
@@ -69,6 +64,7 @@ def train(
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
+        notice: told, in a line, what was decided about memory.
         stop: polled after every step; a signal number saves the state and ends the run.
 
     Returns:
@@ -84,23 +80,31 @@ def train(
     if settings.eval_every is not None and not eval_data:
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     job = _open_job(model, subspaces, data, eval_data, settings, progress)
+    plan, reason = choose(plans_of(job, device), device, job.settings.offload, output)
+    if plan.offload != "none":
+        notice(reason)
+    job = replace(job, settings=_placed(job.settings, plan.offload), placement=reason)
     check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data])
     with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
-        loaded = load_model(job.checkpoint, device, job.architecture)
-        parameters = _prepare_model(loaded, job)
-        loop = TrainingLoop(
-            loaded,
-            parameters,
-            job.encoded.examples,
-            job.settings,
-            store=StateStore(partial / STATE_NAME, _run_key(job), _fingerprints(loaded.model)),
-            metrics=partial / "metrics.jsonl",
-            evaluate=_evaluator(loaded, job),
-            stop=stop,
-        )
-        result = loop.run(progress)
-        del loop  # and with it the optimizer's state
-        report = write_output(job, loaded, parameters, result, output, partial, progress)
+        scratch = partial / "scratch"
+        loaded, updates = prepare(job, device, scratch, progress)
+        try:
+            loop = TrainingLoop(
+                loaded,
+                updates,
+                job.encoded.examples,
+                job.settings,
+                store=StateStore(partial / STATE_NAME, _run_key(job), updates.fingerprints()),
+                metrics=partial / "metrics.jsonl",
+                evaluate=_evaluator(loaded, job),
+                stop=stop,
+            )
+            result = loop.run(progress)
+            del loop
+            report = write_output(job, loaded, updates, result, output, partial, progress)
+        finally:
+            updates.close()
+            shutil.rmtree(scratch, ignore_errors=True)
         commit(partial / "output", output)
         shutil.rmtree(partial)
     return report
@@ -206,27 +210,33 @@ def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequen
     return chosen
 
 
-def _prepare_model(loaded: LoadedModel, job: TrainJob) -> TrainedParameters:
-    """Protects the model and opens what else is trained, in float32."""
-    on_gpu = loaded.device.type == "cuda"
-    attach_coordinates(
-        loaded.model,
-        job.archive,
-        compute_dtype=torch.bfloat16 if on_gpu else None,
-        fold="manual",
-        soften=job.settings.soften or 0.0,
+def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
+    """What each way of training would take."""
+    longest = max((example.length for example in job.encoded.examples), default=1)
+    settings = job.settings
+    rows, micro = job.settings.batch_size, min(job.settings.micro_batch_size, job.settings.batch_size)
+    work = Workload(
+        tokens=rows * longest,
+        micro_batches=-(-rows // micro),
+        fused=job.settings.optimizer_mode == "fused",
+        keep_inputs=job.settings.offload_inputs is False,
+        on_host=optimizer_on_host(job.settings, "cpu", device),
+        recompute=device.type == "cuda" if settings.checkpoint_activations is None else settings.checkpoint_activations,
     )
-    extra: dict[str, nn.Parameter] = {}
-    for parameter in job.extra:
-        value = loaded.model.get_parameter(parameter)
-        if not value.requires_grad:  # a tied one comes under several names and is trained once
-            value.data = value.data.to(torch.float32)
-            value.requires_grad_(True)
-            extra[parameter] = value
-    recompute = on_gpu if job.settings.checkpoint_activations is None else job.settings.checkpoint_activations
-    if recompute:
-        checkpoint_activations(loaded.model)
-    return TrainedParameters(tuple(protected_blocks(loaded.model)), extra)
+    shapes = archive_shapes(job.archive, job.architecture)
+    return footprints(job.checkpoint, job.architecture, shapes, device, work)
+
+
+def _placed(settings: TrainSettings, offload: Offload) -> TrainSettings:
+    """The settings for where `auto` put the model; what does not concern that place has no effect there."""
+    return replace(
+        settings,
+        offload=offload,
+        optimizer_on=settings.optimizer_on if offload == "cpu" else "auto",
+        optimizer_mode="exact" if offload == "none" else settings.optimizer_mode,
+        offload_inputs=None if offload == "none" else settings.offload_inputs,
+        checkpoint_activations=settings.checkpoint_activations if offload == "none" else None,
+    )
 
 
 def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None:
@@ -245,7 +255,8 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
 def _run_key(job: TrainJob) -> dict[str, Any]:
     """What has to be the same for a saved state to be taken up."""
     settings = asdict(job.settings)
-    settings.pop("save_every")
+    for name in _HOW:
+        settings.pop(name)
     examples = [job.encoded.examples, job.evaluation.examples if job.evaluation else ()]
     return settings | {
         "base": job.archive.manifest.base_identity,
@@ -259,7 +270,3 @@ def _archive_identity(archive: Archive) -> str:
     """Of its tensors and its staircases: archives under other budgets share their tensors."""
     steps = {f"{name} steps": str(record.steps) for name, record in archive.items()}
     return identity({name: stored.sha256 for name, stored in archive.manifest.tensors.items()} | steps)
-
-
-def _fingerprints(model: nn.Module) -> dict[str, list[float]]:
-    return {matrix.coordinates.name: matrix.coordinates.fingerprint() for matrix in protected_matrices(model)}

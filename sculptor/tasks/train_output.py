@@ -25,19 +25,21 @@ from sculptor.archive.manifest import Added, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive, Subspaces
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.architecture import Architecture
-from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, Merge, read_record
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import Encoded
-from sculptor.model.load import LoadedModel
+from sculptor.model.load import LoadedModel, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.memory import settle, spread_rows, write_factors
 from sculptor.tasks.train_report import MatrixReport, TrainReport
-from sculptor.training.loop import LoopResult, TrainedParameters
-from sculptor.training.protect import merge, merge_weight, protected_matrices
+from sculptor.training.coordinates import merge_update
+from sculptor.training.loop import LoopResult
+from sculptor.training.protect import merge, merge_weight, protected_matrices, softening
 from sculptor.training.settings import TrainSettings
+from sculptor.training.updates import Updates
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,12 +55,13 @@ class TrainJob:
     evaluation: Encoded | None
     name: str
     extra: Mapping[str, str]  # openly trained parameter -> tensor
+    placement: str = ""  # where its blocks are, and why
 
 
 def write_output(
     job: TrainJob,
     loaded: LoadedModel,
-    parameters: TrainedParameters,
+    updates: Updates,
     result: LoopResult,
     output: Path,
     partial: Path,
@@ -76,7 +79,7 @@ def write_output(
         (staged / "subspaces").mkdir(parents=True)
     dtype = getattr(torch, job.archive.manifest.settings.get("dtype", "float32"))
     with closing(ArchiveWriter(staged / "subspaces", dtype, {})) as writer:
-        report = _write(job, loaded, parameters, result, output, staged, writer, progress)
+        report = _write(job, loaded, updates, result, output, staged, writer, progress)
     with writing(staged):
         shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
     return report
@@ -85,7 +88,7 @@ def write_output(
 def _write(
     job: TrainJob,
     loaded: LoadedModel,
-    parameters: TrainedParameters,
+    updates: Updates,
     result: LoopResult,
     output: Path,
     staged: Path,
@@ -93,24 +96,25 @@ def _write(
     progress: Progress,
 ) -> TrainReport:
     saved = None if job.settings.save_dtype == "keep" else getattr(torch, job.settings.save_dtype)
-    num_trainable = sum(a.numel() for a in parameters.named().values())
+    num_trainable = updates.num_trainable
     previous = read_record(job.checkpoint.path)
-    matrices = _MatrixWriter(job, loaded, writer, saved, len(job.archive.manifest.tasks))
+    matrices = _MatrixWriter(job, updates, loaded.device, writer, saved, len(job.archive.manifest.tasks))
     replacements: dict[str, Callable[[Tensor], Tensor]] = {
         name: functools.partial(matrices.write, name) for name in job.archive
     }
-    opened = _files_of(loaded, job.architecture, parameters.extra)
+    opened = _files_of(loaded, job.architecture, updates.extra)
     for name, value in opened.items():
         replacements[name] = functools.partial(_cast_like, value, saved)
     bar = progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
     write_checkpoint(job.checkpoint, staged, replacements, dtype=saved, bar=bar)
     bar.close()
     if matrices.waiting:
-        _remember(job, loaded, parameters, writer, matrices, progress)
+        _remember(job, loaded, updates, staged, writer, matrices, progress)
     also_trained = tuple(sorted({*previous.also_trained, *opened}))
     report = TrainReport(
         output=output,
         loop=result,
+        placement=job.placement,
         num_examples=len(job.encoded.examples),
         num_dropped=job.encoded.num_dropped,
         num_cut=job.encoded.num_cut,
@@ -143,24 +147,21 @@ def _write(
 def _remember(
     job: TrainJob,
     loaded: LoadedModel,
-    parameters: TrainedParameters,
+    updates: Updates,
+    staged: Path,
     writer: ArchiveWriter,
     matrices: "_MatrixWriter",
     progress: Progress,
 ) -> None:
     """Adds the moments of the finished task to those of the archive, from a few hundred of its rows."""
     records = matrices.waiting
-    if protected_matrices(loaded.model):
-        merge(loaded.model)
-    loaded.model.requires_grad_(False)
-    for coordinates in matrices.coordinates.values():
-        coordinates.release()  # the moments need the room
-    if loaded.device.type == "cuda":
-        torch.cuda.empty_cache()
-    first = next(target.parameter for target in job.architecture.targets if target.name in records)
-    dtype = loaded.model.get_parameter(first).dtype
-    for value in parameters.extra.values():  # trained in float32; without autocast, one dtype has to do
-        value.data = value.data.to(dtype)
+    if loaded.stream is None:
+        _free_training(job, loaded, updates, records)
+    else:
+        updates.close()
+        tier = loaded.stream.weights.scratch.tier
+        merged = open_checkpoint(staged)
+        loaded = load_streamed(merged, loaded.device, tier, progress=progress)
     settings = AnalyzeSettings.from_json(job.archive.manifest.settings)
     targets = [target for target in job.architecture.targets if target.name in records]
     assert job.settings.memory_rows is not None
@@ -169,9 +170,25 @@ def _remember(
     source = Source(job.name, chosen, job.settings.memory_weight)
     write_factors(loaded, list(records.values()), targets, [source], settings, writer, job.archive, progress)
     settle(writer, settings, [*job.archive.manifest.source_weights, source.weight])
+    if loaded.stream is not None:
+        loaded.stream.close()
     for name in records:
         frozen = writer.record(name).staircase.num_free == 0
         matrices.reports[name] = replace(matrices.reports[name], frozen=frozen)
+
+
+def _free_training(job: TrainJob, loaded: LoadedModel, updates: Updates, records: Mapping[str, MatrixRecord]) -> None:
+    """Merges a resident model in place and gives back what only training needs: the moments need the room."""
+    if protected_matrices(loaded.model):
+        merge(loaded.model)
+    loaded.model.requires_grad_(False)
+    updates.close()
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()
+    first = next(target.parameter for target in job.architecture.targets if target.name in records)
+    dtype = loaded.model.get_parameter(first).dtype
+    for value in updates.extra.values():  # trained in float32; without autocast, one dtype has to do
+        value.data = value.data.to(dtype)
 
 
 def _files_of(
@@ -196,14 +213,21 @@ class _MatrixWriter:
     """Merges one matrix at a time: makes the tensor to write, its archive entry and its figures."""
 
     def __init__(
-        self, job: TrainJob, loaded: LoadedModel, writer: ArchiveWriter, saved: torch.dtype | None, task: int
+        self,
+        job: TrainJob,
+        updates: Updates,
+        device: torch.device,
+        writer: ArchiveWriter,
+        saved: torch.dtype | None,
+        task: int,
     ) -> None:
         self.job = job
-        self.device = loaded.device
+        self.updates = updates
+        self.fingerprints = updates.fingerprints()
+        self.device = device
         self.writer = writer
         self.saved = saved
         self.task = task
-        self.coordinates = {matrix.coordinates.name: matrix.coordinates for matrix in protected_matrices(loaded.model)}
         self.carry = job.settings.carry
         self.waiting: dict[str, MatrixRecord] = {}  # records whose moments are still to be measured
         self.reports: dict[str, MatrixReport] = {}
@@ -212,12 +236,14 @@ class _MatrixWriter:
         """The merged tensor, given the base's as stored."""
         dtype = output_dtype(weight.dtype, self.saved)
         subspaces = self.job.archive.read(name)
-        coordinates = self.coordinates.get(name)
+        coordinates = self.updates.coordinates(name)
         if coordinates is None:
             merged, update = weight.to(dtype), torch.zeros(subspaces.record.shape, dtype=torch.float64)
         else:
-            merged, update = merge_weight(coordinates, weight.to(self.device), dtype)
-            merged = merged.cpu()
+            strength = self.job.settings.soften
+            gains = softening(self.job.archive, subspaces, strength, self.device) if strength else None
+            update = merge_update(subspaces, gains, coordinates, self.fingerprints[name])
+            merged = merge_weight(subspaces.record, update, weight.to(self.device), dtype).cpu()
         self._carry(subspaces, merged, update)
         record = self.waiting.get(name) or self.writer.record(name)
         measured = measure_leak(weight, merged, subspaces, self.device)

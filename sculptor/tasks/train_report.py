@@ -31,10 +31,11 @@ class MatrixReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What `train` did."""
+    """What `train` did; `placement` says where the model's blocks were, and why."""
 
     output: Path
     loop: LoopResult
+    placement: str
     num_examples: int
     num_dropped: int
     num_cut: int

@@ -11,20 +11,22 @@ once after one was there, and when the version did move (values set by hand or l
 to the caller's `refresh`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sculptor.archive.manifest import SideRecord
 from sculptor.archive.store import Subspaces
-from sculptor.numerics.bases import Basis
-from sculptor.numerics.free_space import FreeSpace
+from sculptor.errors import TrainingError
+from sculptor.numerics.free_space import FreeSpace, first_free
 from sculptor.numerics.precision import float32_products
-from sculptor.numerics.reflectors import CompleteBasis
+from sculptor.numerics.reflectors import FreeSide, free_side
 
 FoldMode = Literal["automatic", "manual"]
+# Stored tensor, first free direction and device of a side -> what applies it, and its fingerprint.
+KnownSides = dict[tuple[str, int, torch.device], tuple[FreeSide, list[float]]]
+FINGERPRINT_TOLERANCE = 1e-4  # rounding is near 1e-6, another basis near 1
 
 
 class _Fold(torch.autograd.Function):
@@ -43,7 +45,7 @@ class _Fold(torch.autograd.Function):
         gradient = gradients[0].T if owner.transposed else gradients[0]
         # Exactness lives in A and in the float64 merge, so TF32 does for the projection and the fold.
         with float32_products(gradient.device, tf32=True):
-            return (None, *owner.space.project(gradient.to(torch.float32)))
+            return (None, *owner.space.project(gradient))
 
 
 class Coordinates(nn.Module):
@@ -58,15 +60,17 @@ class Coordinates(nn.Module):
 
     def __init__(
         self,
-        subspaces: Subspaces,
+        read: Callable[[], Subspaces],
         device: torch.device,
         compute_dtype: torch.dtype,
         mode: FoldMode = "automatic",
-        complete: Callable[[SideRecord, Basis], CompleteBasis] | None = None,
-        softening: tuple[Tensor, Tensor] | None = None,
+        known: KnownSides | None = None,
+        softening: Callable[[Subspaces], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         super().__init__()
+        subspaces = read()
         record = subspaces.record
+        self.record = record
         self.name = record.name
         self.staircase = record.staircase
         self.transposed = record.transposed
@@ -74,37 +78,21 @@ class Coordinates(nn.Module):
         self.mode = mode
         self.folded: Tensor | None = None
         self.stale = False
-        self.shifts: dict[str, int] = {}
-        complete = complete or (lambda _, basis: complete_basis(basis, device))
-        for side, stored, basis in (
-            ("output", record.output, subspaces.output),
-            ("input", record.input, subspaces.input),
-        ):
-            if stored is not None and basis is not None:
-                found = complete(stored, basis)
-                # Buffers, so that they move with the model; never saved.
-                self.register_buffer(f"{side}_reflectors", found.reflectors, persistent=False)
-                self.register_buffer(f"{side}_triangle", found.triangle, persistent=False)
-                self.shifts[side] = found.shift
-        self.soft = softening is not None
-        if softening is not None:
-            self.register_buffer("soft_outputs", softening[0], persistent=False)
-            self.register_buffer("soft_inputs", softening[1], persistent=False)
+        self._read = read
+        known = {} if known is None else known
+        space, self._fingerprint = training_space(subspaces, device, compute_dtype, known, softening)
+        for name, tensor in space.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)  # moves with the model; never saved
+        self._form = space.to("meta")
         self.blocks = nn.ParameterList(
-            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)) for shape in self.space.shapes
+            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)) for shape in space.shapes
         )
         self._versions: tuple[int, ...] = ()
 
     @property
     def space(self) -> FreeSpace:
         """Where the coordinates live."""
-        softening = (getattr(self, "soft_outputs"), getattr(self, "soft_inputs")) if self.soft else None  # noqa: B009
-        return FreeSpace(self.staircase, self._side("output"), self._side("input"), softening)
-
-    def _side(self, side: str) -> CompleteBasis | None:
-        if side not in self.shifts:
-            return None
-        return CompleteBasis(getattr(self, f"{side}_reflectors"), getattr(self, f"{side}_triangle"), self.shifts[side])
+        return self._form.at(dict(self.named_buffers()))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
@@ -122,16 +110,17 @@ class Coordinates(nn.Module):
     def refresh(self, weight: Tensor) -> None:
         """Folds again from pristine W0."""
         with float32_products(weight.device, tf32=True):
-            update = self.space.fold(list(self.blocks))
-            stored = update.T if self.transposed else update
-            self.folded = (weight.to(torch.float32) + stored).to(self.compute_dtype).contiguous()
+            self.folded = folded_weight(self.space, list(self.blocks), weight, self.transposed, self.compute_dtype)
         self.stale = False
         self._versions = tuple(a._version for a in self.blocks)
 
-    @torch.no_grad()
     def update64(self) -> Tensor:
-        """dW (m, n) in float64: what the merge adds."""
-        return self.space.to64().fold([a.to(torch.float64) for a in self.blocks])
+        """dW (m, n) in float64, in bases read anew from the archive: what the merge adds.
+
+        Raises:
+            ArchiveError: if the archive is not there any more, or has changed.
+        """
+        return merge_update(self._read(), self.space.softening, list(self.blocks), self._fingerprint)
 
     def release(self) -> None:
         """Frees everything it holds; it cannot be used any more."""
@@ -143,9 +132,82 @@ class Coordinates(nn.Module):
 
     def fingerprint(self) -> list[float]:
         """Identifies the bases the coordinates belong to, up to rounding."""
-        return self.space.fingerprint()
+        return self._fingerprint
 
 
-def complete_basis(basis: Basis, device: torch.device) -> CompleteBasis:
-    """A stored side completed on a device, for training: factorised in float64, held in float32."""
-    return CompleteBasis.of(basis.to(device, torch.float64)).to(dtype=torch.float32)
+def folded_weight(
+    space: FreeSpace, coordinates: Sequence[Tensor], pristine: Tensor, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    """W0 + dW as the module stores it, added in float32 and rounded once."""
+    update = space.fold(list(coordinates))
+    return (pristine.to(torch.float32) + (update.T if transposed else update)).to(dtype).contiguous()
+
+
+def training_space(
+    subspaces: Subspaces,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    known: KnownSides,
+    softening: Callable[[Subspaces], tuple[Tensor, Tensor]] | None = None,
+) -> tuple[FreeSpace, list[float]]:
+    """The free space of a matrix as training uses it, and the fingerprint of its bases.
+
+    Products are formed in bf16 where the weights are bf16 on a GPU, else in float32: the gradient is no finer, and the
+    merge reads the bases again.
+
+    Args:
+        subspaces: of a matrix with free pairs.
+        device: where it is trained.
+        compute_dtype: dtype of the folded weight.
+        known: sides made before; matrices that read the same input share its basis.
+        softening: gives h and w of a matrix, or None.
+    """
+    dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 and device.type == "cuda" else torch.float32
+    record = subspaces.record
+    starts = first_free(record.staircase)
+    sides: list[FreeSide | None] = [None, None]
+    fingerprint: list[float] = []
+    stored = ((record.output, subspaces.output), (record.input, subspaces.input))
+    for i, (side, basis) in enumerate(stored):
+        if side is None or basis is None:
+            continue
+        key = (side.tensor, starts[i], device)
+        if key not in known:
+            found = free_side(basis.to(device, torch.float64), starts[i])
+            known[key] = found.to(dtype=dtype), found.fingerprint(starts[i])
+        sides[i], mark = known[key]
+        fingerprint += mark
+    gains = softening(subspaces) if softening else None
+    return FreeSpace(record.staircase, sides[0], sides[1], gains), fingerprint
+
+
+def merge_update(
+    subspaces: Subspaces, gains: tuple[Tensor, Tensor] | None, coordinates: Sequence[Tensor], expected: list[float]
+) -> Tensor:
+    """dW (m, n) in float64 from trained coordinates, in the archive's own bases.
+
+    Raises:
+        TrainingError: if these bases complete differently from those that were trained in.
+    """
+    device = coordinates[0].device
+    record = subspaces.record
+    starts = first_free(record.staircase)
+    bases = (subspaces.output, subspaces.input)
+    output, input = (
+        None if basis is None else free_side(basis.to(device, torch.float64), start)
+        for basis, start in zip(bases, starts, strict=True)
+    )
+    space = FreeSpace(record.staircase, output, input, gains).to(device, torch.float64)
+    if not same_fingerprint(space.fingerprint(), expected):
+        raise TrainingError(
+            f"{record.name}: its bases complete differently than when training began; merge on the device and with the "
+            "library that trained"
+        )
+    return space.fold([a.detach().to(torch.float64) for a in coordinates])
+
+
+def same_fingerprint(found: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether two fingerprints are of the same bases, rounding aside."""
+    return len(found) == len(expected) and all(
+        abs(x - y) <= FINGERPRINT_TOLERANCE for x, y in zip(found, expected, strict=True)
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sculptor.checkpoint.staging import writing
 from sculptor.data.batches import Batch, BatchPlan, prepare
@@ -23,36 +23,10 @@ from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress
-from sculptor.training.protect import ProtectedBlock
 from sculptor.training.schedule import learning_rate
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, random_state, set_random_state
-
-BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class TrainedParameters:
-    """What the optimizer works on, by name: coordinates per block, and openly trained parameters."""
-
-    blocks: tuple[ProtectedBlock, ...]
-    extra: dict[str, nn.Parameter]
-
-    def named(self) -> dict[str, nn.Parameter]:
-        """All of them; coordinates are `<tensor>.A<i>`."""
-        coordinates = {
-            f"{matrix.coordinates.name}.A{i}": a
-            for block in self.blocks
-            for matrix in block.matrices
-            for i, a in enumerate(matrix.coordinates.blocks)
-        }
-        return coordinates | self.extra
-
-    def refresh(self) -> None:
-        """Folds every matrix again, block by block."""
-        for block in self.blocks:
-            for matrix in block.matrices:
-                matrix.refresh()
+from sculptor.training.updates import Tensors, Updates, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +54,8 @@ class TrainingLoop:
     """One run over prepared examples. Holds the model, the optimizer and the saved state; `run` does the work.
 
     Args:
-        loaded: a model that `protect(fold="manual")` has been called on.
-        parameters: what is trained.
+        loaded: a model that is prepared for training.
+        updates: what is trained, and how.
         examples: the training data.
         settings: resolved settings; `max_length` and `device` have been applied already.
         store: where states are saved.
@@ -94,7 +68,7 @@ class TrainingLoop:
     def __init__(
         self,
         loaded: LoadedModel,
-        parameters: TrainedParameters,
+        updates: Updates,
         examples: Sequence[Example],
         settings: TrainSettings,
         *,
@@ -105,7 +79,7 @@ class TrainingLoop:
         stop: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.loaded = loaded
-        self.parameters = parameters
+        self.updates = updates
         self.examples = examples
         self.settings = settings
         self.store = store
@@ -116,9 +90,7 @@ class TrainingLoop:
         self.plan = BatchPlan([example.length for example in examples], settings.batch_size, settings.seed)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
         self.accelerator = make_accelerator(loaded.device)
-        self.optimizer = make_optimizer(parameters, settings, loaded.device)
         self.position = Position(step=0)
-        self.best: dict[str, Tensor] | None = None
 
     def run(self, progress: Progress) -> LoopResult:
         """Trains from the newest saved state, or from the start, to the end; leaves the best parameters in place.
@@ -153,10 +125,9 @@ class TrainingLoop:
                     signal_number,
                 )
         bar.close()
-        if self.best is not None:
-            self._load(self.best)
-        self.parameters.refresh()
         position = self.position
+        if position.best_step is not None:
+            self.updates.load(self.store.load_best(position.best_step), optimizer=False)
         assert position.first_loss is not None
         assert position.last_loss is not None
         return LoopResult(
@@ -181,31 +152,30 @@ class TrainingLoop:
         rows = self.plan.rows(step)
         batches = self._micro_batches(rows, step)
         total_tokens = sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches)
+        rate = learning_rate(self.settings, step, self.total)
         model = self.loaded.model
         model.train()
-        loss = 0.0
+        losses: list[Tensor] = []
         for batch in batches:
+            self.updates.begin(rate)
             with self.accelerator.autocast():
                 found = batch_loss(model, batch.to(self.loaded.device), self.loaded.kind)
             share = found.total / total_tokens
             if found.auxiliary is not None:
                 share = share + found.auxiliary * (found.num_tokens / total_tokens)
             self.accelerator.backward(share)
-            loss += float(share.detach())
+            self.updates.end_backward()
+            losses.append(share.detach())
         if self.penalty is not None:
             self.accelerator.backward(self.penalty())
-        norm = self._clip()
+        norm = self.updates.clip()
+        loss = sum(float(share) for share in losses)  # only now, since a number waits for the device
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower --learning-rate "
                 f"({self.settings.learning_rate}) or look at rows of that step"
             )
-        rate = learning_rate(self.settings, step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.parameters.refresh()
+        self.updates.step(rate)
         model.eval()
         tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
@@ -239,11 +209,6 @@ class TrainingLoop:
             for start in range(0, len(rows), size)
         ]
 
-    def _clip(self) -> float:
-        parameters = list(self.parameters.named().values())
-        limit = self.settings.clip or float("inf")
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
-
     def _evaluate(self, step: int) -> None:
         assert self.evaluate is not None
         loss = self.evaluate()
@@ -252,7 +217,7 @@ class TrainingLoop:
         self._log(step=step, eval_loss=loss)
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)
-            self.best = {name: a.detach().to("cpu", copy=True) for name, a in self.parameters.named().items()}
+            self.store.save_best(step, self.updates.parameters())
 
     def _log(self, **values: float) -> None:
         with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
@@ -261,32 +226,18 @@ class TrainingLoop:
         self.position = replace(self.position, metrics_bytes=length)
 
     def _save(self) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.named().items():
-            tensors[name] = parameter
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{name}.{key}"] = value
-        self.store.save(self.position, tensors | random_state(self.loaded.device), self.best)
+        state, random = self.updates.state(), tensors_of(random_state(self.loaded.device))
+        entries = {**state.entries, **random.entries}
+        read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
+        self.store.save(self.position, Tensors(entries, read))
 
     def _restore(self) -> None:
         found = self.store.load()
         if found is None:
             return
-        self.position, tensors, self.best = found
-        self._load(tensors)
-        for name, parameter in self.parameters.named().items():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"{name}.{key}"]
-                # Fused AdamW keeps its step counter on the device, the others on the CPU.
-                on_device = key != "step" or self.optimizer.defaults["fused"]
-                self.optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
-        set_random_state(tensors, self.loaded.device)
-        self.parameters.refresh()
-
-    @torch.no_grad()
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.named().items():
-            parameter.copy_(tensors[name])
+        self.position, saved = found
+        self.updates.load(saved, optimizer=True)
+        set_random_state(saved, self.loaded.device)
 
     def _truncate_metrics(self) -> None:
         """Lines of steps that have to be done again go."""
@@ -316,15 +267,3 @@ def make_accelerator(device: torch.device) -> Any:
             f"accelerate is set up in this process for another device or precision than {device.type} and {precision}; "
             "train in a process of its own"
         ) from cause
-
-
-def make_optimizer(parameters: TrainedParameters, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    """Fused AdamW, one group per block, so that a block's state is a unit; weight decay on coordinates only."""
-    groups: list[dict[str, Any]] = [
-        {"params": block.parameters, "weight_decay": settings.weight_decay} for block in parameters.blocks
-    ]
-    if parameters.extra:
-        groups.append({"params": list(parameters.extra.values()), "weight_decay": 0.0})
-    fused = device.type in ("cpu", "cuda")
-    assert settings.learning_rate is not None
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=fused)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sculptor.archive.manifest import SideRecord
+from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive, Subspaces
-from sculptor.checkpoint.architecture import match_names
+from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, CapacityError, TrainingError
-from sculptor.numerics.bases import Basis
-from sculptor.numerics.reflectors import CompleteBasis
-from sculptor.training.coordinates import Coordinates, FoldMode, complete_basis
+from sculptor.numerics.free_space import first_free
+from sculptor.training.coordinates import Coordinates, FoldMode, KnownSides
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -83,7 +82,7 @@ def protect(
     archive = archive if isinstance(archive, Archive) else Archive(archive)
     if protected_matrices(model):
         raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
-    parameters = _find_parameters(model, archive)
+    parameters = find_parameters(model, archive)
     for check in (_check_shape, _check_bytes):  # what says most first
         for name, parameter in parameters.items():
             check(archive, name, model.get_parameter(parameter))
@@ -99,19 +98,18 @@ def attach_coordinates(
     soften: float = 0.0,
 ) -> Any:
     """`protect` for a model whose weights are known to be those of the archive's base."""
-    parameters = _find_parameters(model, archive)
+    parameters = find_parameters(model, archive)
     open_names = [name for name, record in archive.items() if record.staircase.num_free]
     if not open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    completed: dict[tuple[str, torch.device], CompleteBasis] = {}  # matrices that read the same input share its basis
+    known: KnownSides = {}  # matrices that read the same input share its basis
     prepared = []  # all of them before the model is touched: an error leaves it as it was
     for name in open_names:
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
-        shared = functools.partial(_complete_once, completed, weight.device)
-        found = archive.read(name)
-        soft = softening(archive, found, soften, weight.device) if soften else None
-        coordinates = Coordinates(found, weight.device, compute_dtype or weight.dtype, fold, shared, soft)
+        soft = functools.partial(softening, archive, strength=soften, device=weight.device) if soften else None
+        read = functools.partial(archive.read, name)
+        coordinates = Coordinates(read, weight.device, compute_dtype or weight.dtype, fold, known, soft)
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
@@ -133,11 +131,11 @@ def softening(archive: Archive, found: Subspaces, strength: float, device: torch
         ArchiveError: if the archive has no moments.
     """
     output, input = archive.factors(found.record.name, found)
-    m, n = found.record.shape
-    groups = [group for group in found.record.staircase.groups if group.reach < n]
+    m, _ = found.record.shape
+    first, least = first_free(found.record.staircase)
     outputs = output.spectrum() if output is not None else torch.ones(m, dtype=torch.float64)
     inputs = input.spectrum()
-    sides = strength * outputs[groups[0].start :] / _mean(outputs), inputs[groups[-1].reach :] / _mean(inputs)
+    sides = strength * outputs[first:] / _mean(outputs), inputs[least:] / _mean(inputs)
     return sides[0].to(device, torch.float32), sides[1].to(device, torch.float32)
 
 
@@ -145,16 +143,7 @@ def _mean(values: Tensor) -> float:
     return float(values.mean()) or 1.0  # a matrix that calibration never reached is not slowed down
 
 
-def _complete_once(
-    known: dict[tuple[str, torch.device], CompleteBasis], device: torch.device, side: SideRecord, basis: Basis
-) -> CompleteBasis:
-    key = (side.tensor, device)
-    if key not in known:
-        known[key] = complete_basis(basis, device)
-    return known[key]
-
-
-def _find_parameters(model: Any, archive: Archive) -> dict[str, str]:
+def find_parameters(model: Any, archive: Archive) -> dict[str, str]:
     """Archive name -> parameter of the model."""
     found = {name: parameter for parameter, name in match_names(model, list(archive)).items()}
     absent = [name for name in archive if name not in found]
@@ -215,18 +204,17 @@ def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
 
 
 @torch.no_grad()
-def merge_weight(coordinates: Coordinates, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """W0 + dW as the module stores it, added in float64 and rounded once to `dtype`, and dW (m, n) itself.
+def merge_weight(record: MatrixRecord, update64: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W0 + dW (m, n) as the module stores it, added in float64 and rounded once to `dtype`.
 
     Raises:
         TrainingError: if the sum does not fit the dtype.
     """
-    update64 = coordinates.update64()
-    stored = update64.T if coordinates.transposed else update64
+    stored = update64.T if record.transposed else update64
     merged = (weight.to(torch.float64) + stored.to(weight.device)).to(dtype).contiguous()
     if not bool(merged.isfinite().all()):
-        raise TrainingError(f"{coordinates.name}: merged values overflow {dtype}; use --save-dtype float32")
-    return merged, update64
+        raise TrainingError(f"{record.name}: merged values overflow {dtype}; use --save-dtype float32")
+    return merged
 
 
 @torch.no_grad()
@@ -244,7 +232,8 @@ def merge(model: Any) -> Any:
         raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
     for matrix in matrices:
         pristine = matrix.pristine
-        merged, _ = merge_weight(matrix.coordinates, pristine, pristine.dtype)
+        coordinates = matrix.coordinates
+        merged = merge_weight(coordinates.record, coordinates.update64(), pristine, pristine.dtype)
         parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
         weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
         weight.data = merged

@@ -9,6 +9,10 @@ from sculptor.errors import SettingsError
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
 Carry = Literal["merge", "accumulate", "retake"]
+ClipBy = Literal["model", "matrix"]
+OptimizerMode = Literal["exact", "fused"]
+OptimizerOn = Literal["auto", "host", "device"]
+Offload = Literal["none", "cpu", "disk", "auto"]
 DEFAULT_RATE = 5e-4
 
 
@@ -34,6 +38,11 @@ class TrainSettings:
     """How the learning rate falls to 0 after the warm-up."""
     clip: float = 1.0
     """Largest norm of the gradient of all trained parameters; 0 for none."""
+    clip_by: ClipBy = "model"
+    """What is clipped together: all trained parameters, or each matrix by itself."""
+    optimizer_mode: OptimizerMode = "exact"
+    """When blocks are offloaded: exact, or fused to update each block within the backward pass, for less copying; fused
+    needs one micro-batch per step, and no clipping or one by matrix."""
     batch_size: int = 32
     """Rows per optimizer step."""
     micro_batch_size: int = 8
@@ -48,6 +57,13 @@ class TrainSettings:
     """Decides order, masking and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    offload: Offload = "auto"
+    """Where blocks wait that are not computed: nowhere (all on the device), host memory, disk, or by what fits."""
+    optimizer_on: OptimizerOn = "auto"
+    """Where AdamW runs with --offload cpu: in host memory, so that its moments stay there, or on the device; default host if
+    the device is a GPU."""
+    offload_inputs: bool | None = None
+    """With offloading: send activation checkpoints to host memory too; default on a GPU."""
     save_dtype: SaveDtype = "keep"
     """Dtype of the merged checkpoint."""
     carry: Carry | None = None
@@ -82,6 +98,33 @@ class TrainSettings:
             (self.eval_every is None or self.eval_every >= 1, f"--eval-every {self.eval_every}: expected at least 1"),
             (self.schedule in ("cosine", "linear", "constant"), f"--schedule {self.schedule}: unknown"),
             (self.save_dtype in ("keep", "float32", "bfloat16"), f"--save-dtype {self.save_dtype}: unknown"),
+            (self.clip_by in ("model", "matrix"), f"--clip-by {self.clip_by}: unknown"),
+            (self.optimizer_mode in ("exact", "fused"), f"--optimizer-mode {self.optimizer_mode}: unknown"),
+            (
+                self.optimizer_mode == "exact" or self.batch_size <= self.micro_batch_size,
+                f"--optimizer-mode fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} "
+                "needs the gradients of all of them first; set --micro-batch-size to --batch-size, or use exact",
+            ),
+            (
+                self.optimizer_mode == "exact" or self.clip == 0 or self.clip_by == "matrix",
+                "--optimizer-mode fused: the norm over the model is known only after the backward pass; use --clip-by "
+                "matrix or --clip 0, or exact",
+            ),
+            (self.optimizer_on in ("auto", "host", "device"), f"--optimizer-on {self.optimizer_on}: unknown"),
+            (
+                self.optimizer_on != "host" or (self.offload in ("cpu", "auto") and self.optimizer_mode == "exact"),
+                f"--optimizer-on host without effect with --offload {self.offload} --optimizer-mode {self.optimizer_mode}; "
+                "use --offload cpu and exact",
+            ),
+            (
+                self.offload != "none" or (self.offload_inputs is None and self.optimizer_mode == "exact"),
+                "--offload-inputs, --keep-inputs and --optimizer-mode fused without effect with --offload none",
+            ),
+            (
+                self.offload not in ("cpu", "disk") or self.checkpoint_activations is not False,
+                f"--keep-activations without effect with --offload {self.offload}: blocks are always computed again",
+            ),
+            (self.offload in ("none", "cpu", "disk", "auto"), f"--offload {self.offload}: unknown"),
             (self.carry in (None, "merge", "accumulate", "retake"), f"--carry {self.carry}: unknown"),
             (
                 self.memory_rows is None or self.memory_rows >= 1,

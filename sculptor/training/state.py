@@ -7,21 +7,21 @@ before it is removed. Coordinates mean nothing in other bases, so a fingerprint 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from sculptor.archive.writer import save_tensors
 from sculptor.checkpoint.staging import write_json, writing
+from sculptor.checkpoint.tensors import read_header, read_tensor, write_tensors
 from sculptor.errors import OutputError
+from sculptor.training.coordinates import same_fingerprint
+from sculptor.training.updates import Tensors
 
 STATE_NAME = "state"
-FINGERPRINT_TOLERANCE = 1e-4  # rounding is near 1e-6, another basis near 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +67,49 @@ class StateStore:
         self.key = json.loads(json.dumps(key))
         self.fingerprints = dict(fingerprints)
 
-    def save(self, position: Position, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor] | None) -> None:
-        """Writes a state; the one before it goes when this one is complete."""
+    def save(self, position: Position, tensors: Tensors) -> None:
+        """Writes a state, one tensor in memory; the one before it goes when this one is complete."""
         target = self.directory / f"step-{position.step:08d}"
         staged = target.with_name(target.name + ".tmp")
         with writing(staged):
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-        save_tensors(_on_cpu(tensors), staged / "state.safetensors")
-        if best is not None:
-            save_tensors(_on_cpu(best), staged / "best.safetensors")
+        _write(staged / "state.safetensors", tensors)
         content = {"key": self.key, "fingerprints": self.fingerprints, "position": asdict(position)}
         write_json(staged / "state.json", content)
+        kept = {target, self._best(position.best_step or 0)}
         with writing(target):
             shutil.rmtree(target, ignore_errors=True)
             os.replace(staged, target)
             for other in self.directory.iterdir():
-                if other != target:
+                if other in kept:
+                    continue
+                if other.is_dir():
                     shutil.rmtree(other)
+                else:
+                    other.unlink()
 
-    def load(self) -> tuple[Position, dict[str, Tensor], dict[str, Tensor] | None] | None:
+    def save_best(self, step: int, tensors: Tensors) -> None:
+        """Keeps the best parameters so far; those before go with the next state."""
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        staged = self.directory / "best.tmp"
+        _write(staged, tensors)
+        with writing(self._best(step)):
+            os.replace(staged, self._best(step))
+
+    def load_best(self, step: int) -> "SavedTensors":
+        """The best parameters, of a step that the position names.
+
+        Raises:
+            OutputError: if they are not there.
+        """
+        return SavedTensors(self._best(step))
+
+    def _best(self, step: int) -> Path:
+        return self.directory / f"best-{step:08d}.safetensors"
+
+    def load(self) -> "tuple[Position, SavedTensors] | None":
         """The newest complete state, or None.
 
         Raises:
@@ -109,26 +132,41 @@ class StateStore:
                 f"{newest}: its coordinates belong to other bases (this library or device completes them differently); "
                 "go on where it was started or pass --overwrite to start anew"
             )
-        best = newest / "best.safetensors"
-        return (
-            Position(**content["position"]),
-            load_file(newest / "state.safetensors"),
-            load_file(best) if best.is_file() else None,
-        )
+        position = Position(**content["position"])
+        if position.best_step is not None:
+            self.load_best(position.best_step)
+        return position, SavedTensors(newest / "state.safetensors")
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors of a file, read when asked for.
+
+    Raises:
+        OutputError: if it is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._infos, _ = read_header(path, OutputError)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._infos:
+            raise KeyError(name)
+        return read_tensor(self.path, name, OutputError)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+
+def _write(path: Path, tensors: Tensors) -> None:
+    write_tensors(path, [(name, *entry) for name, entry in tensors.entries.items()], tensors.read, {})
 
 
 def _same_bases(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) -> bool:
-    if a.keys() != b.keys():
-        return False
-    return all(
-        len(a[name]) == len(b[name])
-        and all(abs(x - y) <= FINGERPRINT_TOLERANCE for x, y in zip(a[name], b[name], strict=True))
-        for name in a
-    )
+    return a.keys() == b.keys() and all(same_fingerprint(a[name], b[name]) for name in a)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

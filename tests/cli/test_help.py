@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from conftest import Result
 
-COMMANDS = ["analyze", "train", "inspect", "verify", "evaluate", "demo"]
+COMMANDS = ["estimate", "analyze", "train", "inspect", "verify", "evaluate", "continual", "demo"]
 
 
 def test_help_does_not_import_torch() -> None:
@@ -36,15 +36,15 @@ def test_every_option_has_help_and_every_command_examples(cli: Callable[..., Res
         assert parameter.param_type_name == "argument" or parameter.help, parameter.name
 
 
-@pytest.mark.parametrize("name", ["train", "analyze"])
+@pytest.mark.parametrize("name", ["train", "analyze", "estimate"])
 def test_defaults_of_the_command_are_those_of_the_library(name: str) -> None:
     import importlib
     from dataclasses import fields
 
-    from sculptor import AnalyzeSettings, TrainSettings
+    from sculptor import AnalyzeSettings, EstimateSettings, TrainSettings
 
     command = importlib.import_module(f"sculptor_cli.{name}").command
-    defaults = {"train": TrainSettings, "analyze": AnalyzeSettings}[name]()
+    defaults = {"train": TrainSettings, "analyze": AnalyzeSettings, "estimate": EstimateSettings}[name]()
     shown = {parameter.name: parameter.default for parameter in command.params}
     for field in fields(defaults):
         assert field.name in shown, field.name

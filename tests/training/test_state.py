@@ -7,28 +7,39 @@ import torch
 
 from sculptor.errors import OutputError
 from sculptor.training.state import Position, StateStore
+from sculptor.training.updates import tensors_of
 
 KEY = {"learning_rate": 1e-3, "data": ["x"]}
 PRINTS = {"w": [0.5, -0.25]}
 
 
-def test_round_trip_keeps_only_the_newest(tmp_path: Path) -> None:
+def test_round_trip_keeps_only_the_newest_and_the_best(tmp_path: Path) -> None:
     store = StateStore(tmp_path / "state", KEY, PRINTS)
     assert store.load() is None
-    for step in (1, 2):
-        store.save(Position(step, best_step=1, best_loss=0.5), {"a": torch.full((3,), step)}, {"a": torch.zeros(3)})
+    store.save_best(1, tensors_of({"a": torch.zeros(3)}))
+    store.save(Position(1, best_step=1, best_loss=0.5), tensors_of({"a": torch.ones(3)}))
+    store.save_best(2, tensors_of({"a": torch.full((3,), 5.0)}))
+    assert store.load_best(1)["a"].tolist() == [0, 0, 0], "the one a state names stays until the next state"
+    store.save(Position(2, best_step=2, best_loss=0.25), tensors_of({"a": torch.full((3,), 2.0)}))
     found = store.load()
     assert found is not None
-    position, tensors, best = found
-    assert position == Position(2, best_step=1, best_loss=0.5)
+    position, tensors = found
+    assert position == Position(2, best_step=2, best_loss=0.25)
     assert tensors["a"].tolist() == [2, 2, 2]
-    assert best is not None
-    assert [path.name for path in store.directory.iterdir()] == ["step-00000002"]
+    assert store.load_best(2)["a"].tolist() == [5, 5, 5]
+    assert sorted(path.name for path in store.directory.iterdir()) == ["best-00000002.safetensors", "step-00000002"]
+
+
+def test_a_missing_best_is_an_error(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, KEY, PRINTS)
+    store.save(Position(1, best_step=1, best_loss=0.5), tensors_of({"a": torch.ones(3)}))
+    with pytest.raises(OutputError, match="best-00000001"):
+        store.load()
 
 
 def test_a_half_written_state_is_ignored(tmp_path: Path) -> None:
     store = StateStore(tmp_path, KEY, PRINTS)
-    store.save(Position(1), {"a": torch.zeros(3)}, None)
+    store.save(Position(1), tensors_of({"a": torch.zeros(3)}))
     (tmp_path / "step-00000002.tmp").mkdir()
     (tmp_path / "step-00000002.tmp" / "state.safetensors").write_bytes(b"half")
     found = store.load()
@@ -37,7 +48,7 @@ def test_a_half_written_state_is_ignored(tmp_path: Path) -> None:
 
 
 def test_other_settings_and_other_bases_are_refused(tmp_path: Path) -> None:
-    StateStore(tmp_path, KEY, PRINTS).save(Position(1), {"a": torch.zeros(3)}, None)
+    StateStore(tmp_path, KEY, PRINTS).save(Position(1), tensors_of({"a": torch.zeros(3)}))
     with pytest.raises(OutputError, match=r"other settings .learning_rate; learning_rate was 0.001, now 0.1"):
         StateStore(tmp_path, KEY | {"learning_rate": 0.1}, PRINTS).load()
     with pytest.raises(OutputError, match="belong to other bases"):

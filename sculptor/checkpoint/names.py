@@ -1,0 +1,73 @@
+"""Names in the files matched to parameters of the model, by the rules transformers itself loads with."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Conversion:
+    """How one parameter is made of tensors of the checkpoint: (name, pattern that it matched), in order."""
+
+    model: Any
+    parameter: str
+    converter: Any
+    sources: tuple[tuple[str, str], ...]
+
+    def make(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Parameters made of what `read` gives; a rule may make several at once."""
+        converter = deepcopy(self.converter)
+        for name, pattern in self.sources:
+            converter.add_tensor(self.parameter, name, pattern, read(name))
+        made = converter.convert(self.parameter, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def match_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Parameter of the model -> name in `names`, by the rules transformers itself loads with.
+
+    Tensors that loading would split, stack or otherwise convert have no single name and are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    found = {}
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is None and parameter in state:
+            found[parameter] = name
+    return found
+
+
+def find_converted(model: Any, names: Iterable[str]) -> dict[str, Conversion]:
+    """Parameters that loading makes of several or other tensors (stacked experts), by transformers' own rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    collected: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in sorted(names, key=dot_natural_key):
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None and parameter in state:
+            collected[parameter].append((name, pattern))
+    return {
+        parameter: Conversion(model, parameter, by_pattern[sources[0][1]], tuple(sources))
+        for parameter, sources in collected.items()
+    }

@@ -1,0 +1,78 @@
+"""What `sculptor estimate` prints."""
+
+from collections.abc import Mapping
+
+from sculptor.report.text import size, table
+from sculptor.tasks.estimate import Estimate
+
+
+def estimate_text(found: Estimate) -> str:
+    """Memory by component, then time bounds and a verdict, for each mode."""
+    where = "GPU" if found.kind == "cuda" else "CPU"
+    lines = [
+        f"{found.model}: {found.num_parameters / 1e9:.2f} B parameters, {found.num_trainable / 1e9:.2f} B of them free; "
+        f"{found.tokens:,} tokens per step in {found.micro_batches} micro-batches.",
+        f"{where}: {size(int(found.device_memory))} free; host: {size(int(found.host_memory))} free.",
+        "",
+        _memory(found),
+        "",
+        _times(found),
+        "",
+        "; ".join(
+            _speed(found, *item) for item in (("tflops", "TFLOP/s"), ("link", "GB/s link"), ("disk", "GB/s disk"))
+        )
+        + ".",
+        f"Archive: {size(found.archive_bytes)}. Analysis (basis weights): up to {_duration(found.analysis_seconds)} of "
+        "decompositions.",
+    ]
+    if found.chosen is None:
+        reasons = "; ".join(f"{name} {mode.shortage}" for name, mode in found.modes.items())
+        lines.append(f"Verdict: does not fit here: {reasons}. Lower --micro-batch-size or --max-length.")
+    else:
+        mode = found.modes[found.chosen]
+        lines.append(
+            f"Verdict: --offload auto picks {found.chosen}; at most {found.tokens / mode.step:,.0f} tokens/s, bound by "
+            f"{mode.bound}."
+        )
+    return "\n".join(lines)
+
+
+def _memory(found: Estimate) -> str:
+    rows = []
+    for place in ("device", "host", "disk"):
+        parts: dict[str, dict[str, float]] = {}
+        for name, mode in found.modes.items():
+            held: Mapping[str, float] = getattr(mode.plan, place)
+            for component, num_bytes in held.items():
+                parts.setdefault(component, {})[name] = num_bytes
+        rows += [[f"{place}: {part}", *_cells(sizes, found)] for part, sizes in parts.items()]
+        totals = {name: sum(getattr(mode.plan, place).values()) for name, mode in found.modes.items()}
+        rows.append([f"{place}, in all", *_cells(totals, found)])
+    return table(["memory", *found.modes], rows)
+
+
+def _cells(sizes: Mapping[str, float], found: Estimate) -> list[str]:
+    return [size(int(sizes[name])) if sizes.get(name) else "-" for name in found.modes]
+
+
+def _times(found: Estimate) -> str:
+    modes = found.modes.values()
+    rows = [
+        ["compute", *(f"{mode.compute:.2f} s" for mode in modes)],
+        ["link", *(f"{mode.link:.2f} s" if mode.link else "-" for mode in modes)],
+        ["disk", *(f"{mode.disk:.2f} s" if mode.disk else "-" for mode in modes)],
+        ["step, at least", *(f"{mode.step:.2f} s" for mode in modes)],
+        ["tokens/s, at most", *(f"{found.tokens / mode.step:,.0f}" for mode in modes)],
+        ["bound by", *(mode.bound for mode in modes)],
+        ["fits", *("yes" if mode.shortage is None else "no" for mode in modes)],
+    ]
+    return table(["time per step", *found.modes], rows)
+
+
+def _speed(found: Estimate, name: str, unit: str) -> str:
+    how = "measured" if name in found.measured else "given or assumed"
+    return f"{found.speeds[name]:.3g} {unit} ({how})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,1 @@
+"""Models larger than memory: one transformer block on the device at a time."""

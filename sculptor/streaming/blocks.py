@@ -1,0 +1,226 @@
+"""One transformer block on the device at a time, under an unmodified transformers model.
+
+Every block's `forward` is overridden on the instance. It waits until the block's parameters are in a slot of device
+memory, points the parameters there, starts to fill the other slot with what comes next, and runs. In training it runs
+inside our own non-reentrant checkpoint, so the same happens again in the backward pass, last block first; a block is
+finished there when the one before it begins. Parameters stay the same objects: only their `.data` moves between a slot
+and nothing. Waiting is done by the device, on events.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sculptor.streaming.inputs import InputStore
+from sculptor.streaming.layout import Layout
+from sculptor.streaming.parts import join, parts_work, split_call
+from sculptor.streaming.slots import Slot, Slots
+from sculptor.streaming.transfers import Ticket, Transfers
+from sculptor.streaming.weights import BlockWeights
+
+
+class Observer:
+    """What training adds to the passing of blocks; this one adds nothing."""
+
+    def fill(self, block: int, slot: Slot) -> list[Ticket] | None:
+        """Fills a slot with a block in another way than from where it waits, and says what to wait for; None if not."""
+        return None
+
+    def expect_backward(self, block: int) -> None:
+        """The backward pass of a block comes next but one."""
+
+    def begin_backward(self, block: int) -> None:
+        """Its gradients are about to appear."""
+
+    def end_backward(self, block: int, slot: Slot) -> None:
+        """They have all appeared."""
+
+
+class BlockStream:
+    """The blocks of a model on their way to the device and back.
+
+    Args:
+        model: the model; parameters of the blocks that are streamed hold nothing.
+        blocks: path -> block, in the order of the model.
+        parameters: of each block, by name.
+        weights: where these wait.
+        transfers: the lanes.
+        num_slots: blocks on the device at a time; 2 to load ahead.
+        keep_inputs: whether activation checkpoints, the inputs of the blocks, stay on the device.
+
+    Attributes:
+        slots: device memory for blocks, which counts how often each was brought there.
+        recompute: what to enter around the second run of a block, in the backward pass.
+        observer: what training adds.
+        part_tokens: of a batch with more tokens, a block sees so many at a time; None for all at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        parameters: Sequence[Mapping[str, nn.Parameter]],
+        weights: BlockWeights,
+        transfers: Transfers,
+        *,
+        num_slots: int,
+        keep_inputs: bool,
+    ) -> None:
+        self.paths = list(blocks)
+        self.parameters = [dict(found) for found in parameters]
+        self.weights = weights
+        self.transfers = transfers
+        self.device = transfers.device
+        self.recompute: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.observer = Observer()
+        size = max(layout.num_bytes for layout in weights.layouts)
+        self.slots = Slots(num_slots, size, self.device, self._fill)
+        self._inputs = None if keep_inputs else InputStore(transfers)
+        self._order = list(range(len(self.paths)))  # blocks by call, as the last forward made them
+        self._calls = 0  # in the forward under way
+        self._backward: tuple[int, int] | None = None  # the block whose gradients are appearing, and its call
+        self.part_tokens: int | None = None
+        self._parts_work: bool | None = None  # not tried yet
+        self._hook = model.register_forward_pre_hook(lambda *_: self._begin())
+        for i, block in enumerate(blocks.values()):
+            block.forward = self._streamed(i, block)
+        self._blocks = list(blocks.values())
+
+    @property
+    def layouts(self) -> Sequence[Layout]:
+        """Of the parameters of each block."""
+        return self.weights.layouts
+
+    def _begin(self) -> None:
+        self._calls = 0
+        if torch.is_grad_enabled() and self._backward is not None:  # a backward pass that broke off
+            self._empty(self._backward[0])
+            self._backward = None
+
+    def _streamed(self, index: int, block: nn.Module) -> Callable[..., Any]:
+        forward = block.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = self._calls
+            self._calls += 1
+            if self._order[call : call + 1] != [index]:
+                self._order[call:] = [index]
+            if not torch.is_grad_enabled():
+                with self._present(index, call):
+                    return forward(*args, **kwargs)
+            parts = split_call(args, kwargs, self.part_tokens) if self.part_tokens else None
+            if parts is not None and self._parts_work is None:
+                with self._present(index, call):
+                    self._parts_work = parts_work(block, forward, (args, kwargs), parts)
+            if parts is None or not self._parts_work:
+                return self._checkpointed(index, call, 0, forward, args, kwargs)
+            sizes = [part[0][0].shape[0] for part in parts]
+            return join([self._checkpointed(index, call, i, forward, *part) for i, part in enumerate(parts)], sizes)
+
+        return run
+
+    def _checkpointed(
+        self,
+        index: int,
+        call: int,
+        part: int,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs a block, or a part of its batch, now, and again in the backward pass."""
+        before = self._order[call - 1] if call else None
+        held = self._inputs.hold((call, part), args) if self._inputs is not None else None
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return self._present(index, call), self._again(index, before, call)
+
+        if held is None:
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        # The empty tensor tells `checkpoint` the device, whose random state it keeps.
+        found = checkpoint(
+            lambda _, *rest, **named: forward(held.take(), *rest, **named),
+            args[0].new_empty(0),
+            *args[1:],
+            use_reentrant=False,
+            context_fn=contexts,
+            **kwargs,
+        )
+        held.leave()
+        return found
+
+    @contextmanager
+    def _present(self, index: int, call: int) -> Iterator[None]:
+        """A block's parameters are on the device; what comes next is on its way."""
+        slot = self._enter(index)
+        try:
+            yield
+        finally:
+            slot.uses["compute"] = self.transfers.mark()
+            self._empty(index)
+        # Only now that the device has this block to run: fetching the next one may have to wait for the host.
+        if call + 1 < len(self._order):
+            self.slots.fetch_ahead(self._order[call + 1])
+        elif torch.is_grad_enabled():
+            self.observer.expect_backward(index)
+
+    @contextmanager
+    def _again(self, index: int, before: int | None, call: int) -> Iterator[None]:
+        """The block runs again, and its gradients follow."""
+        if self._backward != (index, call):  # else another part of its batch
+            self.end_backward()
+            self._enter(index)
+            self._backward = index, call
+            self.observer.begin_backward(index)
+            if before is not None:
+                self.slots.fetch_ahead(before)
+                self.observer.expect_backward(before)
+                if self._inputs is not None:
+                    self._inputs.fetch(call - 1)
+        with self.recompute():
+            yield
+
+    def end_backward(self) -> None:
+        """The backward pass is over, or goes on with another block."""
+        if self._backward is None:
+            return
+        (index, _), self._backward = self._backward, None
+        slot = self.slots.find(index)
+        assert slot is not None
+        slot.uses["compute"] = self.transfers.mark()
+        self._empty(index)
+        self.observer.end_backward(index, slot)
+
+    def _enter(self, index: int) -> Slot:
+        slot = self.slots.enter(index)
+        layout = self.layouts[index]
+        for name, parameter in self.parameters[index].items():
+            parameter.data = layout.view(slot.memory, name)
+        return slot
+
+    def _empty(self, index: int) -> None:
+        for parameter in self.parameters[index].values():
+            parameter.data = parameter.data.new_empty(0)
+
+    def _fill(self, index: int, slot: Slot) -> list[Ticket]:
+        found = self.observer.fill(index, slot)
+        if found is not None:
+            return found
+        after = [*slot.taken(), self.weights.written(index)]
+        return [self.transfers.load(lambda: self.weights.load(index, slot.memory), after)]
+
+    def close(self) -> None:
+        """Gives the blocks their own `forward` back, and the memory. Their parameters hold nothing then."""
+        self._hook.remove()
+        for block in self._blocks:
+            del block.forward
+        self._blocks.clear()
+        self.transfers.close()
+        self.weights.close()
+        self.slots.close()
+        if self._inputs is not None:
+            self._inputs.close()

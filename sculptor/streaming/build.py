@@ -1,0 +1,157 @@
+"""A transformers model whose blocks are streamed, made from the files without ever being whole."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sculptor.checkpoint.architecture import Architecture, find_blocks, model_class
+from sculptor.checkpoint.names import Conversion, find_converted
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.errors import CheckpointError
+from sculptor.progress import Progress, silent
+from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.layout import Layout
+from sculptor.streaming.transfers import Transfers, return_freed_memory
+from sculptor.streaming.weights import BlockWeights, Scratch, TensorFiles, Tier
+
+
+def stream_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    device: torch.device,
+    tier: Tier,
+    *,
+    scratch: Path | None = None,
+    compute_dtypes: Mapping[str, torch.dtype] | None = None,
+    resident: frozenset[str] = frozenset(),
+    keep_inputs: bool | None = None,
+    progress: Progress = silent,
+) -> tuple[Any, BlockStream]:
+    """A model in evaluation mode, without gradients, and the stream of its blocks.
+
+    Everything outside the blocks is on the device; so are parameters that several blocks share.
+
+    Args:
+        checkpoint: where the weights are.
+        architecture: of the checkpoint.
+        device: where the model computes.
+        tier: where blocks wait.
+        scratch: directory for what changes; needed in the disk tier if anything does.
+        compute_dtypes: parameters of blocks that are not to be in the model's own dtype.
+        resident: parameters of blocks that stay on the device.
+        keep_inputs: whether activation checkpoints stay on the device; default on a CPU only.
+        progress: makes progress bars.
+
+    Raises:
+        CheckpointError: if parameters are not in the files.
+        MemoryError: if the host does not give enough memory.
+    """
+    if device.type == "cpu":
+        return_freed_memory()
+    model, dtype = _empty_model(checkpoint, device)
+    sources: dict[str, str | Conversion] = dict(find_converted(model, checkpoint)) | dict(architecture.tensors)
+    home = Scratch(tier, scratch, device)
+    files = TensorFiles(checkpoint, device, sources, home.reading)
+    names = defaultdict(list)  # a parameter may be known under several names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    blocks = find_blocks(model)
+    streamed: dict[str, dict[str, nn.Parameter]] = {path: {} for path in blocks}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in names.values():
+        known = [name for name in group if name in sources]
+        shape = model.get_parameter(group[0]).shape
+        if not known:
+            raise CheckpointError(
+                f"{checkpoint.path}: parameter {group[0]} of {architecture.model_class} is not in the files; use --offload none"
+            )
+        owners = {path for name in group for path in blocks if name.startswith(path + ".")}
+        outside = any(not name.startswith(tuple(path + "." for path in blocks)) for name in group)
+        wanted = (compute_dtypes or {}).get(known[0], _dtype(model, known[0], dtype))
+        if outside or len(owners) != 1 or resident & set(group):
+            value = torch.empty(shape, dtype=wanted, device=device)
+            files.fill(known[0], value)
+            new = nn.Parameter(value, requires_grad=False)
+        else:
+            new = nn.Parameter(torch.empty(0, dtype=wanted, device=device), requires_grad=False)
+            streamed[owners.pop()][known[0]] = new
+        for name in group:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = new
+        shapes[known[0]] = tuple(shape)
+    changed = set(compute_dtypes or {})
+    layouts = [
+        Layout(
+            (name, parameter.dtype, shapes[name])
+            # What training changes comes last and together.
+            for name, parameter in sorted(found.items(), key=lambda item: item[0] in changed)
+        )
+        for found in streamed.values()
+    ]
+    _move_buffers(model, checkpoint, architecture, device)
+    total = sum(layout.num_bytes for layout in layouts)
+    bar = progress(total=total, desc="load", unit="B") if tier == "cpu" else None
+    weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore)
+    if bar is not None:
+        bar.close()
+    stream = BlockStream(
+        model,
+        blocks,
+        list(streamed.values()),
+        weights,
+        Transfers(device, threads=tier == "disk"),
+        num_slots=2 if device.type == "cuda" else 1,
+        keep_inputs=device.type == "cpu" if keep_inputs is None else keep_inputs,
+    )
+    return model.eval(), stream
+
+
+def _ignore(_: int) -> None:
+    """Nobody watches."""
+
+
+def _empty_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, torch.dtype]:
+    """The model with parameters on the meta device and real buffers, and the dtype of its parameters."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    cls = model_class(checkpoint.config, checkpoint.path)
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    dtype = torch.float32
+    if device.type != "cpu":
+        floating = (info.dtype for info in checkpoint.infos.values() if info.dtype.is_floating_point)
+        dtype = getattr(config, "dtype", None) or next(floating)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as transformers does when it loads
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = cls(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    model.config.use_cache = False
+    return model.requires_grad_(False), dtype
+
+
+def _dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype transformers loads a parameter in: some stay float32."""
+    wide = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        wide |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return torch.float32 if wide & set(name.split(".")) else dtype
+
+
+def _move_buffers(model: Any, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> None:
+    """Saved buffers come from the files; the others were made with the model."""
+    for module_path, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            name = f"{module_path}.{leaf}" if module_path else leaf
+            stored = architecture.tensors.get(name)
+            value = checkpoint[stored].to(buffer.dtype) if stored is not None else buffer
+            module._buffers[leaf] = value.to(device)

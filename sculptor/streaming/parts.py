@@ -1,0 +1,76 @@
+"""A large batch through one block in parts, so that only a part's activations exist at a time.
+
+Blocks treat rows of a batch alike, so a block of a part is the part of a block. Which arguments belong to rows is told by
+their first size. Whether that is right for a model is tried once, on the first batch that is large enough.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> list[Call] | None:
+    """The calls of a block with at most about so many tokens each; None if one call will do.
+
+    Args:
+        args: the first is (B, T, h).
+        kwargs: of the same call.
+        tokens: of a part.
+    """
+    if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+        return None
+    rows, length, _ = args[0].shape
+    count = min(rows, -(-rows * length // tokens))
+    if count < 2:
+        return None
+    size = -(-rows // count)
+    bounds = [(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [(_rows_of(args, rows, *bound), _rows_of(kwargs, rows, *bound)) for bound in bounds]
+
+
+def _rows_of(value: Any, rows: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.ndim > 1 and value.shape[0] == rows else value
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(item, rows, start, stop) for item in value)
+    if isinstance(value, dict):
+        return {key: _rows_of(item, rows, start, stop) for key, item in value.items()}
+    return value
+
+
+def join(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """What one call would have returned, given the rows of each part."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        by_row = all(found.ndim and found.shape[0] == size for found, size in zip(outputs, sizes, strict=True))
+        return torch.cat(list(outputs)) if by_row else first
+    if isinstance(first, tuple | list):
+        return type(first)(join(items, sizes) for items in zip(*outputs, strict=True))
+    return first
+
+
+@torch.no_grad()
+def parts_work(module: torch.nn.Module, forward: Callable[..., Any], whole: Call, parts: Sequence[Call]) -> bool:
+    """Whether the parts of a batch give what the whole does, dropout aside."""
+    training = module.training
+    module.eval()
+    try:
+        expected = _first(forward(*whole[0], **whole[1]))
+        found = torch.cat([_first(forward(*args, **kwargs)) for args, kwargs in parts])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    finally:
+        module.train(training)
+    scale = float(expected.abs().max()) or 1.0
+    return found.shape == expected.shape and bool(torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale))
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found

@@ -1,0 +1,154 @@
+"""`sculptor.stream`: a protected model larger than memory, for a training loop of one's own."""
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.staging import check_apart, commit, staging
+from sculptor.checkpoint.writer import write_checkpoint
+from sculptor.errors import SettingsError
+from sculptor.model.load import load_streamed, resolve_device
+from sculptor.progress import Progress, silent
+from sculptor.tasks.train import resolve_settings
+from sculptor.tasks.train_setup import streamed_updates, trained_dtypes
+from sculptor.training.coordinates import merge_update
+from sculptor.training.protect import merge_weight, softening
+from sculptor.training.settings import TrainSettings
+
+
+class StreamedModel:
+    """A transformers model of which one block at a time is on the device, and the optimizer of its free coordinates.
+
+    A context manager: leaving it gives back host memory and files. `model` is called like any transformers model, and
+    its loss goes to `backward`, since gradients appear and leave block by block.
+
+    Args:
+        model: a checkpoint directory or hub name.
+        archive: its subspace archive, or its path.
+        settings: `offload` (cpu or disk), `learning_rate`, `weight_decay`, `clip`, `clip_by`, `soften`, `optimizer_mode`,
+            `optimizer_on`, `offload_inputs`, `device`; the others are the loop's own affair.
+        progress: makes progress bars.
+
+    Raises:
+        SculptorError: if an input cannot be used, or memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        archive: str | Path | Archive,
+        settings: TrainSettings | None = None,
+        *,
+        progress: Progress = silent,
+    ) -> None:
+        settings = settings or TrainSettings(offload="cpu")
+        if settings.offload not in ("cpu", "disk"):
+            raise SettingsError(
+                f"--offload {settings.offload}: use cpu or disk; for a resident model, sculptor.protect"
+            )
+        self.archive = archive if isinstance(archive, Archive) else Archive(archive)
+        self.settings = resolve_settings(settings, self.archive)
+        self.checkpoint = open_checkpoint(model)
+        self.archive.check_base(self.checkpoint, progress)
+        architecture = inspect_architecture(self.checkpoint)
+        device = resolve_device(settings.device)
+        self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-")
+        self.loaded = load_streamed(
+            self.checkpoint,
+            device,
+            settings.offload,
+            architecture,
+            scratch=Path(self._scratch.name),
+            trained=trained_dtypes(architecture, self.archive, device),
+            keep_inputs=None if settings.offload_inputs is None else not settings.offload_inputs,
+            progress=progress,
+        )
+        self.updates = streamed_updates(self.loaded, self.archive, {}, self.settings, progress)
+
+    @property
+    def model(self) -> Any:
+        """The transformers model; train it under `torch.autocast("cuda", torch.bfloat16)` on a GPU."""
+        return self.loaded.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go."""
+        return self.loaded.device
+
+    def backward(self, loss: Tensor, *, learning_rate: float | None = None) -> None:
+        """Adds the gradients of a loss to those of the step.
+
+        Args:
+            loss: of a micro-batch.
+            learning_rate: of the step, if it updates within the backward pass (`optimizer_mode="fused"`).
+        """
+        assert self.settings.learning_rate is not None
+        self.updates.begin(self.settings.learning_rate if learning_rate is None else learning_rate)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.updates.end_backward()
+
+    def step(self, learning_rate: float | None = None) -> float:
+        """Clips and updates; returns the norm of the gradient before."""
+        assert self.settings.learning_rate is not None
+        norm = self.updates.clip()
+        self.updates.step(self.settings.learning_rate if learning_rate is None else learning_rate)
+        return norm
+
+    def save(self, output: str | Path, *, overwrite: bool = False, progress: Progress = silent) -> None:
+        """Writes the merged checkpoint, one matrix in memory.
+
+        Raises:
+            SculptorError: if it cannot be written.
+        """
+        output = Path(output).resolve()
+        check_apart(output, [self.checkpoint.path, self.archive.path])
+        with staging(output, overwrite=overwrite, resume=False, worth_keeping=lambda _: False) as partial:
+            bar = progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
+            edits = {name: self._merge(name) for name in self.archive}
+            write_checkpoint(self.checkpoint, partial, edits, bar=bar)
+            bar.close()
+            commit(partial, output)
+
+    def _merge(self, name: str) -> Any:
+        def merged(weight: Tensor) -> Tensor:
+            coordinates = self.updates.coordinates(name)
+            if coordinates is None:
+                return weight
+            found = self.archive.read(name)
+            strength = self.settings.soften
+            gains = softening(self.archive, found, strength, self.device) if strength else None
+            update = merge_update(found, gains, coordinates, self.updates.fingerprints()[name])
+            return merge_weight(found.record, update, weight.to(self.device), weight.dtype).cpu()
+
+        return merged
+
+    def close(self) -> None:
+        """Gives back host memory and files; the model cannot be used any more."""
+        self.updates.close()
+        self._scratch.cleanup()
+
+    def __enter__(self) -> "StreamedModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def stream(
+    model: str | Path,
+    archive: str | Path | Archive,
+    settings: TrainSettings | None = None,
+    *,
+    progress: Progress = silent,
+) -> StreamedModel:
+    """A protected model larger than memory, for a loop of your own; see `StreamedModel`."""
+    return StreamedModel(model, archive, settings, progress=progress)

@@ -1,0 +1,252 @@
+"""What training takes, by arithmetic: memory by component, bytes moved and operations per step.
+
+Every figure follows from shapes and staircases; activations are estimated from the widths of a block.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sculptor.checkpoint.architecture import Architecture, Target
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.model.loss import SLICE
+from sculptor.numerics.free_space import first_free
+from sculptor.numerics.staircase import Staircase
+from sculptor.streaming.weights import STAGING_BYTES, Tier
+from sculptor.training.settings import Offload
+
+# Tokens that a block sees at a time in streamed training: more gain nothing, and their activations fill a device.
+PART_TOKENS = {"cuda": 16384}
+# What torch and transformers take before any tensor: on a GPU its context and libraries' workspaces.
+RUNTIME = {"cuda": 0.7e9, "cpu": 0.45e9}
+# Activations inside a block over the widths of its matrices: norms in float32, attention, products of gates.
+_ACTIVATIONS = 1.6
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The stored directions of one side: how many, and under which key it is shared."""
+
+    columns: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixShape:
+    """One target: its shape, what is free, and its stored sides."""
+
+    target: Target
+    staircase: Staircase
+    output: Side | None
+    input: Side | None
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """One way of training.
+
+    Attributes:
+        offload: none, cpu or disk.
+        device, host, disk: bytes by component.
+        operations: floating-point operations of a step, of which `folding` for projections and folds.
+        loaded, stored: bytes that go to the device and come back in a step.
+        read, written: bytes of files in a step.
+    """
+
+    offload: Offload
+    device: Mapping[str, float]
+    host: Mapping[str, float]
+    disk: Mapping[str, float]
+    operations: float
+    folding: float
+    loaded: float = 0.0
+    stored: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A step: tokens, in how many micro-batches, and how blocks are updated.
+
+    `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass.
+    """
+
+    tokens: int
+    micro_batches: int
+    fused: bool = False
+    keep_inputs: bool = False
+    on_host: bool = False
+    recompute: bool = True
+
+
+def footprints(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    matrices: Sequence[MatrixShape],
+    device: torch.device,
+    work: Workload,
+) -> dict[str, Footprint]:
+    """By offload: none, cpu, disk."""
+    sizes = _Sizes(checkpoint, architecture, matrices, device, work)
+    return {"none": sizes.resident(), "cpu": sizes.streamed("cpu"), "disk": sizes.streamed("disk")}
+
+
+class _Sizes:
+    """Sums over a model, per block and in all."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        matrices: Sequence[MatrixShape],
+        device: torch.device,
+        work: Workload,
+    ) -> None:
+        self.kind = device.type
+        self.work = work
+        self.size = 2 if device.type == "cuda" else 4  # of a weight on the device
+        self.basis_size = 2 if device.type == "cuda" else 4
+        widths: dict[str, int] = {}
+        for target in architecture.targets:
+            widths[target.block] = widths.get(target.block, 0) + sum(target.shape)
+        self.num_blocks = len(widths)
+        by_block: dict[str, list[MatrixShape]] = {block: [] for block in widths}
+        for matrix in matrices:
+            by_block[matrix.target.block].append(matrix)
+        names = {target.name for target in architecture.targets}
+        inside = {block: [t for t in architecture.targets if t.block == block] for block in widths}
+        self.target_weights = {b: sum(t.shape[0] * t.shape[1] for t in ts) for b, ts in inside.items()}
+        total = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
+        in_targets = sum(self.target_weights.values())
+        others = {tensor: parameter for parameter, tensor in architecture.tensors.items() if tensor not in names}
+        in_blocks = sum(
+            checkpoint.infos[tensor].num_bytes // checkpoint.infos[tensor].dtype.itemsize
+            for tensor, parameter in others.items()
+            if any(parameter.startswith(block + ".") for block in widths)
+        )
+        unnamed = (
+            total
+            - in_targets
+            - sum(checkpoint.infos[tensor].num_bytes // checkpoint.infos[tensor].dtype.itemsize for tensor in others)
+        )  # stacked experts: parts of the blocks
+        self.rest_in_blocks = in_blocks + unnamed
+        self.outside = total - in_targets - self.rest_in_blocks
+        self.block_weights = max(self.target_weights.values()) + self.rest_in_blocks // max(1, self.num_blocks)
+        self.weights = in_targets + self.rest_in_blocks
+        self.rest_size = (
+            4 if device.type == "cpu" else next(checkpoint.infos[t.name].dtype.itemsize for t in architecture.targets)
+        )
+        self.file_size = next(checkpoint.infos[t.name].dtype.itemsize for t in architecture.targets)
+        self.pristine = sum(m.target.shape[0] * m.target.shape[1] for m in matrices) * self.file_size
+        self.coordinates = {b: sum(m.staircase.num_free for m in ms) for b, ms in by_block.items()}
+        self.bases = {b: self.basis_size * sum(_basis_numbers(ms).values()) for b, ms in by_block.items()}
+        self.largest = max((m.target.shape[0] * m.target.shape[1] for m in matrices), default=0)
+        self.ring = max(
+            (16 * m.staircase.num_free + self.file_size * m.target.shape[0] * m.target.shape[1] for m in matrices),
+            default=0,
+        )
+        self.host_ring = max(
+            (4 * m.staircase.num_free + self.file_size * m.target.shape[0] * m.target.shape[1] for m in matrices),
+            default=0,
+        )
+        self.num_coordinates = sum(self.coordinates.values())
+        micro = work.tokens / work.micro_batches
+        widths_in = [t.shape[1] for t in architecture.targets]
+        hidden = max(set(widths_in), key=widths_in.count)  # what most matrices read
+        self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro
+        self.inside_part = self.inside * min(1.0, PART_TOKENS.get(self.kind, micro) / micro)
+        self.inputs = self.size * hidden * self.num_blocks * micro
+        self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
+        forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
+        self.operations = 4 * forward  # forward, again, and twice as much backward
+        per_fold = sum(_fold_operations(m) for m in matrices)
+        self.folding = per_fold * (work.micro_batches + 1)
+
+    def resident(self) -> Footprint:
+        in_matrices = self.pristine / self.file_size
+        device = {
+            "weights, pristine and folded": self.size * in_matrices
+            + self.rest_size * (in_matrices + self.rest_in_blocks + self.outside),
+            "bases": sum(self.bases.values()),
+            "coordinates, gradients, AdamW": 16 * self.num_coordinates,
+            "activations": self.inside * (1 if self.work.recompute else self.num_blocks) + self.inputs + self.loss,
+            "work space": RUNTIME[self.kind] + 12 * self.largest,
+        }
+        host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
+        return Footprint("none", device, host, {}, self.operations, self.folding)
+
+    def streamed(self, tier: Tier) -> Footprint:
+        slots = 2 if self.kind == "cuda" else 1
+        keep = self.work.keep_inputs or self.kind == "cpu"
+        on_host = self.work.on_host and tier == "cpu"
+        largest = {name: max(found.values(), default=0) for name, found in (("c", self.coordinates), ("b", self.bases))}
+        device = {
+            "blocks": slots * self.size * self.block_weights,
+            "embedding, head, norms": self.rest_size * self.outside,
+            "bases": slots * largest["b"],
+            "coordinates, gradients, AdamW": slots * (4 * largest["c"] + (self.host_ring if on_host else self.ring)),
+            "activations": self.inside_part + self.loss + (self.inputs if keep else 3 * self.inputs / self.num_blocks),
+            "work space": RUNTIME[self.kind] + 12 * self.largest,
+        }
+        waiting = {
+            "weights": self.size * self.weights,
+            "bases": float(sum(self.bases.values())),
+            "coordinates, gradients, AdamW": 16.0 * self.num_coordinates,
+        }
+        kept = {} if keep else {"activation checkpoints": self.inputs}
+        staging = {"copies": (2.0 if tier == "cpu" else 4.0) * STAGING_BYTES[self.kind]}
+        runtime = {"runtime": 1.5e9} if self.kind == "cuda" else {}
+        micro, n = self.work.micro_batches, self.num_coordinates
+        weights, bases, inputs = waiting["weights"], waiting["bases"], 0.0 if keep else self.inputs * micro
+        # Forward and backward of every micro-batch; the update brings state, pristine weights and bases, and makes the
+        # weights of the first forward on the device. Gradients leave and come back once per micro-batch.
+        exact = not self.work.fused
+        gradients = 4.0 * n * micro if exact else 0.0
+        state = 12.0 * n
+        loaded = (2 * micro - exact) * weights + (micro + exact) * bases + self.pristine + inputs
+        loaded += 4 * n * micro if on_host else state + gradients  # A, and what is added to; the moments stay
+        stored = (0 if on_host else state) + weights + gradients + inputs
+        in_host = tier == "cpu"
+        return Footprint(
+            tier,
+            device,
+            (waiting | {"pristine weights": float(self.pristine)} if in_host else {}) | kept | staging | runtime,
+            {} if in_host or not self.pristine else waiting,  # what does not change is read where it is
+            self.operations,
+            self.folding,
+            loaded=loaded,
+            stored=stored,
+            read=0.0 if in_host else loaded - inputs,
+            written=0.0 if in_host else stored - inputs,
+        )
+
+
+def _basis_numbers(matrices: Sequence[MatrixShape]) -> dict[str, int]:
+    """Numbers that the bases of a block hold, each shared one once."""
+    found: dict[str, int] = {}
+    for matrix in matrices:
+        if not matrix.staircase.num_free:
+            continue
+        for side, start, d in zip(
+            (matrix.output, matrix.input), first_free(matrix.staircase), matrix.target.shape, strict=True
+        ):
+            if side is not None:
+                c = side.columns
+                found[f"{side.key} {start}"] = d * (d - start) if d - start <= c else d * c + c * c
+    return found
+
+
+def _fold_operations(matrix: MatrixShape) -> float:
+    """Of one fold or projection."""
+    if not matrix.staircase.num_free:
+        return 0.0
+    costs = []
+    for side, start, d in zip(
+        (matrix.output, matrix.input), first_free(matrix.staircase), matrix.target.shape, strict=True
+    ):
+        c = side.columns if side is not None else 0
+        costs.append(0 if side is None else d * (d - start) if d - start <= c else c * (2 * d + c - start))
+    (m, n), (first, least) = matrix.target.shape, first_free(matrix.staircase)
+    return 2.0 * min(costs[0] * n + costs[1] * (m - first), costs[0] * (n - least) + costs[1] * m)

@@ -1,0 +1,75 @@
+"""What goes wrong must not go on: lost stores, replaced inputs, slots that were not filled."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_checkpoint
+
+import sculptor
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.model.load import load_streamed
+from sculptor.streaming.slots import Slot, Slots
+from sculptor.streaming.transfers import Staging, Ticket, Transfers
+
+CPU = torch.device("cpu")
+
+
+def fail() -> None:
+    raise OSError("the disk is full")
+
+
+def test_after_a_lost_store_nothing_is_loaded_or_called_done() -> None:
+    transfers = Transfers(CPU, threads=True)
+    with pytest.raises(OSError, match="the disk is full"):
+        transfers.store(fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        transfers.drain()
+    with pytest.raises(OSError, match="the disk is full"):
+        transfers.load(lambda: None)
+
+
+def test_a_slot_that_could_not_be_filled_holds_nothing() -> None:
+    def fill(block: int, slot: Slot) -> list[Ticket]:
+        if block == 1:
+            fail()
+        return []
+
+    slots = Slots(1, 8, CPU, fill)
+    slots.enter(0)
+    with pytest.raises(OSError, match="the disk is full"):
+        slots.enter(1)
+    assert slots.find(0) is None
+    assert slots.find(1) is None
+
+
+def test_closing_twice_is_closing_once() -> None:
+    staging = Staging(CPU, 8)
+    staging.close()
+    staging.close()
+
+
+def test_inputs_that_a_later_forward_replaced_are_not_used(tmp_path: Path, generator: torch.Generator) -> None:
+    loaded = load_streamed(open_checkpoint(save_checkpoint(tmp_path / "model")), CPU, "cpu", keep_inputs=False)
+    loaded.model.requires_grad_(True)
+    first, second = (
+        loaded.model(input_ids=torch.randint(4, 40, (2, 6), generator=generator)).logits.sum() for _ in range(2)
+    )
+    with pytest.raises(RuntimeError, match="call backward before the next forward"):
+        first.backward()
+    del second
+
+
+def test_a_rate_of_zero_is_a_rate(tmp_path: Path, generator: torch.Generator) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    settings = sculptor.TrainSettings(offload="cpu", learning_rate=1e-2, device="cpu")
+    with sculptor.stream(tmp_path / "model", tmp_path / "archive", settings) as streamed:
+        name = next(iter(streamed.archive))
+        for rate, changed in ((0.0, False), (None, True)):
+            ids = torch.randint(4, 40, (2, 6), generator=generator)
+            streamed.backward(streamed.model(input_ids=ids, labels=ids).loss)
+            assert streamed.step(rate) > 0
+            coordinates = streamed.updates.coordinates(name)
+            assert coordinates is not None
+            assert any(bool(a.any()) for a in coordinates) == changed
