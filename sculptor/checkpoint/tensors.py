@@ -1,4 +1,4 @@
-"""Safetensors files, one tensor at a time: headers, reading without holding a file mapped, streamed writing."""
+"""Safetensors files, one tensor at a time: headers, reading without mapping, streamed writing."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ def read_header(path: Path, error: type[SculptorError]) -> tuple[dict[str, Tenso
         error: if the file is truncated, corrupt, or holds a dtype that is not supported.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:  # as "pt" it would map the file for writing, which takes memory to commit
             names = file.offset_keys()
             slices = {name: file.get_slice(name) for name in names}
             metadata = dict(file.metadata() or {})
@@ -112,13 +112,25 @@ def write_bytes(descriptor: int, offset: int, source: Tensor) -> None:
 
 
 def read_tensor(path: Path, name: str, error: type[SculptorError]) -> Tensor:
-    """One tensor on the CPU. The file is mapped only as long as the tensor lives."""
+    """One tensor on the CPU, read without mapping the file.
+
+    Raises:
+        error: if it is not there or cannot be read.
+    """
+    infos, _ = read_header(path, error)
+    if name not in infos:
+        raise error(f"{path}: cannot read tensor {name} (not in the file); fetch the file again")
+    info = infos[name]
+    memory = torch.empty(info.num_bytes, dtype=torch.uint8)
     try:
-        with safe_open(path, "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-    except (SafetensorError, OSError) as cause:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            read_bytes(descriptor, info.offset, memory)
+        finally:
+            os.close(descriptor)
+    except OSError as cause:
         raise error(f"{path}: cannot read tensor {name} ({cause}); fetch the file again") from cause
+    return memory.view(info.dtype).reshape(info.shape)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
