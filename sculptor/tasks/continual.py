@@ -16,18 +16,20 @@ from typing import Any
 from sculptor import __version__
 from sculptor.analysis.settings import AnalyzeSettings
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest as digest_tensor
 from sculptor.data.rows import Row
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.matrix import continual_metrics
-from sculptor.model.load import load_model, resolve_device
+from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.adapters import require_peft, train_adapter
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.continual_report import ContinualReport, Stage, TaskScore
 from sculptor.tasks.evaluate import Evaluation, evaluate_rows, read_evaluation_rows
+from sculptor.tasks.placement import open_model
 from sculptor.tasks.plan import METHODS, Method, Plan, PlannedTask, Split, read_plan
 from sculptor.tasks.train import train
 
@@ -196,7 +198,7 @@ class _Run:
         if not self._carries:
             shutil.rmtree(path, ignore_errors=True)  # of the task before
         if not path.exists():
-            analyze(model, path, self._analysis(), resume=True, progress=self.progress)
+            analyze(model, path, self._analysis(), offload=self.plan.train.offload, resume=True, progress=self.progress)
         return path
 
     def _analysis(self) -> AnalyzeSettings:
@@ -241,7 +243,9 @@ class _Run:
     def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
         options = self.plan.evaluate
-        loaded = load_model(open_checkpoint(model), resolve_device(self.plan.train.device))
+        checkpoint = open_checkpoint(model)
+        device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
+        loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
 
         def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
             return evaluate_rows(
@@ -259,6 +263,8 @@ class _Run:
             found = measure(self.rows[task.name], task.labels)
             scores[task.name] = TaskScore(found.accuracy, found.exact_match, found.loss)
         general = measure(self.general, None).loss if self.general else None
+        if loaded.stream is not None:
+            loaded.stream.close()
         self.stages.append(Stage(name, scores, general, archive_bytes, seconds))
         write_json(self.partial / SCORES_NAME, {"key": self.key, "stages": [asdict(stage) for stage in self.stages]})
 

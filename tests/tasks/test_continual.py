@@ -147,6 +147,13 @@ def test_it_is_the_commands_one_after_another(cli: Callable[..., Result], place:
     assert first.manifest.matrices == second.manifest.matrices
 
 
+def test_a_sequence_is_streamed_with_the_same_result(cli: Callable[..., Result], place: Path) -> None:
+    whole, streamed = run(cli, place, "out"), run(cli, place, "streamed", "--set", 'train.offload="disk"')
+    same_weights(place / "out" / "model", place / "streamed" / "model")
+    assert streamed["matrix"] == whole["matrix"]
+    assert streamed["general_rise"] == whole["general_rise"]
+
+
 def in_a_row(cli: Callable[..., Result], place: Path, archive: Path, *more: object) -> Path:
     """`sculptor train` on both tasks."""
     model = place / "base"
