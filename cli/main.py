@@ -93,7 +93,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {error.strerror or error}; free some space or choose another place"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "out of memory; use a smaller --micro-batch-size or --max-length, or another --device"
+        return "out of memory; use a smaller --micro-batch-size or --max-length, --offload cpu or disk, or another --device"
     return None
 
 

@@ -10,8 +10,9 @@ def estimate_text(found: Estimate) -> str:
     """Memory by component, then time bounds and a verdict, for each mode."""
     where = "GPU" if found.kind == "cuda" else "CPU"
     lines = [
-        f"{found.model}: {found.num_parameters / 1e9:.2f} B parameters, {found.num_trainable / 1e9:.2f} B of them free; "
-        f"{found.tokens:,} tokens per step in {found.micro_batches} micro-batches.",
+        f"{found.model}",
+        f"{_count(found.num_parameters)} parameters, {_count(found.num_trainable)} of them free; {found.tokens:,} tokens per step, "
+        f"micro-batches: {found.micro_batches}.",
         f"{where}: {size(int(found.device_memory))} free; host: {size(int(found.host_memory))} free.",
         "",
         _memory(found),
@@ -35,6 +36,10 @@ def estimate_text(found: Estimate) -> str:
             f"{mode.bound}."
         )
     return "\n".join(lines)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _memory(found: Estimate) -> str:

@@ -172,6 +172,8 @@ class BlockStream:
     def _again(self, index: int, before: int | None, call: int) -> Iterator[None]:
         """The block runs again, and its gradients follow."""
         if self._backward != (index, call):  # else another part of its batch
+            if self._backward is None:  # whoever calls backward need not say when it is over
+                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
             self.end_backward()
             self._enter(index)
             self._backward = index, call

@@ -86,7 +86,7 @@ def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, di
         short = _shortage(plan, device, free_device, free_host, free_disk)
         if short is None or (asked == name == "none"):  # an estimate does not forbid what a user knows better
             if asked != "auto":
-                return plan, f"--offload {name}"
+                return plan, f"--offload {name}, as asked"
             because = f": {'; '.join(reasons)}" if reasons else ": everything fits"
             return plan, f"--offload auto picks {name}{because}"
         reasons.append(f"{name} {short}")

@@ -34,10 +34,11 @@ class StreamedModel:
         archive: its subspace archive, or its path.
         settings: `offload` (cpu or disk), `learning_rate`, `weight_decay`, `clip`, `clip_by`, `soften`, `optimizer_mode`,
             `optimizer_on`, `offload_inputs`, `device`; the others are the loop's own affair.
+        directory: for files, with `offload="disk"`; default the system's place for temporary ones.
         progress: makes progress bars.
 
     Raises:
-        SculptorError: if an input cannot be used, or memory does not suffice.
+        SculptorError: if an input cannot be used, or the host gives no more memory.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StreamedModel:
         archive: str | Path | Archive,
         settings: TrainSettings | None = None,
         *,
+        directory: str | Path | None = None,
         progress: Progress = silent,
     ) -> None:
         settings = settings or TrainSettings(offload="cpu")
@@ -59,7 +61,7 @@ class StreamedModel:
         self.archive.check_base(self.checkpoint, progress)
         architecture = inspect_architecture(self.checkpoint)
         device = resolve_device(settings.device)
-        self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-")
+        self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-", dir=directory)
         self.loaded = load_streamed(
             self.checkpoint,
             device,
@@ -71,11 +73,19 @@ class StreamedModel:
             progress=progress,
         )
         self.updates = streamed_updates(self.loaded, self.archive, {}, self.settings, progress)
+        assert self.settings.learning_rate is not None
+        self.updates.begin(self.settings.learning_rate)
+        self._open = True
 
     @property
     def model(self) -> Any:
         """The transformers model; train it under `torch.autocast("cuda", torch.bfloat16)` on a GPU."""
+        self._check_open()
         return self.loaded.model
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise SettingsError(f"the stream of {self.checkpoint.path} is closed; use it inside its with block")
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +93,7 @@ class StreamedModel:
         return self.loaded.device
 
     def backward(self, loss: Tensor, *, learning_rate: float | None = None) -> None:
-        """Adds the gradients of a loss to those of the step.
+        """Adds the gradients of a loss to those of the step; `loss.backward()` does too.
 
         Args:
             loss: of a micro-batch.
@@ -96,6 +106,7 @@ class StreamedModel:
 
     def step(self, learning_rate: float | None = None) -> float:
         """Clips and updates; returns the norm of the gradient before."""
+        self._check_open()
         assert self.settings.learning_rate is not None
         norm = self.updates.clip()
         self.updates.step(self.settings.learning_rate if learning_rate is None else learning_rate)
@@ -107,6 +118,7 @@ class StreamedModel:
         Raises:
             SculptorError: if it cannot be written.
         """
+        self._check_open()
         output = Path(output).resolve()
         check_apart(output, [self.checkpoint.path, self.archive.path])
         with staging(output, overwrite=overwrite, resume=False, worth_keeping=lambda _: False) as partial:
@@ -131,6 +143,7 @@ class StreamedModel:
 
     def close(self) -> None:
         """Gives back host memory and files; the model cannot be used any more."""
+        self._open = False
         self.updates.close()
         self._scratch.cleanup()
 
@@ -148,7 +161,8 @@ def stream(
     archive: str | Path | Archive,
     settings: TrainSettings | None = None,
     *,
+    directory: str | Path | None = None,
     progress: Progress = silent,
 ) -> StreamedModel:
     """A protected model larger than memory, for a loop of your own; see `StreamedModel`."""
-    return StreamedModel(model, archive, settings, progress=progress)
+    return StreamedModel(model, archive, settings, directory=directory, progress=progress)

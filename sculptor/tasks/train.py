@@ -81,7 +81,7 @@ def train(
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     job = _open_job(model, subspaces, data, eval_data, settings, progress)
     plan, reason = choose(plans_of(job, device), device, job.settings.offload, output)
-    if plan.offload != "none":
+    if job.settings.offload == "auto" and plan.offload != "none":
         notice(reason)
     job = replace(job, settings=_placed(job.settings, plan.offload), placement=reason)
     check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data])

@@ -73,6 +73,7 @@ def write_output(
         OutputError: if a file cannot be written.
         TrainingError: if merged values do not fit the dtype they are saved in.
     """
+    updates.settle()
     staged = partial / "output"
     shutil.rmtree(staged, ignore_errors=True)
     with writing(staged):

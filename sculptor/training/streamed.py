@@ -83,6 +83,7 @@ class StreamedUpdates(Updates, Observer):
         where = torch.device("cpu") if on_host else self.device
         self.blocks: dict[int, StreamedBlock] = {}
         self._hooks: list[Any] = []
+        self._resident = [p for p in model.parameters() if p.numel() and not any(p is value for value in values)]
         for i, found in enumerate(stream.parameters):
             names = {
                 name: parameters[name]
@@ -178,7 +179,8 @@ class StreamedUpdates(Updates, Observer):
         found, gradients, bases = self.blocks[block], self._gradients.find(block), self._updater.bases.find(block)
         assert gradients is not None
         assert bases is not None
-        self._check_once(block)
+        if self.fused and block in self._collected:
+            raise TrainingError(f"{self.stream.paths[block]} is used several times in a forward pass; use exact")
         self._collected.add(block)
         # Of every micro-batch, since a later one may skip the block.
         keys = [key for matrix in found.matrices if matrix.touched for key in matrix.keys]
@@ -197,13 +199,6 @@ class StreamedUpdates(Updates, Observer):
             updated = self._updater.update(block, slot, (self._rate, found.touched()), gradients, found.factors or None)
         slot.ready = [updated]
         gradients.uses["update"] = updated
-
-    def _check_once(self, block: int) -> None:
-        if self.fused and block in self._collected:
-            raise TrainingError(
-                f"{self.stream.paths[block]} is used several times in a forward pass, so --optimizer-mode fused cannot update "
-                "it within the backward pass; use exact"
-            )
 
     def _load_gradients(self, block: int, slot: Slot) -> list[Ticket]:
         found, uses = self.blocks[block], slot.taken()
@@ -234,8 +229,7 @@ class StreamedUpdates(Updates, Observer):
         own_norms = [torch.linalg.vector_norm(gradient) for gradient in own]
         total = torch.linalg.vector_norm(torch.stack([*norms, *own_norms])) if norms or own else torch.zeros(())
         factors: Factors = None
-        if self.fused:  # its blocks have been updated
-            limit = limit if own else 0.0
+        limit = 0.0 if self.fused and not own else limit  # its blocks have been updated
         if limit and self.settings.clip_by == "matrix":
             factors = by_matrix(list(self.blocks.values()), limit)
             for gradient, norm in zip(own, own_norms, strict=True):
@@ -333,6 +327,14 @@ class StreamedUpdates(Updates, Observer):
         self.flush()
         matrix = next(m for m in self.blocks[self._owners[name]].matrices if m.name == name)
         return [self._read(key).to(self.device) for key in matrix.keys]
+
+    def settle(self) -> None:
+        self.flush()
+        self.stream.slots.close()
+        self._updater.close()
+        self._gradients.close()
+        for parameter in self._resident:
+            parameter.data = parameter.data.new_empty(0)
 
     def close(self) -> None:
         for handle in self._hooks:  # they hold what holds them, past any collector

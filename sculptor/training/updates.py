@@ -76,6 +76,9 @@ class Updates(ABC):
     def coordinates(self, name: str) -> list[Tensor] | None:
         """The coordinates of a matrix, on the device; None if it has none."""
 
+    def settle(self) -> None:  # noqa: B027 - nothing that could go before the end
+        """Training is over: gives back what only a forward pass needs, not the trained values."""
+
     def close(self) -> None:  # noqa: B027 - nothing to do where nothing waits elsewhere
         """Gives back the memory of everything; the parameters are gone."""
 

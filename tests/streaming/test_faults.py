@@ -73,3 +73,24 @@ def test_a_rate_of_zero_is_a_rate(tmp_path: Path, generator: torch.Generator) ->
             coordinates = streamed.updates.coordinates(name)
             assert coordinates is not None
             assert any(bool(a.any()) for a in coordinates) == changed
+
+
+def test_a_plain_backward_counts_the_same(tmp_path: Path, generator: torch.Generator) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    ids = torch.randint(4, 40, (2, 2, 6), generator=generator)
+    norms = []
+    for plain in (False, True):
+        settings = sculptor.TrainSettings(offload="disk", learning_rate=1e-2, device="cpu")
+        with sculptor.stream(tmp_path / "model", tmp_path / "archive", settings, directory=tmp_path) as streamed:
+            for part in ids:
+                loss = streamed.model(input_ids=part, labels=part).loss
+                if plain:
+                    loss.backward()
+                else:
+                    streamed.backward(loss)
+            norms.append((streamed.step(), float(streamed.model(input_ids=ids[0], labels=ids[0]).loss.detach())))
+        with pytest.raises(sculptor.SculptorError, match="is closed"):
+            streamed.step()
+    assert norms[0] == norms[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "model"]

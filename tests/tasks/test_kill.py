@@ -23,21 +23,23 @@ def train_command(inputs: dict[str, Path], output: Path, steps: int) -> list[str
             *map(str, arguments)]  # fmt: skip
 
 
-def test_a_killed_training_goes_on_bit_for_bit(inputs: dict[str, Path]) -> None:
-    whole, cut = inputs["root"] / "whole", inputs["root"] / "cut"
-    subprocess.run(train_command(inputs, whole, 200), check=True, capture_output=True)
-    process = subprocess.Popen(train_command(inputs, cut, 200), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: any((cut.parent / "cut.partial" / "state").glob("step-0000002?")), process)
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_killed_training_goes_on_bit_for_bit(inputs: dict[str, Path], offload: str) -> None:
+    whole, cut = inputs["root"] / f"whole-{offload}", inputs["root"] / f"cut-{offload}"
+    commands = {output: [*train_command(inputs, output, 200), "--offload", offload] for output in (whole, cut)}
+    subprocess.run(commands[whole], check=True, capture_output=True)
+    process = subprocess.Popen(commands[cut], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: any((cut.parent / f"{cut.name}.partial" / "state").glob("step-0000002?")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not cut.exists()
-    refused = subprocess.run(train_command(inputs, cut, 200), capture_output=True, text=True)
+    refused = subprocess.run(commands[cut], capture_output=True, text=True)
     assert refused.returncode == 1
     assert "--resume" in refused.stderr
     assert "--overwrite" in refused.stderr
-    subprocess.run([*train_command(inputs, cut, 200), "--resume"], check=True, capture_output=True)
+    subprocess.run([*commands[cut], "--resume"], check=True, capture_output=True)
     assert same_files(whole, cut)
-    assert not (cut.parent / "cut.partial").exists()
+    assert not (cut.parent / f"{cut.name}.partial").exists()
 
 
 def test_sigterm_saves_and_exits(inputs: dict[str, Path]) -> None:
