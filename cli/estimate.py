@@ -39,7 +39,7 @@ from .options import Choice, SuggestingCommand, device_option, json_option, quie
 def command(model: str, subspaces: str | None, directory: Path, as_json: bool, **settings: Any) -> None:
     """Say what training MODEL takes: memory, time per step, sizes, for each way of offloading.
 
-    Reads headers only. Times are bounds: no step is faster, most are within a third of it.
+    Reads headers only, of the archive too. Times are bounds at the speeds shown last, which a busy machine measures too low.
 
     \b
     Examples:
