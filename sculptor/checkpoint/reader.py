@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.tensors import TensorInfo, read_header, read_tensor
+from sculptor.checkpoint.tensors import TensorInfo, read_header, read_known
 from sculptor.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -48,7 +48,7 @@ class Checkpoint(Mapping[str, Tensor]):
         _check_index(path, self.infos)
 
     def __getitem__(self, name: str) -> Tensor:
-        return read_tensor(self.path / self.infos[name].file, name, CheckpointError)
+        return read_known(self.path / self.infos[name].file, name, self.infos[name], CheckpointError)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)

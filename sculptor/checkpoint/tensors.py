@@ -120,7 +120,15 @@ def read_tensor(path: Path, name: str, error: type[SculptorError]) -> Tensor:
     infos, _ = read_header(path, error)
     if name not in infos:
         raise error(f"{path}: cannot read tensor {name} (not in the file); fetch the file again")
-    info = infos[name]
+    return read_known(path, name, infos[name], error)
+
+
+def read_known(path: Path, name: str, info: TensorInfo, error: type[SculptorError]) -> Tensor:
+    """`read_tensor` for a file whose header has been read.
+
+    Raises:
+        error: if it cannot be read.
+    """
     memory = torch.empty(info.num_bytes, dtype=torch.uint8)
     try:
         descriptor = os.open(path, os.O_RDONLY)

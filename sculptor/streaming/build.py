@@ -55,7 +55,7 @@ def stream_model(
     model, dtype = _empty_model(checkpoint, device)
     sources: dict[str, str | Conversion] = dict(find_converted(model, checkpoint)) | dict(architecture.tensors)
     home = Scratch(tier, scratch, device)
-    files = TensorFiles(checkpoint, device, sources, home.reading)
+    files = TensorFiles(checkpoint, sources, home.reading)
     names = defaultdict(list)  # a parameter may be known under several names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

@@ -30,17 +30,13 @@ class TensorFiles:
 
     Args:
         checkpoint: where they are.
-        device: of the memory.
         sources: parameter -> tensor of the checkpoint, or how it is made of several.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, sources: Mapping[str, str | Conversion], staging: Staging
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, str | Conversion], staging: Staging) -> None:
         self.checkpoint = checkpoint
         self.sources = dict(sources)
         self._staging = staging
-        self._device = device
         self._open: dict[str, int] = {}
         self._seen: set[str] = set()
 

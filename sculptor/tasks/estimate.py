@@ -18,7 +18,7 @@ from sculptor.errors import SettingsError
 from sculptor.model.load import resolve_device
 from sculptor.numerics.bases import stored_columns
 from sculptor.numerics.staircase import Constraint, Staircase
-from sculptor.tasks.placement import SHARE, archive_shapes, available_memory
+from sculptor.tasks.placement import archive_shapes, available_memory, shortages
 from sculptor.training.footprint import Footprint, MatrixShape, Side, Workload, footprints
 
 _ASSUMED = {"tflops": 300.0, "link": 25.0, "disk": 2.0}
@@ -217,19 +217,12 @@ def _assumed(target: Target, settings: EstimateSettings) -> MatrixShape:
 def _mode(
     plan: Footprint, speeds: Mapping[str, float], kind: str, free_device: float, free_host: float, free_disk: float
 ) -> Mode:
-    on_gpu = kind == "cuda"
-    needs = [("memory", sum(plan.device.values()) + sum(plan.host.values()), free_host)]
-    if on_gpu:
-        needs = [
-            ("GPU memory", sum(plan.device.values()), free_device),
-            ("host memory", sum(plan.host.values()), free_host),
-        ]
-    needs.append(("disk", sum(plan.disk.values()), free_disk))
-    short = [f"{needed / 1e9:.1f} GB of {what}" for what, needed, free in needs if needed > SHARE * free]
+    found = shortages(plan, kind, free_device, free_host, free_disk)
+    short = [f"{needed / 1e9:.1f} GB of {what}" for what, needed, _ in found]
     return Mode(
         plan,
         compute=(plan.operations + plan.folding) / (1e12 * speeds["tflops"]),
-        link=max(plan.loaded, plan.stored) / (1e9 * speeds["link"]) if on_gpu else 0.0,
+        link=max(plan.loaded, plan.stored) / (1e9 * speeds["link"]) if kind == "cuda" else 0.0,
         disk=(plan.read + plan.written) / (1e9 * speeds["disk"]),
         shortage="needs " + " and ".join(short) if short else None,
     )

@@ -83,13 +83,14 @@ def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, di
     reasons: list[str] = []
     for name in _TIERS if asked == "auto" else (asked,):
         plan = found[name]
-        short = _shortage(plan, device, free_device, free_host, free_disk)
-        if short is None or (asked == name == "none"):  # an estimate does not forbid what a user knows better
+        short = shortages(plan, device.type, free_device, free_host, free_disk)
+        if not short or (asked == name == "none"):  # an estimate does not forbid what a user knows better
             if asked != "auto":
                 return plan, f"--offload {name}, as asked"
             because = f": {'; '.join(reasons)}" if reasons else ": everything fits"
             return plan, f"--offload auto picks {name}{because}"
-        reasons.append(f"{name} {short}")
+        what, needed, free = short[0]
+        reasons.append(f"{name} needs {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free")
     raise SettingsError(
         f"--offload {asked}: does not fit: {'; '.join(reasons)}; lower --micro-batch-size or --max-length"
     )
@@ -99,18 +100,16 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _shortage(
-    plan: Footprint, device: torch.device, free_device: float, free_host: float, free_disk: float
-) -> str | None:
+def shortages(
+    plan: Footprint, kind: str, free_device: float, free_host: float, free_disk: float
+) -> list[tuple[str, float, float]]:
+    """What a way of training needs more of than there is: its name, bytes needed, bytes free."""
     on_device, on_host = sum(plan.device.values()), sum(plan.host.values())
     needs = [("memory", on_device + on_host, free_host)]
-    if device.type == "cuda":
+    if kind == "cuda":
         needs = [("GPU memory", on_device, free_device), ("host memory", on_host, free_host)]
     needs.append(("disk", sum(plan.disk.values()), free_disk))
-    for what, needed, free in needs:
-        if needed > SHARE * free:
-            return f"needs {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free"
-    return None
+    return [need for need in needs if need[1] > SHARE * need[2]]
 
 
 def open_model(

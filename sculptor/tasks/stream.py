@@ -18,9 +18,8 @@ from sculptor.model.load import load_streamed, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.train import resolve_settings
 from sculptor.tasks.train_setup import streamed_updates, trained_dtypes
-from sculptor.training.coordinates import merge_update
-from sculptor.training.protect import merge_weight, softening
 from sculptor.training.settings import TrainSettings
+from sculptor.training.updates import merge_trained
 
 
 class StreamedModel:
@@ -130,14 +129,9 @@ class StreamedModel:
 
     def _merge(self, name: str) -> Any:
         def merged(weight: Tensor) -> Tensor:
-            coordinates = self.updates.coordinates(name)
-            if coordinates is None:
-                return weight
             found = self.archive.read(name)
-            strength = self.settings.soften
-            gains = softening(self.archive, found, strength, self.device) if strength else None
-            update = merge_update(found, gains, coordinates, self.updates.fingerprints()[name])
-            return merge_weight(found.record, update, weight.to(self.device), weight.dtype).cpu()
+            made = merge_trained(self.updates, self.archive, found, weight, weight.dtype, self.device)
+            return weight if made is None else made[0]
 
         return merged
 

@@ -35,11 +35,10 @@ from sculptor.model.load import LoadedModel, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.memory import settle, spread_rows, write_factors
 from sculptor.tasks.train_report import MatrixReport, TrainReport
-from sculptor.training.coordinates import merge_update
 from sculptor.training.loop import LoopResult
-from sculptor.training.protect import merge, merge_weight, protected_matrices, softening
+from sculptor.training.protect import merge, protected_matrices
 from sculptor.training.settings import TrainSettings
-from sculptor.training.updates import Updates
+from sculptor.training.updates import Updates, merge_trained
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -224,7 +223,6 @@ class _MatrixWriter:
     ) -> None:
         self.job = job
         self.updates = updates
-        self.fingerprints = updates.fingerprints()
         self.device = device
         self.writer = writer
         self.saved = saved
@@ -237,14 +235,8 @@ class _MatrixWriter:
         """The merged tensor, given the base's as stored."""
         dtype = output_dtype(weight.dtype, self.saved)
         subspaces = self.job.archive.read(name)
-        coordinates = self.updates.coordinates(name)
-        if coordinates is None:
-            merged, update = weight.to(dtype), torch.zeros(subspaces.record.shape, dtype=torch.float64)
-        else:
-            strength = self.job.settings.soften
-            gains = softening(self.job.archive, subspaces, strength, self.device) if strength else None
-            update = merge_update(subspaces, gains, coordinates, self.fingerprints[name])
-            merged = merge_weight(subspaces.record, update, weight.to(self.device), dtype).cpu()
+        made = merge_trained(self.updates, self.job.archive, subspaces, weight, dtype, self.device)
+        merged, update = made or (weight.to(dtype), torch.zeros(subspaces.record.shape, dtype=torch.float64))
         self._carry(subspaces, merged, update)
         record = self.waiting.get(name) or self.writer.record(name)
         measured = measure_leak(weight, merged, subspaces, self.device)

@@ -106,8 +106,7 @@ class _Sizes:
     ) -> None:
         self.kind = device.type
         self.work = work
-        self.size = 2 if device.type == "cuda" else 4  # of a weight on the device
-        self.basis_size = 2 if device.type == "cuda" else 4
+        self.size = 2 if device.type == "cuda" else 4  # of a trained weight, and of a basis, on the device
         widths: dict[str, int] = {}
         for target in architecture.targets:
             widths[target.block] = widths.get(target.block, 0) + sum(target.shape)
@@ -135,13 +134,11 @@ class _Sizes:
         self.outside = total - in_targets - self.rest_in_blocks
         self.block_weights = max(self.target_weights.values()) + self.rest_in_blocks // max(1, self.num_blocks)
         self.weights = in_targets + self.rest_in_blocks
-        self.rest_size = (
-            4 if device.type == "cpu" else next(checkpoint.infos[t.name].dtype.itemsize for t in architecture.targets)
-        )
         self.file_size = next(checkpoint.infos[t.name].dtype.itemsize for t in architecture.targets)
+        self.rest_size = 4 if device.type == "cpu" else self.file_size
         self.pristine = sum(m.target.shape[0] * m.target.shape[1] for m in matrices) * self.file_size
         self.coordinates = {b: sum(m.staircase.num_free for m in ms) for b, ms in by_block.items()}
-        self.bases = {b: self.basis_size * sum(_basis_numbers(ms).values()) for b, ms in by_block.items()}
+        self.bases = {b: self.size * sum(_basis_numbers(ms).values()) for b, ms in by_block.items()}
         self.largest = max((m.target.shape[0] * m.target.shape[1] for m in matrices), default=0)
         self.ring = max(
             (16 * m.staircase.num_free + self.file_size * m.target.shape[0] * m.target.shape[1] for m in matrices),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.tensors import read_header, read_tensor, write_tensors
+from sculptor.checkpoint.tensors import read_header, read_known, write_tensors
 from sculptor.errors import OutputError
 from sculptor.training.coordinates import same_fingerprint
 from sculptor.training.updates import Tensors
@@ -150,9 +150,7 @@ class SavedTensors(Mapping[str, Tensor]):
         self._infos, _ = read_header(path, OutputError)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._infos:
-            raise KeyError(name)
-        return read_tensor(self.path, name, OutputError)
+        return read_known(self.path, name, self._infos[name], OutputError)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sculptor.training.protect import ProtectedBlock
+from sculptor.archive.store import Archive, Subspaces
+from sculptor.training.coordinates import merge_update
+from sculptor.training.protect import ProtectedBlock, merge_weight, softening
 from sculptor.training.settings import TrainSettings
 
 BETAS = (0.9, 0.95)
@@ -31,9 +33,11 @@ class Updates(ABC):
 
     Attributes:
         extra: openly trained parameters of the model, by name.
+        settings: resolved settings.
     """
 
     extra: dict[str, nn.Parameter]
+    settings: TrainSettings
 
     @property
     @abstractmethod
@@ -182,6 +186,31 @@ class ResidentUpdates(Updates):
         self.optimizer.state.clear()
         for coordinates in self._coordinates.values():
             coordinates.release()
+
+
+def merge_trained(
+    updates: Updates, archive: Archive, found: Subspaces, weight: Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """A matrix as training leaves it: the tensor to save, on the CPU, and dW (m, n) in float64; None if it was not trained.
+
+    Args:
+        updates: what trained it.
+        archive: that it was trained with.
+        found: its entry there, read.
+        weight: W0 as stored.
+        dtype: to save in.
+        device: where to compute.
+
+    Raises:
+        TrainingError: if the bases complete differently than in training, or the sum does not fit the dtype.
+    """
+    coordinates = updates.coordinates(found.record.name)
+    if coordinates is None:
+        return None
+    strength = updates.settings.soften
+    gains = softening(archive, found, strength, device) if strength else None
+    update = merge_update(found, gains, coordinates, updates.fingerprints()[found.record.name])
+    return merge_weight(found.record, update, weight.to(device), dtype).cpu(), update
 
 
 def make_optimizer(
