@@ -54,7 +54,9 @@ class Transfers:
             torch.cuda.set_device(device)  # streams and events of one that is not current would order nothing
         self.pinned = on_gpu
         self._failure: BaseException | None = None
-        self._streams = {name: _stream(device) for name in ("load", "store", "update", "inputs")} if on_gpu else {}
+        # Updates come in many short kernels, which would each wait for the model's long ones, and copies wait for them.
+        priorities = {"load": 0, "store": 0, "update": -1, "inputs": 0}
+        self._streams = {name: _stream(device, value) for name, value in priorities.items()} if on_gpu else {}
         self._threads = (
             {name: ThreadPoolExecutor(1, thread_name_prefix=f"sculptor-{name}") for name in ("load", "store")}
             if threads and on_gpu
@@ -159,8 +161,8 @@ class Staging:
             self._busy[0] = Ticket(event=torch.cuda.current_stream().record_event())
 
 
-def _stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _stream(device: torch.device, priority: int) -> Any:
+    return torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
 
 
 def _runtime() -> Any:
