@@ -160,11 +160,11 @@ class Archive(Mapping[str, MatrixRecord]):
         tensor = self[name].spectrum
         return None if tensor is None else self.tensor(tensor)
 
-    def check_base(self, checkpoint: Checkpoint, progress: Progress = silent) -> None:
-        """Checks that every matrix of the archive is, byte for byte, the one in `checkpoint`.
+    def check_names(self, checkpoint: Checkpoint) -> None:
+        """Checks that `checkpoint` has every matrix of the archive, in its shape.
 
         Raises:
-            ArchiveError: if one is missing, of another shape, or other bytes.
+            ArchiveError: if one is missing or of another shape.
         """
         absent = [name for name in self if name not in checkpoint.infos]
         if absent:
@@ -180,6 +180,14 @@ class Archive(Mapping[str, MatrixRecord]):
                     f"{self.path}: {name} is {list(expected)} in the archive and {list(found)} in {checkpoint.path}; "
                     "run `sculptor analyze` on this checkpoint"
                 )
+
+    def check_base(self, checkpoint: Checkpoint, progress: Progress = silent) -> None:
+        """Checks that every matrix of the archive is, byte for byte, the one in `checkpoint`.
+
+        Raises:
+            ArchiveError: if one is missing, of another shape, or other bytes.
+        """
+        self.check_names(checkpoint)
         different = []
         bar = progress(total=len(self), desc="check base", unit="matrix")
         for name, record in self.items():

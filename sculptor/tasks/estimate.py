@@ -157,7 +157,9 @@ def estimate(
     device = resolve_device(settings.device) if settings.gpu_memory is None else torch.device("cuda")
     here = device.type == "cpu" or torch.cuda.is_available()
     if subspaces is not None:
-        shapes = archive_shapes(Archive(subspaces), architecture)
+        archive = Archive(subspaces)
+        archive.check_names(checkpoint)
+        shapes = archive_shapes(archive, architecture)
     else:
         shapes = [_assumed(target, settings) for target in architecture.targets]
     length = resolve_max_length(settings.max_length, architecture.max_positions)
