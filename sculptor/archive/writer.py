@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sculptor.archive.manifest import Manifest, MatrixRecord, SideRecord, StoredTensor, matrix_from_json
 from sculptor.archive.store import MANIFEST_NAME
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import LOCK_NAME, write_json, writing
-from sculptor.checkpoint.tensors import digest, read_tensor
+from sculptor.checkpoint.tensors import digest, read_tensor, write_tensors
 from sculptor.errors import OutputError
 from sculptor.numerics.bases import Basis
 from sculptor.numerics.moments import Factor
@@ -226,6 +225,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         OutputError: if it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_tensors(temporary, entries, tensors.__getitem__, {"format": "pt"})
     with writing(path):
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
         temporary.replace(path)

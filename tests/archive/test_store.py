@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, analyze
 from sculptor.archive.store import Archive
@@ -48,6 +48,10 @@ def test_stored_directions_are_the_leading_singular_vectors(path: Path, model: P
         torch.testing.assert_close(archive.spectrum(name), s.float(), atol=1e-5, rtol=1e-5)
 
 
+def test_others_may_read_every_file_of_an_archive(path: Path) -> None:
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+
+
 def test_manifest_survives_json(path: Path) -> None:
     manifest = Archive(path).manifest
     assert type(manifest).from_json(json.loads(json.dumps(manifest.to_json())), path) == manifest
@@ -67,7 +71,7 @@ def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], *, with_
     key = f"{NAME}.input"
     tensors = load_file(shard(path))
     tensors[key] = change(tensors[key]).contiguous()
-    save_file(tensors, shard(path), metadata={"format": "pt"})
+    save_tensors(tensors, shard(path))
     if with_digest:
         edit(path, lambda c: c["tensors"][key].update(sha256=digest(tensors[key])))
 
