@@ -16,10 +16,15 @@ from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed, resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.placement import archive_shapes, choose
 from sculptor.tasks.train import resolve_settings
 from sculptor.tasks.train_setup import streamed_updates, trained_dtypes
+from sculptor.training.footprint import Workload, footprints
 from sculptor.training.settings import TrainSettings
+from sculptor.training.streamed_update import optimizer_on_host
 from sculptor.training.updates import merge_trained
+
+TOKENS = 2048  # of a micro-batch, in what is checked to fit: the loop, which is not ours, may take more
 
 
 class StreamedModel:
@@ -37,7 +42,7 @@ class StreamedModel:
         progress: makes progress bars.
 
     Raises:
-        SculptorError: if an input cannot be used, or the host gives no more memory.
+        SculptorError: if an input cannot be used, or it does not fit into memory or disk.
     """
 
     def __init__(
@@ -60,6 +65,16 @@ class StreamedModel:
         self.archive.check_base(self.checkpoint, progress)
         architecture = inspect_architecture(self.checkpoint)
         device = resolve_device(settings.device)
+        work = Workload(
+            TOKENS,
+            1,
+            fused=settings.optimizer_mode == "fused",
+            keep_inputs=settings.offload_inputs is False,
+            on_host=optimizer_on_host(settings, "cpu", device),
+        )
+        shapes = archive_shapes(self.archive, architecture)
+        plans = footprints(self.checkpoint, architecture, shapes, device, work)
+        choose(plans, device, settings.offload, Path(directory or tempfile.gettempdir()) / "sculptor")
         self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-", dir=directory)
         self.loaded = load_streamed(
             self.checkpoint,

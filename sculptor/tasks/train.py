@@ -81,9 +81,12 @@ def train(
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     job = _open_job(model, subspaces, data, eval_data, settings, progress)
     plan, reason = choose(plans_of(job, device), device, job.settings.offload, output)
-    if job.settings.offload == "auto" and plan.offload != "none":
+    placed, unused = _placed(job.settings, plan.offload)
+    if unused:
+        reason += f"; without effect there: {', '.join(unused)}"
+    if job.settings.offload == "auto" and (plan.offload != "none" or unused):
         notice(reason)
-    job = replace(job, settings=_placed(job.settings, plan.offload), placement=reason)
+    job = replace(job, settings=placed, placement=reason)
     check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data])
     with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
         scratch = partial / "scratch"
@@ -227,16 +230,20 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
     return footprints(job.checkpoint, job.architecture, shapes, device, work)
 
 
-def _placed(settings: TrainSettings, offload: Offload) -> TrainSettings:
-    """The settings for where `auto` put the model; what does not concern that place has no effect there."""
-    return replace(
-        settings,
-        offload=offload,
-        optimizer_on=settings.optimizer_on if offload == "cpu" else "auto",
-        optimizer_mode="exact" if offload == "none" else settings.optimizer_mode,
-        offload_inputs=None if offload == "none" else settings.offload_inputs,
-        checkpoint_activations=settings.checkpoint_activations if offload == "none" else None,
-    )
+def _placed(settings: TrainSettings, offload: Offload) -> tuple[TrainSettings, list[str]]:
+    """The settings for where `auto` put the model, and the options that have no effect there."""
+    resident = offload == "none"
+    concerns: dict[
+        str, tuple[bool, str, tuple[Any, Any]]
+    ] = {  # by name: whether it matters; the default and what is done
+        "optimizer_on": (offload == "cpu", "--optimizer-on host", ("auto", "device")),
+        "optimizer_mode": (not resident, "--optimizer-mode fused", ("exact", "exact")),
+        "offload_inputs": (not resident, "--offload-inputs", (None, False)),
+        "checkpoint_activations": (resident, "--keep-activations", (None, True)),
+    }
+    idle = {name: (option, same) for name, (matters, option, same) in concerns.items() if not matters}
+    unused = [option for name, (option, same) in idle.items() if getattr(settings, name) not in same]
+    return replace(settings, offload=offload, **{name: same[0] for name, (_, same) in idle.items()}), unused
 
 
 def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None:

@@ -11,6 +11,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.model.load import load_streamed
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Staging, Ticket, Transfers
+from sculptor.tasks import placement
 
 CPU = torch.device("cpu")
 
@@ -93,4 +94,16 @@ def test_a_plain_backward_counts_the_same(tmp_path: Path, generator: torch.Gener
         with pytest.raises(sculptor.SculptorError, match="is closed"):
             streamed.step()
     assert norms[0] == norms[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "model"]
+
+
+def test_a_loop_of_ones_own_learns_beforehand_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    monkeypatch.setattr(placement, "available_memory", lambda _: (1e6, 1e6))
+    settings = sculptor.TrainSettings(offload="disk", device="cpu")
+    with pytest.raises(sculptor.SculptorError, match=r"--offload disk: does not fit: disk needs .* GB of memory"):
+        sculptor.stream(tmp_path / "model", tmp_path / "archive", settings, directory=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "model"]

@@ -109,6 +109,21 @@ def test_training_says_what_auto_picked(cli: Callable[..., Result], tmp_path: Pa
     assert found.code == 0, found.err
     assert "--offload auto picks none: everything fits." in found.out
     assert found.err == ""
+    idle = ("--keep-inputs", "--optimizer-on", "device", "--checkpoint-activations")  # what is done anyway
+    found = cli(*arguments, "--output", tmp_path / "second", "--optimizer-on", "host", "--offload-inputs")
+    assert found.code == 0, found.err
+    assert "picks none: everything fits; without effect there: --optimizer-on host, --offload-inputs" in found.err
+    found = cli(*arguments, "--output", tmp_path / "third", *idle)
+    assert (found.code, found.err) == (0, "")
+
+
+def test_an_archive_of_another_model_is_refused(cli: Callable[..., Result], tmp_path: Path) -> None:
+    for family in ("llama", "gpt2"):
+        save_checkpoint(tmp_path / family, family)
+    sculptor.analyze(tmp_path / "gpt2", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    found = cli("estimate", tmp_path / "llama", "--subspaces", tmp_path / "archive")
+    assert found.code == 1
+    assert "run `sculptor analyze` on this checkpoint" in found.err
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(
