@@ -18,7 +18,7 @@ from sculptor.errors import SettingsError
 from sculptor.model.load import resolve_device
 from sculptor.numerics.bases import stored_columns
 from sculptor.numerics.staircase import Constraint, Staircase
-from sculptor.tasks.placement import archive_shapes, available_memory, shortages
+from sculptor.tasks.placement import archive_shapes, available_memory, output_bytes, shortages
 from sculptor.training.footprint import Footprint, MatrixShape, Side, Workload, footprints
 
 _ASSUMED = {"tflops": 300.0, "link": 25.0, "disk": 2.0}
@@ -162,6 +162,13 @@ def estimate(
         shapes = archive_shapes(archive, architecture)
     else:
         shapes = [_assumed(target, settings) for target in architecture.targets]
+    sides = {
+        side.key: side.columns * d
+        for shape in shapes
+        for side, d in zip((shape.output, shape.input), shape.target.shape, strict=True)
+        if side is not None
+    }
+    archive_bytes = 4 * sum(sides.values())
     length = resolve_max_length(settings.max_length, architecture.max_positions)
     micro = min(settings.micro_batch_size, settings.batch_size)
     work = Workload(
@@ -170,6 +177,8 @@ def estimate(
         settings.fused,
         on_host=device.type == "cuda" and not settings.fused,
         recompute=device.type == "cuda",
+        written=output_bytes(checkpoint, archive_bytes),
+        saves=True,
     )
     plans = footprints(checkpoint, architecture, shapes, device, work)
     speeds, measured = _speeds(settings, device, here, Path(directory))
@@ -180,12 +189,6 @@ def estimate(
         free_device = free_host
     free_disk = float(shutil.disk_usage(directory).free)
     modes = {name: _mode(plan, speeds, device.type, free_device, free_host, free_disk) for name, plan in plans.items()}
-    sides = {
-        side.key: side.columns * d
-        for shape in shapes
-        for side, d in zip((shape.output, shape.input), shape.target.shape, strict=True)
-        if side is not None
-    }
     return Estimate(
         model=str(model),
         num_parameters=sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values()),
@@ -198,7 +201,7 @@ def estimate(
         measured=measured,
         device_memory=free_device,
         host_memory=free_host,
-        archive_bytes=4 * sum(sides.values()),
+        archive_bytes=archive_bytes,
         analysis_seconds=sum(_decomposition(shape, speeds["eigen"], device.type) for shape in shapes),
         chosen=next((name for name, mode in modes.items() if mode.shortage is None), None),
     )

@@ -63,6 +63,14 @@ def archive_shapes(archive: Archive, architecture: Architecture) -> list[MatrixS
     ]
 
 
+def output_bytes(checkpoint: Checkpoint, num_archive_bytes: int, cast_to: torch.dtype | None = None) -> float:
+    """What a merged checkpoint and its archive take on disk."""
+    if cast_to is None:
+        return float(checkpoint.num_bytes + num_archive_bytes)
+    numbers = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
+    return float(cast_to.itemsize * numbers + num_archive_bytes)
+
+
 def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, disk: Path) -> tuple[Footprint, str]:
     """The first way that fits, or the one that was asked for; and why, in a line.
 
@@ -78,8 +86,8 @@ def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, di
     import shutil
 
     free_device, free_host = available_memory(device)
-    left = disk.with_name(disk.name + ".partial") / "scratch"  # of a killed run, which goes first
-    free_disk = float(shutil.disk_usage(_existing(disk)).free) + sum(f.stat().st_size for f in left.glob("*"))
+    left = disk.with_name(disk.name + ".partial").rglob("*")  # of a killed run, which is replaced
+    free_disk = float(shutil.disk_usage(_existing(disk)).free) + sum(f.stat().st_size for f in left if f.is_file())
     reasons: list[str] = []
     for name in _TIERS if asked == "auto" else (asked,):
         plan = found[name]

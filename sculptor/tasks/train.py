@@ -8,6 +8,7 @@ import fnmatch
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from sculptor.errors import CapacityError, CheckpointError, DataError, SettingsE
 from sculptor.evaluation.loss import mean_loss
 from sculptor.model.load import LoadedModel, load_tokenizer, resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.placement import archive_shapes, choose
-from sculptor.tasks.train_output import TrainJob, write_output
+from sculptor.tasks.placement import archive_shapes, choose, output_bytes
+from sculptor.tasks.train_output import TrainJob, cast_to, write_output
 from sculptor.tasks.train_report import TrainReport
 from sculptor.tasks.train_setup import prepare
 from sculptor.training.footprint import Footprint, Workload, footprints
@@ -225,6 +226,9 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
         keep_inputs=job.settings.offload_inputs is False,
         on_host=optimizer_on_host(job.settings, "cpu", device),
         recompute=device.type == "cuda" if settings.checkpoint_activations is None else settings.checkpoint_activations,
+        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
+        written=output_bytes(job.checkpoint, job.archive.num_bytes, cast_to(settings)),
+        saves=True,
     )
     shapes = archive_shapes(job.archive, job.architecture)
     return footprints(job.checkpoint, job.architecture, shapes, device, work)

@@ -85,6 +85,11 @@ def write_output(
     return report
 
 
+def cast_to(settings: TrainSettings) -> torch.dtype | None:
+    """Dtype of every tensor of the merged checkpoint; None if each keeps its own."""
+    return None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
+
+
 def _write(
     job: TrainJob,
     loaded: LoadedModel,
@@ -95,7 +100,7 @@ def _write(
     writer: ArchiveWriter,
     progress: Progress,
 ) -> TrainReport:
-    saved = None if job.settings.save_dtype == "keep" else getattr(torch, job.settings.save_dtype)
+    saved = cast_to(job.settings)
     num_trainable = updates.num_trainable
     previous = read_record(job.checkpoint.path)
     matrices = _MatrixWriter(job, updates, loaded.device, writer, saved, len(job.archive.manifest.tasks))

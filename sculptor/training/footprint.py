@@ -70,7 +70,9 @@ class Footprint:
 class Workload:
     """A step: tokens, in how many micro-batches, and how blocks are updated.
 
-    `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass.
+    `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
+    `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` whether it saves
+    its state on the way.
     """
 
     tokens: int
@@ -79,6 +81,9 @@ class Workload:
     keep_inputs: bool = False
     on_host: bool = False
     recompute: bool = True
+    num_extra: int = 0
+    written: float = 0.0
+    saves: bool = False
 
 
 def footprints(
@@ -161,6 +166,16 @@ class _Sizes:
         per_fold = sum(_fold_operations(m) for m in matrices)
         self.folding = per_fold * (work.micro_batches + 1)
 
+    def extra(self) -> dict[str, float]:
+        """Openly trained parameters, which are on the device in any way of training: float32, gradients, AdamW."""
+        return {"openly trained": (16.0 - self.rest_size) * self.work.num_extra} if self.work.num_extra else {}
+
+    def files(self) -> dict[str, float]:
+        """What any way of training leaves on disk; a saved state goes when the next one is complete."""
+        found = {"output and archive": self.work.written} if self.work.written else {}
+        states = {"saved states": 2 * 12.0 * (self.num_coordinates + self.work.num_extra)} if self.work.saves else {}
+        return found | states
+
     def resident(self) -> Footprint:
         in_matrices = self.pristine / self.file_size
         device = {
@@ -170,9 +185,9 @@ class _Sizes:
             "coordinates, gradients, AdamW": 16 * self.num_coordinates,
             "activations": self.inside * (1 if self.work.recompute else self.num_blocks) + self.inputs + self.loss,
             "work space": RUNTIME[self.kind] + 12 * self.largest,
-        }
+        } | self.extra()
         host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
-        return Footprint("none", device, host, {}, self.operations, self.folding)
+        return Footprint("none", device, host, self.files(), self.operations, self.folding)
 
     def streamed(self, tier: Tier) -> Footprint:
         slots = 2 if self.kind == "cuda" else 1
@@ -186,7 +201,7 @@ class _Sizes:
             "coordinates, gradients, AdamW": slots * (4 * largest["c"] + (self.host_ring if on_host else self.ring)),
             "activations": self.inside_part + self.loss + (self.inputs if keep else 3 * self.inputs / self.num_blocks),
             "work space": RUNTIME[self.kind] + 12 * self.largest,
-        }
+        } | self.extra()
         waiting = {
             "weights": self.size * self.weights,
             "bases": float(sum(self.bases.values())),
@@ -210,7 +225,8 @@ class _Sizes:
             tier,
             device,
             (waiting | {"pristine weights": float(self.pristine)} if in_host else {}) | kept | staging | runtime,
-            {} if in_host or not self.pristine else waiting,  # what does not change is read where it is
+            ({} if in_host or not self.pristine else waiting)
+            | self.files(),  # what does not change is read where it is
             self.operations,
             self.folding,
             loaded=loaded,

@@ -138,3 +138,29 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     assert found.code == 2
     assert "--offload cpu: does not fit" in found.err
     assert not list(tmp_path.glob("tuned*"))
+
+
+def test_what_a_run_leaves_on_disk_is_planned(cli: Callable[..., Result], tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    arguments = ("--subspaces", tmp_path / "archive")
+    planned = cli("estimate", tmp_path / "model", *arguments, "--tflops", 1, "--json").json["modes"]["none"]["plan"]
+    options = ("--data", rows, "--output", tmp_path / "tuned", "--max-steps", 3, "--save-every", 1, "--offload", "none")
+    assert cli("train", tmp_path / "model", *arguments, *options).code == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "tuned").rglob("*.safetensors"))
+    assert planned["disk"]["output and archive"] == pytest.approx(written, rel=0.2)
+    free = sum(record.staircase.num_free for record in sculptor.Archive(tmp_path / "archive").values())
+    assert planned["disk"]["saved states"] == 24 * free
+
+
+def test_parameters_trained_openly_are_planned(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    architecture = inspect_architecture(checkpoint)
+    without, extra = (
+        footprints(checkpoint, architecture, (), torch.device("cuda"), Workload(64, 1, num_extra=n)) for n in (0, 1000)
+    )
+    size = next(iter(checkpoint.infos.values())).dtype.itemsize
+    for name in without:
+        assert sum(extra[name].device.values()) - sum(without[name].device.values()) == (16 - size) * 1000
