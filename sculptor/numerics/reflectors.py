@@ -67,8 +67,10 @@ class CompleteBasis:
             (d, w).
         """
         y = self.reflectors
-        inner = sum((y[there].T @ x[here] for here, there in self._segments(start)), start=x.new_zeros(()))
-        out = y @ (self.triangle @ -inner)
+        order = _by_columns(x)
+        parts = (_product(y[there].T, x[here], order) for here, there in self._segments(start))
+        inner = sum(parts, start=x.new_zeros(()))
+        out = _product(y, _product(self.triangle, -inner, order), order)
         for here, there in self._segments(start):
             out[there] += x[here]
         return out
@@ -84,9 +86,12 @@ class CompleteBasis:
             (d - start, w).
         """
         y = self.reflectors
-        inner = self.triangle.T @ (y.T @ x)  # (c, w)
-        parts = [torch.addmm(x[there], y[there], inner, alpha=-1) for _, there in self._segments(start)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        order = _by_columns(x)
+        inner = _product(self.triangle.T, _product(y.T, x, order), order)  # (c, w)
+        parts = [_difference(x[there], y[there], inner, order) for _, there in self._segments(start)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part.T for part in parts], 1).T if order else torch.cat(parts)
 
     def cost(self, start: int) -> int:
         """Multiplications for one vector."""
@@ -137,11 +142,11 @@ class Columns:
 
     def apply(self, x: Tensor, start: int) -> Tensor:
         """Q[:, start:] x, for x (d - start, w)."""
-        return self.columns[:, start - self.start :] @ x
+        return _product(self.columns[:, start - self.start :], x, _by_columns(x))
 
     def apply_transposed(self, x: Tensor, start: int) -> Tensor:
         """Q[:, start:]^T x, for x (d, w)."""
-        return self.columns[:, start - self.start :].T @ x
+        return _product(self.columns[:, start - self.start :].T, x, _by_columns(x))
 
     def cost(self, start: int) -> int:
         """Multiplications for one vector."""
@@ -161,6 +166,26 @@ class Columns:
 
 
 FreeSide = CompleteBasis | Columns
+
+
+# Results lie in memory as what is turned does, row by row or column by column: on a GPU, copying a large matrix from one
+# to the other takes longer than the products.
+
+
+def _by_columns(x: Tensor) -> bool:
+    return x.stride(0) < x.stride(1)
+
+
+def _product(a: Tensor, x: Tensor, by_columns: bool) -> Tensor:
+    """a @ x."""
+    return (x.T @ a.T).T if by_columns else a @ x
+
+
+def _difference(x: Tensor, a: Tensor, b: Tensor, by_columns: bool) -> Tensor:
+    """x - a @ b."""
+    if by_columns:
+        return torch.addmm(x.T, b.T, a.T, alpha=-1).T
+    return torch.addmm(x, a, b, alpha=-1)
 
 
 def free_side(basis: Basis, start: int) -> FreeSide:
@@ -196,4 +221,4 @@ def _triangle(reflectors64: Tensor) -> Tensor:
     inverse = gram.triu(1) + torch.diag(torch.where(diagonal == 0, 1.0, diagonal))
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     triangle: Tensor = torch.linalg.solve_triangular(inverse, identity, upper=True)
-    return triangle
+    return triangle.contiguous()  # as it is where it was copied to: products tell the difference in the last bit

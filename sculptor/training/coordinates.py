@@ -42,7 +42,8 @@ class _Fold(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         owner: Coordinates = ctx.owner
         owner.stale = True
-        gradient = gradients[0].T if owner.transposed else gradients[0]
+        gradient = gradients[0].contiguous()  # as autograd stores it in a parameter, so that streaming gives the same
+        gradient = gradient.T if owner.transposed else gradient
         # Exactness lives in A and in the float64 merge, so TF32 does for the projection and the fold.
         with float32_products(gradient.device, tf32=True):
             return (None, *owner.space.project(gradient))
@@ -140,7 +141,10 @@ def folded_weight(
 ) -> Tensor:
     """W0 + dW as the module stores it, added in float32 and rounded once."""
     update = space.fold(list(coordinates))
-    return (pristine.to(torch.float32) + (update.T if transposed else update)).to(dtype).contiguous()
+    update = update.T if transposed else update
+    if pristine.dtype == update.dtype == dtype:
+        return torch.add(pristine, update).contiguous()  # which is what that does, in one pass
+    return (pristine.to(torch.float32) + update).to(dtype).contiguous()
 
 
 def training_space(

@@ -44,6 +44,19 @@ def test_it_applies_the_directions_that_the_reflectors_do(
 
 @pytest.mark.parametrize(("d", "c"), SIZES)
 @pytest.mark.parametrize("form", FORMS)
+def test_results_lie_in_memory_as_what_is_turned(d: int, c: int, form: Form, generator: torch.Generator) -> None:
+    side = free_side(Basis(orthonormal(d, c, generator), form), d // 3)
+    free = d - d // 3
+    x, y = (torch.randn(rows, 3, dtype=torch.float64, generator=generator) for rows in (d, free))
+    for turn, of in ((side.apply_transposed, x), (side.apply, y)):
+        by_rows, by_columns = turn(of, d // 3), turn(of.T.contiguous().T, d // 3)
+        torch.testing.assert_close(by_columns, by_rows, atol=1e-13, rtol=0)
+        assert by_rows.is_contiguous()
+        assert by_columns.T.is_contiguous()
+
+
+@pytest.mark.parametrize(("d", "c"), SIZES)
+@pytest.mark.parametrize("form", FORMS)
 def test_directions_are_written_out_exactly_where_they_are_no_more_than_what_is_stored(
     d: int, c: int, form: Form, generator: torch.Generator
 ) -> None:
