@@ -28,17 +28,13 @@ class InputStore:
 
     def hold(self, call: Key, args: tuple[Any, ...]) -> "HeldInput | None":
         """The first argument of a call, if it is a tensor of activations."""
+        # Further parts of a larger batch before are not needed either, and would be fetched with this one.
+        for old in [key for key in self._held if key[0] == call[0] and key[1] >= call[1]]:
+            self._held.pop(old).drop()
         if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point() or args[0].ndim < 2:
-            self._drop(call)
             return None
-        self._drop(call)
         self._held[call] = HeldInput(self, call, args[0])
         return self._held[call]
-
-    def _drop(self, call: Key) -> None:
-        found = self._held.pop(call, None)
-        if found is not None:
-            found.drop()
 
     def holds(self, found: "HeldInput", call: Key) -> bool:
         """Whether the input of a call is still the one that was kept."""

@@ -88,6 +88,30 @@ def test_parts_give_the_same_loss_and_gradients(
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6 * scale, rtol=0)
 
 
+def test_a_smaller_batch_brings_back_no_parts_of_a_larger_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    loaded = load_streamed(open_checkpoint(save_checkpoint(tmp_path / "model")), CPU, "cpu", keep_inputs=False)
+    assert loaded.stream is not None
+    loaded.stream.part_tokens = 9
+    for target in loaded.architecture.targets:
+        loaded.model.get_parameter(target.parameter).requires_grad_(True)
+    copies: list[int] = []
+    load = loaded.stream.transfers.load
+    monkeypatch.setattr(loaded.stream.transfers, "load", lambda *of: copies.append(1) or load(*of))
+    counts = []
+    for rows in (1, 3, 1):
+        ids = torch.randint(4, 40, (rows, 9), generator=generator)
+        copies.clear()
+        batch_loss(loaded.model, Batch(ids, torch.ones_like(ids), ids), loaded.kind).total.backward()  # type: ignore[no-untyped-call]
+        loaded.stream.end_backward()
+        counts.append(len(copies))
+    loaded.stream.close()
+    # The first block stays from the pass before.
+    assert counts[1] > counts[0]
+    assert counts[2] == counts[0] - 1
+
+
 def collector(gradients: dict[str, Tensor], name: str) -> Any:
     """A hook that adds up what a parameter gets and frees it."""
 
