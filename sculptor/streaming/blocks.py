@@ -179,10 +179,11 @@ class BlockStream:
             self._backward = index, call
             self.observer.begin_backward(index)
             if before is not None:
-                self.slots.fetch_ahead(before)
-                self.observer.expect_backward(before)
+                # Weights last: their slot is the last to be free, and everything on the lane waits behind them.
                 if self._inputs is not None:
                     self._inputs.fetch(call - 1)
+                self.observer.expect_backward(before)
+                self.slots.fetch_ahead(before)
         with self.recompute():
             yield
 
