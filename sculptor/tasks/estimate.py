@@ -1,7 +1,6 @@
 """`sculptor.estimate`: what training a checkpoint would take, for each way of offloading, before anything starts."""
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from sculptor.errors import SettingsError
 from sculptor.model.load import resolve_device
 from sculptor.numerics.bases import stored_columns
 from sculptor.numerics.staircase import Constraint, Staircase
-from sculptor.tasks.placement import archive_shapes, available_memory, output_bytes, shortages
+from sculptor.tasks.placement import archive_shapes, available_disk, available_memory, output_bytes, shortages
 from sculptor.training.footprint import Footprint, MatrixShape, Side, Workload, footprints
 
 _ASSUMED = {"tflops": 300.0, "link": 25.0, "disk": 2.0}
@@ -187,7 +186,7 @@ def estimate(
     free_host = 1e9 * settings.host_memory if settings.host_memory is not None else free_host
     if device.type == "cpu":
         free_device = free_host
-    free_disk = float(shutil.disk_usage(directory).free)
+    free_disk = available_disk(Path(directory))
     modes = {name: _mode(plan, speeds, device.type, free_device, free_host, free_disk) for name, plan in plans.items()}
     return Estimate(
         model=str(model),

@@ -83,12 +83,11 @@ def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, di
     Raises:
         SettingsError: if the host's memory, or the disk, does not suffice for what was asked or for any.
     """
-    import shutil
-
     free_device, free_host = available_memory(device)
     left = disk.with_name(disk.name + ".partial").rglob("*")  # of a killed run, which is replaced
-    free_disk = float(shutil.disk_usage(_existing(disk)).free) + sum(f.stat().st_size for f in left if f.is_file())
+    free_disk = available_disk(disk) + sum(f.stat().st_size for f in left if f.is_file())
     reasons: list[str] = []
+    scarce: set[str] = set()
     for name in _TIERS if asked == "auto" else (asked,):
         plan = found[name]
         short = shortages(plan, device.type, free_device, free_host, free_disk)
@@ -98,10 +97,24 @@ def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, di
             because = f": {'; '.join(reasons)}" if reasons else ": everything fits"
             return plan, f"--offload auto picks {name}{because}"
         what, needed, free = short[0]
-        reasons.append(f"{name} needs {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free")
-    raise SettingsError(
-        f"--offload {asked}: does not fit: {'; '.join(reasons)}; lower --micro-batch-size or --max-length"
+        scarce.add(what)
+        reasons.append(f"{name} needs {_gb(needed)} of {what}, {_gb(free)} are free")
+    remedy = (
+        "free some space or choose another place" if scarce == {"disk"} else "lower --micro-batch-size or --max-length"
     )
+    raise SettingsError(f"--offload {asked}: does not fit: {'; '.join(reasons)}; {remedy}")
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def available_disk(path: Path) -> float:
+    """Free bytes where a file would go; infinite if the place does not say, since writing there will."""
+    import shutil
+
+    usage = shutil.disk_usage(_existing(path))
+    return float(usage.free) if usage.total else float("inf")
 
 
 def _existing(path: Path) -> Path:

@@ -94,10 +94,15 @@ def test_auto_takes_what_fits_and_says_why(tmp_path: Path, monkeypatch: pytest.M
         assert reason.startswith(f"--offload auto picks {expected}: ")
         assert ("none needs 100.0 GB of GPU memory, 80.0 GB are free" in reason) == (expected != "none")
     monkeypatch.setattr(placement, "available_memory", lambda _: (0.0, 0.0))
-    with pytest.raises(SettingsError, match=r"--offload auto: does not fit: none needs .* GB are free.*disk needs"):
+    with pytest.raises(SettingsError, match=r"--offload auto: does not fit: none needs .* MB are free.*disk needs"):
         choose(found, gpu, "auto", tmp_path)
     with pytest.raises(SettingsError, match="--offload cpu: does not fit"):
         choose(found, gpu, "cpu", tmp_path)
+    monkeypatch.setattr(placement, "available_memory", lambda _: (2e11, 2e11))
+    monkeypatch.setattr(placement, "available_disk", lambda _: 1e9)
+    filled = {name: replace(plan, disk={"output and archive": 2e9}) for name, plan in found.items()}
+    with pytest.raises(SettingsError, match=r"2.0 GB of disk, 1.0 GB are free; free some space or choose another"):
+        choose(filled, gpu, "auto", tmp_path)
 
 
 def test_training_says_what_auto_picked(cli: Callable[..., Result], tmp_path: Path) -> None:
