@@ -19,8 +19,6 @@ from sculptor.training.protect import softening
 from sculptor.training.settings import TrainSettings
 from sculptor.training.updates import MOMENTS, make_optimizer
 
-CACHED = 2**22  # numbers: a core's share of them stays in its cache
-
 
 @dataclass(eq=False, slots=True)
 class StreamedMatrix:
@@ -92,28 +90,16 @@ class StreamedMatrix:
     def step(self, views: Mapping[str, Tensor], rate: float, factor: Tensor | None) -> None:
         """AdamW, in place, on views that are the optimizer's only for now; gradients are multiplied by `factor` first."""
         if factor is not None and factor.device.type == "cpu" and float(factor) == 1:
-            factor = None
-        # In host memory piece by piece: a gradient that was multiplied is still in the cache when it is used.
-        at_once = self.coordinates[0].device.type != "cpu" or factor is None
-        largest = max(views[key].numel() for key in self.keys)
-        size = largest if at_once else CACHED
-        suffixes = ("", ".grad", *("." + moment for moment in MOMENTS))
-        flat = [[views[key + suffix].view(-1) for suffix in suffixes] for key in self.keys]
+            factor = None  # saves a passage through memory, which is what AdamW in host memory waits for
+        for key, a in zip(self.keys, self.coordinates, strict=True):
+            a.data = views[key]
+            a.grad = views[key + ".grad"] if factor is None else views[key + ".grad"].mul_(factor)
+            kept = self.optimizer.state[a]
+            if "step" not in kept:
+                kept["step"] = torch.zeros((), dtype=torch.float32, device=a.device)
+            kept |= {moment: views[f"{key}.{moment}"] for moment in MOMENTS}
         self.optimizer.param_groups[0]["lr"] = rate
-        for at in range(0, largest, size):
-            for a, parts in zip(self.coordinates, flat, strict=True):
-                if at >= parts[0].numel():
-                    a.grad = None  # done
-                    continue
-                kept = self.optimizer.state[a]
-                if "step" not in kept:
-                    kept["step"] = torch.zeros((), dtype=torch.float32, device=a.device)
-                elif at:
-                    kept["step"] -= 1  # it goes on
-                a.data, gradient, *moments = (part[at : at + size] for part in parts)
-                a.grad = gradient if factor is None else gradient.mul_(factor)
-                kept |= dict(zip(MOMENTS, moments, strict=True))
-            self.optimizer.step()
+        self.optimizer.step()
         for a in self.coordinates:
             a.data, a.grad = a.data.new_empty(0), None
             for moment in MOMENTS:

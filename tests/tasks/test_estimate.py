@@ -117,7 +117,7 @@ def test_training_says_what_auto_picked(cli: Callable[..., Result], tmp_path: Pa
     idle = ("--keep-inputs", "--optimizer-on", "device", "--checkpoint-activations")  # what is done anyway
     found = cli(*arguments, "--output", tmp_path / "second", "--optimizer-on", "host", "--offload-inputs")
     assert found.code == 0, found.err
-    assert "picks none: everything fits; without effect there: --optimizer-on host, --offload-inputs" in found.err
+    assert "picks none: everything fits; without effect there: --optimizer-on, --offload-inputs" in found.err
     found = cli(*arguments, "--output", tmp_path / "third", *idle)
     assert (found.code, found.err) == (0, "")
 

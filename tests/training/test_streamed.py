@@ -18,7 +18,6 @@ from sculptor.model.loss import SLICE
 from sculptor.streaming.regions import FileRegion, HostRegion
 from sculptor.streaming.slots import Slots
 from sculptor.tasks.train_report import TrainReport
-from sculptor.training import streamed_block
 from sculptor.training.streamed import StreamedUpdates
 from sculptor.training.streamed_update import BlockUpdater
 
@@ -332,21 +331,20 @@ def test_a_slot_more_changes_nothing(
         ("opt-skipping", {"max_steps": 8, "micro_batch_size": 6}),
     ],
 )
-def test_an_optimizer_in_host_memory_does_the_same(
-    family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(streamed_block, "CACHED", 128)  # a matrix in several pieces, all whole vectors
+def test_an_optimizer_in_host_memory_does_the_same(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     task = Task(tmp_path, family)
     task.run("none", settings("none", **changes))
-    task.run("host", settings("cpu", **changes, optimizer_on="host"))
-    assert_same_output(tmp_path / "none", tmp_path / "host")
+    for where in ("host", "both"):
+        task.run(where, settings("cpu", **changes, optimizer_on=where))
+        assert_same_output(tmp_path / "none", tmp_path / where)
 
 
-def test_an_optimizer_in_host_memory_is_saved_and_taken_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["host", "both"])
+def test_an_optimizer_in_host_memory_is_saved_and_taken_up(where: Any, tmp_path: Path) -> None:
     task = Task(tmp_path)
     changes: dict[str, Any] = {"max_steps": 6, "eval_every": 1}
     task.run("whole", settings("none", **changes), eval_data=[task.evaluation])
-    chosen = settings("cpu", **changes, optimizer_on="host")
+    chosen = settings("cpu", **changes, optimizer_on=where)
     with pytest.raises(Stopped):
         task.run("cut", chosen, eval_data=[task.evaluation], stop=iter([None, None, 15]).__next__)
     task.run("cut", settings("none", **changes), eval_data=[task.evaluation], resume=True)
