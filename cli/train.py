@@ -81,11 +81,10 @@ from .options import (
 )
 @click.option(
     "--optimizer-on",
-    type=Choice(["auto", "host", "both", "device"]),
+    type=Choice(["auto", "host", "device"]),
     default="auto",
     show_default=True,
-    help="With --offload cpu: run AdamW in host memory, where its moments wait, on the device, or every other block here and "
-    "there [auto: both for a GPU].",
+    help="With --offload cpu: run AdamW in host memory, where its moments wait, or on the device [auto: host for a GPU].",
 )
 @click.option(
     "--offload-inputs/--keep-inputs",

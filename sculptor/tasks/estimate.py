@@ -174,7 +174,7 @@ def estimate(
         settings.batch_size * length,
         -(-settings.batch_size // micro),
         settings.fused,
-        host_share=0.5 if device.type == "cuda" and not settings.fused else 0.0,
+        on_host=device.type == "cuda" and not settings.fused,
         recompute=device.type == "cuda",
         written=output_bytes(checkpoint, archive_bytes),
         saves=True,

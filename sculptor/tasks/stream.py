@@ -21,7 +21,7 @@ from sculptor.tasks.train import resolve_settings
 from sculptor.tasks.train_setup import streamed_updates, trained_dtypes
 from sculptor.training.footprint import Workload, footprints
 from sculptor.training.settings import TrainSettings
-from sculptor.training.streamed_update import host_share
+from sculptor.training.streamed_update import optimizer_on_host
 from sculptor.training.updates import merge_trained
 
 TOKENS = 2048  # of a micro-batch, in what is checked to fit: the loop, which is not ours, may take more
@@ -70,7 +70,7 @@ class StreamedModel:
             1,
             fused=settings.optimizer_mode == "fused",
             keep_inputs=settings.offload_inputs is False,
-            host_share=host_share(settings, "cpu", device),
+            on_host=optimizer_on_host(settings, "cpu", device),
         )
         shapes = archive_shapes(self.archive, architecture)
         plans = footprints(self.checkpoint, architecture, shapes, device, work)

@@ -32,7 +32,7 @@ from sculptor.training.footprint import Footprint, Workload, footprints
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import DEFAULT_RATE, Carry, Offload, TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
-from sculptor.training.streamed_update import host_share
+from sculptor.training.streamed_update import optimizer_on_host
 
 MEMORY_ROWS = 384
 # Settings that decide how a run is done, not what comes out.
@@ -224,7 +224,7 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
         micro_batches=-(-rows // micro),
         fused=job.settings.optimizer_mode == "fused",
         keep_inputs=job.settings.offload_inputs is False,
-        host_share=host_share(job.settings, "cpu", device),
+        on_host=optimizer_on_host(job.settings, "cpu", device),
         recompute=device.type == "cuda" if settings.checkpoint_activations is None else settings.checkpoint_activations,
         num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
         written=output_bytes(job.checkpoint, job.archive.num_bytes, cast_to(settings)),

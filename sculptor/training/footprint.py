@@ -70,16 +70,16 @@ class Footprint:
 class Workload:
     """A step: tokens, in how many micro-batches, and how blocks are updated.
 
-    `host_share` is that of the blocks which AdamW steps in host memory, `recompute` whether a resident run computes blocks
-    again in the backward pass, `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on
-    disk, `saves` whether it saves its state on the way.
+    `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
+    `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` whether it saves
+    its state on the way.
     """
 
     tokens: int
     micro_batches: int
     fused: bool = False
     keep_inputs: bool = False
-    host_share: float = 0.0
+    on_host: bool = False
     recompute: bool = True
     num_extra: int = 0
     written: float = 0.0
@@ -192,13 +192,13 @@ class _Sizes:
     def streamed(self, tier: Tier) -> Footprint:
         slots = 2 if self.kind == "cuda" else 1
         keep = self.work.keep_inputs or self.kind == "cpu"
-        share = self.work.host_share if tier == "cpu" else 0.0
+        on_host = self.work.on_host and tier == "cpu"
         largest = {name: max(found.values(), default=0) for name, found in (("c", self.coordinates), ("b", self.bases))}
         device = {
             "blocks": slots * self.size * self.block_weights,
             "embedding, head, norms": self.rest_size * self.outside,
             "bases": slots * largest["b"],
-            "coordinates, gradients, AdamW": slots * (4 * largest["c"] + (self.host_ring if share == 1 else self.ring)),
+            "coordinates, gradients, AdamW": slots * (4 * largest["c"] + (self.host_ring if on_host else self.ring)),
             "activations": self.inside_part + self.loss + (self.inputs if keep else 3 * self.inputs / self.num_blocks),
             "work space": RUNTIME[self.kind] + 12 * self.largest,
         } | self.extra()
@@ -218,9 +218,8 @@ class _Sizes:
         gradients = 4.0 * n * micro if exact else 0.0
         state = 12.0 * n
         loaded = (2 * micro - exact) * weights + (micro + exact) * bases + self.pristine + inputs
-        # Where AdamW is in host memory: A, and what is added to; the moments stay.
-        loaded += share * 4 * n * micro + (1 - share) * (state + gradients)
-        stored = (1 - share) * state + weights + gradients + inputs
+        loaded += 4 * n * micro if on_host else state + gradients  # A, and what is added to; the moments stay
+        stored = (0 if on_host else state) + weights + gradients + inputs
         in_host = tier == "cpu"
         return Footprint(
             tier,

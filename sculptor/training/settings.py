@@ -11,7 +11,7 @@ SaveDtype = Literal["keep", "float32", "bfloat16"]
 Carry = Literal["merge", "accumulate", "retake"]
 ClipBy = Literal["model", "matrix"]
 OptimizerMode = Literal["exact", "fused"]
-OptimizerOn = Literal["auto", "host", "both", "device"]
+OptimizerOn = Literal["auto", "host", "device"]
 Offload = Literal["none", "cpu", "disk", "auto"]
 DEFAULT_RATE = 5e-4
 
@@ -60,8 +60,8 @@ class TrainSettings:
     offload: Offload = "auto"
     """Where blocks wait that are not computed: nowhere (all on the device), host memory, disk, or by what fits."""
     optimizer_on: OptimizerOn = "auto"
-    """Where AdamW runs with --offload cpu: in host memory, so that its moments stay there, on the device, or for every other
-    block here and there (both); default both if the device is a GPU."""
+    """Where AdamW runs with --offload cpu: in host memory, so that its moments stay there, or on the device; default host if
+    the device is a GPU."""
     offload_inputs: bool | None = None
     """With offloading: send activation checkpoints to host memory too; default on a GPU."""
     save_dtype: SaveDtype = "keep"
@@ -110,12 +110,10 @@ class TrainSettings:
                 "--optimizer-mode fused: the norm over the model is known only after the backward pass; use --clip-by "
                 "matrix or --clip 0, or exact",
             ),
-            (self.optimizer_on in ("auto", "host", "both", "device"), f"--optimizer-on {self.optimizer_on}: unknown"),
+            (self.optimizer_on in ("auto", "host", "device"), f"--optimizer-on {self.optimizer_on}: unknown"),
             (
-                self.optimizer_on not in ("host", "both")
-                or (self.offload in ("cpu", "auto") and self.optimizer_mode == "exact"),
-                f"--optimizer-on {self.optimizer_on} without effect with --offload {self.offload} "
-                f"--optimizer-mode {self.optimizer_mode}; "
+                self.optimizer_on != "host" or (self.offload in ("cpu", "auto") and self.optimizer_mode == "exact"),
+                f"--optimizer-on host without effect with --offload {self.offload} --optimizer-mode {self.optimizer_mode}; "
                 "use --offload cpu and exact",
             ),
             (

@@ -31,9 +31,8 @@ from sculptor.training.streamed_update import (
     HostOptimizer,
     by_matrix,
     factor,
-    host_share,
     on_cpu,
-    stepped_on_host,
+    optimizer_on_host,
 )
 from sculptor.training.updates import (
     MOMENTS,
@@ -80,7 +79,8 @@ class StreamedUpdates(Updates, Observer):
         values = list(self.extra.values())
         self._extra_optimizer = make_optimizer([], values, settings, self.device) if values else None
         parameters = find_parameters(model, archive)
-        share = host_share(settings, stream.weights.scratch.tier, self.device)
+        on_host = optimizer_on_host(settings, stream.weights.scratch.tier, self.device)
+        where = torch.device("cpu") if on_host else self.device
         self.blocks: dict[int, StreamedBlock] = {}
         self._hooks: list[Any] = []
         self._resident = [p for p in model.parameters() if p.numel() and not any(p is value for value in values)]
@@ -91,7 +91,6 @@ class StreamedUpdates(Updates, Observer):
                 if parameters[name] in found and record.staircase.num_free
             }
             if names:
-                where = torch.device("cpu") if stepped_on_host(i, share) else self.device
                 self.blocks[i] = prepare_block(i, stream, archive, names, settings, where)
                 for matrix in self.blocks[i].matrices:
                     register: Any = matrix.parameter.register_post_accumulate_grad_hook
@@ -100,8 +99,7 @@ class StreamedUpdates(Updates, Observer):
         self._owners = {matrix.name: i for i, block in self.blocks.items() for matrix in block.matrices}
         check_owners(archive, self._owners)
         count = 2 if self.device.type == "cuda" else 1
-        on_host = {i: block for i, block in self.blocks.items() if stepped_on_host(i, share)}
-        self._host = HostOptimizer(on_host) if on_host else None
+        self._host = HostOptimizer(self.blocks) if on_host else None
         size = max(block.gradient_layout.num_bytes for block in self.blocks.values())
         self._gradients = Slots(count, size, self.device, self._load_gradients)
         self._updater = BlockUpdater(stream, self.blocks, count, self._host)
@@ -253,7 +251,7 @@ class StreamedUpdates(Updates, Observer):
         for i, block in self.blocks.items():
             if not self.fused and i in self._collected:
                 self._pending[i] = rate, block.touched()
-                if self._host is not None and i in self._host.blocks:
+                if self._host is not None:
                     self._host.submit(i, (rate, block.touched()), self._host_factors)
                 self.stream.slots.forget(i)
             block.norms.clear()

@@ -17,8 +17,6 @@ from sculptor.training.coordinates import folded_weight
 from sculptor.training.settings import TrainSettings
 from sculptor.training.streamed_block import StreamedBlock
 
-# With both, every other block: one crosses the link while the one before it goes through the host's memory.
-_HOST_SHARES = {"host": 1.0, "both": 0.5, "device": 0.0}
 # What gradients are multiplied by: each matrix's by its own, all by one, or none.
 Factors = Mapping[str, Tensor] | Tensor | None
 
@@ -29,7 +27,7 @@ class BlockUpdater:
     Args:
         stream: of the model.
         blocks: those that are trained.
-        host: steps some of them, or None; the others are stepped on the device.
+        host: does the stepping, or None to step on the device.
         count: of slots for bases and of pieces of the ring; 2 to load ahead.
 
     Attributes:
@@ -47,8 +45,7 @@ class BlockUpdater:
         self.bases = Slots(
             count, max(block.bases_layout.num_bytes for block in blocks.values()), self.device, self._load_bases
         )
-        on_host = host.blocks if host is not None else {}
-        size = max(matrix.num_bytes(i not in on_host) for i, block in blocks.items() for matrix in block.matrices)
+        size = max(matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
         self._ring = [Slot(size, self.device) for _ in range(count)]
         self._factors: Factors = None
         self._factors_ready = self.transfers.mark()
@@ -77,7 +74,7 @@ class BlockUpdater:
             factors: what these are multiplied by, if not by what `clip_with` said.
         """
         found = self.blocks[block]
-        if self.host is not None and block in self.host.blocks:
+        if self.host is not None:
             self.host.wait(block)
             step = None
         stepping = step is not None
@@ -194,17 +191,12 @@ def factor(norm: Tensor, limit: float) -> Tensor:
     return torch.clamp(limit / (norm + 1e-6), max=1.0)
 
 
-def host_share(settings: TrainSettings, tier: Tier, device: torch.device) -> float:
-    """Share of the blocks that AdamW steps in host memory: where moments wait there, and not within the backward pass."""
-    if tier != "cpu" or settings.optimizer_mode != "exact":
-        return 0.0
-    default = "both" if device.type == "cuda" else "device"
-    return _HOST_SHARES[default if settings.optimizer_on == "auto" else settings.optimizer_on]
-
-
-def stepped_on_host(block: int, share: float) -> bool:
-    """Whether a block is one of that share."""
-    return share == 1 or (share > 0 and block % 2 == 0)
+def optimizer_on_host(settings: TrainSettings, tier: Tier, device: torch.device) -> bool:
+    """Whether AdamW runs in host memory: where the moments wait there, unless it runs within the backward pass."""
+    possible = tier == "cpu" and settings.optimizer_mode == "exact"
+    if settings.optimizer_on == "auto":
+        return possible and device.type == "cuda"
+    return possible and settings.optimizer_on == "host"
 
 
 def on_cpu(factors: Factors) -> Factors:

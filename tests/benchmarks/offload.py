@@ -3,8 +3,8 @@
     python tests/benchmarks/shapes.py 7b MODEL --tokenizer DIR --device cuda
     python tests/benchmarks/offload.py MODEL full resident cpu:4 cpu:16 cpu:16:fused disk:4 [--preserve 0.5]
 
-A row is MODE:ROWS[:fused|:device|:host]: ROWS sequences of --length tokens per weight load, which is one micro-batch and one
-step; device or host is where AdamW runs, otherwise in both. `full` and `resident` take 16 rows in micro-batches of 4 unless told
+A row is MODE:ROWS[:fused|:device]: ROWS sequences of --length tokens per weight load, which is one micro-batch and one
+step; device is AdamW there, not in host memory. `full` and `resident` take 16 rows in micro-batches of 4 unless told
 otherwise (full:16:16). The protected directions are random and made in memory, so that no archive is needed; the weights are
 those of MODEL. Plain full fine-tuning keeps weights, gradients and AdamW states in bf16. Prints one JSON line per row.
 """
@@ -35,7 +35,6 @@ from sculptor.training.footprint import MatrixShape, Side, Workload, footprints
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.settings import TrainSettings
 from sculptor.training.streamed import StreamedUpdates
-from sculptor.training.streamed_update import host_share
 from sculptor.training.updates import ResidentUpdates, TrainedParameters, Updates
 
 
@@ -215,13 +214,13 @@ def main() -> None:
     updates: Any = None
     for row in options.rows:
         mode, *rest = row.split(":")
-        variant = rest.pop() if rest[-1:] in (["fused"], ["device"], ["host"]) else ""
+        variant = rest.pop() if rest[-1:] in (["fused"], ["device"]) else ""
         fused = variant == "fused"
         rows = int(rest[0]) if rest else 16
         micro = (int(rest[1]) if rest[1:2] else 4) if mode in ("full", "resident") else rows
         settings = TrainSettings(
             batch_size=rows, micro_batch_size=micro, learning_rate=1e-5, clip_by="matrix" if fused else "model",
-            optimizer_mode="fused" if fused else "exact", optimizer_on=variant if variant in ("device", "host") else "auto",
+            optimizer_mode="fused" if fused else "exact", optimizer_on="device" if variant == "device" else "auto",
             offload="none" if mode == "full" or mode == "resident" else mode,  # type: ignore[arg-type]
         )  # fmt: skip
         started = time.perf_counter()
@@ -237,8 +236,8 @@ def main() -> None:
         prepared = time.perf_counter() - started
         free = psutil.virtual_memory().available
         found = measure(model, updates, device, rows, micro, options.length, options.steps)
-        share = host_share(settings, "cpu", device)
-        work = Workload(rows * options.length, rows // micro, fused, options.keep_inputs, share)
+        on_host = mode == "cpu" and not variant and device.type == "cuda"
+        work = Workload(rows * options.length, rows // micro, fused, options.keep_inputs, on_host)
         plan = None if mode == "full" else footprints(checkpoint, architecture, archive.shapes, device, work)[
             "none" if mode == "resident" else mode
         ]  # fmt: skip
