@@ -188,12 +188,12 @@ def host_memory(num_bytes: int, pinned: bool) -> Tensor:
     import mmap
 
     try:
-        mapped = mmap.mmap(-1, max(num_bytes, 1))
+        mapped = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as cause:
         raise MemoryError(f"cannot get {num_bytes / 1e9:.1f} GB of host memory ({cause})") from cause
     if pinned and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # fewer pages to pin, and to find when AdamW goes through them
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+            mapped.madvise(mmap.MADV_HUGEPAGE)  # of private memory: shared memory follows another setting of the kernel
     memory = torch.frombuffer(mapped, dtype=torch.uint8)  # keeps the mapping alive
     if pinned and num_bytes:
         code = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
