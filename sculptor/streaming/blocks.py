@@ -179,7 +179,7 @@ class BlockStream:
             self._backward = index, call
             self.observer.begin_backward(index)
             if before is not None:
-                # Weights last: their slot is the last to be free, and everything on the lane waits behind them.
+                # Weights last: after a fused update their slot is the last to be free, and the lane waits behind them.
                 if self._inputs is not None:
                     self._inputs.fetch(call - 1)
                 self.observer.expect_backward(before)
