@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sculptor.analysis.weights import MatrixSubspaces, analyze_matrix
-from sculptor.archive.manifest import MatrixRecord
+from sculptor.archive.manifest import ArchiveConstraint, MatrixRecord
 from sculptor.archive.store import Subspaces
 from sculptor.numerics.bases import Basis, extend
 from sculptor.numerics.linalg import singular_subspaces
@@ -47,8 +47,7 @@ def accumulate(subspaces: Subspaces, update: Tensor, constraint: Constraint) -> 
         return unchanged
     outputs = subspaces.output.directions if subspaces.output else 0
     inputs = subspaces.input.directions if subspaces.input else 0
-    free = n - inputs if constraint == "input" else min(m - outputs, n - inputs)
-    allowed = min(max(1, int(FREE_SHARE * free)), free - 1)
+    allowed = most_added(record.shape, outputs, inputs, constraint)
     if allowed <= 0:
         return CarriedSubspaces(Staircase.closed(m, n), subspaces.output, subspaces.input, 0, 0)
     found = singular_subspaces(update, min(allowed, m, n))
@@ -58,6 +57,13 @@ def accumulate(subspaces: Subspaces, update: Tensor, constraint: Constraint) -> 
     new_outputs, new_inputs = (side.directions if side else 0 for side in (output, input))
     staircase = Staircase.of(constraint, m, n, new_outputs, new_inputs)
     return CarriedSubspaces(staircase, output, input, new_outputs - outputs, new_inputs - inputs)
+
+
+def most_added(shape: tuple[int, int], outputs: int, inputs: int, constraint: ArchiveConstraint) -> int:
+    """How many directions a task may add to a matrix (m, n), given those that are protected."""
+    m, n = shape
+    free = n - inputs if constraint == "input" else min(m - outputs, n - inputs)
+    return min(max(1, int(FREE_SHARE * free)), free - 1)
 
 
 def num_leading(values: Tensor) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from sculptor.report.text import size, table
 from sculptor.tasks.estimate import Estimate
+from sculptor.tasks.placement import remedy
 
 
 def estimate_text(found: Estimate) -> str:
@@ -27,8 +28,10 @@ def estimate_text(found: Estimate) -> str:
         "decompositions.",
     ]
     if found.chosen is None:
-        reasons = "; ".join(f"{name} {mode.shortage}" for name, mode in found.modes.items())
-        lines.append(f"Verdict: does not fit here: {reasons}. Lower --micro-batch-size or --max-length.")
+        lacking = {name: mode.shortages for name, mode in found.modes.items()}
+        reasons = "; ".join(f"{name} needs {' and '.join(map(str, short))}" for name, short in lacking.items())
+        advice = remedy(lacking)
+        lines.append(f"Verdict: does not fit here: {reasons}. {advice[0].upper()}{advice[1:]}.")
     else:
         mode = found.modes[found.chosen]
         lines.append(
@@ -69,7 +72,7 @@ def _times(found: Estimate) -> str:
         ["step, at least", *(f"{mode.step:.2f} s" for mode in modes)],
         ["tokens/s, at most", *(f"{found.tokens / mode.step:,.0f}" for mode in modes)],
         ["bound by", *(mode.bound for mode in modes)],
-        ["fits", *("yes" if mode.shortage is None else "no" for mode in modes)],
+        ["fits", *("yes" if not mode.shortages else "no" for mode in modes)],
     ]
     return table(["time per step", *found.modes], rows)
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from sculptor.errors import SettingsError
 from sculptor.model.load import resolve_device
 from sculptor.numerics.bases import stored_columns
 from sculptor.numerics.staircase import Constraint, Staircase
-from sculptor.tasks.placement import archive_shapes, available_disk, available_memory, output_bytes, shortages
+from sculptor.tasks.placement import Shortage, archive_shapes, available_disk, available_memory, shortages
 from sculptor.training.footprint import Footprint, MatrixShape, Side, Workload, footprints
 
 _ASSUMED = {"tflops": 300.0, "link": 25.0, "disk": 2.0}
@@ -80,14 +80,14 @@ class Mode:
     Attributes:
         plan: memory by component, bytes moved, operations.
         compute, link, disk: seconds per step that each needs at least.
-        shortage: what does not fit, or None.
+        shortages: what there is too little of.
     """
 
     plan: Footprint
     compute: float
     link: float
     disk: float
-    shortage: str | None
+    shortages: Sequence[Shortage]
 
     @property
     def step(self) -> float:
@@ -155,8 +155,8 @@ def estimate(
     architecture = inspect_architecture(checkpoint)
     device = resolve_device(settings.device) if settings.gpu_memory is None else torch.device("cuda")
     here = device.type == "cpu" or torch.cuda.is_available()
-    if subspaces is not None:
-        archive = Archive(subspaces)
+    archive = None if subspaces is None else Archive(subspaces)
+    if archive is not None:
         archive.check_names(checkpoint)
         shapes = archive_shapes(archive, architecture)
     else:
@@ -167,7 +167,7 @@ def estimate(
         for side, d in zip((shape.output, shape.input), shape.target.shape, strict=True)
         if side is not None
     }
-    archive_bytes = 4 * sum(sides.values())
+    archive_bytes = 4 * sum(sides.values()) if archive is None else archive.num_bytes
     length = resolve_max_length(settings.max_length, architecture.max_positions)
     micro = min(settings.micro_batch_size, settings.batch_size)
     work = Workload(
@@ -176,8 +176,8 @@ def estimate(
         settings.fused,
         on_host=device.type == "cuda" and not settings.fused,
         recompute=device.type == "cuda",
-        written=output_bytes(checkpoint, archive_bytes),
-        saves=True,
+        written=float(checkpoint.num_bytes + archive_bytes),
+        saves=2,
     )
     plans = footprints(checkpoint, architecture, shapes, device, work)
     speeds, measured = _speeds(settings, device, here, Path(directory))
@@ -202,7 +202,7 @@ def estimate(
         host_memory=free_host,
         archive_bytes=archive_bytes,
         analysis_seconds=sum(_decomposition(shape, speeds["eigen"], device.type) for shape in shapes),
-        chosen=next((name for name, mode in modes.items() if mode.shortage is None), None),
+        chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
     )
 
 
@@ -222,13 +222,12 @@ def _mode(
     plan: Footprint, speeds: Mapping[str, float], kind: str, free_device: float, free_host: float, free_disk: float
 ) -> Mode:
     found = shortages(plan, kind, free_device, free_host, free_disk)
-    short = [f"{needed / 1e9:.1f} GB of {what}" for what, needed, _ in found]
     return Mode(
         plan,
         compute=(plan.operations + plan.folding) / (1e12 * speeds["tflops"]),
         link=max(plan.loaded, plan.stored) / (1e9 * speeds["link"]) if kind == "cuda" else 0.0,
         disk=(plan.read + plan.written) / (1e9 * speeds["disk"]),
-        shortage="needs " + " and ".join(short) if short else None,
+        shortages=found,
     )
 
 

@@ -1,20 +1,23 @@
 """Where a model goes: what memory there is, and which way of holding the model fits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sculptor.analysis.carry import most_added
 from sculptor.archive.manifest import SideRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel, load_model, load_streamed
+from sculptor.numerics.bases import stored_columns
 from sculptor.progress import Progress, silent
 from sculptor.streaming.weights import Tier
 from sculptor.training.footprint import Footprint, MatrixShape, Side, Workload, footprints
-from sculptor.training.settings import Offload
+from sculptor.training.settings import Carry, Offload
 
 # Of the memory that is free, what a plan may take: allocators lose some, and estimates are estimates.
 SHARE = 0.9
@@ -40,7 +43,8 @@ def available_memory(device: torch.device) -> tuple[float, float]:
             continue
         host = min(host, room)
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0]), host
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
+        return float(torch.cuda.mem_get_info(device)[0] + cached), host
     return host, host
 
 
@@ -63,31 +67,54 @@ def archive_shapes(archive: Archive, architecture: Architecture) -> list[MatrixS
     ]
 
 
-def output_bytes(checkpoint: Checkpoint, num_archive_bytes: int, cast_to: torch.dtype | None = None) -> float:
-    """What a merged checkpoint and its archive take on disk."""
-    if cast_to is None:
-        return float(checkpoint.num_bytes + num_archive_bytes)
-    numbers = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
-    return float(cast_to.itemsize * numbers + num_archive_bytes)
+def output_bytes(checkpoint: Checkpoint, archive: Archive, carry: Carry, cast_to: torch.dtype | None) -> float:
+    """The most that a merged checkpoint and the archive after it take on disk."""
+    kept = checkpoint.num_bytes
+    if cast_to is not None:
+        kept = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values()) * cast_to.itemsize
+    return float(kept + archive.num_bytes + (0 if carry == "merge" else sum(_growth(archive, carry))))
 
 
-def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, disk: Path) -> tuple[Footprint, str]:
+def _growth(archive: Archive, carry: Carry) -> Iterator[int]:
+    """Bytes by which the sides of an archive can grow with a task."""
+    constraint = archive.manifest.constraint
+    for record in archive.values():
+        sides = record.output, record.input
+        outputs, inputs = (side.directions if side is not None else 0 for side in sides)
+        added = max(0, most_added(record.shape, outputs, inputs, constraint)) if record.staircase.num_free else 0
+        for side, count, d in zip(sides, (outputs, inputs), record.shape, strict=True):
+            if side is None and (constraint == "input" or not added):
+                continue
+            stored = archive.manifest.tensors[side.tensor] if side is not None else None
+            columns, size = (stored.shape[1], getattr(torch, stored.dtype).itemsize) if stored is not None else (0, 4)
+            # Beyond half of the directions the others are stored.
+            ends = (count, min(count + added, max(count, d // 2)))
+            if carry == "retake":
+                ends = (max(record.added[0].outputs, record.added[0].inputs),) * 2
+            yield max(0, *(stored_columns(d, k) - columns for k in ends)) * d * size
+
+
+def choose(
+    found: dict[str, Footprint], device: torch.device, asked: Offload, disk: Path, replaced: Path | None = None
+) -> tuple[Footprint, str]:
     """The first way that fits, or the one that was asked for; and why, in a line.
 
     Args:
         found: by offload.
         device: where to compute.
         asked: `auto` to choose.
-        disk: the output, beside which files would go.
+        disk: a path on the disk that files would go to.
+        replaced: what a killed run left there, which goes first.
 
     Raises:
         SettingsError: if the host's memory, or the disk, does not suffice for what was asked or for any.
     """
     free_device, free_host = available_memory(device)
-    left = disk.with_name(disk.name + ".partial").rglob("*")  # of a killed run, which is replaced
-    free_disk = available_disk(disk) + sum(f.stat().st_size for f in left if f.is_file())
+    free_disk = available_disk(disk)
+    if replaced is not None:  # blocks, since files may have holes
+        free_disk += sum(file.stat().st_blocks * 512 for file in replaced.rglob("*") if file.is_file())
     reasons: list[str] = []
-    scarce: set[str] = set()
+    lacking: dict[str, list[Shortage]] = {}
     for name in _TIERS if asked == "auto" else (asked,):
         plan = found[name]
         short = shortages(plan, device.type, free_device, free_host, free_disk)
@@ -96,41 +123,66 @@ def choose(found: dict[str, Footprint], device: torch.device, asked: Offload, di
                 return plan, f"--offload {name}, as asked"
             because = f": {'; '.join(reasons)}" if reasons else ": everything fits"
             return plan, f"--offload auto picks {name}{because}"
-        what, needed, free = short[0]
-        scarce.add(what)
-        reasons.append(f"{name} needs {_gb(needed)} of {what}, {_gb(free)} are free")
-    remedy = (
-        "free some space or choose another place" if scarce == {"disk"} else "lower --micro-batch-size or --max-length"
-    )
-    raise SettingsError(f"--offload {asked}: does not fit: {'; '.join(reasons)}; {remedy}")
+        lacking[name] = short
+        reasons.append(f"{name} needs {' and '.join(map(str, short))}")
+    raise SettingsError(f"--offload {asked}: does not fit: {'; '.join(reasons)}; {remedy(lacking)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """What a way of training needs more of than there is, in bytes."""
+
+    what: str
+    needed: float
+    free: float
+
+    def __str__(self) -> str:
+        return f"{_gb(self.needed)} of {self.what} ({_gb(self.free)} free)"
 
 
 def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
+def remedy(lacking: Mapping[str, Sequence[Shortage]]) -> str:
+    """What to do if no way of training fits."""
+    if any(all(short.what != "disk" for short in found) for found in lacking.values()):
+        return "lower --micro-batch-size or --max-length"
+    return "free some space or choose another place"
+
+
 def available_disk(path: Path) -> float:
     """Free bytes where a file would go; infinite if the place does not say, since writing there will."""
     import shutil
 
-    usage = shutil.disk_usage(_existing(path))
+    usage = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists()))
     return float(usage.free) if usage.total else float("inf")
 
 
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def shortages(
-    plan: Footprint, kind: str, free_device: float, free_host: float, free_disk: float
-) -> list[tuple[str, float, float]]:
-    """What a way of training needs more of than there is: its name, bytes needed, bytes free."""
+def shortages(plan: Footprint, kind: str, free_device: float, free_host: float, free_disk: float) -> list[Shortage]:
+    """What a way of training needs more of than there is."""
     on_device, on_host = sum(plan.device.values()), sum(plan.host.values())
-    needs = [("memory", on_device + on_host, free_host)]
+    needs = [Shortage("memory", on_device + on_host, free_host)]
     if kind == "cuda":
-        needs = [("GPU memory", on_device, free_device), ("host memory", on_host, free_host)]
-    needs.append(("disk", sum(plan.disk.values()), free_disk))
-    return [need for need in needs if need[1] > SHARE * need[2]]
+        needs = [Shortage("GPU memory", on_device, free_device), Shortage("host memory", on_host, free_host)]
+    needs.append(Shortage("disk", sum(plan.disk.values()), free_disk))
+    return [need for need in needs if need.needed > SHARE * need.free]
+
+
+def check_waiting(plan: Footprint, directory: Path) -> None:
+    """Checks that there is room for what waits off the device.
+
+    Raises:
+        SettingsError: if host memory or disk does not suffice.
+    """
+    _, free_host = available_memory(torch.device("cpu"))
+    needs = (
+        (Shortage("host memory", sum(plan.host.values()), free_host), 'use offload="disk"'),
+        (Shortage("disk", sum(plan.disk.values()), available_disk(directory)), f"free some space in {directory}"),
+    )
+    for need, advice in needs:
+        if need.needed > SHARE * need.free:
+            raise SettingsError(f"--offload {plan.offload} needs {need}; {advice}")
 
 
 def open_model(

@@ -16,15 +16,12 @@ from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed, resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.placement import archive_shapes, choose
+from sculptor.tasks.placement import archive_shapes, check_waiting
 from sculptor.tasks.train import resolve_settings
 from sculptor.tasks.train_setup import streamed_updates, trained_dtypes
 from sculptor.training.footprint import Workload, footprints
 from sculptor.training.settings import TrainSettings
-from sculptor.training.streamed_update import optimizer_on_host
 from sculptor.training.updates import merge_trained
-
-TOKENS = 2048  # of a micro-batch, in what is checked to fit: the loop, which is not ours, may take more
 
 
 class StreamedModel:
@@ -65,16 +62,10 @@ class StreamedModel:
         self.archive.check_base(self.checkpoint, progress)
         architecture = inspect_architecture(self.checkpoint)
         device = resolve_device(settings.device)
-        work = Workload(
-            TOKENS,
-            1,
-            fused=settings.optimizer_mode == "fused",
-            keep_inputs=settings.offload_inputs is False,
-            on_host=optimizer_on_host(settings, "cpu", device),
-        )
         shapes = archive_shapes(self.archive, architecture)
-        plans = footprints(self.checkpoint, architecture, shapes, device, work)
-        choose(plans, device, settings.offload, Path(directory or tempfile.gettempdir()) / "sculptor")
+        # What waits is known; what a batch takes is the loop's own affair.
+        plan = footprints(self.checkpoint, architecture, shapes, device, Workload(tokens=1, micro_batches=1))
+        check_waiting(plan[settings.offload], Path(directory or tempfile.gettempdir()))
         self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-", dir=directory)
         self.loaded = load_streamed(
             self.checkpoint,

@@ -17,7 +17,7 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.checkpoint.staging import check_apart, commit, staging
+from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging
 from sculptor.data.examples import digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import CapacityError, CheckpointError, DataError, SettingsError
@@ -81,7 +81,7 @@ def train(
     if settings.eval_every is not None and not eval_data:
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     job = _open_job(model, subspaces, data, eval_data, settings, progress)
-    plan, reason = choose(plans_of(job, device), device, job.settings.offload, output)
+    plan, reason = choose(plans_of(job, device), device, job.settings.offload, output, partial_path(output))
     placed, unused = _placed(job.settings, plan.offload)
     if unused:
         reason += f"; without effect there: {', '.join(unused)}"
@@ -219,6 +219,7 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
     longest = max((example.length for example in job.encoded.examples), default=1)
     settings = job.settings
     rows, micro = job.settings.batch_size, min(job.settings.micro_batch_size, job.settings.batch_size)
+    steps = settings.total_steps(-(-len(job.encoded.examples) // rows))
     work = Workload(
         tokens=rows * longest,
         micro_batches=-(-rows // micro),
@@ -227,8 +228,11 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
         on_host=optimizer_on_host(job.settings, "cpu", device),
         recompute=device.type == "cuda" if settings.checkpoint_activations is None else settings.checkpoint_activations,
         num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
-        written=output_bytes(job.checkpoint, job.archive.num_bytes, cast_to(settings)),
-        saves=True,
+        written=output_bytes(
+            job.checkpoint, job.archive, resolve_carry(settings.carry, job.archive), cast_to(settings)
+        ),
+        saves=-(-steps // settings.steps_between_saves(steps)),
+        evaluates=job.evaluation is not None,
     )
     shapes = archive_shapes(job.archive, job.architecture)
     return footprints(job.checkpoint, job.architecture, shapes, device, work)

@@ -71,8 +71,8 @@ class Workload:
     """A step: tokens, in how many micro-batches, and how blocks are updated.
 
     `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
-    `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` whether it saves
-    its state on the way.
+    `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
+    its state (more than twice is twice), `evaluates` whether it keeps the best parameters too.
     """
 
     tokens: int
@@ -83,7 +83,8 @@ class Workload:
     recompute: bool = True
     num_extra: int = 0
     written: float = 0.0
-    saves: bool = False
+    saves: int = 0
+    evaluates: bool = False
 
 
 def footprints(
@@ -171,10 +172,16 @@ class _Sizes:
         return {"openly trained": (16.0 - self.rest_size) * self.work.num_extra} if self.work.num_extra else {}
 
     def files(self) -> dict[str, float]:
-        """What any way of training leaves on disk; a saved state goes when the next one is complete."""
-        found = {"output and archive": self.work.written} if self.work.written else {}
-        states = {"saved states": 2 * 12.0 * (self.num_coordinates + self.work.num_extra)} if self.work.saves else {}
-        return found | states
+        """What any way of training needs of the disk."""
+        numbers = float(self.num_coordinates + self.work.num_extra)
+        best = 4 * numbers if self.work.evaluates else 0.0
+        # A state goes when the next one is complete, so there are two for a while, before there is an output.
+        second = 12 * numbers * (self.work.saves > 1) + best
+        found = {
+            "saved state": 12 * numbers * (self.work.saves > 0) + best,
+            "second state, then output and archive": max(self.work.written, second),
+        }
+        return {name: size for name, size in found.items() if size}
 
     def resident(self) -> Footprint:
         in_matrices = self.pristine / self.file_size

@@ -115,7 +115,7 @@ class TrainingLoop:
             if self.evaluate is not None and (done % self._eval_every == 0 or done == self.total):
                 self._evaluate(done)
             signal_number = self.stop()
-            if done % self._save_every == 0 or done == self.total or signal_number:
+            if done % self.settings.steps_between_saves(self.total) == 0 or done == self.total or signal_number:
                 self._save()
             if signal_number and done < self.total:
                 bar.close()
@@ -139,10 +139,6 @@ class TrainingLoop:
             tokens=position.tokens,
             seconds=position.seconds,
         )
-
-    @property
-    def _save_every(self) -> int:
-        return self.settings.save_every or max(1, min(500, self.total // 10))
 
     @property
     def _eval_every(self) -> int:

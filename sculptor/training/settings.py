@@ -136,6 +136,10 @@ class TrainSettings:
         if wrong:
             raise SettingsError("; ".join(wrong))
 
+    def steps_between_saves(self, total: int) -> int:
+        """Of a run of so many steps."""
+        return self.save_every or max(1, min(500, total // 10))
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))

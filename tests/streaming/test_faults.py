@@ -102,8 +102,15 @@ def test_a_loop_of_ones_own_learns_beforehand_what_does_not_fit(
 ) -> None:
     save_checkpoint(tmp_path / "model")
     sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
-    monkeypatch.setattr(placement, "available_memory", lambda _: (1e6, 1e6))
-    settings = sculptor.TrainSettings(offload="disk", device="cpu")
-    with pytest.raises(sculptor.SculptorError, match=r"--offload disk: does not fit: disk needs .* GB of memory"):
-        sculptor.stream(tmp_path / "model", tmp_path / "archive", settings, directory=tmp_path)
+    monkeypatch.setattr(placement, "available_memory", lambda _: (1e5, 1e5))
+    monkeypatch.setattr(placement, "available_disk", lambda _: 1e4)
+    expected = {
+        "cpu": r'host memory \(0.1 MB free\); use offload="disk"',
+        "disk": r"disk \(0.0 MB free\); free some space",
+    }
+    for offload, what in expected.items():
+        settings = sculptor.TrainSettings(offload=offload, device="cpu")  # type: ignore[arg-type]
+        with pytest.raises(sculptor.SculptorError, match=rf"--offload {offload} needs [\d.]+ [MG]B of {what}"):
+            sculptor.stream(tmp_path / "model", tmp_path / "archive", settings, directory=tmp_path)
+        monkeypatch.setattr(placement, "available_memory", lambda _: (1e10, 1e10))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "model"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed
-from sculptor.tasks import placement
+from sculptor.tasks import placement, train
 from sculptor.tasks.placement import archive_shapes, choose
-from sculptor.training.footprint import Workload, footprints
+from sculptor.training import state
+from sculptor.training.footprint import Footprint, Workload, footprints
 from sculptor.training.streamed import StreamedUpdates
 
 CPU = torch.device("cpu")
@@ -92,16 +94,16 @@ def test_auto_takes_what_fits_and_says_why(tmp_path: Path, monkeypatch: pytest.M
         plan, reason = choose(plans, gpu, "auto", tmp_path)
         assert plan.offload == expected
         assert reason.startswith(f"--offload auto picks {expected}: ")
-        assert ("none needs 100.0 GB of GPU memory, 80.0 GB are free" in reason) == (expected != "none")
+        assert ("none needs 100.0 GB of GPU memory (80.0 GB free)" in reason) == (expected != "none")
     monkeypatch.setattr(placement, "available_memory", lambda _: (0.0, 0.0))
-    with pytest.raises(SettingsError, match=r"--offload auto: does not fit: none needs .* MB are free.*disk needs"):
+    with pytest.raises(SettingsError, match=r"--offload auto: does not fit: none needs .* MB free.*disk needs"):
         choose(found, gpu, "auto", tmp_path)
     with pytest.raises(SettingsError, match="--offload cpu: does not fit"):
         choose(found, gpu, "cpu", tmp_path)
     monkeypatch.setattr(placement, "available_memory", lambda _: (2e11, 2e11))
     monkeypatch.setattr(placement, "available_disk", lambda _: 1e9)
     filled = {name: replace(plan, disk={"output and archive": 2e9}) for name, plan in found.items()}
-    with pytest.raises(SettingsError, match=r"2.0 GB of disk, 1.0 GB are free; free some space or choose another"):
+    with pytest.raises(SettingsError, match=r"2.0 GB of disk \(1.0 GB free\); free some space or choose another"):
         choose(filled, gpu, "auto", tmp_path)
 
 
@@ -145,27 +147,70 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     assert not list(tmp_path.glob("tuned*"))
 
 
-def test_what_a_run_leaves_on_disk_is_planned(cli: Callable[..., Result], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preserve", "changes"),
+    [
+        (0.1, {"save_every": 1}),  # the archive grows by a quarter of what is free
+        (0.5, {"save_every": 3, "also_train": ("norm",)}),
+        (0.0, {"save_every": 1, "save_dtype": "bfloat16"}),
+        (0.5, {"save_every": 2, "carry": "retake"}),
+    ],
+)
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_what_a_run_needs_of_the_disk_is_planned(
+    tmp_path: Path, preserve: float, changes: dict[str, Any], evaluates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=preserve))
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    taken: list[int] = []
+
+    def measured(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
+        def run(*arguments: Any) -> None:
+            if after:
+                function(*arguments)
+            taken.append(sum(file.stat().st_size for file in (tmp_path / "tuned.partial").rglob("*.safetensors")))
+            if not after:
+                function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(state, "write_tensors", measured(state.write_tensors, True))
+    monkeypatch.setattr(train, "commit", measured(train.commit, False))
+    plans: list[Footprint] = []
+    monkeypatch.setattr(train, "choose", lambda found, *_: plans.append(found["none"]) or (found["none"], ""))
+    settings = sculptor.TrainSettings(max_steps=3, eval_every=1 if evaluates else None, **changes)
+    output = tmp_path / "tuned"
+    sculptor.train(
+        tmp_path / "model", tmp_path / "archive", [rows], output, settings, eval_data=[rows] if evaluates else []
+    )
+    planned = sum(plans[0].disk.values())
+    headers = 30_000  # of many small tensors, and random states
+    assert max(taken) - headers <= planned <= 1.5 * max(taken)
+
+
+@pytest.mark.parametrize("change", [{"also_train": ("norm",)}, {"optimizer_on": "host"}, {"optimizer_mode": "fused"}])
+def test_settings_reach_the_plan(tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path / "model")
     sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
     rows = write_rows(tmp_path / "rows.jsonl", task_rows())
-    arguments = ("--subspaces", tmp_path / "archive")
-    planned = cli("estimate", tmp_path / "model", *arguments, "--tflops", 1, "--json").json["modes"]["none"]["plan"]
-    options = ("--data", rows, "--output", tmp_path / "tuned", "--max-steps", 3, "--save-every", 1, "--offload", "none")
-    assert cli("train", tmp_path / "model", *arguments, *options).code == 0
-    written = sum(file.stat().st_size for file in (tmp_path / "tuned").rglob("*.safetensors"))
-    assert planned["disk"]["output and archive"] == pytest.approx(written, rel=0.2)
-    free = sum(record.staircase.num_free for record in sculptor.Archive(tmp_path / "archive").values())
-    assert planned["disk"]["saved states"] == 24 * free
+    found: list[Footprint] = []
 
+    def stop(plans: dict[str, Footprint], *_: Any) -> None:
+        found.append(plans["cpu"])
+        raise InterruptedError
 
-def test_parameters_trained_openly_are_planned(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "model")
-    checkpoint = open_checkpoint(tmp_path / "model")
-    architecture = inspect_architecture(checkpoint)
-    without, extra = (
-        footprints(checkpoint, architecture, (), torch.device("cuda"), Workload(64, 1, num_extra=n)) for n in (0, 1000)
-    )
-    size = next(iter(checkpoint.infos.values())).dtype.itemsize
-    for name in without:
-        assert sum(extra[name].device.values()) - sum(without[name].device.values()) == (16 - size) * 1000
+    monkeypatch.setattr(train, "choose", stop)
+    for settings in ({}, change):
+        whole = sculptor.TrainSettings(batch_size=2, clip_by="matrix", **settings)
+        with pytest.raises(InterruptedError):
+            sculptor.train(tmp_path / "model", tmp_path / "archive", [rows], tmp_path / "tuned", whole)
+    before, after = found
+    numbers = sum(record.staircase.num_free for record in sculptor.Archive(tmp_path / "archive").values())
+    if "also_train" in change:
+        assert sum(after.device.values()) - sum(before.device.values()) == 12 * 32  # the last norm
+    elif "optimizer_on" in change:  # moments and gradients stay
+        assert before.stored - after.stored == 12 * numbers
+        assert before.loaded - after.loaded == 12 * numbers
+    else:  # no gradients leave
+        assert before.stored - after.stored == 4 * numbers
