@@ -29,9 +29,8 @@ def estimate_text(found: Estimate) -> str:
     ]
     if found.chosen is None:
         lacking = {name: mode.shortages for name, mode in found.modes.items()}
-        reasons = "; ".join(f"{name} needs {' and '.join(map(str, short))}" for name, short in lacking.items())
-        advice = remedy(lacking)
-        lines.append(f"Verdict: does not fit here: {reasons}. {advice[0].upper()}{advice[1:]}.")
+        lines.append(f"Verdict: does not fit here; {remedy(lacking)}.")
+        lines += [f"  {name} needs {', '.join(map(str, short))}" for name, short in lacking.items()]
     else:
         mode = found.modes[found.chosen]
         lines.append(

@@ -19,7 +19,7 @@ from sculptor.streaming.weights import Tier
 from sculptor.training.footprint import Footprint, MatrixShape, Side, Workload, footprints
 from sculptor.training.settings import Carry, Offload
 
-# Of the memory that is free, what a plan may take: allocators lose some, and estimates are estimates.
+# Of the memory that is free, what a plan may take.
 SHARE = 0.9
 _TIERS = ("none", "cpu", "disk")
 
@@ -130,11 +130,16 @@ def choose(
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """What a way of training needs more of than there is, in bytes."""
+    """What a way of training may need more of than there is, in bytes."""
 
     what: str
     needed: float
     free: float
+
+    @property
+    def exists(self) -> bool:
+        """Whether it is one: files take what they take, while allocators lose some memory and plans of it are estimates."""
+        return self.needed > (1.0 if self.what == "disk" else SHARE) * self.free
 
     def __str__(self) -> str:
         return f"{_gb(self.needed)} of {self.what} ({_gb(self.free)} free)"
@@ -146,9 +151,10 @@ def _gb(num_bytes: float) -> str:
 
 def remedy(lacking: Mapping[str, Sequence[Shortage]]) -> str:
     """What to do if no way of training fits."""
-    if any(all(short.what != "disk" for short in found) for found in lacking.values()):
-        return "lower --micro-batch-size or --max-length"
-    return "free some space or choose another place"
+    memory, disk = "lower --micro-batch-size or --max-length", "free some space or choose another place"
+    each = [{short.what == "disk" for short in found} for found in lacking.values()]
+    needed = [advice for advice, of_disk in ((memory, False), (disk, True)) if all(of_disk in kinds for kinds in each)]
+    return " and ".join(needed or [f"{memory}, or {disk}"])
 
 
 def available_disk(path: Path) -> float:
@@ -166,7 +172,7 @@ def shortages(plan: Footprint, kind: str, free_device: float, free_host: float, 
     if kind == "cuda":
         needs = [Shortage("GPU memory", on_device, free_device), Shortage("host memory", on_host, free_host)]
     needs.append(Shortage("disk", sum(plan.disk.values()), free_disk))
-    return [need for need in needs if need.needed > SHARE * need.free]
+    return [need for need in needs if need.exists]
 
 
 def check_waiting(plan: Footprint, directory: Path) -> None:
@@ -181,7 +187,7 @@ def check_waiting(plan: Footprint, directory: Path) -> None:
         (Shortage("disk", sum(plan.disk.values()), available_disk(directory)), f"free some space in {directory}"),
     )
     for need, advice in needs:
-        if need.needed > SHARE * need.free:
+        if need.exists:
             raise SettingsError(f"--offload {plan.offload} needs {need}; {advice}")
 
 
