@@ -87,45 +87,11 @@ def _growth(archive: Archive, carry: Carry) -> Iterator[int]:
                 continue
             stored = archive.manifest.tensors[side.tensor] if side is not None else None
             columns, size = (stored.shape[1], getattr(torch, stored.dtype).itemsize) if stored is not None else (0, 4)
-            # Beyond half of the directions the others are stored.
-            ends = (count, min(count + added, max(count, d // 2)))
-            if carry == "retake":
-                ends = (max(record.added[0].outputs, record.added[0].inputs),) * 2
-            yield max(0, *(stored_columns(d, k) - columns for k in ends)) * d * size
-
-
-def choose(
-    found: dict[str, Footprint], device: torch.device, asked: Offload, disk: Path, replaced: Path | None = None
-) -> tuple[Footprint, str]:
-    """The first way that fits, or the one that was asked for; and why, in a line.
-
-    Args:
-        found: by offload.
-        device: where to compute.
-        asked: `auto` to choose.
-        disk: a path on the disk that files would go to.
-        replaced: what a killed run left there, which goes first.
-
-    Raises:
-        SettingsError: if the host's memory, or the disk, does not suffice for what was asked or for any.
-    """
-    free_device, free_host = available_memory(device)
-    free_disk = available_disk(disk)
-    if replaced is not None:  # blocks, since files may have holes
-        free_disk += sum(file.stat().st_blocks * 512 for file in replaced.rglob("*") if file.is_file())
-    reasons: list[str] = []
-    lacking: dict[str, list[Shortage]] = {}
-    for name in _TIERS if asked == "auto" else (asked,):
-        plan = found[name]
-        short = shortages(plan, device.type, free_device, free_host, free_disk)
-        if not short or (asked == name == "none"):  # an estimate does not forbid what a user knows better
-            if asked != "auto":
-                return plan, f"--offload {name}, as asked"
-            because = f": {'; '.join(reasons)}" if reasons else ": everything fits"
-            return plan, f"--offload auto picks {name}{because}"
-        lacking[name] = short
-        reasons.append(f"{name} needs {' and '.join(map(str, short))}")
-    raise SettingsError(f"--offload {asked}: does not fit: {'; '.join(reasons)}; {remedy(lacking)}")
+            if carry == "retake":  # as many as the analysis took
+                reached = [max(record.added[0].outputs, record.added[0].inputs)]
+            else:  # beyond half of the directions, the others are stored
+                reached = [count, min(count + added, max(count, d // 2))]
+            yield max(0, max(stored_columns(d, k) for k in reached) - columns) * d * size
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +139,40 @@ def shortages(plan: Footprint, kind: str, free_device: float, free_host: float, 
         needs = [Shortage("GPU memory", on_device, free_device), Shortage("host memory", on_host, free_host)]
     needs.append(Shortage("disk", sum(plan.disk.values()), free_disk))
     return [need for need in needs if need.exists]
+
+
+def choose(
+    found: dict[str, Footprint], device: torch.device, asked: Offload, disk: Path, replaced: Path | None = None
+) -> tuple[Footprint, str]:
+    """The first way that fits, or the one that was asked for; and why, in a line.
+
+    Args:
+        found: by offload.
+        device: where to compute.
+        asked: `auto` to choose.
+        disk: a path on the disk that files would go to.
+        replaced: what a killed run left there, which goes first.
+
+    Raises:
+        SettingsError: if the host's memory, or the disk, does not suffice for what was asked or for any.
+    """
+    free_device, free_host = available_memory(device)
+    free_disk = available_disk(disk)
+    if replaced is not None:  # blocks, since files may have holes
+        free_disk += sum(file.stat().st_blocks * 512 for file in replaced.rglob("*") if file.is_file())
+    reasons: list[str] = []
+    lacking: dict[str, list[Shortage]] = {}
+    for name in _TIERS if asked == "auto" else (asked,):
+        plan = found[name]
+        short = shortages(plan, device.type, free_device, free_host, free_disk)
+        if not short or (asked == name == "none"):  # an estimate does not forbid what a user knows better
+            if asked != "auto":
+                return plan, f"--offload {name}, as asked"
+            because = f": {'; '.join(reasons)}" if reasons else ": everything fits"
+            return plan, f"--offload auto picks {name}{because}"
+        lacking[name] = short
+        reasons.append(f"{name} needs {' and '.join(map(str, short))}")
+    raise SettingsError(f"--offload {asked}: does not fit: {'; '.join(reasons)}; {remedy(lacking)}")
 
 
 def check_waiting(plan: Footprint, directory: Path) -> None:
