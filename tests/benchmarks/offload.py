@@ -203,8 +203,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/sculptor-scratch"))
     parser.add_argument("--keep-inputs", action="store_true")
+    parser.add_argument("--limit", type=float, help="GB of GPU memory that torch may take, cache and all")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if options.limit is not None:
+        torch.cuda.set_per_process_memory_fraction(
+            1e9 * options.limit / torch.cuda.get_device_properties(0).total_memory
+        )
     checkpoint = open_checkpoint(options.model)
     architecture = inspect_architecture(checkpoint)
     archive: Any = RandomArchive(checkpoint, architecture, options.preserve, device)
