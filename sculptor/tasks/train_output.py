@@ -31,12 +31,11 @@ from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.examples import Encoded
-from sculptor.model.load import LoadedModel, load_streamed
+from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.memory import settle, spread_rows, write_factors
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
-from sculptor.training.protect import merge, protected_matrices
 from sculptor.training.settings import TrainSettings
 from sculptor.training.updates import Updates, merge_trained
 
@@ -160,13 +159,17 @@ def _remember(
 ) -> None:
     """Adds the moments of the finished task to those of the archive, from a few hundred of its rows."""
     records = matrices.waiting
-    if loaded.stream is None:
-        _free_training(job, loaded, updates, records)
+    # Of what was written, rounding and all: the archive belongs to that, however the model was trained.
+    merged, stream, device = open_checkpoint(staged), loaded.stream, loaded.device
+    updates.close()
+    if stream is not None:
+        loaded = load_streamed(merged, device, stream.weights.scratch.tier, progress=progress)
     else:
-        updates.close()
-        tier = loaded.stream.weights.scratch.tier
-        merged = open_checkpoint(staged)
-        loaded = load_streamed(merged, loaded.device, tier, progress=progress)
+        for value in (*loaded.model.parameters(), *loaded.model.buffers()):
+            value.data = value.data.new_empty(0)  # the moments need the room
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        loaded = load_model(merged, device)
     settings = AnalyzeSettings.from_json(job.archive.manifest.settings)
     targets = [target for target in job.architecture.targets if target.name in records]
     assert job.settings.memory_rows is not None
@@ -180,20 +183,6 @@ def _remember(
     for name in records:
         frozen = writer.record(name).staircase.num_free == 0
         matrices.reports[name] = replace(matrices.reports[name], frozen=frozen)
-
-
-def _free_training(job: TrainJob, loaded: LoadedModel, updates: Updates, records: Mapping[str, MatrixRecord]) -> None:
-    """Merges a resident model in place and gives back what only training needs: the moments need the room."""
-    if protected_matrices(loaded.model):
-        merge(loaded.model)
-    loaded.model.requires_grad_(False)
-    updates.close()
-    if loaded.device.type == "cuda":
-        torch.cuda.empty_cache()
-    first = next(target.parameter for target in job.architecture.targets if target.name in records)
-    dtype = loaded.model.get_parameter(first).dtype
-    for value in updates.extra.values():  # trained in float32; without autocast, one dtype has to do
-        value.data = value.data.to(dtype)
 
 
 def _files_of(

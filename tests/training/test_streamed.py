@@ -221,15 +221,18 @@ def test_a_block_that_the_last_micro_batch_skips_counts(clip_by: str, atol: floa
     Task(tmp_path, "opt-skipping").compare(("none", "cpu"), atol, max_steps=8, clip_by=clip_by)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("basis", "offload"), [("curvature", "cpu"), ("curvature", "disk"), ("inputs", "disk")])
-def test_an_archive_with_moments_goes_on_the_same(basis: str, offload: str, tmp_path: Path) -> None:
-    task = Task(tmp_path, basis=basis)
+def test_an_archive_with_moments_goes_on_the_same(basis: str, offload: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of the weights that were written, which with bf16 are not those that were trained."""
+    task = Task(tmp_path, basis=basis, dtype=dtype)
     for name in ("none", offload):
-        assert task.run(name, settings(name, memory_rows=8)).carry == "merge"
+        run = task.run(name, settings(name, memory_rows=8, also_train=("norm",)))
+        assert run.carry == "merge"
     assert lines_of(tmp_path / "none") == lines_of(tmp_path / offload)
     assert_same_tensors(tensors_of(tmp_path / "none"), tensors_of(tmp_path / offload))
     archives = [Archive(tmp_path / name / "subspaces") for name in ("none", offload)]
-    assert_same_tensors(tensors_of(archives[0].path), tensors_of(archives[1].path), atol=1e-5)
+    assert_same_tensors(tensors_of(archives[0].path), tensors_of(archives[1].path))
     assert [record.steps for record in archives[0].values()] == [record.steps for record in archives[1].values()]
     assert not (tmp_path / f"{offload}.partial").exists()
     assert verify(task.model, tmp_path / offload, tmp_path / "archive", device="cpu").passed
