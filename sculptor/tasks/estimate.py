@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sculptor.errors import SettingsError
 from sculptor.model.load import resolve_device
 from sculptor.numerics.bases import stored_columns
 from sculptor.numerics.staircase import Constraint, Staircase
-from sculptor.tasks.placement import Shortage, archive_shapes, available_disk, available_memory, shortages
+from sculptor.tasks.placement import Shortage, archive_shapes, available_disk, available_memory, existing, shortages
 from sculptor.training.footprint import Footprint, MatrixShape, Side, Workload, footprints
 
 _ASSUMED = {"tflops": 300.0, "link": 25.0, "disk": 2.0}
@@ -69,6 +70,11 @@ class EstimateSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise SettingsError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+        if self.fused and self.batch_size > self.micro_batch_size:
+            raise SettingsError(
+                f"--fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} needs the gradients of "
+                "all of them first; set --micro-batch-size to --batch-size"
+            )
         if not 0 <= self.preserve < 1:
             raise SettingsError(f"--preserve {self.preserve}: expected 0 to below 1")
 
@@ -244,13 +250,11 @@ def _speeds(
     measured = []
     for name, measure in measures.items():
         given = getattr(settings, name)
-        if given is not None:
-            speeds[name] = given
-        elif name == "disk" or (here and (name != "link" or device.type == "cuda")):
-            speeds[name] = measure()
-            measured.append(name)
-        else:
-            speeds[name] = _ASSUMED[name]
+        speeds[name] = _ASSUMED[name] if given is None else given
+        if given is None and (name == "disk" or (here and (name != "link" or device.type == "cuda"))):
+            with suppress(OSError):  # a disk that is full or read-only is assumed to be like others
+                speeds[name] = measure()
+                measured.append(name)
     speeds["eigen"] = _measure_eigen(device if here else torch.device("cpu"))
     return speeds, tuple(measured)
 
@@ -288,8 +292,7 @@ def _measure_link(device: torch.device) -> float:
 def _measure_disk(directory: Path) -> float:
     """Writing, then reading past the cache, one after the other."""
     block = os.urandom(2**20) * 64
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory) as file:
+    with tempfile.TemporaryFile(dir=existing(directory)) as file:
         started = time.perf_counter()
         file.write(block)
         file.flush()

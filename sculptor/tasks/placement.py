@@ -123,11 +123,16 @@ def remedy(lacking: Mapping[str, Sequence[Shortage]]) -> str:
     return " and ".join(needed or [f"{memory}, or {disk}"])
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that is there."""
+    return next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.exists())
+
+
 def available_disk(path: Path) -> float:
     """Free bytes where a file would go; infinite if the place does not say, since writing there will."""
     import shutil
 
-    usage = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists()))
+    usage = shutil.disk_usage(existing(path))
     return float(usage.free) if usage.total else float("inf")
 
 
@@ -165,7 +170,9 @@ def choose(
     for name in _TIERS if asked == "auto" else (asked,):
         plan = found[name]
         short = shortages(plan, device.type, free_device, free_host, free_disk)
-        if not short or (asked == name == "none"):  # an estimate does not forbid what a user knows better
+        if asked == "none":  # what activations take is an estimate, which does not forbid what a user knows better
+            short = [of for of in short if of.what == "disk"]
+        if not short:
             if asked != "auto":
                 return plan, f"--offload {name}, as asked"
             because = f": {'; '.join(reasons)}" if reasons else ": everything fits"

@@ -1,6 +1,7 @@
 """`sculptor.stream`: a protected model larger than memory, for a training loop of one's own."""
 
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.checkpoint.staging import check_apart, commit, staging
+from sculptor.checkpoint.staging import check_apart, commit, staging, writing
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed, resolve_device
@@ -23,6 +24,26 @@ from sculptor.training.footprint import Workload, footprints
 from sculptor.training.settings import TrainSettings
 from sculptor.training.updates import merge_trained
 
+_USED = {
+    "offload", "learning_rate", "weight_decay", "clip", "clip_by", "soften", "optimizer_mode", "optimizer_on",
+    "offload_inputs", "device", "batch_size", "micro_batch_size",
+}  # fmt: skip
+
+
+def _check(settings: TrainSettings, directory: str | Path | None) -> None:
+    """Refuses what would have no effect."""
+    idle = [
+        field.name
+        for field in fields(settings)
+        if field.name not in _USED and getattr(settings, field.name) != field.default
+    ]
+    if directory is not None and settings.offload == "cpu":
+        idle.append("directory")
+    if idle:
+        raise SettingsError(
+            f"without effect in a loop of your own with offload={settings.offload!r}: {', '.join(idle)}"
+        )
+
 
 class StreamedModel:
     """A transformers model of which one block at a time is on the device, and the optimizer of its free coordinates.
@@ -33,8 +54,10 @@ class StreamedModel:
     Args:
         model: a checkpoint directory or hub name.
         archive: its subspace archive, or its path.
-        settings: `offload` (cpu or disk), `learning_rate`, `weight_decay`, `clip`, `clip_by`, `soften`, `optimizer_mode`,
-            `optimizer_on`, `offload_inputs`, `device`; the others are the loop's own affair.
+        settings: `offload` (cpu or disk), `learning_rate`, `weight_decay`, `clip` (by default the norm is clipped at 1, as in
+            `train`), `clip_by`, `soften`, `optimizer_mode`, `optimizer_on`, `offload_inputs`, `device`; what is the loop's own
+            affair is refused. With `optimizer_mode="fused"` a step has one `backward`, and `batch_size` is given as
+            `micro_batch_size` is.
         directory: for files, with `offload="disk"`; default the system's place for temporary ones.
         progress: makes progress bars.
 
@@ -56,6 +79,7 @@ class StreamedModel:
             raise SettingsError(
                 f"--offload {settings.offload}: use cpu or disk; for a resident model, sculptor.protect"
             )
+        _check(settings, directory)
         self.archive = archive if isinstance(archive, Archive) else Archive(archive)
         self.settings = resolve_settings(settings, self.archive)
         self.checkpoint = open_checkpoint(model)
@@ -66,6 +90,9 @@ class StreamedModel:
         # What waits is known; what a batch takes is the loop's own affair.
         plan = footprints(self.checkpoint, architecture, shapes, device, Workload(tokens=1, micro_batches=1))
         check_waiting(plan[settings.offload], Path(directory or tempfile.gettempdir()))
+        if directory is not None:
+            with writing(Path(directory)):
+                Path(directory).mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-", dir=directory)
         self.loaded = load_streamed(
             self.checkpoint,

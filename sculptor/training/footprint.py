@@ -164,6 +164,7 @@ class _Sizes:
         self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
         forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
         self.operations = 4 * forward  # forward, again, and twice as much backward
+        self.operations_at_once = (4 if work.recompute else 3) * forward
         per_fold = sum(_fold_operations(m) for m in matrices)
         self.folding = per_fold * (work.micro_batches + 1)
 
@@ -194,7 +195,7 @@ class _Sizes:
             "work space": RUNTIME[self.kind] + 12 * self.largest,
         } | self.extra()
         host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
-        return Footprint("none", device, host, self.files(), self.operations, self.folding)
+        return Footprint("none", device, host, self.files(), self.operations_at_once, self.folding)
 
     def streamed(self, tier: Tier) -> Footprint:
         slots = 2 if self.kind == "cuda" else 1

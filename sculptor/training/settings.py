@@ -112,13 +112,20 @@ class TrainSettings:
             ),
             (self.optimizer_on in ("auto", "host", "device"), f"--optimizer-on {self.optimizer_on}: unknown"),
             (
-                self.optimizer_on != "host" or (self.offload in ("cpu", "auto") and self.optimizer_mode == "exact"),
-                f"--optimizer-on host without effect with --offload {self.offload} --optimizer-mode {self.optimizer_mode}; "
-                "use --offload cpu and exact",
+                self.optimizer_on != "host" or self.offload in ("cpu", "auto"),
+                f"--optimizer-on host without effect with --offload {self.offload}; use --offload cpu",
             ),
             (
-                self.offload != "none" or (self.offload_inputs is None and self.optimizer_mode == "exact"),
-                "--offload-inputs, --keep-inputs and --optimizer-mode fused without effect with --offload none",
+                self.optimizer_on != "host" or self.optimizer_mode == "exact",
+                "--optimizer-on host without effect with --optimizer-mode fused; use exact",
+            ),
+            (
+                self.offload != "none" or self.offload_inputs is None,
+                "--offload-inputs and --keep-inputs without effect with --offload none; use cpu or disk",
+            ),
+            (
+                self.offload != "none" or self.optimizer_mode == "exact",
+                "--optimizer-mode fused without effect with --offload none; use cpu or disk",
             ),
             (
                 self.offload not in ("cpu", "disk") or self.checkpoint_activations is not False,

@@ -111,6 +111,23 @@ def test_a_loop_of_ones_own_learns_beforehand_what_does_not_fit(
     for offload, what in expected.items():
         settings = sculptor.TrainSettings(offload=offload, device="cpu")  # type: ignore[arg-type]
         with pytest.raises(sculptor.SculptorError, match=rf"--offload {offload} needs [\d.]+ [MG]B of {what}"):
-            sculptor.stream(tmp_path / "model", tmp_path / "archive", settings, directory=tmp_path)
+            sculptor.stream(tmp_path / "model", tmp_path / "archive", settings)
         monkeypatch.setattr(placement, "available_memory", lambda _: (1e10, 1e10))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "model"]
+
+
+def test_a_loop_of_ones_own_refuses_what_would_have_no_effect(tmp_path: Path) -> None:
+    settings = sculptor.TrainSettings(offload="cpu", also_train=("norm",), save_dtype="float32", device="cpu")
+    with pytest.raises(sculptor.SculptorError, match=r"without effect in a loop of your own .*also_train, save_dtype"):
+        sculptor.stream(tmp_path / "model", tmp_path / "archive", settings)
+    with pytest.raises(sculptor.SculptorError, match=r"without effect .*: directory"):
+        sculptor.stream(tmp_path, tmp_path, sculptor.TrainSettings(offload="cpu"), directory=tmp_path)
+
+
+def test_a_loop_of_ones_own_makes_the_directory_for_its_files(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    settings = sculptor.TrainSettings(offload="disk", learning_rate=1e-2, device="cpu")
+    with sculptor.stream(tmp_path / "model", tmp_path / "archive", settings, directory=tmp_path / "a" / "b"):
+        assert list((tmp_path / "a" / "b").iterdir())
+    assert not list((tmp_path / "a" / "b").iterdir())

@@ -14,7 +14,7 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed
-from sculptor.tasks import placement, train
+from sculptor.tasks import estimate, placement, train
 from sculptor.tasks.placement import archive_shapes, choose
 from sculptor.training import state
 from sculptor.training.footprint import Footprint, Workload, footprints
@@ -69,7 +69,12 @@ def test_the_table_fits_and_gives_a_verdict(cli: Callable[..., Result], tmp_path
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [(["--preserve", "1"], "--preserve"), (["--tflops", "0"], "--tflops"), (["--batch-size", "-1"], "--batch-size")],
+    [
+        (["--preserve", "1"], "--preserve"),
+        (["--tflops", "0"], "--tflops"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--fused"], "--micro-batch-size"),
+    ],
 )
 def test_bad_settings_are_named(cli: Callable[..., Result], tmp_path: Path, options: list[str], named: str) -> None:
     save_checkpoint(tmp_path / "model")
@@ -144,7 +149,37 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     found = cli(*arguments, "--output", tmp_path / "tuned", "--offload", "cpu")
     assert found.code == 2
     assert "--offload cpu: does not fit" in found.err
+    monkeypatch.setattr(placement, "available_disk", lambda _: 1e4)
+    found = cli(*arguments, "--output", tmp_path / "tuned", "--offload", "none")  # activations are the user's affair
+    assert found.code == 2
+    assert "--offload none: does not fit: none needs 0.2 MB of disk (0.0 MB free); free some space" in found.err
     assert not list(tmp_path.glob("tuned*"))
+
+
+def test_a_disk_that_cannot_be_measured_is_assumed(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "model")
+
+    def full(_: Path) -> float:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(estimate, "_measure_disk", full)
+    found = cli("estimate", tmp_path / "model", "--tflops", 1, "--directory", tmp_path / "not" / "there")
+    assert found.code == 0
+    assert "2 GB/s disk (given or assumed)" in found.out
+    assert not (tmp_path / "not").exists()
+
+
+def test_computing_again_costs_a_forward_pass(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "model"))
+    architecture = inspect_architecture(checkpoint)
+    kept, again = (
+        footprints(checkpoint, architecture, (), CPU, Workload(64, 1, recompute=recompute))
+        for recompute in (False, True)
+    )
+    assert 3 * again["none"].operations == 4 * kept["none"].operations
+    assert again["cpu"].operations == kept["cpu"].operations == again["none"].operations
 
 
 @pytest.mark.parametrize(
