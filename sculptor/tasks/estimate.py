@@ -157,6 +157,9 @@ def estimate(
         SculptorError: if the checkpoint or the archive cannot be used.
     """
     settings = settings or EstimateSettings()
+    assumed = EstimateSettings()
+    if subspaces is not None and (settings.preserve, settings.constraint) != (assumed.preserve, assumed.constraint):
+        raise SettingsError("--preserve and --constraint without effect with --subspaces: the archive says both")
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
     device = resolve_device(settings.device) if settings.gpu_memory is None else torch.device("cuda")

@@ -133,6 +133,9 @@ def test_an_archive_of_another_model_is_refused(cli: Callable[..., Result], tmp_
     for family in ("llama", "gpt2"):
         save_checkpoint(tmp_path / family, family)
     sculptor.analyze(tmp_path / "gpt2", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    clash = cli("estimate", tmp_path / "gpt2", "--subspaces", tmp_path / "archive", "--preserve", 0.9)
+    assert clash.code == 2
+    assert "--preserve and --constraint without effect with --subspaces" in clash.err
     found = cli("estimate", tmp_path / "llama", "--subspaces", tmp_path / "archive")
     assert found.code == 1
     assert "run `sculptor analyze` on this checkpoint" in found.err
