@@ -219,6 +219,7 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
     longest = max((example.length for example in job.encoded.examples), default=1)
     settings = job.settings
     rows, micro = job.settings.batch_size, min(job.settings.micro_batch_size, job.settings.batch_size)
+    assert settings.carry is not None
     steps = settings.total_steps(-(-len(job.encoded.examples) // rows))
     work = Workload(
         tokens=rows * longest,
@@ -228,9 +229,7 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
         on_host=optimizer_on_host(job.settings, "cpu", device),
         recompute=device.type == "cuda" if settings.checkpoint_activations is None else settings.checkpoint_activations,
         num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
-        written=output_bytes(
-            job.checkpoint, job.archive, resolve_carry(settings.carry, job.archive), cast_to(settings)
-        ),
+        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
         saves=-(-steps // settings.steps_between_saves(steps)),
         evaluates=job.evaluation is not None,
     )
@@ -241,9 +240,8 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
 def _placed(settings: TrainSettings, offload: Offload) -> tuple[TrainSettings, list[str]]:
     """The settings for where `auto` put the model, and the options that have no effect there."""
     resident = offload == "none"
-    concerns: dict[
-        str, tuple[bool, str, tuple[Any, Any]]
-    ] = {  # by name: whether it matters; the default and what is done
+    # By name: whether it matters there, the option, and the values that ask for what is done anyway, default first.
+    concerns: dict[str, tuple[bool, str, tuple[Any, Any]]] = {
         "optimizer_on": (offload == "cpu", "--optimizer-on", ("auto", "device")),
         "optimizer_mode": (not resident, "--optimizer-mode fused", ("exact", "exact")),
         "offload_inputs": (not resident, "--offload-inputs", (None, False)),

@@ -229,12 +229,12 @@ class _Sizes:
         loaded += 4 * n * micro if on_host else state + gradients  # A, and what is added to; the moments stay
         stored = (0 if on_host else state) + weights + gradients + inputs
         in_host = tier == "cpu"
+        in_files = {} if in_host or not self.pristine else waiting  # what does not change is read where it is
         return Footprint(
             tier,
             device,
             (waiting | {"pristine weights": float(self.pristine)} if in_host else {}) | kept | staging | runtime,
-            ({} if in_host or not self.pristine else waiting)
-            | self.files(),  # what does not change is read where it is
+            in_files | self.files(),
             self.operations,
             self.folding,
             loaded=loaded,
