@@ -1,7 +1,7 @@
 """Names in the files matched to parameters of the model, by the rules transformers itself loads with."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -32,42 +32,36 @@ def match_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
     Tensors that loading would split, stack or otherwise convert have no single name and are left out.
     """
+    return {parameter: name for name, parameter, pattern, _ in _matches(model, names) if pattern is None}
+
+
+def find_converted(model: Any, names: Iterable[str]) -> dict[str, Conversion]:
+    """Parameters that loading makes of several or other tensors (stacked experts), by transformers' own rules."""
+    from transformers.core_model_loading import dot_natural_key
+
+    converters: dict[str, Any] = {}
+    collected: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, parameter, pattern, converter in _matches(model, sorted(names, key=dot_natural_key)):
+        if pattern is not None:
+            converters.setdefault(parameter, converter)
+            collected[parameter].append((name, pattern))
+    return {
+        parameter: Conversion(model, parameter, converters[parameter], tuple(sources))
+        for parameter, sources in collected.items()
+    }
+
+
+def _matches(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+    """Name, the parameter it is loaded into, and what converts it on the way: its pattern and rule, or None."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    found = {}
-    for name in names:
-        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if pattern is None and parameter in state:
-            found[parameter] = name
-    return found
-
-
-def find_converted(model: Any, names: Iterable[str]) -> dict[str, Conversion]:
-    """Parameters that loading makes of several or other tensors (stacked experts), by transformers' own rules."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
-    collected: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name in sorted(names, key=dot_natural_key):
+    for name in names:
         parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if pattern is not None and parameter in state:
-            collected[parameter].append((name, pattern))
-    return {
-        parameter: Conversion(model, parameter, by_pattern[sources[0][1]], tuple(sources))
-        for parameter, sources in collected.items()
-    }
+        if parameter in state:
+            yield name, parameter, pattern, None if pattern is None else by_pattern.get(pattern)
