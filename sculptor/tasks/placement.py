@@ -189,13 +189,10 @@ def check_waiting(plan: Footprint, directory: Path) -> None:
         SettingsError: if host memory or disk does not suffice.
     """
     _, free_host = available_memory(torch.device("cpu"))
-    needs = (
-        (Shortage("host memory", sum(plan.host.values()), free_host), 'use offload="disk"'),
-        (Shortage("disk", sum(plan.disk.values()), available_disk(directory)), f"free some space in {directory}"),
-    )
-    for need, advice in needs:
-        if need.exists:
-            raise SettingsError(f"--offload {plan.offload} needs {need}; {advice}")
+    short = shortages(plan, "cuda", float("inf"), free_host, available_disk(directory))
+    if short:
+        advice = f"free some space in {directory}" if short[0].what == "disk" else 'use offload="disk"'
+        raise SettingsError(f"--offload {plan.offload} needs {short[0]}; {advice}")
 
 
 def open_model(
