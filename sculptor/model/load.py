@@ -38,6 +38,11 @@ class LoadedModel:
         found = self.tokenizer.pad_token_id
         return int(found if found is not None else self.tokenizer.eos_token_id or 0)
 
+    def close(self) -> None:
+        """Gives back what its blocks take elsewhere; a streamed model cannot be used any more."""
+        if self.stream is not None:
+            self.stream.close()
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is the first GPU there is, else the CPU.
@@ -67,7 +72,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
         CheckpointError: if weights are missing, or there is no tokenizer.
     """
     architecture = architecture or inspect_architecture(checkpoint)
-    _check_head(checkpoint, architecture)
+    check_head(checkpoint, architecture)
     cls = model_class(checkpoint.config, checkpoint.path)
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
@@ -125,7 +130,7 @@ def load_streamed(
         SettingsError: if the host does not give enough memory.
     """
     architecture = architecture or inspect_architecture(checkpoint)
-    _check_head(checkpoint, architecture)
+    check_head(checkpoint, architecture)
     try:
         model, stream = stream_model(
             checkpoint,
@@ -144,7 +149,12 @@ def load_streamed(
     return LoadedModel(checkpoint, architecture, model, tokenizer, device, stream)
 
 
-def _check_head(checkpoint: Checkpoint, architecture: Architecture) -> None:
+def check_head(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Checks that a checkpoint's model predicts tokens.
+
+    Raises:
+        CheckpointError: if it has no language-modelling head.
+    """
     if architecture.kind == "headless":
         raise CheckpointError(
             f"{checkpoint.path}: {architecture.model_class} has no language-modelling head; expected a causal, masked or "

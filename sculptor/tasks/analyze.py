@@ -118,13 +118,10 @@ def analyze(
             writer.resume()
             if settings.has_moments:
                 loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
-                try:
+                with closing(loaded):
                     sources += sample_sources(loaded, settings, progress)
                     records = [_new_record(checkpoint, target, settings, digests[target.name]) for target in targets]
                     write_factors(loaded, records, targets, sources, settings, writer, None, progress)
-                finally:
-                    if loaded.stream is not None:
-                        loaded.stream.close()
                 settle(writer, settings, [source.weight for source in sources])
             else:
                 _check_finite(checkpoint, {target.name for target in targets}, progress)

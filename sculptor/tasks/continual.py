@@ -263,8 +263,7 @@ class _Run:
             found = measure(self.rows[task.name], task.labels)
             scores[task.name] = TaskScore(found.accuracy, found.exact_match, found.loss)
         general = measure(self.general, None).loss if self.general else None
-        if loaded.stream is not None:
-            loaded.stream.close()
+        loaded.close()
         self.stages.append(Stage(name, scores, general, archive_bytes, seconds))
         write_json(self.partial / SCORES_NAME, {"key": self.key, "stages": [asdict(stage) for stage in self.stages]})
 

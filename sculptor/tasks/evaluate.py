@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +77,8 @@ def evaluate(
     architecture = inspect_architecture(checkpoint)
     tokens = batch_size * resolve_max_length(max_length, architecture.max_positions)
     loaded = open_model(checkpoint, resolve_device(device), architecture, offload, tokens=tokens, progress=progress)
-    try:
-        found = evaluate_rows(loaded, rows, labels, max_length, batch_size, generate=True, progress=progress)
-    finally:
-        if loaded.stream is not None:
-            loaded.stream.close()
-    return found
+    with closing(loaded):
+        return evaluate_rows(loaded, rows, labels, max_length, batch_size, generate=True, progress=progress)
 
 
 def evaluate_rows(

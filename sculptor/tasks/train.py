@@ -20,9 +20,9 @@ from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging
 from sculptor.data.examples import digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
-from sculptor.errors import CapacityError, CheckpointError, DataError, SettingsError
+from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.evaluation.loss import mean_loss
-from sculptor.model.load import LoadedModel, load_tokenizer, resolve_device
+from sculptor.model.load import LoadedModel, check_head, load_tokenizer, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.placement import archive_shapes, choose, output_bytes
 from sculptor.tasks.train_output import TrainJob, cast_to, write_output
@@ -124,11 +124,7 @@ def _open_job(
 ) -> TrainJob:
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
-    if architecture.kind == "headless":
-        raise CheckpointError(
-            f"{checkpoint.path}: {architecture.model_class} has no language-modelling head to train with; expected a causal, "
-            'masked or encoder-decoder language model in "architectures"'
-        )
+    check_head(checkpoint, architecture)
     archive = Archive(subspaces)
     if not any(record.staircase.num_free for record in archive.values()):
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")

@@ -176,10 +176,9 @@ def _remember(
     assert job.settings.memory_weight is not None
     chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
     source = Source(job.name, chosen, job.settings.memory_weight)
-    write_factors(loaded, list(records.values()), targets, [source], settings, writer, job.archive, progress)
+    with closing(loaded):
+        write_factors(loaded, list(records.values()), targets, [source], settings, writer, job.archive, progress)
     settle(writer, settings, [*job.archive.manifest.source_weights, source.weight])
-    if loaded.stream is not None:
-        loaded.stream.close()
     for name in records:
         frozen = writer.record(name).staircase.num_free == 0
         matrices.reports[name] = replace(matrices.reports[name], frozen=frozen)
