@@ -227,6 +227,20 @@ def test_what_a_run_needs_of_the_disk_is_planned(
     assert max(taken) - headers <= planned <= 1.5 * max(taken)
 
 
+@pytest.mark.parametrize("carry", ["accumulate", "retake"])
+def test_an_archive_that_grows_is_planned(tmp_path: Path, carry: Any) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.1))
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    settings = sculptor.TrainSettings(max_steps=3, learning_rate=1e-2, carry=carry)
+    sculptor.train(tmp_path / "model", tmp_path / "archive", [rows], tmp_path / "tuned", settings)
+    checkpoint, before = open_checkpoint(tmp_path / "model"), sculptor.Archive(tmp_path / "archive")
+    after = sculptor.Archive(tmp_path / "tuned" / "subspaces")
+    assert (after.num_bytes > 1.5 * before.num_bytes) == (carry == "accumulate")
+    planned = placement.output_bytes(checkpoint, before, carry, None) - checkpoint.num_bytes
+    assert after.num_bytes - 1000 <= planned <= 1.3 * after.num_bytes  # a header names more
+
+
 @pytest.mark.parametrize("change", [{"also_train": ("norm",)}, {"optimizer_on": "host"}, {"optimizer_mode": "fused"}])
 def test_settings_reach_the_plan(tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path / "model")

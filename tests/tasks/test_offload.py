@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 import sculptor
+from sculptor.streaming.regions import HostRegion
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
@@ -54,3 +56,32 @@ def test_a_streamed_evaluation_gives_the_same_figures(cli: Callable[..., Result]
     ]
     assert found[0] == found[1] == found[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("task", ["analyze", "evaluate", "train"])
+def test_host_memory_is_given_back(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    rows = str(write_rows(tmp_path / "rows.jsonl", task_rows()))
+    settings = sculptor.AnalyzeSettings(basis="curvature", data=(rows,), device="cpu", budget=0.7)
+    sculptor.analyze(model, tmp_path / "archive", settings, offload="none")
+    held: list[HostRegion] = []
+    begin, close = HostRegion.__init__, HostRegion.close
+
+    def opened(region: HostRegion, *rest: Any) -> None:
+        begin(region, *rest)
+        held.append(region)
+
+    def closed(region: HostRegion) -> None:
+        close(region)
+        held.remove(region)
+
+    monkeypatch.setattr(HostRegion, "__init__", opened)
+    monkeypatch.setattr(HostRegion, "close", closed)
+    if task == "analyze":
+        sculptor.analyze(model, tmp_path / "out", settings, offload="cpu")
+    elif task == "evaluate":
+        sculptor.evaluate(model, [rows], device="cpu", offload="cpu")
+    else:
+        chosen = sculptor.TrainSettings(max_steps=2, offload="cpu", device="cpu", memory_rows=8)
+        sculptor.train(model, tmp_path / "archive", [rows], tmp_path / "out", chosen)
+    assert not held
