@@ -9,6 +9,7 @@ and nothing. Waiting is done by the device, on events.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sculptor.streaming.inputs import InputStore
 from sculptor.streaming.layout import Layout
-from sculptor.streaming.parts import join, parts_work, split_call
+from sculptor.streaming.parts import is_norm, join, parts_work, split_call
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket, Transfers
 from sculptor.streaming.weights import BlockWeights
@@ -56,7 +57,8 @@ class BlockStream:
         slots: device memory for blocks, which counts how often each was brought there.
         recompute: what to enter around the second run of a block, in the backward pass.
         observer: what training adds.
-        part_tokens: of a batch with more tokens, a block sees so many at a time; None for all at once.
+        part_tokens: of a batch with more tokens, a block sees so many at a time, and so does a norm outside of the
+            blocks; None for all at once.
     """
 
     def __init__(
@@ -89,11 +91,17 @@ class BlockStream:
         for i, block in enumerate(blocks.values()):
             block.forward = self._streamed(i, block)
         self._blocks = list(blocks.values())
+        self._norms = [module for path, module in model.named_modules() if is_norm(module) and not self._inside(path)]
+        for norm in self._norms:
+            norm.forward = self._in_parts(norm)
 
     @property
     def layouts(self) -> Sequence[Layout]:
         """Of the parameters of each block."""
         return self.weights.layouts
+
+    def _inside(self, path: str) -> bool:
+        return path.startswith(tuple(block + "." for block in self.paths))
 
     def _begin(self) -> None:
         self._calls = 0
@@ -118,8 +126,21 @@ class BlockStream:
                     self._parts_work = parts_work(block, forward, (args, kwargs), parts)
             if parts is None or not self._parts_work:
                 return self._checkpointed(index, call, 0, forward, args, kwargs)
-            sizes = [part[0][0].shape[0] for part in parts]
-            return join([self._checkpointed(index, call, i, forward, *part) for i, part in enumerate(parts)], sizes)
+            found = [self._checkpointed(index, call, i, forward, *part) for i, part in enumerate(parts)]
+            return join(found, [len(args[0]) for args, _ in parts])
+
+        return run
+
+    def _in_parts(self, norm: nn.Module) -> Callable[..., Any]:
+        """A norm between or after the blocks, which would keep float32 copies of a whole batch."""
+        forward = norm.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            parts = split_call(args, kwargs, self.part_tokens) if self.part_tokens and torch.is_grad_enabled() else None
+            if parts is None:
+                return forward(*args, **kwargs)
+            again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            return join([again(*args, **kwargs) for args, kwargs in parts], [len(args[0]) for args, _ in parts])
 
         return run
 
@@ -217,11 +238,12 @@ class BlockStream:
         return [self.transfers.load(lambda: self.weights.load(index, slot.memory), after)]
 
     def close(self) -> None:
-        """Gives the blocks their own `forward` back, and the memory. Their parameters hold nothing then."""
+        """Gives the blocks and norms their own `forward` back, and the memory. Their parameters hold nothing then."""
         self._hook.remove()
-        for block in self._blocks:
-            del block.forward
+        for module in (*self._blocks, *self._norms):
+            del module.forward
         self._blocks.clear()
+        self._norms.clear()
         self.transfers.close()
         self.weights.close()
         self.slots.close()

@@ -28,18 +28,26 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> li
     if count < 2:
         return None
     size = -(-rows // count)
-    bounds = [(start, min(start + size, rows)) for start in range(0, rows, size)]
-    return [(_rows_of(args, rows, *bound), _rows_of(kwargs, rows, *bound)) for bound in bounds]
+    sizes = [min(size, rows - start) for start in range(0, rows, size)]
+    return list(zip(_split(args, sizes), _split(kwargs, sizes), strict=True))
 
 
-def _rows_of(value: Any, rows: int, start: int, stop: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.ndim > 1 and value.shape[0] == rows else value
-    if isinstance(value, tuple | list):
-        return type(value)(_rows_of(item, rows, start, stop) for item in value)
+def _split(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
+    """A value for each part; what does not belong to rows is the same for all."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == sum(sizes):
+        return value.split(list(sizes))
     if isinstance(value, dict):
-        return {key: _rows_of(item, rows, start, stop) for key, item in value.items()}
-    return value
+        parts = {key: _split(item, sizes) for key, item in value.items()}
+        return [{key: part[i] for key, part in parts.items()} for i in range(len(sizes))]
+    if isinstance(value, tuple | list):
+        items = [_split(item, sizes) for item in value]
+        return [type(value)(item[i] for item in items) for i in range(len(sizes))]
+    return [value] * len(sizes)
+
+
+def is_norm(module: torch.nn.Module) -> bool:
+    """Whether a module normalizes each token for itself."""
+    return isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
 def join(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
@@ -55,12 +63,17 @@ def join(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def parts_work(module: torch.nn.Module, forward: Callable[..., Any], whole: Call, parts: Sequence[Call]) -> bool:
-    """Whether the parts of a batch give what the whole does, dropout aside."""
+    """Whether the first two parts of a batch give apart what they give together, dropout aside.
+
+    Two tell what all would, and need no more memory than training in parts does.
+    """
+    both = sum(args[0].shape[0] for args, _ in parts[:2])
+    args, kwargs = _split(whole, [both, whole[0][0].shape[0] - both])[0]
     training = module.training
     module.eval()
     try:
-        expected = _first(forward(*whole[0], **whole[1]))
-        found = torch.cat([_first(forward(*args, **kwargs)) for args, kwargs in parts])
+        expected = _first(forward(*args, **kwargs))
+        found = torch.cat([_first(forward(*args, **kwargs)) for args, kwargs in parts[:2]])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError):

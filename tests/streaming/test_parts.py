@@ -12,7 +12,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import Batch
 from sculptor.model.load import load_streamed
 from sculptor.model.loss import batch_loss
-from sculptor.streaming.parts import join, parts_work, split_call
+from sculptor.streaming.parts import is_norm, join, parts_work, split_call
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,20 @@ def test_a_block_that_mixes_rows_is_found_out(generator: torch.Generator) -> Non
     assert parts_work(kept, kept.forward, ((x,), {}), parts)
 
 
+def test_the_trial_takes_two_parts_and_not_the_whole_batch(generator: torch.Generator) -> None:
+    x, mask = torch.randn(9, 4, 3, generator=generator), torch.randn(9, 1, generator=generator)
+    parts = split_call((x,), {"mask": mask}, tokens=8)
+    assert parts is not None
+    seen: list[tuple[int, int]] = []
+
+    def forward(hidden: Tensor, mask: Tensor) -> Tensor:
+        seen.append((len(hidden), len(mask)))
+        return hidden * mask[:, :, None]
+
+    assert parts_work(nn.Identity(), forward, ((x,), {"mask": mask}), parts)
+    assert seen == [(4, 4), (2, 2), (2, 2)]
+
+
 @pytest.mark.parametrize("keep_inputs", [True, False])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_parts_give_the_same_loss_and_gradients(
@@ -86,6 +100,34 @@ def test_parts_give_the_same_loss_and_gradients(
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "t5", "bert"])
+def test_no_norm_sees_a_whole_batch(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    kinds: set[Any] = {type(module) for module in FAMILIES[family]().modules() if is_norm(module)}
+    seen: list[int] = []
+    for kind in kinds:
+
+        def forward(self: Any, x: Tensor, forward: Any = kind.forward) -> Any:
+            seen.append(x.numel() // x.shape[-1])
+            return forward(self, x)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    loaded = load_streamed(open_checkpoint(save_checkpoint(tmp_path / "model", family)), CPU, "cpu")
+    assert loaded.stream is not None
+    loaded.stream.part_tokens = 9
+    for target in loaded.architecture.targets:
+        loaded.model.get_parameter(target.parameter).requires_grad_(True)
+    ids = torch.randint(4, 40, (4, 9), generator=generator)
+    loss = batch_loss(loaded.model, Batch(ids, torch.ones_like(ids), ids), loaded.kind).total
+    seen.clear()  # a trial takes two parts
+    loss.backward()  # type: ignore[no-untyped-call]
+    loaded.stream.end_backward()
+    batch_loss(loaded.model, Batch(ids, torch.ones_like(ids), ids), loaded.kind)
+    loaded.stream.close()
+    assert max(seen) == 9
 
 
 def test_a_smaller_batch_brings_back_no_parts_of_a_larger_one(
