@@ -35,7 +35,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> li
 def _split(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
     """A value for each part; what does not belong to rows is the same for all."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == sum(sizes):
-        return value.split(list(sizes))
+        return torch.split(value, list(sizes))
     if isinstance(value, dict):
         parts = {key: _split(item, sizes) for key, item in value.items()}
         return [{key: part[i] for key, part in parts.items()} for i in range(len(sizes))]

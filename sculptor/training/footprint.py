@@ -17,7 +17,7 @@ from sculptor.streaming.weights import STAGING_BYTES, Tier
 from sculptor.training.settings import Offload
 
 # Tokens that a block sees at a time in streamed training: more gain nothing, and their activations fill a device.
-PART_TOKENS = {"cuda": 16384}
+PART_TOKENS = {"cuda": 8192}
 # What torch and transformers take before any tensor: on a GPU its context and libraries' workspaces.
 RUNTIME = {"cuda": 0.7e9, "cpu": 0.45e9}
 # Activations inside a block over the widths of its matrices: norms in float32, attention, products of gates.

@@ -27,10 +27,9 @@ from sculptor.training.settings import TrainSettings
 from sculptor.training.streamed_block import StreamedBlock, StreamedMatrix, check_owners, prepare_block
 from sculptor.training.streamed_update import (
     BlockUpdater,
-    Factors,
+    Divisors,
     HostOptimizer,
     by_matrix,
-    factor,
     on_cpu,
     optimizer_on_host,
 )
@@ -38,6 +37,7 @@ from sculptor.training.updates import (
     MOMENTS,
     Tensors,
     Updates,
+    divisor,
     load_state,
     make_optimizer,
     tensors_of,
@@ -108,7 +108,7 @@ class StreamedUpdates(Updates, Observer):
         self._collected: set[int] = set()  # blocks whose gradients hold something of this step
         self._open: int | None = None
         self._rate = 0.0
-        self._host_factors: Factors = None
+        self._host_divisors: Divisors = None
         stream.observer = self
         if not getattr(model.config, "output_router_logits", False):  # a router's loss is over the whole batch
             stream.part_tokens = PART_TOKENS.get(self.device.type)
@@ -192,11 +192,13 @@ class StreamedUpdates(Updates, Observer):
             found.gradients.written = self.transfers.store(lambda: found.gradients.store(memory, 0), [done])
             gradients.uses["store"] = found.gradients.written
             return
-        found.factors = by_matrix([found], self.settings.clip) if self.settings.clip else {}
+        found.divisors = by_matrix([found], self.settings.clip) if self.settings.clip else {}
         done = self.transfers.mark()
         with self.transfers.lane("update"):
             done.wait()
-            updated = self._updater.update(block, slot, (self._rate, found.touched()), gradients, found.factors or None)
+            updated = self._updater.update(
+                block, slot, (self._rate, found.touched()), gradients, found.divisors or None
+            )
         slot.ready = [updated]
         gradients.uses["update"] = updated
 
@@ -221,26 +223,26 @@ class StreamedUpdates(Updates, Observer):
         self._rate = rate
 
     def clip(self) -> float:
-        if self._pending:  # a block that this forward did not come by still waits for the factors of the last step
+        if self._pending:  # a block that this forward did not come by still waits for the divisors of the last step
             self.flush()
         limit = self.settings.clip
         norms = [norm for block in self.blocks.values() for norm in block.norms.values()]
         own = [value.grad for value in self.extra.values() if value.grad is not None]
         own_norms = [torch.linalg.vector_norm(gradient) for gradient in own]
         total = torch.linalg.vector_norm(torch.stack([*norms, *own_norms])) if norms or own else torch.zeros(())
-        factors: Factors = None
+        divisors: Divisors = None
         limit = 0.0 if self.fused and not own else limit  # its blocks have been updated
         if limit and self.settings.clip_by == "matrix":
-            factors = by_matrix(list(self.blocks.values()), limit)
+            divisors = by_matrix(list(self.blocks.values()), limit)
             for gradient, norm in zip(own, own_norms, strict=True):
-                gradient.mul_(factor(norm, limit))
+                gradient.div_(divisor(norm, limit))
         elif limit:
-            factors = factor(total, limit)
+            divisors = divisor(total, limit)
             for gradient in own:
-                gradient.mul_(factors)
-        self._updater.clip_with(factors)
+                gradient.div_(divisors)
+        self._updater.clip_with(divisors)
         if self._host is not None:
-            self._host_factors = on_cpu(factors)
+            self._host_divisors = on_cpu(divisors)
         return float(total)
 
     def step(self, rate: float) -> None:
@@ -252,7 +254,7 @@ class StreamedUpdates(Updates, Observer):
             if not self.fused and i in self._collected:
                 self._pending[i] = rate, block.touched()
                 if self._host is not None:
-                    self._host.submit(i, (rate, block.touched()), self._host_factors)
+                    self._host.submit(i, (rate, block.touched()), self._host_divisors)
                 self.stream.slots.forget(i)
             block.norms.clear()
             for matrix in block.matrices:

@@ -87,18 +87,19 @@ class StreamedMatrix:
         else:
             files.read(self.name, self.pristine.view(pristine, "pristine"))
 
-    def step(self, views: Mapping[str, Tensor], rate: float, factor: Tensor | None) -> None:
-        """AdamW, in place, on views that are the optimizer's only for now; gradients are multiplied by `factor` first."""
-        if factor is not None and factor.device.type == "cpu" and float(factor) == 1:
-            factor = None  # saves a passage through memory, which is what AdamW in host memory waits for
+    def step(self, views: Mapping[str, Tensor], rate: float, divisor: Tensor | None) -> None:
+        """AdamW, in place, on views that are the optimizer's only for now; gradients are divided by `divisor` first."""
+        if divisor is not None and divisor.device.type == "cpu" and float(divisor) == 1:
+            divisor = None  # saves writing gradients again: memory is what AdamW on the host waits for
         for key, a in zip(self.keys, self.coordinates, strict=True):
             a.data = views[key]
-            a.grad = views[key + ".grad"] if factor is None else views[key + ".grad"].mul_(factor)
+            a.grad = views[key + ".grad"]
             kept = self.optimizer.state[a]
             if "step" not in kept:
                 kept["step"] = torch.zeros((), dtype=torch.float32, device=a.device)
             kept |= {moment: views[f"{key}.{moment}"] for moment in MOMENTS}
         self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # as GradScaler has it: no passage of its own
         self.optimizer.step()
         for a in self.coordinates:
             a.data, a.grad = a.data.new_empty(0), None
@@ -115,7 +116,7 @@ class StreamedBlock:
     """The matrices of one block, and the regions where their things wait, matrix after matrix.
 
     `pristine` is None where W0 is read from the checkpoint; `norms` are those of the step's gradients, by coordinate, and
-    `factors` what gradients are multiplied by in a fused update, by matrix, kept until it is over.
+    `divisors` what gradients are divided by in a fused update, by matrix, kept until it is over.
     """
 
     matrices: list[StreamedMatrix]
@@ -127,7 +128,7 @@ class StreamedBlock:
     gradients: Region
     pristine: Region | None
     norms: dict[str, Tensor] = field(default_factory=dict)
-    factors: dict[str, Tensor] = field(default_factory=dict)
+    divisors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_coordinates(self) -> int:

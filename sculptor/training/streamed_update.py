@@ -16,9 +16,10 @@ from sculptor.streaming.weights import Tier
 from sculptor.training.coordinates import folded_weight
 from sculptor.training.settings import TrainSettings
 from sculptor.training.streamed_block import StreamedBlock
+from sculptor.training.updates import divisor
 
-# What gradients are multiplied by: each matrix's by its own, all by one, or none.
-Factors = Mapping[str, Tensor] | Tensor | None
+# What gradients are divided by: each matrix's by its own, all by one, or none.
+Divisors = Mapping[str, Tensor] | Tensor | None
 
 
 class BlockUpdater:
@@ -47,13 +48,13 @@ class BlockUpdater:
         )
         size = max(matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
         self._ring = [Slot(size, self.device) for _ in range(count)]
-        self._factors: Factors = None
-        self._factors_ready = self.transfers.mark()
+        self._divisors: Divisors = None
+        self._divisors_ready = self.transfers.mark()
 
-    def clip_with(self, factors: Factors) -> None:
-        """What gradients are multiplied by from now on: each matrix's by its own, all by one, or none."""
-        self._factors = factors
-        self._factors_ready = self.transfers.mark()
+    def clip_with(self, divisors: Divisors) -> None:
+        """What gradients are divided by from now on: each matrix's by its own, all by one, or none."""
+        self._divisors = divisors
+        self._divisors_ready = self.transfers.mark()
 
     @torch.no_grad()
     def update(
@@ -62,7 +63,7 @@ class BlockUpdater:
         slot: Slot,
         step: tuple[float, set[str]] | None,
         gradients: Slot | None = None,
-        factors: Factors = None,
+        divisors: Divisors = None,
     ) -> Ticket:
         """AdamW and a new folded weight for every matrix of a block, on the current lane.
 
@@ -71,7 +72,7 @@ class BlockUpdater:
             slot: device memory for its parameters.
             step: learning rate, and the matrices that a gradient has reached; None to fold only.
             gradients: holds their gradients, or None to bring these from where they wait.
-            factors: what these are multiplied by, if not by what `clip_with` said.
+            divisors: what these are divided by, if not by what `clip_with` said.
         """
         found = self.blocks[block]
         if self.host is not None:
@@ -80,7 +81,7 @@ class BlockUpdater:
         stepping = step is not None
         rate, touched = step or (0.0, set())
         bases = self.bases.enter(block)
-        self._factors_ready.wait()
+        self._divisors_ready.wait()
         ahead = len(self._ring) > 1
         loads = [self._bring(found, 0, stepping, gradients is None)]
         for k, matrix in enumerate(found.matrices):
@@ -92,7 +93,7 @@ class BlockUpdater:
             if matrix.name in touched:
                 if gradients is not None:
                     views |= matrix.gradient_views(gradients.memory[matrix.gradient_start :])
-                matrix.step(views, rate, chosen(factors or self._factors, matrix.name))
+                matrix.step(views, rate, chosen(divisors or self._divisors, matrix.name))
             target = self.stream.layouts[block].view(slot.memory, matrix.parameter_name)
             with float32_products(self.device, tf32=True):
                 space = found.space(matrix, bases.memory)
@@ -146,9 +147,9 @@ class HostOptimizer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sculptor-adamw")
         self._jobs: dict[int, Future[None]] = {}
 
-    def submit(self, block: int, step: tuple[float, set[str]], factors: Factors) -> None:
+    def submit(self, block: int, step: tuple[float, set[str]], divisors: Divisors) -> None:
         """Steps a block as soon as its gradients are there."""
-        self._jobs[block] = self._thread.submit(self._run, self.blocks[block], *step, factors)
+        self._jobs[block] = self._thread.submit(self._run, self.blocks[block], *step, divisors)
 
     def wait(self, block: int) -> None:
         """Returns when a block has been stepped."""
@@ -156,7 +157,7 @@ class HostOptimizer:
             self._jobs.pop(block).result()
 
     @torch.no_grad()
-    def _run(self, block: StreamedBlock, rate: float, touched: set[str], factors: Factors) -> None:
+    def _run(self, block: StreamedBlock, rate: float, touched: set[str], divisors: Divisors) -> None:
         block.gradients.written.finish()
         assert isinstance(block.state, HostRegion)
         assert isinstance(block.gradients, HostRegion)
@@ -164,31 +165,26 @@ class HostOptimizer:
             if matrix.name in touched:
                 views = matrix.state.views(block.state.memory[matrix.state_start :])
                 views |= matrix.gradient_views(block.gradients.memory[matrix.gradient_start :])
-                matrix.step(views, rate, chosen(factors, matrix.name))
+                matrix.step(views, rate, chosen(divisors, matrix.name))
 
     def close(self) -> None:
         """Ends the thread, after what it has been given."""
         self._thread.shutdown()
 
 
-def chosen(factors: Factors, name: str) -> Tensor | None:
-    """What the gradients of a matrix are multiplied by."""
-    return factors if factors is None or isinstance(factors, Tensor) else factors[name]
+def chosen(divisors: Divisors, name: str) -> Tensor | None:
+    """What the gradients of a matrix are divided by."""
+    return divisors if divisors is None or isinstance(divisors, Tensor) else divisors[name]
 
 
 def by_matrix(blocks: Sequence[StreamedBlock], limit: float) -> dict[str, Tensor]:
-    """What the gradients of each matrix are multiplied by, when matrices are clipped one by one."""
+    """What the gradients of each matrix are divided by, when matrices are clipped one by one."""
     return {
-        matrix.name: factor(torch.linalg.vector_norm(torch.stack([block.norms[key] for key in matrix.keys])), limit)
+        matrix.name: divisor(torch.linalg.vector_norm(torch.stack([block.norms[key] for key in matrix.keys])), limit)
         for block in blocks
         for matrix in block.matrices
         if matrix.touched
     }
-
-
-def factor(norm: Tensor, limit: float) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_` has it."""
-    return torch.clamp(limit / (norm + 1e-6), max=1.0)
 
 
 def optimizer_on_host(settings: TrainSettings, tier: Tier, device: torch.device) -> bool:
@@ -199,8 +195,8 @@ def optimizer_on_host(settings: TrainSettings, tier: Tier, device: torch.device)
     return possible and settings.optimizer_on == "host"
 
 
-def on_cpu(factors: Factors) -> Factors:
+def on_cpu(divisors: Divisors) -> Divisors:
     """The same in host memory; waits for the device."""
-    if factors is None or isinstance(factors, Tensor):
-        return factors if factors is None else factors.cpu()
-    return {name: value.cpu() for name, value in factors.items()}
+    if divisors is None or isinstance(divisors, Tensor):
+        return divisors if divisors is None else divisors.cpu()
+    return {name: value.cpu() for name, value in divisors.items()}

@@ -151,11 +151,13 @@ class ResidentUpdates(Updates):
         """Gradients add up in the parameters themselves."""
 
     def clip(self) -> float:
-        limit = self.settings.clip or float("inf")
-        if self.settings.clip_by == "model":
-            return float(nn.utils.clip_grad_norm_(list(self._named.values()), limit))
-        norms = [nn.utils.clip_grad_norm_(group, limit) for group in self.trained.groups()]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+        together = [list(self._named.values())] if self.settings.clip_by == "model" else self.trained.groups()
+        gradients = [found for group in together if (found := [a.grad for a in group if a.grad is not None])]
+        norms = [nn.utils.get_total_norm(group) for group in gradients]
+        if self.settings.clip:
+            for group, norm in zip(gradients, norms, strict=True):
+                torch._foreach_div_(group, divisor(norm, self.settings.clip))
+        return float(norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms))
 
     def step(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -211,6 +213,14 @@ def merge_trained(
     gains = softening(archive, found, strength, device) if strength else None
     update = merge_update(found, gains, coordinates, updates.fingerprints()[found.record.name])
     return merge_weight(found.record, update, weight.to(device), dtype).cpu(), update
+
+
+def divisor(norm: Tensor, limit: float) -> Tensor:
+    """What gradients with this norm are divided by, so that it is at most `limit`.
+
+    As `torch.nn.utils.clip_grad_norm_` has it, the other way round: AdamW can divide gradients as it reads them.
+    """
+    return torch.clamp((norm + 1e-6) / limit, min=1.0)
 
 
 def make_optimizer(
