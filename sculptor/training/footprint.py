@@ -217,7 +217,7 @@ class _Sizes:
         }
         kept = {} if keep else {"activation checkpoints": self.inputs}
         staging = {"copies": (2.0 if tier == "cpu" else 4.0) * STAGING_BYTES[self.kind]}
-        runtime = {"runtime": 1.5e9} if self.kind == "cuda" else {}
+        runtime = {"runtime": 2.1e9} if self.kind == "cuda" else {}
         micro, n = self.work.micro_batches, self.num_coordinates
         weights, bases, inputs = waiting["weights"], waiting["bases"], 0.0 if keep else self.inputs * micro
         # Forward and backward of every micro-batch; the update brings state, pristine weights and bases, and makes the
