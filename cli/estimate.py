@@ -36,10 +36,11 @@ from .options import Choice, SuggestingCommand, device_option, json_option, quie
     help="Where files would go; its disk is measured [default: here].",
 )
 @json_option
-def command(model: str, subspaces: str | None, directory: Path, as_json: bool, **settings: Any) -> None:
+def command(model: str, subspaces: str | None, directory: Path, as_json: bool, **settings: Any) -> int:
     """Say what training MODEL takes: memory, time per step, sizes, for each way of offloading.
 
     Reads headers only, of the archive too. Times are bounds at the speeds shown last, which a busy machine measures too low.
+    Exits with 1 if nothing fits.
 
     \b
     Examples:
@@ -54,3 +55,4 @@ def command(model: str, subspaces: str | None, directory: Path, as_json: bool, *
     quiet_libraries()
     found = estimate(model, EstimateSettings(**settings), subspaces=subspaces, directory=directory)
     click.echo(to_json(found) if as_json else estimate_text(found))
+    return 0 if found.chosen is not None else 1

@@ -96,16 +96,27 @@ def _growth(archive: Archive, carry: Carry) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """What a way of training may need more of than there is, in bytes."""
+    """What a way of training may need more of than there is, in bytes; `of_rows` is the part that fewer tokens lower."""
 
     what: str
     needed: float
     free: float
+    of_rows: float = 0.0
 
     @property
     def exists(self) -> bool:
-        """Whether it is one: files take what they take, while allocators lose some memory and plans of it are estimates."""
-        return self.needed > (1.0 if self.what == "disk" else SHARE) * self.free
+        """Whether it is one."""
+        return self.needed > self._usable
+
+    @property
+    def yields(self) -> bool:
+        """Whether fewer tokens at a time can make an end to it."""
+        return self.needed - self.of_rows < self._usable
+
+    @property
+    def _usable(self) -> float:
+        """Files take what they take, while allocators lose some memory and plans of it are estimates."""
+        return (1.0 if self.what == "disk" else SHARE) * self.free
 
     def __str__(self) -> str:
         return f"{_gb(self.needed)} of {self.what} ({_gb(self.free)} free)"
@@ -117,7 +128,9 @@ def _gb(num_bytes: float) -> str:
 
 def remedy(lacking: Mapping[str, Sequence[Shortage]]) -> str:
     """What to do if no way of training fits."""
-    memory, disk = "lower --micro-batch-size or --max-length", "free some space or choose another place"
+    enough = any(all(short.yields for short in found if short.what != "disk") for found in lacking.values())
+    memory = "lower --micro-batch-size or --max-length" if enough else "free memory or use a larger machine"
+    disk = "free some space or choose another place"
     each = [{short.what == "disk" for short in found} for found in lacking.values()]
     needed = [advice for advice, of_disk in ((memory, False), (disk, True)) if all(of_disk in kinds for kinds in each)]
     return " and ".join(needed or [f"{memory}, or {disk}"])
@@ -139,9 +152,13 @@ def available_disk(path: Path) -> float:
 def shortages(plan: Footprint, kind: str, free_device: float, free_host: float, free_disk: float) -> list[Shortage]:
     """What a way of training needs more of than there is."""
     on_device, on_host = sum(plan.device.values()), sum(plan.host.values())
-    needs = [Shortage("memory", on_device + on_host, free_host)]
+    rows, waiting_rows = plan.device.get("activations", 0.0), plan.host.get("activation checkpoints", 0.0)
+    needs = [Shortage("memory", on_device + on_host, free_host, rows + waiting_rows)]
     if kind == "cuda":
-        needs = [Shortage("GPU memory", on_device, free_device), Shortage("host memory", on_host, free_host)]
+        needs = [
+            Shortage("GPU memory", on_device, free_device, rows),
+            Shortage("host memory", on_host, free_host, waiting_rows),
+        ]
     needs.append(Shortage("disk", sum(plan.disk.values()), free_disk))
     return [need for need in needs if need.exists]
 
@@ -191,7 +208,9 @@ def check_waiting(plan: Footprint, directory: Path) -> None:
     _, free_host = available_memory(torch.device("cpu"))
     short = shortages(plan, "cuda", float("inf"), free_host, available_disk(directory))
     if short:
-        advice = f"free some space in {directory}" if short[0].what == "disk" else 'use offload="disk"'
+        advice = 'use offload="disk"' if plan.offload == "cpu" else remedy({plan.offload: short})
+        if short[0].what == "disk":
+            advice = f"free some space in {directory}"
         raise SettingsError(f"--offload {plan.offload} needs {short[0]}; {advice}")
 
 

@@ -63,8 +63,12 @@ def test_the_table_fits_and_gives_a_verdict(cli: Callable[..., Result], tmp_path
     assert max(map(len, found.out.splitlines())) <= 100 + len(str(tmp_path))
     assert "Verdict: --offload auto picks none" in found.out
     tight = cli("estimate", tmp_path / "model", "--gpu-memory", 1e-6, "--host-memory", 1e-6, "--disk", 1)
-    assert tight.code == 0
-    assert "Verdict: does not fit here" in tight.out
+    assert tight.code == 1
+    assert "Verdict: does not fit here; free memory or use a larger machine." in tight.out
+    rows = ("--batch-size", 10**7, "--micro-batch-size", 10**7)
+    large = cli("estimate", tmp_path / "model", "--gpu-memory", 2, "--disk", 1, *rows)
+    assert large.code == 1
+    assert "Verdict: does not fit here; lower --micro-batch-size or --max-length." in large.out
 
 
 @pytest.mark.parametrize(
