@@ -11,6 +11,7 @@ from .options import Choice, SuggestingCommand, device_option, json_option, quie
 @click.command("estimate", cls=SuggestingCommand)
 @click.argument("model")
 @click.option("--subspaces", type=click.Path(), help="Subspace archive of MODEL, if there is one.")
+@click.option("--data", multiple=True, type=click.Path(), help="JSONL or .txt rows of the task; repeatable.")
 @click.option("--preserve", type=float, default=0.5, show_default=True, help="Without an archive: share protected.")
 @click.option(
     "--constraint",
@@ -36,16 +37,18 @@ from .options import Choice, SuggestingCommand, device_option, json_option, quie
     help="Where files would go; its disk is measured [default: here].",
 )
 @json_option
-def command(model: str, subspaces: str | None, directory: Path, as_json: bool, **settings: Any) -> int:
+def command(
+    model: str, subspaces: str | None, data: tuple[str, ...], directory: Path, as_json: bool, **settings: Any
+) -> int:
     """Say what training MODEL takes: memory, time per step, sizes, for each way of offloading.
 
-    Reads headers only, of the archive too. Times are bounds at the speeds shown last, which a busy machine measures too low.
+    Reads headers only, of the archive too; with --data the rows, for the length of the longest and the time of an epoch. Times are bounds at the speeds shown last, which a busy machine measures too low.
     Exits with 1 if nothing fits.
 
     \b
     Examples:
       sculptor estimate ./model
-      sculptor estimate ./model --subspaces ./subspaces --micro-batch-size 16
+      sculptor estimate ./model --subspaces ./subspaces --data task.jsonl
       sculptor estimate ./model --gpu-memory 24 --host-memory 64 --tflops 150
     """
     from sculptor.report.estimate import estimate_text
@@ -53,6 +56,6 @@ def command(model: str, subspaces: str | None, directory: Path, as_json: bool, *
     from sculptor.tasks.estimate import EstimateSettings, estimate
 
     quiet_libraries()
-    found = estimate(model, EstimateSettings(**settings), subspaces=subspaces, directory=directory)
+    found = estimate(model, EstimateSettings(**settings), subspaces=subspaces, data=data, directory=directory)
     click.echo(to_json(found) if as_json else estimate_text(found))
     return 0 if found.chosen is not None else 1

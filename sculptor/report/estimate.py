@@ -14,6 +14,7 @@ def estimate_text(found: Estimate) -> str:
         f"{found.model}",
         f"{_count(found.num_parameters)} parameters, {_count(found.num_trainable)} of them free; {found.tokens:,} tokens per step, "
         f"micro-batches: {found.micro_batches}.",
+        *_data(found),
         f"{where}: {size(int(found.device_memory))} free; host: {size(int(found.host_memory))} free.",
         "",
         _memory(found),
@@ -38,6 +39,16 @@ def estimate_text(found: Estimate) -> str:
             f"{mode.bound}."
         )
     return "\n".join(lines)
+
+
+def _data(found: Estimate) -> list[str]:
+    if found.lengths is None:
+        return []
+    shortest, longest = found.lengths
+    return [
+        f"{found.num_examples:,} examples of {shortest} to {longest} tokens: {found.steps:,} steps per epoch. Memory is for the "
+        "longest."
+    ]
 
 
 def _count(number: int) -> str:
@@ -71,6 +82,7 @@ def _times(found: Estimate) -> str:
         ["step, at least", *(f"{mode.step:.2f} s" for mode in modes)],
         ["tokens/s, at most", *(f"{found.tokens / mode.step:,.0f}" for mode in modes)],
         ["bound by", *(mode.bound for mode in modes)],
+        *([["epoch, at least", *(_duration(found.steps * mode.step) for mode in modes)]] if found.steps else []),
         ["fits", *("yes" if not mode.shortages else "no" for mode in modes)],
     ]
     return table(["time per step", *found.modes], rows)

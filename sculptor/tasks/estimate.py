@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Target, inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.examples import resolve_max_length
+from sculptor.data.examples import encode, resolve_max_length
+from sculptor.data.rows import read_rows
 from sculptor.errors import SettingsError
-from sculptor.model.load import resolve_device
+from sculptor.model.load import load_tokenizer, resolve_device
 from sculptor.numerics.bases import stored_columns
 from sculptor.numerics.staircase import Constraint, Staircase
 from sculptor.tasks.placement import Shortage, archive_shapes, available_disk, available_memory, existing, shortages
@@ -113,7 +114,8 @@ class Estimate:
     Attributes:
         model: the checkpoint; `num_parameters` of it, `num_trainable` numbers that training changes.
         kind: cuda or cpu.
-        tokens: per step; `micro_batches` it is split into.
+        tokens: per step, on average if there are data; `micro_batches` it is split into.
+        lengths: tokens of the shortest and longest example, if there are data; then `num_examples` and `steps` per epoch.
         modes: by offload.
         speeds: TFLOP/s and GB/s; `measured` says which were measured here.
         device_memory, host_memory: bytes that are free.
@@ -136,6 +138,9 @@ class Estimate:
     archive_bytes: int
     analysis_seconds: float
     chosen: str | None
+    lengths: tuple[int, int] | None = None
+    num_examples: int | None = None
+    steps: int | None = None
 
 
 def estimate(
@@ -143,18 +148,20 @@ def estimate(
     settings: EstimateSettings | None = None,
     *,
     subspaces: str | Path | None = None,
+    data: Sequence[str | Path] = (),
     directory: str | Path = ".",
 ) -> Estimate:
-    """Memory, time and size of training a checkpoint, from its headers alone.
+    """Memory, time and size of training a checkpoint, from its headers (and the data, if given) alone.
 
     Args:
         model: a checkpoint directory or hub name.
         settings: the job and the machine.
         subspaces: its archive, if there is one.
+        data: files of the task; memory is then planned for the longest example, time for the average one.
         directory: on the disk that files would go to.
 
     Raises:
-        SculptorError: if the checkpoint or the archive cannot be used.
+        SculptorError: if the checkpoint, the archive or the data cannot be used.
     """
     settings = settings or EstimateSettings()
     assumed = EstimateSettings()
@@ -178,10 +185,19 @@ def estimate(
     }
     archive_bytes = 4 * sum(sides.values()) if archive is None else archive.num_bytes
     length = resolve_max_length(settings.max_length, architecture.max_positions)
-    micro = min(settings.micro_batch_size, settings.batch_size)
+    lengths: list[int] = []
+    if data:
+        tokenizer = load_tokenizer(checkpoint, architecture.kind)
+        rows = read_rows(tuple(map(str, data)))
+        lengths = [
+            e.length for e in encode(rows, tokenizer, architecture.kind, length, architecture.vocab_size).examples
+        ]
+        length = max(lengths)
+    batch = min(settings.batch_size, len(lengths) or settings.batch_size)
+    micro = min(settings.micro_batch_size, batch)
     work = Workload(
-        settings.batch_size * length,
-        -(-settings.batch_size // micro),
+        batch * length,
+        -(-batch // micro),
         settings.fused,
         on_host=device.type == "cuda" and not settings.fused,
         recompute=device.type == "cuda",
@@ -189,6 +205,9 @@ def estimate(
         saves=2,
     )
     plans = footprints(checkpoint, architecture, shapes, device, work)
+    if lengths:
+        work = replace(work, tokens=round(batch * sum(lengths) / len(lengths)))
+    works = footprints(checkpoint, architecture, shapes, device, work)
     speeds, measured = _speeds(settings, device, here, Path(directory))
     free_device, free_host = available_memory(device if here else torch.device("cpu"))
     free_device = 1e9 * settings.gpu_memory if settings.gpu_memory is not None else free_device
@@ -196,7 +215,12 @@ def estimate(
     if device.type == "cpu":
         free_device = free_host
     free_disk = available_disk(Path(directory))
-    modes = {name: _mode(plan, speeds, device.type, free_device, free_host, free_disk) for name, plan in plans.items()}
+    modes = {
+        name: _mode(
+            plan, works[name], speeds, device.type, shortages(plan, device.type, free_device, free_host, free_disk)
+        )
+        for name, plan in plans.items()
+    }
     return Estimate(
         model=str(model),
         num_parameters=sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values()),
@@ -212,6 +236,9 @@ def estimate(
         archive_bytes=archive_bytes,
         analysis_seconds=sum(_decomposition(shape, speeds["eigen"], device.type) for shape in shapes),
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
+        lengths=(min(lengths), max(lengths)) if lengths else None,
+        num_examples=len(lengths) or None,
+        steps=-(-len(lengths) // batch) or None,
     )
 
 
@@ -228,15 +255,14 @@ def _assumed(target: Target, settings: EstimateSettings) -> MatrixShape:
 
 
 def _mode(
-    plan: Footprint, speeds: Mapping[str, float], kind: str, free_device: float, free_host: float, free_disk: float
+    plan: Footprint, work: Footprint, speeds: Mapping[str, float], kind: str, lacking: Sequence[Shortage]
 ) -> Mode:
-    found = shortages(plan, kind, free_device, free_host, free_disk)
     return Mode(
         plan,
-        compute=(plan.operations + plan.folding) / (1e12 * speeds["tflops"]),
-        link=max(plan.loaded, plan.stored) / (1e9 * speeds["link"]) if kind == "cuda" else 0.0,
-        disk=(plan.read + plan.written) / (1e9 * speeds["disk"]),
-        shortages=found,
+        compute=(work.operations + work.folding) / (1e12 * speeds["tflops"]),
+        link=max(work.loaded, work.stored) / (1e9 * speeds["link"]) if kind == "cuda" else 0.0,
+        disk=(work.read + work.written) / (1e9 * speeds["disk"]),
+        shortages=lacking,
     )
 
 

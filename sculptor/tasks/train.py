@@ -214,7 +214,8 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
     """What each way of training would take."""
     longest = max((example.length for example in job.encoded.examples), default=1)
     settings = job.settings
-    rows, micro = job.settings.batch_size, min(job.settings.micro_batch_size, job.settings.batch_size)
+    rows = min(settings.batch_size, max(1, len(job.encoded.examples)))
+    micro = min(settings.micro_batch_size, rows)
     assert settings.carry is not None
     steps = settings.total_steps(-(-len(job.encoded.examples) // rows))
     work = Workload(

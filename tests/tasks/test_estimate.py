@@ -71,9 +71,30 @@ def test_the_table_fits_and_gives_a_verdict(cli: Callable[..., Result], tmp_path
     assert "Verdict: does not fit here; lower --micro-batch-size or --max-length." in large.out
 
 
+def test_data_tell_the_longest_row_and_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "w1 w2 w3"}, {"text": "w1 " * 20}, {"text": "w2 " * 10}])
+    arguments = ("estimate", tmp_path / "model", "--data", rows, "--batch-size", 2, "--tflops", 1, "--disk", 1)
+    found = cli(*arguments, "--json").json
+    shortest, longest = found["lengths"]
+    assert shortest < longest < 30
+    assert (found["num_examples"], found["steps"]) == (3, 2)
+    assert 2 * shortest < found["tokens"] < 2 * longest
+    same = cli(
+        "estimate", tmp_path / "model", "--max-length", longest, "--batch-size", 2, "--tflops", 1, "--disk", 1, "--json"
+    )
+    for name, mode in found["modes"].items():  # memory is for the longest, time for the average
+        assert mode["plan"] == same.json["modes"][name]["plan"]
+        assert mode["compute"] < same.json["modes"][name]["compute"]
+    text = cli(*arguments).out
+    assert f"3 examples of {shortest} to {longest} tokens: 2 steps per epoch." in text
+    assert "epoch, at least" in text
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--preserve", "1"], "--preserve"),
         (["--tflops", "0"], "--tflops"),
         (["--batch-size", "-1"], "--batch-size"),
@@ -83,7 +104,7 @@ def test_the_table_fits_and_gives_a_verdict(cli: Callable[..., Result], tmp_path
 def test_bad_settings_are_named(cli: Callable[..., Result], tmp_path: Path, options: list[str], named: str) -> None:
     save_checkpoint(tmp_path / "model")
     found = cli("estimate", tmp_path / "model", *options)
-    assert found.code == 2
+    assert found.code == (1 if "--data" in options else 2)
     assert named in found.err
 
 
