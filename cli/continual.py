@@ -84,6 +84,7 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=bars,
+        notice=lambda text: click.echo(text, err=True),
         stop=catch_signals(),
     )
     if plot is not None:

@@ -35,6 +35,8 @@ from sculptor.tasks.train import train
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
+# Settings of training that only archives with moments, and so only our own method, have a use for.
+_OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
 
 def continual(
@@ -48,6 +50,7 @@ def continual(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> ContinualReport:
     """Trains the tasks of a plan in order and evaluates all of them after each.
@@ -62,6 +65,7 @@ def continual(
         overwrite: replace an existing output, at success; discard left-overs.
         resume: go on with a run that did not finish.
         progress: makes progress bars.
+        notice: told, in a line, what was decided about memory for a task, and which settings the method has no use for.
         stop: polled after every training step; a signal number saves the state and ends the run.
 
     Returns:
@@ -83,7 +87,7 @@ def continual(
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
     check_apart(output, [plan, resolved.model, *files, *resolved.general, *resolved.analyze.data])
     with staging(output, overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
-        run = _Run(resolved, method, split, partial, progress, stop)
+        run = _Run(resolved, method, split, partial, progress, notice, stop)
         stages = run.run()
         report = _report(resolved, method, split, stages, output)
         write_json(partial / REPORT_NAME, {"created_by": f"sculptor {__version__}", "plan": run.key} | _plain(report))
@@ -134,12 +138,14 @@ class _Run:
         split: Split,
         partial: Path,
         progress: Progress,
+        notice: Callable[[str], object],
         stop: Callable[[], int | None],
     ) -> None:
         self.plan = plan
         self.method = method
         self.partial = partial
         self.progress = progress
+        self.notice = notice
         self.stop = stop
         self.rows: dict[str, list[Row]] = {
             task.name: read_evaluation_rows(plan.rows_of(task, split), task.labels) for task in plan.tasks
@@ -156,6 +162,9 @@ class _Run:
 
     def run(self) -> list[Stage]:
         self._restore()
+        given = [f"train.{name}" for name in _OF_MOMENTS if getattr(self.plan.train, name) is not None]
+        if given and self.method != "sculptor":
+            self.notice(f"without effect with --method {self.method}: {', '.join(given)}")
         steps = self._trainings()
         bar = self.progress(total=len(steps), desc="tasks", unit="task", initial=max(0, len(self.stages) - 1))
         if not self.stages:
@@ -233,12 +242,22 @@ class _Run:
                 stop=self.stop,
             )
             return
-        if self.method != "sculptor":  # what is for moments has no effect there
-            settings = replace(settings, soften=None, memory_rows=None, memory_weight=None)
+        if self.method != "sculptor":
+            settings = replace(settings, soften=None, memory_rows=None, memory_weight=None)  # _OF_MOMENTS
             # Plain fine-tuning protects nothing, so there is nothing to carry.
             settings = replace(settings, carry="accumulate" if self.method == "random" else "retake")
         archive = archive or self._first_archive(model)
-        train(model, archive, task.data, target, settings, resume=True, progress=self.progress, stop=self.stop)
+        train(
+            model,
+            archive,
+            task.data,
+            target,
+            settings,
+            resume=True,
+            progress=self.progress,
+            notice=lambda text: self.notice(f"{task.name}: {text}"),
+            stop=self.stop,
+        )
 
     def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:
         """Evaluates a checkpoint on everything and notes the row."""

@@ -335,6 +335,18 @@ def test_a_seed_in_the_plan_is_not_silently_dropped(cli: Callable[..., Result], 
         assert written["plan"][section]["seed"] == 5
 
 
+def test_what_is_decided_for_a_run_is_said(cli: Callable[..., Result], place: Path) -> None:
+    arguments = ("continual", place / "plan.toml", "--method", "full", "--set", "train.optimizer_on=host")
+    found = cli(*arguments, "-o", place / "out", "--set", "train.soften=1", "--set", "train.memory_rows=2")
+    assert found.code == 0, found.err
+    first, *rest = found.err.splitlines()
+    assert first == "without effect with --method full: train.soften, train.memory_rows"
+    assert [line.split(":")[0] for line in rest] == ["first", "second"]
+    assert all("--offload auto picks none" in line and "--optimizer-on" in line for line in rest)
+    quiet = cli("continual", place / "plan.toml", "-o", place / "second", "--set", "train.soften=1")
+    assert (quiet.code, quiet.err) == (0, "")
+
+
 def test_a_task_s_own_learning_rate(cli: Callable[..., Result], place: Path) -> None:
     (place / "plan.toml").write_text(PLAN + "learning_rate = 3e-3\n")
     run(cli, place, "out", "--method", "full")
