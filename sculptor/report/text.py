@@ -128,12 +128,10 @@ def train_text(report: TrainReport) -> str:
         lines.append(f"Kept step {loop.best_step}, evaluation loss {loop.best_loss:.4f}.")
     if report.also_trained:
         lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")
-    updates = [matrix for matrix in report.matrices.values() if matrix.update]
-    if updates:
-        lost = sum(matrix.rounding_loss for matrix in updates) / len(updates)
+    if any(matrix.update for matrix in report.matrices.values()):
         lines.append(
             f"Largest leak into protected pairs {report.max_leak:.1e} of the update; verify tells rounding from the rest.\n"
-            f"Storing the result removed {percent(lost)} of the update, by rounding."
+            f"Storing the result removed {percent(report.rounding_loss)} of the update, by rounding."
         )
     else:
         lines.append("No matrix changed.")

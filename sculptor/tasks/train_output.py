@@ -240,6 +240,7 @@ class _MatrixWriter:
             role=record.role,
             update=measured.update / (float(weight.to(torch.float64).norm()) or 1.0),
             leak=measured.frozen / measured.update if measured.update else 0.0,
+            update_norm=norm,
             rounding_loss=lost / norm if norm else 0.0,
             outputs_added=record.added[-1].outputs if record.added[-1].task == self.task else 0,
             inputs_added=record.added[-1].inputs if record.added[-1].task == self.task else 0,

@@ -1,5 +1,6 @@
 """What `train` says of a run."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ class MatrixReport:
     Attributes:
         update: ||dW|| / ||W||.
         leak: ||frozen part of dW|| / ||dW||, measured on the tensor that was written.
+        update_norm: ||dW||, before it was rounded.
         rounding_loss: ||W' - (W + dW)|| / ||dW||: the share of the update that rounding ate.
         outputs_added, inputs_added: directions the archive gained.
         frozen: nothing is left free in it.
@@ -23,6 +25,7 @@ class MatrixReport:
     role: str
     update: float
     leak: float
+    update_norm: float
     rounding_loss: float
     outputs_added: int
     inputs_added: int
@@ -50,6 +53,13 @@ class TrainReport:
     def max_leak(self) -> float:
         """Of the matrix with the largest."""
         return max((matrix.leak for matrix in self.matrices.values()), default=0.0)
+
+    @property
+    def rounding_loss(self) -> float:
+        """The share of the whole update that rounding ate, as `verify` weighs matrices."""
+        whole = math.hypot(*(matrix.update_norm for matrix in self.matrices.values()))
+        lost = math.hypot(*(matrix.rounding_loss * matrix.update_norm for matrix in self.matrices.values()))
+        return lost / whole if whole else 0.0
 
     @property
     def frozen(self) -> tuple[str, ...]:

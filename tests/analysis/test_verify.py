@@ -15,16 +15,16 @@ NAME = "model.layers.1.mlp.gate_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A bf16 base, its archive, and what one task made of it."""
     root = tmp_path_factory.mktemp("chain")
-    made = {"root": root, "base": save_checkpoint(root / "base", dtype=torch.bfloat16), "archive": root / "archive"}
+    made: dict[str, Any] = {"root": root, "base": save_checkpoint(root / "base", dtype=torch.bfloat16), "archive": root / "archive"}
     analyze(made["base"], made["archive"], AnalyzeSettings(preserve=0.5, device="cpu"))
     made["data"] = write_rows(root / "task.jsonl", task_rows())
     for dtype in ("keep", "float32"):
         settings = TrainSettings(max_steps=20, batch_size=8, learning_rate=1e-2, save_dtype=dtype, device="cpu")  # type: ignore[arg-type]
         made[dtype] = root / dtype
-        train(made["base"], made["archive"], [made["data"]], made[dtype], settings)
+        made[f"{dtype} report"] = train(made["base"], made["archive"], [made["data"]], made[dtype], settings)
     return made
 
 
@@ -46,6 +46,12 @@ def test_bf16_leaks_what_rounding_explains(chain: dict[str, Path]) -> None:
     assert found.leak == pytest.approx(found.rounding, rel=0.15)
     assert found.leak > 1e-4
     assert found.cast is None
+
+
+def test_train_and_verify_say_the_same_of_rounding(chain: dict[str, Any]) -> None:
+    for dtype in ("keep", "float32"):
+        found = verify(chain["base"], chain[dtype], chain["archive"], device="cpu")
+        assert chain[f"{dtype} report"].rounding_loss == pytest.approx(found.eaten, rel=0.05)
 
 
 def test_float32_leaks_a_few_1e6_at_most(chain: dict[str, Path]) -> None:
