@@ -59,6 +59,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             **IDS,
         )
     ),
+    "mpt": lambda: transformers.MptForCausalLM(
+        transformers.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, **IDS)
+    ),
     "neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, **IDS)),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sculptor.streaming.inputs import InputStore
 from sculptor.streaming.layout import Layout
-from sculptor.streaming.parts import is_norm, join, parts_work, split_call
+from sculptor.streaming.parts import Call, is_norm, join, parts_work, split_call, split_paths
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket, Transfers
 from sculptor.streaming.weights import BlockWeights
@@ -57,8 +57,8 @@ class BlockStream:
         slots: device memory for blocks, which counts how often each was brought there.
         recompute: what to enter around the second run of a block, in the backward pass.
         observer: what training adds.
-        part_tokens: of a batch with more tokens, a block sees so many at a time, and so does a norm outside of the
-            blocks; None for all at once.
+        part_tokens: of a batch with more tokens, a block sees so many at a time (or one row, if longer), and so does a
+            norm outside of the blocks; None for all at once.
     """
 
     def __init__(
@@ -86,12 +86,13 @@ class BlockStream:
         self._calls = 0  # in the forward under way
         self._backward: tuple[int, int] | None = None  # the block whose gradients are appearing, and its call
         self.part_tokens: int | None = None
-        self._parts_work: bool | None = None  # not tried yet
+        self._parts_work: dict[tuple[Any, ...], bool] = {}  # by kind of call, as far as tried
         self._hook = model.register_forward_pre_hook(lambda *_: self._begin())
         for i, block in enumerate(blocks.values()):
             block.forward = self._streamed(i, block)
         self._blocks = list(blocks.values())
-        self._norms = [module for path, module in model.named_modules() if is_norm(module) and not self._inside(path)]
+        inside = tuple(f"{path}." for path in self.paths)
+        self._norms = [m for path, m in model.named_modules() if is_norm(m) and not f"{path}.".startswith(inside)]
         for norm in self._norms:
             norm.forward = self._in_parts(norm)
 
@@ -99,9 +100,6 @@ class BlockStream:
     def layouts(self) -> Sequence[Layout]:
         """Of the parameters of each block."""
         return self.weights.layouts
-
-    def _inside(self, path: str) -> bool:
-        return path.startswith(tuple(block + "." for block in self.paths))
 
     def _begin(self) -> None:
         self._calls = 0
@@ -121,22 +119,30 @@ class BlockStream:
                 with self._present(index, call):
                     return forward(*args, **kwargs)
             parts = split_call(args, kwargs, self.part_tokens) if self.part_tokens else None
-            if parts is not None and self._parts_work is None:
-                with self._present(index, call):
-                    self._parts_work = parts_work(block, forward, (args, kwargs), parts)
-            if parts is None or not self._parts_work:
+            if parts is None or not self._works_apart(index, call, block, forward, (args, kwargs), parts):
                 return self._checkpointed(index, call, 0, forward, args, kwargs)
             found = [self._checkpointed(index, call, i, forward, *part) for i, part in enumerate(parts)]
             return join(found, [len(args[0]) for args, _ in parts])
 
         return run
 
+    def _works_apart(
+        self, index: int, call: int, block: nn.Module, forward: Callable[..., Any], whole: Call, parts: Sequence[Call]
+    ) -> bool:
+        """Whether parts give what the whole does; tried once for each kind of call."""
+        kind = self.paths[index].rpartition(".")[0], type(block), split_paths(*whole)
+        if kind not in self._parts_work:
+            with self._present(index, call):
+                self._parts_work[kind] = parts_work(block, forward, whole, parts)
+        return self._parts_work[kind]
+
     def _in_parts(self, norm: nn.Module) -> Callable[..., Any]:
-        """A norm between or after the blocks, which would keep float32 copies of a whole batch."""
+        """A norm outside of the blocks, which would keep float32 copies of a whole batch."""
         forward = norm.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            parts = split_call(args, kwargs, self.part_tokens) if self.part_tokens and torch.is_grad_enabled() else None
+            tokens = self.part_tokens if torch.is_grad_enabled() and len(args) == 1 and not kwargs else None
+            parts = split_call(args, kwargs, tokens) if tokens else None
             if parts is None:
                 return forward(*args, **kwargs)
             again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,10 +1,11 @@
 """A large batch through one block in parts, so that only a part's activations exist at a time.
 
 Blocks treat rows of a batch alike, so a block of a part is the part of a block. Which arguments belong to rows is told by
-their first size. Whether that is right for a model is tried once, on the first batch that is large enough.
+their first size. Whether that is right is tried once for each kind of call: which block, and which arguments are split.
+Norms treat every token for itself and are split untried.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> list[Call] | None:
-    """The calls of a block with at most about so many tokens each; None if one call will do.
+    """The calls of a block with at most so many tokens each, or one row if that is longer; None if one call will do.
 
     Args:
         args: the first is (B, T, h).
@@ -24,7 +25,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> li
     if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
         return None
     rows, length, _ = args[0].shape
-    count = min(rows, -(-rows * length // tokens))
+    count = -(-rows // max(1, tokens // max(1, length)))
     if count < 2:
         return None
     size = -(-rows // count)
@@ -32,9 +33,26 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> li
     return list(zip(_split(args, sizes), _split(kwargs, sizes), strict=True))
 
 
+def split_paths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Which of the arguments `split_call` splits."""
+    return tuple(_paths((args, kwargs), args[0].shape[0]))
+
+
+def _paths(value: Any, rows: int, path: str = "") -> Iterator[str]:
+    if _has_rows(value, rows):
+        yield path
+    elif isinstance(value, dict | tuple | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _paths(item, rows, f"{path}/{key}")
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == rows
+
+
 def _split(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
     """A value for each part; what does not belong to rows is the same for all."""
-    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == sum(sizes):
+    if _has_rows(value, sum(sizes)):
         return torch.split(value, list(sizes))
     if isinstance(value, dict):
         parts = {key: _split(item, sizes) for key, item in value.items()}
@@ -46,8 +64,9 @@ def _split(value: Any, sizes: Sequence[int]) -> Sequence[Any]:
 
 
 def is_norm(module: torch.nn.Module) -> bool:
-    """Whether a module normalizes each token for itself."""
-    return isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    """Whether a module normalizes each token for itself, and does nothing else."""
+    named = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    return named and not any(True for _ in module.children())
 
 
 def join(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
@@ -65,14 +84,17 @@ def join(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
 def parts_work(module: torch.nn.Module, forward: Callable[..., Any], whole: Call, parts: Sequence[Call]) -> bool:
     """Whether the first two parts of a batch give apart what they give together, dropout aside.
 
-    Two tell what all would, and need no more memory than training in parts does.
+    Two tell what all would. A block that writes into its input is left whole.
     """
     both = sum(args[0].shape[0] for args, _ in parts[:2])
     args, kwargs = _split(whole, [both, whole[0][0].shape[0] - both])[0]
+    hidden = args[0].clone()
     training = module.training
     module.eval()
     try:
-        expected = _first(forward(*args, **kwargs))
+        expected = _first(forward(hidden, *args[1:], **kwargs))
+        if hidden._version:
+            return False
         found = torch.cat([_first(forward(*args, **kwargs)) for args, kwargs in parts[:2]])
     except torch.OutOfMemoryError:
         raise

@@ -18,7 +18,11 @@ NAME = "model.layers.1.mlp.gate_proj.weight"
 def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A bf16 base, its archive, and what one task made of it."""
     root = tmp_path_factory.mktemp("chain")
-    made: dict[str, Any] = {"root": root, "base": save_checkpoint(root / "base", dtype=torch.bfloat16), "archive": root / "archive"}
+    made: dict[str, Any] = {
+        "root": root,
+        "base": save_checkpoint(root / "base", dtype=torch.bfloat16),
+        "archive": root / "archive",
+    }
     analyze(made["base"], made["archive"], AnalyzeSettings(preserve=0.5, device="cpu"))
     made["data"] = write_rows(root / "task.jsonl", task_rows())
     for dtype in ("keep", "float32"):
