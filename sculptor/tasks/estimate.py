@@ -203,6 +203,7 @@ def estimate(
         recompute=device.type == "cuda",
         written=float(checkpoint.num_bytes + archive_bytes),
         saves=2,
+        row=length,
     )
     plans = footprints(checkpoint, architecture, shapes, device, work)
     if lengths:

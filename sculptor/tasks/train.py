@@ -229,6 +229,7 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
         written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
         saves=-(-steps // settings.steps_between_saves(steps)),
         evaluates=job.evaluation is not None,
+        row=longest,
     )
     shapes = archive_shapes(job.archive, job.architecture)
     return footprints(job.checkpoint, job.architecture, shapes, device, work)

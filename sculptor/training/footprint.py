@@ -20,6 +20,8 @@ from sculptor.training.settings import Offload
 PART_TOKENS = {"cuda": 8192}
 # What torch and transformers take before any tensor: on a GPU its context and libraries' workspaces.
 RUNTIME = {"cuda": 0.7e9, "cpu": 0.45e9}
+# What a process with torch, its GPU libraries and its heap has in host memory beside the tensors; measured on an H200.
+_HOST_RUNTIME = 2.1e9
 # Activations inside a block over the widths of its matrices: norms in float32, attention, products of gates.
 _ACTIVATIONS = 1.6
 
@@ -72,7 +74,8 @@ class Workload:
 
     `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
     `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
-    its state (more than twice is twice), `evaluates` whether it keeps the best parameters too.
+    its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the
+    longest row, which is never split.
     """
 
     tokens: int
@@ -85,6 +88,7 @@ class Workload:
     written: float = 0.0
     saves: int = 0
     evaluates: bool = False
+    row: int = 0
 
 
 def footprints(
@@ -159,7 +163,10 @@ class _Sizes:
         widths_in = [t.shape[1] for t in architecture.targets]
         hidden = max(set(widths_in), key=widths_in.count)  # what most matrices read
         self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro
-        self.inside_part = self.inside * min(1.0, PART_TOKENS.get(self.kind, micro) / micro)
+        # A router's loss is over the whole batch, which is not split then.
+        whole = checkpoint.config.get("output_router_logits") or self.kind not in PART_TOKENS
+        part = micro if whole else max(PART_TOKENS[self.kind], work.row)
+        self.inside_part = self.inside * min(1.0, part / micro)
         self.inputs = self.size * hidden * self.num_blocks * micro
         self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
         forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
@@ -217,7 +224,7 @@ class _Sizes:
         }
         kept = {} if keep else {"activation checkpoints": self.inputs}
         staging = {"copies": (2.0 if tier == "cpu" else 4.0) * STAGING_BYTES[self.kind]}
-        runtime = {"runtime": 2.1e9} if self.kind == "cuda" else {}
+        runtime = {"runtime": _HOST_RUNTIME} if self.kind == "cuda" else {}
         micro, n = self.work.micro_batches, self.num_coordinates
         weights, bases, inputs = waiting["weights"], waiting["bases"], 0.0 if keep else self.inputs * micro
         # Forward and backward of every micro-batch; the update brings state, pristine weights and bases, and makes the

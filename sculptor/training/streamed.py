@@ -2,9 +2,9 @@
 
 What waits elsewhere, per block: the folded weights, the bases, coordinates with their AdamW moments, coordinate
 gradients (float32), and pristine weights. In a backward pass every full-size gradient is projected as soon as it appears,
-and the block's coordinate gradients leave when the block is finished. The norm, and with it the factor of the clipping, is
-known when all of them have left; so a block is updated when it is next fetched for a forward pass, into the very slot it
-is computed from. Nothing is stale, and everything is brought up to date before it is saved. With `fused`, a block is
+and the block's coordinate gradients leave when the block is finished. The norm, by which they are clipped, is known when
+all of them have left; so a block is updated when it is next fetched for a forward pass, into the very slot it is
+computed from. Nothing is stale, and everything is brought up to date before it is saved. With `fused`, a block is
 updated as soon as it is finished.
 """
 

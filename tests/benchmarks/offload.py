@@ -242,7 +242,7 @@ def main() -> None:
         free = psutil.virtual_memory().available
         found = measure(model, updates, device, rows, micro, options.length, options.steps)
         on_host = mode == "cpu" and not variant and device.type == "cuda"
-        work = Workload(rows * options.length, rows // micro, fused, options.keep_inputs, on_host)
+        work = Workload(rows * options.length, rows // micro, fused, options.keep_inputs, on_host, row=options.length)
         plan = None if mode == "full" else footprints(checkpoint, architecture, archive.shapes, device, work)[
             "none" if mode == "resident" else mode
         ]  # fmt: skip

@@ -108,6 +108,20 @@ def test_bad_settings_are_named(cli: Callable[..., Result], tmp_path: Path, opti
     assert named in found.err
 
 
+def test_a_row_and_a_router_s_batch_are_not_split(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "model", "mixtral"))
+    architecture = inspect_architecture(checkpoint)
+
+    def activations(row: int) -> float:
+        work = Workload(2**16, 1, row=row)
+        return footprints(checkpoint, architecture, (), torch.device("cuda"), work)["cpu"].device["activations"]
+
+    short, long = activations(512), activations(2**15)
+    assert activations(8192) == short < long < activations(2**16)
+    checkpoint.config["output_router_logits"] = True
+    assert activations(512) == activations(2**16)
+
+
 def test_auto_takes_what_fits_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path / "model")
     checkpoint = open_checkpoint(tmp_path / "model")
