@@ -204,6 +204,7 @@ def estimate(
         written=float(checkpoint.num_bytes + archive_bytes),
         saves=2,
         row=length,
+        micro_rows=micro,
     )
     plans = footprints(checkpoint, architecture, shapes, device, work)
     if lengths:

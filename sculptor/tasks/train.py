@@ -230,6 +230,7 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
         saves=-(-steps // settings.steps_between_saves(steps)),
         evaluates=job.evaluation is not None,
         row=longest,
+        micro_rows=micro,
     )
     shapes = archive_shapes(job.archive, job.architecture)
     return footprints(job.checkpoint, job.architecture, shapes, device, work)

@@ -75,7 +75,7 @@ class Workload:
     `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
     `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
     its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the
-    longest row, which is never split.
+    longest row, which is never split, and `micro_rows` the most rows of a micro-batch.
     """
 
     tokens: int
@@ -89,6 +89,7 @@ class Workload:
     saves: int = 0
     evaluates: bool = False
     row: int = 0
+    micro_rows: int = 0
 
 
 def footprints(
@@ -159,7 +160,7 @@ class _Sizes:
             default=0,
         )
         self.num_coordinates = sum(self.coordinates.values())
-        micro = work.tokens / work.micro_batches
+        micro = work.micro_rows * work.row or work.tokens / work.micro_batches
         widths_in = [t.shape[1] for t in architecture.targets]
         hidden = max(set(widths_in), key=widths_in.count)  # what most matrices read
         self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro
@@ -167,7 +168,8 @@ class _Sizes:
         whole = checkpoint.config.get("output_router_logits") or self.kind not in PART_TOKENS
         part = micro if whole else max(PART_TOKENS[self.kind], work.row)
         self.inside_part = self.inside * min(1.0, part / micro)
-        self.inputs = self.size * hidden * self.num_blocks * micro
+        per_token = self.size * hidden * self.num_blocks
+        self.inputs, self.inputs_of_step = per_token * micro, float(per_token * work.tokens)
         self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
         forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
         self.operations = 4 * forward  # forward, again, and twice as much backward
@@ -226,7 +228,7 @@ class _Sizes:
         staging = {"copies": (2.0 if tier == "cpu" else 4.0) * STAGING_BYTES[self.kind]}
         runtime = {"runtime": _HOST_RUNTIME} if self.kind == "cuda" else {}
         micro, n = self.work.micro_batches, self.num_coordinates
-        weights, bases, inputs = waiting["weights"], waiting["bases"], 0.0 if keep else self.inputs * micro
+        weights, bases, inputs = waiting["weights"], waiting["bases"], 0.0 if keep else self.inputs_of_step
         # Forward and backward of every micro-batch; the update brings state, pristine weights and bases, and makes the
         # weights of the first forward on the device. Gradients leave and come back once per micro-batch.
         exact = not self.work.fused

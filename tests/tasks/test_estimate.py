@@ -15,6 +15,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed
 from sculptor.tasks import estimate, placement, train
+from sculptor.tasks.estimate import EstimateSettings
 from sculptor.tasks.placement import archive_shapes, choose
 from sculptor.training import state
 from sculptor.training.footprint import Footprint, Workload, footprints
@@ -106,6 +107,16 @@ def test_bad_settings_are_named(cli: Callable[..., Result], tmp_path: Path, opti
     found = cli("estimate", tmp_path / "model", *options)
     assert found.code == (1 if "--data" in options else 2)
     assert named in found.err
+
+
+def test_memory_is_for_the_fullest_micro_batch(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model")
+
+    def activations(batch: int) -> Any:
+        settings = EstimateSettings(batch_size=batch, micro_batch_size=8, tflops=1, disk=1)
+        return estimate.estimate(tmp_path / "model", settings).modes["none"].plan.device["activations"]
+
+    assert activations(8) == activations(9) > activations(5)
 
 
 def test_a_row_and_a_router_s_batch_are_not_split(tmp_path: Path) -> None:
