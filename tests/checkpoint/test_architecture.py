@@ -25,6 +25,7 @@ EXPECTED = {
     "phi3": (8, "causal", []),
     "gpt2": (8, "causal", []),
     "opt": (12, "causal", [QKV]),
+    "mpt": (8, "causal", []),
     "neox": (8, "causal", []),
     "t5": (
         32,
