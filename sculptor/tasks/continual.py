@@ -243,9 +243,9 @@ class _Run:
             )
             return
         if self.method != "sculptor":
-            settings = replace(settings, soften=None, memory_rows=None, memory_weight=None)  # _OF_MOMENTS
             # Plain fine-tuning protects nothing, so there is nothing to carry.
-            settings = replace(settings, carry="accumulate" if self.method == "random" else "retake")
+            changes: dict[str, Any] = dict.fromkeys(_OF_MOMENTS)
+            settings = replace(settings, carry="accumulate" if self.method == "random" else "retake", **changes)
         archive = archive or self._first_archive(model)
         train(
             model,
