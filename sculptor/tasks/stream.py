@@ -1,5 +1,6 @@
 """`sculptor.stream`: a protected model larger than memory, for a training loop of one's own."""
 
+import math
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging, writing
 from sculptor.checkpoint.writer import write_checkpoint
-from sculptor.errors import SettingsError
+from sculptor.errors import SettingsError, TrainingError
 from sculptor.model.load import load_streamed, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.placement import archive_shapes, check_waiting
@@ -137,10 +138,16 @@ class StreamedModel:
         self.updates.end_backward()
 
     def step(self, learning_rate: float | None = None) -> float:
-        """Clips and updates; returns the norm of the gradient before."""
+        """Clips and updates; returns the norm of the gradient before.
+
+        Raises:
+            TrainingError: if that is not finite; the step is not taken then, except within the backward pass (`fused`).
+        """
         self._check_open()
         assert self.settings.learning_rate is not None
         norm = self.updates.clip()
+        if not math.isfinite(norm):
+            raise TrainingError(f"gradient norm {norm}: not finite; lower learning_rate or look at the batch")
         self.updates.step(self.settings.learning_rate if learning_rate is None else learning_rate)
         return norm
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_checkpoint
+from safetensors.torch import load_file
 
 import sculptor
 from sculptor.checkpoint.reader import open_checkpoint
@@ -74,6 +75,20 @@ def test_a_rate_of_zero_is_a_rate(tmp_path: Path, generator: torch.Generator) ->
             coordinates = streamed.updates.coordinates(name)
             assert coordinates is not None
             assert any(bool(a.any()) for a in coordinates) == changed
+
+
+def test_a_step_that_is_not_finite_is_not_taken(tmp_path: Path, generator: torch.Generator) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    settings = sculptor.TrainSettings(offload="cpu", learning_rate=1e-2, device="cpu")
+    ids = torch.randint(4, 40, (2, 6), generator=generator)
+    with sculptor.stream(tmp_path / "model", tmp_path / "archive", settings) as streamed:
+        streamed.backward(streamed.model(input_ids=ids, labels=ids).loss * float("nan"))
+        with pytest.raises(sculptor.SculptorError, match="gradient norm nan: not finite"):
+            streamed.step()
+        streamed.save(tmp_path / "saved")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "saved"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_a_plain_backward_counts_the_same(tmp_path: Path, generator: torch.Generator) -> None:
