@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are tiny, and tests run side by side: more threads, also of commands that tests start, only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -17,7 +19,6 @@ import transformers
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-torch.set_num_threads(1)  # the models are tiny, and tests may run side by side
 
 WORDS = [f"w{i}" for i in range(40)]
 SMALL = {
