@@ -1,6 +1,7 @@
 """The `sculptor` command."""
 
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -99,4 +100,8 @@ def _message(error: Exception) -> str | None:
 
 def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"error: {' '.join(message.split())}", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and exit with 120
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.exit(code)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +181,23 @@ def test_stdout_that_cannot_be_written(made: dict[str, Path]) -> None:
             [*COMMAND, "inspect", str(made["archive"])], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert found.returncode == 1
+    assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+
+
+def test_a_stdout_that_stays_full_does_not_change_the_exit_code(made: dict[str, Path]) -> None:
+    lines = (
+        "import io, sys",
+        "class Full(io.StringIO):",
+        "    def flush(self):",
+        "        raise OSError(28, 'No space left on device')",
+        "sys.stdout = Full()",
+        COMMAND[-1],
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), "inspect", str(made["archive"])], capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: output: No space left on device")
     assert len(found.stderr.strip().splitlines()) == 1, found.stderr
 
 
