@@ -132,6 +132,7 @@ class StreamedModel:
             loss: of a micro-batch.
             learning_rate: of the step, if it updates within the backward pass (`optimizer_mode="fused"`).
         """
+        self._check_open()
         assert self.settings.learning_rate is not None
         self.updates.begin(self.settings.learning_rate if learning_rate is None else learning_rate)
         loss.backward()  # type: ignore[no-untyped-call]

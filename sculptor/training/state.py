@@ -113,13 +113,20 @@ class StateStore:
         """The newest complete state, or None.
 
         Raises:
-            OutputError: if it belongs to a run with other settings, inputs or bases.
+            OutputError: if it belongs to a run with other settings, inputs or bases, or is damaged.
         """
         complete = sorted(self.directory.glob("step-????????")) if self.directory.is_dir() else []
         if not complete:
             return None
         newest = complete[-1]
-        content = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        damaged = OutputError(f"{newest}: this saved state is damaged; pass --overwrite to start anew")
+        try:
+            content = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+            tensors = SavedTensors(newest / "state.safetensors")
+        except (ValueError, OSError, OutputError) as cause:
+            raise damaged from cause
+        if not isinstance(content, dict) or not {"key", "fingerprints", "position"} <= content.keys():
+            raise damaged
         different = sorted(name for name in self.key if content["key"].get(name) != self.key[name])
         if different:
             name = different[0]
@@ -135,7 +142,7 @@ class StateStore:
         position = Position(**content["position"])
         if position.best_step is not None:
             self.load_best(position.best_step)
-        return position, SavedTensors(newest / "state.safetensors")
+        return position, tensors
 
 
 class SavedTensors(Mapping[str, Tensor]):

@@ -47,6 +47,21 @@ def test_a_half_written_state_is_ignored(tmp_path: Path) -> None:
     assert found[0].step == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("state.json", b"{"), ("state.json", b"[]"), ("state.safetensors", b"half"), ("state.safetensors", None)],
+)
+def test_a_damaged_state_says_what_to_do(tmp_path: Path, name: str, content: bytes | None) -> None:
+    store = StateStore(tmp_path, KEY, PRINTS)
+    store.save(Position(1), tensors_of({"a": torch.zeros(3)}))
+    if content is None:
+        (tmp_path / "step-00000001" / name).unlink()
+    else:
+        (tmp_path / "step-00000001" / name).write_bytes(content)
+    with pytest.raises(OutputError, match=r"step-00000001: this saved state is damaged; pass --overwrite"):
+        store.load()
+
+
 def test_other_settings_and_other_bases_are_refused(tmp_path: Path) -> None:
     StateStore(tmp_path, KEY, PRINTS).save(Position(1), tensors_of({"a": torch.zeros(3)}))
     with pytest.raises(OutputError, match=r"other settings .learning_rate; learning_rate was 0.001, now 0.1"):
