@@ -187,11 +187,14 @@ def choose(
     for name in _TIERS if asked == "auto" else (asked,):
         plan = found[name]
         short = shortages(plan, device.type, free_device, free_host, free_disk)
+        doubts: list[Shortage] = []
         if asked == "none":  # what activations take is an estimate, which does not forbid what a user knows better
+            doubts = [of for of in short if of.what != "disk"]
             short = [of for of in short if of.what == "disk"]
         if not short:
             if asked != "auto":
-                return plan, f"--offload {name}, as asked"
+                though = f", though it may need {' and '.join(map(str, doubts))}" if doubts else ""
+                return plan, f"--offload {name}, as asked{though}"
             because = f": {'; '.join(reasons)}" if reasons else ": everything fits"
             return plan, f"--offload auto picks {name}{because}"
         lacking[name] = short

@@ -85,7 +85,7 @@ def train(
     placed, unused = _placed(job.settings, plan.offload)
     if unused:
         reason += f"; without effect there: {', '.join(unused)}"
-    if job.settings.offload == "auto" and (plan.offload != "none" or unused):
+    if not reason.endswith(("as asked", "everything fits")):
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
     check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data])

@@ -179,6 +179,21 @@ def test_training_says_what_auto_picked(cli: Callable[..., Result], tmp_path: Pa
     assert (found.code, found.err) == (0, "")
 
 
+def test_asking_for_too_little_memory_is_done_with_a_warning(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "model")
+    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    arguments = ("train", tmp_path / "model", "--subspaces", tmp_path / "archive", "--data", rows, "--max-steps", 1)
+    quiet = cli(*arguments, "--offload", "none", "--output", tmp_path / "first")
+    assert (quiet.code, quiet.err) == (0, "")
+    monkeypatch.setattr(placement, "available_memory", lambda _: (2e8, 2e8))
+    found = cli(*arguments, "--offload", "none", "--output", tmp_path / "second")
+    assert found.code == 0
+    assert "--offload none, as asked, though it may need 0.5 GB of memory (0.2 GB free)" in found.err
+
+
 def test_an_archive_of_another_model_is_refused(cli: Callable[..., Result], tmp_path: Path) -> None:
     for family in ("llama", "gpt2"):
         save_checkpoint(tmp_path / family, family)
