@@ -162,11 +162,16 @@ def test_auto_takes_what_fits_and_says_why(tmp_path: Path, monkeypatch: pytest.M
         choose(filled, gpu, "auto", tmp_path)
 
 
-def test_training_says_what_auto_picked(cli: Callable[..., Result], tmp_path: Path) -> None:
+def prepared(tmp_path: Path) -> tuple[object, ...]:
+    """A model, its archive and a task, and the command that trains a step; the output is for the caller to say."""
     save_checkpoint(tmp_path / "model")
     sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
     rows = write_rows(tmp_path / "rows.jsonl", task_rows())
-    arguments = ("train", tmp_path / "model", "--subspaces", tmp_path / "archive", "--data", rows, "--max-steps", 1)
+    return ("train", tmp_path / "model", "--subspaces", tmp_path / "archive", "--data", rows, "--max-steps", 1)
+
+
+def test_training_says_what_auto_picked(cli: Callable[..., Result], tmp_path: Path) -> None:
+    arguments = prepared(tmp_path)
     found = cli(*arguments, "--output", tmp_path / "tuned")
     assert found.code == 0, found.err
     assert "--offload auto picks none: everything fits." in found.out
@@ -182,10 +187,7 @@ def test_training_says_what_auto_picked(cli: Callable[..., Result], tmp_path: Pa
 def test_asking_for_too_little_memory_is_done_with_a_warning(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path / "model")
-    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
-    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
-    arguments = ("train", tmp_path / "model", "--subspaces", tmp_path / "archive", "--data", rows, "--max-steps", 1)
+    arguments = prepared(tmp_path)
     quiet = cli(*arguments, "--offload", "none", "--output", tmp_path / "first")
     assert (quiet.code, quiet.err) == (0, "")
     monkeypatch.setattr(placement, "available_memory", lambda _: (2e8, 2e8))
@@ -209,11 +211,8 @@ def test_an_archive_of_another_model_is_refused(cli: Callable[..., Result], tmp_
 def test_what_does_not_fit_is_refused_before_anything_starts(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path / "model")
-    sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
-    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    arguments = prepared(tmp_path)
     monkeypatch.setattr(placement, "available_memory", lambda _: (1e6, 1e6))
-    arguments = ("train", tmp_path / "model", "--subspaces", tmp_path / "archive", "--data", rows, "--max-steps", 1)
     found = cli(*arguments, "--output", tmp_path / "tuned", "--offload", "cpu")
     assert found.code == 2
     assert "--offload cpu: does not fit" in found.err
