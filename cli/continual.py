@@ -25,7 +25,7 @@ from .options import (
     default="sculptor",
     show_default=True,
     help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, or (extra "
-    "`compare`) LoRA, O-LoRA and OSF through PEFT.",
+    "`baselines`) LoRA, O-LoRA and OSF through PEFT.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override the plan's value; repeatable."
@@ -56,8 +56,7 @@ def command(
 ) -> None:
     """Train the tasks of PLAN in order and evaluate all of them after each.
 
-    PLAN is a TOML file: a model, [analyze], [train] and [evaluate] settings, a list of [[tasks]] and general texts to
-    watch. Reports the accuracy matrix, average accuracy (AA), backward transfer (BWT, forgetting if negative),
+    PLAN is a TOML file: a model, [analyze], [train] and [evaluate] settings, a list of [[tasks]] and texts to watch. Reports the accuracy matrix, average accuracy (AA), backward transfer (BWT, forgetting if negative),
     learning accuracy (LA) and forward transfer (FWT).
 
     \b
@@ -65,10 +64,10 @@ def command(
       sculptor continual plan.toml --output ./run
       sculptor continual plan.toml --output ./plain --method full --set train.learning_rate=3e-4
     """
+    from sculptor.benchmark.runner import continual
     from sculptor.report.continual import continual_text
     from sculptor.report.json_text import to_json
     from sculptor.report.plot import check_picture, plot_matrix, require_matplotlib
-    from sculptor.tasks.continual import continual
 
     quiet_libraries()
     if plot is not None:

@@ -5,31 +5,16 @@ from typing import Any
 
 import click
 
-from .options import Choice, SuggestingCommand, device_option, json_option, quiet_libraries
+from sculptor.planning.settings import EstimateSettings
+
+from .options import SuggestingCommand, json_option, quiet_libraries, settings_options
 
 
 @click.command("estimate", cls=SuggestingCommand)
 @click.argument("model")
 @click.option("--subspaces", type=click.Path(), help="Subspace archive of MODEL, if there is one.")
 @click.option("--data", multiple=True, type=click.Path(), help="JSONL or .txt rows of the task; repeatable.")
-@click.option("--preserve", type=float, default=0.5, show_default=True, help="Without an archive: share protected.")
-@click.option(
-    "--constraint",
-    type=Choice(["double", "input", "core"]),
-    default="double",
-    show_default=True,
-    help="Without an archive: what an update may not touch.",
-)
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Rows per optimizer step.")
-@click.option("--micro-batch-size", type=int, default=8, show_default=True, help="Rows per forward.")
-@click.option("--max-length", type=int, help="Tokens per row [default: 1024 or the model's limit].")
-@click.option("--fused", is_flag=True, help="For --optimizer-mode fused.")
-@device_option
-@click.option("--gpu-memory", type=float, help="Plan for a GPU with this many GB, which need not be here.")
-@click.option("--host-memory", type=float, help="Plan for this many GB of host memory [default: what is free].")
-@click.option("--tflops", type=float, help="TFLOP/s of matrix products [default: measured].")
-@click.option("--link", type=float, help="GB/s between host and GPU, each way [default: measured].")
-@click.option("--disk", type=float, help="GB/s of the disk [default: measured].")
+@settings_options(EstimateSettings)
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),
@@ -53,7 +38,7 @@ def command(
     """
     from sculptor.report.estimate import estimate_text
     from sculptor.report.json_text import to_json
-    from sculptor.tasks.estimate import EstimateSettings, estimate
+    from sculptor.tasks.estimate import estimate
 
     quiet_libraries()
     found = estimate(model, EstimateSettings(**settings), subspaces=subspaces, data=data, directory=directory)

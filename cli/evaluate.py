@@ -4,7 +4,9 @@ from typing import Any
 
 import click
 
-from .options import SuggestingCommand, bars, device_option, json_option, offload_option, quiet_libraries
+from sculptor.training.settings import TrainSettings
+
+from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options
 
 
 @click.command("evaluate", cls=SuggestingCommand)
@@ -17,8 +19,7 @@ from .options import SuggestingCommand, bars, device_option, json_option, offloa
 )
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
-@device_option
-@offload_option
+@settings_options(TrainSettings, "device", "offload")
 @json_option
 def command(
     model: str,

@@ -17,6 +17,7 @@ _COMMANDS = {
     "verify": "verify",
     "evaluate": "evaluate",
     "continual": "continual",
+    "convert": "convert",
     "demo": "demo",
 }
 

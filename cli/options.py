@@ -1,13 +1,17 @@
 """What commands share: near-miss suggestions, progress bars and common options."""
 
+import dataclasses
 import difflib
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
+
+from sculptor.validation import Off
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,20 +97,76 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
-def device_option(command: Command) -> Command:
-    """`--device`."""
-    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(command)
+def settings_options(cls: Any, *names: str, skip: Iterable[str] = ()) -> Callable[[Command], Command]:
+    """One option for each field of a class of settings, or for some: its name, type, default, range and help.
+
+    Args:
+        cls: settings whose fields have docstrings.
+        names: of fields; default all, in their order.
+        skip: fields that have no option.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    described = cls.__pydantic_fields__
+    chosen = [
+        field for field in dataclasses.fields(cls) if (not names or field.name in names) and field.name not in skip
+    ]
+
+    def add(command: Command) -> Command:
+        for field in reversed(chosen):  # click lists options in the reverse order of decoration
+            command = _option(field, hints[field.name], described[field.name].description)(command)
+        return command
+
+    return add
 
 
-def offload_option(command: Command) -> Command:
-    """`--offload`."""
-    return click.option(
-        "--offload",
-        type=Choice(["none", "cpu", "disk", "auto"]),
-        default="auto",
-        show_default=True,
-        help="Where blocks wait that are not being computed: all stay on the device, host memory, disk, or what fits.",
-    )(command)
+def _option(field: Any, hint: Any, text: str) -> Callable[[Command], Command]:
+    kind, metadata = _innermost(hint)
+    name = "--" + field.name.replace("_", "-")
+    settings: dict[str, Any] = {"default": field.default, "show_default": field.default is not None}
+    if kind is bool:
+        off = next((item.name for item in metadata if isinstance(item, Off)), None)
+        if off is not None:
+            name += f"/--{off}"
+        settings |= {"is_flag": True, "show_default": False}
+    elif get_origin(kind) is tuple:
+        settings = {"multiple": True, "type": str}
+    elif get_origin(kind) is Literal:
+        settings["type"] = Choice([str(choice) for choice in get_args(kind)])
+    else:
+        settings["type"] = _range(kind, metadata)
+    return click.option(name, field.name, help=" ".join(text.split()), **settings)
+
+
+def _innermost(hint: Any) -> tuple[Any, list[Any]]:
+    """A field's type without None, and everything that is annotated of it."""
+    metadata: list[Any] = []
+    while True:
+        if get_origin(hint) is Annotated:
+            hint, *found = get_args(hint)
+            metadata += found
+        elif get_origin(hint) in (Union, UnionType):
+            (hint,) = (choice for choice in get_args(hint) if choice is not type(None))
+        else:
+            return hint, metadata
+
+
+def _range(kind: Any, metadata: Iterable[Any]) -> Any:
+    """A number's type with its range, where it has one that people would meet."""
+    bounds: dict[str, Any] = {}
+    for item in metadata:
+        for part in getattr(item, "metadata", [item]):  # of pydantic's Field
+            for key, edge, is_open in (
+                ("ge", "min", False),
+                ("gt", "min", True),
+                ("le", "max", False),
+                ("lt", "max", True),
+            ):
+                bound = getattr(part, key, None)
+                if bound is not None and abs(bound) < 2**31:
+                    bounds |= {edge: bound} | ({f"{edge}_open": True} if is_open else {})
+    if not bounds or kind not in (int, float):
+        return kind
+    return click.IntRange(**bounds) if kind is int else click.FloatRange(**bounds)
 
 
 def overwrite_option(command: Command) -> Command:

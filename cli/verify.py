@@ -4,14 +4,16 @@ import sys
 
 import click
 
-from .options import SuggestingCommand, bars, device_option, json_option, quiet_libraries
+from sculptor.training.settings import TrainSettings
+
+from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options
 
 
 @click.command("verify", cls=SuggestingCommand)
 @click.argument("base")
 @click.argument("tuned")
 @click.option("--subspaces", required=True, type=click.Path(), help="Subspace archive of BASE.")
-@device_option
+@settings_options(TrainSettings, "device")
 @json_option
 def command(base: str, tuned: str, subspaces: str, device: str, as_json: bool) -> None:
     """Prove that TUNED left the protected pairs of BASE untouched.

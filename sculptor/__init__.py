@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AnalyzeSettings": "sculptor.analysis.settings",
-    "EstimateSettings": "sculptor.tasks.estimate",
+    "AnalyzeSettings": "sculptor.methods.settings",
+    "EstimateSettings": "sculptor.planning.settings",
     "Archive": "sculptor.archive.store",
+    "Kind": "sculptor.methods.kinds",
     "SculptorError": "sculptor.errors",
     "TrainSettings": "sculptor.training.settings",
     "analyze": "sculptor.tasks.analyze",
-    "continual": "sculptor.tasks.continual",
+    "continual": "sculptor.benchmark.runner",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
     "inspect": "sculptor.tasks.inspect_archive",
+    "convert": "sculptor.tasks.convert",
     "merge": "sculptor.training.protect",
+    "parameter_groups": "sculptor.training.rates",
     "protect": "sculptor.training.protect",
     "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
@@ -30,15 +33,18 @@ __all__ = [
     "AnalyzeSettings",
     "Archive",
     "EstimateSettings",
+    "Kind",
     "SculptorError",
     "TrainSettings",
     "__version__",
     "analyze",
     "continual",
+    "convert",
     "estimate",
     "evaluate",
     "inspect",
     "merge",
+    "parameter_groups",
     "protect",
     "stream",
     "train",
@@ -46,18 +52,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sculptor.analysis.settings import AnalyzeSettings
     from sculptor.archive.store import Archive
+    from sculptor.benchmark.runner import continual
     from sculptor.errors import SculptorError
+    from sculptor.methods.kinds import Kind
+    from sculptor.methods.settings import AnalyzeSettings
+    from sculptor.planning.settings import EstimateSettings
     from sculptor.tasks.analyze import analyze
-    from sculptor.tasks.continual import continual
-    from sculptor.tasks.estimate import EstimateSettings, estimate
+    from sculptor.tasks.convert import convert
+    from sculptor.tasks.estimate import estimate
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.stream import stream
     from sculptor.tasks.train import train
     from sculptor.tasks.verify import verify
     from sculptor.training.protect import merge, protect
+    from sculptor.training.rates import parameter_groups
     from sculptor.training.settings import TrainSettings
 
 

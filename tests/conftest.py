@@ -132,6 +132,20 @@ def task_rows(kind: str = "pairs", count: int = 24) -> list[dict[str, Any]]:
     return [{"prompt": f"{words[i]} {words[(3 * i) % 7]} w0", "completion": words[i % 4]} for i in range(count)]
 
 
+def stairs(archive: Any, name: str) -> Any:
+    """The staircase rule of a matrix."""
+    from sculptor.methods.staircase import StaircaseRule
+
+    rule = archive[name].rule
+    assert isinstance(rule, StaircaseRule)
+    return rule
+
+
+def factors(archive: Any, name: str) -> Any:
+    """The truncated moments (G or None, C) of a matrix."""
+    return stairs(archive, name).factors(archive.read(name).tensors)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command did."""

@@ -10,23 +10,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sculptor.checkpoint.architecture import Target, find_blocks
-from sculptor.data.batches import Batch, prepare
+from sculptor.data.batches import Batch, make_batch
 from sculptor.data.examples import IGNORED, Example
+from sculptor.methods.settings import Labels, Weighting
 from sculptor.model.head import find_head
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, sample_labels
 from sculptor.numerics.precision import float32_products
 from sculptor.progress import Bar
-
-Labels = Literal["true", "sampled"]
-Weighting = Literal["tokens", "gradients"]
 
 # Tokens of one forward: as many as this leaves room for, within bounds.
 _ACTIVATION_BYTES = {"cuda": 2e9, "cpu": 5e8}
@@ -314,7 +312,7 @@ def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Ite
         size = max(1, room // max(1, examples[order[start]].length))
         chosen = [examples[i] for i in order[start : start + size]]
         tokenizer = loaded.tokenizer
-        batch = prepare(chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed + start)
+        batch = make_batch(chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed + start)
         if loaded.kind == "seq2seq" and batch.labels.shape == batch.input_ids.shape:
             # Encoder and decoder states are told apart by their length.
             batch = Batch(batch.input_ids, batch.attention_mask, nn.functional.pad(batch.labels, (0, 1), value=IGNORED))

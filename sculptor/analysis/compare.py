@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from sculptor.archive.store import Archive, Subspaces
+from torch import Tensor
+
+from sculptor.archive.store import Archive, Entry
 from sculptor.errors import ArchiveError
-from sculptor.numerics.bases import Basis, protected_directions
+from sculptor.methods.rule import Directed
 from sculptor.numerics.linalg import principal_angles
 from sculptor.progress import Progress, silent
 
@@ -61,20 +63,15 @@ def compare_archives(first: Archive, second: Archive, progress: Progress = silen
     return tuple(results)
 
 
-def _protected(found: Subspaces) -> tuple[Basis | None, Basis | None]:
-    """The sides of one matrix, as far as its staircase tells their directions apart; more may be stored."""
-    if not found.record.has_moments:
-        return found.output, found.input
-    staircase = found.record.staircase
-    counts = staircase.outputs, max(reach for _, reach in staircase.steps)
-    sides = zip((found.output, found.input), counts, strict=True)
-    output, input = (side and Basis(side.vectors[:, :count], "leading") for side, count in sides)
-    return output, input
+def _protected(entry: Entry) -> tuple[Tensor | None, Tensor | None]:
+    if not isinstance(entry.rule, Directed):
+        raise ArchiveError(f"{entry.record.name}: a rule of kind {entry.rule.kind} has no directions to compare")
+    return entry.rule.directions(entry.tensors)
 
 
-def _compare(a: Basis | None, b: Basis | None) -> SideComparison:
-    sizes = (a.directions if a else 0, b.directions if b else 0)
+def _compare(a: Tensor | None, b: Tensor | None) -> SideComparison:
+    sizes = (0 if a is None else a.shape[1], 0 if b is None else b.shape[1])
     if a is None or b is None or 0 in sizes:
         return SideComparison(*sizes, None, None)
-    angles = principal_angles(protected_directions(a), protected_directions(b))
+    angles = principal_angles(a, b)
     return SideComparison(*sizes, float(angles.cos().square().mean()), math.degrees(float(angles.max())))

@@ -1,29 +1,28 @@
-"""Proof, from files alone, that an update left the protected pairs untouched.
+"""Proof, from files alone, that an update did nothing that its matrix's rule forbids.
 
-Per matrix, in float64: leak = ||frozen part of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
-W' in its dtype explains: errors of variance ulp(W')^2 / 12 per entry, taken to the frozen pairs (`frozen_variance`).
-It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). Where the archive has moments, the curvature that the update
-touches, tr(G dW C dW^T), is set against what an update of its size in random directions would.
+Per matrix, in float64: leak = ||what the rule forbids of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
+W' in its dtype explains: errors of variance ulp(W')^2 / 12 per entry, as far as the rule forbids them (`Rule.violation`).
+It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). Where a rule weighs directions, what the update touches of them is
+set against what an update of its size in random directions would.
 
 A checkpoint that went through several merges was rounded in each, to the dtype of each; its sculptor.json says so.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sculptor.analysis.factors import curvature_scales
-from sculptor.analysis.weights import as_out_in, to_device
 from sculptor.archive.manifest import MatrixRecord
-from sculptor.archive.store import Archive, Subspaces
-from sculptor.checkpoint.reader import Checkpoint
+from sculptor.archive.store import Archive, Entry
+from sculptor.checkpoint.orientation import as_out_in, to_device
+from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.records import read_record
 from sculptor.errors import ArchiveError, VerificationError
-from sculptor.numerics.bases import frozen_norm, frozen_variance
-from sculptor.numerics.moments import Factor, curvature
+from sculptor.methods.rule import Violation
 from sculptor.numerics.rounding import leak_allowance, rounding_variance
 from sculptor.progress import Progress, silent
 
@@ -93,54 +92,32 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class LeakMeasure:
-    """Norms of one matrix's update: of all of it, of its frozen part, and of the rounding to expect in both.
-
-    With moments also `touched`, tr(G dW C dW^T), and `touched_at_random`, its mean over all updates of that norm.
-    """
+    """One matrix's update: its norm, that of the rounding errors to expect in it, and what the rule says of it."""
 
     update: float
-    frozen: float
     rounding: float
-    frozen_rounding: float
-    touched: float | None = None
-    touched_at_random: float | None = None
+    violation: Violation
 
 
 def measure_leak(
-    base: Tensor,
-    tuned: Tensor,
-    subspaces: Subspaces,
-    device: torch.device,
-    dtypes: Sequence[torch.dtype] | None = None,
-    factors: tuple[Factor | None, Factor] | None = None,
+    base: Tensor, tuned: Tensor, entry: Entry, device: torch.device, dtypes: Sequence[torch.dtype] | None = None
 ) -> LeakMeasure:
     """Measures one matrix, both given as stored.
 
     Args:
         base, tuned: before and after.
-        subspaces: the archive's entry.
+        entry: of the archive.
         device: where the float64 products run.
         dtypes: what the tuned one was rounded to, once each.
-        factors: the moments G and C, if the archive has any.
     """
-    record = subspaces.record
-    base64 = to_device(base, record.transposed, device)
-    update64 = to_device(tuned, record.transposed, device) - base64
-    output = subspaces.output and subspaces.output.to(device, torch.float64)
-    input = subspaces.input and subspaces.input.to(device, torch.float64)
-    variance = as_out_in(rounding_variance(tuned, dtypes).to(device), record.transposed)
-    touched = at_random = None
-    if factors is not None:
-        g, c = factors
-        touched = curvature(update64, g, c)
-        at_random = float(update64.square().sum()) * c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
+    transposed = entry.record.transposed
+    base64 = to_device(base, transposed, device)
+    update64 = to_device(tuned, transposed, device) - base64
+    variance = as_out_in(rounding_variance(tuned, dtypes).to(device), transposed)
     return LeakMeasure(
         update=float(update64.norm()),
-        frozen=frozen_norm(update64, record.staircase, output, input),
         rounding=math.sqrt(float(variance.sum())),
-        frozen_rounding=math.sqrt(frozen_variance(variance, record.staircase, output, input)),
-        touched=touched,
-        touched_at_random=at_random,
+        violation=entry.rule.violation(entry.tensors, base64, update64, variance),
     )
 
 
@@ -166,24 +143,21 @@ def verify_checkpoints(
     merges = record.merges_since({name: archive[name].base_digest for name in archive})
     matrices, squares, touched, at_random = [], [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
     device = device or torch.device("cpu")
-    weights = archive.manifest.source_weights
-    scales = dict(zip(archive, curvature_scales(list(archive.values()), weights), strict=True)) if weights else {}
     bar = progress(total=len(archive), desc="verify", unit="matrix")
-    for name in archive:
-        before = base[name]
+    for name, entry in archive.items():
+        before = base.matrix(entry)
         dtypes = [getattr(torch, merge.dtypes[name]) for merge in merges if name in merge.dtypes]
-        found = archive.read(name)
-        factors = archive.factors(name, found) if found.record.has_moments else None
-        measured = measure_leak(before, tuned.read_finite(name), found, device, dtypes, factors)
-        if measured.touched is not None and measured.touched_at_random is not None:
-            touched += scales[name] * measured.touched
-            at_random += scales[name] * measured.touched_at_random
-        for i, value in enumerate((measured.update, measured.frozen, measured.rounding, measured.frozen_rounding)):
+        measured = measure_leak(before, tuned.finite_matrix(entry), archive.read(name), device, dtypes)
+        found = measured.violation
+        if found.touched is not None and found.touched_at_random is not None:
+            touched += found.touched
+            at_random += found.touched_at_random
+        for i, value in enumerate((measured.update, found.norm, measured.rounding, found.rounding)):
             squares[i] += value**2 if measured.update else 0.0
-        matrices.append(_judge(archive[name], measured, before))
+        matrices.append(_judge(entry, measured, before))
         bar.update(1)
     bar.close()
-    changed, num_untouched = _compare_rest(base, tuned, {*archive, *record.also_trained}, record.save_dtype)
+    changed, num_untouched = _compare_rest(base, tuned, archive, set(record.also_trained), record.save_dtype)
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
     cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
@@ -209,7 +183,8 @@ def verify_checkpoints(
 def _judge(record: MatrixRecord, measured: LeakMeasure, base: Tensor) -> MatrixVerification:
     if measured.update == 0:
         return MatrixVerification(record.name, record.role, 0.0, 0.0, 0.0, 0.0, True)
-    leak, expected = measured.frozen / measured.update, measured.frozen_rounding / measured.update
+    found = measured.violation
+    leak, expected = found.norm / measured.update, found.rounding / measured.update
     return MatrixVerification(
         record.name,
         record.role,
@@ -217,9 +192,9 @@ def _judge(record: MatrixRecord, measured: LeakMeasure, base: Tensor) -> MatrixV
         leak=leak,
         rounding=expected,
         eaten=min(1.0, measured.rounding / measured.update),
-        holds=leak <= leak_allowance(expected, record.staircase.num_frozen),
-        kept=1 - measured.touched / measured.touched_at_random
-        if measured.touched is not None and measured.touched_at_random
+        holds=leak <= leak_allowance(expected, found.num_pairs),
+        kept=1 - found.touched / found.touched_at_random
+        if found.touched is not None and found.touched_at_random
         else None,
     )
 
@@ -232,9 +207,10 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
             f"first {(missing + added)[0]}; compare a checkpoint with its own base"
         )
-    for name in archive:
-        if not tuned.infos[name].dtype.is_floating_point:
-            raise VerificationError(f"{tuned.path}: {name} holds {tuned.infos[name].dtype}; expected floating point")
+    for entry in archive.values():
+        dtype = tuned.infos[entry.tensor].dtype
+        if not dtype.is_floating_point:
+            raise VerificationError(f"{tuned.path}: {entry.tensor} holds {dtype}; expected floating point")
     for name, info in base.infos.items():
         if tuned.infos[name].shape != info.shape:
             raise VerificationError(
@@ -243,14 +219,22 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -
 
 
 def _compare_rest(
-    base: Checkpoint, tuned: Checkpoint, targets: set[str], save_dtype: str | None
+    base: Checkpoint, tuned: Checkpoint, archive: Archive, opened: set[str], save_dtype: str | None
 ) -> tuple[list[str], int]:
-    """Names outside the targets whose bytes differ, and how many were compared.
+    """Names outside the archive, and not trained openly, whose bytes differ, and how many were compared.
 
-    A cast is allowed where it loses nothing, or where the run's own record declares it.
+    Of a tensor some slices of which are in the archive, the others are compared. A cast is allowed where it loses nothing,
+    or where the run's own record declares it.
     """
-    rest = [name for name in base if name not in targets]
-    return [name for name in rest if not _same(base[name], tuned[name], save_dtype)], len(rest)
+    parts: dict[str, set[int | None]] = defaultdict(set)
+    for record in archive.values():
+        parts[record.tensor].add(record.part)
+    rest: list[Slice] = []
+    for name, info in base.infos.items():
+        if name in opened or None in parts[name]:
+            continue
+        rest += [Slice(name, i) for i in range(info.shape[0]) if i not in parts[name]] if parts[name] else [Slice(name)]
+    return [of.name for of in rest if not _same(base.matrix(of), tuned.matrix(of), save_dtype)], len(rest)
 
 
 # Casts of floating-point numbers that lose nothing.

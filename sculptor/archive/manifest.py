@@ -1,48 +1,42 @@
-"""What archive.json says: facts about every matrix, no tensors. The format is docs/archive-format.md."""
+"""What archive.json says: facts about every matrix, no tensors. The format is docs/archive-format.md, version 3."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, JsonValue, PlainValidator, ValidationInfo
+
+from sculptor.archive.version2 import upgrade
+from sculptor.checkpoint.reader import part_name
 from sculptor.errors import ArchiveError
-from sculptor.numerics.bases import Form
-from sculptor.numerics.staircase import Constraint, Staircase
-
-# Moments give every matrix steps of its own.
-ArchiveConstraint = Constraint | Literal["staircase"]
+from sculptor.methods.kinds import KINDS, Kinds, make_method, parse_rule
+from sculptor.methods.method import Method
+from sculptor.methods.rule import Rule
+from sculptor.methods.settings import AnalyzeSettings
+from sculptor.validation import (
+    STRICT,
+    Count,
+    FileName,
+    FloatDtype,
+    Name,
+    NotNegative,
+    Positive,
+    Sha256,
+    parse,
+    read_json,
+    sign,
+)
 
 FORMAT = "sculptor-subspaces"
-VERSION = 2
+VERSION = 3
+# Optional sections there may be beside the matrices; a reader refuses others, since it would lose them.
+SECTIONS = frozenset({"samples", "optimizer"})
+REMEDY = "run `sculptor analyze` again"
 
 
-@dataclass(frozen=True, slots=True)
-class SideRecord:
-    """One stored side of a matrix.
-
-    Attributes:
-        tensor: holds its directions; matrices that read the same input may share one.
-        form: whether these are the protected directions or their complement.
-        directions: how many are protected, or told apart by the staircase.
-        values: tensor with their eigenvalues in the second moment; None where directions come from weights.
-        rest: mean eigenvalue of all other directions.
-        profiles: tensor (tasks, 65) with each task's share of the moment on the leading 64 directions and the rest.
-    """
-
-    tensor: str
-    form: Form
-    directions: int
-    values: str | None = None
-    rest: float = 0.0
-    profiles: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Added:
-    """Directions that one task added to a matrix, after those that were there."""
-
-    task: int
-    outputs: int
-    inputs: int
+def _rule(value: Any, info: ValidationInfo) -> Rule:
+    return parse_rule(value, (info.context or {}).get("kinds", KINDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,184 +44,217 @@ class MatrixRecord:
     """What the archive knows of one matrix.
 
     Attributes:
-        name: the tensor in the checkpoint; the key of the record.
+        tensor: in the checkpoint; `part` which slice of its first dimension, None for all of it.
         parameter: the model's parameter it is loaded into.
         block: path of its block; `index` is the block's position, `role` the path inside it.
-        shape: (m, n) = (out, in); `transposed` says that the file stores (in, out).
+        transposed: the file stores (in, out).
         input_group: the same for matrices that read the same input.
-        base_dtype, base_digest: of the tensor in the checkpoint the archive is bound to.
-        steps: the staircase, (stop row, reach) pairs.
-        output, input: the stored sides; None where none is stored.
-        spectrum: tensor with all singular values, descending; None at preserve 0.
-        retention: share of directions asked for, or of pairs; `importance` is the paper's I, None without data.
-        energy: what the protected part holds: of ||W||^2 at analysis, or of the curvature as it is.
-        added: which task added what, in order; task 0 is the analysis.
-        traces: (tr C, tr G) of every source of moments before it was scaled; empty where directions come from weights.
+        base_dtype, base_digest, base_rms: of the matrix in the checkpoint the archive is bound to; the root mean square of
+            its entries is None in archives of version 2.
+        rule: what may change in it, with its shape.
+        tensors: stored tensor by the rule's own name for it; matrices that read the same input may share one.
     """
 
-    name: str
-    parameter: str
-    block: str
-    index: int
-    role: str
-    shape: tuple[int, int]
+    __pydantic_config__ = STRICT
+
+    tensor: Name
+    part: Count | None
+    parameter: Name
+    block: Name
+    index: Count
+    role: Name
     transposed: bool
-    input_group: str
-    base_dtype: str
-    base_digest: str
-    steps: tuple[tuple[int, int], ...]
-    output: SideRecord | None
-    input: SideRecord | None
-    spectrum: str | None
-    retention: float
-    importance: float | None
-    energy: float
-    added: tuple[Added, ...]
-    traces: tuple[tuple[float, float], ...] = ()
+    input_group: Name
+    base_dtype: FloatDtype
+    base_digest: Sha256
+    base_rms: NotNegative | None
+    rule: Annotated[Rule, PlainValidator(_rule)]
+    tensors: Mapping[Name, Name] = field(default_factory=dict)
 
     @property
-    def has_moments(self) -> bool:
-        """Whether eigenvalues are stored with the directions, so that tasks can be merged in."""
-        return self.input is not None and self.input.values is not None
+    def name(self) -> str:
+        """What it is called; the key of the record."""
+        return part_name(self.tensor, self.part)
 
     @property
-    def staircase(self) -> Staircase:
-        """Which pairs are frozen."""
-        return Staircase(*self.shape, self.steps)
+    def shape(self) -> tuple[int, int]:
+        """(m, n) = (out, in)."""
+        return self.rule.shape
 
     @property
-    def preserved(self) -> float:
-        """Protected directions over all, on the side that protects most: the F of `--preserve F`.
-
-        With moments, the share of frozen pairs: their staircase has no single number of directions.
-        """
-        if self.staircase.num_free == 0 or self.has_moments:
-            return self.staircase.frozen_share
-        sides = [side.directions for side in (self.output, self.input) if side is not None]
-        return max(sides, default=0) / min(self.shape)
+    def stored_shape(self) -> tuple[int, int]:
+        """As the checkpoint stores it."""
+        m, n = self.rule.shape
+        return (n, m) if self.transposed else (m, n)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where a tensor of the archive is, and the SHA-256 of its bytes."""
 
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
+    __pydantic_config__ = STRICT
+
+    file: FileName
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"]
+    shape: tuple[Count, ...]
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """One source of rows that an analysis calibrated on."""
+
+    __pydantic_config__ = STRICT
+
+    source: Name
+    rows: Count
+    tokens: Count
+    tokens_with_loss: Count
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRecord:
-    """One entry of the history: the analysis first, then every task trained on top."""
+    """One entry of the history: the analysis first, then every task trained on top.
 
-    name: str
-    kind: str  # "analysis" or "training"
-    details: Mapping[str, Any] = field(default_factory=dict)
+    Attributes:
+        weights: of the sources of moments that it added.
+        calibration: what these were, for an analysis.
+        details: for people.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: Name
+    kind: Literal["analysis", "training"]
+    weights: tuple[Positive, ...] = ()
+    calibration: tuple[SourceFacts, ...] = ()
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenMatrices:
+    """Matrices inside the blocks that no rule is for; they stay as they are."""
+
+    __pydantic_config__ = STRICT
+
+    role: Name
+    num_tensors: Count
+    num_parameters: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """An optional part of an archive: one file beside the shards, with the SHA-256 of its bytes."""
+
+    __pydantic_config__ = STRICT
+
+    file: FileName
+    num_bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """archive.json as a value."""
+    """archive.json as a value; `sections` are optional parts by name."""
 
-    created_by: str
-    model_class: str
-    base_identity: str
-    basis: str
-    constraint: ArchiveConstraint
-    settings: Mapping[str, Any]
-    tasks: tuple[TaskRecord, ...]
-    matrices: Mapping[str, MatrixRecord]
-    tensors: Mapping[str, StoredTensor]
-    files: Mapping[str, int]
-    not_targeted: tuple[Mapping[str, Any], ...] = ()
+    __pydantic_config__ = STRICT
+
+    created_by: Name
+    model_class: Name
+    base_identity: Sha256 | Literal[""]
+    settings: AnalyzeSettings
+    tasks: Annotated[tuple[TaskRecord, ...], Field(min_length=1)]
+    matrices: Mapping[Name, MatrixRecord]
+    tensors: Mapping[Name, StoredTensor]
+    files: Mapping[FileName, Count]
+    not_targeted: tuple[FrozenMatrices, ...] = ()
+    sections: Mapping[Name, Section] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; the inverse of `from_json`."""
-        return {"format": FORMAT, "version": VERSION} | asdict(self)
+        """A signed JSON object; the inverse of `from_json`."""
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION} | json.loads(json.dumps(asdict(self)))
+        return content | {"sha256": sign(content)}
 
     @property
     def source_weights(self) -> tuple[float, ...]:
-        """Weights of the sources of moments, in the order of `MatrixRecord.traces`; empty without moments."""
-        return tuple(float(weight) for task in self.tasks for weight in task.details.get("weights", ()))
+        """Weights of the sources of moments, in the order they were added; empty without moments."""
+        return tuple(weight for task in self.tasks for weight in task.weights)
+
+    def method(self, kinds: Kinds) -> Method:
+        """What made the rules, and carries them on."""
+        return make_method(self.settings, kinds)
 
     def check(self) -> None:
-        """Checks that records, sides and staircases belong together.
+        """Checks that records, tensors and files belong together.
 
         Raises:
             ValueError: naming the first that does not.
         """
-        if self.constraint not in ("double", "input", "core", "staircase"):
-            raise ValueError(f"constraint {self.constraint!r} is unknown")
         if not self.matrices:
             raise ValueError("no matrices")
         for name, record in self.matrices.items():
-            counts = []
-            for side, dim in zip((record.output, record.input), record.shape, strict=True):
-                counts.append(0 if side is None else side.directions)
-                if side is not None:
-                    stored = side.directions if side.form == "leading" else dim - side.directions
-                    if self.tensors[side.tensor].shape != (dim, stored):
-                        raise ValueError(f"{name}: {side.tensor} does not hold {side.directions} directions of {dim}")
-            for side in (record.output, record.input):
-                absent = [t for t in (side.values, side.profiles) if t and t not in self.tensors] if side else []
-                if absent:
-                    raise ValueError(f"{name}: {absent[0]} is not stored")
-            if not _fits(self.constraint, record, *counts):
-                raise ValueError(f"{name}: steps {record.steps} are not those of {counts} protected directions")
-            if record.spectrum is not None and record.spectrum not in self.tensors:
-                raise ValueError(f"{name}: {record.spectrum} is not stored")
+            if record.name != name:
+                raise ValueError(f"{name}: its record is of {record.name}")
+            if record.rule.kind != self.settings.rule:
+                raise ValueError(
+                    f"{name}: a rule of kind {record.rule.kind} in an archive of kind {self.settings.rule}"
+                )
+            self._check_tensors(name, record)
+        for stored in self.tensors.values():
+            if stored.file not in self.files:
+                raise ValueError(f"{stored.file} is not among the files")
+        unknown = sorted(set(self.sections) - SECTIONS)
+        if unknown:
+            raise ValueError(f"section {unknown[0]!r} is unknown to this sculptor; use the version that wrote it")
+
+    def _check_tensors(self, name: str, record: MatrixRecord) -> None:
+        expected = record.rule.stored()
+        if set(expected) != set(record.tensors):
+            different = sorted(set(expected) ^ set(record.tensors))
+            raise ValueError(f"{name}: tensors {', '.join(different)} do not go with its rule")
+        for key, shape in expected.items():
+            stored = self.tensors.get(record.tensors[key])
+            if stored is None:
+                raise ValueError(f"{name}: {record.tensors[key]} is not stored")
+            same = [size is None or size == found for size, found in zip(shape, stored.shape, strict=False)]
+            if len(shape) != len(stored.shape) or not all(same):
+                raise ValueError(
+                    f"{name}: {record.tensors[key]} of shape {list(stored.shape)} does not go with its rule"
+                )
 
     @classmethod
-    def from_json(cls, content: Any, path: object) -> "Manifest":
-        """Parses archive.json.
+    def from_json(cls, text: bytes, path: object, kinds: Kinds = KINDS) -> "Manifest":
+        """Parses archive.json of version 3 or 2.
 
         Raises:
-            ArchiveError: if it is another format or version, or lacks something.
+            ArchiveError: if it is another format or version, has changed since it was written, or lacks something.
         """
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = parse(text, path, ArchiveError, REMEDY)
+        if content.get("format") != FORMAT:
             raise ArchiveError(f'{path}: not a subspace archive ("format" is not "{FORMAT}")')
-        if content.get("version") != VERSION:
+        version = content.get("version")
+        if version == 2:
+            try:
+                content = upgrade(content)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as cause:
+                raise ArchiveError(f"{path}: damaged manifest of version 2 ({cause}); {REMEDY}") from cause
+        elif version != VERSION:
             raise ArchiveError(
-                f"{path}: archive version {content.get('version')}, this sculptor reads version {VERSION}; "
-                "run `sculptor analyze` again or use the version that wrote it"
+                f"{path}: archive version {version!r}, this sculptor reads versions 2 and {VERSION}; {REMEDY} or use the "
+                "version that wrote it"
             )
-        values = {key: value for key, value in content.items() if key not in ("format", "version")}
+        elif content.pop("sha256", None) != sign(content):
+            raise ArchiveError(f"{path}: has changed since it was written (its digest differs); {REMEDY}")
+        for key in ("format", "version"):
+            content.pop(key, None)
+        manifest = read_json(cls, json.dumps(content), path, ArchiveError, REMEDY, kinds=kinds)
         try:
-            values["matrices"] = {name: matrix_from_json(record) for name, record in values["matrices"].items()}
-            values["tensors"] = {
-                name: StoredTensor(**(tensor | {"shape": tuple(tensor["shape"])}))
-                for name, tensor in values["tensors"].items()
-            }
-            values["tasks"] = tuple(TaskRecord(**task) for task in values["tasks"])
-            values["not_targeted"] = tuple(values["not_targeted"])
-            values["files"] = {str(name): int(size) for name, size in values["files"].items()}
-            manifest = cls(**values)
             manifest.check()
-            return manifest
-        except (KeyError, TypeError, ValueError, AttributeError) as cause:
-            raise ArchiveError(f"{path}: damaged manifest ({cause}); run `sculptor analyze` again") from cause
+        except ValueError as cause:
+            raise ArchiveError(f"{path}: damaged manifest ({cause}); {REMEDY}") from cause
+        return manifest
 
 
-def _fits(constraint: ArchiveConstraint, record: MatrixRecord, outputs: int, inputs: int) -> bool:
-    """Whether a matrix's staircase is one of the archive's kind, and tells apart only what is stored."""
-    found = record.staircase
-    if found == Staircase.closed(*record.shape):
-        return True
-    if record.has_moments:
-        return found.outputs <= outputs and found.inputs <= inputs
-    return constraint != "staircase" and found == Staircase.of(constraint, *record.shape, outputs, inputs)
-
-
-def matrix_from_json(record: Mapping[str, Any]) -> MatrixRecord:
-    """One entry of `matrices`."""
-    values = dict(record)
-    values["shape"] = tuple(values["shape"])
-    values["steps"] = tuple((stop, reach) for stop, reach in values["steps"])
-    values["output"] = SideRecord(**values["output"]) if values["output"] else None
-    values["input"] = SideRecord(**values["input"]) if values["input"] else None
-    values["added"] = tuple(Added(**added) for added in values["added"])
-    values["traces"] = tuple((float(c), float(g)) for c, g in values["traces"])
-    result = MatrixRecord(**values)
-    _ = result.staircase  # a staircase that does not descend is an error here, not later
-    return result
+def with_rule(record: MatrixRecord, rule: Rule) -> MatrixRecord:
+    """The record with another rule."""
+    return replace(record, rule=rule)

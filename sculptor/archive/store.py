@@ -1,34 +1,65 @@
 """Reading archives: lazy and checked."""
 
-import json
+import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sculptor.archive.manifest import Manifest, MatrixRecord, SideRecord
+from sculptor.archive.manifest import REMEDY, Manifest, MatrixRecord
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.tensors import digest, read_header, read_tensor
+from sculptor.checkpoint.tensors import TensorInfo, digest, read_header, read_known
 from sculptor.errors import ArchiveError
-from sculptor.numerics.bases import Basis
-from sculptor.numerics.linalg import orthonormality_error
-from sculptor.numerics.moments import Factor
+from sculptor.methods.kinds import Kinds, known_kinds
+from sculptor.methods.method import Method
+from sculptor.methods.rule import Rule, is_open, num_free
+from sculptor.numerics.linalg import orthonormal_prefixes, orthonormality_error
+from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress, silent
+from sculptor.validation import read_file
 
 MANIFEST_NAME = "archive.json"
-# float32 rounding of an orthonormal basis is near 1e-7; a basis this far off was not written by us.
-ORTHONORMAL_TOLERANCE = 1e-5
+# float32 rounding of an orthonormal basis is near 1e-7; a basis this far off was not written by us. Bases in narrower
+# dtypes are as far off as these, and made orthonormal again when they are read.
+ORTHONORMAL_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}
+_TOLERANCE = 1e-5
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of one matrix by its rule's names, read and checked when asked for, once."""
+
+    def __init__(self, archive: "Archive", record: MatrixRecord) -> None:
+        self._archive = archive
+        self._record = record
+        self._read: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            stored = self._record.tensors[name]
+            basis = name in self._record.rule.orthonormal
+            self._read[name] = self._archive.basis(stored) if basis else self._archive.tensor(stored)
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._record.tensors)
+
+    def __len__(self) -> int:
+        return len(self._record.tensors)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Subspaces:
-    """One matrix's stored directions, read into memory."""
+class Entry:
+    """One matrix of an archive: its record, and its tensors."""
 
     record: MatrixRecord
-    output: Basis | None
-    input: Basis | None
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def rule(self) -> Rule:
+        """What may change in it."""
+        return self.record.rule
 
 
 class Archive(Mapping[str, MatrixRecord]):
@@ -36,38 +67,41 @@ class Archive(Mapping[str, MatrixRecord]):
 
     Args:
         path: the archive's directory.
+        rules: kinds of rules beside sculptor's own.
 
     Raises:
         ArchiveError: if it is missing, truncated, of another version, or inconsistent.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, rules: Kinds | None = None) -> None:
         self.path = Path(path)
+        self.kinds = known_kinds(rules)
         file = self.path / MANIFEST_NAME
         if not file.is_file():
             inside = self.path / "subspaces" / MANIFEST_NAME
             hint = f"; the archive is in {inside.parent}" if inside.is_file() else ""
             raise ArchiveError(f"{self.path}: no {MANIFEST_NAME}; expected a subspace archive{hint}")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as cause:
-            raise ArchiveError(f"{file}: truncated or corrupt ({cause}); run `sculptor analyze` again") from cause
-        self.manifest = Manifest.from_json(content, file)
+        self.manifest = Manifest.from_json(read_file(file, ArchiveError, REMEDY), file, self.kinds)
+        self._infos: dict[str, TensorInfo] = {}
         self._check_files()
 
     def _check_files(self) -> None:
-        for name, size in self.manifest.files.items():
+        sizes = {**self.manifest.files, **{part.file: part.num_bytes for part in self.manifest.sections.values()}}
+        for name, size in sizes.items():
             file = self.path / name
             found = file.stat().st_size if file.is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes, expected {size}"
-                raise ArchiveError(f"{file}: {state}; run `sculptor analyze` again")
-            infos, _ = read_header(file, ArchiveError)
+                raise ArchiveError(f"{file}: {state}; {REMEDY}")
+        for name in self.manifest.files:
+            infos, _ = read_header(self.path / name, ArchiveError)
             for tensor, stored in self.manifest.tensors.items():
-                if stored.file == name and (tensor not in infos or infos[tensor].shape != stored.shape):
-                    raise ArchiveError(
-                        f"{file}: tensor {tensor} is not what the manifest says; run `sculptor analyze` again"
-                    )
+                if stored.file != name:
+                    continue
+                dtype = getattr(torch, stored.dtype)
+                if tensor not in infos or (infos[tensor].shape, infos[tensor].dtype) != (stored.shape, dtype):
+                    raise ArchiveError(f"{self.path / name}: tensor {tensor} is not what the manifest says; {REMEDY}")
+                self._infos[tensor] = infos[tensor]
 
     def __getitem__(self, name: str) -> MatrixRecord:
         return self.manifest.matrices[name]
@@ -80,8 +114,23 @@ class Archive(Mapping[str, MatrixRecord]):
 
     @property
     def num_bytes(self) -> int:
-        """Size of its shards."""
-        return sum(self.manifest.files.values())
+        """Size of its shards and sections."""
+        return sum(self.manifest.files.values()) + sum(part.num_bytes for part in self.manifest.sections.values())
+
+    @property
+    def num_free(self) -> int:
+        """Coordinates of all matrices."""
+        return sum(num_free(record.rule) for record in self.values())
+
+    @property
+    def open_names(self) -> list[str]:
+        """The matrices in which something may change."""
+        return [name for name, record in self.items() if is_open(record.rule)]
+
+    @property
+    def method(self) -> Method:
+        """What made its rules, and carries them on."""
+        return self.manifest.method(self.kinds)
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, its digest checked.
@@ -90,75 +139,53 @@ class Archive(Mapping[str, MatrixRecord]):
             ArchiveError: if its bytes are not those that were written.
         """
         stored = self.manifest.tensors[name]
-        tensor = read_tensor(self.path / stored.file, name, ArchiveError)
+        tensor = read_known(self.path / stored.file, name, self._infos[name], ArchiveError)
         if digest(tensor) != stored.sha256:
             raise ArchiveError(
-                f"{self.path / stored.file}: tensor {name} has changed since it was written (its digest differs); "
-                "run `sculptor analyze` again"
+                f"{self.path / stored.file}: tensor {name} has changed since it was written (its digest differs); {REMEDY}"
             )
         return tensor
 
-    def read(self, name: str) -> Subspaces:
-        """The stored sides of one matrix, checked: digest, finite, orthonormal.
+    def basis(self, name: str) -> Tensor:
+        """A stored tensor with orthonormal columns, checked; one in less than float32 is made so, float32.
+
+        What is protected are the spans of its leading columns, so any order-keeping orthonormal basis will do; it is
+        found in float64 on the CPU, the same wherever it is then used.
 
         Raises:
-            ArchiveError: if a check fails.
+            ArchiveError: if it has values that are not finite, or columns that are far from orthonormal.
         """
-        record = self[name]
-        return Subspaces(record, self._side(name, record.output), self._side(name, record.input))
-
-    def _side(self, name: str, side: SideRecord | None) -> Basis | None:
-        if side is None:
-            return None
-        vectors = self.tensor(side.tensor)
+        vectors = self.tensor(name)
         if not bool(vectors.isfinite().all()):
-            raise ArchiveError(
-                f"{self.path}: basis {side.tensor} has NaN or infinite values; run `sculptor analyze` again"
-            )
+            raise ArchiveError(f"{self.path}: basis {name} has NaN or infinite values; {REMEDY}")
         error = orthonormality_error(vectors, torch.Generator().manual_seed(0))
-        if not error <= ORTHONORMAL_TOLERANCE:
+        allowed = ORTHONORMAL_TOLERANCE.get(vectors.dtype, _TOLERANCE)
+        if not error <= allowed:
             raise ArchiveError(
-                f"{self.path}: basis {side.tensor} is not orthonormal (error {error:.1e}, at most "
-                f"{ORTHONORMAL_TOLERANCE:.0e}); run `sculptor analyze` again"
+                f"{self.path}: basis {name} is not orthonormal (error {error:.1e}, at most {allowed:.0e}); {REMEDY}"
             )
-        return Basis(vectors, side.form)
+        return orthonormal_prefixes(vectors).float() if vectors.dtype.itemsize < 4 else vectors
 
-    def factors(self, name: str, found: Subspaces | None = None) -> tuple[Factor | None, Factor]:
-        """The truncated moments (G or None, C) of one matrix, checked as its sides are; `found` if these are read already.
+    def read(self, name: str) -> Entry:
+        """One matrix; its tensors are read and checked (digest, finite, orthonormal) when they are asked for."""
+        record = self[name]
+        return Entry(record, StoredTensors(self, record))
+
+    def section(self, name: str) -> bytes | None:
+        """An optional part; None if the archive has none of that name.
 
         Raises:
-            ArchiveError: if a check fails, or the archive has no moments.
+            ArchiveError: if its bytes are not those that were written.
         """
-        found = found or self.read(name)
-        if not found.record.has_moments:
-            raise ArchiveError(
-                f"{self.path}: basis {self.manifest.basis} has no moments; analyze with --basis curvature"
-            )
-        output = self._factor(found.record.output, found.output)
-        input = self._factor(found.record.input, found.input)
-        assert input is not None
-        return output, input
-
-    def factor(self, name: str, side: SideRecord) -> Factor:
-        """The truncated moment of one side of a matrix, checked as its basis is; the other side is not read."""
-        found = self._factor(side, self._side(name, side))
-        assert found is not None
-        return found
-
-    def _factor(self, side: SideRecord | None, basis: Basis | None) -> Factor | None:
-        if side is None or basis is None:
+        part = self.manifest.sections.get(name)
+        if part is None:
             return None
-        assert side.values is not None
-        return Factor(basis.vectors, self.tensor(side.values), side.rest)
-
-    def profiles(self, side: SideRecord | None) -> Tensor | None:
-        """What each task has on the leading directions of a side: (tasks, 65) or fewer columns."""
-        return None if side is None or side.profiles is None else self.tensor(side.profiles)
-
-    def spectrum(self, name: str) -> Tensor | None:
-        """All singular values of one matrix at analysis, descending."""
-        tensor = self[name].spectrum
-        return None if tensor is None else self.tensor(tensor)
+        content = read_file(self.path / part.file, ArchiveError, REMEDY)
+        if hashlib.sha256(content).hexdigest() != part.sha256:
+            raise ArchiveError(
+                f"{self.path / part.file}: has changed since it was written (its digest differs); {REMEDY}"
+            )
+        return content
 
     def check_names(self, checkpoint: Checkpoint) -> None:
         """Checks that `checkpoint` has every matrix of the archive, in its shape.
@@ -166,20 +193,26 @@ class Archive(Mapping[str, MatrixRecord]):
         Raises:
             ArchiveError: if one is missing or of another shape.
         """
-        absent = [name for name in self if name not in checkpoint.infos]
+        absent = [name for name, record in self.items() if not checkpoint.has(record)]
         if absent:
             raise ArchiveError(
                 f"{self.path}: archive covers {len(self)} matrices, {len(absent)} of them are not in {checkpoint.path} "
                 f"(first {absent[0]}); run `sculptor analyze` on this checkpoint"
             )
         for name, record in self.items():
-            expected = record.shape[::-1] if record.transposed else record.shape
-            found = checkpoint.infos[name].shape
-            if found != expected:
+            found = checkpoint.info_of(record).shape
+            if found != record.stored_shape:
                 raise ArchiveError(
-                    f"{self.path}: {name} is {list(expected)} in the archive and {list(found)} in {checkpoint.path}; "
-                    "run `sculptor analyze` on this checkpoint"
+                    f"{self.path}: {name} is {list(record.stored_shape)} in the archive and {list(found)} in "
+                    f"{checkpoint.path}; run `sculptor analyze` on this checkpoint"
                 )
+
+    def note_rms(self, name: str, weight: Tensor) -> None:
+        """Fills in what an archive of version 2 does not say of a matrix of its base."""
+        record = self[name]
+        if record.base_rms is None:
+            matrices = {**self.manifest.matrices, name: replace(record, base_rms=rms(weight))}
+            self.manifest = replace(self.manifest, matrices=matrices)
 
     def check_base(self, checkpoint: Checkpoint, progress: Progress = silent) -> None:
         """Checks that every matrix of the archive is, byte for byte, the one in `checkpoint`.
@@ -190,18 +223,21 @@ class Archive(Mapping[str, MatrixRecord]):
         self.check_names(checkpoint)
         different = []
         bar = progress(total=len(self), desc="check base", unit="matrix")
-        for name, record in self.items():
-            if digest(checkpoint[name]) != record.base_digest:
+        for name, record in list(self.items()):
+            weight = checkpoint.matrix(record)
+            if digest(weight) != record.base_digest:
                 different.append(name)
+            self.note_rms(name, weight)
             bar.update(1)
         bar.close()
         if different:
-            carried = checkpoint.path / "subspaces"
-            remedy = f"use {carried}" if carried.is_dir() else "run `sculptor analyze` on this checkpoint"
-            owner = self.path.resolve().parent
-            if (owner / "config.json").is_file() and owner != checkpoint.path.resolve():
-                remedy = f"it belongs to {owner}, for the task after; use the archive that was trained with"
             raise ArchiveError(
                 f"{self.path}: archive of another checkpoint: {len(different)} of {len(self)} matrices differ from "
-                f"{checkpoint.path}, first {different[0]}; {remedy}"
+                f"{checkpoint.path}, first {different[0]}; {self._remedy(checkpoint)}"
             )
+
+    def _remedy(self, checkpoint: Checkpoint) -> str:
+        carried, owner = checkpoint.path / "subspaces", self.path.resolve().parent
+        if (owner / "config.json").is_file() and owner != checkpoint.path.resolve():
+            return f"it belongs to {owner}, for the task after; use the archive that was trained with"
+        return f"use {carried}" if carried.is_dir() else "run `sculptor analyze` on this checkpoint"

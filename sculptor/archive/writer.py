@@ -1,29 +1,45 @@
 """Writing archives: one matrix at a time, in shards that a killed run can be taken up behind."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
-from sculptor.archive.manifest import Manifest, MatrixRecord, SideRecord, StoredTensor, matrix_from_json
+from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
 from sculptor.archive.store import MANIFEST_NAME
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import LOCK_NAME, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_tensor, write_tensors
 from sculptor.errors import OutputError
-from sculptor.numerics.bases import Basis
-from sculptor.numerics.moments import Factor
+from sculptor.methods.kinds import KINDS, Kinds
+from sculptor.methods.method import Derived
+from sculptor.validation import STRICT, FileName, Name, read_file, read_json
 
 PROGRESS_NAME = "progress.json"
 # Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.
 # Small, because analysis promises little memory.
 MAX_SHARD_BYTES = 256 * 2**20
+_REMEDY = "pass --overwrite to start anew"
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """progress.json: what complete shards hold, and what has to be the same for them to be of use."""
+
+    __pydantic_config__ = STRICT
+
+    key: Mapping[str, JsonValue]
+    shards: tuple[FileName, ...]
+    records: Mapping[Name, MatrixRecord]
+    tensors: Mapping[Name, StoredTensor]
 
 
 def has_progress(directory: Path) -> bool:
@@ -39,24 +55,32 @@ class ArchiveWriter:
 
     Args:
         directory: an existing directory, staged by the caller.
-        dtype: of the bases.
+        dtype: of tensors with orthonormal columns.
         key: what has to be the same for earlier shards to be of use.
+        kinds: of rules.
         max_shard_bytes: size at which a shard is written.
     """
 
     def __init__(
-        self, directory: Path, dtype: torch.dtype, key: Mapping[str, Any], max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        key: Mapping[str, Any],
+        kinds: Kinds = KINDS,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.directory = directory
         self.dtype = dtype
         self.key = json.loads(json.dumps(key))
+        self.kinds = kinds
         self.max_shard_bytes = max_shard_bytes
         self.records: dict[str, MatrixRecord] = {}
         self.tensors: dict[str, StoredTensor] = {}
         self._pending: dict[str, Tensor] = {}
         self._pending_records: dict[str, MatrixRecord] = {}
         self._shards: list[str] = []
-        self._sides: dict[str, SideRecord] = {}  # sides with moments, by their tensor
+        self._shared: set[str] = set()  # stored tensors that further matrices may share
+        self._sections: dict[str, Section] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._in_flight: tuple[Future[None], dict[str, Tensor], dict[str, MatrixRecord]] | None = None
 
@@ -64,62 +88,57 @@ class ArchiveWriter:
         """Takes up complete shards of a killed run; anything else in the directory goes.
 
         Raises:
-            OutputError: if they were made with another key.
+            OutputError: if they were made with another key, or the note of them is damaged.
         """
-        progress = self.directory / PROGRESS_NAME
-        try:
-            content = json.loads(progress.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = {}
-        if content.get("key") == self.key:
-            self.records = {name: matrix_from_json(record) for name, record in content["records"].items()}
-            self.tensors = {
-                name: StoredTensor(**(tensor | {"shape": tuple(tensor["shape"])}))
-                for name, tensor in content["tensors"].items()
-            }
-            self._shards = list(content["shards"])
-            sides = [side for record in self.records.values() for side in (record.output, record.input)]
-            self._sides = {side.tensor: side for side in sides if side is not None and side.values is not None}
-        elif content:
-            different = sorted(name for name in self.key if content["key"].get(name) != self.key[name])
-            raise OutputError(
-                f"{progress}: left by a run with other inputs or settings ({', '.join(different)}); use the same or pass "
-                "--overwrite to start anew"
+        path = self.directory / PROGRESS_NAME
+        if path.is_file():
+            found = read_json(
+                _Progress, read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY, kinds=self.kinds
             )
+            different = sorted(name for name in self.key if found.key.get(name) != self.key[name])
+            if different:
+                raise OutputError(
+                    f"{path}: left by a run with other inputs or settings ({', '.join(different)}); use the same or "
+                    f"{_REMEDY}"
+                )
+            self.records, self.tensors, self._shards = dict(found.records), dict(found.tensors), list(found.shards)
+            self._shared = set(self.tensors)
         kept = {*self._shards, PROGRESS_NAME, LOCK_NAME} if self._shards else {LOCK_NAME}
         for file in self.directory.iterdir():
             if file.name not in kept:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
 
-    def add(self, record: MatrixRecord, output: Basis | None, input: Basis | None, spectrum: Tensor | None) -> None:
-        """Takes one matrix; the record's sides and spectrum are filled in here."""
-        record = replace(
-            record,
-            output=self._keep(f"{record.name}.output", output),
-            input=self._keep(f"{record.name}.input", input),
-            spectrum=None if spectrum is None else f"{record.name}.spectrum",
-        )
-        if spectrum is not None:
-            self._pending[f"{record.name}.spectrum"] = spectrum.to("cpu", torch.float32).contiguous()
-        self._pending_records[record.name] = record
+    def add(self, record: MatrixRecord, derived: Derived) -> None:
+        """Takes one matrix with its rule and tensors; its decision may follow later."""
+        names: dict[str, str] = {}
+        for name, tensor in derived.tensors.items():
+            shared = name in derived.shared
+            stored = f"{record.input_group if shared else record.name}.{name}"
+            names[name] = stored
+            if shared and stored in self._shared:
+                continue
+            self._shared |= {stored} if shared else set()
+            self._pending[stored] = self._as_stored(derived, name, tensor)
+        self._pending_records[record.name] = replace(record, rule=derived.rule, tensors=names)
         if sum(tensor.nbytes for tensor in self._pending.values()) >= self.max_shard_bytes:
             self._write_shard()
 
-    def add_factors(
-        self,
-        record: MatrixRecord,
-        output: tuple[Factor, Tensor] | None,
-        input: tuple[Factor, Tensor],
-    ) -> None:
-        """Takes one matrix with moments, each side with the profiles of its tasks; the steps may follow later."""
-        record = replace(
-            record,
-            output=output and self._keep_factor(f"{record.name}.output", *output),
-            input=self._keep_factor(f"{record.input_group}.input", *input),
-        )
-        self._pending_records[record.name] = record
-        if sum(tensor.nbytes for tensor in self._pending.values()) >= self.max_shard_bytes:
-            self._write_shard()
+    def _as_stored(self, derived: Derived, name: str, tensor: Tensor) -> Tensor:
+        """Bases in the archive's dtype, other tensors in their own."""
+        if name in derived.rule.orthonormal:
+            return tensor.to("cpu", self.dtype).contiguous()
+        return tensor.to("cpu").contiguous()
+
+    def add_section(self, name: str, content: bytes, suffix: str) -> None:
+        """Takes an optional part of the archive.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        file = f"{name}{suffix}"
+        with writing(self.directory / file):
+            (self.directory / file).write_bytes(content)
+        self._sections[name] = Section(file, len(content), hashlib.sha256(content).hexdigest())
 
     def update(self, record: MatrixRecord) -> None:
         """Replaces the facts of a matrix that was added; its tensors stay."""
@@ -133,7 +152,7 @@ class ArchiveWriter:
         return [*self.records.values(), *self._pending_records.values()]
 
     def read(self, name: str) -> Tensor:
-        """A tensor that was added."""
+        """A tensor that was added, by its stored name."""
         self._wait()
         if name in self._pending:
             return self._pending[name]
@@ -145,21 +164,6 @@ class ArchiveWriter:
             if name in known:
                 return known[name]
         raise KeyError(name)
-
-    def _keep(self, name: str, basis: Basis | None) -> SideRecord | None:
-        if basis is None:
-            return None
-        self._pending[name] = basis.vectors.to("cpu", self.dtype).contiguous()
-        return SideRecord(name, basis.form, basis.directions)
-
-    def _keep_factor(self, name: str, factor: Factor, profiles: Tensor) -> SideRecord:
-        if name not in self._sides:  # else another matrix reads the same input
-            count = factor.values.numel()
-            self._sides[name] = SideRecord(name, "leading", count, f"{name}.values", factor.rest, f"{name}.profiles")
-            self._pending[name] = factor.vectors.to("cpu", self.dtype).contiguous()
-            self._pending[f"{name}.values"] = factor.values.to("cpu", torch.float64).contiguous()
-            self._pending[f"{name}.profiles"] = profiles.to("cpu", torch.float32).contiguous()
-        return self._sides[name]
 
     def _write_shard(self) -> None:
         """Hands what is pending to the thread, after the shard before it."""
@@ -180,19 +184,12 @@ class ArchiveWriter:
             name = f"subspaces-{len(self._shards) + 1:05d}.safetensors"
             save_tensors(tensors, self.directory / name)
             for key, tensor in tensors.items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
+                dtype: Any = str(tensor.dtype).removeprefix("torch.")
                 self.tensors[key] = StoredTensor(name, dtype, tuple(tensor.shape), digest(tensor))
             self._shards.append(name)
         self.records |= records
-        write_json(
-            self.directory / PROGRESS_NAME,
-            {
-                "key": self.key,
-                "shards": self._shards,
-                "records": {name: asdict(record) for name, record in self.records.items()},
-                "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()},
-            },
-        )
+        progress = _Progress(self.key, tuple(self._shards), self.records, self.tensors)
+        write_json(self.directory / PROGRESS_NAME, asdict(progress))
 
     def close(self) -> None:
         """Lets the thread end; after an error nothing is written any more once this returns."""
@@ -201,7 +198,7 @@ class ArchiveWriter:
     def finish(self, manifest: Manifest) -> None:
         """Writes the last shard and archive.json.
 
-        `manifest` lacks tensors, files and identity; if it has matrices, they give the order.
+        `manifest` lacks tensors, files, sections and identity; if it has matrices, they give the order.
         """
         self._write_shard()
         self._wait()
@@ -213,6 +210,7 @@ class ArchiveWriter:
             matrices=self.records,
             tensors=self.tensors,
             files={name: (self.directory / name).stat().st_size for name in self._shards},
+            sections=self._sections,
         )
         write_json(self.directory / MANIFEST_NAME, manifest.to_json())
         (self.directory / PROGRESS_NAME).unlink()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sculptor.checkpoint.names import match_names
-from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.reader import Checkpoint, part_name
 from sculptor.checkpoint.sharing import input_leaders
 from sculptor.errors import CheckpointError, SettingsError
 
@@ -24,10 +24,11 @@ Kind = Literal["causal", "seq2seq", "masked", "headless"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One linear map of a repeated block.
+    """One linear map of a repeated block: a tensor of the checkpoint, or a slice of one (an expert of several, stacked).
 
     Attributes:
-        name: the tensor in the checkpoint.
+        name: what it is called everywhere: the tensor, with `[part]` behind it for a slice.
+        tensor: the tensor in the checkpoint; `part` which slice of its first dimension, None for all of it.
         parameter: the parameter of the model that it is loaded into.
         block: path of the block in the model.
         index: position of the block in its stack.
@@ -37,7 +38,7 @@ class Target:
         input_group: the same for matrices that read the same input.
     """
 
-    name: str
+    tensor: str
     parameter: str
     block: str
     index: int
@@ -45,6 +46,12 @@ class Target:
     shape: tuple[int, int]
     transposed: bool
     input_group: str
+    part: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return part_name(self.tensor, self.part)
 
     @property
     def module(self) -> str:
@@ -241,7 +248,7 @@ def _target(
     shape = (int(columns), int(rows)) if transposed else (int(rows), int(columns))
     index = block.rpartition(".")[2]
     return Target(
-        name=tensors[f"{module}.weight"],
+        tensor=tensors[f"{module}.weight"],
         parameter=f"{module}.weight",
         block=block,
         index=int(index) if index.isdigit() else 0,
@@ -254,13 +261,13 @@ def _target(
 
 def _check_shapes(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
     for target in targets:
-        found = checkpoint.infos[target.name].shape
+        info = checkpoint.info_of(target)
         expected = target.shape[::-1] if target.transposed else target.shape
-        if found != expected:
+        if info.shape != expected:
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {target.name} has shape {list(found)}, config.json asks for {list(expected)}"
+                f"{checkpoint.path}: tensor {target.name} has shape {list(info.shape)}, config.json asks for {list(expected)}"
             )
-        if not checkpoint.infos[target.name].dtype.is_floating_point:
+        if not info.dtype.is_floating_point:
             raise CheckpointError(f"{checkpoint.path}: tensor {target.name} holds integers; expected floating point")
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,34 @@ SINGLE_NAME = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What is worth fetching from a hub, and worth carrying over to an output: everything but weights and code.
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".pdf")
+
+
+class Placed(Protocol):
+    """A matrix in a checkpoint: a tensor, or a slice of its first dimension."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tensor(self) -> str: ...
+    @property
+    def part(self) -> int | None: ...
+
+
+class Slice(NamedTuple):
+    """A tensor, or a slice of one."""
+
+    tensor: str
+    part: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return part_name(*self)
+
+
+def part_name(tensor: str, part: int | None) -> str:
+    """What a tensor, or a slice of one, is called."""
+    return tensor if part is None else f"{tensor}[{part}]"
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -56,13 +84,49 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.infos)
 
+    def info_of(self, place: Placed) -> TensorInfo:
+        """Where a matrix is; a slice of a tensor is as good as a tensor.
+
+        Raises:
+            CheckpointError: if there is no such slice.
+        """
+        info = self.infos[place.tensor]
+        if place.part is None:
+            return info
+        if len(info.shape) < 2 or not 0 <= place.part < info.shape[0]:
+            raise CheckpointError(
+                f"{self.path}: tensor {place.tensor} of shape {list(info.shape)} has no part {place.part}"
+            )
+        size = info.num_bytes // info.shape[0]
+        return TensorInfo(info.file, info.dtype, info.shape[1:], info.offset + place.part * size)
+
+    def has(self, place: Placed) -> bool:
+        """Whether a matrix is in the files."""
+        info = self.infos.get(place.tensor)
+        return info is not None and (place.part is None or (len(info.shape) > 1 and 0 <= place.part < info.shape[0]))
+
+    def matrix(self, place: Placed) -> Tensor:
+        """A matrix as stored; of a slice, nothing else is read."""
+        info = self.info_of(place)
+        return read_known(self.path / info.file, place.name, info, CheckpointError)
+
     def read_finite(self, name: str) -> Tensor:
         """One tensor, checked for NaN and infinity.
 
         Raises:
             CheckpointError: if it has any.
         """
-        tensor = self[name]
+        return self._finite(name, self[name])
+
+    def finite_matrix(self, place: Placed) -> Tensor:
+        """One matrix, checked for NaN and infinity.
+
+        Raises:
+            CheckpointError: if it has any.
+        """
+        return self._finite(place.name, self.matrix(place))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             tensor = tensor.to(torch.float32)  # float8 has no isfinite
         if not bool(tensor.isfinite().all()):

@@ -4,7 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from sculptor.errors import CheckpointError
+from sculptor.validation import FloatDtype, Name, Sha256, parse, read_file, read_json
 
 RECORD_NAME = "sculptor.json"
 
@@ -18,8 +21,8 @@ class Merge:
         dtypes: tensor -> dtype that it was written in.
     """
 
-    base_digests: Mapping[str, str]
-    dtypes: Mapping[str, str]
+    base_digests: Mapping[Name, Sha256]
+    dtypes: Mapping[Name, FloatDtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,33 @@ class MakingRecord:
         return ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """Of the settings, what later runs look at."""
+
+    save_dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """Of sculptor.json, what later runs look at; the rest is for people."""
+
+    lineage: tuple[Merge, ...] = ()
+    also_trained: tuple[Name, ...] = ()
+    settings: _Settings = _Settings()
+
+
 def read_record(checkpoint: Path) -> MakingRecord:
-    """The record of a checkpoint directory; a missing or foreign file gives an empty one."""
-    try:
-        content: Any = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
-        lineage = tuple(Merge(**merge) for merge in content.get("lineage", ()))
-        save_dtype = content.get("settings", {}).get("save_dtype", "keep")
-        also_trained = tuple(map(str, content.get("also_trained", ())))
-        return MakingRecord(lineage, also_trained, None if save_dtype == "keep" else save_dtype)
-    except (OSError, ValueError, TypeError, AttributeError):
+    """The record of a checkpoint directory; empty if there is none.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    path = checkpoint / RECORD_NAME
+    if not path.is_file():
         return MakingRecord()
+    remedy = "restore it, or remove it if the checkpoint is no output of sculptor"
+    content = parse(read_file(path, CheckpointError, remedy), path, CheckpointError, remedy)
+    found = read_json(_Record, json.dumps(content), path, CheckpointError, remedy)
+    save_dtype = found.settings.save_dtype
+    return MakingRecord(found.lineage, found.also_trained, None if save_dtype == "keep" else save_dtype)

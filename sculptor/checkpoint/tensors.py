@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,15 +155,16 @@ def digest(tensor: Tensor) -> str:
 def write_tensors(
     path: Path,
     entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
-    produce: Callable[[str], Tensor],
+    produce: Callable[[str], Tensor | Iterable[Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a safetensors file with one tensor in memory at a time.
+    """Writes a safetensors file with one tensor, or slice of one, in memory at a time.
 
     Args:
         path: the file; overwritten.
         entries: name, dtype and shape of every tensor; data are laid out in this order, wide dtypes first.
-        produce: gives the tensor of a name; called once each, in the order of the data.
+        produce: gives the tensor of a name, or its slices along the first dimension; called once each, in the order of the
+            data.
         metadata: goes into the header.
 
     Raises:
@@ -183,9 +184,17 @@ def write_tensors(
             file.write(struct.pack("<Q", len(text)))
             file.write(text)
             for name, dtype, shape in ordered:
-                tensor = produce(name)
-                assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
-                file.write(tensor_bytes(tensor))
+                made = produce(name)
+                if isinstance(made, Tensor):
+                    assert (made.dtype, tuple(made.shape)) == (dtype, shape), name
+                    file.write(tensor_bytes(made))
+                    continue
+                count = 0
+                for part in made:
+                    assert (part.dtype, tuple(part.shape)) == (dtype, shape[1:]), name
+                    file.write(tensor_bytes(part))
+                    count += 1
+                assert count == shape[0], name
     except OSError as cause:
         raise OutputError(
             f"{path}: cannot write ({cause.strerror}); free some space or choose another place"

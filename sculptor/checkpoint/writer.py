@@ -1,20 +1,23 @@
 """Writing a checkpoint as an edited copy of another: same names, layout and companions, some tensors replaced."""
 
+import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.reader import COMPANION_SUFFIXES, INDEX_NAME, SINGLE_NAME, Checkpoint
+from sculptor.checkpoint.reader import COMPANION_SUFFIXES, INDEX_NAME, SINGLE_NAME, Checkpoint, Slice
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import write_tensors
 from sculptor.progress import Bar
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
+# What makes a new tensor, or slice of one, from the old.
+Edit = Callable[[Tensor], Tensor]
 # Written by sculptor itself; never copied from a base that is itself an output.
 _OUTPUT_MARKS = (RECORD_NAME, "archive.json", "model*.safetensors")
 _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
@@ -23,7 +26,7 @@ _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
 def write_checkpoint(
     source: Checkpoint,
     directory: Path,
-    replace: Mapping[str, Callable[[Tensor], Tensor]],
+    replace: Mapping[str, Edit | Mapping[int, Edit]],
     *,
     dtype: torch.dtype | None = None,
     bar: Bar | None = None,
@@ -33,7 +36,8 @@ def write_checkpoint(
     Args:
         source: what is copied.
         directory: an existing directory to write into.
-        replace: per tensor name, what makes the new tensor from the old one (same shape, right dtype).
+        replace: per tensor name, what makes the new tensor from the old one (same shape, right dtype), or that for some
+            slices of its first dimension, which then go through memory one by one.
         dtype: dtype of every floating-point tensor; None keeps each as it is.
         bar: advanced by the bytes of the source.
 
@@ -47,18 +51,30 @@ def write_checkpoint(
     for file, entries in zip(names, shards, strict=True):
         target_dtypes = {name: out for name, out, _ in entries}
 
-        def produce(name: str, target_dtypes: dict[str, torch.dtype] = target_dtypes) -> Tensor:
-            tensor = source[name]
-            result = replace[name](tensor) if name in replace else tensor.to(target_dtypes[name])
+        def produce(name: str, target_dtypes: dict[str, torch.dtype] = target_dtypes) -> Tensor | Iterator[Tensor]:
+            edit = replace.get(name) or functools.partial(_cast, target_dtypes[name])
             if bar is not None:
                 bar.update(source.infos[name].num_bytes)
-            return result
+            return (
+                _by_slices(source, name, edit, target_dtypes[name]) if isinstance(edit, Mapping) else edit(source[name])
+            )
 
         write_tensors(directory / file, entries, produce, metadata)
     if len(shards) > 1:
         _write_index(directory, names, shards)
     _copy_companions(source.path, directory)
     _write_config(source.config, directory, dtype)
+
+
+def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype)
+
+
+def _by_slices(source: Checkpoint, name: str, edits: Mapping[int, Edit], dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor's slices, some of them edited."""
+    for part in range(source.infos[name].shape[0]):
+        old = source.matrix(Slice(name, part))
+        yield edits[part](old) if part in edits else old.to(dtype)
 
 
 def output_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sculptor.checkpoint.architecture import Kind
 from sculptor.data.examples import IGNORED, Example
+from sculptor.world import World
 
 # Rows are sorted by length inside pools of this many batches: little padding, nearly the full randomness.
 _POOL_BATCHES = 32
@@ -17,20 +18,21 @@ _MASK_SHARE = 0.15  # BERT: 15 % of the tokens are predicted, of which 80 % mask
 class BatchPlan:
     """Which rows each optimizer step takes: shuffled every epoch, grouped by length, repeated for ever."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, world: World | None = None) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
+        self.world = world or World()
         self.steps_per_epoch = -(-len(lengths) // batch_size)
         self._epoch = -1
         self._batches: list[list[int]] = []
 
     def rows(self, step: int) -> list[int]:
-        """Indices of the rows of a step, longest first."""
+        """Indices of the rows of a step that are this process's, longest first."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._shuffle(epoch)
-        return self._batches[position]
+        return list(self.world.share(self._batches[position]))
 
     def _shuffle(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -89,7 +91,7 @@ def mask_tokens(batch: Batch, mask_id: int, vocab_size: int, generator: torch.Ge
     return Batch(input_ids, batch.attention_mask, torch.where(chosen, batch.labels, IGNORED))
 
 
-def prepare(
+def make_batch(
     examples: Sequence[Example], kind: Kind, pad_id: int, mask_id: int | None, vocab_size: int, seed: int
 ) -> Batch:
     """One micro-batch for a kind of model; `seed` decides what is masked."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sculptor.data.batches import prepare
+from sculptor.data.batches import make_batch
 from sculptor.data.examples import Example
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss
@@ -24,7 +24,7 @@ def mean_loss(
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):
         chosen = [examples[i] for i in order[start : start + batch_size]]
-        batch = prepare(
+        batch = make_batch(
             chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), _MASKING_SEED + start
         )
         found = batch_loss(loaded.model, batch.to(loaded.device), loaded.kind)

@@ -10,7 +10,7 @@ two bases at once, whatever the number of groups. A side without stored directio
 preserve 0 is A = dW.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +93,7 @@ class FreeSpace:
         return update
 
     def _turn_input(self, x: Tensor) -> Tensor:
-        return x if self.input is None else self.input.apply(x.T, self.least).T
+        return x if self.input is None else self.input.apply(x.mT, self.least).mT
 
     def _turn_output(self, x: Tensor) -> Tensor:
         return x if self.output is None else self.output.apply(x, self.first)
@@ -104,16 +104,31 @@ class FreeSpace:
         reads = (self._read_output, self._read_input)
         for read in reads if self._output_sees_all() else reads[::-1]:
             box = read(box)
+        return self._groups_of(box)
+
+    def project_product(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, ...]:
+        """`project` for G = dY^T X, turned before it is formed: less to do where there are fewer tokens than directions.
+
+        Args:
+            inputs: X (t, n).
+            outputs: dY (t, m).
+        """
+        dtype = self._dtype(inputs)
+        left, right = self._read_output(outputs.mT.to(dtype)), self._read_input(inputs.to(dtype))
+        return self._groups_of(left @ right)
+
+    def _groups_of(self, box: Tensor) -> tuple[Tensor, ...]:
+        """The box's rows and columns that belong to coordinates, wide and slowed down."""
         box = box.to(torch.promote_types(box.dtype, torch.float32))
         if self.softening is not None:
             box = box * self._gains()
         return tuple(
-            box[group.start - self.first : group.stop - self.first, group.reach - self.least :].contiguous()
+            box[..., group.start - self.first : group.stop - self.first, group.reach - self.least :].contiguous()
             for group in self.groups
         )
 
     def _read_input(self, x: Tensor) -> Tensor:
-        return x if self.input is None else self.input.apply_transposed(x.T, self.least).T
+        return x if self.input is None else self.input.apply_transposed(x.mT, self.least).mT
 
     def _read_output(self, x: Tensor) -> Tensor:
         return x if self.output is None else self.output.apply_transposed(x, self.first)
@@ -142,7 +157,7 @@ class FreeSpace:
         return FreeSpace(self.staircase, output, input, softening)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it consists of; `at` puts it together again from other tensors of these names, shapes and dtypes."""
+        """What it consists of, by name."""
         found: dict[str, Tensor] = {}
         for side, part in (("output", self.output), ("input", self.input)):
             if part is not None:
@@ -151,15 +166,6 @@ class FreeSpace:
             found |= {"soft_outputs": self.softening[0], "soft_inputs": self.softening[1]}
         return found
 
-    def at(self, tensors: Mapping[str, Tensor]) -> "FreeSpace":
-        """The same in other memory."""
-        output, input = (
-            part and part.at({name: tensors[f"{side}_{name}"] for name in part.tensors()})
-            for side, part in (("output", self.output), ("input", self.input))
-        )
-        softening = self.softening and (tensors["soft_outputs"], tensors["soft_inputs"])
-        return FreeSpace(self.staircase, output, input, softening)
-
     def fingerprint(self) -> list[float]:
         """Identifies the bases up to rounding, since coordinates in one mean nothing in another."""
         sides = [(self.output, self.first), (self.input, self.least)]
@@ -167,14 +173,17 @@ class FreeSpace:
 
     def _gains(self) -> Tensor:
         assert self.softening is not None
-        return torch.outer(*self.softening).add_(1).rsqrt_()
+        outputs, inputs = self.softening
+        return (outputs[..., :, None] * inputs[..., None, :]).add_(1).rsqrt_()
 
     def _box(self, coordinates: Sequence[Tensor]) -> Tensor:
         if len(coordinates) == 1:
             return coordinates[0]
         first, least = self.first, self.least
         shape = (self.staircase.rows - first, self.staircase.columns - least)
-        box = torch.zeros(shape, dtype=coordinates[0].dtype, device=coordinates[0].device)
+        box = torch.zeros(
+            (*coordinates[0].shape[:-2], *shape), dtype=coordinates[0].dtype, device=coordinates[0].device
+        )
         for group, a in zip(self.groups, coordinates, strict=True):
-            box[group.start - first : group.stop - first, group.reach - least :] = a
+            box[..., group.start - first : group.stop - first, group.reach - least :] = a
         return box

@@ -93,6 +93,20 @@ def complement(basis: Tensor) -> Tensor:
     return torch.ormqr(reflectors, tau, trailing)
 
 
+def orthonormal_prefixes(basis: Tensor) -> Tensor:
+    """Orthonormal columns of which the first j span what the first j of `basis` do, for every j (Householder).
+
+    Args:
+        basis: (d, k), k <= d, of full column rank; computed in float64.
+
+    Returns:
+        (d, k), float64, each column on the side of the one it replaces.
+    """
+    q, r = torch.linalg.qr(basis.to(torch.float64))
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return signed
+
+
 def orthonormality_error(basis: Tensor, generator: torch.Generator, probes: int = 4) -> float:
     """How far the columns of `basis` are from orthonormal: max over random z of ||B^T B z - z|| / ||z||.
 

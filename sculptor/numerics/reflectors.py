@@ -1,5 +1,7 @@
 """Stored directions completed to an orthonormal basis of the whole space, without forming it.
 
+Applying takes leading stacks: reflectors (..., d, c) and what is turned (..., d, w).
+
 Householder's factorisation of the stored columns (d, c) gives c reflectors whose product
 
     H = I - Y T Y^T        (compact WY form, Schreiber and Van Loan 1989)
@@ -9,7 +11,7 @@ costs 4 d c w operations for w vectors and stores d c numbers, where the d - c d
 out, may be many times as many. Where they are no more than c, they are written out: that costs half as much to apply.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +48,7 @@ class CompleteBasis:
     @property
     def dim(self) -> int:
         """d."""
-        return self.reflectors.shape[0]
+        return self.reflectors.shape[-2]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "CompleteBasis":
         """The same elsewhere. T is derived anew from Y in float64, so H is orthogonal to rounding in any dtype."""
@@ -68,11 +70,11 @@ class CompleteBasis:
         """
         y = self.reflectors
         order = _by_columns(x)
-        parts = (_product(y[there].T, x[here], order) for here, there in self._segments(start))
+        parts = (_product(y[..., there, :].mT, x[..., here, :], order) for here, there in self._segments(start))
         inner = sum(parts, start=x.new_zeros(()))
         out = _product(y, _product(self.triangle, -inner, order), order)
         for here, there in self._segments(start):
-            out[there] += x[here]
+            out[..., there, :] += x[..., here, :]
         return out
 
     def apply_transposed(self, x: Tensor, start: int = 0) -> Tensor:
@@ -87,15 +89,15 @@ class CompleteBasis:
         """
         y = self.reflectors
         order = _by_columns(x)
-        inner = _product(self.triangle.T, _product(y.T, x, order), order)  # (c, w)
-        parts = [_difference(x[there], y[there], inner, order) for _, there in self._segments(start)]
+        inner = _product(self.triangle.mT, _product(y.mT, x, order), order)  # (c, w)
+        parts = [_difference(x[..., there, :], y[..., there, :], inner, order) for _, there in self._segments(start)]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([part.T for part in parts], 1).T if order else torch.cat(parts)
+        return torch.cat([part.mT for part in parts], -1).mT if order else torch.cat(parts, -2)
 
     def cost(self, start: int) -> int:
         """Multiplications for one vector."""
-        d, c = self.reflectors.shape
+        d, c = self.reflectors.shape[-2:]
         return c * (d + c + d - start)
 
     def fingerprint(self, start: int, count: int = 8) -> list[float]:
@@ -103,12 +105,8 @@ class CompleteBasis:
         return _fingerprint(self, start, count)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it consists of; `at` puts it together again from other tensors of these names, shapes and dtypes."""
+        """What it consists of, by name."""
         return {"reflectors": self.reflectors, "triangle": self.triangle}
-
-    def at(self, tensors: Mapping[str, Tensor]) -> "CompleteBasis":
-        """The same in other memory."""
-        return CompleteBasis(tensors["reflectors"], tensors["triangle"], self.shift)
 
     def _segments(self, start: int) -> Iterator[tuple[slice, slice]]:
         """Directions start, start + 1, ... of Q as (where among them, where in H), in order."""
@@ -129,12 +127,12 @@ class Columns:
     @property
     def dim(self) -> int:
         """d."""
-        return self.columns.shape[0]
+        return self.columns.shape[-2]
 
     @property
     def start(self) -> int:
         """The first direction."""
-        return self.columns.shape[0] - self.columns.shape[1]
+        return self.columns.shape[-2] - self.columns.shape[-1]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Columns":
         """The same elsewhere."""
@@ -142,11 +140,11 @@ class Columns:
 
     def apply(self, x: Tensor, start: int) -> Tensor:
         """Q[:, start:] x, for x (d - start, w)."""
-        return _product(self.columns[:, start - self.start :], x, _by_columns(x))
+        return _product(self.columns[..., start - self.start :], x, _by_columns(x))
 
     def apply_transposed(self, x: Tensor, start: int) -> Tensor:
         """Q[:, start:]^T x, for x (d, w)."""
-        return _product(self.columns[:, start - self.start :].T, x, _by_columns(x))
+        return _product(self.columns[..., start - self.start :].mT, x, _by_columns(x))
 
     def cost(self, start: int) -> int:
         """Multiplications for one vector."""
@@ -160,10 +158,6 @@ class Columns:
         """As those of `CompleteBasis`."""
         return {"columns": self.columns}
 
-    def at(self, tensors: Mapping[str, Tensor]) -> "Columns":
-        """The same in other memory."""
-        return Columns(tensors["columns"])
-
 
 FreeSide = CompleteBasis | Columns
 
@@ -173,16 +167,18 @@ FreeSide = CompleteBasis | Columns
 
 
 def _by_columns(x: Tensor) -> bool:
-    return x.stride(0) < x.stride(1)
+    return x.stride(-2) < x.stride(-1)
 
 
 def _product(a: Tensor, x: Tensor, by_columns: bool) -> Tensor:
     """a @ x."""
-    return (x.T @ a.T).T if by_columns else a @ x
+    return (x.mT @ a.mT).mT if by_columns else a @ x
 
 
 def _difference(x: Tensor, a: Tensor, b: Tensor, by_columns: bool) -> Tensor:
     """x - a @ b."""
+    if x.ndim > 2:
+        return x - _product(a, b, by_columns)
     if by_columns:
         return torch.addmm(x.T, b.T, a.T, alpha=-1).T
     return torch.addmm(x, a, b, alpha=-1)

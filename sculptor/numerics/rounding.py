@@ -39,3 +39,9 @@ def leak_allowance(rounding: float, num_frozen: int) -> float:
     """
     slack = max(ROUNDING_SLACK, 1 + 4 / math.sqrt(2 * max(1, num_frozen)))
     return math.hypot(LEAK_FLOOR, slack * rounding)
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square of all entries, summed in float64."""
+    norm = torch.linalg.vector_norm(values.detach().reshape(-1), dtype=torch.float64)
+    return float(norm) / math.sqrt(max(1, values.numel()))

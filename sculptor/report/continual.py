@@ -1,7 +1,7 @@
 """A continual run as text."""
 
+from sculptor.benchmark.results import ContinualReport
 from sculptor.report.text import table
-from sculptor.tasks.continual_report import ContinualReport
 
 
 def continual_text(report: ContinualReport) -> str:
@@ -11,12 +11,12 @@ def continual_text(report: ContinualReport) -> str:
     def cell(value: float) -> str:
         return f"{100 * value:.1f}" if percent_scores else f"{-value:.3f}"
 
-    has_general = report.stages[0].general_loss is not None
+    has_general = report.stages[0].watch_loss is not None
     rows = [
-        [stage.name, *map(cell, scores)] + ([f"{stage.general_loss:.3f}"] if has_general else [])
+        [stage.name, *map(cell, scores)] + ([f"{stage.watch_loss:.3f}"] if has_general else [])
         for stage, scores in zip(report.stages, report.matrix, strict=True)
     ]
-    head = ["after", *report.tasks] + (["general loss"] if has_general else [])
+    head = ["after", *report.tasks] + (["watched loss"] if has_general else [])
     m = report.metrics
     scale = 100 if percent_scores else 1
     figures = [("AA", m.average), ("BWT", m.backward), ("LA", m.learning), ("FWT", m.forward)]
@@ -25,8 +25,8 @@ def continual_text(report: ContinualReport) -> str:
         for name, value in figures
         if value is not None
     ]
-    if report.general_rise is not None:
-        shown.append(f"general loss {report.general_rise:+.3f}")
+    if report.watch_rise is not None:
+        shown.append(f"watched loss {report.watch_rise:+.3f}")
     how = report.method + (f" ({report.basis})" if report.method == "sculptor" else "")
     unit = f"{report.metric.replace('_', ' ')} on {report.split} rows" + (
         ", %" if percent_scores else ", nats per token"

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from sculptor.planning.placement import remedy
 from sculptor.report.text import size, table
 from sculptor.tasks.estimate import Estimate
-from sculptor.tasks.placement import remedy
 
 
 def estimate_text(found: Estimate) -> str:

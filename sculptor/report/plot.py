@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import Archive
+from sculptor.benchmark.results import ContinualReport
 from sculptor.checkpoint.staging import writing
 from sculptor.errors import OutputError, SettingsError
-from sculptor.tasks.continual_report import ContinualReport
+from sculptor.methods.rule import Directed
 
 
 def require_matplotlib() -> None:
@@ -97,30 +98,26 @@ def _draw_spectra(axes: Any, archive: Archive) -> None:
     roles: dict[str, list[str]] = {}
     for name, record in archive.items():
         roles.setdefault(record.role, []).append(name)
-    drawn = 0
+    what = ""
     for role, names in roles.items():
-        name = names[len(names) // 2]
-        record = archive[name]
-        values = record.input.values if record.input is not None else None
-        spectrum = archive.spectrum(name) if values is None else archive.tensor(values)
-        if spectrum is None or float(spectrum[0]) == 0:
+        entry = archive.read(names[len(names) // 2])
+        found = entry.rule.spectrum_of(entry.tensors) if isinstance(entry.rule, Directed) else None
+        if found is None or float(found.values[0]) == 0:
             continue
-        relative = (spectrum / spectrum[0]).tolist()
-        dim = min(record.shape) if values is None else record.shape[1]
-        k = round(record.preserved * dim) if values is None else min(len(relative), record.staircase.inputs)
-        positions = [(i + 1) / dim for i in range(len(relative))]
-        (line,) = axes.plot(positions, relative, label=f"{role} (layer {archive[name].index})", linewidth=1.3)
+        what = found.what
+        relative = (found.values / found.values[0]).tolist()
+        k = min(len(relative), found.protected)
+        positions = [(i + 1) / found.dim for i in range(len(relative))]
+        (line,) = axes.plot(positions, relative, label=f"{role} (layer {entry.record.index})", linewidth=1.3)
         if k:
             axes.plot(positions[k - 1], relative[k - 1], "o", color=line.get_color(), markersize=5)
-        drawn += 1
-    what = "Input moments" if archive.manifest.source_weights else "Singular values"
     axes.set(
-        title=f"{what} of the middle layer, relative to the first (dot: last protected)",
+        title=f"{what or 'No spectra'} of the middle layer, relative to the first (dot: last protected)",
         xlabel="direction / number of directions",
         ylabel="value / largest",
         yscale="log",
     )
-    if drawn:
+    if what:
         axes.set_ylim(bottom=1e-4)
         axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
@@ -131,7 +128,7 @@ def _draw_heat_map(figure: Any, axes: Any, archive: Archive) -> None:
     num_layers = 1 + max(record.index for record in archive.values())
     grid = [[float("nan")] * num_layers for _ in roles]
     for record in archive.values():
-        grid[roles.index(record.role)][record.index] = record.preserved
+        grid[roles.index(record.role)][record.index] = record.rule.figures().preserved
     image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set(title="Preserved share", xlabel="layer")
     axes.xaxis.get_major_locator().set_params(integer=True)

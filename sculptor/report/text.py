@@ -1,11 +1,12 @@
 """Results as tables of at most 100 columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sculptor.analysis.verify import MatrixVerification, Verification
-from sculptor.tasks.analyze import AnalyzeReport, RoleSummary
+from sculptor.archive.manifest import FrozenMatrices
+from sculptor.methods.method import Terms
+from sculptor.tasks.analyze_report import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.evaluate import Evaluation
 from sculptor.tasks.inspect_archive import Inspection
@@ -46,15 +47,15 @@ def percent(share: float) -> str:
 
 def analyze_text(report: AnalyzeReport) -> str:
     """What `sculptor analyze` prints."""
-    lines = [roles_table(report.roles, report.basis)]
+    lines = [roles_table(report.roles, report.terms)]
     lines += not_targeted_lines(report.not_targeted)
     ratio = report.archive_bytes / max(1, report.checkpoint_bytes)
     if report.calibration:
         lines += [
-            f"Calibrated on {c['source']}: {c['rows']:,} rows, {c['tokens']:,} tokens, {c['tokens_with_loss']:,} of them with loss."
+            f"Calibrated on {c.source}: {c.rows:,} rows, {c.tokens:,} tokens, {c.tokens_with_loss:,} of them with loss."
             for c in report.calibration
         ]
-        if min(c["tokens_with_loss"] for c in report.calibration) < report.most_directions:
+        if min(c.tokens_with_loss for c in report.calibration) < report.most_directions:
             lines.append(
                 f"That is fewer than the {report.most_directions:,} directions stored of a matrix: take more rows, or the "
                 "figures above say little."
@@ -66,9 +67,8 @@ def analyze_text(report: AnalyzeReport) -> str:
     return "\n".join(lines)
 
 
-def roles_table(roles: Sequence[RoleSummary], basis: str) -> str:
+def roles_table(roles: Sequence[RoleSummary], terms: Terms) -> str:
     """One line per role and one for all."""
-    held = {"inputs": "inputs frozen", "curvature": "curvature frozen"}.get(basis, "energy kept")
     rows = [
         [
             r.role,
@@ -84,27 +84,20 @@ def roles_table(roles: Sequence[RoleSummary], basis: str) -> str:
         sum(values) for values in zip(*((r.num_matrices, r.num_free, r.num_parameters) for r in roles), strict=True)
     )
     preserved = sum(r.preserved * r.num_matrices for r in roles) / matrices
-    if held != "energy kept":  # pairs add up, directions do not
+    if terms.adds:
         preserved = 1 - free / parameters
     energy = sum(r.energy * r.num_matrices for r in roles) / matrices
     rows.append(["all", str(matrices), percent(preserved), percent(energy), f"{free:,}", percent(free / parameters)])
-    notes = {
-        "energy kept": "energy kept: of ||W||^2, at analysis",
-        "inputs frozen": "inputs frozen: of E||x||^2",
-        "curvature frozen": "curvature frozen: what these pairs have of it",
-    }
-    share = "preserved" if held == "energy kept" else "frozen pairs"
-    note = f"free share: entries of the update that may change; {notes[held]}"
-    return table(["role", "matrices", share, held, "free parameters", "free share"], rows) + f"\n{note}"
+    note = f"free share: entries of the update that may change; {terms.note}"
+    head = ["role", "matrices", terms.share, terms.held, "free parameters", "free share"]
+    return table(head, rows) + f"\n{note}"
 
 
-def not_targeted_lines(not_targeted: Sequence[Mapping[str, Any]]) -> list[str]:
+def not_targeted_lines(not_targeted: Sequence[FrozenMatrices]) -> list[str]:
     """What stays frozen because it is no plain linear map."""
     if not not_targeted:
         return []
-    items = [
-        f"  {item['role']}: {item['num_tensors']} x, {item['num_parameters']:,} parameters" for item in not_targeted
-    ]
+    items = [f"  {item.role}: {item.num_tensors} x, {item.num_parameters:,} parameters" for item in not_targeted]
     return ["Not targeted, frozen (no plain linear map):", *items]
 
 
@@ -123,6 +116,7 @@ def train_text(report: TrainReport) -> str:
         f"Trained {report.num_trainable:,} free parameters for {loop.steps} steps, {loop.tokens:,} tokens, "
         f"in {loop.seconds:.0f} s: loss {loop.first_loss:.3f} -> {loop.last_loss:.3f}."
     )
+    lines.append(_rate_line(report))
     lines.append(f"{report.placement}.")
     if loop.best_step is not None and loop.best_loss is not None:
         lines.append(f"Kept step {loop.best_step}, evaluation loss {loop.best_loss:.4f}.")
@@ -130,13 +124,15 @@ def train_text(report: TrainReport) -> str:
         lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")
     if any(matrix.update for matrix in report.matrices.values()):
         lines.append(
-            f"Largest leak into protected pairs {report.max_leak:.1e} of the update; verify tells rounding from the rest.\n"
+            f"Leak into what is protected, beyond what rounding explains: {max(0.0, report.unexplained_leak):.1e} of the update.\n"
             f"Storing the result removed {percent(report.rounding_loss)} of the update, by rounding."
         )
     else:
         lines.append("No matrix changed.")
     added = sum(matrix.outputs_added + matrix.inputs_added for matrix in report.matrices.values())
-    if report.carry == "merge":
+    if report.carry == "keep":
+        lines.append("The archive protects what it protected before (--carry keep).")
+    elif report.carry == "merge":
         lines.append("The archive holds what the task uses beside what was there before: see inspect.")
     else:
         lines.append(f"The archive gained {added:,} directions over {len(report.matrices)} matrices.")
@@ -144,7 +140,18 @@ def train_text(report: TrainReport) -> str:
         shown = ", ".join(report.frozen[:_MAX_LISTED]) + (", ..." if len(report.frozen) > _MAX_LISTED else "")
         lines.append(f"Frozen from now on, nothing left free: {len(report.frozen)} matrices ({shown}).")
     lines.append(f"\nWrote {report.output}: checkpoint, and in subspaces/ the archive for the next task.")
+    if report.rose:
+        lines.append(
+            f"The loss ended above where it began ({loop.first_loss:.3f} -> {loop.last_loss:.3f}): lower "
+            f"{'--learning-rate' if report.relative_rate is None else '--relative-rate'}."
+        )
     return "\n".join(lines)
+
+
+def _rate_line(report: TrainReport) -> str:
+    if report.relative_rate is not None:
+        return f"Peak learning rate {report.relative_rate:.3g} of each matrix's RMS (--relative-rate)."
+    return f"Peak learning rate {report.learning_rate:.3g} (--learning-rate)."
 
 
 def inspect_text(found: Inspection, per_matrix: bool = True) -> str:
@@ -158,7 +165,7 @@ def inspect_text(found: Inspection, per_matrix: bool = True) -> str:
     if found.belongs:
         head.append("belongs to the model: every matrix is, byte for byte, the one that was analyzed")
     head += [f"task {i}: {task.name} ({task.kind})" for i, task in enumerate(found.tasks)]
-    parts = ["\n".join(head), roles_table(found.roles, found.basis)]
+    parts = ["\n".join(head), roles_table(found.roles, found.terms)]
     parts += [_shares_table(found)] if found.shares else []
     parts += ["\n".join(not_targeted_lines(found.not_targeted))] if found.not_targeted else []
     if found.comparison is not None:

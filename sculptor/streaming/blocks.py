@@ -31,14 +31,14 @@ class Observer:
         """Fills a slot with a block in another way than from where it waits, and says what to wait for; None if not."""
         return None
 
-    def expect_backward(self, block: int) -> None:
+    def block_expected(self, block: int) -> None:
         """The backward pass of a block comes next but one."""
 
-    def begin_backward(self, block: int) -> None:
+    def block_begun(self, block: int) -> None:
         """Its gradients are about to appear."""
 
-    def end_backward(self, block: int, slot: Slot) -> None:
-        """They have all appeared."""
+    def block_done(self, block: int, slot: Slot) -> None:
+        """They have all appeared; its parameters are in `slot`."""
 
 
 class BlockStream:
@@ -193,7 +193,7 @@ class BlockStream:
         if call + 1 < len(self._order):
             self.slots.fetch_ahead(self._order[call + 1])
         elif torch.is_grad_enabled():
-            self.observer.expect_backward(index)
+            self.observer.block_expected(index)
 
     @contextmanager
     def _again(self, index: int, before: int | None, call: int) -> Iterator[None]:
@@ -204,12 +204,12 @@ class BlockStream:
             self.end_backward()
             self._enter(index)
             self._backward = index, call
-            self.observer.begin_backward(index)
+            self.observer.block_begun(index)
             if before is not None:
                 # Weights last: after a fused update their slot is the last to be free, and the lane waits behind them.
                 if self._inputs is not None:
                     self._inputs.fetch(call - 1)
-                self.observer.expect_backward(before)
+                self.observer.block_expected(before)
                 self.slots.fetch_ahead(before)
         with self.recompute():
             yield
@@ -223,7 +223,7 @@ class BlockStream:
         assert slot is not None
         slot.uses["compute"] = self.transfers.mark()
         self._empty(index)
-        self.observer.end_backward(index, slot)
+        self.observer.block_done(index, slot)
 
     def _enter(self, index: int) -> Slot:
         slot = self.slots.enter(index)

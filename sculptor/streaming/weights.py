@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.names import Conversion
-from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.tensors import read_bytes
 from sculptor.errors import CheckpointError
@@ -50,7 +50,7 @@ class TensorFiles:
         if isinstance(source, Conversion):
             into.copy_(source.make(self.checkpoint.__getitem__)[parameter])
         else:
-            self.read(source, into)
+            self.read(Slice(source), into)
         if parameter not in self._seen:
             self._seen.add(parameter)
             if not bool(into.isfinite().all()):
@@ -59,15 +59,17 @@ class TensorFiles:
                     "training diverged"
                 )
 
-    def read(self, name: str, into: Tensor) -> None:
-        """Fills a contiguous tensor with a tensor of the checkpoint, in its own dtype or another."""
-        info = self.checkpoint.infos[name]
+    def read(self, place: Placed, into: Tensor) -> None:
+        """Fills a contiguous tensor with a tensor of the checkpoint, or a slice of one, in its own dtype or another."""
+        info = self.checkpoint.info_of(place)
         try:
             if info.file not in self._open:
                 self._open[info.file] = os.open(self.checkpoint.path / info.file, os.O_RDONLY)
             self._read(self._open[info.file], info.offset, info.dtype, into.view(-1))
         except OSError as cause:
-            raise CheckpointError(f"{self.checkpoint.path / info.file}: cannot read tensor {name} ({cause})") from cause
+            raise CheckpointError(
+                f"{self.checkpoint.path / info.file}: cannot read tensor {place.name} ({cause})"
+            ) from cause
 
     def _read(self, descriptor: int, offset: int, dtype: torch.dtype, into: Tensor) -> None:
         if into.device.type == "cpu" and into.dtype == dtype:

@@ -15,7 +15,7 @@ from sculptor.evaluation.loss import mean_loss
 from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.placement import open_model
+from sculptor.tasks.job import open_model
 from sculptor.training.settings import Offload
 
 # With more distinct completions than this, they are answers, not labels.

@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sculptor.analysis.compare import MatrixComparison, compare_archives
 from sculptor.analysis.shares import TaskShare, task_shares
-from sculptor.archive.manifest import TaskRecord
+from sculptor.archive.manifest import FrozenMatrices, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.methods.kinds import Kinds
+from sculptor.methods.method import Terms
+from sculptor.methods.rule import num_free
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze import RoleSummary, summarize_roles
+from sculptor.tasks.analyze_report import RoleSummary, summarize_roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Inspection:
     """The result of `inspect`.
 
     Attributes:
+        rule: kind of rule; `terms` say what things are called, `basis` and `constraint` among them.
         belongs: whether the archive is of the given model; None without one. Never False: that is an error.
         comparison: against another archive; None without one.
         shares: how the tasks share what is protected; empty for an archive without moments.
@@ -48,17 +51,27 @@ class Inspection:
     path: Path
     created_by: str
     model_class: str
-    basis: str
-    constraint: str
+    rule: str
+    terms: Terms
     num_bytes: int
     base_identity: str
     tasks: tuple[TaskRecord, ...]
     roles: tuple[RoleSummary, ...]
     matrices: tuple[MatrixSummary, ...]
-    not_targeted: tuple[Mapping[str, Any], ...]
+    not_targeted: tuple[FrozenMatrices, ...]
     belongs: bool | None
     comparison: tuple[MatrixComparison, ...] | None
     shares: tuple[TaskShare, ...] = ()
+
+    @property
+    def basis(self) -> str:
+        """Where the rules come from."""
+        return self.terms.basis
+
+    @property
+    def constraint(self) -> str:
+        """What they forbid."""
+        return self.terms.constraint
 
     @property
     def num_free(self) -> int:
@@ -77,6 +90,7 @@ def inspect(
     model: str | Path | None = None,
     compare: str | Path | None = None,
     progress: Progress = silent,
+    rules: Kinds | None = None,
 ) -> Inspection:
     """Summarises an archive; reads its manifest and the tasks' profiles, and no bases unless it is to be compared.
 
@@ -85,11 +99,12 @@ def inspect(
         model: a checkpoint it should belong to.
         compare: another archive, compared by principal angles.
         progress: makes progress bars.
+        rules: kinds of rules beside sculptor's own.
 
     Raises:
         ArchiveError: if it cannot be read, does not belong to `model`, or shares nothing with `compare`.
     """
-    opened = Archive(archive)
+    opened = Archive(archive, rules=rules)
     if model is not None:
         opened.check_base(open_checkpoint(model), progress)
     manifest = opened.manifest
@@ -97,27 +112,29 @@ def inspect(
         path=opened.path,
         created_by=manifest.created_by,
         model_class=manifest.model_class,
-        basis=manifest.basis,
-        constraint=manifest.constraint,
+        rule=manifest.settings.rule,
+        terms=opened.method.terms,
         num_bytes=opened.num_bytes,
         base_identity=manifest.base_identity,
         tasks=manifest.tasks,
         roles=summarize_roles(opened),
-        matrices=tuple(
-            MatrixSummary(
-                record.name,
-                record.role,
-                record.index,
-                record.shape,
-                record.preserved,
-                record.energy,
-                record.staircase.num_free / (record.shape[0] * record.shape[1]),
-                {added.task: (added.outputs, added.inputs) for added in record.added},
-            )
-            for record in opened.values()
-        ),
+        matrices=tuple(map(_summary, opened.values())),
         not_targeted=manifest.not_targeted,
         belongs=None if model is None else True,
-        comparison=None if compare is None else compare_archives(opened, Archive(compare), progress),
+        comparison=None if compare is None else compare_archives(opened, Archive(compare, rules=rules), progress),
         shares=task_shares(opened, progress),
+    )
+
+
+def _summary(record: MatrixRecord) -> MatrixSummary:
+    found, (m, n) = record.rule.figures(), record.shape
+    return MatrixSummary(
+        record.name,
+        record.role,
+        record.index,
+        record.shape,
+        found.preserved,
+        found.held,
+        num_free(record.rule) / (m * n),
+        found.added,
     )

@@ -16,17 +16,18 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging, writing
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import SettingsError, TrainingError
+from sculptor.methods.kinds import Kinds
 from sculptor.model.load import load_streamed, resolve_device
+from sculptor.planning.footprints import Workload, footprints
+from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
-from sculptor.tasks.placement import archive_shapes, check_waiting
-from sculptor.tasks.train import resolve_settings
-from sculptor.tasks.train_setup import streamed_updates, trained_dtypes
-from sculptor.training.footprint import Workload, footprints
+from sculptor.tasks.job import resolve_settings
 from sculptor.training.settings import TrainSettings
-from sculptor.training.updates import merge_trained
+from sculptor.training.setup import streamed_updates, trained_dtypes
+from sculptor.training.stepping.updates import RateOf, merge_trained
 
 _USED = {
-    "offload", "learning_rate", "weight_decay", "clip", "clip_by", "soften", "optimizer_mode", "optimizer_on",
+    "offload", "learning_rate", "relative_rate", "weight_decay", "clip", "clip_by", "soften", "optimizer_mode", "optimizer_on",
     "offload_inputs", "device", "batch_size", "micro_batch_size",
 }  # fmt: skip
 
@@ -46,6 +47,11 @@ def _check(settings: TrainSettings, directory: str | Path | None) -> None:
         )
 
 
+def _rate_of(given: float | None) -> RateOf:
+    """A given rate for everything, or each parameter's own peak."""
+    return lambda peak: peak if given is None else given
+
+
 class StreamedModel:
     """A transformers model of which one block at a time is on the device, and the optimizer of its free coordinates.
 
@@ -55,12 +61,13 @@ class StreamedModel:
     Args:
         model: a checkpoint directory or hub name.
         archive: its subspace archive, or its path.
-        settings: `offload` (cpu or disk), `learning_rate`, `weight_decay`, `clip` (by default the norm is clipped at 1, as in
-            `train`), `clip_by`, `soften`, `optimizer_mode`, `optimizer_on`, `offload_inputs`, `device`; what is the loop's own
-            affair is refused. With `optimizer_mode="fused"` a step has one `backward`, and `batch_size` is given as
+        settings: `offload` (cpu or disk), `relative_rate` or `learning_rate`, `weight_decay`, `clip` (by default the norm
+            is clipped at 1, as in `train`), `clip_by`, `soften`, `optimizer_mode`, `optimizer_on`, `offload_inputs`,
+            `device`; what is the loop's own affair is refused. With `optimizer_mode="fused"` a step has one `backward`, and `batch_size` is given as
             `micro_batch_size` is.
         directory: for files, with `offload="disk"`; default the system's place for temporary ones.
         progress: makes progress bars.
+        rules: kinds of rules beside sculptor's own.
 
     Raises:
         SculptorError: if an input cannot be used, or it does not fit into memory or disk.
@@ -74,6 +81,7 @@ class StreamedModel:
         *,
         directory: str | Path | None = None,
         progress: Progress = silent,
+        rules: Kinds | None = None,
     ) -> None:
         settings = settings or TrainSettings(offload="cpu")
         if settings.offload not in ("cpu", "disk"):
@@ -81,15 +89,15 @@ class StreamedModel:
                 f"--offload {settings.offload}: use cpu or disk; for a resident model, sculptor.protect"
             )
         _check(settings, directory)
-        self.archive = archive if isinstance(archive, Archive) else Archive(archive)
+        self.archive = archive if isinstance(archive, Archive) else Archive(archive, rules=rules)
         self.settings = resolve_settings(settings, self.archive)
         self.checkpoint = open_checkpoint(model)
         self.archive.check_base(self.checkpoint, progress)
         architecture = inspect_architecture(self.checkpoint)
         device = resolve_device(settings.device)
-        shapes = archive_shapes(self.archive, architecture)
+        matrices = plan_archive(self.archive, architecture)
         # What waits is known; what a batch takes is the loop's own affair.
-        plan = footprints(self.checkpoint, architecture, shapes, device, Workload(tokens=1, micro_batches=1))
+        plan = footprints(self.checkpoint, architecture, matrices, device, Workload(tokens=1, micro_batches=1))
         check_waiting(plan[settings.offload], Path(directory or tempfile.gettempdir()))
         if directory is not None:
             with writing(Path(directory)):
@@ -106,8 +114,7 @@ class StreamedModel:
             progress=progress,
         )
         self.updates = streamed_updates(self.loaded, self.archive, {}, self.settings, progress)
-        assert self.settings.learning_rate is not None
-        self.updates.begin(self.settings.learning_rate)
+        self.updates.begin(_rate_of(None))
         self._open = True
 
     @property
@@ -130,26 +137,28 @@ class StreamedModel:
 
         Args:
             loss: of a micro-batch.
-            learning_rate: of the step, if it updates within the backward pass (`optimizer_mode="fused"`).
+            learning_rate: of the step, if it updates within the backward pass (`optimizer_mode="fused"`); default the
+                settings'.
         """
         self._check_open()
-        assert self.settings.learning_rate is not None
-        self.updates.begin(self.settings.learning_rate if learning_rate is None else learning_rate)
+        self.updates.begin(_rate_of(learning_rate))
         loss.backward()  # type: ignore[no-untyped-call]
         self.updates.end_backward()
 
     def step(self, learning_rate: float | None = None) -> float:
         """Clips and updates; returns the norm of the gradient before.
 
+        Args:
+            learning_rate: the same for all matrices; default the settings', which may be relative to each matrix.
+
         Raises:
             TrainingError: if that is not finite; the step is not taken then, except within the backward pass (`fused`).
         """
         self._check_open()
-        assert self.settings.learning_rate is not None
         norm = self.updates.clip()
         if not math.isfinite(norm):
             raise TrainingError(f"gradient norm {norm}: not finite; lower learning_rate or look at the batch")
-        self.updates.step(self.settings.learning_rate if learning_rate is None else learning_rate)
+        self.updates.step(_rate_of(learning_rate))
         return norm
 
     def save(self, output: str | Path, *, overwrite: bool = False, progress: Progress = silent) -> None:
@@ -163,16 +172,15 @@ class StreamedModel:
         check_apart(output, [self.checkpoint.path, self.archive.path])
         with staging(output, overwrite=overwrite, resume=False, worth_keeping=lambda _: False) as partial:
             bar = progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
-            edits = {name: self._merge(name) for name in self.archive}
+            edits = {record.tensor: self._merge(name) for name, record in self.archive.items()}
             write_checkpoint(self.checkpoint, partial, edits, bar=bar)
             bar.close()
             commit(partial, output)
 
     def _merge(self, name: str) -> Any:
         def merged(weight: Tensor) -> Tensor:
-            found = self.archive.read(name)
-            made = merge_trained(self.updates, self.archive, found, weight, weight.dtype, self.device)
-            return weight if made is None else made[0]
+            made = merge_trained(self.updates, self.archive, name, weight, weight.dtype)
+            return weight if made is None else made.tensor
 
         return merged
 
@@ -198,6 +206,7 @@ def stream(
     *,
     directory: str | Path | None = None,
     progress: Progress = silent,
+    rules: Kinds | None = None,
 ) -> StreamedModel:
     """A protected model larger than memory, for a loop of your own; see `StreamedModel`."""
-    return StreamedModel(model, archive, settings, directory=directory, progress=progress)
+    return StreamedModel(model, archive, settings, directory=directory, progress=progress, rules=rules)

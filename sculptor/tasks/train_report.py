@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sculptor.archive.manifest import FrozenMatrices
+from sculptor.numerics.rounding import ROUNDING_SLACK
 from sculptor.training.loop import LoopResult
 
 
@@ -15,7 +16,8 @@ class MatrixReport:
 
     Attributes:
         update: ||dW|| / ||W||.
-        leak: ||frozen part of dW|| / ||dW||, measured on the tensor that was written.
+        leak: ||what its rule forbids of dW|| / ||dW||, measured on the tensor that was written.
+        rounding: the leak that rounding alone explains, same unit.
         update_norm: ||dW||, before it was rounded.
         rounding_loss: ||W' - (W + dW)|| / ||dW||: the share of the update that rounding ate.
         outputs_added, inputs_added: directions the archive gained.
@@ -25,6 +27,7 @@ class MatrixReport:
     role: str
     update: float
     leak: float
+    rounding: float
     update_norm: float
     rounding_loss: float
     outputs_added: int
@@ -46,13 +49,25 @@ class TrainReport:
     num_protected: int
     carry: str
     also_trained: tuple[str, ...]
-    not_targeted: tuple[Mapping[str, Any], ...]
+    not_targeted: tuple[FrozenMatrices, ...]
+    learning_rate: float | None
+    relative_rate: float | None
     matrices: Mapping[str, MatrixReport]
 
     @property
     def max_leak(self) -> float:
         """Of the matrix with the largest."""
         return max((matrix.leak for matrix in self.matrices.values()), default=0.0)
+
+    @property
+    def unexplained_leak(self) -> float:
+        """What rounding does not explain of the leak, of the matrix with the most: 0 where it explains everything."""
+        return max((matrix.leak - ROUNDING_SLACK * matrix.rounding for matrix in self.matrices.values()), default=0.0)
+
+    @property
+    def rose(self) -> bool:
+        """Whether the training loss ended above where it began."""
+        return self.loop.last_loss > self.loop.first_loss
 
     @property
     def rounding_loss(self) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 from sculptor.analysis.verify import Verification, verify_checkpoints
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 
@@ -16,6 +17,7 @@ def verify(
     *,
     device: str = "auto",
     progress: Progress = silent,
+    rules: Kinds | None = None,
 ) -> Verification:
     """Checks a tuned checkpoint against its base and an archive of that base.
 
@@ -25,6 +27,7 @@ def verify(
         subspaces: the archive.
         device: where the float64 products run.
         progress: makes progress bars.
+        rules: kinds of rules beside sculptor's own.
 
     Returns:
         The leak of every matrix and of all, and whether everything else is untouched.
@@ -36,7 +39,7 @@ def verify(
     return verify_checkpoints(
         open_checkpoint(base),
         open_checkpoint(tuned),
-        Archive(subspaces),
+        Archive(subspaces, rules=rules),
         device=resolve_device(device),
         progress=progress,
     )

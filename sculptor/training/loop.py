@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.staging import writing
-from sculptor.data.batches import Batch, BatchPlan, prepare
+from sculptor.data.batches import Batch, BatchPlan, make_batch
 from sculptor.data.examples import Example
 from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress
-from sculptor.training.schedule import learning_rate
+from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, random_state, set_random_state
-from sculptor.training.updates import Tensors, Updates, tensors_of
+from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
+from sculptor.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class TrainingLoop:
         penalty: a term added to the loss of every step, or None.
         evaluate: gives the validation loss of the model as it is, or None for no evaluation.
         stop: polled after every step; a signal number ends the run after its state is saved.
+        world: the processes that share a step.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class TrainingLoop:
         penalty: Callable[[], Tensor] | None = None,
         evaluate: Callable[[], float] | None = None,
         stop: Callable[[], int | None] = lambda: None,
+        world: World | None = None,
     ) -> None:
         self.loaded = loaded
         self.updates = updates
@@ -87,7 +90,9 @@ class TrainingLoop:
         self.penalty = penalty
         self.evaluate = evaluate
         self.stop = stop
-        self.plan = BatchPlan([example.length for example in examples], settings.batch_size, settings.seed)
+        self.world = world or World()
+        lengths = [example.length for example in examples]
+        self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
         self.accelerator = make_accelerator(loaded.device)
         self.position = Position(step=0)
@@ -147,13 +152,13 @@ class TrainingLoop:
     def _step(self, step: int, bar: Bar, started: float) -> None:
         rows = self.plan.rows(step)
         batches = self._micro_batches(rows, step)
-        total_tokens = sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches)
-        rate = learning_rate(self.settings, step, self.total)
+        total_tokens = self.world.total(sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches))
+        rate_of = rates_of(self.settings, step, self.total)
         model = self.loaded.model
         model.train()
         losses: list[Tensor] = []
         for batch in batches:
-            self.updates.begin(rate)
+            self.updates.begin(rate_of)
             with self.accelerator.autocast():
                 found = batch_loss(model, batch.to(self.loaded.device), self.loaded.kind)
             share = found.total / total_tokens
@@ -168,10 +173,10 @@ class TrainingLoop:
         loss = sum(float(share) for share in losses)  # only now, since a number waits for the device
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower --learning-rate "
-                f"({self.settings.learning_rate}) or look at rows of that step"
+                f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower {self._rate_setting} or look at "
+                "rows of that step"
             )
-        self.updates.step(rate)
+        self.updates.step(rate_of)
         model.eval()
         tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
@@ -187,14 +192,27 @@ class TrainingLoop:
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
         bar.update(1)
         epoch = round((step + 1) / self.plan.steps_per_epoch, 4)
-        self._log(
-            step=step + 1, epoch=epoch, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=seconds
-        )
+        name, peak = self._rate
+        rate = {name: rate_of(peak)}
+        self._log(step=step + 1, epoch=epoch, loss=loss, **rate, grad_norm=norm, tokens=tokens, seconds=seconds)
+
+    @property
+    def _rate(self) -> tuple[str, float]:
+        """The setting that decides the learning rates, and its value."""
+        if self.settings.learning_rate is not None:
+            return "learning_rate", self.settings.learning_rate
+        assert self.settings.relative_rate is not None
+        return "relative_rate", self.settings.relative_rate
+
+    @property
+    def _rate_setting(self) -> str:
+        name, value = self._rate
+        return f"--{name.replace('_', '-')} ({value:.3g})"
 
     def _micro_batches(self, rows: list[int], step: int) -> list[Batch]:
         size, tokenizer = self.settings.micro_batch_size, self.loaded.tokenizer
         return [
-            prepare(
+            make_batch(
                 [self.examples[row] for row in rows[start : start + size]],
                 self.loaded.kind,
                 self.loaded.pad_id,
@@ -209,7 +227,7 @@ class TrainingLoop:
         assert self.evaluate is not None
         loss = self.evaluate()
         if not math.isfinite(loss):
-            raise TrainingError(f"evaluation loss {loss} after step {step}: not finite; lower --learning-rate")
+            raise TrainingError(f"evaluation loss {loss} after step {step}: not finite; lower {self._rate_setting}")
         self._log(step=step, eval_loss=loss)
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)

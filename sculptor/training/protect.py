@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sculptor.archive.manifest import MatrixRecord
-from sculptor.archive.store import Archive, Subspaces
+from sculptor.archive.store import Archive
 from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.tensors import digest
-from sculptor.errors import ArchiveError, CapacityError, TrainingError
-from sculptor.numerics.free_space import first_free
-from sculptor.training.coordinates import Coordinates, FoldMode, KnownSides
+from sculptor.errors import ArchiveError, CapacityError
+from sculptor.methods.kinds import Kinds
+from sculptor.training.coordinates import Coordinates, FoldMode
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,7 +47,7 @@ class ProtectedBlock:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The coordinates of the block."""
-        return [a for matrix in self.matrices for a in matrix.coordinates.blocks]
+        return [a for matrix in self.matrices for a in matrix.coordinates.values]
 
 
 def protect(
@@ -58,6 +57,7 @@ def protect(
     compute_dtype: torch.dtype | None = None,
     fold: FoldMode = "automatic",
     soften: float = 0.0,
+    rules: Kinds | None = None,
 ) -> Any:
     """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
 
@@ -71,6 +71,7 @@ def protect(
         fold: "manual" if the caller refreshes the matrices after each optimizer step.
         soften: with moments, slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); `train` uses
             3 with curvature.
+        rules: kinds of rules beside sculptor's own.
 
     Returns:
         `model`.
@@ -79,13 +80,18 @@ def protect(
         ArchiveError: if the archive does not belong to the model, or the model is protected already.
         CapacityError: if no matrix has a free direction left.
     """
-    archive = archive if isinstance(archive, Archive) else Archive(archive)
+    archive = archive if isinstance(archive, Archive) else Archive(archive, rules=rules)
     if protected_matrices(model):
         raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
     parameters = find_parameters(model, archive)
+    sliced = [name for name, record in archive.items() if record.part is not None]
+    if sliced:
+        raise ArchiveError(f"{archive.path}: {sliced[0]} is a slice of a tensor, which training does not take yet")
     for check in (_check_shape, _check_bytes):  # what says most first
         for name, parameter in parameters.items():
             check(archive, name, model.get_parameter(parameter))
+    for name, parameter in parameters.items():
+        archive.note_rms(name, model.get_parameter(parameter))
     return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=soften)
 
 
@@ -99,17 +105,17 @@ def attach_coordinates(
 ) -> Any:
     """`protect` for a model whose weights are known to be those of the archive's base."""
     parameters = find_parameters(model, archive)
-    open_names = [name for name, record in archive.items() if record.staircase.num_free]
-    if not open_names:
+    check_softening(archive, soften)
+    if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    known: KnownSides = {}  # matrices that read the same input share its basis
+    rate = archive.method.defaults.relative_rate
+    known: dict[Any, Any] = {}  # matrices that read the same input share its basis
     prepared = []  # all of them before the model is touched: an error leaves it as it was
-    for name in open_names:
+    for name in archive.open_names:
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
-        soft = functools.partial(softening, archive, strength=soften, device=weight.device) if soften else None
         read = functools.partial(archive.read, name)
-        coordinates = Coordinates(read, weight.device, compute_dtype or weight.dtype, fold, known, soft)
+        coordinates = Coordinates(read, weight.device, compute_dtype or weight.dtype, fold, known, soften, rate)
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
@@ -118,34 +124,22 @@ def attach_coordinates(
     return model
 
 
-def softening(archive: Archive, found: Subspaces, strength: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How much the free pairs of a matrix are slowed down: by 1 / sqrt(1 + strength * importance over its mean).
-
-    The importance of a pair is g_i c_j, eigenvalues of the two moments. Where the curvature is large, a step that is
-    sqrt(1 + ...) times shorter does no more damage than one in a flat direction.
-
-    Returns:
-        h (p,) and w (q,), float32, on the box of free directions, with h_i w_j = strength * importance over its mean.
+def check_softening(archive: Archive, soften: float) -> None:
+    """Refuses what would have no effect.
 
     Raises:
-        ArchiveError: if the archive has no moments.
+        ArchiveError: if the archive's rules weigh nothing that could be slowed down.
     """
-    output, input = archive.factors(found.record.name, found)
-    m, _ = found.record.shape
-    first, least = first_free(found.record.staircase)
-    outputs = output.spectrum() if output is not None else torch.ones(m, dtype=torch.float64)
-    inputs = input.spectrum()
-    sides = strength * outputs[first:] / _mean(outputs), inputs[least:] / _mean(inputs)
-    return sides[0].to(device, torch.float32), sides[1].to(device, torch.float32)
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) or 1.0  # a matrix that calibration never reached is not slowed down
+    if soften and archive.method.defaults.soften is None:
+        basis = archive.method.terms.basis
+        raise ArchiveError(f"{archive.path}: basis {basis} has no moments to soften by; analyze with --basis curvature")
 
 
 def find_parameters(model: Any, archive: Archive) -> dict[str, str]:
     """Archive name -> parameter of the model."""
-    found = {name: parameter for parameter, name in match_names(model, list(archive)).items()}
+    tensors = match_names(model, [record.tensor for record in archive.values()])
+    by_tensor = {name: parameter for parameter, name in tensors.items()}
+    found = {name: by_tensor[record.tensor] for name, record in archive.items() if record.tensor in by_tensor}
     absent = [name for name in archive if name not in found]
     if absent:
         raise ArchiveError(
@@ -156,8 +150,7 @@ def find_parameters(model: Any, archive: Archive) -> dict[str, str]:
 
 
 def _check_shape(archive: Archive, name: str, weight: Tensor) -> None:
-    record = archive[name]
-    expected = record.shape[::-1] if record.transposed else record.shape
+    expected = archive[name].stored_shape
     if tuple(weight.shape) != expected:
         raise ArchiveError(
             f"{archive.path}: {name} is {list(expected)} in the archive, {list(weight.shape)} in the model"
@@ -204,20 +197,6 @@ def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
 
 
 @torch.no_grad()
-def merge_weight(record: MatrixRecord, update64: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """W0 + dW (m, n) as the module stores it, added in float64 and rounded once to `dtype`.
-
-    Raises:
-        TrainingError: if the sum does not fit the dtype.
-    """
-    stored = update64.T if record.transposed else update64
-    merged = (weight.to(torch.float64) + stored.to(weight.device)).to(dtype).contiguous()
-    if not bool(merged.isfinite().all()):
-        raise TrainingError(f"{record.name}: merged values overflow {dtype}; use --save-dtype float32")
-    return merged
-
-
-@torch.no_grad()
 def merge(model: Any) -> Any:
     """Folds the coordinates of a protected model into its weights and removes them, in place.
 
@@ -231,9 +210,7 @@ def merge(model: Any) -> Any:
     if not matrices:
         raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
     for matrix in matrices:
-        pristine = matrix.pristine
-        coordinates = matrix.coordinates
-        merged = merge_weight(coordinates.record, coordinates.update64(), pristine, pristine.dtype)
+        merged = matrix.coordinates.merged(matrix.pristine).tensor
         parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
         weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
         weight.data = merged

@@ -1,145 +1,121 @@
 """What a training run can be told. Every field's help is the text the command line shows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from sculptor.errors import SettingsError
+from sculptor.methods.settings import Carry
+from sculptor.validation import AtLeastOne, Name, NotNegative, Off, Positive, Seed, Texts, settings
 
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
-Carry = Literal["merge", "accumulate", "retake"]
 ClipBy = Literal["model", "matrix"]
 OptimizerMode = Literal["exact", "fused"]
 OptimizerOn = Literal["auto", "host", "device"]
 Offload = Literal["none", "cpu", "disk", "auto"]
-DEFAULT_RATE = 5e-4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class TrainSettings:
     """Settings of `sculptor train`; everything that decides its result."""
 
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the data."""
-    max_steps: int | None = None
-    """Optimizer steps, at least 1; overrides epochs and repeats the data."""
-    learning_rate: float | None = None
-    """Peak learning rate of AdamW on the coordinates; default 1e-3 with curvature, which slows down what matters, else
-    5e-4."""
-    weight_decay: float = 0.0
-    """Pulls the coordinates towards 0, that is the weights towards the base."""
-    soften: float | None = None
-    """With moments: slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); default 3 with
-    curvature, else 0."""
-    warmup: float = 0.03
-    """Share of the steps (below 1) or number of steps (1 and more) with rising learning rate."""
+    max_steps: AtLeastOne | None = None
+    """Optimizer steps; overrides --epochs and repeats the data."""
+    relative_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak learning rate over the root mean square of a matrix's entries [default: what suits the archive's rules; train
+    prints it]."""
+    learning_rate: Positive | None = None
+    """Peak learning rate in absolute terms, the same for everything, in the place of --relative-rate."""
+    soften: NotNegative | None = None
+    """With moments: slow free pairs down by 1/sqrt(1 + SOFTEN * importance/mean) [default: 3 with curvature, else 0]."""
+    weight_decay: NotNegative = 0.0
+    """Pulls the update towards 0, the weights towards the base."""
+    warmup: NotNegative = 0.03
+    """Share (below 1) or number of steps with rising learning rate."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls to 0 after the warm-up."""
-    clip: float = 1.0
-    """Largest norm of the gradient of all trained parameters; 0 for none."""
+    """Fall of the learning rate after the warm-up."""
+    clip: NotNegative = 1.0
+    """Largest norm of the trainable gradient; 0 for none."""
     clip_by: ClipBy = "model"
-    """What is clipped together: all trained parameters, or each matrix by itself."""
-    optimizer_mode: OptimizerMode = "exact"
-    """When blocks are offloaded: exact, or fused to update each block within the backward pass, for less copying; fused
-    needs one micro-batch per step, and no clipping or one by matrix."""
-    batch_size: int = 32
-    """Rows per optimizer step."""
-    micro_batch_size: int = 8
-    """Rows per forward; splits a batch."""
-    max_rows: int | None = None
-    """Use at most this many rows of each file, the first ones."""
-    max_length: int | None = None
-    """Longest sequence in tokens; default 1024 or the model's limit."""
-    also_train: tuple[str, ...] = ()
-    """Patterns of further parameters (norms, embeddings, head, biases) to train without protection."""
-    seed: int = 0
-    """Decides order, masking and dropout."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Clip all trained parameters together, or each matrix by itself."""
     offload: Offload = "auto"
-    """Where blocks wait that are not computed: nowhere (all on the device), host memory, disk, or by what fits."""
+    """Where blocks wait that are not being computed: all stay on the device, host memory, disk, or what fits."""
+    optimizer_mode: OptimizerMode = "exact"
+    """With offloading: fused updates blocks within the backward pass; needs one micro-batch per step, and --clip-by matrix
+    or --clip 0."""
     optimizer_on: OptimizerOn = "auto"
-    """Where AdamW runs with --offload cpu: in host memory, so that its moments stay there, or on the device; default host if
-    the device is a GPU."""
-    offload_inputs: bool | None = None
-    """With offloading: send activation checkpoints to host memory too; default on a GPU."""
+    """With --offload cpu: run AdamW in host memory, where its moments wait, or on the device [auto: host for a GPU]."""
+    offload_inputs: Annotated[bool | None, Off("keep-inputs")] = None
+    """With offloading: activation checkpoints wait in host memory too [default: on a GPU]."""
+    batch_size: AtLeastOne = 32
+    """Rows per optimizer step."""
+    micro_batch_size: AtLeastOne = 8
+    """Rows per forward; splits a batch."""
+    max_rows: AtLeastOne | None = None
+    """Rows to use of each file, the first ones [default: all]."""
+    max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
+    """Longest sequence in tokens [default: 1024 or the model's limit]."""
+    also_train: Texts = ()
+    """Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."""
+    seed: Seed = 0
+    """Decides order, masking and dropout."""
+    device: Name = "auto"
+    """auto, cpu, cuda or cuda:N."""
     save_dtype: SaveDtype = "keep"
     """Dtype of the merged checkpoint."""
     carry: Carry | None = None
-    """How the archive goes on: merge the task's moments in (default where it has any), add what the task learned
-    (default elsewhere), or decompose again."""
-    memory_rows: int | None = None
-    """Rows of the task whose moments are merged into the archive; default 384."""
-    memory_weight: float | None = None
-    """Weight of the task's moments against those of one earlier source; default 1."""
-    checkpoint_activations: bool | None = None
-    """Recompute activations in the backward pass; default only on a GPU."""
-    save_every: int | None = None
-    """Steps between saved states; default about every tenth of the run."""
-    eval_every: int | None = None
-    """Steps between evaluations; default five times in the run."""
+    """Updated archive: merge the task's moments in, add what it learned, decompose again, or keep it as it is [default:
+    merge if the archive has moments, else accumulate]."""
+    memory_rows: AtLeastOne | None = None
+    """Rows of the task whose moments are merged in [default: 384]."""
+    memory_weight: Positive | None = None
+    """Weight of the task's moments against those of one earlier source [default: 1]."""
+    checkpoint_activations: Annotated[bool | None, Off("keep-activations")] = None
+    """Recompute activations in the backward pass [default: on a GPU]."""
+    save_every: AtLeastOne | None = None
+    """Steps between saved states [default: a tenth of the run, at most 500]."""
+    eval_every: AtLeastOne | None = None
+    """Steps between evaluations [default: a fifth of the run]."""
 
     def __post_init__(self) -> None:
-        checks: Sequence[tuple[bool, str]] = (
-            (0 < self.epochs < float("inf"), f"--epochs {self.epochs}: expected more than 0"),
-            (self.max_steps is None or self.max_steps >= 1, f"--max-steps {self.max_steps}: expected at least 1"),
-            (_positive(self.learning_rate), f"--learning-rate {self.learning_rate}: expected more than 0"),
-            (0 <= self.weight_decay < float("inf"), f"--weight-decay {self.weight_decay}: expected 0 or more"),
-            (self.soften is None or 0 <= self.soften < float("inf"), f"--soften {self.soften}: expected 0 or more"),
-            (0 <= self.warmup < float("inf"), f"--warmup {self.warmup}: expected 0 or more"),
-            (0 <= self.clip < float("inf"), f"--clip {self.clip}: expected 0 (none) or more"),
-            (self.batch_size >= 1, f"--batch-size {self.batch_size}: expected at least 1"),
-            (self.micro_batch_size >= 1, f"--micro-batch-size {self.micro_batch_size}: expected at least 1"),
-            (self.max_rows is None or self.max_rows >= 1, f"--max-rows {self.max_rows}: expected at least 1"),
-            (self.max_length is None or self.max_length >= 8, f"--max-length {self.max_length}: expected at least 8"),
-            (0 <= self.seed < 2**31, f"--seed {self.seed}: expected 0 to {2**31 - 1}"),
-            (self.save_every is None or self.save_every >= 1, f"--save-every {self.save_every}: expected at least 1"),
-            (self.eval_every is None or self.eval_every >= 1, f"--eval-every {self.eval_every}: expected at least 1"),
-            (self.schedule in ("cosine", "linear", "constant"), f"--schedule {self.schedule}: unknown"),
-            (self.save_dtype in ("keep", "float32", "bfloat16"), f"--save-dtype {self.save_dtype}: unknown"),
-            (self.clip_by in ("model", "matrix"), f"--clip-by {self.clip_by}: unknown"),
-            (self.optimizer_mode in ("exact", "fused"), f"--optimizer-mode {self.optimizer_mode}: unknown"),
+        resident, fused = self.offload == "none", self.optimizer_mode == "fused"
+        faults = (
             (
-                self.optimizer_mode == "exact" or self.batch_size <= self.micro_batch_size,
+                self.learning_rate is not None and self.relative_rate is not None,
+                "--relative-rate without effect: --learning-rate is absolute; give one of the two",
+            ),
+            (
+                fused and self.batch_size > self.micro_batch_size,
                 f"--optimizer-mode fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} "
                 "needs the gradients of all of them first; set --micro-batch-size to --batch-size, or use exact",
             ),
             (
-                self.optimizer_mode == "exact" or self.clip == 0 or self.clip_by == "matrix",
+                fused and self.clip > 0 and self.clip_by == "model",
                 "--optimizer-mode fused: the norm over the model is known only after the backward pass; use --clip-by "
                 "matrix or --clip 0, or exact",
             ),
-            (self.optimizer_on in ("auto", "host", "device"), f"--optimizer-on {self.optimizer_on}: unknown"),
             (
-                self.optimizer_on != "host" or self.offload in ("cpu", "auto"),
+                self.optimizer_on == "host" and self.offload not in ("cpu", "auto"),
                 f"--optimizer-on host without effect with --offload {self.offload}; use --offload cpu",
             ),
             (
-                self.optimizer_on != "host" or self.optimizer_mode == "exact",
+                self.optimizer_on == "host" and fused,
                 "--optimizer-on host without effect with --optimizer-mode fused; use exact",
             ),
             (
-                self.offload != "none" or self.offload_inputs is None,
+                resident and self.offload_inputs is not None,
                 "--offload-inputs and --keep-inputs without effect with --offload none; use cpu or disk",
             ),
+            (resident and fused, "--optimizer-mode fused without effect with --offload none; use cpu or disk"),
             (
-                self.offload != "none" or self.optimizer_mode == "exact",
-                "--optimizer-mode fused without effect with --offload none; use cpu or disk",
-            ),
-            (
-                self.offload not in ("cpu", "disk") or self.checkpoint_activations is not False,
+                self.offload in ("cpu", "disk") and self.checkpoint_activations is False,
                 f"--keep-activations without effect with --offload {self.offload}: blocks are always computed again",
             ),
-            (self.offload in ("none", "cpu", "disk", "auto"), f"--offload {self.offload}: unknown"),
-            (self.carry in (None, "merge", "accumulate", "retake"), f"--carry {self.carry}: unknown"),
-            (
-                self.memory_rows is None or self.memory_rows >= 1,
-                f"--memory-rows {self.memory_rows}: expected at least 1",
-            ),
-            (_positive(self.memory_weight), f"--memory-weight {self.memory_weight}: expected more than 0"),
         )
-        wrong = [message for holds, message in checks if not holds]
+        wrong = [message for is_fault, message in faults if is_fault]
         if wrong:
             raise SettingsError("; ".join(wrong))
 
@@ -150,7 +126,3 @@ class TrainSettings:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
-
-
-def _positive(value: float | None) -> bool:
-    return value is None or 0 < value < float("inf")

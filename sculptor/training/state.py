@@ -7,21 +7,24 @@ before it is removed. Coordinates mean nothing in other bases, so a fingerprint 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.tensors import read_header, read_known, write_tensors
+from sculptor.checkpoint.tensors import digest, read_header, read_known, write_tensors
+from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError
-from sculptor.training.coordinates import same_fingerprint
-from sculptor.training.updates import Tensors
+from sculptor.training.stepping.updates import Tensors
+from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Sha256, parse, read_file, read_json, sign
 
 STATE_NAME = "state"
+_REMEDY = "pass --overwrite to start anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +41,36 @@ class Position:
         seconds: time spent in the loop so far.
     """
 
-    step: int
-    best_step: int | None = None
-    best_loss: float | None = None
-    metrics_bytes: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    tokens: int = 0
-    seconds: float = 0.0
+    __pydantic_config__ = STRICT
+
+    step: Count
+    best_step: Count | None = None
+    best_loss: Finite | None = None
+    metrics_bytes: Count = 0
+    first_loss: Finite | None = None
+    last_loss: Finite | None = None
+    tokens: Count = 0
+    seconds: NotNegative = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """state.json.
+
+    Attributes:
+        key: what has to be the same for the state to be taken up.
+        fingerprints: per matrix, numbers that identify its bases.
+        position: where the run stands.
+        digests: SHA-256 of the bytes of every tensor, and of those of the best parameters, if there are any.
+    """
+
+    __pydantic_config__ = STRICT
+
+    key: Mapping[str, JsonValue]
+    fingerprints: Mapping[Name, tuple[Finite, ...]]
+    position: Position
+    digests: Mapping[Name, Sha256]
+    best_digests: Mapping[Name, Sha256]
 
 
 def has_state(partial: Path) -> bool:
@@ -65,7 +90,8 @@ class StateStore:
     def __init__(self, directory: Path, key: Mapping[str, Any], fingerprints: Mapping[str, list[float]]) -> None:
         self.directory = directory
         self.key = json.loads(json.dumps(key))
-        self.fingerprints = dict(fingerprints)
+        self.fingerprints: Mapping[str, tuple[float, ...]] = {name: tuple(mark) for name, mark in fingerprints.items()}
+        self._best_digests: dict[int, Mapping[str, str]] = {}  # by step
 
     def save(self, position: Position, tensors: Tensors) -> None:
         """Writes a state, one tensor in memory; the one before it goes when this one is complete."""
@@ -74,9 +100,11 @@ class StateStore:
         with writing(staged):
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-        _write(staged / "state.safetensors", tensors)
-        content = {"key": self.key, "fingerprints": self.fingerprints, "position": asdict(position)}
-        write_json(staged / "state.json", content)
+        digests = _write(staged / "state.safetensors", tensors)
+        best = self._best_digests.get(position.best_step or 0, {})
+        state = _State(self.key, self.fingerprints, position, digests, best)
+        content = json.loads(json.dumps(asdict(state)))
+        write_json(staged / "state.json", content | {"sha256": sign(content)})
         kept = {target, self._best(position.best_step or 0)}
         with writing(target):
             shutil.rmtree(target, ignore_errors=True)
@@ -94,7 +122,7 @@ class StateStore:
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         staged = self.directory / "best.tmp"
-        _write(staged, tensors)
+        self._best_digests[step] = _write(staged, tensors)
         with writing(self._best(step)):
             os.replace(staged, self._best(step))
 
@@ -102,9 +130,9 @@ class StateStore:
         """The best parameters, of a step that the position names.
 
         Raises:
-            OutputError: if they are not there.
+            OutputError: if they are not there, or not those that were saved.
         """
-        return SavedTensors(self._best(step))
+        return SavedTensors(self._best(step), self._best_digests.get(step, {}))
 
     def _best(self, step: int) -> Path:
         return self.directory / f"best-{step:08d}.safetensors"
@@ -119,45 +147,57 @@ class StateStore:
         if not complete:
             return None
         newest = complete[-1]
-        damaged = OutputError(f"{newest}: this saved state is damaged; pass --overwrite to start anew")
-        try:
-            content = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-            tensors = SavedTensors(newest / "state.safetensors")
-        except (ValueError, OSError, OutputError) as cause:
-            raise damaged from cause
-        if not isinstance(content, dict) or not {"key", "fingerprints", "position"} <= content.keys():
-            raise damaged
-        different = sorted(name for name in self.key if content["key"].get(name) != self.key[name])
+        state, tensors = self._read(newest)
+        different = sorted(name for name in self.key if state.key.get(name) != self.key[name])
         if different:
             name = different[0]
             raise OutputError(
                 f"{newest}: saved by a run with other settings ({', '.join(different)}; {name} was "
-                f"{content['key'].get(name)!r}, now {self.key[name]!r}); use the same or pass --overwrite to start anew"
+                f"{state.key.get(name)!r}, now {self.key[name]!r}); use the same or {_REMEDY}"
             )
-        if not _same_bases(content["fingerprints"], self.fingerprints):
+        if not _same_bases(state.fingerprints, self.fingerprints):
             raise OutputError(
                 f"{newest}: its coordinates belong to other bases (this library or device completes them differently); "
-                "go on where it was started or pass --overwrite to start anew"
+                f"go on where it was started or {_REMEDY}"
             )
-        position = Position(**content["position"])
-        if position.best_step is not None:
-            self.load_best(position.best_step)
-        return position, tensors
+        if state.position.best_step is not None:
+            self._best_digests[state.position.best_step] = state.best_digests
+            self.load_best(state.position.best_step)
+        return state.position, tensors
+
+    def _read(self, directory: Path) -> "tuple[_State, SavedTensors]":
+        path = directory / "state.json"
+        content = parse(read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY)
+        if content.pop("sha256", None) != sign(content):
+            raise OutputError(f"{path}: has changed since it was written (its digest differs); {_REMEDY}")
+        state = read_json(_State, json.dumps(content), path, OutputError, _REMEDY)
+        try:
+            return state, SavedTensors(directory / "state.safetensors", state.digests)
+        except OutputError as cause:
+            raise OutputError(f"{directory}: this saved state is damaged ({cause}); {_REMEDY}") from cause
 
 
 class SavedTensors(Mapping[str, Tensor]):
-    """The tensors of a file, read when asked for.
+    """The tensors of a file, read when asked for, each checked against the digest that was saved of it.
 
     Raises:
-        OutputError: if it is missing or damaged.
+        OutputError: if the file is missing or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, digests: Mapping[str, str]) -> None:
         self.path = path
+        self.digests = digests
         self._infos, _ = read_header(path, OutputError)
+        if self._infos.keys() != digests.keys():
+            raise OutputError(f"{path}: does not hold the tensors that were saved; {_REMEDY}")
 
     def __getitem__(self, name: str) -> Tensor:
-        return read_known(self.path, name, self._infos[name], OutputError)
+        found = read_known(self.path, name, self._infos[name], OutputError)
+        if digest(found) != self.digests[name]:
+            raise OutputError(
+                f"{self.path}: tensor {name} has changed since it was saved (its digest differs); {_REMEDY}"
+            )
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
@@ -166,11 +206,20 @@ class SavedTensors(Mapping[str, Tensor]):
         return len(self._infos)
 
 
-def _write(path: Path, tensors: Tensors) -> None:
-    write_tensors(path, [(name, *entry) for name, entry in tensors.entries.items()], tensors.read, {})
+def _write(path: Path, tensors: Tensors) -> dict[str, str]:
+    """Writes a file and gives the digests of its tensors."""
+    digests: dict[str, str] = {}
+
+    def read(name: str) -> Tensor:
+        found = tensors.read(name)
+        digests[name] = digest(found)
+        return found
+
+    write_tensors(path, [(name, *entry) for name, entry in tensors.entries.items()], read, {})
+    return digests
 
 
-def _same_bases(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) -> bool:
+def _same_bases(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> bool:
     return a.keys() == b.keys() and all(same_fingerprint(a[name], b[name]) for name in a)
 
 

@@ -10,12 +10,16 @@ from conftest import save_checkpoint
 from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, analyze
-from sculptor.archive.store import Archive
+from sculptor.archive.manifest import Manifest
+from sculptor.archive.store import Archive, Entry
 from sculptor.archive.writer import ArchiveWriter, save_tensors
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, OutputError
-from sculptor.numerics.bases import protected_directions
+from sculptor.methods.method import Derived
+from sculptor.methods.staircase import StaircaseRule
+from sculptor.numerics.bases import Basis, protected_directions
+from sculptor.validation import sign
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -36,16 +40,24 @@ def test_stored_directions_are_the_leading_singular_vectors(path: Path, model: P
     for name, record in archive.items():
         k = int(0.75 * min(record.shape))
         u, s, vh = torch.linalg.svd(checkpoint[name].double())
-        found = archive.read(name)
-        for side, reference in ((found.output, u[:, :k]), (found.input, vh[:k].T)):
+        found, rule = archive.read(name), rule_of(archive, name)
+        for key, side, reference in (("output", rule.output, u[:, :k]), ("input", rule.input, vh[:k].T)):
             assert side is not None
             assert side.directions == k
-            assert side.vectors.dtype == torch.float32
-            assert 2 * side.vectors.shape[1] <= side.dim  # the smaller of the two forms
-            span = protected_directions(side).double()
+            basis = Basis(found.tensors[key], side.form)
+            assert basis.vectors.dtype == torch.float32
+            assert 2 * basis.vectors.shape[1] <= basis.dim  # the smaller of the two forms
+            span = protected_directions(basis).double()
             assert torch.linalg.matrix_norm(span @ span.T - reference @ reference.T, 2) < 1e-6
-        assert record.energy == pytest.approx(float(s[:k].square().sum() / s.square().sum()), rel=1e-9)
-        torch.testing.assert_close(archive.spectrum(name), s.float(), atol=1e-5, rtol=1e-5)
+        assert rule.energy == pytest.approx(float(s[:k].square().sum() / s.square().sum()), rel=1e-9)
+        torch.testing.assert_close(found.tensors["spectrum"], s.float(), atol=1e-5, rtol=1e-5)
+        assert record.base_rms == pytest.approx(float(checkpoint[name].double().square().mean().sqrt()))
+
+
+def rule_of(archive: Archive, name: str) -> StaircaseRule:
+    rule = archive[name].rule
+    assert isinstance(rule, StaircaseRule)
+    return rule
 
 
 def test_others_may_read_every_file_of_an_archive(path: Path) -> None:
@@ -54,13 +66,21 @@ def test_others_may_read_every_file_of_an_archive(path: Path) -> None:
 
 def test_manifest_survives_json(path: Path) -> None:
     manifest = Archive(path).manifest
-    assert type(manifest).from_json(json.loads(json.dumps(manifest.to_json())), path) == manifest
+    assert Manifest.from_json(json.dumps(manifest.to_json()).encode(), path) == manifest
 
 
-def edit(path: Path, change: Callable[[dict], None]) -> None:
+def edit(path: Path, change: Callable[[dict], None], *, signed: bool = True) -> None:
     content = json.loads((path / "archive.json").read_text())
+    before = content.pop("sha256")
     change(content)
+    content["sha256"] = sign(content) if signed else before
     (path / "archive.json").write_text(json.dumps(content))
+
+
+def test_a_changed_manifest_is_noticed(path: Path) -> None:
+    edit(path, lambda c: c["matrices"][NAME]["rule"].update(energy=0.123), signed=False)
+    with pytest.raises(ArchiveError, match="has changed since it was written"):
+        Archive(path)
 
 
 def shard(path: Path) -> Path:
@@ -80,16 +100,25 @@ def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], *, with_
     ("change", "message"),
     [
         (lambda c: c.update(format="other"), "not a subspace archive"),
-        (lambda c: c.update(version=99), "archive version 99, this sculptor reads version 2"),
-        (lambda c: c.pop("matrices"), "damaged manifest"),
-        (lambda c: c["matrices"][NAME].update(steps=[[3, 1]]), "damaged manifest .*steps"),
-        (lambda c: c["matrices"][NAME].update(surprise=1), "damaged manifest"),
-        (lambda c: c.update(constraint="triple"), "constraint 'triple' is unknown"),
+        (lambda c: c.update(version=99), "archive version 99, this sculptor reads versions 2 and 3"),
+        (lambda c: c.pop("matrices"), "matrices: is missing"),
+        (lambda c: c["matrices"][NAME]["rule"].update(steps=[[3, 1]]), "damaged .*steps"),
+        (lambda c: c["matrices"][NAME].update(surprise=1), "surprise: is unknown"),
+        (lambda c: c["matrices"][NAME]["rule"].update(surprise=1), "rule: 'surprise' is unknown"),
+        (lambda c: c["matrices"][NAME]["rule"].update(kind="os.system"), "rule of kind 'os.system': expected one of"),
+        (lambda c: c["settings"].update(constraint="triple"), "constraint: expected 'double', 'input' or 'core'"),
         (lambda c: c.update(matrices={}), "no matrices"),
-        (lambda c: c.update(files=[]), "damaged manifest"),
-        (lambda c: c["matrices"][NAME]["input"].update(tensor="absent"), "damaged manifest .*absent"),
-        (lambda c: c["matrices"][NAME]["input"].update(directions=3), "does not hold 3 directions"),
-        (lambda c: c["matrices"][NAME].update(steps=[[1, 32], [48, 1]]), "are not those of"),
+        (lambda c: c.update(files=[]), r"files: "),
+        (lambda c: c["files"].update({"../x": 3}), "files: "),
+        (lambda c: c["matrices"][NAME]["tensors"].update(input="absent"), "absent is not stored"),
+        (lambda c: c["matrices"][NAME]["tensors"].pop("input"), "tensors input do not go with its rule"),
+        (lambda c: c["matrices"][NAME]["rule"]["input"].update(directions=3), "more than are stored"),
+        (lambda c: c["matrices"][NAME]["rule"].update(steps=[[1, 32], [48, 1]]), "are stored, the steps are those of"),
+        (lambda c: c["matrices"].update(other=c["matrices"].pop(NAME)), "its record is of"),
+        (
+            lambda c: c["sections"].update(new={"file": "x", "num_bytes": 0, "sha256": "0" * 64}),
+            "section 'new' is unknown",
+        ),
     ],
 )
 def test_damaged_manifests_are_named(path: Path, change: Callable[[dict], None], message: str) -> None:
@@ -109,14 +138,14 @@ def test_damaged_files_are_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="is missing"):
         Archive(path)
     (path / "archive.json").write_text("{")
-    with pytest.raises(ArchiveError, match="truncated or corrupt"):
+    with pytest.raises(ArchiveError, match="damaged"):
         Archive(path)
 
 
 def test_changed_bytes_are_named(path: Path) -> None:
     rewrite(path, lambda basis: -basis, with_digest=False)
     with pytest.raises(ArchiveError, match=f"{NAME}.input has changed"):
-        Archive(path).read(NAME)
+        _ = Archive(path).read(NAME).tensors["input"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +161,7 @@ def test_bases_are_checked_even_with_a_right_digest(
 ) -> None:
     rewrite(path, change, with_digest=True)
     with pytest.raises(ArchiveError, match=message):
-        Archive(path).read(NAME)
+        _ = Archive(path).read(NAME).tensors["input"]
 
 
 def test_archive_is_bound_to_its_base(path: Path, model: Path, tmp_path: Path) -> None:
@@ -148,15 +177,15 @@ def test_archive_is_bound_to_its_base(path: Path, model: Path, tmp_path: Path) -
 
 def test_a_writer_goes_on_behind_the_last_complete_shard(path: Path, tmp_path: Path) -> None:
     archive = Archive(path)
-    parts = [(archive.read(name), archive.spectrum(name)) for name in archive]
+    parts: list[Entry] = [archive.read(name) for name in archive]
 
     def fill(directory: Path, count: int, key: str) -> ArchiveWriter:
         directory.mkdir(exist_ok=True)
         writer = ArchiveWriter(directory, torch.float32, {"key": key}, max_shard_bytes=4000)
         writer.resume()
-        for found, spectrum in parts[:count]:
+        for found in parts[:count]:
             if found.record.name not in writer.records:
-                writer.add(found.record, found.output, found.input, spectrum)
+                writer.add(found.record, Derived(found.rule, found.tensors))
         return writer
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"

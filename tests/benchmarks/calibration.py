@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sculptor.analysis import factors
-from sculptor.analysis.settings import AnalyzeSettings
+from sculptor.methods.settings import AnalyzeSettings
 from sculptor.tasks.analyze import analyze
 
 

@@ -58,7 +58,7 @@ calibration_tokens = 98304
         for task in ORDERS[run.order]
     )
     return f'''model = "{model}"
-general = ["{data}/text/wikitext2-test.txt"]
+watch = ["{data}/text/wikitext2-test.txt"]
 [analyze]
 {"" if "analyze.basis=weights" in run.sets else calibration}[train]
 epochs = 2
@@ -251,7 +251,7 @@ def report(run: Run, number: int, seconds: float, output: Path, results: TextIO)
     metrics = content["metrics"]
     figures = [f"{key[:3].upper()} {100 * value:+6.2f}" for key, value in metrics.items() if value is not None]
     print(
-        f"{run.name:70} {' '.join(figures)} general {content['general_rise']:+.3f} "
+        f"{run.name:70} {' '.join(figures)} general {content['watch_rise']:+.3f} "
         f"{'/'.join(f'{100 * value:.1f}' for value in content['matrix'][-1])} {seconds:.0f} s",
         flush=True,
     )

@@ -31,11 +31,11 @@ from sculptor.model.load import checkpoint_activations, load_model, load_streame
 from sculptor.model.loss import batch_loss
 from sculptor.numerics.bases import Basis, stored_columns
 from sculptor.numerics.staircase import Staircase
-from sculptor.training.footprint import MatrixShape, Side, Workload, footprints
+from sculptor.planning.footprints import MatrixShape, Side, Workload, footprints
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.settings import TrainSettings
-from sculptor.training.streamed import StreamedUpdates
-from sculptor.training.updates import ResidentUpdates, TrainedParameters, Updates
+from sculptor.training.stepping.streamed import StreamedUpdates
+from sculptor.training.stepping.updates import ResidentUpdates, TrainedParameters, Updates
 
 
 class RandomArchive(Mapping[str, MatrixRecord]):

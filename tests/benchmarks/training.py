@@ -76,7 +76,7 @@ def main() -> None:
         else:
             protect(model, archive, compute_dtype=torch.bfloat16 if device.type == "cuda" else None, fold="manual")
             matrices = protected_matrices(model)
-            parameters = [a for matrix in matrices for a in matrix.coordinates.blocks]
+            parameters = [a for matrix in matrices for a in matrix.coordinates.values]
             refresh = lambda matrices=matrices: [matrix.refresh() for matrix in matrices]  # noqa: E731
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

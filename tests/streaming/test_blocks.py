@@ -204,14 +204,14 @@ class Watch(Observer):
         self.stream = stream
         self.log: list[tuple[str, int]] = []
 
-    def expect_backward(self, block: int) -> None:
+    def block_expected(self, block: int) -> None:
         self.log.append(("expect", block))
 
-    def begin_backward(self, block: int) -> None:
+    def block_begun(self, block: int) -> None:
         self.log.append(("begin", block))
         assert all(parameter.numel() for parameter in self.stream.parameters[block].values())
 
-    def end_backward(self, block: int, slot: Slot) -> None:
+    def block_done(self, block: int, slot: Slot) -> None:
         self.log.append(("end", block))
         assert slot.holds == block
 

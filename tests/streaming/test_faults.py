@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import sculptor
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.model.load import load_streamed
+from sculptor.planning import placement
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Staging, Ticket, Transfers
-from sculptor.tasks import placement
 
 CPU = torch.device("cpu")
 

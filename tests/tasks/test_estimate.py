@@ -14,12 +14,14 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed
-from sculptor.tasks import estimate, placement, train
-from sculptor.tasks.estimate import EstimateSettings
-from sculptor.tasks.placement import archive_shapes, choose
+from sculptor.planning import placement
+from sculptor.planning.footprints import Footprint, Workload, footprints
+from sculptor.planning.placement import choose, plan_archive
+from sculptor.planning.settings import EstimateSettings
+from sculptor.tasks import estimate, train
 from sculptor.training import state
-from sculptor.training.footprint import Footprint, Workload, footprints
-from sculptor.training.streamed import StreamedUpdates
+from sculptor.training.rates import Peaks
+from sculptor.training.stepping.streamed import StreamedUpdates
 
 CPU = torch.device("cpu")
 
@@ -30,11 +32,11 @@ def test_bytes_that_wait_are_those_of_the_regions(tmp_path: Path, family: str) -
     sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
     checkpoint, archive = open_checkpoint(tmp_path / "model"), sculptor.Archive(tmp_path / "archive")
     architecture = inspect_architecture(checkpoint)
-    found = footprints(checkpoint, architecture, archive_shapes(archive, architecture), CPU, Workload(8, 1))["cpu"]
+    found = footprints(checkpoint, architecture, plan_archive(archive, architecture), CPU, Workload(8, 1))["cpu"]
     loaded = load_streamed(checkpoint, CPU, "cpu", architecture)
     assert loaded.stream is not None
     updates = StreamedUpdates(
-        loaded.model, loaded.stream, archive, {}, sculptor.TrainSettings(learning_rate=1e-3, soften=0.0)
+        loaded.model, loaded.stream, archive, {}, Peaks({}, {}), sculptor.TrainSettings(learning_rate=1e-3, soften=0.0)
     )
     blocks = updates.blocks.values()
     states = sum(block.state_layout.num_bytes + block.gradient_layout.num_bytes for block in blocks)
@@ -138,7 +140,7 @@ def test_auto_takes_what_fits_and_says_why(tmp_path: Path, monkeypatch: pytest.M
     checkpoint = open_checkpoint(tmp_path / "model")
     architecture = inspect_architecture(checkpoint)
     sculptor.analyze(tmp_path / "model", tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5))
-    shapes = archive_shapes(sculptor.Archive(tmp_path / "archive"), architecture)
+    shapes = plan_archive(sculptor.Archive(tmp_path / "archive"), architecture)
     gpu = torch.device("cuda")
     found = footprints(checkpoint, architecture, shapes, gpu, Workload(64, 1))
     larger = replace(found["none"], device={"weights": 1e11}, host={})
@@ -322,7 +324,7 @@ def test_settings_reach_the_plan(tmp_path: Path, change: dict[str, Any], monkeyp
         with pytest.raises(InterruptedError):
             sculptor.train(tmp_path / "model", tmp_path / "archive", [rows], tmp_path / "tuned", whole)
     before, after = found
-    numbers = sum(record.staircase.num_free for record in sculptor.Archive(tmp_path / "archive").values())
+    numbers = sculptor.Archive(tmp_path / "archive").num_free
     if "also_train" in change:
         assert sum(after.device.values()) - sum(before.device.values()) == 12 * 32  # the last norm
     elif "optimizer_on" in change:  # moments and gradients stay

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from sculptor import AnalyzeSettings, Archive, analyze, merge, protect
 from sculptor.errors import ArchiveError, CapacityError, TrainingError
 from sculptor.model.load import checkpoint_activations
-from sculptor.numerics.bases import frozen_norm
 from sculptor.training.protect import protected_blocks, protected_matrices
+from sculptor.validation import sign
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "plain": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False),
@@ -57,7 +57,8 @@ def leak(archive: Archive, before: dict[str, torch.Tensor], model: Any) -> float
         update = update.T if record.transposed else update
         found = archive.read(name)
         assert float(update.norm()) > 0
-        worst = max(worst, frozen_norm(update, record.staircase, found.output, found.input) / float(update.norm()))
+        violation = found.rule.violation(found.tensors, update, update, torch.zeros_like(update))
+        worst = max(worst, violation.norm / float(update.norm()))
     return worst
 
 
@@ -68,7 +69,7 @@ def test_outputs_are_unchanged_and_only_coordinates_train(made: dict[str, tuple[
     assert protect(model, archive) is model
     assert torch.equal(model(**batch(0)).logits, reference)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trainable) == sum(record.staircase.num_free for record in archive.values())
+    assert sum(p.numel() for p in trainable) == archive.num_free
     assert all(type(p) is torch.nn.Parameter and p.dtype == torch.float32 for p in trainable)
     merge(model)
     assert torch.equal(model(**batch(0)).logits, reference)
@@ -207,7 +208,7 @@ def test_values_set_by_hand_and_loaded_states_are_seen(made: dict[str, tuple[Pat
     start = model(**batch(0)).logits
     with torch.no_grad():
         for matrix in protected_matrices(model):
-            for a in matrix.coordinates.blocks:
+            for a in matrix.coordinates.values:
                 a.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
     moved = model(**batch(0)).logits
     assert not torch.equal(start, moved)
@@ -334,7 +335,7 @@ def test_a_merge_that_overflows_says_so(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
     protect(model, tmp_path / "archive")
     with torch.no_grad():
-        protected_matrices(model)[0].coordinates.blocks[0].fill_(1e6)
+        protected_matrices(model)[0].coordinates.values[0].fill_(1e6)
     with pytest.raises(TrainingError, match=r"merged values overflow torch.float16"):
         merge(model)
 
@@ -347,7 +348,9 @@ def test_no_capacity_is_refused(made: dict[str, tuple[Path, Path]], tmp_path: Pa
     shutil.copytree(archive.path, tmp_path / "full")
     content = json.loads((tmp_path / "full" / "archive.json").read_text())
     for record in content["matrices"].values():
-        record["steps"] = [[record["shape"][0], record["shape"][1]]]
+        record["rule"]["steps"] = [list(record["rule"]["shape"])]
+    content.pop("sha256")
+    content["sha256"] = sign(content)
     (tmp_path / "full" / "archive.json").write_text(json.dumps(content))
     with pytest.raises(CapacityError, match="no capacity left: all 14 matrices are frozen"):
         protect(model, tmp_path / "full")

@@ -11,7 +11,7 @@ from sculptor.training.settings import TrainSettings
 @pytest.mark.parametrize("warmup", [0, 0.1, 5])
 def test_rises_then_falls(schedule: str, warmup: float) -> None:
     settings = TrainSettings(learning_rate=1.0, schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
-    rates = [learning_rate(settings, step, 40) for step in range(40)]
+    rates = [learning_rate(settings, step, 40, 1.0) for step in range(40)]
     peak = warmup_steps(settings, 40)
     assert peak == {0: 0, 0.1: 4, 5: 5}[warmup]
     assert rates[:peak] == sorted(rates[:peak])
@@ -22,10 +22,10 @@ def test_rises_then_falls(schedule: str, warmup: float) -> None:
 
 def test_known_values() -> None:
     cosine = TrainSettings(learning_rate=2.0, warmup=0)
-    assert learning_rate(cosine, 5, 10) == pytest.approx(1.0)
+    assert learning_rate(cosine, 5, 10, 2.0) == pytest.approx(1.0)
     linear = TrainSettings(learning_rate=2.0, warmup=2, schedule="linear")
-    assert [learning_rate(linear, step, 6) for step in range(6)] == pytest.approx([2 / 3, 4 / 3, 2, 1.5, 1, 0.5])
-    assert learning_rate(TrainSettings(warmup=100, learning_rate=5e-4), 0, 1) == 5e-4
+    assert [learning_rate(linear, step, 6, 2.0) for step in range(6)] == pytest.approx([2 / 3, 4 / 3, 2, 1.5, 1, 0.5])
+    assert learning_rate(TrainSettings(warmup=100), 0, 1, 5e-4) == 5e-4
 
 
 @pytest.mark.parametrize(

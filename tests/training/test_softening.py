@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.errors import OutputError, SettingsError, Stopped
+from sculptor.methods.rule import Working
 from sculptor.numerics.free_space import FreeSpace
 from sculptor.numerics.staircase import Staircase
-from sculptor.training.protect import attach_coordinates, protected_matrices, softening
+from sculptor.training.protect import attach_coordinates, protected_matrices
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_factor_is_one_over_the_root_of_one_plus_importance(made: Path) -> None:
     archive = Archive(made / "archive")
     name = next(iter(archive))
-    output, input = archive.factors(name)
+    entry = archive.read(name)
+    rule = entry.rule
+    output, input = rule.factors(entry.tensors)  # type: ignore[attr-defined]
     assert output is not None
     g, c = output.spectrum(), input.spectrum()
-    h, w = softening(archive, archive.read(name), 2.0, torch.device("cpu"))
-    first = next(group for group in archive[name].staircase.groups if group.reach < archive[name].shape[1]).start
-    least = archive[name].staircase.groups[-1].reach
+    prepared = rule.prepare(entry.tensors, Working(torch.device("cpu"), torch.float32, 2.0)).tensors
+    h, w = prepared["soft_outputs"], prepared["soft_inputs"]
+    staircase = rule.staircase  # type: ignore[attr-defined]
+    first = next(group for group in staircase.groups if group.reach < rule.shape[1]).start
+    least = staircase.groups[-1].reach
     expected = 2.0 * torch.outer(g, c)[first:, least:] / (g.mean() * c.mean())
     torch.testing.assert_close(torch.outer(h, w).double(), expected, rtol=1e-5, atol=1e-7)
 
@@ -76,7 +81,7 @@ def test_nothing_of_the_size_of_a_matrix_is_held_for_it(made: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(made / "model")
     attach_coordinates(model, Archive(made / "archive"), soften=3.0)
     for matrix in protected_matrices(model):
-        m, n = matrix.coordinates.staircase.rows, matrix.coordinates.staircase.columns
+        m, n = matrix.coordinates.rule.shape
         soft = [b for name, b in matrix.coordinates.named_buffers() if name.startswith("soft_")]
         assert sum(b.numel() for b in soft) <= m + n
 

@@ -7,7 +7,7 @@ import torch
 
 from sculptor.errors import OutputError
 from sculptor.training.state import Position, StateStore
-from sculptor.training.updates import tensors_of
+from sculptor.training.stepping.updates import tensors_of
 
 KEY = {"learning_rate": 1e-3, "data": ["x"]}
 PRINTS = {"w": [0.5, -0.25]}
@@ -58,7 +58,7 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path, name: str, content: byt
         (tmp_path / "step-00000001" / name).unlink()
     else:
         (tmp_path / "step-00000001" / name).write_bytes(content)
-    with pytest.raises(OutputError, match=r"step-00000001: this saved state is damaged; pass --overwrite"):
+    with pytest.raises(OutputError, match=r"step-00000001.*pass --overwrite to start anew"):
         store.load()
 
 

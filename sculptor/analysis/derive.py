@@ -1,0 +1,90 @@
+"""A model's rules, made of evidence or carried on by it, matrix by matrix into an archive."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from sculptor.analysis.evidence import Source, measure_evidence
+from sculptor.archive.manifest import MatrixRecord
+from sculptor.archive.store import Archive
+from sculptor.archive.writer import ArchiveWriter
+from sculptor.checkpoint.architecture import Target
+from sculptor.errors import DataError
+from sculptor.methods.method import Derived, Evidence, Measures, Method
+from sculptor.methods.settings import AnalyzeSettings, Carry
+from sculptor.model.load import LoadedModel
+from sculptor.progress import Progress
+
+
+def write_measured(
+    loaded: LoadedModel,
+    records: Mapping[str, MatrixRecord],
+    targets: Sequence[Target],
+    sources: Sequence[Source],
+    measures: Measures,
+    settings: AnalyzeSettings,
+    method: Method,
+    writer: ArchiveWriter,
+    progress: Progress,
+    previous: tuple[Archive, Carry] | None = None,
+) -> None:
+    """Measures every matrix that the writer does not have yet, and adds it with its rule; `decide` follows.
+
+    Args:
+        loaded: an unprotected model.
+        records: of the matrices, as far as they are known before.
+        targets: the same matrices.
+        sources: rows to measure on.
+        measures: what of them.
+        settings: of the analysis.
+        method: makes the rules.
+        writer: takes them.
+        progress: makes progress bars.
+        previous: the archive to carry on, and how; None for new rules.
+
+    Raises:
+        DataError: if the moments are not finite, or rows do not reach every matrix.
+    """
+    # Whole blocks: an input that several matrices read may be weighed by the gradients of all of them.
+    missing = {target.block for target in targets if target.name not in writer.records}
+    todo = [target for target in targets if target.block in missing]
+    if not todo:
+        return
+    done = set(writer.records)
+    task = 0 if previous is None else len(previous[0].manifest.tasks)
+    try:
+        for evidence in measure_evidence(loaded, todo, sources, measures, settings, progress, task):
+            if evidence.name not in done:
+                writer.add(records[evidence.name], _make(method, evidence, previous))
+    except ValueError as cause:
+        raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
+
+
+def _make(method: Method, evidence: Evidence, previous: tuple[Archive, Carry] | None) -> Derived:
+    if previous is None:
+        return method.derive(evidence)
+    archive, carry = previous
+    return method.carry(carry, archive.read(evidence.name), evidence)
+
+
+def decide(writer: ArchiveWriter, method: Method, weights: Sequence[float]) -> None:
+    """Gives every matrix its final rule, now that all are known.
+
+    Args:
+        writer: holds all matrices.
+        method: decides.
+        weights: of the sources of moments so far.
+    """
+    records = writer.all_records()
+    known: dict[str, Tensor] = {}  # shared ones are read once
+
+    def read(i: int, name: str) -> Tensor:
+        stored = records[i].tensors[name]
+        if stored not in known:
+            known[stored] = writer.read(stored)
+        return known[stored]
+
+    rules = method.decide([record.rule for record in records], weights, read)
+    for record, rule in zip(records, rules, strict=True):
+        writer.update(replace(record, rule=rule))

@@ -1,0 +1,130 @@
+"""From calibration rows to what is known of every matrix: moments summed over sources, a few blocks at a time.
+
+Each source of rows (a file, a finished task) gives moments of unit trace; their weighted sum is handed on, matrix by
+matrix, to the method that makes rules of it.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sculptor.analysis.calibration import Moments, measure_moments, passes
+from sculptor.checkpoint.architecture import Target
+from sculptor.checkpoint.orientation import to_device
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.data.examples import Example
+from sculptor.methods.method import Evidence, Measures, Moment
+from sculptor.methods.settings import AnalyzeSettings
+from sculptor.model.load import LoadedModel
+from sculptor.progress import Progress
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Source:
+    """Calibration rows whose moments are scaled to one trace."""
+
+    name: str
+    examples: Sequence[Example]
+    weight: float = 1.0
+
+
+def weigh(checkpoint: Checkpoint, target: Target, device: torch.device) -> functools.partial[Tensor]:
+    """What reads a matrix as evidence: (m, n), float64, finite."""
+    return functools.partial(_read_weight, checkpoint, target, device)
+
+
+def _read_weight(checkpoint: Checkpoint, target: Target, device: torch.device) -> Tensor:
+    return to_device(checkpoint.finite_matrix(target), target.transposed, device)
+
+
+def measure_evidence(
+    loaded: LoadedModel,
+    targets: Sequence[Target],
+    sources: Sequence[Source],
+    measures: Measures,
+    settings: AnalyzeSettings,
+    progress: Progress,
+    task: int = 0,
+) -> Iterator[Evidence]:
+    """Evidence of every target, in order, a few blocks at a time.
+
+    Args:
+        loaded: an unprotected model.
+        targets: which matrices.
+        sources: their calibration rows.
+        measures: inputs, or gradients too.
+        settings: labels, weighting, seed, memory.
+        progress: makes progress bars.
+        task: position in the history that the evidence is of.
+
+    Raises:
+        ValueError: if no row reaches some of the matrices.
+    """
+    gradients = measures == "gradients"
+    model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    if loaded.stream is not None:
+        model_bytes += loaded.stream.slots.num_bytes
+    copies = min(2, len(sources))  # of one source, and the sum over those before
+    groups = passes(targets, gradients, loaded.device, settings.device_memory, model_bytes, copies)
+    rows = sum(len(source.examples) for source in sources)
+    bar = progress(total=rows * len(groups), desc="calibrate", unit="row")
+    for chosen in groups:
+        total = Moments()
+        traces: dict[str, list[float]] = defaultdict(list)
+        for i, source in enumerate(sources):
+            found = measure_moments(
+                loaded,
+                chosen,
+                source.examples,
+                gradients=gradients,
+                labels=settings.fisher,
+                weighting=settings.weighting or ("gradients" if gradients else "tokens"),
+                seed=settings.seed + i,
+                bar=bar,
+            )
+            _add(total.inputs, found.inputs, traces, "input ", source.weight)
+            _add(total.outputs, found.outputs, traces, "output ", source.weight)
+            _check_reached(chosen, total, gradients)
+        inputs = {group: Moment(total.inputs.pop(group)) for group in list(total.inputs)}
+        for target in chosen:
+            of_inputs = traces["input " + target.input_group]
+            of_outputs = traces["output " + target.name] if gradients else [0.0] * len(of_inputs)
+            yield Evidence(
+                name=target.name,
+                shape=target.shape,
+                weight=weigh(loaded.checkpoint, target, loaded.device),
+                inputs=inputs[target.input_group],
+                outputs=Moment(total.outputs.pop(target.name)) if gradients else None,
+                traces=tuple(zip(of_inputs, of_outputs, strict=True)),
+                task=task,
+            )
+    bar.close()
+
+
+def _add(
+    total: dict[str, Tensor], found: dict[str, Tensor], traces: dict[str, list[float]], side: str, weight: float
+) -> None:
+    """Adds moments of unit trace, in place and one at a time; `traces` remembers what they were."""
+    for key in list(found):
+        moment = found.pop(key)
+        trace = float(moment.diagonal().to(torch.float64).sum())
+        traces[side + key].append(trace)
+        moment *= weight / trace if trace > 0 else 0.0
+        if key in total:
+            total[key] += moment
+        else:
+            total[key] = moment
+
+
+def _check_reached(targets: Sequence[Target], total: Moments, gradients: bool) -> None:
+    absent = [
+        target.name
+        for target in targets
+        if target.input_group not in total.inputs or (gradients and target.name not in total.outputs)
+    ]
+    if absent:
+        raise ValueError(f"no row reaches {len(absent)} matrices, first {absent[0]}; leave them out with --exclude")

@@ -1,0 +1,320 @@
+"""`sculptor.continual`: a sequence of tasks, one after another, with everything evaluated after each.
+
+Everything is staged in `<output>.partial`: one directory per task while it is trained, and scores.json, which grows by
+a row per task. A run that was killed goes on behind the last complete row, inside a task at its last saved state.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
+from typing import Any
+
+from sculptor import __version__
+from sculptor.archive.store import Archive
+from sculptor.benchmark.adapters import require_peft, train_adapter
+from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
+from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore, plain, report_of
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import identity, open_checkpoint
+from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
+from sculptor.checkpoint.tensors import digest as digest_tensor
+from sculptor.data.rows import Row
+from sculptor.errors import OutputError, SettingsError
+from sculptor.methods.kinds import Kinds, known_kinds, make_method
+from sculptor.methods.settings import AnalyzeSettings
+from sculptor.model.load import resolve_device
+from sculptor.progress import Progress, silent
+from sculptor.tasks.analyze import analyze
+from sculptor.tasks.evaluate import Evaluation, evaluate_rows, read_evaluation_rows
+from sculptor.tasks.job import open_model
+from sculptor.tasks.train import train
+from sculptor.validation import read_file, read_json
+
+SCORES_NAME = "scores.json"
+REPORT_NAME = "continual.json"
+# Settings of training that only archives with moments, and so only our own method, have a use for.
+_OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
+
+
+def continual(
+    plan: str | Path,
+    output: str | Path,
+    *,
+    method: Contender = "sculptor",
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    split: Split = "test",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
+    stop: Callable[[], int | None] = lambda: None,
+    rules: Kinds | None = None,
+) -> ContinualReport:
+    """Trains the tasks of a plan in order and evaluates all of them after each.
+
+    Args:
+        plan: PLAN.toml; its sections are the settings of `analyze`, `train` and `evaluate`.
+        output: directory of the report, and of the last checkpoint in `model/`.
+        method: sculptor as the plan says, or one to compare with at the same budget.
+        overrides: `section.name=value` in the place of what the plan says.
+        seed: of training, sampling and random directions; None for what the plan says.
+        split: which files of the tasks are evaluated.
+        overwrite: replace an existing output, at success; discard left-overs.
+        resume: go on with a run that did not finish.
+        progress: makes progress bars.
+        notice: told, in a line, what was decided about memory for a task, and which settings the method has no use for.
+        stop: polled after every training step; a signal number saves the state and ends the run.
+        rules: kinds of rules beside sculptor's own.
+
+    Returns:
+        The matrix, its figures, and the change on general text.
+
+    Raises:
+        SculptorError: if the plan, an input or the output cannot be used.
+    """
+    if method not in CONTENDERS:
+        raise SettingsError(f"--method {method}: expected one of {', '.join(CONTENDERS)}")
+    resolved = read_plan(plan, overrides, rules)
+    if seed is not None:
+        resolved = replace(
+            resolved, analyze=replace(resolved.analyze, seed=seed), train=replace(resolved.train, seed=seed)
+        )
+    if method in ("lora", "olora", "osf"):
+        require_peft()
+    output = Path(output).resolve()
+    files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
+    check_apart(output, [plan, resolved.model, *files, *resolved.watch, *resolved.analyze.data])
+    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
+        run = _Run(resolved, method, split, partial, progress, notice, stop, rules)
+        stages = run.run()
+        basis = make_method(resolved.analyze, known_kinds(rules)).terms.basis
+        report = report_of(resolved, method, basis, split, stages, output)
+        write_json(partial / REPORT_NAME, {"created_by": f"sculptor {__version__}", "plan": run.key} | plain(report))
+        write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
+        commit(partial, output)
+    (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
+    return report
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of what differs, as `section.name`."""
+    names = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            names += [f"{name}.{inner}" for inner in value if old.get(inner) != value[inner]]
+        elif old != value:
+            names.append(name)
+    return sorted(names)
+
+
+def _digest_model(model: str) -> str:
+    checkpoint = open_checkpoint(model)
+    return identity({name: digest_tensor(checkpoint[name]) for name in checkpoint})
+
+
+def _digest_files(plan: Plan) -> str:
+    """Of everything that is trained or calibrated on."""
+    files = [*plan.analyze.data, *(file for task in plan.tasks for file in task.data)]
+    found = hashlib.sha256()
+    for file in files:
+        path = Path(file)
+        found.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else file.encode())
+    return found.hexdigest()
+
+
+def _has_scores(partial: Path) -> bool:
+    return (partial / SCORES_NAME).is_file()
+
+
+class _Run:
+    """One run of a plan; `run` does the work."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        method: Contender,
+        split: Split,
+        partial: Path,
+        progress: Progress,
+        notice: Callable[[str], object],
+        stop: Callable[[], int | None],
+        rules: Kinds | None,
+    ) -> None:
+        self.rules = rules if method == "sculptor" else None
+        self.plan = plan
+        self.method = method
+        self.partial = partial
+        self.progress = progress
+        self.notice = notice
+        self.stop = stop
+        self.rows: dict[str, list[Row]] = {
+            task.name: read_evaluation_rows(plan.rows_of(task, split), task.labels) for task in plan.tasks
+        }
+        self.watched: list[Row] = read_evaluation_rows(plan.watch, None) if plan.watch else []
+        evaluated = [row for rows in (*self.rows.values(), self.watched) for row in rows]
+        digest = hashlib.sha256(
+            repr([(type(row).__name__, astuple(row)[1:]) for row in evaluated]).encode()
+        ).hexdigest()
+        own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest}
+        own |= {"model files": _digest_model(plan.model), "data files": _digest_files(plan)}
+        self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
+        self.stages: list[Stage] = []
+
+    def run(self) -> list[Stage]:
+        self._restore()
+        given = [f"train.{name}" for name in _OF_MOMENTS if getattr(self.plan.train, name) is not None]
+        if given and self.method != "sculptor":
+            self.notice(f"without effect with --method {self.method}: {', '.join(given)}")
+        steps = self._trainings()
+        bar = self.progress(total=len(steps), desc="tasks", unit="task", initial=max(0, len(self.stages) - 1))
+        if not self.stages:
+            self._finish_stage("base", self.plan.model, None, 0.0)
+        model, archive = self.plan.model, None
+        for i, (name, task) in enumerate(steps, 1):
+            target = self.partial / f"{i:02d}-{name}"
+            if i >= len(self.stages):
+                started = time.perf_counter()
+                self._train(task, model, archive, target)
+                archive_bytes = Archive(target / "subspaces", rules=self.rules).num_bytes if self._carries else None
+                self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started)
+                bar.update(1)
+            if i > 1:
+                shutil.rmtree(self.partial / f"{i - 1:02d}-{steps[i - 2][0]}", ignore_errors=True)
+            model, archive = str(target), target / "subspaces" if self._carries else None
+        bar.close()
+        shutil.rmtree(self.partial / "archive", ignore_errors=True)
+        if Path(model).exists():  # else a run that was killed after this had put it there
+            shutil.rmtree(self.partial / "model", ignore_errors=True)
+            with writing(self.partial / "model"):
+                Path(model).rename(self.partial / "model")
+        return self.stages
+
+    @property
+    def _carries(self) -> bool:
+        return self.method in ("sculptor", "random")
+
+    def _trainings(self) -> list[tuple[str, PlannedTask]]:
+        """Name and task of every training."""
+        tasks = self.plan.tasks
+        if self.method != "joint":
+            return [(task.name, task) for task in tasks]
+        together = PlannedTask(name="joint", data=tuple(file for task in tasks for file in task.data), test=())
+        return [("joint", together)]
+
+    def _first_archive(self, model: str) -> Path:
+        """The archive of the base, or one that frees everything."""
+        path = self.partial / "archive"
+        if not self._carries:
+            shutil.rmtree(path, ignore_errors=True)  # of the task before
+        if not path.exists():
+            analyze(
+                model,
+                path,
+                self._analysis(),
+                offload=self.plan.train.offload,
+                resume=True,
+                progress=self.progress,
+                rules=self.rules,
+            )
+        return path
+
+    def _analysis(self) -> AnalyzeSettings:
+        settings = self.plan.analyze
+        if self.method == "sculptor":
+            return settings
+        preserve = 0.0 if self.method != "random" else 0.5 if settings.preserve is None else settings.preserve
+        return AnalyzeSettings(
+            basis="random" if self.method == "random" else "weights",
+            constraint=settings.constraint,
+            preserve=preserve,
+            seed=settings.seed,
+            targets=settings.targets,
+            exclude=settings.exclude,
+            device=settings.device,
+        )
+
+    def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
+        if target.is_dir():  # complete; the run was killed before it was evaluated
+            shutil.rmtree(partial_path(target), ignore_errors=True)
+            return
+        settings = self.plan.train_settings(task)
+        if self.method in ("lora", "olora", "osf"):
+            train_adapter(
+                model,
+                task.data,
+                target,
+                settings,
+                self.plan.adapter,
+                self.method,
+                progress=self.progress,
+                stop=self.stop,
+            )
+            return
+        if self.method != "sculptor":
+            # Plain fine-tuning protects nothing, so there is nothing to carry.
+            changes: dict[str, Any] = dict.fromkeys(_OF_MOMENTS)
+            settings = replace(settings, carry="accumulate" if self.method == "random" else "retake", **changes)
+        archive = archive or self._first_archive(model)
+        train(
+            model,
+            archive,
+            task.data,
+            target,
+            settings,
+            resume=True,
+            progress=self.progress,
+            notice=lambda text: self.notice(f"{task.name}: {text}"),
+            stop=self.stop,
+            rules=self.rules,
+        )
+
+    def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:
+        """Evaluates a checkpoint on everything and notes the row."""
+        options = self.plan.evaluate
+        checkpoint = open_checkpoint(model)
+        device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
+        loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
+
+        def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
+            return evaluate_rows(
+                loaded,
+                rows,
+                labels,
+                options.max_length,
+                options.batch_size,
+                generate=options.exact_match,
+                progress=self.progress,
+            )
+
+        scores = {}
+        for task in self.plan.tasks:
+            found = measure(self.rows[task.name], task.labels)
+            scores[task.name] = TaskScore(found.accuracy, found.exact_match, found.loss)
+        general = measure(self.watched, None).loss if self.watched else None
+        loaded.close()
+        self.stages.append(Stage(name, scores, general, archive_bytes, seconds))
+        write_json(self.partial / SCORES_NAME, {"key": self.key, "stages": [asdict(stage) for stage in self.stages]})
+
+    def _restore(self) -> None:
+        """Rows of a run that was killed.
+
+        Raises:
+            OutputError: if it followed another plan.
+        """
+        path = self.partial / SCORES_NAME
+        if not path.is_file():
+            return
+        remedy = "pass --overwrite to start anew"
+        found = read_json(Scores, read_file(path, OutputError, remedy), path, OutputError, remedy)
+        if found.key != self.key:
+            different = _different(found.key, self.key)
+            raise OutputError(
+                f"{path}: left by a run of another plan ({', '.join(different)}); use the same or {remedy}"
+            )
+        self.stages += found.stages

@@ -1,0 +1,210 @@
+"""What a rule is: which changes of a matrix are allowed, as coordinates that any optimizer may move.
+
+A rule maps coordinates A to an update dW(W0, A) of a matrix W0 (m, n), with dW = 0 at A = 0; whatever A is, the update is
+allowed. A rule is a frozen dataclass of facts, which archive.json holds as `rule: {kind, ...}`; its tensors are stored
+beside it and handed to its functions by name. All functions take a leading stack of matrices of one shape: W0 (..., m, n)
+with tensors and coordinates of the same leading sizes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class OuterProduct:
+    """A gradient with respect to W as what it is the sum of: dY^T X. Turned before it is summed it costs less.
+
+    Attributes:
+        inputs: X (..., t, n), what the matrix read.
+        outputs: dY (..., t, m), the gradient of what it wrote.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+Gradient = Tensor | OuterProduct
+
+
+def dense(gradient: Gradient) -> Tensor:
+    """The gradient with respect to W, (..., m, n)."""
+    return gradient.outputs.mT @ gradient.inputs if isinstance(gradient, OuterProduct) else gradient
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Working:
+    """How a rule's tensors are wanted for training, or for the merge.
+
+    Attributes:
+        device: where.
+        dtype: in which products are formed; float64 for the merge.
+        soften: how strongly what matters is slowed down; 0 for not at all.
+        names: stored tensor behind each of the rule's; matrices may share one.
+        known: what was made for other matrices, by anything that identifies it.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    soften: float = 0.0
+    names: Mapping[str, str] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
+
+
+class Prepared(NamedTuple):
+    """A rule's tensors as `update` and `project` take them, and numbers that tell them from others up to rounding."""
+
+    tensors: dict[str, Tensor]
+    fingerprint: list[float]
+
+
+class Violation(NamedTuple):
+    """How far an update leaves what is allowed, in the units of ||dW||.
+
+    Attributes:
+        norm: of what is not allowed.
+        rounding: its expectation from the rounding errors of what is stored.
+        num_pairs: how many independent errors that sums up.
+        touched: of what the rule weighs, what the update disturbs; None where it weighs nothing.
+        touched_at_random: the mean of that over all updates of this norm.
+    """
+
+    norm: float
+    rounding: float
+    num_pairs: int
+    touched: float | None = None
+    touched_at_random: float | None = None
+
+
+class Figures(NamedTuple):
+    """What people are told of a matrix.
+
+    Attributes:
+        preserved: share of directions, or pairs, that may not change.
+        held: what these hold, of whatever the method measures.
+        added: what each task added, by its position in the history: (outputs, inputs).
+    """
+
+    preserved: float
+    held: float
+    added: Mapping[int, tuple[int, int]]
+
+
+class Cost(NamedTuple):
+    """What training takes of a rule's tensors: numbers by tensor (shared ones have one name), operations of an update."""
+
+    numbers: Mapping[str, int]
+    operations: float
+
+
+class Rule(Protocol):
+    """What may change in one matrix.
+
+    Attributes:
+        orthonormal: which of its stored tensors have orthonormal columns; the reader checks them, and makes them exact
+            where they are stored in less than float32.
+        reads_weight: whether `update` and `project` read W0 and A. Where not, both may be empty in `project`.
+    """
+
+    orthonormal: ClassVar[frozenset[str]]
+    reads_weight: ClassVar[bool]
+
+    @property
+    def kind(self) -> str:
+        """Its name in archives."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) = (out, in)."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the coordinates A; none where nothing may change."""
+
+    def stored(self) -> Mapping[str, tuple[int | None, ...]]:
+        """Its tensors in an archive: name and shape, None for a size that the rule does not know."""
+
+    def prepare(self, tensors: Tensors, working: Working) -> Prepared:
+        """Stored tensors as training or the merge use them."""
+
+    def update(self, weight: Tensor, tensors: Tensors, coordinates: Sequence[Tensor]) -> Tensor:
+        """dW (..., m, n), for prepared tensors."""
+
+    def project(
+        self, weight: Tensor, tensors: Tensors, coordinates: Sequence[Tensor], gradient: Gradient
+    ) -> tuple[Tensor, ...]:
+        """The gradient of every A, contiguous; float32, or float64 with tensors of that dtype."""
+
+    def violation(self, tensors: Tensors, weight: Tensor, update: Tensor, variance: Tensor) -> Violation:
+        """Judges an update of one matrix.
+
+        Args:
+            tensors: as stored.
+            weight: W0 (m, n), float64.
+            update: W - W0, float64.
+            variance: of the rounding error of each entry of W, float64.
+        """
+
+    def figures(self) -> Figures:
+        """What people are told."""
+
+    def cost(self, names: Mapping[str, str]) -> Cost:
+        """What training takes; `names` are those of the stored tensors, by the rule's own."""
+
+
+class TaskShares(NamedTuple):
+    """How the tasks so far share a matrix: (tasks,) and (tasks, tasks), float64.
+
+    Attributes:
+        held: share of each task's own curvature in what is frozen.
+        overlaps: of every two, by cosine.
+    """
+
+    held: Tensor
+    overlaps: Tensor
+
+
+class Spectrum(NamedTuple):
+    """Values of directions, descending, for a picture.
+
+    Attributes:
+        what: they are.
+        values: as many as are stored.
+        dim: of how many.
+        protected: how many of them are.
+    """
+
+    what: str
+    values: Tensor
+    dim: int
+    protected: int
+
+
+@runtime_checkable
+class Directed(Protocol):
+    """A rule that tells directions apart, so that they can be drawn and compared."""
+
+    def directions(self, tensors: Tensors) -> tuple[Tensor | None, Tensor | None]:
+        """Protected output and input directions, orthonormal columns (m, ku) and (n, kv)."""
+
+    def spectrum_of(self, tensors: Tensors) -> Spectrum | None:
+        """What to draw of them; None where nothing is known."""
+
+    def shares(self, tensors: Tensors) -> TaskShares | None:
+        """How the tasks so far share it; None where that is not known."""
+
+
+def num_free(rule: Rule) -> int:
+    """How many coordinates a rule has."""
+    return sum(prod(shape) for shape in rule.shapes)
+
+
+def is_open(rule: Rule) -> bool:
+    """Whether anything may change."""
+    return num_free(rule) > 0

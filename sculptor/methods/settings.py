@@ -1,0 +1,102 @@
+"""What an analysis can be told. Every field's help is the text the command line shows."""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sculptor.errors import SettingsError
+from sculptor.numerics.staircase import Constraint
+from sculptor.validation import AtLeastOne, Name, Positive, Seed, Share, Texts, option, settings
+
+Basis = Literal["weights", "inputs", "curvature", "random"]
+Threshold = Literal["matrix", "model"]
+Labels = Literal["true", "sampled"]
+# How rules go on after a task.
+Carry = Literal["merge", "accumulate", "retake", "keep"]
+Weighting = Literal["tokens", "gradients"]
+BasisDtype = Literal["float32", "float64", "bfloat16"]
+SELF = "self"  # as a data file: text that the model itself says
+DEFAULT_BUDGET = 0.6
+ROW_GROUPS = 7
+
+# More than nothing.
+_Part = Annotated[float, Field(gt=0, le=1)]
+
+
+@settings
+class AnalyzeSettings:
+    """Settings of `sculptor analyze`; everything that decides its result."""
+
+    rule: Name = "staircase"
+    """Kind of rule: what is forbidden, and how what is left is trained."""
+    basis: Basis = "weights"
+    """Where protected directions come from: the weights' singular vectors, what layers read, what they read and its effect
+    on the loss, or chance (a control)."""
+    budget: _Part | None = None
+    """inputs, curvature: share of (output, input) pairs left free [default: 0.6]."""
+    data: Texts = ()
+    """Rows to calibrate on, or `self` for text the model says; with weights, rows that measure importance for the adaptive
+    rank; repeatable."""
+    chat: bool = False
+    """With `--data self`: sample through the chat template."""
+    calibration_tokens: AtLeastOne = 100_000
+    """Tokens to calibrate on, over all files."""
+    max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
+    """Longest sequence in tokens [default: 1024 or the model's limit]."""
+    keep: _Part = 0.5
+    """Share of each moment's directions that is stored."""
+    row_groups: Annotated[int, Field(ge=1, le=32)] = ROW_GROUPS
+    """curvature: row groups of the staircase, at most."""
+    threshold: Threshold | None = None
+    """Give every matrix the budget, or all together [default: model with curvature, matrix with inputs]."""
+    fisher: Labels = "true"
+    """curvature: gradients of the rows' own labels, or of labels drawn from the model."""
+    weighting: Weighting | None = None
+    """Count each token's input once, or by the squared gradient it receives [default: gradients with curvature]."""
+    constraint: Constraint | None = None
+    """weights, random: what an update may not touch: outputs and inputs, inputs, or their core [default: double]."""
+    preserve: Share | None = None
+    """weights, random: protect this share of directions in every matrix, 0 to below 1 [default: adaptive rank]."""
+    min_retention: Share | None = None
+    """Adaptive rank: share of the least important matrix [default: 0.1]."""
+    target_retention: Share | None = None
+    """Adaptive rank: share at mean importance [default: 0.8]."""
+    seed: Seed = 0
+    """Of sampling, masking and random directions."""
+    targets: Texts = ()
+    """Protect only matrices that match, e.g. 'q_proj' or 'mlp.*'; repeatable."""
+    exclude: Texts = ()
+    """Leave out matrices that match; repeatable."""
+    dtype: BasisDtype = "float32"
+    """Dtype of the stored bases; what is stored is what is protected."""
+    device: Name = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    device_memory: Positive | None = None
+    """inputs, curvature: GB to stay within, by reading the rows more often [default: what is free on a GPU, 8 on a CPU]."""
+
+    def __post_init__(self) -> None:
+        if self.chat and SELF not in self.data:
+            raise SettingsError("--chat without effect: it samples conversations for --data self")
+
+    def given(self, *names: str) -> list[str]:
+        """Those of some options that are not at their defaults."""
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
+        return [option(name) for name in names if getattr(self, name) != defaults[name]]
+
+    @property
+    def tokens_per_source(self) -> int:
+        """The part of the calibration tokens that each file, or sampled text, has."""
+        return -(-self.calibration_tokens // max(1, len(self.data)))
+
+    @property
+    def free_budget(self) -> float:
+        """The budget, or its default."""
+        return DEFAULT_BUDGET if self.budget is None else self.budget
+
+    @property
+    def retention_range(self) -> tuple[float, float]:
+        """mrr and trr, the paper's 0.1 and 0.8 unless given."""
+        minimum = 0.1 if self.min_retention is None else self.min_retention
+        target = 0.8 if self.target_retention is None else self.target_retention
+        return minimum, target

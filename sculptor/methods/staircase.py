@@ -1,0 +1,314 @@
+"""The staircase rule: in the bases of two sides, sorted by importance, a staircase of pairs is frozen.
+
+    dW = sum over row groups g of  Q_U[:, a:b]  A_g  Q_V[:, r:]^T
+
+`numerics/staircase.py` has the staircase, `numerics/free_space.py` the coordinates. The sides come from weights
+(`weights.py`) or from moments (`moments.py`), which also store eigenvalues: the importance of the pair (i, j) is g_i c_j.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sculptor.methods.rule import (
+    Cost,
+    Figures,
+    Gradient,
+    OuterProduct,
+    Prepared,
+    Spectrum,
+    TaskShares,
+    Tensors,
+    Violation,
+    Working,
+)
+from sculptor.numerics.bases import Basis, Form, frozen_norm, frozen_variance, protected_directions
+from sculptor.numerics.free_space import FreeSpace, first_free, free_groups
+from sculptor.numerics.moments import Factor, curvature, spread_profile, whole_spectrum
+from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_side
+from sculptor.numerics.staircase import Staircase
+from sculptor.validation import STRICT, AtLeastOne, Count, Finite, NotNegative
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One stored side of a matrix.
+
+    Attributes:
+        form: whether its tensor holds the protected directions or their complement.
+        directions: how many are protected, or told apart by the staircase.
+        rest: mean eigenvalue of all other directions, where eigenvalues are stored.
+    """
+
+    __pydantic_config__ = STRICT
+
+    form: Form
+    directions: Count
+    rest: NotNegative = 0.0
+
+    def columns(self, dim: int) -> int:
+        """How many columns its tensor has."""
+        return self.directions if self.form == "leading" else dim - self.directions
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Directions that one task added to a matrix, after those that were there."""
+
+    __pydantic_config__ = STRICT
+
+    task: Count
+    outputs: Count
+    inputs: Count
+
+
+@dataclass(frozen=True, slots=True)
+class StaircaseRule:
+    """Facts of the rule of one matrix.
+
+    Attributes:
+        shape: (m, n) = (out, in).
+        steps: the staircase, (stop row, reach) pairs.
+        output, input: the stored sides; None where none is stored.
+        moments: whether eigenvalues and the tasks' profiles are stored with each side, so that tasks can be merged in.
+        spectrum: whether all singular values of W are stored.
+        retention: share of directions asked for, or of pairs; `importance` is the paper's I, None without data.
+        energy: what the protected part holds: of ||W||^2 at analysis, or of the curvature as it is.
+        added: which task added what, in order; task 0 is the analysis.
+        traces: (tr C, tr G) of every source of moments before it was scaled; `scale` the matrix's curvature against
+            the mean over all.
+    """
+
+    __pydantic_config__ = STRICT
+    orthonormal: ClassVar[frozenset[str]] = frozenset({"output", "input"})
+    reads_weight: ClassVar[bool] = False
+
+    shape: tuple[AtLeastOne, AtLeastOne]
+    steps: Annotated[tuple[tuple[AtLeastOne, Count], ...], Field(min_length=1)]
+    output: Side | None = None
+    input: Side | None = None
+    moments: bool = False
+    spectrum: bool = False
+    retention: NotNegative = 0.0
+    importance: Finite | None = None
+    energy: Annotated[float, Field(ge=0, le=1.001)] = 0.0
+    added: tuple[Added, ...] = ()
+    traces: tuple[tuple[NotNegative, NotNegative], ...] = ()
+    scale: NotNegative = 1.0
+    kind: Literal["staircase"] = "staircase"
+
+    def __post_init__(self) -> None:
+        staircase = self.staircase  # descends, or is an error
+        for name, side, dim, told in (
+            ("output", self.output, self.shape[0], staircase.outputs),
+            ("input", self.input, self.shape[1], staircase.inputs),
+        ):
+            if side is not None and not side.directions <= dim:
+                raise ValueError(f"{name}: {side.directions} directions of {dim}")
+            if self.moments and side is not None and side.form != "leading":
+                raise ValueError(f"{name}: directions with eigenvalues have the form leading")
+            if staircase.num_free and told > (0 if side is None else side.directions):
+                raise ValueError(f"steps tell {told} directions of the {name} apart, more than are stored")
+            if side is not None and not self.moments and staircase.num_free and told not in (0, side.directions):
+                raise ValueError(f"{name}: {side.directions} directions are stored, the steps are those of {told}")
+        if self.moments and self.input is None:
+            raise ValueError("moments without an input side")
+
+    @property
+    def staircase(self) -> Staircase:
+        """Which pairs are frozen."""
+        return Staircase(*self.shape, self.steps)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(p, q) of every A_g; none where all is frozen."""
+        staircase = self.staircase
+        return tuple((g.stop - g.start, staircase.columns - g.reach) for g in free_groups(staircase))
+
+    def stored(self) -> Mapping[str, tuple[int | None, ...]]:
+        """`output`, `input`; with moments their eigenvalues and profiles; all singular values."""
+        found: dict[str, tuple[int | None, ...]] = {}
+        for name, side, dim in self._sides():
+            found[name] = (dim, side.columns(dim))
+            if self.moments:
+                found[f"{name}.values"] = (side.directions,)
+                found[f"{name}.profiles"] = (None, None)
+        return found | ({"spectrum": (min(self.shape),)} if self.spectrum else {})
+
+    def _sides(self) -> list[tuple[str, Side, int]]:
+        sides = zip(("output", "input"), (self.output, self.input), self.shape, strict=True)
+        return [(name, side, dim) for name, side, dim in sides if side is not None]
+
+    def prepare(self, tensors: Tensors, working: Working) -> Prepared:
+        """Complete bases from the first free direction on; decomposed in float64 on the device, then made narrower."""
+        starts = dict(zip(("output", "input"), first_free(self.staircase), strict=True))
+        found: dict[str, FreeSide | None] = {"output": None, "input": None}
+        fingerprint: list[float] = []
+        for name, side, _ in self._sides():
+            key = (working.names.get(name, (id(tensors), name)), starts[name], working.device, working.dtype)
+            if key not in working.known:
+                basis = Basis(tensors[name], side.form).to(working.device, torch.float64)
+                made = free_side(basis, starts[name])
+                working.known[key] = made.to(dtype=working.dtype), made.fingerprint(starts[name])
+            found[name], mark = working.known[key]
+            fingerprint += mark
+        gains = self._gains(tensors, working) if working.soften else None
+        return Prepared(FreeSpace(self.staircase, found["output"], found["input"], gains).tensors(), fingerprint)
+
+    def _gains(self, tensors: Tensors, working: Working) -> tuple[Tensor, Tensor]:
+        """How much free pairs are slowed down: by 1 / sqrt(1 + soften * importance over its mean), as h_i w_j.
+
+        Where the curvature is large, a step that is sqrt(1 + ...) times shorter does no more damage than one in a flat
+        direction.
+        """
+        first, least = first_free(self.staircase)
+        outputs, inputs = self._importances(tensors)
+        sides = working.soften * outputs[first:] / _mean(outputs), inputs[least:] / _mean(inputs)
+        wide = torch.float64 if working.dtype == torch.float64 else torch.float32
+        h, w = (side.to(working.device, torch.float32).to(wide) for side in sides)
+        return h, w
+
+    def _importances(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """g (m,) and c (n,), float64; 1 for outputs that are not measured."""
+        g, c = self.factors(tensors)
+        return torch.ones(self.shape[0], dtype=torch.float64) if g is None else g.spectrum(), c.spectrum()
+
+    def factors(self, tensors: Tensors) -> tuple[Factor | None, Factor]:
+        """The truncated moments (G or None, C)."""
+        assert self.moments
+        made = {name: Factor(tensors[name], tensors[f"{name}.values"], side.rest) for name, side, _ in self._sides()}
+        return made.get("output"), made["input"]
+
+    def update(self, weight: Tensor, tensors: Tensors, coordinates: Sequence[Tensor]) -> Tensor:
+        """dW, in the dtype of the bases, or that of the coordinates where there are none."""
+        return self._space(tensors).fold(list(coordinates))
+
+    def project(
+        self, weight: Tensor, tensors: Tensors, coordinates: Sequence[Tensor], gradient: Gradient
+    ) -> tuple[Tensor, ...]:
+        """Q_U[:, a:b]^T G Q_V[:, r:] of every group."""
+        space = self._space(tensors)
+        if isinstance(gradient, OuterProduct):
+            return space.project_product(gradient.inputs, gradient.outputs)
+        return space.project(gradient)
+
+    def _space(self, tensors: Tensors) -> FreeSpace:
+        def side(name: str, found: Side | None, dim: int) -> FreeSide | None:
+            if found is None:
+                return None
+            if f"{name}_columns" in tensors:
+                return Columns(tensors[f"{name}_columns"])
+            shift = found.columns(dim) if found.form == "free" else 0
+            return CompleteBasis(tensors[f"{name}_reflectors"], tensors[f"{name}_triangle"], shift)
+
+        soft = (tensors["soft_outputs"], tensors["soft_inputs"]) if "soft_outputs" in tensors else None
+        m, n = self.shape
+        return FreeSpace(self.staircase, side("output", self.output, m), side("input", self.input, n), soft)
+
+    def violation(self, tensors: Tensors, weight: Tensor, update: Tensor, variance: Tensor) -> Violation:
+        """The frozen part of dW; with moments also tr(G dW C dW^T), all matrices on one scale."""
+        sides = {
+            name: Basis(tensors[name], side.form).to(update.device, torch.float64) for name, side, _ in self._sides()
+        }
+        output, input, staircase = sides.get("output"), sides.get("input"), self.staircase
+        touched = at_random = None
+        if self.moments:
+            g, c = self.factors(tensors)
+            touched = self.scale * curvature(update, g, c)
+            mean = c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
+            at_random = self.scale * float(update.square().sum()) * mean
+        return Violation(
+            norm=frozen_norm(update, staircase, output, input),
+            rounding=frozen_variance(variance, staircase, output, input) ** 0.5,
+            num_pairs=staircase.num_frozen,
+            touched=touched,
+            touched_at_random=at_random,
+        )
+
+    def figures(self) -> Figures:
+        """Directions protected on the side that protects most; with moments pairs, whose staircase has no one number."""
+        staircase = self.staircase
+        preserved = max((side.directions for _, side, _ in self._sides()), default=0) / min(self.shape)
+        if staircase.num_free == 0 or self.moments:
+            preserved = staircase.frozen_share
+        return Figures(preserved, self.energy, {item.task: (item.outputs, item.inputs) for item in self.added})
+
+    def cost(self, names: Mapping[str, str]) -> Cost:
+        """Bases from the first free direction on, written out or as reflectors, whatever is smaller; both sides turned."""
+        staircase = self.staircase
+        if not staircase.num_free:
+            return Cost({}, 0.0)
+        starts = first_free(staircase)
+        numbers: dict[str, int] = {}
+        turns = {"output": 0, "input": 0}
+        for (name, side, d), start in zip(
+            [("output", self.output, self.shape[0]), ("input", self.input, self.shape[1])], starts, strict=True
+        ):
+            if side is not None:
+                c, free = side.columns(d), d - start
+                numbers[f"{names.get(name, name)} {start}"] = d * free if free <= c else d * c + c * c
+                turns[name] = d * free if free <= c else c * (2 * d + c - start)
+        (m, n), (first, least) = self.shape, starts
+        outputs, inputs = turns["output"], turns["input"]
+        return Cost(numbers, 2.0 * min(outputs * n + inputs * (m - first), outputs * (n - least) + inputs * m))
+
+    def directions(self, tensors: Tensors) -> tuple[Tensor | None, Tensor | None]:
+        """The sides, as far as the staircase tells their directions apart; more may be stored."""
+        counts = self.staircase.outputs, max(reach for _, reach in self.steps)
+        found: dict[str, Tensor] = {}
+        for name, side, _ in self._sides():
+            if not self.moments:
+                found[name] = protected_directions(Basis(tensors[name], side.form))
+            else:
+                found[name] = tensors[name][:, : counts[name == "input"]]
+        return found.get("output"), found.get("input")
+
+    def spectrum_of(self, tensors: Tensors) -> Spectrum | None:
+        """Singular values of W, or eigenvalues of what it reads, as far as they are stored."""
+        if self.moments:
+            values = tensors["input.values"]
+            return Spectrum("Input moments", values, self.shape[1], min(values.numel(), self.staircase.inputs))
+        if not self.spectrum:
+            return None
+        dim = min(self.shape)
+        return Spectrum("Singular values", tensors["spectrum"], dim, round(self.figures().preserved * dim))
+
+    def shares(self, tensors: Tensors) -> TaskShares | None:
+        """From the profiles that each task left behind: g and c are its shares per direction."""
+        if not self.moments:
+            return None
+        m, n = self.shape
+        inputs = torch.stack([spread_profile(row, n) for row in tensors["input.profiles"]])
+        outputs = None
+        if self.output is not None:
+            outputs = torch.stack([spread_profile(row, m) for row in tensors["output.profiles"]])
+        held = torch.zeros(inputs.shape[0], dtype=torch.float64)
+        for start, stop, reach in self.staircase.groups:
+            rows = (stop - start) / m if outputs is None else outputs[:, start:stop].sum(dim=1)
+            held += rows * inputs[:, :reach].sum(dim=1)
+        return TaskShares(held, _cosines(inputs) * (1.0 if outputs is None else _cosines(outputs)))
+
+    def whole_spectrum(self, name: str, values: Tensor) -> Tensor:
+        """All eigenvalues of a side, given the stored ones."""
+        side, dim = (self.output, self.shape[0]) if name == "output" else (self.input, self.shape[1])
+        assert side is not None
+        return whole_spectrum(values, side.rest, dim)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) or 1.0  # a matrix that calibration never reached is not slowed down
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """(tasks, tasks)."""
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return unit @ unit.T
+
+
+def side_of(basis: Basis | None) -> Side | None:
+    """What is noted of a stored basis."""
+    return None if basis is None else Side(basis.form, basis.directions)

@@ -1,0 +1,1 @@
+"""Floor 5: what a job takes, before it is run."""

@@ -1,0 +1,261 @@
+"""What training takes, by arithmetic: memory by component, bytes moved and operations per step.
+
+Every figure follows from shapes and rules; activations are estimated from the widths of a block.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sculptor.checkpoint.architecture import Architecture, Target
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.methods.rule import Rule, num_free
+from sculptor.model.loss import SLICE
+from sculptor.streaming.weights import STAGING_BYTES, Tier
+from sculptor.training.settings import Offload
+from sculptor.training.stepping.streamed import PART_TOKENS
+
+# What torch and transformers take before any tensor: on a GPU its context and libraries' workspaces.
+RUNTIME = {"cuda": 0.7e9, "cpu": 0.45e9}
+# What a process with torch, its GPU libraries and its heap has in host memory beside the tensors; measured on an H200.
+_HOST_RUNTIME = 2.1e9
+# Activations inside a block over the widths of its matrices: norms in float32, attention, products of gates.
+_ACTIVATIONS = 1.6
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMatrix:
+    """One target, its rule, and the names of the rule's stored tensors, which matrices may share."""
+
+    target: Target
+    rule: Rule
+    names: Mapping[str, str]
+
+    @property
+    def num_entries(self) -> int:
+        """Of the matrix."""
+        return self.target.shape[0] * self.target.shape[1]
+
+    @property
+    def num_free(self) -> int:
+        """Its coordinates."""
+        return num_free(self.rule)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """One way of training.
+
+    Attributes:
+        offload: none, cpu or disk.
+        device, host, disk: bytes by component.
+        operations: floating-point operations of a step, of which `folding` for projections and folds.
+        loaded, stored: bytes that go to the device and come back in a step.
+        read, written: bytes of files in a step.
+    """
+
+    offload: Offload
+    device: Mapping[str, float]
+    host: Mapping[str, float]
+    disk: Mapping[str, float]
+    operations: float
+    folding: float
+    loaded: float = 0.0
+    stored: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A step: tokens, in how many micro-batches, and how blocks are updated.
+
+    `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
+    `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
+    its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the
+    longest row, which is never split, and `micro_rows` the most rows of a micro-batch.
+    """
+
+    tokens: int
+    micro_batches: int
+    fused: bool = False
+    keep_inputs: bool = False
+    on_host: bool = False
+    recompute: bool = True
+    num_extra: int = 0
+    written: float = 0.0
+    saves: int = 0
+    evaluates: bool = False
+    row: int = 0
+    micro_rows: int = 0
+
+
+def footprints(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    matrices: Sequence[PlannedMatrix],
+    device: torch.device,
+    work: Workload,
+) -> dict[str, Footprint]:
+    """By offload: none, cpu, disk."""
+    sizes = _Sizes(checkpoint, architecture, matrices, device, work)
+    return {"none": sizes.resident(), "cpu": sizes.streamed("cpu"), "disk": sizes.streamed("disk")}
+
+
+class _Sizes:
+    """Sums over a model, per block and in all."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        matrices: Sequence[PlannedMatrix],
+        device: torch.device,
+        work: Workload,
+    ) -> None:
+        self.kind = device.type
+        self.work = work
+        self.size = 2 if device.type == "cuda" else 4  # of a trained weight, and of a basis, on the device
+        widths: dict[str, int] = {}
+        for target in architecture.targets:
+            widths[target.block] = widths.get(target.block, 0) + sum(target.shape)
+        self.num_blocks = len(widths)
+        by_block: dict[str, list[PlannedMatrix]] = {block: [] for block in widths}
+        for matrix in matrices:
+            by_block[matrix.target.block].append(matrix)
+        names = {target.tensor for target in architecture.targets}
+        inside = {block: [t for t in architecture.targets if t.block == block] for block in widths}
+        self.target_weights = {b: sum(t.shape[0] * t.shape[1] for t in ts) for b, ts in inside.items()}
+        total = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
+        in_targets = sum(self.target_weights.values())
+        others = {tensor: parameter for parameter, tensor in architecture.tensors.items() if tensor not in names}
+        in_blocks = sum(
+            checkpoint.infos[tensor].num_bytes // checkpoint.infos[tensor].dtype.itemsize
+            for tensor, parameter in others.items()
+            if any(parameter.startswith(block + ".") for block in widths)
+        )
+        unnamed = (
+            total
+            - in_targets
+            - sum(checkpoint.infos[tensor].num_bytes // checkpoint.infos[tensor].dtype.itemsize for tensor in others)
+        )  # stacked experts: parts of the blocks
+        self.rest_in_blocks = in_blocks + unnamed
+        self.outside = total - in_targets - self.rest_in_blocks
+        self.block_weights = max(self.target_weights.values()) + self.rest_in_blocks // max(1, self.num_blocks)
+        self.weights = in_targets + self.rest_in_blocks
+        self.file_size = next(checkpoint.info_of(t).dtype.itemsize for t in architecture.targets)
+        self.rest_size = 4 if device.type == "cpu" else self.file_size
+        self.pristine = sum(m.num_entries for m in matrices) * self.file_size
+        self.coordinates = {b: sum(m.num_free for m in ms) for b, ms in by_block.items()}
+        self.bases = {b: self.size * sum(_basis_numbers(ms).values()) for b, ms in by_block.items()}
+        self.largest = max((m.num_entries for m in matrices), default=0)
+        self.ring = max(
+            (16 * m.num_free + self.file_size * m.num_entries for m in matrices),
+            default=0,
+        )
+        self.host_ring = max(
+            (4 * m.num_free + self.file_size * m.num_entries for m in matrices),
+            default=0,
+        )
+        self.num_coordinates = sum(self.coordinates.values())
+        micro = work.micro_rows * work.row or work.tokens / work.micro_batches
+        widths_in = [t.shape[1] for t in architecture.targets]
+        hidden = max(set(widths_in), key=widths_in.count)  # what most matrices read
+        self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro
+        # A router's loss is over the whole batch, which is not split then.
+        whole = checkpoint.config.get("output_router_logits") or self.kind not in PART_TOKENS
+        part = micro if whole else max(PART_TOKENS[self.kind], work.row)
+        self.inside_part = self.inside * min(1.0, part / micro)
+        per_token = self.size * hidden * self.num_blocks
+        self.inputs, self.inputs_of_step = per_token * micro, float(per_token * work.tokens)
+        self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
+        forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
+        self.operations = 4 * forward  # forward, again, and twice as much backward
+        self.operations_at_once = (4 if work.recompute else 3) * forward
+        per_fold = sum(m.rule.cost(m.names).operations for m in matrices if m.num_free)
+        self.folding = per_fold * (work.micro_batches + 1)
+
+    def extra(self) -> dict[str, float]:
+        """Openly trained parameters, which are on the device in any way of training: float32, gradients, AdamW."""
+        return {"openly trained": (16.0 - self.rest_size) * self.work.num_extra} if self.work.num_extra else {}
+
+    def files(self) -> dict[str, float]:
+        """What any way of training needs of the disk."""
+        numbers = float(self.num_coordinates + self.work.num_extra)
+        best = 4 * numbers if self.work.evaluates else 0.0
+        # A state goes when the next one is complete, so there are two for a while, before there is an output.
+        second = 12 * numbers * (self.work.saves > 1) + best
+        found = {
+            "saved state": 12 * numbers * (self.work.saves > 0) + best,
+            "second state, then output and archive": max(self.work.written, second),
+        }
+        return {name: size for name, size in found.items() if size}
+
+    def resident(self) -> Footprint:
+        in_matrices = self.pristine / self.file_size
+        device = {
+            "weights, pristine and folded": self.size * in_matrices
+            + self.rest_size * (in_matrices + self.rest_in_blocks + self.outside),
+            "bases": sum(self.bases.values()),
+            "coordinates, gradients, AdamW": 16 * self.num_coordinates,
+            "activations": self.inside * (1 if self.work.recompute else self.num_blocks) + self.inputs + self.loss,
+            "work space": RUNTIME[self.kind] + 12 * self.largest,
+        } | self.extra()
+        host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
+        return Footprint("none", device, host, self.files(), self.operations_at_once, self.folding)
+
+    def streamed(self, tier: Tier) -> Footprint:
+        slots = 2 if self.kind == "cuda" else 1
+        keep = self.work.keep_inputs or self.kind == "cpu"
+        on_host = self.work.on_host and tier == "cpu"
+        largest = {name: max(found.values(), default=0) for name, found in (("c", self.coordinates), ("b", self.bases))}
+        device = {
+            "blocks": slots * self.size * self.block_weights,
+            "embedding, head, norms": self.rest_size * self.outside,
+            "bases": slots * largest["b"],
+            "coordinates, gradients, AdamW": slots * (4 * largest["c"] + (self.host_ring if on_host else self.ring)),
+            "activations": self.inside_part + self.loss + (self.inputs if keep else 3 * self.inputs / self.num_blocks),
+            "work space": RUNTIME[self.kind] + 12 * self.largest,
+        } | self.extra()
+        waiting = {
+            "weights": self.size * self.weights,
+            "bases": float(sum(self.bases.values())),
+            "coordinates, gradients, AdamW": 16.0 * self.num_coordinates,
+        }
+        kept = {} if keep else {"activation checkpoints": self.inputs}
+        staging = {"copies": (2.0 if tier == "cpu" else 4.0) * STAGING_BYTES[self.kind]}
+        runtime = {"runtime": _HOST_RUNTIME} if self.kind == "cuda" else {}
+        micro, n = self.work.micro_batches, self.num_coordinates
+        weights, bases, inputs = waiting["weights"], waiting["bases"], 0.0 if keep else self.inputs_of_step
+        # Forward and backward of every micro-batch; the update brings state, pristine weights and bases, and makes the
+        # weights of the first forward on the device. Gradients leave and come back once per micro-batch.
+        exact = not self.work.fused
+        gradients = 4.0 * n * micro if exact else 0.0
+        state = 12.0 * n
+        loaded = (2 * micro - exact) * weights + (micro + exact) * bases + self.pristine + inputs
+        loaded += 4 * n * micro if on_host else state + gradients  # A, and what is added to; the moments stay
+        stored = (0 if on_host else state) + weights + gradients + inputs
+        in_host = tier == "cpu"
+        in_files = {} if in_host or not self.pristine else waiting  # what does not change is read where it is
+        return Footprint(
+            tier,
+            device,
+            (waiting | {"pristine weights": float(self.pristine)} if in_host else {}) | kept | staging | runtime,
+            in_files | self.files(),
+            self.operations,
+            self.folding,
+            loaded=loaded,
+            stored=stored,
+            read=0.0 if in_host else loaded - inputs,
+            written=0.0 if in_host else stored - inputs,
+        )
+
+
+def _basis_numbers(matrices: Sequence[PlannedMatrix]) -> dict[str, int]:
+    """Numbers that the bases of a block hold, each shared one once."""
+    found: dict[str, int] = {}
+    for matrix in matrices:
+        if matrix.num_free:
+            found |= matrix.rule.cost(matrix.names).numbers
+    return found

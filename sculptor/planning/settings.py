@@ -1,0 +1,46 @@
+"""What an estimate can be told. Every field's help is the text the command line shows."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sculptor.errors import SettingsError
+from sculptor.numerics.staircase import Constraint
+from sculptor.validation import AtLeastOne, Name, Positive, settings
+
+
+@settings
+class EstimateSettings:
+    """What is to be trained, and on what."""
+
+    preserve: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Without an archive: share of directions protected."""
+    constraint: Constraint = "double"
+    """Without an archive: what an update may not touch."""
+    batch_size: AtLeastOne = 32
+    """Rows per optimizer step."""
+    micro_batch_size: AtLeastOne = 8
+    """Rows per forward."""
+    max_length: AtLeastOne | None = None
+    """Tokens per row [default: 1024 or the model's limit]."""
+    fused: bool = False
+    """For --optimizer-mode fused."""
+    device: Name = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    gpu_memory: Positive | None = None
+    """Plan for a GPU with this many GB, which need not be here."""
+    host_memory: Positive | None = None
+    """Plan for this many GB of host memory [default: what is free]."""
+    tflops: Positive | None = None
+    """TFLOP/s of matrix products [default: measured]."""
+    link: Positive | None = None
+    """GB/s between host and GPU, each way [default: measured]."""
+    disk: Positive | None = None
+    """GB/s of the disk [default: measured]."""
+
+    def __post_init__(self) -> None:
+        if self.fused and self.batch_size > self.micro_batch_size:
+            raise SettingsError(
+                f"--fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} needs the gradients of "
+                "all of them first; set --micro-batch-size to --batch-size"
+            )

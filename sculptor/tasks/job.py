@@ -1,0 +1,201 @@
+"""The opened and checked inputs of a job, with everything that follows from them."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
+from sculptor.data.examples import Encoded, encode, resolve_max_length
+from sculptor.data.rows import read_rows
+from sculptor.errors import CapacityError, DataError, SettingsError
+from sculptor.methods.kinds import Kinds
+from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
+from sculptor.planning.footprints import Footprint, Workload, footprints
+from sculptor.planning.placement import choose, output_bytes, plan_archive
+from sculptor.progress import Progress, silent
+from sculptor.training.settings import Offload, TrainSettings
+from sculptor.training.stepping.optimizer import optimizer_on_host
+
+MEMORY_ROWS = 384
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TrainJob:
+    """Opened and checked inputs of a training.
+
+    Attributes:
+        settings: resolved.
+        encoded: the rows; `evaluation` those that choose the best parameters, if any.
+        name: of the task.
+        extra: openly trained parameter of the model -> tensor of the checkpoint.
+        placement: where its blocks are, and why.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    archive: Archive
+    settings: TrainSettings
+    data: tuple[str, ...]
+    encoded: Encoded
+    evaluation: Encoded | None
+    name: str
+    extra: Mapping[str, str]
+    placement: str = ""
+
+
+def open_job(
+    model: str | Path,
+    subspaces: str | Path,
+    data: Sequence[str | Path],
+    eval_data: Sequence[str | Path],
+    settings: TrainSettings,
+    rules: Kinds | None,
+    progress: Progress,
+) -> TrainJob:
+    """Opens and checks everything that a training reads, before any work.
+
+    Raises:
+        SculptorError: if an input cannot be used, or a setting does not go with it.
+    """
+    checkpoint = open_checkpoint(model)
+    architecture = inspect_architecture(checkpoint)
+    check_head(checkpoint, architecture)
+    archive = Archive(subspaces, rules=rules)
+    if not archive.open_names:
+        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    settings = resolve_settings(settings, archive)  # refuses before any work
+    archive.check_base(checkpoint, progress)
+    tokenizer = load_tokenizer(checkpoint, architecture.kind)
+    settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
+    assert settings.max_length is not None
+    files = tuple(map(str, data))
+    if not files:
+        raise DataError("no data: pass at least one file")
+    kind, size = architecture.kind, architecture.vocab_size
+    encoded = encode(read_rows(files, settings.max_rows), tokenizer, kind, settings.max_length, size)
+    evaluation = None
+    if eval_data:
+        evaluation = encode(read_rows(tuple(map(str, eval_data))), tokenizer, kind, settings.max_length, size)
+    extra = _select_extra(architecture, archive, settings.also_train)
+    name = Path(files[0]).stem if Path(files[0]).stem != "train" else Path(files[0]).resolve().parent.name
+    return TrainJob(checkpoint, architecture, archive, settings, files, encoded, evaluation, name, extra)
+
+
+def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings:
+    """The settings with the defaults that depend on the archive filled in.
+
+    Raises:
+        SettingsError: if the archive cannot go on like that, or a setting would have no effect.
+    """
+    method = archive.method
+    basis = f"an archive with basis {method.terms.basis}"
+    carry = settings.carry or method.carries[0]
+    if carry not in method.carries:
+        raise SettingsError(f"--carry {carry}: {basis} goes on by {' or '.join(method.carries)}")
+    measures = method.measures("carry", carry) != "nothing"
+    faults = {
+        "--soften": bool(settings.soften) and method.defaults.soften is None,
+        "--memory-rows": settings.memory_rows is not None and not measures,
+        "--memory-weight": settings.memory_weight is not None and not measures,
+    }
+    idle = [option for option, is_fault in faults.items() if is_fault]
+    if idle:
+        how = "has no moments" if method.measures("carry", method.carries[0]) == "nothing" else f"goes on by {carry}"
+        raise SettingsError(
+            f"{', '.join(idle)} without effect: {basis} {how}; analyze with --basis inputs or curvature"
+        )
+    rate = None if settings.learning_rate is not None else method.defaults.relative_rate
+    return replace(
+        settings,
+        carry=carry,
+        relative_rate=settings.relative_rate or rate,
+        soften=(method.defaults.soften or 0.0) if settings.soften is None else settings.soften,
+        memory_rows=settings.memory_rows or MEMORY_ROWS,
+        memory_weight=settings.memory_weight or 1.0,
+    )
+
+
+def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequence[str]) -> dict[str, str]:
+    """Openly trained parameters: parameter of the model -> tensor of the checkpoint."""
+    protected = {record.tensor for record in archive.values()}
+    candidates = {
+        parameter: name
+        for parameter, name in architecture.tensors.items()
+        if name not in protected and parameter in architecture.parameters
+    }
+    chosen: dict[str, str] = {}
+    for pattern in patterns:
+        found = {
+            p: name for p, name in candidates.items() if fnmatch.fnmatchcase(p, pattern) or pattern in p.split(".")
+        }
+        if not found:
+            raise SettingsError(
+                f"--also-train {pattern!r} matches no unprotected parameter; use a glob on names like {next(iter(candidates))}"
+            )
+        chosen |= found
+    return chosen
+
+
+def cast_to(settings: TrainSettings) -> torch.dtype | None:
+    """Dtype of every tensor of the merged checkpoint; None if each keeps its own."""
+    return None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
+
+
+def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
+    """What each way of training would take."""
+    settings, examples = job.settings, job.encoded.examples
+    longest = max((example.length for example in examples), default=1)
+    rows = min(settings.batch_size, max(1, len(examples)))
+    micro = min(settings.micro_batch_size, rows)
+    assert settings.carry is not None
+    steps = settings.total_steps(-(-len(examples) // rows))
+    work = Workload(
+        tokens=rows * longest,
+        micro_batches=-(-rows // micro),
+        fused=settings.optimizer_mode == "fused",
+        keep_inputs=settings.offload_inputs is False,
+        on_host=optimizer_on_host(settings, "cpu", device),
+        recompute=device.type == "cuda" if settings.checkpoint_activations is None else settings.checkpoint_activations,
+        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
+        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
+        saves=-(-steps // settings.steps_between_saves(steps)),
+        evaluates=job.evaluation is not None,
+        row=longest,
+        micro_rows=micro,
+    )
+    return footprints(job.checkpoint, job.architecture, plan_archive(job.archive, job.architecture), device, work)
+
+
+def open_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    architecture: Architecture,
+    offload: Offload,
+    *,
+    tokens: int = 2048,
+    progress: Progress = silent,
+) -> LoadedModel:
+    """A model that is only read: resident, or streamed where it does not fit.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where to compute.
+        architecture: of the checkpoint.
+        offload: as for training.
+        tokens: of a forward pass.
+        progress: makes progress bars.
+
+    Raises:
+        SettingsError: if it does not fit.
+    """
+    plans = footprints(checkpoint, architecture, (), device, Workload(tokens, 1, keep_inputs=True))
+    plan, _ = choose(plans, device, offload, checkpoint.path)
+    if plan.offload in ("cpu", "disk"):
+        return load_streamed(checkpoint, device, plan.offload, architecture, keep_inputs=True, progress=progress)
+    return load_model(checkpoint, device, architecture)

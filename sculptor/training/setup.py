@@ -1,0 +1,130 @@
+"""A checkpoint made ready for training: resident, or streamed from host memory or disk."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.staging import writing
+from sculptor.errors import SettingsError
+from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, load_streamed
+from sculptor.numerics.rounding import rms
+from sculptor.progress import Progress
+from sculptor.training.protect import attach_coordinates, protected_blocks
+from sculptor.training.rates import peak_rates
+from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
+from sculptor.training.stepping.streamed import StreamedUpdates
+from sculptor.training.stepping.updates import Updates
+
+
+def prepare_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    archive: Archive,
+    settings: TrainSettings,
+    extra: Sequence[str],
+    device: torch.device,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[LoadedModel, Updates]:
+    """The model with its protected matrices and what else is trained, as the settings' `offload` says.
+
+    Args:
+        checkpoint: where the weights are, `architecture` of it.
+        archive: bound to it.
+        settings: resolved; `offload` is not auto.
+        extra: openly trained parameters.
+        device: where to compute.
+        scratch: directory for what waits on disk; emptied.
+        progress: makes progress bars.
+    """
+    with writing(scratch):
+        shutil.rmtree(scratch, ignore_errors=True)
+    if settings.offload == "none":
+        return _prepare_resident(checkpoint, architecture, archive, settings, extra, device)
+    assert settings.offload != "auto"
+    keep = None if settings.offload_inputs is None else not settings.offload_inputs
+    loaded = load_streamed(
+        checkpoint,
+        device,
+        settings.offload,
+        architecture,
+        scratch=scratch,
+        trained=trained_dtypes(architecture, archive, device),
+        resident=frozenset(extra),
+        keep_inputs=keep,
+        progress=progress,
+    )
+    return loaded, streamed_updates(loaded, archive, _open_extra(loaded, extra), settings, progress)
+
+
+def trained_dtypes(architecture: Architecture, archive: Archive, device: torch.device) -> dict[str, torch.dtype]:
+    """Parameters that training changes, and what they are computed in."""
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    open_names = set(archive.open_names)
+    return {target.parameter: compute for target in architecture.targets if target.name in open_names}
+
+
+def streamed_updates(
+    loaded: LoadedModel,
+    archive: Archive,
+    extra: Mapping[str, nn.Parameter],
+    settings: TrainSettings,
+    progress: Progress,
+) -> StreamedUpdates:
+    """The optimizer of a streamed model; if that fails, the model's memory is given back.
+
+    Raises:
+        SettingsError: if the host does not give enough memory.
+    """
+    assert loaded.stream is not None
+    peaks = peak_rates(settings, archive, {name: rms(value) for name, value in extra.items()})
+    bar = progress(total=len(loaded.stream.paths), desc="prepare", unit="block")
+    try:
+        return StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
+    except BaseException as cause:
+        loaded.stream.close()
+        if isinstance(cause, MemoryError):
+            raise SettingsError(f"--offload {settings.offload}: {cause}; use --offload disk") from cause
+        raise
+    finally:
+        bar.close()
+
+
+def _prepare_resident(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    archive: Archive,
+    settings: TrainSettings,
+    extra: Sequence[str],
+    device: torch.device,
+) -> tuple[LoadedModel, Updates]:
+    loaded = load_model(checkpoint, device, architecture)
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else None
+    attach_coordinates(loaded.model, archive, compute_dtype=dtype, fold="manual", soften=settings.soften or 0.0)
+    opened = _open_extra(loaded, extra)
+    recompute = on_gpu if settings.checkpoint_activations is None else settings.checkpoint_activations
+    if recompute:
+        checkpoint_activations(loaded.model)
+    parameters = TrainedParameters(tuple(protected_blocks(loaded.model)), opened)
+    peaks = peak_rates(settings, archive, {name: rms(value) for name, value in opened.items()})
+    return loaded, ResidentUpdates(parameters, peaks, settings, device)
+
+
+def _open_extra(loaded: LoadedModel, extra: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Opens what else is trained, in float32."""
+    opened: dict[str, nn.Parameter] = {}
+    for parameter in extra:
+        value = loaded.model.get_parameter(parameter)
+        if not value.requires_grad:  # a tied one comes under several names and is trained once
+            value.data = value.data.to(torch.float32)
+            value.requires_grad_(True)
+            opened[parameter] = value
+    return opened

@@ -1,0 +1,1 @@
+"""What an optimizer step is: all on the device, or one block at a time, behind one interface."""

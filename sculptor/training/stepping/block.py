@@ -1,0 +1,334 @@
+"""One block's matrices in streamed training: where their things wait, and how they are laid out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sculptor.archive.manifest import MatrixRecord
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.orientation import as_out_in
+from sculptor.errors import CapacityError, SettingsError
+from sculptor.methods.rule import Tensors
+from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.layout import Layout
+from sculptor.streaming.regions import HostRegion, Region
+from sculptor.streaming.weights import TensorFiles
+from sculptor.training.coordinates import folded_weight, prepare_training
+from sculptor.training.rates import peak_rate
+from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer, set_rates
+from sculptor.training.stepping.updates import RateOf
+
+
+class Stage(Enum):
+    """Where a block stands between two updates; one follows the other, the last the first."""
+
+    CURRENT = auto()  # what waits is up to date
+    OPEN = auto()  # its gradients are appearing
+    COLLECTED = auto()  # gradients of this step wait
+    DUE = auto()  # the step was taken: it is updated when it is next fetched
+    REPLACED = auto()  # its coordinates were replaced: it is folded when it is next fetched
+
+
+class Due(NamedTuple):
+    """An update: the rates of its step, and the matrices that a gradient has reached."""
+
+    rate_of: RateOf
+    touched: frozenset[str]
+
+
+@dataclass(eq=False, slots=True)
+class StreamedMatrix:
+    """One matrix with free pairs.
+
+    Attributes:
+        record: of the archive, `parameter_name` the parameter of the model.
+        bases: which of the block's bases its rule's tensors are.
+        keys: the names of its coordinates A, as they are saved.
+        coordinates: A, holding nothing while they wait.
+        optimizer: AdamW over them alone.
+        state: of A and its moments, as they lie together in the block's state, from byte `state_start` on.
+        gradients: of the gradients of A, from byte `gradient_start` of the block's on.
+        pristine: W0 as the checkpoint stores it, from byte `pristine_start` of the block's on.
+        touched: whether a gradient has reached it in this step: what none reaches is not stepped.
+    """
+
+    record: MatrixRecord
+    parameter: nn.Parameter
+    parameter_name: str
+    bases: dict[str, str]
+    fingerprint: list[float]
+    keys: list[str]
+    coordinates: list[nn.Parameter]
+    optimizer: torch.optim.AdamW
+    state: Layout
+    gradients: Layout
+    pristine: Layout
+    state_start: int = 0
+    gradient_start: int = 0
+    pristine_start: int = 0
+    touched: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the matrix."""
+        return self.record.name
+
+    @property
+    def num_coordinate_bytes(self) -> int:
+        """Of A, which comes first in the state."""
+        return self.state[self.keys[0] + "." + MOMENTS[0]].start
+
+    def num_bytes(self, stepping: bool) -> int:
+        """What an update on the device brings there: to fold A and the pristine weight, to step moments and gradients too."""
+        state = self.state.num_bytes + self.gradients.num_bytes if stepping else self.num_coordinate_bytes
+        return state + self.pristine.num_bytes
+
+    def views(self, memory: Tensor, stepping: bool) -> dict[str, Tensor]:
+        """All of it, by name: A, `pristine`, and to step `A.exp_avg`, `A.exp_avg_sq`, `A.grad`."""
+        found = self.pristine.views(memory[self.num_bytes(stepping) - self.pristine.num_bytes :])
+        if not stepping:
+            return found | {key: self.state.view(memory, key) for key in self.keys}
+        return found | self.state.views(memory) | self.gradient_views(memory[self.state.num_bytes :])
+
+    def gradient_views(self, memory: Tensor) -> dict[str, Tensor]:
+        """Gradients, by the name of their coordinates and `.grad`."""
+        return {key + ".grad": view for key, view in self.gradients.views(memory).items()}
+
+    def load(self, block: "StreamedBlock", files: TensorFiles, memory: Tensor, stepping: bool, gradients: bool) -> None:
+        """Fills device memory from where things wait, on the current stream."""
+        state = self.state.num_bytes if stepping else self.num_coordinate_bytes
+        block.state.load(memory[:state], self.state_start)
+        if stepping and gradients:
+            block.gradients.load(memory[state : state + self.gradients.num_bytes], self.gradient_start)
+        pristine = memory[self.num_bytes(stepping) - self.pristine.num_bytes : self.num_bytes(stepping)]
+        if block.pristine is not None:
+            block.pristine.load(pristine, self.pristine_start)
+        else:
+            files.read(self.record, self.pristine.view(pristine, "pristine"))
+
+    def fold(self, tensors: Tensors, views: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight that the model computes with."""
+        coordinates = [views[key] for key in self.keys]
+        transposed = self.record.transposed
+        return folded_weight(self.record.rule, tensors, coordinates, views["pristine"], transposed, dtype)
+
+    def project(self, tensors: Tensors, views: Mapping[str, Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of A; `views` hold A and W0 where the rule reads them."""
+        transposed = self.record.transposed
+        weight = as_out_in(views["pristine"], transposed) if views else gradient.new_empty(0)
+        coordinates = [views[key] for key in self.keys] if views else []
+        return self.record.rule.project(weight, tensors, coordinates, as_out_in(gradient, transposed))
+
+    def step(self, views: Mapping[str, Tensor], rate_of: RateOf, divisor: Tensor | None) -> None:
+        """AdamW, in place, on views that are the optimizer's only for now; gradients are divided by `divisor` first."""
+        if divisor is not None and divisor.device.type == "cpu" and float(divisor) == 1:
+            divisor = None  # saves writing gradients again: memory is what AdamW on the host waits for
+        for key, a in zip(self.keys, self.coordinates, strict=True):
+            a.data = views[key]
+            a.grad = views[key + ".grad"]
+            kept = self.optimizer.state[a]
+            if "step" not in kept:
+                kept["step"] = torch.zeros((), dtype=torch.float32, device=a.device)
+            kept |= {moment: views[f"{key}.{moment}"] for moment in MOMENTS}
+        set_rates(self.optimizer, rate_of)
+        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # as GradScaler has it: no passage of its own
+        self.optimizer.step()
+        for a in self.coordinates:
+            a.data, a.grad = a.data.new_empty(0), None
+            for moment in MOMENTS:
+                del self.optimizer.state[a][moment]
+
+    def store_state(self, block: "StreamedBlock", memory: Tensor) -> None:
+        """Keeps A and its moments, on the current stream."""
+        block.state.store(memory[: self.state.num_bytes], self.state_start)
+
+
+@dataclass(eq=False, slots=True)
+class StreamedBlock:
+    """The matrices of one block, and the regions where their things wait, matrix after matrix.
+
+    `pristine` is None where W0 is read from the checkpoint; `norms` are those of the step's gradients, by coordinate, and
+    `divisors` what gradients are divided by in a fused update, by matrix, kept until it is over. `stage` is where the
+    block stands, `due` the update that it is to have.
+    """
+
+    matrices: list[StreamedMatrix]
+    bases_layout: Layout
+    state_layout: Layout
+    gradient_layout: Layout
+    bases: Region
+    state: Region
+    gradients: Region
+    pristine: Region | None
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    divisors: dict[str, Tensor] = field(default_factory=dict)
+    stage: Stage = Stage.CURRENT
+    due: Due | None = None
+
+    @property
+    def num_coordinates(self) -> int:
+        """How many numbers are trained."""
+        return sum(torch.Size(shape).numel() for matrix in self.matrices for shape in matrix.record.rule.shapes)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients of this step wait."""
+        return any(matrix.touched for matrix in self.matrices)
+
+    def touched(self) -> frozenset[str]:
+        """The matrices that a gradient has reached in this step."""
+        return frozenset(matrix.name for matrix in self.matrices if matrix.touched)
+
+    def take_step(self, rate_of: RateOf, updated: bool) -> bool:
+        """The step is over: whether an update is due; none is if there are no gradients, or it was made already."""
+        due = self.stage in (Stage.COLLECTED, Stage.OPEN) and self.has_gradients and not updated
+        if due:
+            self.stage, self.due = Stage.DUE, Due(rate_of, self.touched())
+        elif self.stage in (Stage.COLLECTED, Stage.OPEN):
+            self.stage = Stage.CURRENT
+        self.norms.clear()
+        for matrix in self.matrices:
+            matrix.touched = False
+        return due
+
+    def tensors(self, matrix: StreamedMatrix, memory: Tensor) -> Tensors:
+        """A matrix's tensors in device memory that holds the block's bases."""
+        return {key: self.bases_layout.view(memory, name) for key, name in matrix.bases.items()}
+
+    def load_state(self, saved: Mapping[str, Tensor], optimizer: bool) -> None:
+        """Puts back A, and with `optimizer` its moments, as far as they were saved."""
+        for matrix in self.matrices:
+            for key, a in zip(matrix.keys, matrix.coordinates, strict=True):
+                self._write(key, saved[key])
+                if not optimizer or f"{key}.step" not in saved:  # no gradient ever reached it
+                    continue
+                matrix.optimizer.state[a]["step"] = saved[f"{key}.step"].to(a.device)
+                for moment in MOMENTS:
+                    self._write(f"{key}.{moment}", saved[f"{key}.{moment}"])
+
+    def _write(self, name: str, value: Tensor) -> None:
+        self.state.store(value.contiguous().view(-1).view(torch.uint8), self.state_layout[name].start)
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+        for region in (self.bases, self.state, self.gradients, self.pristine):
+            if region is not None:
+                region.close()
+
+
+def prepare_block(
+    index: int,
+    stream: BlockStream,
+    archive: Archive,
+    names: Mapping[str, str],
+    settings: TrainSettings,
+    optimizer_device: torch.device,
+) -> StreamedBlock:
+    """Reads the bases of a block and makes room for everything else; coordinates begin at 0.
+
+    Args:
+        index: of the block.
+        stream: of the model.
+        archive: of its checkpoint.
+        names: matrix of the archive -> parameter of the model, for the matrices with free pairs.
+        settings: resolved settings.
+        optimizer_device: where AdamW runs.
+
+    Raises:
+        ArchiveError: if a basis is damaged.
+        MemoryError: if the host does not give enough memory.
+    """
+    known: dict[Any, Any] = {}
+    unique: dict[int, tuple[str, Tensor]] = {}  # a basis that several matrices read is there once
+    matrices = []
+    for name, parameter_name in names.items():
+        record = archive[name]
+        dtype = stream.layouts[index][parameter_name].dtype
+        prepared = prepare_training(archive.read(name), stream.device, dtype, settings.soften or 0.0, known)
+        bases = {}
+        for key, tensor in prepared.tensors.items():
+            bases[key] = unique.setdefault(tensor.data_ptr(), (str(len(unique)), tensor))[0]
+        keys = [f"{name}.A{i}" for i in range(len(record.rule.shapes))]
+        parameter = stream.parameters[index][parameter_name]
+        parameter.requires_grad_(True)
+        coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
+        entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
+        info = stream.weights.files.checkpoint.info_of(record)
+        group = Group(coordinates, peak_rate(settings, record), settings.weight_decay)
+        matrices.append(
+            StreamedMatrix(
+                record,
+                parameter,
+                parameter_name,
+                bases,
+                prepared.fingerprint,
+                keys,
+                coordinates,
+                make_optimizer([group], optimizer_device),
+                state=Layout(
+                    (key + suffix, dtype, shape)
+                    for suffix in ("", *("." + moment for moment in MOMENTS))
+                    for key, dtype, shape in entries
+                ),
+                gradients=Layout(entries),
+                pristine=Layout([("pristine", info.dtype, info.shape)]),
+            )
+        )
+    return _make_room(index, stream, matrices, dict(unique.values()))
+
+
+def _make_room(
+    index: int, stream: BlockStream, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
+) -> StreamedBlock:
+    state, gradients = (
+        Layout((name, place.dtype, place.shape) for part in parts for name, place in part.items())
+        for parts in ([matrix.state for matrix in matrices], [matrix.gradients for matrix in matrices])
+    )
+    at = 0
+    for matrix in matrices:
+        matrix.state_start, matrix.gradient_start = state[matrix.keys[0]].start, gradients[matrix.keys[0]].start
+        matrix.pristine_start = at
+        at += matrix.pristine.num_bytes
+    bases = Layout.of(tensors)
+    scratch, files = stream.weights.scratch, stream.weights.files
+    pristine = HostRegion(at, scratch.pinned) if scratch.tier == "cpu" else None
+    if pristine is not None:
+        for matrix in matrices:
+            files.read(matrix.record, matrix.pristine.view(pristine.memory[matrix.pristine_start :], "pristine"))
+    block = StreamedBlock(
+        matrices,
+        bases,
+        state,
+        gradients,
+        bases=scratch.region(f"bases-{index}", bases.num_bytes),
+        state=scratch.region(f"state-{index}", state.num_bytes),  # new memory and new files hold zeros
+        gradients=scratch.region(f"gradients-{index}", gradients.num_bytes),
+        pristine=pristine,
+    )
+    for name, tensor in tensors.items():
+        place = bases[name]
+        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), place.start)
+    if stream.device.type == "cuda":
+        torch.cuda.synchronize(stream.device)
+    return block
+
+
+def check_owners(archive: Archive, owners: Mapping[str, int]) -> None:
+    """Checks that every matrix with free pairs is trained with some block.
+
+    Raises:
+        CapacityError: if there are none.
+        SettingsError: if one is left out.
+    """
+    if not archive.open_names:
+        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    left = [name for name in archive.open_names if name not in owners]
+    if left:
+        raise SettingsError(
+            f"{archive.path}: {len(left)} matrices are not one block's own, first {left[0]}; use --offload none"
+        )

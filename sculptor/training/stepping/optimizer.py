@@ -1,0 +1,90 @@
+"""AdamW as every way of training uses it: groups, state by name, and what gradients are divided by."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.updates import RateOf
+
+BETAS = (0.9, 0.95)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Group(NamedTuple):
+    """Parameters that share a peak learning rate and a weight decay."""
+
+    parameters: Sequence[nn.Parameter]
+    peak: float
+    weight_decay: float = 0.0
+
+
+def make_optimizer(groups: Sequence[Group], device: torch.device) -> torch.optim.AdamW:
+    """Fused AdamW."""
+    made: list[dict[str, Any]] = [
+        {"params": list(group.parameters), "lr": group.peak, "peak": group.peak, "weight_decay": group.weight_decay}
+        for group in groups
+        if group.parameters
+    ]
+    return torch.optim.AdamW(made, lr=1.0, betas=BETAS, fused=device.type in ("cpu", "cuda"))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate_of: RateOf) -> None:
+    """Every group's rate for a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate_of(group["peak"])
+
+
+def join_groups(groups: Sequence[Group]) -> list[Group]:
+    """Groups of the same peak and decay as one: fewer passes of the optimizer."""
+    joined: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in groups:
+        joined.setdefault((group.peak, group.weight_decay), []).extend(group.parameters)
+    return [Group(parameters, *key) for key, parameters in joined.items()]
+
+
+def extra_groups(extra: Mapping[str, nn.Parameter], peaks: Mapping[str, float]) -> list[Group]:
+    """Openly trained parameters, without weight decay."""
+    return join_groups([Group([value], peaks[name]) for name, value in extra.items()])
+
+
+def divisor(norm: Tensor, limit: float) -> Tensor:
+    """What gradients with this norm are divided by, so that it is at most `limit`.
+
+    As `torch.nn.utils.clip_grad_norm_` has it, the other way round: AdamW can divide gradients as it reads them.
+    """
+    return torch.clamp((norm + 1e-6) / limit, min=1.0)
+
+
+def with_state(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and what the optimizer keeps of each, by `<name>` and `<name>.<key>`."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        found[name] = parameter
+        for key, value in optimizer.state[parameter].items():
+            found[f"{name}.{key}"] = value
+    return found
+
+
+def load_state(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
+) -> None:
+    """The inverse, for the optimizer's part."""
+    for name, parameter in named.items():
+        for key in ("step", *MOMENTS):
+            if f"{name}.{key}" not in saved:  # no gradient ever reached it
+                continue
+            value = saved[f"{name}.{key}"]
+            # Fused AdamW keeps its step counter on the device, the others on the CPU.
+            on_device = key != "step" or optimizer.defaults["fused"]
+            optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
+
+
+def optimizer_on_host(settings: TrainSettings, tier: str, device: torch.device) -> bool:
+    """Whether AdamW runs in host memory: where the moments wait there, unless it runs within the backward pass."""
+    possible = tier == "cpu" and settings.optimizer_mode == "exact"
+    if settings.optimizer_on == "auto":
+        return possible and device.type == "cuda"
+    return possible and settings.optimizer_on == "host"

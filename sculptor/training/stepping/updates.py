@@ -1,0 +1,111 @@
+"""What the loop asks of an optimizer, wherever parameters and gradients are: `resident.py` and `streamed.py` answer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sculptor.archive.store import Archive
+from sculptor.edits.merge import Merged, merge_matrix
+from sculptor.training.settings import TrainSettings
+
+# The rate of a step, given the peak of a parameter's.
+RateOf = Callable[[float], float]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tensors:
+    """Tensors that are read one at a time: name -> (dtype, shape), and what reads one to the CPU."""
+
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    read: Callable[[str], Tensor]
+
+
+class Updates(ABC):
+    """The trained parameters, by name (coordinates are `<matrix>.A<i>`), and their optimizer.
+
+    Attributes:
+        extra: openly trained parameters of the model, by name.
+        settings: resolved settings.
+    """
+
+    extra: dict[str, nn.Parameter]
+    settings: TrainSettings
+
+    @property
+    @abstractmethod
+    def num_trainable(self) -> int:
+        """How many numbers are trained."""
+
+    @abstractmethod
+    def fingerprints(self) -> dict[str, list[float]]:
+        """Of the bases of every matrix: coordinates mean nothing in others."""
+
+    @abstractmethod
+    def begin(self, rate_of: RateOf) -> None:
+        """The backward pass of a micro-batch follows, in a step of these rates."""
+
+    @abstractmethod
+    def end_backward(self) -> None:
+        """It is over."""
+
+    @abstractmethod
+    def clip(self) -> float:
+        """Clips the gradients as the settings say; returns their norm before."""
+
+    @abstractmethod
+    def step(self, rate_of: RateOf) -> None:
+        """Changes the parameters, and forgets the gradients."""
+
+    @abstractmethod
+    def parameters(self) -> Tensors:
+        """The trained parameters as they are."""
+
+    @abstractmethod
+    def state(self) -> Tensors:
+        """The trained parameters and the optimizer's state."""
+
+    @abstractmethod
+    def load(self, saved: Mapping[str, Tensor], *, optimizer: bool) -> None:
+        """Puts back what `parameters`, or with `optimizer` what `state` gave."""
+
+    @abstractmethod
+    def coordinates(self, name: str) -> list[Tensor] | None:
+        """The coordinates of a matrix, on the device; None if it has none."""
+
+    def release_model(self) -> None:  # noqa: B027 - nothing that could go before the end
+        """Training is over: gives back what only a forward pass needs, not the trained values."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to do where nothing waits elsewhere
+        """Gives back the memory of everything; the parameters are gone."""
+
+
+def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
+    """Tensors that are all there."""
+    return Tensors(
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()},
+        lambda name: found[name].detach().cpu().contiguous(),
+    )
+
+
+def merge_trained(updates: Updates, archive: Archive, name: str, weight: Tensor, dtype: torch.dtype) -> Merged | None:
+    """A matrix as training leaves it, the tensor to save on the CPU; None if it was not trained.
+
+    Args:
+        updates: what trained it.
+        archive: that it was trained with.
+        name: of the matrix.
+        weight: W0 as stored.
+        dtype: to save in.
+
+    Raises:
+        TrainingError: if the bases complete differently than in training, or the sum does not fit the dtype.
+    """
+    coordinates = updates.coordinates(name)
+    if coordinates is None:
+        return None
+    soften, fingerprint = updates.settings.soften or 0.0, updates.fingerprints()[name]
+    made = merge_matrix(archive.read(name), coordinates, weight, dtype, soften=soften, fingerprint=fingerprint)
+    return made._replace(tensor=made.tensor.cpu())

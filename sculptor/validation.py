@@ -1,0 +1,198 @@
+"""What comes from outside, checked against the type of its field: JSON from disk, and settings. All faults in one line.
+
+Facts are frozen dataclasses with `__pydantic_config__ = STRICT`: made by us they cost nothing, read from JSON (`read_json`)
+types, ranges, finite numbers and names are checked, and nothing unknown passes. Settings (`settings`) are checked
+whenever they are made, since people make them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+import pydantic_core
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from sculptor.errors import SculptorError, SettingsError
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+MAX_JSON_BYTES = 2**30
+_MAX_LISTED = 4
+_MAX_SHOWN = 60
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e30)]
+NotNegative = Annotated[float, Field(ge=0, le=1e30)]
+Finite = Annotated[float, Field(ge=-1e30, le=1e30)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+AtLeastOne = Annotated[int, Field(ge=1, le=2**53)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# One line of text: no control characters.
+Name = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Text = Annotated[str, Field(max_length=100_000)]
+FileName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FloatDtype = Literal["float64", "float32", "bfloat16", "float16"]
+# Paths are taken where texts are, lists where tuples are, and one where there may be several: people have all of these.
+Texts = Annotated[
+    tuple[Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Off:
+    """Metadata of a switch: the option that turns it off."""
+
+    name: str
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose values are checked when it is made; its fields' docstrings are the help of its options.
+
+    A fault is a SettingsError that names the option.
+    """
+    made: Any = checked_dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)(cls)
+    make = made.__init__
+
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            make(self, **values)
+        except ValidationError as error:
+            raise SettingsError("; ".join(map(_option_fault, error.errors(include_url=False)))) from None
+
+    made.__init__ = __init__
+    result: type[T] = made
+    return result
+
+
+def option(name: str) -> str:
+    """How the command line calls a field."""
+    return "--" + name.replace("_", "-")
+
+
+def read_json(
+    cls: type[T], text: bytes | str, where: object, error: type[SculptorError], remedy: str, **context: Any
+) -> T:
+    """JSON as a value of a checked type.
+
+    Args:
+        cls: a dataclass of facts.
+        text: the JSON.
+        where: names the file in messages.
+        error: what is raised.
+        remedy: what to do, the end of the message.
+        context: for validators of fields.
+
+    Raises:
+        error: with all faults, in one line.
+    """
+    try:
+        return TypeAdapter(cls).validate_json(text, context=context)
+    except ValidationError as cause:
+        raise error(f"{where}: damaged ({faults(cause)}); {remedy}") from None
+    except RecursionError:
+        raise error(f"{where}: damaged (nested too deeply); {remedy}") from None
+
+
+def read_file(path: Path, error: type[SculptorError], remedy: str) -> bytes:
+    """The bytes of a JSON file.
+
+    Raises:
+        error: if it cannot be read or is far too large.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise error(f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {remedy}")
+        return path.read_bytes()
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror or cause}); {remedy}") from cause
+
+
+def parse(text: bytes, where: object, error: type[SculptorError], remedy: str) -> dict[str, Any]:
+    """JSON as a plain object: finite numbers only, not nested without end.
+
+    Raises:
+        error: if it is anything else.
+    """
+    try:
+        content = pydantic_core.from_json(text, allow_inf_nan=False)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{where}: damaged ({_short(str(cause))}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise error(f"{where}: damaged (expected a JSON object, found {type(content).__name__}); {remedy}")
+    return content
+
+
+def sign(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order and spacing it is written in."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def faults(error: ValidationError) -> str:
+    """What is wrong, in a line: the first few faults with their places."""
+    found = error.errors(include_url=False)
+    shown = [f"{'.'.join(map(_place, item['loc'])) or 'content'}: {_reason(item)}" for item in found[:_MAX_LISTED]]
+    return "; ".join(shown) + (f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else "")
+
+
+def _place(part: int | str) -> str:
+    text = str(part)
+    return text if text.isidentifier() or text.isdigit() else ascii(_short(text))
+
+
+def _option_fault(item: Mapping[str, Any]) -> str:
+    if item["type"] == "value_error":  # of __post_init__: complete as it is
+        return str(item["ctx"]["error"])
+    place = item["loc"]
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown setting {place[0]!r}" if place else "unknown setting"
+    return f"{option(str(place[0])) if place else 'settings'} {_value(item)}: {_reason(item)}"
+
+
+def _value(item: Mapping[str, Any]) -> str:
+    return _short(str(item["input"]))
+
+
+def _reason(item: Mapping[str, Any]) -> str:
+    """One fault in words: found against expected."""
+    context = item.get("ctx", {})
+    bounds = {
+        "greater_than": "more than {gt}",
+        "greater_than_equal": "at least {ge}",
+        "less_than": "less than {lt}",
+        "less_than_equal": "at most {le}",
+        "finite_number": "a finite number",
+        "float_type": "a number",
+        "int_type": "a whole number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "tuple_type": "a list",
+        "string_pattern_mismatch": "another form",
+        "string_too_short": "some text",
+    }
+    if item["type"] in bounds:
+        return f"expected {bounds[item['type']].format(**context)}, found {_short(repr(item['input']))}"
+    if item["type"] == "literal_error":
+        return f"expected {context['expected']}, found {_short(repr(item['input']))}"
+    if item["type"] == "missing":
+        return "is missing"
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return "is unknown"
+    if item["type"] == "value_error":
+        return _short(str(context["error"]), 400)
+    return _short(str(item["msg"]))
+
+
+def _short(text: str, limit: int = _MAX_SHOWN) -> str:
+    """One line of printable text."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"

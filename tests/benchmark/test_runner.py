@@ -1,0 +1,567 @@
+"""A sequence of two tasks by every method: the matrix, the model, what resumes, and what is refused."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Result, save_checkpoint, task_rows, write_rows
+from safetensors.torch import load_file
+
+from sculptor import Archive
+from sculptor.benchmark.results import ContinualReport
+from sculptor.benchmark.runner import continual
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.errors import OutputError, Stopped
+from sculptor.evaluation.matrix import continual_metrics
+from sculptor.model.load import load_model
+from sculptor.progress import Bar, silent
+
+PLAN = """
+model = "base"
+watch = ["general.jsonl"]
+
+[analyze]
+basis = "curvature"
+data = ["general.jsonl"]
+budget = 0.7
+device = "cpu"
+
+[train]
+max_steps = 3
+batch_size = 8
+learning_rate = 1e-2
+save_every = 1
+device = "cpu"
+
+[evaluate]
+exact_match = false
+
+[adapter]
+rank = 2
+alpha = 4
+
+[[tasks]]
+name = "first"
+data = ["first.jsonl"]
+test = ["first-test.jsonl"]
+validation = ["second-test.jsonl"]
+
+[[tasks]]
+name = "second"
+data = ["second.jsonl"]
+test = ["second-test.jsonl"]
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A small model, two tasks with other labels, a general text and a plan."""
+    save_checkpoint(tmp_path / "base")
+    rows = task_rows(count=24)
+    turned = [{"prompt": row["prompt"], "completion": f"w{9 - int(row['completion'][1:])}"} for row in rows]
+    write_rows(tmp_path / "first.jsonl", rows[:16])
+    write_rows(tmp_path / "first-test.jsonl", rows[16:])
+    write_rows(tmp_path / "second.jsonl", turned[:16])
+    write_rows(tmp_path / "second-test.jsonl", turned[16:])
+    write_rows(tmp_path / "general.jsonl", task_rows("text", 6))
+    (tmp_path / "plan.toml").write_text(PLAN)
+    return tmp_path
+
+
+def run(cli: Callable[..., Result], place: Path, name: str, *more: object) -> Any:
+    found = cli("continual", place / "plan.toml", "-o", place / name, "--json", *more)
+    assert found.code == 0, found.err
+    return found.json
+
+
+def consistent(place: Path, name: str, report: Any, rows: int) -> None:
+    """Report, file and scores say the same, and the model is a checkpoint."""
+    output = place / name
+    written = json.loads((output / "continual.json").read_text())
+    assert {key: written[key] for key in report} == report
+    assert report["tasks"] == ["first", "second"]
+    assert len(report["matrix"]) == len(report["stages"]) == rows
+    assert all(len(row) == 2 for row in report["matrix"])
+    metric, sign = report["metric"], -1 if report["metric"] == "loss" else 1
+    for row, stage in zip(report["matrix"], report["stages"], strict=True):
+        assert row == [sign * stage["scores"][task][metric] for task in report["tasks"]]
+        assert all(score["exact_match"] is None for score in stage["scores"].values())
+    figures = continual_metrics(report["matrix"])
+    for key in ("average", "backward", "learning", "forward"):
+        assert report["metrics"][key] == getattr(figures, key)
+    general = [stage["watch_loss"] for stage in report["stages"]]
+    assert report["watch_rise"] == pytest.approx(general[-1] - general[0])
+    assert sorted(path.name for path in output.iterdir()) == ["continual.json", "model", "sculptor.json"]
+    assert not (place / f"{name}.partial").exists()
+    loaded = load_model(open_checkpoint(output / "model"), torch.device("cpu"))
+    assert loaded.architecture.model_class == "LlamaForCausalLM"
+    assert changed(place / "base", output / "model")
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+def changed(base: Path, model: Path) -> list[str]:
+    before, after = weights(base), weights(model)
+    assert before.keys() == after.keys()
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def figures_of(report: Any) -> Any:
+    """Everything but time."""
+    report = json.loads(json.dumps(report))
+    for stage in report["stages"]:
+        stage.pop("seconds")
+    return {key: value for key, value in report.items() if key not in ("output", "plan", "created_by")}
+
+
+def test_sculptor_follows_the_plan(cli: Callable[..., Result], place: Path) -> None:
+    report = run(cli, place, "out")
+    consistent(place, "out", report, 3)
+    assert (report["method"], report["basis"], report["split"], report["seed"]) == ("sculptor", "curvature", "test", 0)
+    assert [stage["name"] for stage in report["stages"]] == ["base", "first", "second"]
+    assert report["metric"] == "accuracy"
+    archive = Archive(place / "out" / "model" / "subspaces")
+    assert [task.name for task in archive.manifest.tasks] == ["analysis", "first", "second"]
+    assert archive.manifest.settings.basis == "curvature"
+    assert report["stages"][0]["archive_bytes"] is None
+    assert report["stages"][2]["archive_bytes"] == archive.num_bytes
+    assert set(changed(place / "base", place / "out" / "model")) == set(archive)
+
+
+def test_it_is_the_commands_one_after_another(cli: Callable[..., Result], place: Path) -> None:
+    run(cli, place, "out")
+    general = place / "general.jsonl"
+    more = ("--basis", "curvature", "--data", general, "--budget", 0.7, "--device", "cpu")
+    assert cli("analyze", place / "base", "-o", place / "archive", *more).code == 0
+    last = in_a_row(cli, place, place / "archive", "--save-every", 1)
+    same_weights(place / "out" / "model", last)
+    first, second = Archive(place / "out" / "model" / "subspaces"), Archive(last / "subspaces")
+    assert first.manifest.tensors == second.manifest.tensors
+    assert first.manifest.matrices == second.manifest.matrices
+
+
+def test_a_sequence_is_streamed_with_the_same_result(cli: Callable[..., Result], place: Path) -> None:
+    whole, streamed = run(cli, place, "out"), run(cli, place, "streamed", "--set", 'train.offload="disk"')
+    same_weights(place / "out" / "model", place / "streamed" / "model")
+    assert streamed["matrix"] == whole["matrix"]
+    assert streamed["watch_rise"] == whole["watch_rise"]
+
+
+def in_a_row(cli: Callable[..., Result], place: Path, archive: Path, *more: object) -> Path:
+    """`sculptor train` on both tasks."""
+    model = place / "base"
+    options = ("--max-steps", 3, "--batch-size", 8, "--learning-rate", "1e-2", "--device", "cpu", *more)
+    for task in ("first", "second"):
+        output = place / f"train-{task}"
+        data = place / f"{task}.jsonl"
+        found = cli("train", model, "--subspaces", archive, "--data", data, "-o", output, *options)
+        assert found.code == 0, found.err
+        model, archive = output, output / "subspaces"
+    return model
+
+
+def same_weights(first: Path, second: Path) -> None:
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_full_is_training_with_nothing_preserved(cli: Callable[..., Result], place: Path) -> None:
+    report = run(cli, place, "out", "--method", "full")
+    consistent(place, "out", report, 3)
+    assert report["basis"] is None
+    assert all(stage["archive_bytes"] is None for stage in report["stages"])
+    assert cli("analyze", place / "base", "-o", place / "archive", "--preserve", 0, "--device", "cpu").code == 0
+    same_weights(place / "out" / "model", in_a_row(cli, place, place / "archive", "--carry", "retake"))
+
+
+def test_joint_learns_everything_at_once(cli: Callable[..., Result], place: Path) -> None:
+    report = run(cli, place, "out", "--method", "joint")
+    consistent(place, "out", report, 2)
+    assert [stage["name"] for stage in report["stages"]] == ["base", "joint"]
+    assert report["metrics"] == {"average": sum(report["matrix"][1]) / 2} | dict.fromkeys(
+        ("backward", "learning", "forward")
+    )
+    # The same as one training on both files.
+    assert cli("analyze", place / "base", "-o", place / "archive", "--preserve", 0, "--device", "cpu").code == 0
+    options = ("--max-steps", 3, "--batch-size", 8, "--learning-rate", "1e-2", "--device", "cpu")
+    data = ("--data", place / "first.jsonl", "--data", place / "second.jsonl")
+    trained = cli("train", place / "base", "--subspaces", place / "archive", *data, "-o", place / "both", *options)
+    assert trained.code == 0, trained.err
+    same_weights(place / "out" / "model", place / "both")
+
+
+def test_random_directions_follow_the_seed(cli: Callable[..., Result], place: Path) -> None:
+    reports = [run(cli, place, f"out{i}", "--method", "random", "--seed", seed) for i, seed in enumerate((1, 1, 2))]
+    for i, report in enumerate(reports):
+        consistent(place, f"out{i}", report, 3)
+    assert reports[0]["basis"] == "random"
+    assert figures_of(reports[0]) == figures_of(reports[1])
+    same_weights(place / "out0" / "model", place / "out1" / "model")
+    assert changed(place / "out0" / "model", place / "out2" / "model")
+    archive = Archive(place / "out0" / "model" / "subspaces")
+    assert archive.manifest.settings.basis == "random"
+    assert archive.manifest.settings["preserve"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["lora", "olora", "osf"])
+def test_methods_of_peft(cli: Callable[..., Result], place: Path, method: str) -> None:
+    pytest.importorskip("peft")
+    report = run(cli, place, "out", "--method", method)
+    consistent(place, "out", report, 3)
+    again = run(cli, place, "again", "--method", method)
+    assert figures_of(report) == figures_of(again)
+    same_weights(place / "out" / "model", place / "again" / "model")
+    matrices = {name for name in weights(place / "base") if "_proj" in name}
+    assert set(changed(place / "base", place / "out" / "model")) == matrices
+    earlier = place / "out" / "model" / "earlier_adapters.safetensors"
+    assert earlier.exists() == (method == "olora")
+    if method == "olora":  # the A of both tasks, rank 2 each
+        stacked = load_file(earlier)
+        assert len(stacked) == len(matrices)
+        assert {a.shape[0] for a in stacked.values()} == {4}
+
+
+@pytest.mark.parametrize("method", ["lora", "olora"])
+def test_adapters_change_by_their_rank(cli: Callable[..., Result], place: Path, method: str) -> None:
+    """Two tasks of rank 2 each, merged, and nothing else."""
+    pytest.importorskip("peft")
+    run(cli, place, "out", "--method", method)
+    before, after = weights(place / "base"), weights(place / "out" / "model")
+    for name in changed(place / "base", place / "out" / "model"):
+        values = torch.linalg.svdvals((after[name] - before[name]).double())
+        assert float(values[4:].max()) < 1e-5 * float(values[0])
+
+
+def test_the_validation_split(cli: Callable[..., Result], place: Path) -> None:
+    found = cli("continual", place / "plan.toml", "-o", place / "out", "--split", "validation")
+    refused(found, "task second: no validation files in the plan", code=2)
+    nothing_left(place)
+    plan = PLAN + 'validation = ["first-test.jsonl"]\n'  # of the last task
+    (place / "plan.toml").write_text(plan)
+    swapped, plain = run(cli, place, "out", "--split", "validation"), run(cli, place, "plain")
+    assert swapped["split"] == "validation"
+    for one, other in zip(swapped["matrix"], plain["matrix"], strict=True):  # each task has the other's rows here
+        assert one == other[::-1]
+    same_weights(place / "out" / "model", place / "plain" / "model")
+
+
+def refused(found: Result, *needles: str, code: int = 1) -> None:
+    assert found.code == code, (found.code, found.err)
+    lines = found.err.strip().splitlines()
+    assert len(lines) == 1, found.err
+    assert all(needle in lines[0] for needle in needles), lines[0]
+
+
+def nothing_left(place: Path) -> None:
+    assert not (place / "out").exists()
+    assert not (place / "out.partial").exists()
+
+
+def test_an_output_that_exists_is_refused(cli: Callable[..., Result], place: Path) -> None:
+    run(cli, place, "out", "--method", "full")
+    before = (place / "out" / "continual.json").read_bytes()
+    refused(cli("continual", place / "plan.toml", "-o", place / "out"), "exists already", "--overwrite")
+    refused(cli("continual", place / "plan.toml", "-o", place / "out", "--resume"), "nothing to resume")
+    assert (place / "out" / "continual.json").read_bytes() == before
+    report = run(cli, place, "out", "--overwrite", "--method", "joint")
+    consistent(place, "out", report, 2)
+
+
+@pytest.mark.parametrize("name", ["base", "first.jsonl", "plan.toml"])
+def test_an_input_is_no_output(cli: Callable[..., Result], place: Path, name: str) -> None:
+    before = sorted(path.name for path in place.iterdir())
+    refused(cli("continual", place / "plan.toml", "-o", place / name, "--overwrite"), "is or holds the input")
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_overwriting_spares_calibration_rows(cli: Callable[..., Result], place: Path) -> None:
+    """`analyze.data` is an input like any other."""
+    run(cli, place, "out", "--method", "full")
+    rows = place / "out" / "calibration.jsonl"
+    write_rows(rows, task_rows("text", 4))
+    found = cli(
+        "continual",
+        place / "plan.toml",
+        "-o",
+        place / "out",
+        "--overwrite",
+        "--set",
+        'analyze.data=["out/calibration.jsonl"]',
+    )
+    refused(found, "is or holds the input")
+    assert rows.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "needles"),
+    [
+        (("--set", "train.learning_rate=-1"), 2, ("plan.toml [train]", "--learning-rate -1")),
+        (("--set", "trian.learning_rate=1"), 2, ("unknown 'trian'",)),
+        (("--set", "general=['nowhere.jsonl']"), 1, ("nowhere.jsonl", "no such data file")),
+        (("--set", "model=nowhere"), 1, ("nowhere",)),
+        (("--method", "sculpter"), 2, ("sculpter",)),
+    ],
+)
+def test_wrong_plans_leave_nothing(
+    cli: Callable[..., Result], place: Path, more: tuple[str, ...], code: int, needles: tuple[str, ...]
+) -> None:
+    refused(cli("continual", place / "plan.toml", "-o", place / "out", *more), *needles, code=code)
+    nothing_left(place)
+
+
+def test_overrides_change_the_run(cli: Callable[..., Result], place: Path) -> None:
+    more = ("--set", "train.max_steps=1", "--set", "evaluate.exact_match=true", "--set", "general=[]")
+    report = run(cli, place, "out", *more)
+    written = json.loads((place / "out" / "continual.json").read_text())
+    assert written["plan"]["train"]["max_steps"] == 1
+    assert report["watch_rise"] is None
+    assert all(score["exact_match"] is not None for stage in report["stages"] for score in stage["scores"].values())
+
+
+@pytest.mark.parametrize("section", ["train", "analyze"])
+def test_a_seed_in_the_plan_is_not_silently_dropped(cli: Callable[..., Result], place: Path, section: str) -> None:
+    """`--seed` sets both; a plan's own is used, or refused with a word."""
+    found = cli("continual", place / "plan.toml", "-o", place / "out", "--set", f"{section}.seed=5")
+    if found.code:
+        refused(found, "seed", code=2)
+    else:
+        written = json.loads((place / "out" / "continual.json").read_text())
+        assert written["plan"][section]["seed"] == 5
+
+
+def test_what_is_decided_for_a_run_is_said(cli: Callable[..., Result], place: Path) -> None:
+    arguments = ("continual", place / "plan.toml", "--method", "full", "--set", "train.optimizer_on=host")
+    found = cli(*arguments, "-o", place / "out", "--set", "train.soften=1", "--set", "train.memory_rows=2")
+    assert found.code == 0, found.err
+    first, *rest = found.err.splitlines()
+    assert first == "without effect with --method full: train.soften, train.memory_rows"
+    assert [line.split(":")[0] for line in rest] == ["first", "second"]
+    assert all("--offload auto picks none" in line and "--optimizer-on" in line for line in rest)
+    quiet = cli("continual", place / "plan.toml", "-o", place / "second", "--set", "train.soften=1")
+    assert (quiet.code, quiet.err) == (0, "")
+
+
+def test_a_task_s_own_learning_rate(cli: Callable[..., Result], place: Path) -> None:
+    (place / "plan.toml").write_text(PLAN + "learning_rate = 3e-3\n")
+    run(cli, place, "out", "--method", "full")
+    record = json.loads((place / "out" / "model" / "sculptor.json").read_text())
+    assert record["settings"]["learning_rate"] == 3e-3
+
+
+def test_answers_that_are_no_labels_are_compared_by_loss(cli: Callable[..., Result], place: Path) -> None:
+    """More distinct completions than can be labels, and no generation: the loss, turned so that more is better."""
+    rows = [{"prompt": f"w{i}", "completion": f"w{i} w{(7 * i) % 40}"} for i in range(36)]
+    write_rows(place / "first-test.jsonl", rows)
+    report = run(cli, place, "out", "--method", "full")
+    consistent(place, "out", report, 3)
+    assert report["metric"] == "loss"
+    assert all(value < 0 for row in report["matrix"] for value in row)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_of_the_matrix(cli: Callable[..., Result], place: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    picture = place / f"matrix.{suffix}"
+    found = cli("continual", place / "plan.toml", "-o", place / "out", "--method", "full", "--plot", picture)
+    assert found.code == 0, found.err
+    assert picture.read_bytes()[:4] == {"png": b"\x89PNG", "svg": b"<?xm"}[suffix]
+    assert all(word in found.out for word in ("first", "second", "base"))
+    before = picture.read_bytes()
+    again = cli("continual", place / "plan.toml", "-o", place / "other", "--method", "full", "--plot", picture)
+    refused(again, "exists already")
+    assert picture.read_bytes() == before
+    assert not (place / "other").exists()
+
+
+def test_an_unknown_picture_format_is_refused_first(cli: Callable[..., Result], place: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = cli("continual", place / "plan.toml", "-o", place / "out", "--plot", place / "matrix.xyz")
+    refused(found, "unknown picture format '.xyz'", code=2)
+    nothing_left(place)
+
+
+class StopAt:
+    """Asks for the end at the given training step of the whole run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.polls = 0
+
+    def __call__(self) -> int | None:
+        self.polls += 1
+        return signal.SIGTERM if self.polls == self.step else None
+
+
+def continue_after(place: Path, name: str, method: Any, *steps: int) -> ContinualReport:
+    """Stops a run at some steps, each counted from the start before, and goes on until it is done."""
+    for i, step in enumerate(steps):
+        with pytest.raises(Stopped) as stopped:
+            continual(place / "plan.toml", place / name, method=method, resume=i > 0, stop=StopAt(step))
+        assert stopped.value.exit_code == 128 + signal.SIGTERM
+        assert not (place / name).exists()
+        assert (place / f"{name}.partial" / "scores.json").is_file()
+    return continual(place / "plan.toml", place / name, method=method, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ("sculptor", (5,)),  # in the second task
+        ("sculptor", (2, 3)),  # in the first, and in the second
+        ("random", (4,)),
+        ("full", (5,)),
+        ("full", (1, 1)),
+        ("joint", (2,)),
+        ("lora", (5,)),
+        ("olora", (5,)),
+        ("osf", (4,)),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_end(place: Path, method: Any, steps: tuple[int, ...]) -> None:
+    if method in ("lora", "olora", "osf"):
+        pytest.importorskip("peft")
+    whole = continual(place / "plan.toml", place / "whole", method=method)
+    same_end(place, whole, continue_after(place, "cut", method, *steps))
+
+
+def same_end(place: Path, whole: ContinualReport, resumed: ContinualReport) -> None:
+    """The same figures, and the same bytes of weights and bases."""
+    assert resumed.matrix == whole.matrix
+    assert resumed.metrics == whole.metrics
+    assert resumed.watch_rise == whole.watch_rise
+    assert [stage.scores for stage in resumed.stages] == [stage.scores for stage in whole.stages]
+    assert [stage.archive_bytes for stage in resumed.stages] == [stage.archive_bytes for stage in whole.stages]
+    files = [sorted(p.relative_to(place / n) for p in (place / n).rglob("*")) for n in ("whole", "cut")]
+    assert files[0] == files[1]
+    for file in files[0]:
+        if file.suffix == ".safetensors":
+            assert (place / "whole" / file).read_bytes() == (place / "cut" / file).read_bytes(), file
+    if (place / "whole" / "model" / "subspaces").is_dir():
+        archives = [Archive(place / name / "model" / "subspaces") for name in ("whole", "cut")]
+        assert archives[0].manifest.matrices == archives[1].manifest.matrices
+    assert not (place / "cut.partial").exists()
+
+
+class CutAt:
+    """Progress bars, of which the given one ends the run as a kill would: nothing is saved then."""
+
+    def __init__(self, desc: str, count: int) -> None:
+        self.desc, self.left = desc, count
+
+    def __call__(self, *, total: int, desc: str, unit: str, initial: int = 0) -> Bar:
+        if desc == self.desc:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+        return silent(total=total, desc=desc, unit=unit, initial=initial)
+
+
+@pytest.mark.parametrize(
+    ("method", "desc", "count"),
+    [
+        ("sculptor", "evaluate", 2),  # the base
+        ("sculptor", "calibrate", 1),  # the first archive
+        ("sculptor", "write", 1),  # the first model
+        ("sculptor", "calibrate", 2),  # its moments
+        ("sculptor", "evaluate", 5),  # after the first task
+        ("sculptor", "calibrate", 3),  # the last task's moments
+        ("sculptor", "evaluate", 9),  # after the last
+        ("full", "analyze", 2),
+        ("full", "evaluate", 5),
+        ("olora", "write", 2),
+        ("olora", "evaluate", 8),
+    ],
+)
+def test_a_run_cut_anywhere_goes_on_to_the_same_end(place: Path, method: Any, desc: str, count: int) -> None:
+    if method == "olora":
+        pytest.importorskip("peft")
+    whole = continual(place / "plan.toml", place / "whole", method=method)
+    with pytest.raises(KeyboardInterrupt):
+        continual(place / "plan.toml", place / "cut", method=method, progress=CutAt(desc, count))
+    assert not (place / "cut").exists()
+    same_end(place, whole, continual(place / "plan.toml", place / "cut", method=method, resume=True))
+
+
+def test_a_stopped_run_is_not_started_over_by_mistake(place: Path) -> None:
+    plan = place / "plan.toml"
+    with pytest.raises(Stopped):
+        continual(plan, place / "cut", method="full", stop=StopAt(5))
+    with pytest.raises(OutputError, match="--resume to go on or --overwrite to start anew"):
+        continual(plan, place / "cut", method="full")
+    with pytest.raises(OutputError, match=r"left by a run of another plan \(method\)"):
+        continual(plan, place / "cut", method="joint", resume=True)
+    with pytest.raises(OutputError, match=r"another plan \(analyze.seed, train.seed\)"):
+        continual(plan, place / "cut", method="full", seed=1, resume=True)
+    with pytest.raises(OutputError, match=r"another plan \(train.max_steps\)"):
+        continual(plan, place / "cut", method="full", overrides=["train.max_steps=9"], resume=True)
+    assert continual(plan, place / "cut", method="full", resume=True).stages[1].name == "first"
+
+
+def test_other_rows_are_not_mixed_into_a_resumed_matrix(place: Path) -> None:
+    """The rows of the matrix that stand are of the files as they were."""
+    with pytest.raises(Stopped):
+        continual(place / "plan.toml", place / "cut", method="full", stop=StopAt(5))
+    rows = task_rows(count=24)[:3]
+    write_rows(place / "first-test.jsonl", rows)
+    with pytest.raises(OutputError, match="--overwrite"):
+        continual(place / "plan.toml", place / "cut", method="full", resume=True)
+
+
+@pytest.mark.parametrize("replaced", ["first.jsonl", "second.jsonl", "general.jsonl", "model"])
+def test_what_was_trained_on_may_not_change_before_a_resume(place: Path, replaced: str) -> None:
+    with pytest.raises(Stopped):
+        continual(place / "plan.toml", place / "cut", stop=StopAt(5))
+    if replaced == "model":
+        (place / "base").rename(place / "old")
+        save_checkpoint(place / "base", seed=7)
+    else:
+        write_rows(place / replaced, task_rows("text" if replaced == "general.jsonl" else "pairs", 5))
+    with pytest.raises(OutputError, match=r"another plan .*(files|rows)"):
+        continual(place / "plan.toml", place / "cut", resume=True)
+
+
+def test_states_of_a_complete_task_do_not_reach_the_output(place: Path) -> None:
+    """Killed after a task was put in its place and before its states were removed."""
+    with pytest.raises(Stopped):
+        continual(place / "plan.toml", place / "cut", method="full", stop=StopAt(5))
+    left = place / "cut.partial" / "02-second.partial"
+    assert left.is_dir()
+    shutil.copytree(place / "cut.partial" / "01-first", place / "cut.partial" / "02-second")
+    continual(place / "plan.toml", place / "cut", method="full", resume=True)
+    assert sorted(path.name for path in (place / "cut").iterdir()) == ["continual.json", "model", "sculptor.json"]
+
+
+@pytest.mark.parametrize("method", ["sculptor", "full"])
+def test_a_run_killed_at_its_very_end_can_be_finished(place: Path, method: Any) -> None:
+    """All rows are there and the model has its place, only the report is missing."""
+    whole = continual(place / "plan.toml", place / "whole", method=method)
+    content = json.loads((place / "whole" / "continual.json").read_text())
+    (place / "whole").rename(place / "whole.partial")
+    for name in ("continual.json", "sculptor.json"):
+        (place / "whole.partial" / name).unlink()
+    scores = {"key": content["plan"], "stages": content["stages"]}
+    (place / "whole.partial" / "scores.json").write_text(json.dumps(scores))
+    finished = continual(place / "plan.toml", place / "whole", method=method, resume=True)
+    assert finished.matrix == whole.matrix
+    assert (place / "whole" / "model" / "config.json").is_file()
+
+
+def test_a_plan_of_one_task(cli: Callable[..., Result], place: Path) -> None:
+    (place / "plan.toml").write_text(PLAN.partition('[[tasks]]\nname = "second"')[0])
+    report = run(cli, place, "out")
+    assert len(report["matrix"]) == 2
+    assert report["metrics"]["average"] == report["metrics"]["learning"] == report["matrix"][1][0]
+    assert report["metrics"]["backward"] is report["metrics"]["forward"] is None
+
+
+def test_the_table_shows_the_figures(cli: Callable[..., Result], place: Path) -> None:
+    found = cli("continual", place / "plan.toml", "-o", place / "out", "--method", "full")
+    assert found.code == 0, found.err
+    for word in ("first", "second", "base", "AA", "BWT", "LA", "FWT"):
+        assert word in found.out
