@@ -122,19 +122,22 @@ class _DecoderOnly:
         self.model, self.device = loaded.model, loaded.device
         accepted = inspect.signature(self.model.forward).parameters
         self.takes_positions = "position_ids" in accepted
+        # Renamed in transformers 5.24.
+        self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache"
         width = max(map(len, prompts))
         ids = [[loaded.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         self.mask = torch.tensor(mask, device=self.device)
         keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         output = self._run(torch.tensor(ids, device=self.device), self.mask, None, keep)
-        self.cache = output.past_key_values
+        self.cache = output[self.cache_name]
         self.first_logits = output.logits[:, -1].float()  # (B, vocabulary)
 
     def _run(self, ids: Tensor, mask: Tensor, cache: Any, extra: dict[str, Any]) -> Any:
         if self.takes_positions:
             extra = extra | {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}
-        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        extra = extra | {self.cache_name: cache, "use_cache": True}
+        return self.model(input_ids=ids, attention_mask=mask, **extra)
 
     def fork(self, owners: Sequence[int]) -> tuple[Any, Tensor]:
         """A copy of the caches and masks of some prompts, in this order, with repetitions."""
@@ -148,7 +151,7 @@ class _DecoderOnly:
         cache, mask = state
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         output = self._run(ids, mask, cache, {})
-        return output.logits.float(), (output.past_key_values, mask)
+        return output.logits.float(), (output[self.cache_name], mask)
 
 
 class _EncoderDecoder:
