@@ -64,10 +64,6 @@ def save(path: Path, family: str) -> Path:
 def load(path: Path, family: str) -> LoadedModel:
     loaded = load_model(open_checkpoint(save(path / family, family)), CPU)
     loaded.model.requires_grad_(True)
-    if family == "t5":  # its logits are not scaled: with large weights, float32 itself is off by more than 1e-6
-        with torch.no_grad():
-            for parameter in loaded.model.parameters():
-                parameter.mul_(0.25 if parameter.ndim >= 2 else 1)
     return loaded
 
 
