@@ -104,6 +104,7 @@ def test_a_place_that_cannot_be_written(cli: Callable[..., Result], made: dict[s
     one_line(cli("analyze", made["model"], "-o", "/proc/nowhere/out"), "cannot write")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(made: dict[str, Path]) -> None:
     """A limit on file size stands for the full disk; both commands stop with one line."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + (

@@ -115,6 +115,7 @@ def test_tasks_go_on_until_no_capacity_is_left(cli: Callable[..., Result], tmp_p
     assert frozen == 14
 
 
+@pytest.mark.slow
 def test_the_small_trained_model(cli: Callable[..., Result], tmp_path: Path, shared: Path) -> None:
     """A really trained checkpoint, three shards, bf16: a short run learns, and the proof holds."""
     model, data = shared / "models" / "tiny-llama", shared / "data" / "cl" / "agnews"

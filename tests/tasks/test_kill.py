@@ -23,6 +23,7 @@ def train_command(inputs: dict[str, Path], output: Path, steps: int) -> list[str
             *map(str, arguments)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_a_killed_training_goes_on_bit_for_bit(inputs: dict[str, Path], offload: str) -> None:
     whole, cut = inputs["root"] / f"whole-{offload}", inputs["root"] / f"cut-{offload}"
@@ -54,6 +55,7 @@ def test_sigterm_saves_and_exits(inputs: dict[str, Path]) -> None:
     assert any((output.parent / "terminated.partial" / "state").glob("step-????????"))
 
 
+@pytest.mark.slow
 def test_a_killed_analysis_leaves_nothing_that_looks_finished(inputs: dict[str, Path]) -> None:
     output = inputs["root"] / "killed-archive"
     command = [*COMMAND, "analyze", str(inputs["model"]), "-o", str(output), "--preserve", "0.5"]
