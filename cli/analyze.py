@@ -57,4 +57,4 @@ def command(
         resume=resume,
         progress=bars,
     )
-    click.echo(to_json(report) if as_json else analyze_text(report))
+    click.echo(to_json(report, basis=report.basis, constraint=report.constraint) if as_json else analyze_text(report))

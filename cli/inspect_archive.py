@@ -41,6 +41,6 @@ def command(
         from sculptor.archive.store import Archive
 
         plot_archive(Archive(archive), plot)
-    click.echo(to_json(found) if as_json else inspect_text(found))
+    click.echo(to_json(found, basis=found.basis, constraint=found.constraint) if as_json else inspect_text(found))
     if plot is not None:
         click.echo(f"Drew {plot}.", err=True)

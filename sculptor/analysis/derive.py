@@ -11,7 +11,7 @@ from sculptor.archive.store import Archive
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.architecture import Target
 from sculptor.errors import DataError
-from sculptor.methods.method import Derived, Evidence, Measures, Method
+from sculptor.methods.method import Decides, Derived, Evidence, Measures, Method, carry_rule
 from sculptor.methods.settings import AnalyzeSettings, Carry
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
@@ -65,7 +65,7 @@ def _make(method: Method, evidence: Evidence, previous: tuple[Archive, Carry] | 
     if previous is None:
         return method.derive(evidence)
     archive, carry = previous
-    return method.carry(carry, archive.read(evidence.name), evidence)
+    return carry_rule(method, carry, archive.read(evidence.name), evidence)
 
 
 def decide(writer: ArchiveWriter, method: Method, weights: Sequence[float]) -> None:
@@ -76,6 +76,8 @@ def decide(writer: ArchiveWriter, method: Method, weights: Sequence[float]) -> N
         method: decides.
         weights: of the sources of moments so far.
     """
+    if not isinstance(method, Decides):
+        return
     records = writer.all_records()
     known: dict[str, Tensor] = {}  # shared ones are read once
 

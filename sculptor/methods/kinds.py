@@ -8,7 +8,7 @@ import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from sculptor.errors import SettingsError
-from sculptor.methods.method import Method
+from sculptor.methods.method import Checks, Method
 from sculptor.methods.moments import Moments
 from sculptor.methods.rule import Rule
 from sculptor.methods.settings import AnalyzeSettings, Basis
@@ -69,7 +69,7 @@ def make_method(settings: AnalyzeSettings, kinds: Kinds = KINDS, shapes: Any = (
     if settings.rule not in kinds:
         raise SettingsError(f"--rule {settings.rule}: expected {', '.join(sorted(kinds))}")
     method = kinds[settings.rule].method(settings)
-    wrong = method.check(shapes)
+    wrong = method.check(shapes) if isinstance(method, Checks) else []
     if wrong:
         raise SettingsError("; ".join(wrong))
     return method

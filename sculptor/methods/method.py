@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -87,41 +87,74 @@ class Defaults(NamedTuple):
     """What training does unless told otherwise.
 
     Attributes:
-        relative_rate: learning rate of coordinates over the RMS of their matrix.
+        rate: c of the learning rate (`training/rates.py`): a step's relative size, width and depth taken out.
         soften: strength of the slowing down; None where the rule knows none.
+        scaled: whether coordinates are in the units of the matrix, as angles are not.
     """
 
-    relative_rate: float
+    rate: float
     soften: float | None = None
+    scaled: bool = True
 
 
 class Method(Protocol):
-    """Makes and carries rules; made for the settings of an analysis.
+    """Makes rules; made for the settings of an analysis.
+
+    Some can do more: `Measuring`, `Carrying`, `Checks`, `Opens`, `Decides`, `Grows`.
 
     Attributes:
         terms: words for reports.
         defaults: of training.
-        carries: the ways in which rules can go on, the default first.
     """
 
     terms: Terms
     defaults: Defaults
-    carries: tuple[Carry, ...]
-
-    def check(self, shapes: Sequence[tuple[int, int]] = ()) -> list[str]:
-        """What contradicts itself, has no effect, or does not go with matrices of some shapes: one message each."""
-
-    def measures(self, step: Step, carry: Carry | None = None) -> Measures:
-        """What a step needs to be measured; a step that needs nothing of `open` does not happen."""
 
     def derive(self, evidence: Evidence) -> Derived:
         """The rule of one matrix."""
 
-    def open(self, previous: Previous, evidence: Evidence) -> Derived:
-        """The rule for a task whose rows were measured before its first step."""
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A method that looks at rows."""
+
+    def measures(self, step: Step, carry: Carry | None = None) -> Measures:
+        """What a step needs to be measured."""
+
+
+@runtime_checkable
+class Carrying(Protocol):
+    """A method whose rules change with a finished task; those of others are kept.
+
+    Attributes:
+        carries: the ways in which rules can go on, the default first; `keep` need not be among them to be possible.
+    """
+
+    carries: tuple[Carry, ...]
 
     def carry(self, carry: Carry, previous: Previous, evidence: Evidence) -> Derived:
-        """The rule after a task."""
+        """The rule after a task, in any way but `keep`."""
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A method that does not go with every setting, or every model."""
+
+    def check(self, shapes: Sequence[tuple[int, int]] = ()) -> list[str]:
+        """What contradicts itself, has no effect, or does not go with matrices of some shapes: one message each."""
+
+
+@runtime_checkable
+class Opens(Protocol):
+    """A method whose rules follow the new task's rows, measured before its first step."""
+
+    def open(self, previous: Previous, evidence: Evidence) -> Derived:
+        """The rule that the task is trained under; `measures("open")` says what is known of the rows."""
+
+
+@runtime_checkable
+class Decides(Protocol):
+    """A method whose rules depend on each other."""
 
     def decide(
         self, rules: Sequence[Rule], weights: Sequence[float], read: Callable[[int, str], Tensor]
@@ -134,5 +167,30 @@ class Method(Protocol):
             read: gives a stored tensor of one of them.
         """
 
+
+@runtime_checkable
+class Grows(Protocol):
+    """A method whose archives grow with tasks."""
+
     def growth(self, carry: Carry, rule: Rule, sizes: Mapping[str, int]) -> int:
         """Bytes by which a matrix's tensors can grow with a task; `sizes` are bytes per number, by tensor."""
+
+
+def measures_of(method: Method, step: Step, carry: Carry | None = None) -> Measures:
+    """What a step of any method needs to be measured; keeping rules needs nothing."""
+    if carry == "keep" or not isinstance(method, Measuring):
+        return "nothing"
+    return method.measures(step, carry)
+
+
+def carries_of(method: Method) -> tuple[Carry, ...]:
+    """The ways in which the rules of any method can go on, the default first."""
+    return (*method.carries, "keep") if isinstance(method, Carrying) else ("keep",)
+
+
+def carry_rule(method: Method, carry: Carry, previous: Previous, evidence: Evidence) -> Derived:
+    """The rule after a task, of any method."""
+    if carry == "keep":
+        return Derived(previous.rule, previous.tensors)
+    assert isinstance(method, Carrying)
+    return method.carry(carry, previous, evidence)

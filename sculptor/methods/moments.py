@@ -5,7 +5,7 @@ and added to what an archive holds of earlier tasks. The staircases follow when 
 threshold may serve the whole model. Curvature of a change dW: tr(G dW C dW^T); without G, tr(dW C dW^T).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -21,7 +21,8 @@ from sculptor.numerics.allocation import Importance, allocate, least_free_share
 from sculptor.numerics.moments import Factor, profile, rotate_profile, truncate
 from sculptor.numerics.staircase import Staircase
 
-_RATES = {"inputs": 0.01, "curvature": 0.01}  # placeholder until measured
+# Of the learning rate; measured for curvature on three models (docs/benchmarks.md), at which inputs are set too.
+RATE = 0.2
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -35,10 +36,10 @@ class _MeasuredSide:
 class Moments:
     """Freezes the pairs above a threshold of importance: by inputs alone, or by inputs and gradients (curvature).
 
-    `merge` adds the moments of a finished task to those of the archive; `keep` leaves the archive's as they are.
+    `merge` adds the moments of a finished task to those of the archive.
     """
 
-    carries: tuple[Carry, ...] = ("merge", "keep")
+    carries: tuple[Carry, ...] = ("merge",)
 
     def __init__(self, settings: AnalyzeSettings) -> None:
         self.settings = settings
@@ -52,7 +53,7 @@ class Moments:
             note="curvature frozen: what these pairs have of it" if self.gradients else "inputs frozen: of E||x||^2",
             adds=True,
         )
-        self.defaults = Defaults(_RATES[settings.basis], 3.0 if self.gradients else 0.0)
+        self.defaults = Defaults(RATE, 3.0 if self.gradients else 0.0)
         # An input that several matrices read is decomposed once; forgotten with the moment itself.
         self._known: WeakKeyDictionary[Moment, _MeasuredSide] = WeakKeyDictionary()
 
@@ -91,21 +92,17 @@ class Moments:
 
     def measures(self, step: Step, carry: Carry | None = None) -> Measures:
         """Moments, of the analysis' rows and of every finished task's that is merged."""
-        if step == "derive" or (step == "carry" and carry == "merge"):
-            return "gradients" if self.gradients else "inputs"
-        return "nothing"
+        if step == "open":
+            return "nothing"
+        return "gradients" if self.gradients else "inputs"
 
     def derive(self, evidence: Evidence) -> Derived:
         """Everything frozen for now: `decide` finds the staircase."""
         return self._merged(evidence, None)
 
-    def open(self, previous: Previous, evidence: Evidence) -> Derived:
-        """Rows of the new task are not looked at before its first step."""
-        return Derived(previous.rule, previous.tensors)
-
     def carry(self, carry: Carry, previous: Previous, evidence: Evidence) -> Derived:
-        """Adds the task's moments, or keeps the archive's."""
-        return self._merged(evidence, previous) if carry == "merge" else Derived(previous.rule, previous.tensors)
+        """Adds the task's moments."""
+        return self._merged(evidence, previous)
 
     def _merged(self, evidence: Evidence, previous: Previous | None) -> Derived:
         old = previous.rule if previous is not None else None
@@ -195,10 +192,6 @@ class Moments:
         stored = 0 if rule.output is None else rule.output.directions
         inputs = rule.whole_spectrum("input", read("input.values"))
         return Importance(rule.shape[0], outputs, inputs, stored, rule.input.directions, scale)
-
-    def growth(self, carry: Carry, rule: Rule, sizes: Mapping[str, int]) -> int:
-        """Merged moments take the place of those before."""
-        return 0
 
 
 def kept_directions(dim: int, keep: float) -> int:

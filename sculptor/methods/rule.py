@@ -154,8 +154,18 @@ class Rule(Protocol):
     def figures(self) -> Figures:
         """What people are told."""
 
+
+@runtime_checkable
+class Costly(Protocol):
+    """A rule whose tensors and updates count beside the coordinates."""
+
     def cost(self, names: Mapping[str, str]) -> Cost:
         """What training takes; `names` are those of the stored tensors, by the rule's own."""
+
+
+def cost_of(rule: Rule, names: Mapping[str, str]) -> Cost:
+    """What training takes of a rule; nothing where nothing may change."""
+    return rule.cost(names) if isinstance(rule, Costly) and is_open(rule) else Cost({}, 0.0)
 
 
 class TaskShares(NamedTuple):

@@ -240,8 +240,6 @@ class StaircaseRule:
     def cost(self, names: Mapping[str, str]) -> Cost:
         """Bases from the first free direction on, written out or as reflectors, whatever is smaller; both sides turned."""
         staircase = self.staircase
-        if not staircase.num_free:
-            return Cost({}, 0.0)
         starts = first_free(staircase)
         numbers: dict[str, int] = {}
         turns = {"output": 0, "input": 0}

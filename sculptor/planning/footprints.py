@@ -10,7 +10,7 @@ import torch
 
 from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.methods.rule import Rule, num_free
+from sculptor.methods.rule import Rule, cost_of, num_free
 from sculptor.model.loss import SLICE
 from sculptor.streaming.weights import STAGING_BYTES, Tier
 from sculptor.training.settings import Offload
@@ -173,7 +173,7 @@ class _Sizes:
         forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
         self.operations = 4 * forward  # forward, again, and twice as much backward
         self.operations_at_once = (4 if work.recompute else 3) * forward
-        per_fold = sum(m.rule.cost(m.names).operations for m in matrices if m.num_free)
+        per_fold = sum(cost_of(m.rule, m.names).operations for m in matrices)
         self.folding = per_fold * (work.micro_batches + 1)
 
     def extra(self) -> dict[str, float]:
@@ -256,6 +256,5 @@ def _basis_numbers(matrices: Sequence[PlannedMatrix]) -> dict[str, int]:
     """Numbers that the bases of a block hold, each shared one once."""
     found: dict[str, int] = {}
     for matrix in matrices:
-        if matrix.num_free:
-            found |= matrix.rule.cost(matrix.names).numbers
+        found |= cost_of(matrix.rule, matrix.names).numbers
     return found

@@ -10,6 +10,7 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
+from sculptor.methods.method import Grows
 from sculptor.methods.settings import Carry
 from sculptor.planning.footprints import Footprint, PlannedMatrix
 from sculptor.training.settings import Offload
@@ -62,9 +63,10 @@ def output_bytes(checkpoint: Checkpoint, archive: Archive, carry: Carry, cast_to
         kept = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values()) * cast_to.itemsize
     stored, method = archive.manifest.tensors, archive.method
     growth = 0
-    for record in archive.values():
-        sizes = {name: getattr(torch, stored[tensor].dtype).itemsize for name, tensor in record.tensors.items()}
-        growth += method.growth(carry, record.rule, sizes)
+    if isinstance(method, Grows):
+        for record in archive.values():
+            sizes = {name: getattr(torch, stored[tensor].dtype).itemsize for name, tensor in record.tensors.items()}
+            growth += method.growth(carry, record.rule, sizes)
     return float(kept + archive.num_bytes + growth)
 
 

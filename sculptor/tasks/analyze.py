@@ -21,7 +21,7 @@ from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest
 from sculptor.data.examples import digest_examples
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.method import Evidence
+from sculptor.methods.method import Evidence, measures_of
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.model.load import resolve_device
@@ -70,7 +70,7 @@ def analyze(
     targets = select_targets(architecture.targets, settings.targets, settings.exclude)
     device = resolve_device(settings.device)
     method = make_method(settings, kinds, [target.shape for target in targets])
-    measures = method.measures("derive")
+    measures = measures_of(method, "derive")
     calibrated = measures in ("inputs", "gradients")
     sources = read_sources(checkpoint, architecture, settings) if calibrated else []
     examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()

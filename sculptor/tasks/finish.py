@@ -31,7 +31,7 @@ from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint
 from sculptor.edits.merge import Merged
-from sculptor.methods.method import Evidence
+from sculptor.methods.method import Evidence, carries_of, carry_rule, measures_of
 from sculptor.methods.rule import is_open
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.numerics.rounding import rms
@@ -86,8 +86,8 @@ class _Finish:
         self.device = self.loaded.device
         self.saved = cast_to(self.job.settings)
         self.method = self.job.archive.method
-        self.carry = self.job.settings.carry or self.method.carries[0]
-        self.measures = self.method.measures("carry", self.carry)
+        self.carry = self.job.settings.carry or carries_of(self.method)[0]
+        self.measures = measures_of(self.method, "carry", self.carry)
         self.task = len(self.job.archive.manifest.tasks)
         self.waiting: dict[str, MatrixRecord] = {}  # records whose rules wait for what is to be measured
         self.reports: dict[str, MatrixReport] = {}
@@ -165,7 +165,7 @@ class _Finish:
             update=merged.update,
             task=self.task,
         )
-        self.writer.add(record, self.method.carry(self.carry, entry, evidence))
+        self.writer.add(record, carry_rule(self.method, self.carry, entry, evidence))
 
     def _report(self, entry: Entry, weight: Tensor, merged: Merged) -> MatrixReport:
         name = entry.record.name

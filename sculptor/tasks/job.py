@@ -15,10 +15,12 @@ from sculptor.data.examples import Encoded, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
+from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, output_bytes, plan_archive
 from sculptor.progress import Progress, silent
+from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.stepping.optimizer import optimizer_on_host
 
@@ -95,10 +97,11 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
     """
     method = archive.method
     basis = f"an archive with basis {method.terms.basis}"
-    carry = settings.carry or method.carries[0]
-    if carry not in method.carries:
-        raise SettingsError(f"--carry {carry}: {basis} goes on by {' or '.join(method.carries)}")
-    measures = method.measures("carry", carry) != "nothing"
+    carries = carries_of(method)
+    carry = settings.carry or carries[0]
+    if carry not in carries:
+        raise SettingsError(f"--carry {carry}: {basis} goes on by {' or '.join(carries)}")
+    measures = measures_of(method, "carry", carry) != "nothing"
     faults = {
         "--soften": bool(settings.soften) and method.defaults.soften is None,
         "--memory-rows": settings.memory_rows is not None and not measures,
@@ -106,11 +109,11 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
     }
     idle = [option for option, is_fault in faults.items() if is_fault]
     if idle:
-        how = "has no moments" if method.measures("carry", method.carries[0]) == "nothing" else f"goes on by {carry}"
+        how = "has no moments" if measures_of(method, "carry", carries[0]) == "nothing" else f"goes on by {carry}"
         raise SettingsError(
             f"{', '.join(idle)} without effect: {basis} {how}; analyze with --basis inputs or curvature"
         )
-    rate = None if settings.learning_rate is not None else method.defaults.relative_rate
+    rate = None if settings.learning_rate is not None else default_relative_rate(archive)
     return replace(
         settings,
         carry=carry,

@@ -63,8 +63,8 @@ class StreamedModel:
         archive: its subspace archive, or its path.
         settings: `offload` (cpu or disk), `relative_rate` or `learning_rate`, `weight_decay`, `clip` (by default the norm
             is clipped at 1, as in `train`), `clip_by`, `soften`, `optimizer_mode`, `optimizer_on`, `offload_inputs`,
-            `device`; what is the loop's own affair is refused. With `optimizer_mode="fused"` a step has one `backward`, and `batch_size` is given as
-            `micro_batch_size` is.
+            `device`; what is the loop's own affair is refused. With `optimizer_mode="fused"` a step has one `backward`,
+            and `batch_size` is given as `micro_batch_size` is.
         directory: for files, with `offload="disk"`; default the system's place for temporary ones.
         progress: makes progress bars.
         rules: kinds of rules beside sculptor's own.

@@ -57,7 +57,7 @@ class Coordinates(nn.Module):
         values: the parameters A, float32.
         folded: W0 + dW in the compute dtype, as the module stores it; None before the first forward.
         stale: whether a gradient was seen since the last fold.
-        relative_rate: the learning rate that suits the rule, over the root mean square of W0.
+        relative_rate, scale: the learning rate that suits the archive's rules, over the size of W0, and that size.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class Coordinates(nn.Module):
         mode: FoldMode = "automatic",
         known: dict[Any, Any] | None = None,
         soften: float = 0.0,
-        relative_rate: float = 0.0,
     ) -> None:
         super().__init__()
         entry = read()
@@ -76,7 +75,7 @@ class Coordinates(nn.Module):
         self.compute_dtype = compute_dtype
         self.mode = mode
         self.soften = soften
-        self.relative_rate = relative_rate
+        self.relative_rate = self.scale = 1.0
         self.folded: Tensor | None = None
         self.stale = False
         self._read = read

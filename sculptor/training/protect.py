@@ -15,6 +15,7 @@ from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds
 from sculptor.training.coordinates import Coordinates, FoldMode
+from sculptor.training.rates import default_relative_rate, matrix_scales
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -108,14 +109,15 @@ def attach_coordinates(
     check_softening(archive, soften)
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    rate = archive.method.defaults.relative_rate
+    rate, scales = default_relative_rate(archive), matrix_scales(archive)
     known: dict[Any, Any] = {}  # matrices that read the same input share its basis
     prepared = []  # all of them before the model is touched: an error leaves it as it was
     for name in archive.open_names:
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
         read = functools.partial(archive.read, name)
-        coordinates = Coordinates(read, weight.device, compute_dtype or weight.dtype, fold, known, soften, rate)
+        coordinates = Coordinates(read, weight.device, compute_dtype or weight.dtype, fold, known, soften)
+        coordinates.relative_rate, coordinates.scale = rate, scales[name]
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:

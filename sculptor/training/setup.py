@@ -13,7 +13,6 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.staging import writing
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, load_streamed
-from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import peak_rates
@@ -84,7 +83,7 @@ def streamed_updates(
         SettingsError: if the host does not give enough memory.
     """
     assert loaded.stream is not None
-    peaks = peak_rates(settings, archive, {name: rms(value) for name, value in extra.items()})
+    peaks = peak_rates(settings, archive, extra)
     bar = progress(total=len(loaded.stream.paths), desc="prepare", unit="block")
     try:
         return StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
@@ -114,7 +113,7 @@ def _prepare_resident(
     if recompute:
         checkpoint_activations(loaded.model)
     parameters = TrainedParameters(tuple(protected_blocks(loaded.model)), opened)
-    peaks = peak_rates(settings, archive, {name: rms(value) for name, value in opened.items()})
+    peaks = peak_rates(settings, archive, opened)
     return loaded, ResidentUpdates(parameters, peaks, settings, device)
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, save_checkpoint
-from sculptor.analysis.factors import _check_reached
 from torch import Tensor, nn
 
 from sculptor.analysis.calibration import Moments, measure_moments, moment_bytes, passes
+from sculptor.analysis.evidence import _check_reached
 from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import Batch, prepare

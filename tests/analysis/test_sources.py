@@ -10,11 +10,12 @@ from conftest import Result, factors, save_checkpoint, task_rows, write_rows
 from torch import Tensor
 
 from sculptor import Archive
-from sculptor.analysis.calibration import Weighting, measure_moments
+from sculptor.analysis.calibration import measure_moments
 from sculptor.analysis.sources import spread
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import Example, encode
 from sculptor.data.rows import read_rows
+from sculptor.methods.settings import Weighting
 from sculptor.model.load import load_model
 from sculptor.progress import silent
 

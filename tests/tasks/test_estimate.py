@@ -36,7 +36,12 @@ def test_bytes_that_wait_are_those_of_the_regions(tmp_path: Path, family: str) -
     loaded = load_streamed(checkpoint, CPU, "cpu", architecture)
     assert loaded.stream is not None
     updates = StreamedUpdates(
-        loaded.model, loaded.stream, archive, {}, Peaks({}, {}), sculptor.TrainSettings(learning_rate=1e-3, soften=0.0)
+        loaded.model,
+        loaded.stream,
+        archive,
+        {},
+        Peaks(dict.fromkeys(archive, 1e-3), {}),
+        sculptor.TrainSettings(learning_rate=1e-3, soften=0.0),
     )
     blocks = updates.blocks.values()
     states = sum(block.state_layout.num_bytes + block.gradient_layout.num_bytes for block in blocks)

@@ -18,7 +18,7 @@ from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import HostRegion, Region
 from sculptor.streaming.weights import TensorFiles
 from sculptor.training.coordinates import folded_weight, prepare_training
-from sculptor.training.rates import peak_rate
+from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer, set_rates
 from sculptor.training.stepping.updates import RateOf
@@ -226,6 +226,7 @@ def prepare_block(
     stream: BlockStream,
     archive: Archive,
     names: Mapping[str, str],
+    peaks: Peaks,
     settings: TrainSettings,
     optimizer_device: torch.device,
 ) -> StreamedBlock:
@@ -236,6 +237,7 @@ def prepare_block(
         stream: of the model.
         archive: of its checkpoint.
         names: matrix of the archive -> parameter of the model, for the matrices with free pairs.
+        peaks: learning rates.
         settings: resolved settings.
         optimizer_device: where AdamW runs.
 
@@ -259,7 +261,7 @@ def prepare_block(
         coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
         entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
         info = stream.weights.files.checkpoint.info_of(record)
-        group = Group(coordinates, peak_rate(settings, record), settings.weight_decay)
+        group = Group(coordinates, peaks.matrices[name], settings.weight_decay)
         matrices.append(
             StreamedMatrix(
                 record,

@@ -89,7 +89,7 @@ class StreamedUpdates(Updates, Observer):
         for i, found in enumerate(stream.parameters):
             names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
             if names:
-                self.blocks[i] = prepare_block(i, stream, archive, names, settings, where)
+                self.blocks[i] = prepare_block(i, stream, archive, names, peaks, settings, where)
                 for matrix in self.blocks[i].matrices:
                     register: Any = matrix.parameter.register_post_accumulate_grad_hook
                     self._hooks.append(register(partial(self._collect, i, matrix)))
