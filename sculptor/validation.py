@@ -40,7 +40,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FloatDtype = Literal["float64", "float32", "bfloat16", "float16"]
 # Paths are taken where texts are, lists where tuples are, and one where there may be several: people have all of these.
 Texts = Annotated[
-    tuple[Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)], ...],
+    tuple[
+        Annotated[
+            str,
+            BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+            Field(max_length=10_000),
+        ],
+        ...,
+    ],
     Field(strict=False),
     BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value),
 ]

@@ -81,7 +81,7 @@ def test_data_examples_are_read(tmp_path: Path) -> None:
     assert len(read_rows([tmp_path / "rows.jsonl"])) == 3
 
 
-@pytest.mark.parametrize("name", ["estimate", "analyze", "train", "inspect", "verify", "evaluate", "continual", "demo"])
+@pytest.mark.parametrize("name", ["estimate", "analyze", "train", "inspect", "verify", "evaluate", "continual", "convert", "demo"])
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main
 
@@ -101,9 +101,10 @@ def test_the_archive_format_page_names_every_key() -> None:
     from dataclasses import fields
 
     from sculptor.archive.manifest import Manifest, MatrixRecord
+    from sculptor.methods.staircase import StaircaseRule
 
     page = (ROOT / "docs" / "archive-format.md").read_text(encoding="utf-8")
-    for cls in (Manifest, MatrixRecord):
+    for cls in (Manifest, MatrixRecord, StaircaseRule):
         for field in fields(cls):
             assert f"`{field.name}`" in page, field.name
 
@@ -124,18 +125,23 @@ def test_an_independent_reader_follows_the_format_page(tmp_path: Path) -> None:
         analyze(model, tmp_path / constraint / "a", settings)
         directory = tmp_path / constraint / "a"
         manifest = json.loads((directory / "archive.json").read_text())
-        assert (manifest["format"], manifest["version"]) == ("sculptor-subspaces", 2)
+        assert (manifest["format"], manifest["version"]) == ("sculptor-subspaces", 3)
+        content = {key: value for key, value in manifest.items() if key != "sha256"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        assert hashlib.sha256(text.encode()).hexdigest() == manifest["sha256"]
         weights = load_file(model / "model.safetensors")
         for name, record in manifest["matrices"].items():
-            m, n = record["shape"]
+            rule, tensors = record["rule"], record["tensors"]
+            m, n = rule["shape"]
             assert hashlib.sha256(weights[name].tobytes()).hexdigest() == record["base_digest"]
             complete = []
-            for side, d in ((record["output"], m), (record["input"], n)):
+            for key, d in (("output", m), ("input", n)):
+                side = rule[key]
                 if side is None:
                     complete.append(np.eye(d))
                     continue
-                stored = manifest["tensors"][side["tensor"]]
-                q = load_file(directory / stored["file"])[side["tensor"]]
+                stored = manifest["tensors"][tensors[key]]
+                q = load_file(directory / stored["file"])[tensors[key]]
                 assert hashlib.sha256(q.tobytes()).hexdigest() == stored["sha256"]
                 rest = np.linalg.qr(q.astype(np.float64), mode="complete")[0][:, q.shape[1] :]
                 complete.append(np.hstack([q, rest] if side["form"] == "leading" else [rest, q]))
@@ -144,7 +150,7 @@ def test_an_independent_reader_follows_the_format_page(tmp_path: Path) -> None:
             k = int(0.75 * min(m, n))
             leading, start = (u[:, :k] * s[:k]) @ vt[:k], 0
             frozen = 0.0
-            for stop, reach in record["steps"]:
+            for stop, reach in rule["steps"]:
                 frozen += np.linalg.norm(qu[:, start:stop].T @ leading @ qv[:, :reach]) ** 2
                 start = stop
             assert abs(frozen**0.5 - np.linalg.norm(leading)) < 1e-5 * np.linalg.norm(leading)

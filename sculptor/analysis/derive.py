@@ -1,18 +1,17 @@
 """A model's rules, made of evidence or carried on by it, matrix by matrix into an archive."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from sculptor.analysis.evidence import Source, measure_evidence
 from sculptor.archive.manifest import MatrixRecord
-from sculptor.archive.store import Archive
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.architecture import Target
 from sculptor.errors import DataError
-from sculptor.methods.method import Decides, Derived, Evidence, Measures, Method, carry_rule
-from sculptor.methods.settings import AnalyzeSettings, Carry
+from sculptor.methods.method import Decides, Derived, Evidence, Measures, Method
+from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
 
@@ -24,10 +23,10 @@ def write_measured(
     sources: Sequence[Source],
     measures: Measures,
     settings: AnalyzeSettings,
-    method: Method,
+    make: Callable[[Evidence], Derived],
     writer: ArchiveWriter,
     progress: Progress,
-    previous: tuple[Archive, Carry] | None = None,
+    task: int = 0,
 ) -> None:
     """Measures every matrix that the writer does not have yet, and adds it with its rule; `decide` follows.
 
@@ -38,10 +37,10 @@ def write_measured(
         sources: rows to measure on.
         measures: what of them.
         settings: of the analysis.
-        method: makes the rules.
-        writer: takes them.
+        make: a method's way from evidence to a rule: new, opened for a task, or carried on.
+        writer: takes the rules.
         progress: makes progress bars.
-        previous: the archive to carry on, and how; None for new rules.
+        task: position in the history that the evidence is of.
 
     Raises:
         DataError: if the moments are not finite, or rows do not reach every matrix.
@@ -52,20 +51,12 @@ def write_measured(
     if not todo:
         return
     done = set(writer.records)
-    task = 0 if previous is None else len(previous[0].manifest.tasks)
     try:
         for evidence in measure_evidence(loaded, todo, sources, measures, settings, progress, task):
             if evidence.name not in done:
-                writer.add(records[evidence.name], _make(method, evidence, previous))
+                writer.add(records[evidence.name], make(evidence))
     except ValueError as cause:
         raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
-
-
-def _make(method: Method, evidence: Evidence, previous: tuple[Archive, Carry] | None) -> Derived:
-    if previous is None:
-        return method.derive(evidence)
-    archive, carry = previous
-    return carry_rule(method, carry, archive.read(evidence.name), evidence)
 
 
 def decide(writer: ArchiveWriter, method: Method, weights: Sequence[float]) -> None:

@@ -75,6 +75,7 @@ class Archive(Mapping[str, MatrixRecord]):
 
     def __init__(self, path: str | Path, *, rules: Kinds | None = None) -> None:
         self.path = Path(path)
+        self.own_kinds = rules
         self.kinds = known_kinds(rules)
         file = self.path / MANIFEST_NAME
         if not file.is_file():

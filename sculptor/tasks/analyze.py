@@ -89,7 +89,9 @@ def analyze(
                 loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
                 with closing(loaded):
                     sources += sample_sources(loaded, settings, progress)
-                    write_measured(loaded, records, targets, sources, measures, settings, method, writer, progress)
+                    write_measured(
+                        loaded, records, targets, sources, measures, settings, method.derive, writer, progress
+                    )
             else:
                 _check_finite(checkpoint, targets, progress)
                 cosines = measure_importance(

@@ -196,7 +196,6 @@ class _Finish:
         assert job.settings.memory_weight is not None
         chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
         source = Source(job.name, chosen, job.settings.memory_weight)
-        settings, previous = archive.manifest.settings, (archive, self.carry)
         with closing(loaded):
             write_measured(
                 loaded,
@@ -204,11 +203,11 @@ class _Finish:
                 targets,
                 [source],
                 self.measures,
-                settings,
-                self.method,
+                archive.manifest.settings,
+                lambda evidence: carry_rule(self.method, self.carry, archive.read(evidence.name), evidence),
                 self.writer,
                 self.progress,
-                previous,
+                self.task,
             )
         decide(self.writer, self.method, [*archive.manifest.source_weights, source.weight])
         for name in self.waiting:

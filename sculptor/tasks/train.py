@@ -24,6 +24,7 @@ from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.job import TrainJob, open_job, plans_of
+from sculptor.tasks.opening import open_rules
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
@@ -88,6 +89,7 @@ def train(
     check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data])
     with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
         scratch = partial / "scratch"
+        job = open_rules(job, device, partial, progress)
         loaded, updates = prepare_model(
             job.checkpoint, job.architecture, job.archive, job.settings, list(job.extra), device, scratch, progress
         )

@@ -85,9 +85,6 @@ def protect(
     if protected_matrices(model):
         raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
     parameters = find_parameters(model, archive)
-    sliced = [name for name, record in archive.items() if record.part is not None]
-    if sliced:
-        raise ArchiveError(f"{archive.path}: {sliced[0]} is a slice of a tensor, which training does not take yet")
     for check in (_check_shape, _check_bytes):  # what says most first
         for name, parameter in parameters.items():
             check(archive, name, model.get_parameter(parameter))
@@ -105,6 +102,7 @@ def attach_coordinates(
     soften: float = 0.0,
 ) -> Any:
     """`protect` for a model whose weights are known to be those of the archive's base."""
+    refuse_slices(archive)
     parameters = find_parameters(model, archive)
     check_softening(archive, soften)
     if not archive.open_names:
@@ -124,6 +122,17 @@ def attach_coordinates(
         parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
         module.parametrizations.weight.original.requires_grad_(False)
     return model
+
+
+def refuse_slices(archive: Archive) -> None:
+    """Refuses rules for slices of tensors, which no analysis makes yet.
+
+    Raises:
+        ArchiveError: naming the first.
+    """
+    sliced = [name for name, record in archive.items() if record.part is not None]
+    if sliced:
+        raise ArchiveError(f"{archive.path}: {sliced[0]} is a slice of a tensor, which training does not take yet")
 
 
 def check_softening(archive: Archive, soften: float) -> None:

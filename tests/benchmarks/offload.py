@@ -22,20 +22,24 @@ from typing import Any
 import psutil
 import torch
 
-from sculptor.archive.manifest import Added, MatrixRecord, SideRecord
-from sculptor.archive.store import Subspaces
+from sculptor.archive.manifest import MatrixRecord
+from sculptor.archive.store import Entry
 from sculptor.checkpoint.architecture import Architecture, Target, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.batches import Batch
+from sculptor.methods.kinds import make_method
+from sculptor.methods.rule import num_free
+from sculptor.methods.settings import AnalyzeSettings
+from sculptor.methods.weights import plan_rule
 from sculptor.model.load import checkpoint_activations, load_model, load_streamed
 from sculptor.model.loss import batch_loss
-from sculptor.numerics.bases import Basis, stored_columns
-from sculptor.numerics.staircase import Staircase
-from sculptor.planning.footprints import MatrixShape, Side, Workload, footprints
+from sculptor.planning.footprints import PlannedMatrix, Workload, footprints
 from sculptor.training.protect import attach_coordinates, protected_blocks
+from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 from sculptor.training.stepping.streamed import StreamedUpdates
-from sculptor.training.stepping.updates import ResidentUpdates, TrainedParameters, Updates
+from sculptor.training.stepping.updates import Updates
 
 
 class RandomArchive(Mapping[str, MatrixRecord]):
@@ -46,28 +50,21 @@ class RandomArchive(Mapping[str, MatrixRecord]):
     ) -> None:
         self.path = checkpoint.path
         self.device = device
+        self.method = make_method(AnalyzeSettings(basis="random", preserve=preserve))
         self.records = {t.name: self._record(t, preserve) for t in architecture.targets}
-        self.shapes = [
-            MatrixShape(t, self.records[t.name].staircase, *self._sides(t, preserve)) for t in architecture.targets
+        self.matrices = [
+            PlannedMatrix(t, r.rule, r.tensors)
+            for t, r in zip(architecture.targets, self.records.values(), strict=False)
         ]
-
-    def _sides(self, target: Target, preserve: float) -> tuple[Side | None, Side | None]:
-        k = round(preserve * min(target.shape))
-        m, n = target.shape
-        if not k:
-            return None, None
-        return Side(stored_columns(m, k), f"{target.name} out"), Side(stored_columns(n, k), target.input_group)
+        self.open_names = list(self.records)
+        self.num_free = sum(num_free(record.rule) for record in self.records.values())
 
     def _record(self, target: Target, preserve: float) -> MatrixRecord:
-        (m, n), k = target.shape, round(preserve * min(target.shape))
-        output, input = (
-            SideRecord(key, "leading" if stored_columns(d, k) == k else "free", k) if k else None
-            for key, d in ((f"{target.name} out", m), (target.input_group, n))
-        )
+        rule = plan_rule(target.shape, "double", preserve)
+        tensors = {"output": f"{target.name} out", "input": target.input_group}
         return MatrixRecord(
-            target.name, target.parameter, target.block, target.index, target.role, target.shape, target.transposed,
-            target.input_group, "bfloat16", "", Staircase.of("double", m, n, k, k).steps, output, input, None, preserve,
-            None, 0.0, (Added(0, k, k),),
+            target.tensor, None, target.parameter, target.block, target.index, target.role, target.transposed,
+            target.input_group, "bfloat16", "", 0.02, rule, {name: tensors[name] for name in rule.stored()},
         )  # fmt: skip
 
     def __getitem__(self, name: str) -> MatrixRecord:
@@ -79,20 +76,15 @@ class RandomArchive(Mapping[str, MatrixRecord]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, name: str) -> Subspaces:
+    def read(self, name: str) -> Entry:
         """Random orthonormal columns, the same for the same side."""
         record = self[name]
-        return Subspaces(
-            record, *(self._basis(s, d) for s, d in zip((record.output, record.input), record.shape, strict=True))
-        )
+        made = {key: self._basis(record.tensors[key], shape) for key, shape in record.rule.stored().items()}
+        return Entry(record, made)
 
-    def _basis(self, side: SideRecord | None, d: int) -> Basis | None:
-        if side is None:
-            return None
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(side.tensor.encode()))
-        shape = (d, stored_columns(d, side.directions))
-        vectors = torch.linalg.qr(torch.randn(shape, generator=generator, device=self.device)).Q
-        return Basis(vectors, side.form)
+    def _basis(self, name: str, shape: Any) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        return torch.linalg.qr(torch.randn(shape, generator=generator, device=self.device)).Q
 
 
 class PlainUpdates:
@@ -103,14 +95,14 @@ class PlainUpdates:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
         self.num_trainable = sum(p.numel() for p in parameters)
 
-    def begin(self, rate: float) -> None: ...
+    def begin(self, rate_of: Any) -> None: ...
 
     def end_backward(self) -> None: ...
 
     def clip(self) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
 
-    def step(self, rate: float) -> None:
+    def step(self, rate_of: Any) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -136,14 +128,14 @@ def measure(
         parts = rows // micro
         for _ in range(parts):
             ids = torch.randint(2, vocabulary, (micro, length), generator=generator).to(device)
-            updates.begin(1e-5)
+            updates.begin(lambda peak: peak)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 found = batch_loss(model, Batch(ids, torch.ones_like(ids), ids), "causal")
             (found.total / (rows * (length - 1))).backward()
             updates.end_backward()
             total += found.total.detach()
         updates.clip()
-        updates.step(1e-5)
+        updates.step(lambda peak: peak)
         losses.append(round(float(total) / (rows * (length - 1)), 4))
     synchronize(device)
     seconds = (time.perf_counter() - started) / steps
@@ -243,7 +235,7 @@ def main() -> None:
         found = measure(model, updates, device, rows, micro, options.length, options.steps)
         on_host = mode == "cpu" and not variant and device.type == "cuda"
         work = Workload(rows * options.length, rows // micro, fused, options.keep_inputs, on_host, row=options.length)
-        plan = None if mode == "full" else footprints(checkpoint, architecture, archive.shapes, device, work)[
+        plan = None if mode == "full" else footprints(checkpoint, architecture, archive.matrices, device, work)[
             "none" if mode == "resident" else mode
         ]  # fmt: skip
         print(
@@ -266,6 +258,7 @@ def prepare(
     device: torch.device, options: argparse.Namespace,
 ) -> tuple[Any, Any]:  # fmt: skip
     """A model ready for training, and its updates."""
+    peaks = Peaks(dict.fromkeys(archive.open_names, 1e-5), {})
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     if mode in ("full", "resident"):
         model = load_model(checkpoint, device, architecture).model
@@ -275,7 +268,7 @@ def prepare(
                 [model.get_parameter(t.parameter).requires_grad_(True) for t in architecture.targets]
             )
         attach_coordinates(model, archive, compute_dtype=compute, fold="manual")
-        return model, ResidentUpdates(TrainedParameters(tuple(protected_blocks(model)), {}), settings, device)
+        return model, ResidentUpdates(TrainedParameters(tuple(protected_blocks(model))), peaks, settings, device)
     trained = {target.parameter: compute for target in architecture.targets}
     tier: Any = mode
     loaded = load_streamed(
@@ -283,7 +276,7 @@ def prepare(
         keep_inputs=True if options.keep_inputs else None,
     )  # fmt: skip
     assert loaded.stream is not None
-    return loaded.model, StreamedUpdates(loaded.model, loaded.stream, archive, {}, settings)
+    return loaded.model, StreamedUpdates(loaded.model, loaded.stream, archive, {}, peaks, settings)
 
 
 if __name__ == "__main__":

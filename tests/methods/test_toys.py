@@ -203,3 +203,38 @@ def test_each_toy_is_short() -> None:
     for toy in (frozen_rows, mask, rotation):
         assert toy.__file__ is not None
         assert len(Path(toy.__file__).read_text().splitlines()) < 60
+
+
+class Opened(frozen_rows.FirstRows):
+    """Freezes the more rows the less the new task's rows say: it looks at them before the first step."""
+
+    def measures(self, step: str, carry: str | None = None) -> str:
+        return "inputs" if step == "open" else "nothing"
+
+    def open(self, previous: Any, evidence: Any) -> Any:
+        from sculptor.methods.method import Derived
+
+        assert evidence.inputs.value.shape == (evidence.shape[1],) * 2
+        assert evidence.task == 1
+        return Derived(frozen_rows.FrozenRows(evidence.shape, evidence.shape[0] // 2), {})
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_rule_may_follow_the_new_tasks_rows(made: Path, offload: str, tmp_path: Path) -> None:
+    rules = {"frozen-rows": sculptor.Kind(frozen_rows.FrozenRows, Opened)}
+    chosen = settings(offload=offload, save_every=2)
+    sculptor.analyze(made / "model", tmp_path / "a", sculptor.AnalyzeSettings(rule="frozen-rows"), rules=rules)
+    archive, rows = sculptor.Archive(tmp_path / "a", rules=rules), [made / "rows.jsonl"]
+    report = sculptor.train(made / "model", tmp_path / "a", rows, tmp_path / "whole", chosen, rules=rules)
+    entries = sum(record.shape[0] * record.shape[1] for record in archive.values())
+    assert report.num_trainable == entries // 2 < archive.num_free == 3 * entries // 4
+    polls = iter([None, None, 15])
+    with pytest.raises(Stopped):
+        sculptor.train(
+            made / "model", tmp_path / "a", rows, tmp_path / "cut", chosen, rules=rules, stop=lambda: next(polls)
+        )
+    sculptor.train(made / "model", tmp_path / "a", rows, tmp_path / "cut", chosen, rules=rules, resume=True)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert not (tmp_path / "cut" / "opened").exists()
+    assert sculptor.verify(made / "model", tmp_path / "whole", tmp_path / "a", device="cpu", rules=rules).passed

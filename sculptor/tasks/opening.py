@@ -1,0 +1,62 @@
+"""Rules that follow a task's rows: an archive for one training, made before its first step (`methods.method.Opens`)."""
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.evidence import Source
+from sculptor.analysis.sources import spread_rows
+from sculptor.archive.store import MANIFEST_NAME, Archive
+from sculptor.archive.writer import ArchiveWriter
+from sculptor.checkpoint.staging import writing
+from sculptor.methods.method import Opens, measures_of
+from sculptor.progress import Progress
+from sculptor.tasks.job import TrainJob, open_model
+
+OPENED_NAME = "opened"
+
+
+def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Progress) -> TrainJob:
+    """The job with the archive that it is trained with: its own, unless the rules follow the task's rows.
+
+    What was made before a run was stopped is taken up again.
+
+    Args:
+        job: opened inputs.
+        device: where to measure.
+        partial: staging directory of the output.
+        progress: makes progress bars.
+    """
+    archive, method = job.archive, job.archive.method
+    measures = measures_of(method, "open")
+    if not isinstance(method, Opens) or measures == "nothing":
+        return job
+    path = partial / OPENED_NAME
+    if not (path / MANIFEST_NAME).is_file():
+        with writing(path):
+            path.mkdir(exist_ok=True)
+        assert job.settings.memory_rows is not None
+        source = Source(job.name, spread_rows(job.encoded.examples, job.settings.memory_rows))
+        targets = [target for target in job.architecture.targets if target.name in archive]
+        settings, task = archive.manifest.settings, len(archive.manifest.tasks)
+        with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
+            writer.resume()
+            with closing(open_model(job.checkpoint, device, job.architecture, "auto", progress=progress)) as loaded:
+                write_measured(
+                    loaded,
+                    dict(archive),
+                    targets,
+                    [source],
+                    measures,
+                    settings,
+                    lambda evidence: method.open(archive.read(evidence.name), evidence),
+                    writer,
+                    progress,
+                    task,
+                )
+            decide(writer, method, [*archive.manifest.source_weights, source.weight])
+            writer.finish(archive.manifest)
+    return replace(job, archive=Archive(path, rules=archive.own_kinds))
