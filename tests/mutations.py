@@ -96,8 +96,10 @@ def _wrong(hint: Any, value: Any, bounds: list[Any], optional: bool) -> Iterator
         yield float("inf"), True
         yield -HUGE, True
         yield HUGE, True
-        yield -1, any(getattr(bound, name, None) is not None for bound in bounds for name in ("ge", "gt")) and not any(
-            (getattr(bound, "ge", None) or 0) < 0 for bound in bounds
+        yield (
+            -1,
+            any(getattr(bound, name, None) is not None for bound in bounds for name in ("ge", "gt"))
+            and not any((getattr(bound, "ge", None) or 0) < 0 for bound in bounds),
         )
         if hint is int:
             yield 2.5, True
@@ -107,7 +109,10 @@ def _wrong(hint: Any, value: Any, bounds: list[Any], optional: bool) -> Iterator
     elif hint is str or get_origin(hint) is Literal:
         yield 3, True
         yield float("nan"), True
-        yield "a\nb\x1b[31m", bool(bounds) and any(getattr(bound, "pattern", None) for bound in bounds) or hint is not str
+        yield (
+            "a\nb\x1b[31m",
+            (bool(bounds) and any(getattr(bound, "pattern", None) for bound in bounds)) or hint is not str,
+        )
         yield "x" * 10**6, True
         if get_origin(hint) is Literal:
             yield "os.system", True

@@ -47,6 +47,17 @@ def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (tmp_path / name / "model.safetensors").is_file()
 
 
+def test_the_rule_of_the_page_is_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, use = blocks("docs/add-a-method.md", "python")[:2]
+    assert rule == (ROOT / "tests" / "methods" / "toys" / "frozen_rows.py").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "methods" / "toys"))
+    save_checkpoint(tmp_path / "model")
+    write_rows(tmp_path / "task.jsonl", task_rows())
+    exec(compile(use, "docs/add-a-method.md", "exec"), {})
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+
+
 def test_readme_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "model")
@@ -81,7 +92,9 @@ def test_data_examples_are_read(tmp_path: Path) -> None:
     assert len(read_rows([tmp_path / "rows.jsonl"])) == 3
 
 
-@pytest.mark.parametrize("name", ["estimate", "analyze", "train", "inspect", "verify", "evaluate", "continual", "convert", "demo"])
+@pytest.mark.parametrize(
+    "name", ["estimate", "analyze", "train", "inspect", "verify", "evaluate", "continual", "convert", "demo"]
+)
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main
 

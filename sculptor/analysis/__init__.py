@@ -1,1 +1,1 @@
-"""Floor 3: offline tools over checkpoints and archives."""
+"""Offline tools over checkpoints and archives."""

@@ -1,1 +1,1 @@
-"""Floor 2: the subspace archive, the saved protected directions of a checkpoint."""
+"""The subspace archive, the saved protected directions of a checkpoint."""

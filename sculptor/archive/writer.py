@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
-from sculptor.archive.store import MANIFEST_NAME
+from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import LOCK_NAME, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_tensor, write_tensors
@@ -119,7 +119,18 @@ class ArchiveWriter:
                 continue
             self._shared |= {stored} if shared else set()
             self._pending[stored] = self._as_stored(derived, name, tensor)
-        self._pending_records[record.name] = replace(record, rule=derived.rule, tensors=names)
+        self._take(replace(record, rule=derived.rule, tensors=names))
+
+    def keep(self, record: MatrixRecord, archive: Archive) -> None:
+        """Takes a matrix of another archive with its rule and tensors, bit for bit."""
+        for stored in record.tensors.values():
+            if stored not in self._shared:
+                self._shared.add(stored)
+                self._pending[stored] = archive.tensor(stored)
+        self._take(record)
+
+    def _take(self, record: MatrixRecord) -> None:
+        self._pending_records[record.name] = record
         if sum(tensor.nbytes for tensor in self._pending.values()) >= self.max_shard_bytes:
             self._write_shard()
 

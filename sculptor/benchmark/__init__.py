@@ -1,1 +1,1 @@
-"""Floor 7: sequences of tasks, and other people's methods in the same harness."""
+"""Sequences of tasks, and other people's methods in the same harness."""

@@ -1,5 +1,7 @@
 """PLAN.toml: a model, how to protect and train it, and a sequence of tasks."""
 
+import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -155,15 +157,16 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
     if "data" in analyze:
         files = _strings(analyze["data"], f"{path} [analyze]: data")
         analyze["data"] = tuple(item if item == SELF else _locate(item, place) for item in files)
-    plan = Plan(
-        model=_locate(content["model"], place),
-        tasks=parsed,
-        watch=tuple(_locate(item, place) for item in _strings(content.get("watch", ()), f"{path}: watch")),
-        analyze=_settings(AnalyzeSettings, analyze, f"{path} [analyze]"),
-        train=_settings(TrainSettings, _section(content, "train", path), f"{path} [train]"),
-        evaluate=_settings(EvaluateSettings, _section(content, "evaluate", path), f"{path} [evaluate]"),
-        adapter=_settings(AdapterSettings, _section(content, "adapter", path), f"{path} [adapter]"),
-    )
+    parts = {
+        "model": _locate(content["model"], place),
+        "tasks": parsed,
+        "watch": tuple(_locate(item, place) for item in _strings(content.get("watch", ()), f"{path}: watch")),
+        "analyze": _settings(AnalyzeSettings, analyze, f"{path} [analyze]"),
+        "train": _settings(TrainSettings, _section(content, "train", path), f"{path} [train]"),
+        "evaluate": _settings(EvaluateSettings, _section(content, "evaluate", path), f"{path} [evaluate]"),
+        "adapter": _settings(AdapterSettings, _section(content, "adapter", path), f"{path} [adapter]"),
+    }
+    plan = _settings(Plan, parts, str(path))
     try:
         make_method(plan.analyze, known_kinds(rules))
     except SettingsError as error:
@@ -207,7 +210,8 @@ def _settings(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return cls(**values)
     except (SettingsError, TypeError) as error:
-        raise SettingsError(f"{where}: {error}") from error
+        text = re.sub(r"(^|; )--([a-z-]+)(?= )", lambda found: found[1] + found[2].replace("-", "_"), str(error))
+        raise SettingsError(f"{where}: {text}") from error
 
 
 def _strings(value: Any, where: str) -> tuple[str, ...]:
@@ -242,4 +246,4 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> N
 def _locate(item: str, place: Path) -> str:
     """A path as written, seen from the plan; a hub name stays what it is."""
     found = place / item
-    return str(found) if found.exists() else item
+    return str(found) if os.path.exists(found) else item  # unlike Path.exists, of any name

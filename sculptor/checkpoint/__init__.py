@@ -1,1 +1,1 @@
-"""Floor 1: saved Hugging Face directories; safetensors only, one tensor in memory at a time."""
+"""Saved Hugging Face directories; safetensors only, one tensor in memory at a time."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -150,9 +151,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         CheckpointError: if there is no such directory or hub model, or it cannot be used.
     """
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, takes any name
         return Checkpoint(path)
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{path}: is a file; expected a checkpoint directory")
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -1,1 +1,1 @@
-"""Floor 2: from data files to token sequences to batches."""
+"""From data files to token sequences to batches."""

@@ -1,1 +1,1 @@
-"""Floor 3: what a checkpoint can do."""
+"""What a checkpoint can do."""

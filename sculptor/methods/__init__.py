@@ -1,1 +1,1 @@
-"""Floor 1: what may change in a matrix, and how that is decided and goes on; tensors and facts, no files."""
+"""What may change in a matrix, and how that is decided and goes on; tensors and facts, no files."""

@@ -67,7 +67,7 @@ def make_method(settings: AnalyzeSettings, kinds: Kinds = KINDS, shapes: Any = (
         SettingsError: naming everything that is unknown, contradictory, or without effect.
     """
     if settings.rule not in kinds:
-        raise SettingsError(f"--rule {settings.rule}: expected {', '.join(sorted(kinds))}")
+        raise SettingsError(f"rule {settings.rule!r}: expected {', '.join(sorted(kinds))}")
     method = kinds[settings.rule].method(settings)
     wrong = method.check(shapes) if isinstance(method, Checks) else []
     if wrong:

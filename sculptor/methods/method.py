@@ -186,11 +186,3 @@ def measures_of(method: Method, step: Step, carry: Carry | None = None) -> Measu
 def carries_of(method: Method) -> tuple[Carry, ...]:
     """The ways in which the rules of any method can go on, the default first."""
     return (*method.carries, "keep") if isinstance(method, Carrying) else ("keep",)
-
-
-def carry_rule(method: Method, carry: Carry, previous: Previous, evidence: Evidence) -> Derived:
-    """The rule after a task, of any method."""
-    if carry == "keep":
-        return Derived(previous.rule, previous.tensors)
-    assert isinstance(method, Carrying)
-    return method.carry(carry, previous, evidence)

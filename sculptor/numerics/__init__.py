@@ -1,1 +1,1 @@
-"""Floor 0: tensors in, tensors out; no files, no configuration."""
+"""Tensors in, tensors out; no files, no configuration."""

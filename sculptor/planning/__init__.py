@@ -1,1 +1,1 @@
-"""Floor 5: what a job takes, before it is run."""
+"""What a job takes, before it is run."""

@@ -1,1 +1,1 @@
-"""Floor 4: results as text, JSON and pictures."""
+"""Results as text, JSON and pictures."""

@@ -1,1 +1,1 @@
-"""Floor 4: whole jobs, each what a command calls."""
+"""Whole jobs, each what a command calls."""

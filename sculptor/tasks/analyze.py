@@ -20,6 +20,7 @@ from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest
 from sculptor.data.examples import digest_examples
+from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Evidence, measures_of
 from sculptor.methods.settings import AnalyzeSettings
@@ -72,6 +73,8 @@ def analyze(
     method = make_method(settings, kinds, [target.shape for target in targets])
     measures = measures_of(method, "derive")
     calibrated = measures in ("inputs", "gradients")
+    if calibrated and not settings.data:
+        raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
     sources = read_sources(checkpoint, architecture, settings) if calibrated else []
     examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()
     output = Path(output).resolve()

@@ -6,6 +6,7 @@ from pathlib import Path
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging, write_json, writing
+from sculptor.methods.kinds import Kinds
 from sculptor.progress import Progress, silent
 
 
@@ -16,6 +17,7 @@ def convert(
     model: str | Path,
     overwrite: bool = False,
     progress: Progress = silent,
+    rules: Kinds | None = None,
 ) -> Archive:
     """Writes an archive of version 2 (or 3) in version 3; its tensors are copied as they are.
 
@@ -25,12 +27,13 @@ def convert(
         model: the checkpoint that the archive belongs to, for what earlier versions did not note.
         overwrite: replace an existing output.
         progress: makes progress bars.
+        rules: kinds of rules beside sculptor's own.
 
     Raises:
         SculptorError: if the archive is damaged or of another checkpoint, or the output cannot be written.
     """
     output = Path(output).resolve()
-    opened, checkpoint = Archive(archive), open_checkpoint(model)
+    opened, checkpoint = Archive(archive, rules=rules), open_checkpoint(model)
     check_apart(output, [opened.path, checkpoint.path])
     opened.check_base(checkpoint, progress)
     with staging(output, overwrite=overwrite, resume=False, worth_keeping=lambda _: False) as partial:
@@ -43,4 +46,4 @@ def convert(
         bar.close()
         write_json(partial / MANIFEST_NAME, opened.manifest.to_json())
         commit(partial, output)
-    return Archive(output)
+    return Archive(output, rules=rules)

@@ -31,7 +31,7 @@ from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint
 from sculptor.edits.merge import Merged
-from sculptor.methods.method import Evidence, carries_of, carry_rule, measures_of
+from sculptor.methods.method import Carrying, Evidence, carries_of, measures_of
 from sculptor.methods.rule import is_open
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.numerics.rounding import rms
@@ -155,6 +155,9 @@ class _Finish:
             base_dtype=str(merged.tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             base_rms=rms(merged.tensor),
         )
+        if not isinstance(self.method, Carrying) or self.carry == "keep":
+            self.writer.keep(record, self.job.archive)
+            return
         if self.measures != "nothing":
             self.waiting[record.name] = record
             return
@@ -165,7 +168,7 @@ class _Finish:
             update=merged.update,
             task=self.task,
         )
-        self.writer.add(record, carry_rule(self.method, self.carry, entry, evidence))
+        self.writer.add(record, self.method.carry(self.carry, entry, evidence))
 
     def _report(self, entry: Entry, weight: Tensor, merged: Merged) -> MatrixReport:
         name = entry.record.name
@@ -189,7 +192,8 @@ class _Finish:
 
     def _measure(self) -> None:
         """Carries rules on by the moments of the finished task, from a few hundred of its rows."""
-        job, archive = self.job, self.job.archive
+        job, archive, method = self.job, self.job.archive, self.method
+        assert isinstance(method, Carrying)
         loaded = self._reload()
         targets = [target for target in job.architecture.targets if target.name in self.waiting]
         assert job.settings.memory_rows is not None
@@ -204,7 +208,7 @@ class _Finish:
                 [source],
                 self.measures,
                 archive.manifest.settings,
-                lambda evidence: carry_rule(self.method, self.carry, archive.read(evidence.name), evidence),
+                lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
                 self.writer,
                 self.progress,
                 self.task,

@@ -109,10 +109,9 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
     }
     idle = [option for option, is_fault in faults.items() if is_fault]
     if idle:
-        how = "has no moments" if measures_of(method, "carry", carries[0]) == "nothing" else f"goes on by {carry}"
-        raise SettingsError(
-            f"{', '.join(idle)} without effect: {basis} {how}; analyze with --basis inputs or curvature"
-        )
+        kept = carry == "keep" and measures_of(method, "carry", carries[0]) != "nothing"
+        how = "goes on by keep" if kept else "has no moments; analyze with --basis inputs or curvature"
+        raise SettingsError(f"{', '.join(idle)} without effect: {basis} {how}")
     rate = None if settings.learning_rate is not None else default_relative_rate(archive)
     return replace(
         settings,

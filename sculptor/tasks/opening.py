@@ -22,7 +22,7 @@ OPENED_NAME = "opened"
 def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Progress) -> TrainJob:
     """The job with the archive that it is trained with: its own, unless the rules follow the task's rows.
 
-    What was made before a run was stopped is taken up again.
+    What was made before a run was stopped is taken up again, and stays beside the output: it says what was protected.
 
     Args:
         job: opened inputs.
@@ -44,7 +44,9 @@ def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Pro
         settings, task = archive.manifest.settings, len(archive.manifest.tasks)
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
             writer.resume()
-            with closing(open_model(job.checkpoint, device, job.architecture, "auto", progress=progress)) as loaded:
+            with closing(
+                open_model(job.checkpoint, device, job.architecture, job.settings.offload, progress=progress)
+            ) as loaded:
                 write_measured(
                     loaded,
                     dict(archive),

@@ -22,6 +22,7 @@ from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
 from sculptor.tasks.job import resolve_settings
+from sculptor.training.protect import refuse_slices
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import streamed_updates, trained_dtypes
 from sculptor.training.stepping.updates import RateOf, merge_trained
@@ -90,6 +91,7 @@ class StreamedModel:
             )
         _check(settings, directory)
         self.archive = archive if isinstance(archive, Archive) else Archive(archive, rules=rules)
+        refuse_slices(self.archive)
         self.settings = resolve_settings(settings, self.archive)
         self.checkpoint = open_checkpoint(model)
         self.archive.check_base(self.checkpoint, progress)

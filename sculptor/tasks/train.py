@@ -14,7 +14,7 @@ import torch
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import identity
-from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging
+from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, writing
 from sculptor.data.examples import digest_examples
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
@@ -24,7 +24,7 @@ from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.job import TrainJob, open_job, plans_of
-from sculptor.tasks.opening import open_rules
+from sculptor.tasks.opening import OPENED_NAME, open_rules
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
@@ -110,6 +110,9 @@ def train(
         finally:
             updates.close()
             shutil.rmtree(scratch, ignore_errors=True)
+        if (partial / OPENED_NAME).is_dir():
+            with writing(output):
+                (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
         commit(partial / "output", output)
         shutil.rmtree(partial)
     return report

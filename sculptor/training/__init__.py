@@ -1,1 +1,1 @@
-"""Floor 3: the coordinates a model is trained in, and the loop that trains them."""
+"""The coordinates a model is trained in, and the loop that trains them."""

@@ -18,7 +18,7 @@ from sculptor.analysis.calibration import Moments, measure_moments, moment_bytes
 from sculptor.analysis.evidence import _check_reached
 from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.batches import Batch, prepare
+from sculptor.data.batches import Batch, make_batch
 from sculptor.data.examples import IGNORED, Example
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.loss import batch_loss, sample_labels
@@ -57,7 +57,7 @@ def to_batch(loaded: LoadedModel, examples: Sequence[Example], seed: int = 0) ->
     """All examples padded together, as calibration reads them: what is masked depends on the place in the batch."""
     tokenizer = loaded.tokenizer
     ordered = sorted(examples, key=lambda example: -example.length)
-    return prepare(ordered, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed)
+    return make_batch(ordered, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed)
 
 
 class Reference:
@@ -257,7 +257,7 @@ def big_targets(num_blocks: int) -> list[Target]:
     shapes = {"q_proj": (4096, 4096), "v_proj": (1024, 4096), "down_proj": (4096, 11008)}
     return [
         Target(
-            name=f"model.layers.{i}.{role}.weight",
+            tensor=f"model.layers.{i}.{role}.weight",
             parameter=f"model.layers.{i}.{role}.weight",
             block=f"model.layers.{i}",
             index=i,
@@ -400,7 +400,7 @@ def test_a_block_that_runs_several_times_is_counted_every_time(
 def test_a_matrix_that_no_row_reaches_is_named(tmp_path: Path) -> None:
     loaded = load(tmp_path, "llama")
     first = loaded.architecture.targets[0]
-    never = replace(first, name="nowhere", input_group="nowhere")
+    never = replace(first, tensor="nowhere", input_group="nowhere")
     found = Moments({first.input_group: torch.eye(2)}, {first.name: torch.eye(2)})
     _check_reached([first], found, True)
     with pytest.raises(ValueError, match=r"no row reaches 1 matrices, first nowhere.*--exclude"):

@@ -409,7 +409,7 @@ def test_an_analysis_goes_on_behind_its_last_shard(tmp_path: Path, monkeypatch: 
 
     model, rows = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "rows.jsonl", "llama")
     settings = AnalyzeSettings(basis="curvature", data=(str(rows),), device="cpu")
-    plain, write = ArchiveWriter.__init__, ArchiveWriter.add_factors
+    plain, write = ArchiveWriter.__init__, ArchiveWriter.add
 
     def in_small_shards(self: ArchiveWriter, *arguments: object) -> None:
         plain(self, *arguments, max_shard_bytes=8000)  # type: ignore[arg-type]
@@ -422,7 +422,7 @@ def test_an_analysis_goes_on_behind_its_last_shard(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ArchiveWriter, "__init__", in_small_shards)
     run(model, tmp_path / "whole", settings)
     with monkeypatch.context() as patched:
-        patched.setattr(ArchiveWriter, "add_factors", stopped)
+        patched.setattr(ArchiveWriter, "add", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "parts", settings)
     assert (tmp_path / "parts.partial" / "progress.json").is_file()

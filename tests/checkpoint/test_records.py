@@ -57,7 +57,7 @@ def test_every_field_wrong_in_every_way_is_one_line(tmp_path: Path) -> None:
     for what, changed, must_fail in mutations(_Record, FULL, {}):
         count += 1
         written(tmp_path, changed)
-        is_more = what.endswith("surprise = 1")  # the rest of the record is for people
+        is_more = what.endswith("surprise = 1") or what.startswith("settings = {")  # the rest is for people
         try:
             read_record(tmp_path)
         except CheckpointError as error:
@@ -72,7 +72,9 @@ def test_every_field_wrong_in_every_way_is_one_line(tmp_path: Path) -> None:
     assert refused > 45
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", '{"lineage": NaN}', "[" * 100_000, '{"a":' * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "null", "{", '{"lineage": NaN}', "[" * 100_000, '{"a":' * 100_000, "\x00"]
+)
 def test_anything_else_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match=r"sculptor.json: damaged .* restore it, or remove it") as caught:
         read_record(written(tmp_path, text))

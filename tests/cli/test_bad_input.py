@@ -72,7 +72,7 @@ def test_archives(cli: Callable[..., Result], made: dict[str, Path], tmp_path: P
     manifest.write_text(json.dumps(content | {"version": 1}))
     one_line(train(cli, made), "archive version 1")
     manifest.write_text(manifest.read_text()[:100])
-    one_line(train(cli, made), "truncated or corrupt")
+    one_line(train(cli, made), "damaged")
     nothing_finished(made["out"])
 
 
@@ -136,10 +136,10 @@ def test_a_disk_that_fills_up(made: dict[str, Path]) -> None:
 
 def test_settings(cli: Callable[..., Result], made: dict[str, Path]) -> None:
     analyze = ("analyze", made["model"], "-o", made["out"])
-    one_line(cli(*analyze, "--preserve", 1.5), "--preserve 1.5", code=2)
+    one_line(cli(*analyze, "--preserve", 1.5), "'--preserve': 1.5 is not in the range 0<=x<=1", code=2)
     one_line(cli(*analyze, "--preserve", 1), "--preserve 1", code=2)
     one_line(cli(*analyze, "--targets", "q_prj"), "'q_prj' matches none of the 14", code=2)
-    one_line(train(cli, made, "--max-steps", 0), "--max-steps 0", code=2)
+    one_line(train(cli, made, "--max-steps", 0), "'--max-steps': 0 is not in the range x>=1", code=2)
     one_line(train(cli, made, "--max-length", 999), "--max-length 999 is more than the 64", code=2)
     one_line(train(cli, made, "--device", "nonsense"), "--device nonsense", code=2)
     nothing_finished(made["out"])

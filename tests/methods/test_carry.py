@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sculptor import AnalyzeSettings
-from sculptor.methods.method import Derived, Evidence, carry_rule
+from sculptor.methods.method import Derived, Evidence
 from sculptor.methods.rule import Working, num_free
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.methods.weights import Weights, accumulate, analyze_matrix, num_leading
@@ -124,14 +124,6 @@ def test_retake_decomposes_again_with_the_same_count(generator: torch.Generator)
     assert rule_of(found).staircase == reference.staircase
     assert reference.output is not None
     assert torch.equal(found.tensors["output"], reference.output.vectors)
-
-
-def test_keep_changes_nothing(generator: torch.Generator) -> None:
-    before = derive("double", 8, generator)
-    method = Weights(AnalyzeSettings(preserve=0.5))
-    kept = carry_rule(method, "keep", before, Evidence("w", (24, 40), lambda: torch.zeros(24, 40), task=1))
-    assert kept.rule == before.rule
-    assert kept.tensors is before.tensors
 
 
 def test_a_rule_may_be_closed_by_hand(generator: torch.Generator) -> None:

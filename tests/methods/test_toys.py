@@ -191,7 +191,7 @@ def test_a_rule_that_is_not_given_is_named(made: Path, tmp_path: Path) -> None:
     analyzed(made, "mask", tmp_path / "a")
     with pytest.raises(ArchiveError, match=r"rule of kind 'mask': expected one of staircase"):
         sculptor.Archive(tmp_path / "a")
-    with pytest.raises(SettingsError, match=r"--rule masks: expected frozen-rows, mask, rotation-2, staircase"):
+    with pytest.raises(SettingsError, match=r"rule 'masks': expected frozen-rows, mask, rotation-2, staircase"):
         sculptor.analyze(made / "model", tmp_path / "b", sculptor.AnalyzeSettings(rule="masks"), rules=RULES)
     with pytest.raises(SettingsError, match=r"'staircase' is a kind of sculptor's own"):
         sculptor.analyze(made / "model", tmp_path / "b", rules={"staircase": mask.KIND})
@@ -219,6 +219,20 @@ class Opened(frozen_rows.FirstRows):
         return Derived(frozen_rows.FrozenRows(evidence.shape, evidence.shape[0] // 2), {})
 
 
+class Measured(frozen_rows.FirstRows):
+    """Looks at rows when it is made."""
+
+    def measures(self, step: str, carry: str | None = None) -> str:
+        return "inputs"
+
+
+def test_a_method_that_measures_needs_rows(made: Path, tmp_path: Path) -> None:
+    rules = {"frozen-rows": sculptor.Kind(frozen_rows.FrozenRows, Measured)}
+    with pytest.raises(SettingsError, match=r"rule frozen-rows measures rows: pass data"):
+        sculptor.analyze(made / "model", tmp_path / "a", sculptor.AnalyzeSettings(rule="frozen-rows"), rules=rules)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_a_rule_may_follow_the_new_tasks_rows(made: Path, offload: str, tmp_path: Path) -> None:
     rules = {"frozen-rows": sculptor.Kind(frozen_rows.FrozenRows, Opened)}
@@ -236,5 +250,8 @@ def test_a_rule_may_follow_the_new_tasks_rows(made: Path, offload: str, tmp_path
     sculptor.train(made / "model", tmp_path / "a", rows, tmp_path / "cut", chosen, rules=rules, resume=True)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert not (tmp_path / "cut" / "opened").exists()
+    assert not (tmp_path / "cut.partial").exists()
+    opened = sculptor.Archive(tmp_path / "cut" / "opened", rules=rules)
+    assert opened.num_free == entries // 2
+    assert sculptor.verify(made / "model", tmp_path / "cut", opened.path, device="cpu", rules=rules).passed
     assert sculptor.verify(made / "model", tmp_path / "whole", tmp_path / "a", device="cpu", rules=rules).passed

@@ -14,7 +14,7 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError
 from sculptor.model.load import load_streamed
-from sculptor.planning import placement
+from sculptor.planning import placement, speeds
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, plan_archive
 from sculptor.planning.settings import EstimateSettings
@@ -238,7 +238,7 @@ def test_a_disk_that_cannot_be_measured_is_assumed(
     def full(_: Path) -> float:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(estimate, "_measure_disk", full)
+    monkeypatch.setattr(speeds, "_measure_disk", full)
     found = cli("estimate", tmp_path / "model", "--tflops", 1, "--directory", tmp_path / "not" / "there")
     assert found.code == 0
     assert "2 GB/s disk (given or assumed)" in found.out

@@ -104,7 +104,9 @@ def test_an_unsigned_change_is_noticed(store: StateStore, change: Any) -> None:
     content = json.loads(state_file(store).read_text())
     change(content)
     state_file(store).write_text(json.dumps(content))
-    with pytest.raises(OutputError, match=r"state.json: has changed since it was written .its digest differs.; pass --ove"):
+    with pytest.raises(
+        OutputError, match=r"state.json: has changed since it was written .its digest differs.; pass --ove"
+    ):
         StateStore(store.directory, KEY, PRINTS).load()
 
 
