@@ -2,7 +2,8 @@
 
 A rule maps coordinates A to an update dW(W0, A) of a matrix W0 (m, n), with dW = 0 at A = 0; whatever A is, the update is
 allowed. A rule is a frozen dataclass of facts, which archive.json holds as `rule: {kind, ...}`; its tensors are stored
-beside it and handed to its functions by name.
+beside it and handed to its functions by name. `update` and `project` take a leading stack of matrices of one shape, too:
+W0 (..., m, n), with tensors and coordinates of the same leading sizes.
 """
 
 from collections.abc import Mapping, Sequence

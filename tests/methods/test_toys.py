@@ -176,6 +176,35 @@ def test_gradients_are_those_of_the_update(made: Path, kind: str, tmp_path: Path
         assert not bool(rule.update(weight, tensors, zero).any())
 
 
+@pytest.mark.parametrize("kind", [*RULES, "double", "input", "core"])
+def test_matrices_of_one_shape_are_taken_as_a_stack(
+    made: Path, kind: str, tmp_path: Path, generator: torch.Generator
+) -> None:
+    if kind in RULES:
+        archive = analyzed(made, kind, tmp_path / "a")
+    else:
+        chosen: Any = {"constraint": kind, "preserve": 0.5, "device": "cpu"}
+        sculptor.analyze(made / "model", tmp_path / "a", sculptor.AnalyzeSettings(**chosen))
+        archive = sculptor.Archive(tmp_path / "a")
+    role = next(iter(archive.values())).role
+    entries = [archive.read(name) for name, record in archive.items() if record.role == role]
+    assert len(entries) > 1
+    rule: Rule = entries[0].rule
+    assert [entry.rule.shapes for entry in entries] == [rule.shapes] * len(entries)
+    prepared = [entry.rule.prepare(entry.tensors, CPU64).tensors for entry in entries]
+    tensors = {name: torch.stack([one[name] for one in prepared]) for name in prepared[0]}
+    lead = (len(entries),)
+    weight, gradient = (torch.randn(lead + rule.shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    coordinates = [torch.randn(lead + shape, dtype=torch.float64, generator=generator) for shape in rule.shapes]
+    updates = rule.update(weight, tensors, coordinates)
+    gradients = rule.project(weight, tensors, coordinates, gradient)
+    for i, one in enumerate(prepared):
+        own = [a[i] for a in coordinates]
+        torch.testing.assert_close(updates[i], rule.update(weight[i], one, own))
+        for a, b in zip(gradients, rule.project(weight[i], one, own, gradient[i]), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
 def test_what_a_rule_leaves_alone_keeps_its_bytes(made: Path, tmp_path: Path) -> None:
     """Also entries that are -0, which adding 0 would turn."""
     base = weights(made / "model")

@@ -28,11 +28,11 @@ class Mask:
 
     def update(self, weight, tensors, coordinates):
         (a,) = coordinates
-        flat = a.new_zeros(self.shape[0] * self.shape[1])
-        return flat.index_copy(0, tensors["entries"], a).view(self.shape)
+        flat = a.new_zeros(*a.shape[:-1], self.shape[0] * self.shape[1])
+        return flat.scatter(-1, tensors["entries"], a).unflatten(-1, self.shape)
 
     def project(self, weight, tensors, coordinates, gradient):
-        return (dense(gradient).flatten()[tensors["entries"]].float(),)
+        return (dense(gradient).flatten(-2).gather(-1, tensors["entries"]).float(),)
 
     def violation(self, tensors, weight, update, variance):
         frozen, error = update.flatten().clone(), variance.flatten().clone()
