@@ -29,8 +29,11 @@ def imports_of(file: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level or "cli" in file.parts, f"{file}: relative import"
+            names = [node.module or ""]
+            if node.module == "sculptor":
+                names = [f"sculptor.{alias.name}" for alias in node.names if alias.name in LEVEL]
         for name in names:
             parts = name.split(".")
             if parts[0] == "sculptor" and len(parts) > 1:

@@ -139,25 +139,25 @@ def verify_checkpoints(
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
     _check_same_tensors(base, tuned, archive)
-    record = read_record(tuned.path)
-    merges = record.merges_since({name: archive[name].base_digest for name in archive})
+    run = read_record(tuned.path)
+    merges = run.merges_since({name: archive[name].base_digest for name in archive})
     matrices, squares, touched, at_random = [], [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
     device = device or torch.device("cpu")
     bar = progress(total=len(archive), desc="verify", unit="matrix")
-    for name, entry in archive.items():
-        before = base.matrix(entry)
+    for name, record in archive.items():
+        before = base.matrix(record)
         dtypes = [getattr(torch, merge.dtypes[name]) for merge in merges if name in merge.dtypes]
-        measured = measure_leak(before, tuned.finite_matrix(entry), archive.read(name), device, dtypes)
+        measured = measure_leak(before, tuned.finite_matrix(record), archive.read(name), device, dtypes)
         found = measured.violation
         if found.touched is not None and found.touched_at_random is not None:
             touched += found.touched
             at_random += found.touched_at_random
         for i, value in enumerate((measured.update, found.norm, measured.rounding, found.rounding)):
             squares[i] += value**2 if measured.update else 0.0
-        matrices.append(_judge(entry, measured, before))
+        matrices.append(_judge(record, measured, before))
         bar.update(1)
     bar.close()
-    changed, num_untouched = _compare_rest(base, tuned, archive, set(record.also_trained), record.save_dtype)
+    changed, num_untouched = _compare_rest(base, tuned, archive, set(run.also_trained), run.save_dtype)
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
     cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
@@ -172,7 +172,7 @@ def verify_checkpoints(
         untouched_identical=not changed,
         num_untouched=num_untouched,
         changed_elsewhere=tuple(changed),
-        also_trained=record.also_trained,
+        also_trained=run.also_trained,
         num_merges=max(1, len(merges)),
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=tuple(matrices),
@@ -207,10 +207,10 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
             f"first {(missing + added)[0]}; compare a checkpoint with its own base"
         )
-    for entry in archive.values():
-        dtype = tuned.infos[entry.tensor].dtype
+    for record in archive.values():
+        dtype = tuned.infos[record.tensor].dtype
         if not dtype.is_floating_point:
-            raise VerificationError(f"{tuned.path}: {entry.tensor} holds {dtype}; expected floating point")
+            raise VerificationError(f"{tuned.path}: {record.tensor} holds {dtype}; expected floating point")
     for name, info in base.infos.items():
         if tuned.infos[name].shape != info.shape:
             raise VerificationError(

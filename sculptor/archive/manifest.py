@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, PlainValidator, ValidationInfo
@@ -253,8 +253,3 @@ class Manifest:
         except ValueError as cause:
             raise ArchiveError(f"{path}: damaged manifest ({cause}); {REMEDY}") from cause
         return manifest
-
-
-def with_rule(record: MatrixRecord, rule: Rule) -> MatrixRecord:
-    """The record with another rule."""
-    return replace(record, rule=rule)

@@ -135,9 +135,10 @@ class ArchiveWriter:
             self._write_shard()
 
     def _as_stored(self, derived: Derived, name: str, tensor: Tensor) -> Tensor:
-        """Bases in the archive's dtype, other tensors in their own."""
+        """Bases in the archive's dtype or wider, other tensors in their own."""
         if name in derived.rule.orthonormal:
-            return tensor.to("cpu", self.dtype).contiguous()
+            dtype = torch.promote_types(self.dtype, torch.float32) if name in derived.exact else self.dtype
+            return tensor.to("cpu", dtype).contiguous()
         return tensor.to("cpu").contiguous()
 
     def add_section(self, name: str, content: bytes, suffix: str) -> None:

@@ -24,12 +24,12 @@ from sculptor.checkpoint.staging import check_apart, commit, partial_path, stagi
 from sculptor.checkpoint.tensors import digest as digest_tensor
 from sculptor.data.rows import Row
 from sculptor.errors import OutputError, SettingsError
+from sculptor.evaluation.rows import Evaluation, evaluate_rows, read_evaluation_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
-from sculptor.tasks.evaluate import Evaluation, evaluate_rows, read_evaluation_rows
 from sculptor.tasks.job import open_model
 from sculptor.tasks.train import train
 from sculptor.validation import read_file, read_json

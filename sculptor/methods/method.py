@@ -50,11 +50,19 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Derived:
-    """A rule and the tensors to store with it; those in `shared` are the same for all matrices that read one input."""
+    """A rule and the tensors to store with it.
+
+    Attributes:
+        rule: what may change.
+        tensors: by the rule's names.
+        shared: those that are the same for all matrices that read one input.
+        exact: bases that hold what an earlier archive protects, and that rounding must not turn: float32 at least.
+    """
 
     rule: Rule
     tensors: Tensors
     shared: frozenset[str] = field(default_factory=frozenset)
+    exact: frozenset[str] = field(default_factory=frozenset)
 
 
 class Previous(Protocol):
@@ -177,10 +185,17 @@ class Grows(Protocol):
 
 
 def measures_of(method: Method, step: Step, carry: Carry | None = None) -> Measures:
-    """What a step of any method needs to be measured; keeping rules needs nothing."""
+    """What a step of any method needs to be measured; keeping rules needs nothing.
+
+    Raises:
+        ValueError: if a method asks for what the step cannot give.
+    """
     if carry == "keep" or not isinstance(method, Measuring):
         return "nothing"
-    return method.measures(step, carry)
+    measures = method.measures(step, carry)
+    if measures == "cosines" and step != "derive":
+        raise ValueError(f"cosines are measured for an analysis alone, not to {step} rules")
+    return measures
 
 
 def carries_of(method: Method) -> tuple[Carry, ...]:

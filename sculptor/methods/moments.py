@@ -71,7 +71,7 @@ class Moments:
                 wrong.append(f"{', '.join(idle)} without effect {basis}: for curvature only")
         twice = sorted({item for item in settings.data if settings.data.count(item) > 1})
         if twice:
-            wrong.append(f"--data {twice[0]} is given twice")
+            wrong.append(f"--data {twice[0]!r} is given twice")
         if not settings.data:
             wrong.append(
                 f"--basis {settings.basis} needs --data: files to calibrate on, or `--data self` for sampled text"

@@ -170,7 +170,8 @@ class Weights:
             # Decomposed anew: no direction is any task's own any more.
             return _derived(found, rule.retention, rule.importance, rule.added[:1])
         assert evidence.update is not None
-        return accumulate(rule, previous.tensors, evidence.update, self.constraint, evidence.task)
+        grown = accumulate(rule, previous.tensors, evidence.update, self.constraint, evidence.task)
+        return replace(grown, exact=rule.orthonormal)
 
     def growth(self, carry: Carry, rule: Rule, sizes: Mapping[str, int]) -> int:
         """Bytes by which the sides can grow with a task."""
@@ -189,7 +190,9 @@ class Weights:
                 reached = [max(rule.added[0].outputs, rule.added[0].inputs)]
             else:  # beyond half of the directions, the others are stored
                 reached = [count, min(count + added, max(count, d // 2))]
-            total += max(0, max(stored_columns(d, k) for k in reached) - columns) * d * sizes.get(name, 4)
+            size = sizes.get(name, 4)
+            wide = size if carry == "retake" else max(size, 4)  # what is accumulated is not rounded again
+            total += max(0, max(stored_columns(d, k) for k in reached) * wide - columns * size) * d
         return total
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from sculptor.planning.placement import remedy
 from sculptor.report.text import size, table
-from sculptor.tasks.estimate import Estimate
+from sculptor.tasks.estimate_report import Estimate
 
 
 def estimate_text(found: Estimate) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.archive.manifest import FrozenMatrices
+from sculptor.evaluation.rows import Evaluation
 from sculptor.methods.method import Terms
 from sculptor.tasks.analyze_report import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
-from sculptor.tasks.evaluate import Evaluation
 from sculptor.tasks.inspect_archive import Inspection
 from sculptor.tasks.train_report import TrainReport
 

@@ -15,28 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sculptor import __version__
-from sculptor.analysis.derive import decide, write_measured
-from sculptor.analysis.evidence import Source
-from sculptor.analysis.sources import spread_rows
 from sculptor.analysis.verify import measure_leak
-from sculptor.archive.manifest import MatrixRecord, TaskRecord
 from sculptor.archive.store import Entry
-from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.architecture import Architecture
-from sculptor.checkpoint.orientation import as_out_in, to_device
+from sculptor.checkpoint.orientation import as_out_in
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint
 from sculptor.edits.merge import Merged
-from sculptor.methods.method import Carrying, Evidence, carries_of, measures_of
 from sculptor.methods.rule import is_open
 from sculptor.model.load import LoadedModel, load_model, load_streamed
-from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, cast_to
+from sculptor.tasks.next_archive import NextArchive
 from sculptor.tasks.train_record import training_record
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
@@ -63,9 +55,8 @@ def write_output(
     shutil.rmtree(staged, ignore_errors=True)
     with writing(staged):
         (staged / "subspaces").mkdir(parents=True)
-    dtype = getattr(torch, job.archive.manifest.settings.dtype)
-    with closing(ArchiveWriter(staged / "subspaces", dtype, {}, job.archive.kinds)) as writer:
-        report = _Finish(job, loaded, updates, staged, writer, progress).run(result, output)
+    with closing(NextArchive(job, staged / "subspaces", loaded.device)) as archive:
+        report = _Finish(job, loaded, updates, staged, archive, progress).run(result, output)
     with writing(staged):
         shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
     return report
@@ -73,23 +64,18 @@ def write_output(
 
 @dataclass(eq=False)
 class _Finish:
-    """One output on its way: merges one matrix at a time, makes its archive entry and its figures."""
+    """One output on its way: merges one matrix at a time, and makes its figures."""
 
     job: TrainJob
     loaded: LoadedModel
     updates: Updates
     staged: Path
-    writer: ArchiveWriter
+    archive: NextArchive
     progress: Progress
 
     def __post_init__(self) -> None:
         self.device = self.loaded.device
         self.saved = cast_to(self.job.settings)
-        self.method = self.job.archive.method
-        self.carry = self.job.settings.carry or carries_of(self.method)[0]
-        self.measures = measures_of(self.method, "carry", self.carry)
-        self.task = len(self.job.archive.manifest.tasks)
-        self.waiting: dict[str, MatrixRecord] = {}  # records whose rules wait for what is to be measured
         self.reports: dict[str, MatrixReport] = {}
 
     def run(self, result: LoopResult, output: Path) -> TrainReport:
@@ -99,7 +85,7 @@ class _Finish:
         bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
         write_checkpoint(job.checkpoint, self.staged, self._edits(opened), dtype=self.saved, bar=bar)
         bar.close()
-        if self.waiting:
+        if self.archive.waiting:
             self._measure()
         previous = read_record(job.checkpoint.path)
         report = TrainReport(
@@ -112,14 +98,14 @@ class _Finish:
             num_trainable=num_trainable,
             num_protected=sum(record.shape[0] * record.shape[1] for record in job.archive.values())
             - job.archive.num_free,
-            carry=self.carry,
+            carry=self.archive.carry,
             also_trained=tuple(sorted({*previous.also_trained, *opened})),
             not_targeted=job.archive.manifest.not_targeted,
             learning_rate=job.settings.learning_rate,
             relative_rate=job.settings.relative_rate,
             matrices={name: self.reports[name] for name in job.archive},
         )
-        self._finish_archive(report)
+        self.archive.finish(report.num_examples, result.steps)
         write_json(self.staged / RECORD_NAME, training_record(job, report, previous.lineage, self.saved))
         return report
 
@@ -144,40 +130,17 @@ class _Finish:
         merged = merge_trained(self.updates, self.job.archive, name, weight, dtype)
         if merged is None:
             merged = Merged(weight.to(dtype), torch.zeros(entry.rule.shape, dtype=torch.float64))
-        self._carry(entry, merged)
+        self.archive.add(entry, merged)
         self.reports[name] = self._report(entry, weight, merged)
         return merged.tensor
 
-    def _carry(self, entry: Entry, merged: Merged) -> None:
-        record = replace(
-            entry.record,
-            base_digest=digest(merged.tensor),
-            base_dtype=str(merged.tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-            base_rms=rms(merged.tensor),
-        )
-        if not isinstance(self.method, Carrying) or self.carry == "keep":
-            self.writer.keep(record, self.job.archive)
-            return
-        if self.measures != "nothing":
-            self.waiting[record.name] = record
-            return
-        evidence = Evidence(
-            name=record.name,
-            shape=record.shape,
-            weight=lambda: to_device(merged.tensor, record.transposed, self.device),
-            update=merged.update,
-            task=self.task,
-        )
-        self.writer.add(record, self.method.carry(self.carry, entry, evidence))
-
     def _report(self, entry: Entry, weight: Tensor, merged: Merged) -> MatrixReport:
-        name = entry.record.name
-        record = self.waiting.get(name) or self.writer.record(name)
+        record = self.archive.record(entry.record.name)
         measured = measure_leak(weight, merged.tensor, entry, self.device)
         stored = as_out_in(merged.update, record.transposed).cpu()
         norm = float(merged.update.norm())
         lost = float((merged.tensor.to(torch.float64) - weight.to(torch.float64) - stored).norm())
-        outputs, inputs = record.rule.figures().added.get(self.task, (0, 0))
+        outputs, inputs = record.rule.figures().added.get(self.archive.task, (0, 0))
         return MatrixReport(
             role=record.role,
             update=measured.update / (float(weight.to(torch.float64).norm()) or 1.0),
@@ -191,31 +154,12 @@ class _Finish:
         )
 
     def _measure(self) -> None:
-        """Carries rules on by the moments of the finished task, from a few hundred of its rows."""
-        job, archive, method = self.job, self.job.archive, self.method
-        assert isinstance(method, Carrying)
-        loaded = self._reload()
-        targets = [target for target in job.architecture.targets if target.name in self.waiting]
-        assert job.settings.memory_rows is not None
-        assert job.settings.memory_weight is not None
-        chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
-        source = Source(job.name, chosen, job.settings.memory_weight)
-        with closing(loaded):
-            write_measured(
-                loaded,
-                self.waiting,
-                targets,
-                [source],
-                self.measures,
-                archive.manifest.settings,
-                lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
-                self.writer,
-                self.progress,
-                self.task,
-            )
-        decide(self.writer, self.method, [*archive.manifest.source_weights, source.weight])
-        for name in self.waiting:
-            frozen = not is_open(self.writer.record(name).rule)
+        """Lets rules go on by what the finished task's rows measure."""
+        waiting = list(self.archive.waiting)
+        with closing(self._reload()) as loaded:
+            self.archive.measure(loaded, self.progress)
+        for name in waiting:
+            frozen = not is_open(self.archive.record(name).rule)
             self.reports[name] = replace(self.reports[name], frozen=frozen)
 
     def _reload(self) -> LoadedModel:
@@ -229,23 +173,6 @@ class _Finish:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return load_model(merged, self.device)
-
-    def _finish_archive(self, report: TrainReport) -> None:
-        job, manifest = self.job, self.job.archive.manifest
-        task = TaskRecord(
-            job.name,
-            "training",
-            weights=(job.settings.memory_weight or 1.0,) if self.waiting else (),
-            details={
-                "data": [Path(file).name for file in job.data],
-                "rows": report.num_examples,
-                "steps": report.loop.steps,
-                "carry": self.carry,
-                "learning_rate": job.settings.learning_rate,
-                "relative_rate": job.settings.relative_rate,
-            },
-        )
-        self.writer.finish(replace(manifest, created_by=f"sculptor {__version__}", tasks=(*manifest.tasks, task)))
 
 
 def _files_of(

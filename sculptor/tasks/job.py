@@ -20,6 +20,7 @@ from sculptor.model.load import LoadedModel, check_head, load_model, load_stream
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, output_bytes, plan_archive
 from sculptor.progress import Progress, silent
+from sculptor.training.protect import refuse_slices
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.stepping.optimizer import optimizer_on_host
@@ -69,6 +70,7 @@ def open_job(
     architecture = inspect_architecture(checkpoint)
     check_head(checkpoint, architecture)
     archive = Archive(subspaces, rules=rules)
+    refuse_slices(archive)
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
     settings = resolve_settings(settings, archive)  # refuses before any work

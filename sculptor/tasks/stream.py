@@ -23,9 +23,10 @@ from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
 from sculptor.tasks.job import resolve_settings
 from sculptor.training.protect import refuse_slices
+from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import streamed_updates, trained_dtypes
-from sculptor.training.stepping.updates import RateOf, merge_trained
+from sculptor.training.stepping.updates import merge_trained
 
 _USED = {
     "offload", "learning_rate", "relative_rate", "weight_decay", "clip", "clip_by", "soften", "optimizer_mode", "optimizer_on",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import find_blocks
 from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, CapacityError
@@ -196,8 +197,6 @@ def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:
 
 def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
     """The blocks that hold protected matrices: what a streaming engine moves as a unit."""
-    from sculptor.checkpoint.architecture import find_blocks
-
     matrices = protected_matrices(model)
     blocks = []
     for path, module in find_blocks(model).items():

@@ -2,9 +2,12 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 from sculptor.training.settings import TrainSettings
-from sculptor.training.stepping.updates import RateOf
+
+# The rate of a step, given the peak of a parameter's.
+RateOf = Callable[[float], float]
 
 
 def warmup_steps(settings: TrainSettings, total: int) -> int:

@@ -67,7 +67,7 @@ RANDOM: dict[str, Any] = {"basis": "random", "preserve": 0.5}
         # Sampled text.
         (CURVATURE | {"chat": True}, "--chat without effect: it samples conversations for --data self"),
         ({"chat": True}, "--chat without effect"),
-        (CURVATURE | {"data": ("self", "rows.jsonl", "self")}, "--data self is given twice"),
+        (CURVATURE | {"data": ("self", "rows.jsonl", "self")}, "--data 'self' is given twice"),
     ],
 )
 def test_contradictions_are_named(wrong: dict[str, Any], message: str) -> None:

@@ -26,7 +26,7 @@ ZERO = "model.layers.1.self_attn.o_proj.weight"
 FIRST_STEP = TrainSettings(max_steps=1, warmup=0, clip=0, schedule="constant", batch_size=8, device="cpu")
 
 
-def one_block(path: Path) -> Path:
+def without_one(path: Path) -> Path:
     """Makes one matrix zero, in place."""
     tensors = load_file(path / "model.safetensors")
     tensors[ZERO] = torch.zeros_like(tensors[ZERO])
@@ -38,7 +38,7 @@ def one_block(path: Path) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of which one matrix is zero, and archives of it."""
     path = tmp_path_factory.mktemp("rates")
-    one_block(save_checkpoint(path / "model"))
+    without_one(save_checkpoint(path / "model"))
     rows = write_rows(path / "rows.jsonl", task_rows())
     analyze(path / "model", path / "weights", AnalyzeSettings(preserve=0.5, device="cpu"))
     moments = AnalyzeSettings(basis="curvature", data=(str(rows),), exclude=("o_proj",), device="cpu")
@@ -155,7 +155,7 @@ def test_a_matrix_of_zeros_learns(made: Path, tmp_path: Path) -> None:
     assert float(after[ZERO].double().norm()) == pytest.approx(expected, rel=1e-2)
 
 
-def updates_of(model: Any, before: Mapping[str, Tensor], archive: Archive) -> dict[str, float]:
+def updates_of(model: Any) -> dict[str, float]:
     """||dW|| of every matrix of a protected model."""
     return {
         matrix.coordinates.name: float(torch.cat([a.detach().flatten() for a in matrix.coordinates.values]).norm())
@@ -178,7 +178,7 @@ def test_groups_for_a_loop_of_ones_own_take_the_steps_of_train(made: Path, given
     ids = torch.arange(4, 40).view(4, 9)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    found = updates_of(model, {}, archive)
+    found = updates_of(model)
     assert found.keys() == report.matrices.keys()
     for name, matrix in report.matrices.items():
         assert found[name] == pytest.approx(matrix.update_norm, rel=2e-2), name

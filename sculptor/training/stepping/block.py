@@ -19,9 +19,9 @@ from sculptor.streaming.regions import HostRegion, Region
 from sculptor.streaming.weights import TensorFiles
 from sculptor.training.coordinates import folded_weight, prepare_training
 from sculptor.training.rates import Peaks
+from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer, set_rates
-from sculptor.training.stepping.updates import RateOf
 
 
 class Stage(Enum):

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
-from sculptor.training.stepping.updates import RateOf
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")

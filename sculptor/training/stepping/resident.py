@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sculptor.training.protect import ProtectedBlock
 from sculptor.training.rates import Peaks
+from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.optimizer import (
     Group,
@@ -19,7 +20,7 @@ from sculptor.training.stepping.optimizer import (
     set_rates,
     with_state,
 )
-from sculptor.training.stepping.updates import RateOf, Tensors, Updates, tensors_of
+from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
 from sculptor.world import World
 
 

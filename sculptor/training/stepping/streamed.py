@@ -23,6 +23,7 @@ from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket
 from sculptor.training.protect import find_parameters
 from sculptor.training.rates import Peaks
+from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix, check_owners, prepare_block
 from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, on_cpu
@@ -36,7 +37,7 @@ from sculptor.training.stepping.optimizer import (
     set_rates,
     with_state,
 )
-from sculptor.training.stepping.updates import RateOf, Tensors, Updates, tensors_of
+from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
 from sculptor.world import World
 
 # Tokens that a block sees at a time: more gain nothing, and their activations fill a device.

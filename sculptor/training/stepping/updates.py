@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from sculptor.archive.store import Archive
 from sculptor.edits.merge import Merged, merge_matrix
+from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
-
-# The rate of a step, given the peak of a parameter's.
-RateOf = Callable[[float], float]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,0 +1,70 @@
+"""What an estimate says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sculptor.planning.footprints import Footprint
+from sculptor.planning.placement import Shortage
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way of training.
+
+    Attributes:
+        plan: memory by component, bytes moved, operations.
+        compute, link, disk: seconds per step that each needs at least.
+        shortages: what there is too little of.
+    """
+
+    plan: Footprint
+    compute: float
+    link: float
+    disk: float
+    shortages: Sequence[Shortage]
+
+    @property
+    def step(self) -> float:
+        """Seconds per step at least."""
+        return max(self.compute, self.link, self.disk)
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(("compute", self.compute), ("link", self.link), ("disk", self.disk), key=lambda item: item[1])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The result of `estimate`.
+
+    Attributes:
+        model: the checkpoint; `num_parameters` of it, `num_trainable` numbers that training changes.
+        kind: cuda or cpu.
+        tokens: per step, on average if there are data; `micro_batches` it is split into.
+        lengths: tokens of the shortest and longest example, if there are data; then `num_examples` and `steps` per epoch.
+        modes: by offload.
+        speeds: TFLOP/s and GB/s; `measured` says which were measured here.
+        device_memory, host_memory: bytes that are free.
+        archive_bytes: size of the archive.
+        analysis_seconds: of decomposing every matrix (basis weights), at most.
+        chosen: the first mode that fits, or None.
+    """
+
+    model: str
+    num_parameters: int
+    num_trainable: int
+    kind: str
+    tokens: int
+    micro_batches: int
+    modes: Mapping[str, Mode]
+    speeds: Mapping[str, float]
+    measured: tuple[str, ...]
+    device_memory: float
+    host_memory: float
+    archive_bytes: int
+    analysis_seconds: float
+    chosen: str | None
+    lengths: tuple[int, int] | None = None
+    num_examples: int | None = None
+    steps: int | None = None

@@ -1,0 +1,120 @@
+"""The archive of a training's output: each rule is carried on as its matrix is written, or once the task's rows were measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sculptor import __version__
+from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.evidence import Source
+from sculptor.analysis.sources import spread_rows
+from sculptor.archive.manifest import MatrixRecord, TaskRecord
+from sculptor.archive.store import Entry
+from sculptor.archive.writer import ArchiveWriter
+from sculptor.checkpoint.orientation import to_device
+from sculptor.checkpoint.tensors import digest
+from sculptor.edits.merge import Merged
+from sculptor.methods.method import Carrying, Evidence, carries_of, measures_of
+from sculptor.model.load import LoadedModel
+from sculptor.numerics.rounding import rms
+from sculptor.progress import Progress
+from sculptor.tasks.job import TrainJob
+
+
+class NextArchive:
+    """An archive on its way: `add` every matrix, `measure` where rules wait for that, and `finish`; then `close`.
+
+    Args:
+        job: the training.
+        directory: an existing directory, staged by the caller.
+        device: where rules are made.
+    """
+
+    def __init__(self, job: TrainJob, directory: Path, device: torch.device) -> None:
+        self._job = job
+        self._device = device
+        self._method = job.archive.method
+        self.carry = job.settings.carry or carries_of(self._method)[0]
+        self.task = len(job.archive.manifest.tasks)
+        self._measures = measures_of(self._method, "carry", self.carry)
+        self._writer = ArchiveWriter(
+            directory, getattr(torch, job.archive.manifest.settings.dtype), {}, job.archive.kinds
+        )
+        self.waiting: dict[str, MatrixRecord] = {}
+        """Matrices whose rules wait for what is to be measured."""
+
+    def add(self, entry: Entry, merged: Merged) -> None:
+        """Takes a matrix as it will be written."""
+        record = replace(
+            entry.record,
+            base_digest=digest(merged.tensor),
+            base_dtype=str(merged.tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            base_rms=rms(merged.tensor),
+        )
+        if not isinstance(self._method, Carrying) or self.carry == "keep":
+            self._writer.keep(record, self._job.archive)
+        elif self._measures != "nothing":
+            self.waiting[record.name] = record
+        else:
+            evidence = Evidence(
+                name=record.name,
+                shape=record.shape,
+                weight=lambda: to_device(merged.tensor, record.transposed, self._device),
+                update=merged.update,
+                task=self.task,
+            )
+            self._writer.add(record, self._method.carry(self.carry, entry, evidence))
+
+    def record(self, name: str) -> MatrixRecord:
+        """What is known of a matrix that was added; while it waits, with its rule of before."""
+        return self.waiting.get(name) or self._writer.record(name)
+
+    def measure(self, loaded: LoadedModel, progress: Progress) -> None:
+        """Carries on the rules that wait, from a few hundred of the task's rows.
+
+        Args:
+            loaded: what was written, unprotected.
+            progress: makes progress bars.
+        """
+        job, archive, method = self._job, self._job.archive, self._method
+        assert isinstance(method, Carrying)
+        assert job.settings.memory_rows is not None
+        assert job.settings.memory_weight is not None
+        chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
+        write_measured(
+            loaded,
+            self.waiting,
+            [target for target in job.architecture.targets if target.name in self.waiting],
+            [Source(job.name, chosen, job.settings.memory_weight)],
+            self._measures,
+            archive.manifest.settings,
+            lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
+            self._writer,
+            progress,
+            self.task,
+        )
+        decide(self._writer, method, [*archive.manifest.source_weights, job.settings.memory_weight])
+        self.waiting = {}
+
+    def finish(self, rows: int, steps: int) -> None:
+        """Writes the last shard and archive.json, with the task in its history."""
+        settings, manifest = self._job.settings, self._job.archive.manifest
+        task = TaskRecord(
+            self._job.name,
+            "training",
+            weights=() if self._measures == "nothing" else (settings.memory_weight or 1.0,),
+            details={
+                "data": [Path(file).name for file in self._job.data],
+                "rows": rows,
+                "steps": steps,
+                "carry": self.carry,
+                "learning_rate": settings.learning_rate,
+                "relative_rate": settings.relative_rate,
+            },
+        )
+        self._writer.finish(replace(manifest, created_by=f"sculptor {__version__}", tasks=(*manifest.tasks, task)))
+
+    def close(self) -> None:
+        """Nothing is written any more once this returns."""
+        self._writer.close()

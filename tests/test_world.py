@@ -1,0 +1,85 @@
+"""Shares of several processes: together the whole, each item once."""
+
+import itertools
+
+import pytest
+import torch
+
+from sculptor.data.batches import BatchPlan
+from sculptor.world import World
+
+SIZES = (1, 2, 3, 4)
+
+
+def worlds(size: int) -> list[World]:
+    return [World(rank, size) for rank in range(size)]
+
+
+def interleaved(parts: list[list[int]]) -> list[int]:
+    """Parts put together again, one item of each in turn."""
+    rounds = itertools.zip_longest(*parts)
+    return [item for items in rounds for item in items if item is not None]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 32])
+def test_shares_are_a_partition(size: int, count: int) -> None:
+    items = list(range(100, 100 + count))
+    parts = [list(world.share(items)) for world in worlds(size)]
+    assert sorted(itertools.chain(*parts)) == items
+    assert interleaved(parts) == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1, "nobody has more to do than others"
+    assert all(part == sorted(part) for part in parts)
+
+
+def test_one_process_gets_the_very_same() -> None:
+    items = (3, 1, 2)
+    assert World().share(items) is items
+    assert World() == World(0, 1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (7, 3), (24, 8), (25, 8), (130, 2)])
+def test_batches_of_all_are_those_of_one(rows: int, batch_size: int, size: int) -> None:
+    lengths = [5 + (7 * i) % 11 for i in range(rows)]
+    whole = BatchPlan(lengths, batch_size, 3)
+    plans = [BatchPlan(lengths, batch_size, 3, world) for world in worlds(size)]
+    assert {plan.steps_per_epoch for plan in plans} == {whole.steps_per_epoch}, "all take as many steps"
+    for step in range(2 * whole.steps_per_epoch + 1):
+        expected = whole.rows(step)
+        parts = [plan.rows(step) for plan in plans]
+        assert interleaved(parts) == expected
+        for part in parts:
+            assert [lengths[i] for i in part] == sorted((lengths[i] for i in part), reverse=True), "longest first"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_row_is_read_once_an_epoch(size: int) -> None:
+    plans = [BatchPlan([4] * 21, 4, 0, world) for world in worlds(size)]
+    read = [row for step in range(plans[0].steps_per_epoch) for plan in plans for row in plan.rows(step)]
+    assert sorted(read) == list(range(21))
+
+
+def test_a_caller_may_change_what_it_got() -> None:
+    plan = BatchPlan([4] * 8, 4, 0)
+    first = plan.rows(0)
+    copy = list(first)
+    first.clear()
+    assert plan.rows(0) == copy
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 1), (-1, 2), (2, 2), (0, 0), (0, -1)])
+def test_ranks_outside_are_refused(rank: int, size: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {rank} of {size} processes"):
+        World(rank, size)
+
+
+def test_sums_are_this_process_s_own_or_refused() -> None:
+    norm = torch.tensor(2.0)
+    assert World().total(7) == 7
+    assert World().norm(norm) is norm
+    for world in worlds(3):
+        with pytest.raises(NotImplementedError):
+            world.total(7)
+        with pytest.raises(NotImplementedError):
+            world.norm(norm)

@@ -1,0 +1,169 @@
+"""A checkpoint made ready for training: what is opened, where it is, and what is given back when that fails."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_checkpoint
+
+from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.errors import SettingsError
+from sculptor.model.load import LoadedModel
+from sculptor.progress import silent
+from sculptor.streaming.blocks import BlockStream
+from sculptor.training import setup as module
+from sculptor.training.protect import protected_matrices
+from sculptor.training.setup import prepare_model, trained_dtypes
+from sculptor.training.stepping.resident import ResidentUpdates
+from sculptor.training.stepping.streamed import StreamedUpdates
+from sculptor.training.stepping.updates import Updates
+
+CPU = torch.device("cpu")
+NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
+SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "soften": 0.0, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bfloat16 model and one with tied embeddings, with archives of some of their matrices."""
+    path = tmp_path_factory.mktemp("setup")
+    for family in ("llama", "llama-tied"):
+        save_checkpoint(path / family, family, dtype=torch.bfloat16)
+        chosen = AnalyzeSettings(preserve=0.5, exclude=("o_proj",), device="cpu")
+        analyze(path / family, path / f"{family} archive", chosen)
+    return path
+
+
+def prepare(
+    made: Path, scratch: Path, *extra: str, family: str = "llama", **changes: Any
+) -> tuple[LoadedModel, Updates]:
+    checkpoint = open_checkpoint(made / family)
+    architecture, archive = inspect_architecture(checkpoint), Archive(made / f"{family} archive")
+    settings = TrainSettings(**({"offload": "none"} | SETTINGS | changes))
+    return prepare_model(checkpoint, architecture, archive, settings, extra, CPU, scratch, silent)
+
+
+@pytest.mark.parametrize(
+    ("offload", "kind"), [("none", ResidentUpdates), ("cpu", StreamedUpdates), ("disk", StreamedUpdates)]
+)
+def test_the_setting_decides_where_blocks_are(made: Path, offload: str, kind: type[Updates], tmp_path: Path) -> None:
+    loaded, updates = prepare(made, tmp_path / "scratch", offload=offload)
+    assert type(updates) is kind
+    assert (loaded.stream is None) == (offload == "none")
+    assert updates.num_trainable == Archive(made / "llama archive").num_free
+    assert (tmp_path / "scratch").exists() == (offload == "disk")
+    updates.close()
+    loaded.close()
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_what_waited_on_disk_before_goes(made: Path, offload: str, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "left over").write_bytes(b"of a killed run")
+    loaded, updates = prepare(made, scratch, offload=offload)
+    assert not (scratch / "left over").exists()
+    updates.close()
+    loaded.close()
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
+def test_only_what_was_asked_for_is_open_and_in_float32(made: Path, offload: str, tmp_path: Path) -> None:
+    loaded, updates = prepare(made, tmp_path / "scratch", NORM, HEAD, offload=offload)
+    assert set(updates.extra) == {NORM, HEAD}
+    checkpoint = open_checkpoint(made / "llama")
+    for name, value in updates.extra.items():
+        assert value.requires_grad
+        assert value.dtype == torch.float32
+        assert value is loaded.model.get_parameter(name)
+        assert torch.equal(value, checkpoint[name].float())
+    opened = {id(value) for value in updates.extra.values()}
+    coordinates = {id(a) for matrix in protected_matrices(loaded.model) for a in matrix.coordinates.values}
+    for name, value in loaded.model.named_parameters():
+        if offload != "none" and not value.numel():  # a streamed block's, which is away
+            continue
+        assert value.requires_grad == (id(value) in opened | coordinates), name
+    expected = Archive(made / "llama archive").num_free + sum(value.numel() for value in updates.extra.values())
+    assert updates.num_trainable == expected
+    updates.close()
+    loaded.close()
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_tied_parameter_is_opened_once(made: Path, offload: str, tmp_path: Path) -> None:
+    loaded, updates = prepare(made, tmp_path / "scratch", EMBEDDING, HEAD, family="llama-tied", offload=offload)
+    assert list(updates.extra) == [EMBEDDING]
+    assert loaded.model.get_parameter(HEAD) is updates.extra[EMBEDDING]
+    updates.close()
+    loaded.close()
+
+
+def test_activations_are_kept_unless_asked_otherwise(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed: list[Any] = []
+    plain = module.checkpoint_activations
+    monkeypatch.setattr(module, "checkpoint_activations", lambda model: recomputed.append(model) or plain(model))
+    for asked, expected in ((None, 0), (False, 0), (True, 1)):
+        loaded, updates = prepare(made, tmp_path / "scratch", checkpoint_activations=asked)
+        assert [model is loaded.model for model in recomputed] == [True] * expected
+        updates.close()
+
+
+def test_trained_weights_are_computed_in_what_suits_the_device(made: Path) -> None:
+    checkpoint, archive = open_checkpoint(made / "llama"), Archive(made / "llama archive")
+    architecture = inspect_architecture(checkpoint)
+    open_parameters = {archive[name].parameter for name in archive.open_names}
+    assert len(open_parameters) == 12, "two of 14 are not in the archive"
+    assert trained_dtypes(architecture, archive, CPU) == dict.fromkeys(open_parameters, torch.float32)
+    on_gpu = trained_dtypes(architecture, archive, torch.device("cuda"))
+    assert on_gpu == dict.fromkeys(open_parameters, torch.bfloat16)
+
+
+def test_a_frozen_matrix_is_not_computed_as_a_trained_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = Archive(made / "llama archive")
+    architecture = inspect_architecture(open_checkpoint(made / "llama"))
+    closed = list(archive)[3]
+    monkeypatch.setattr(Archive, "open_names", property(lambda self: [name for name in self if name != closed]))
+    assert archive[closed].parameter not in trained_dtypes(architecture, archive, CPU)
+    assert len(trained_dtypes(architecture, archive, CPU)) == 11
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (
+            MemoryError("the host gives no 3.0 GB"),
+            SettingsError,
+            r"--offload cpu: the host gives no 3.0 GB; use --offload disk",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (ValueError("something else"), ValueError, "something else"),
+    ],
+)
+def test_memory_is_given_back_when_it_fails(
+    made: Path,
+    raised: BaseException,
+    expected: type[BaseException],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[BlockStream] = []
+    close = BlockStream.close
+
+    def noted(self: BlockStream) -> None:
+        closed.append(self)
+        close(self)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(BlockStream, "close", noted)
+    monkeypatch.setattr(module, "StreamedUpdates", fails)
+    with pytest.raises(expected, match=message):
+        prepare(made, tmp_path / "scratch", offload="cpu")
+    assert len(closed) == 1
