@@ -8,7 +8,7 @@ import torch
 from conftest import save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from sculptor import Archive
+from sculptor import Archive, TrainSettings, train
 from sculptor.analysis.verify import verify_checkpoints
 from sculptor.archive.manifest import Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.writer import ArchiveWriter
@@ -127,4 +127,15 @@ def test_an_archive_of_slices_is_not_trained_yet(checkpoint: Checkpoint, tmp_pat
     archive = archive_of(checkpoint, tmp_path / "a", (1,))
     with pytest.raises(ArchiveError, match=r"\[1\] is a slice of a tensor"):
         refuse_slices(archive)
+    for offload in ("none", "cpu"):
+        with pytest.raises(ArchiveError, match=r"\[1\] is a slice of a tensor"):
+            train(
+                checkpoint.path,
+                archive.path,
+                [tmp_path / "rows.jsonl"],
+                tmp_path / "out",
+                TrainSettings(offload=offload),
+            )
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
     assert replace(archive[f"{STACKED}[1]"], part=None).name == STACKED

@@ -15,6 +15,7 @@ from toys import frozen_rows, mask, rotation
 
 import sculptor
 from sculptor.errors import ArchiveError, SettingsError, Stopped
+from sculptor.methods.method import measures_of
 from sculptor.methods.rule import OuterProduct, Rule, Working, num_free
 
 RULES = {"frozen-rows": frozen_rows.KIND, "mask": mask.KIND, "rotation-2": rotation.KIND}
@@ -260,6 +261,20 @@ def test_a_method_that_measures_needs_rows(made: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"rule frozen-rows measures rows: pass data"):
         sculptor.analyze(made / "model", tmp_path / "a", sculptor.AnalyzeSettings(rule="frozen-rows"), rules=rules)
     assert not (tmp_path / "a").exists()
+
+
+def test_cosines_are_for_an_analysis_alone() -> None:
+    class Wants(Measured):
+        carries = ("accumulate",)
+
+        def measures(self, step: str, carry: str | None = None) -> str:
+            return "cosines"
+
+    method: Any = Wants(None)
+    assert measures_of(method, "derive") == "cosines"
+    assert measures_of(method, "carry", "keep") == "nothing"
+    with pytest.raises(ValueError, match="cosines are measured for an analysis alone, not to carry rules"):
+        measures_of(method, "carry", "accumulate")
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
