@@ -199,7 +199,9 @@ def test_a_stdout_that_stays_full_does_not_change_the_exit_code(made: dict[str, 
     )
     assert found.returncode == 1
     assert found.stderr.startswith("error: output: No space left on device")
-    assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+    rest = found.stderr.strip().splitlines()[1:]  # the oldest tqdm may add what it ignored at the end
+    assert not rest or "tqdm" in rest[0], found.stderr
+    assert not any(line.startswith("error") for line in rest)
 
 
 def test_a_picture_is_not_overwritten(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
