@@ -41,21 +41,6 @@ def leak_allowance(rounding: float, num_frozen: int) -> float:
     return math.hypot(LEAK_FLOOR, slack * rounding)
 
 
-def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 values in another dtype, each the nearest.
-
-    PyTorch goes through float32 to narrower dtypes, and what that rounds to a tie is rounded a second time, perhaps away
-    from the nearest. Rounded to odd on the way (Boldo and Melquiond 2008), no value between two becomes a tie.
-    """
-    if dtype.itemsize >= 4:
-        return values.to(dtype)
-    wide = values.float()
-    back = wide.double()
-    towards = torch.where(values > back, math.inf, -math.inf).to(wide)
-    is_even = wide.view(torch.int32) & 1 == 0
-    return torch.where((back != values) & is_even & wide.isfinite(), wide.nextafter(towards), wide).to(dtype)
-
-
 def rms(values: Tensor) -> float:
     """Root mean square of all entries, summed in float64."""
     norm = torch.linalg.vector_norm(values.detach().reshape(-1), dtype=torch.float64)

@@ -107,19 +107,6 @@ def test_it_is_linear_in_the_coordinates(generator: torch.Generator) -> None:
     torch.testing.assert_close(updates[0] + updates[1], updates[2], atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "half"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11), (torch.float32, 2.0**-24)]
-)
-def test_it_rounds_once(dtype: torch.dtype, half: float) -> None:
-    """A little more than the middle of two numbers is the upper one; by way of float32 it may be the middle, and fall."""
-    weight = torch.ones(2, 3, dtype=dtype)
-    entry = protect(weight, False, 0.0)
-    a = torch.full((2, 3), half * (1 + 2.0**-22))
-    assert float(a[0, 0]) > half
-    found = merged(entry, [a], weight, dtype)
-    assert torch.equal(found.tensor, torch.full((2, 3), 1 + 2 * half, dtype=dtype))
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_what_does_not_change_keeps_its_bits(transposed: bool, zero: float, generator: torch.Generator) -> None:
