@@ -17,7 +17,7 @@ from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTen
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import LOCK_NAME, write_json, writing
-from sculptor.checkpoint.tensors import digest, read_tensor, write_tensors
+from sculptor.checkpoint.tensors import digest, dtype_name, read_tensor, write_tensors
 from sculptor.errors import OutputError
 from sculptor.methods.kinds import KINDS, Kinds
 from sculptor.methods.method import Derived
@@ -196,7 +196,7 @@ class ArchiveWriter:
             name = f"subspaces-{len(self._shards) + 1:05d}.safetensors"
             save_tensors(tensors, self.directory / name)
             for key, tensor in tensors.items():
-                dtype: Any = str(tensor.dtype).removeprefix("torch.")
+                dtype = dtype_name(tensor.dtype)
                 self.tensors[key] = StoredTensor(name, dtype, tuple(tensor.shape), digest(tensor))
             self._shards.append(name)
         self.records |= records

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -145,6 +146,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, as the format stores them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def dtype_name(dtype: torch.dtype) -> Any:
+    """What JSON calls a dtype: `bfloat16`. Typed loosely, since records have literals where it goes."""
+    return str(dtype).removeprefix("torch.")
 
 
 def digest(tensor: Tensor) -> str:

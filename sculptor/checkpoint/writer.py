@@ -12,7 +12,7 @@ from torch import Tensor
 from sculptor.checkpoint.reader import COMPANION_SUFFIXES, INDEX_NAME, SINGLE_NAME, Checkpoint, Slice
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.tensors import write_tensors
+from sculptor.checkpoint.tensors import dtype_name, write_tensors
 from sculptor.progress import Bar
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
@@ -134,6 +134,6 @@ def _copy_companions(source: Path, directory: Path) -> None:
 def _write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype | None) -> None:
     if dtype is None:
         return
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     write_json(directory / "config.json", config | {key: name})

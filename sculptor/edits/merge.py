@@ -60,7 +60,7 @@ def merge_matrix(
     weight64 = to_device(weight, record.transposed, device)
     update = entry.rule.update(weight64, prepared.tensors, [a.detach().to(torch.float64) for a in coordinates])
     merged64 = torch.where(update == 0, weight64, weight64 + update)  # -0 + 0 would be 0
-    # To bf16 and float16 PyTorch goes through float32: of 100,000 values about one is the second nearest.
+    # To bf16 and float16 PyTorch goes through float32: a few of 100,000 values become the second nearest.
     merged = as_out_in(merged64, record.transposed).to(dtype).contiguous()
     if not bool(merged.isfinite().all()):
         raise TrainingError(f"{record.name}: merged values overflow {dtype}; use --save-dtype float32")

@@ -18,7 +18,7 @@ from sculptor.archive.writer import ArchiveWriter, has_progress
 from sculptor.checkpoint.architecture import Target, inspect_architecture, select_targets
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging
-from sculptor.checkpoint.tensors import digest
+from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.data.examples import digest_examples
 from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -153,7 +153,7 @@ def _new_record(checkpoint: Checkpoint, target: Target) -> MatrixRecord:
         role=target.role,
         transposed=target.transposed,
         input_group=target.input_group,
-        base_dtype=str(weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        base_dtype=dtype_name(weight.dtype),
         base_digest=digest(weight),
         base_rms=rms(weight),
         rule=StaircaseRule(target.shape, Staircase.closed(*target.shape).steps),

@@ -13,7 +13,7 @@ from sculptor.archive.manifest import MatrixRecord, TaskRecord
 from sculptor.archive.store import Entry
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.orientation import to_device
-from sculptor.checkpoint.tensors import digest
+from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.edits.merge import Merged
 from sculptor.methods.method import Carrying, Evidence, carries_of, measures_of
 from sculptor.model.load import LoadedModel
@@ -49,7 +49,7 @@ class NextArchive:
         record = replace(
             entry.record,
             base_digest=digest(merged.tensor),
-            base_dtype=str(merged.tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            base_dtype=dtype_name(merged.tensor.dtype),
             base_rms=rms(merged.tensor),
         )
         if not isinstance(self._method, Carrying) or self.carry == "keep":

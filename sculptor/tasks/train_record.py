@@ -8,6 +8,7 @@ import torch
 
 from sculptor import __version__
 from sculptor.checkpoint.records import Merge
+from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.tasks.job import TrainJob
 from sculptor.tasks.train_report import TrainReport
@@ -22,7 +23,7 @@ def training_record(
     import transformers
 
     dtypes: Any = {
-        name: str(output_dtype(job.checkpoint.infos[record.tensor].dtype, saved)).removeprefix("torch.")
+        name: dtype_name(output_dtype(job.checkpoint.infos[record.tensor].dtype, saved))
         for name, record in job.archive.items()
     }
     merge = Merge({name: record.base_digest for name, record in job.archive.items()}, dtypes)
