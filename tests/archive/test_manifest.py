@@ -39,7 +39,7 @@ def signed(content: dict[str, Any]) -> bytes:
         return json.dumps(content | {"sha256": "0" * 64}).encode()
 
 
-@pytest.mark.parametrize("basis", ["weights", "curvature"])
+@pytest.mark.parametrize("basis", ["weights", pytest.param("curvature", marks=pytest.mark.slow)])
 def test_every_field_wrong_in_every_way_is_one_line(made: Path, basis: str) -> None:
     content = json.loads((made / basis / "archive.json").read_text())
     content.pop("sha256")

@@ -462,6 +462,7 @@ class CutAt:
         return silent(total=total, desc=desc, unit=unit, initial=initial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "desc", "count"),
     [

@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Result
 
 
+@pytest.mark.slow
 def test_protection_keeps_what_plain_training_loses(cli: Callable[..., Result], tmp_path: Path) -> None:
     found = cli("demo", "--output", tmp_path / "demo", "--json")
     assert found.code == 0, found.err
