@@ -123,14 +123,16 @@ def read_file(path: Path, error: type[SculptorError], remedy: str) -> bytes:
         raise error(f"{path}: cannot be read ({cause.strerror or cause}); {remedy}") from cause
 
 
-def parse(text: bytes, where: object, error: type[SculptorError], remedy: str) -> dict[str, Any]:
-    """JSON as a plain object: finite numbers only, not nested without end.
+def parse(
+    text: bytes, where: object, error: type[SculptorError], remedy: str, *, allow_inf_nan: bool = False
+) -> dict[str, Any]:
+    """JSON as a plain object: finite numbers only, unless allowed, not nested without end.
 
     Raises:
         error: if it is anything else.
     """
     try:
-        content = pydantic_core.from_json(text, allow_inf_nan=False)
+        content = pydantic_core.from_json(text, allow_inf_nan=allow_inf_nan)
     except (ValueError, RecursionError) as cause:
         raise error(f"{where}: damaged ({_short(str(cause))}); {remedy}") from None
     if not isinstance(content, dict):

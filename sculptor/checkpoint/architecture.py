@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sculptor.checkpoint.configuration import load_config, model_class, reason_of
+from sculptor.checkpoint.directory import WRAPPERS
 from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.reader import Checkpoint, part_name
 from sculptor.checkpoint.sharing import input_leaders
@@ -93,43 +95,22 @@ class Architecture:
     vocab_size: int
 
 
-def model_class(config: Mapping[str, Any], path: object) -> type[Any]:
-    """The transformers class that `config.architectures` names.
-
-    Raises:
-        CheckpointError: if it names none, or one that this transformers does not have.
-    """
-    import transformers
-
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f'{path}: "architectures" in config.json is not a list of names')
-    if not names:
-        raise CheckpointError(f'{path}: config.json has no "architectures"; add the name of the model class')
-    cls = getattr(transformers, names[0], None)
-    if cls is None or not hasattr(cls, "from_pretrained"):
-        raise CheckpointError(
-            f"{path}: transformers {transformers.__version__} has no model class {names[0]}; upgrade it or check config.json"
-        )
-    found: type[Any] = cls
-    return found
-
-
 def build_skeleton(checkpoint: Checkpoint) -> Any:
     """The checkpoint's model on the meta device: modules and shapes, no data."""
-    from transformers import AutoConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     cls = model_class(checkpoint.config, checkpoint.path)
     if not issubclass(cls, PreTrainedModel):
         raise CheckpointError(f'{checkpoint.path}: "architectures" names {cls.__name__}, which is not a model class')
+    config = load_config(checkpoint)
+    config._attn_implementation = "eager"
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
-        config._attn_implementation = "eager"
         with torch.device("meta"):
             return cls(config).eval()
     except Exception as cause:  # a configuration can break model code in any way it likes
-        reason = " ".join(str(cause).split())[:200]
-        raise CheckpointError(f"{checkpoint.path}: config.json does not build a {cls.__name__} ({reason})") from cause
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json does not build a {cls.__name__} ({reason_of(cause)})"
+        ) from cause
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -170,7 +151,7 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: the files hold {len(linear) - len(missing)} of the {len(linear)} matrices that "
-            f"{type(skeleton).__name__} has; first missing {missing[0]}"
+            f"{type(skeleton).__name__} has; first missing {missing[0]}{_wrapped(checkpoint)}"
         )
     stacks = {name.rpartition(".")[0] for name in blocks}
     leaders = input_leaders(skeleton, linear)
@@ -188,6 +169,14 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
         max_positions=_max_positions(skeleton),
         vocab_size=int(skeleton.get_input_embeddings().weight.shape[0]),
     )
+
+
+def _wrapped(checkpoint: Checkpoint) -> str:
+    """A hint, where another program's wrapper has lengthened the names."""
+    for prefix, remedy in WRAPPERS.items():
+        if any(name.startswith(prefix) for name in checkpoint):
+            return f"; names begin with {prefix!r}, of {remedy} instead"
+    return ""
 
 
 def _max_positions(skeleton: Any) -> int | None:

@@ -1,23 +1,16 @@
 """A Hugging Face checkpoint directory as a lazy mapping from tensor name to tensor."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from sculptor.checkpoint.tensors import TensorInfo, read_header, read_known
+from sculptor.checkpoint.directory import HUB_IGNORED, directory_problem, read_config, weight_files
+from sculptor.checkpoint.tensors import TensorInfo, dtype_name, read_header, read_known
 from sculptor.errors import CheckpointError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What is worth fetching from a hub, and worth carrying over to an output: everything but weights and code.
-COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".pdf")
 
 
 class Placed(Protocol):
@@ -60,12 +53,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = _read_config(path)
-        self.files = _weight_files(path)
+        self.config = read_config(path)
+        places, self.files = weight_files(path, self.config)
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         for file in self.files:
-            infos, metadata = read_header(path / file, CheckpointError)
+            infos, metadata = read_header(path / file, CheckpointError, file)
             self.metadata |= metadata
             repeated = sorted(set(infos) & set(self.infos))
             if repeated:
@@ -74,7 +67,9 @@ class Checkpoint(Mapping[str, Tensor]):
             self.infos |= infos
         if not self.infos:
             raise CheckpointError(f"{path}: the weight files hold no tensor; fetch the checkpoint again")
-        _check_index(path, self.infos)
+        if places is not None:
+            self._check_index(places)
+        self._check_dtypes()
 
     def __getitem__(self, name: str) -> Tensor:
         return read_known(self.path / self.infos[name].file, name, self.infos[name], CheckpointError)
@@ -84,6 +79,21 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.infos)
+
+    def _check_index(self, places: Mapping[str, str]) -> None:
+        wrong = [name for name, file in places.items() if name not in self.infos or self.infos[name].file != file]
+        if wrong:
+            raise CheckpointError(
+                f"{self.path}: {len(wrong)} of {len(places)} tensors are not in the shard the index names, "
+                f"first {wrong[0]}; index and shards belong to different checkpoints"
+            )
+
+    def _check_dtypes(self) -> None:
+        for name, info in self.infos.items():
+            if info.dtype.is_floating_point and info.dtype.itemsize == 1:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is {dtype_name(info.dtype)}; sculptor needs the weights in bfloat16 or wider"
+                )
 
     def info_of(self, place: Placed) -> TensorInfo:
         """Where a matrix is; a slice of a tensor is as good as a tensor.
@@ -111,6 +121,16 @@ class Checkpoint(Mapping[str, Tensor]):
         info = self.info_of(place)
         return read_known(self.path / info.file, place.name, info, CheckpointError)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor's first dimension, cut at its end; nothing else is read."""
+        info = self.infos[name]
+        if not info.shape:
+            return self[name]
+        stop = min(stop, info.shape[0])
+        size = info.num_bytes // max(1, info.shape[0])
+        part = TensorInfo(info.file, info.dtype, (stop - start, *info.shape[1:]), info.offset + start * size)
+        return read_known(self.path / info.file, name, part, CheckpointError)
+
     def read_finite(self, name: str) -> Tensor:
         """One tensor, checked for NaN and infinity.
 
@@ -128,8 +148,6 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._finite(place.name, self.matrix(place))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            tensor = tensor.to(torch.float32)  # float8 has no isfinite
         if not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
@@ -154,7 +172,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     if os.path.isdir(path):  # unlike Path.is_dir, takes any name
         return Checkpoint(path)
     if os.path.exists(path):
-        raise CheckpointError(f"{path}: is a file; expected a checkpoint directory")
+        raise CheckpointError(f"{path}: {directory_problem(path)}")
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such directory, and not a hub name of the form owner/model")
@@ -164,74 +182,13 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "LICENSE*", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES)]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, ignore_patterns=list(HUB_IGNORED)))
     except Exception as cause:  # the hub client raises a dozen unrelated types, offline, gated, not found, ...
         reason = (str(cause).strip().splitlines() or [""])[0][:160]
         raise CheckpointError(
             f"{name}: no such directory, and it could not be fetched from the hub ({type(cause).__name__}: {reason})"
         ) from cause
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not path.is_dir() or not any(path.iterdir()):
-        raise CheckpointError(f"{path}: empty directory; expected config.json and safetensors weights")
-    if not file.is_file():
-        raise CheckpointError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as cause:
-        raise CheckpointError(f"{file}: not readable as JSON ({cause}); fetch it again") from cause
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(config).__name__}")
-    if config.get("quantization_config"):
-        found = config["quantization_config"]
-        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
-        raise CheckpointError(f"{path}: quantised checkpoint ({method}); sculptor needs the unquantised weights")
-    if config.get("auto_map"):
-        raise CheckpointError(f"{path}: needs custom code (auto_map in config.json), which sculptor does not run")
-    return config
-
-
-def _weight_files(path: Path) -> tuple[str, ...]:
-    index = path / INDEX_NAME
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as cause:
-            raise CheckpointError(f"{index}: not a weight index ({cause}); fetch it again") from cause
-        missing = [file for file in files if not (path / file).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{path}: {len(missing)} of {len(files)} shards are missing ({', '.join(missing[:3])}); fetch them again"
-            )
-        return tuple(files)
-    if (path / SINGLE_NAME).is_file():
-        return (SINGLE_NAME,)
-    pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
-    if pickled:
-        raise CheckpointError(
-            f"{path}: only pickled weights ({pickled[0]}), which can run code when read; convert them where you trust "
-            'them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), with the class named in "architectures"'
-        )
-    loose = sorted(file.name for file in path.glob("*.safetensors"))
-    hint = f"; {loose[0]} is not named in an index" if loose else ""
-    raise CheckpointError(f"{path}: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")
-
-
-def _check_index(path: Path, infos: Mapping[str, TensorInfo]) -> None:
-    index = path / INDEX_NAME
-    if not index.is_file():
-        return
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    wrong = [name for name, file in weight_map.items() if name not in infos or infos[name].file != file]
-    if wrong:
-        raise CheckpointError(
-            f"{path}: {len(wrong)} of {len(weight_map)} tensors are not in the shard the index names, "
-            f"first {wrong[0]}; index and shards belong to different checkpoints"
-        )
 
 
 def identity(digests: Mapping[str, str]) -> str:

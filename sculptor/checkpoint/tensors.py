@@ -55,8 +55,12 @@ def _prod(shape: Sequence[int]) -> int:
     return result
 
 
-def read_header(path: Path, error: type[SculptorError]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_header(
+    path: Path, error: type[SculptorError], file_name: str | None = None
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of a file in the order of their data, and its metadata; the library validates the header.
+
+    `file_name` is what the file is called in the infos, its own name by default.
 
     Raises:
         error: if the file is truncated, corrupt, or holds a dtype that is not supported.
@@ -76,7 +80,8 @@ def read_header(path: Path, error: type[SculptorError]) -> tuple[dict[str, Tenso
     if unknown:
         raise error(f"{path}: dtype {', '.join(unknown)} is not supported; expected one of {', '.join(DTYPES)}")
     infos = {
-        name: TensorInfo(path.name, DTYPES[dtype], shape, offsets[name]) for name, (dtype, shape) in shapes.items()
+        name: TensorInfo(file_name or path.name, DTYPES[dtype], shape, offsets[name])
+        for name, (dtype, shape) in shapes.items()
     }
     return infos, metadata
 

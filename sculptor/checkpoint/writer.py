@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.reader import COMPANION_SUFFIXES, INDEX_NAME, SINGLE_NAME, Checkpoint, Slice
+from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, companions
+from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import dtype_name, write_tensors
@@ -117,14 +118,11 @@ def _write_index(directory: Path, names: list[str], shards: list[list[Entry]]) -
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
-    """Configuration, tokenizer, chat template, licence, also in folders; no weights, no code, no outputs of ours."""
+    """What goes along (`directory.companions`), but no outputs of ours, which may lie in the folder too."""
     outputs = {file.parent for name in _OUTPUT_MARKS for file in source.rglob(name)} - {source}
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        hidden = any(part.startswith(".") or part.endswith(".partial") for part in relative.parts)
-        own = relative.name in _OWN_FILES or bool(outputs & set(file.parents))
-        wanted = file.suffix.lower() in COMPANION_SUFFIXES or file.suffix == ""
-        if not file.is_file() or hidden or own or not wanted:
+    for relative in companions(source):
+        file = source / relative
+        if relative.name in _OWN_FILES or outputs & set(file.parents):
             continue
         with writing(directory / relative):
             (directory / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -136,4 +134,5 @@ def _write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype | 
         return
     name = dtype_name(dtype)
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    write_json(directory / "config.json", config | {key: name})
+    # Infinite numbers as they were read: transformers' own files have them.
+    write_json(directory / CONFIG_NAME, config | {key: name}, allow_nan=True)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture, model_class
+from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture
+from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.errors import CheckpointError, SettingsError
+from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import stream_model
@@ -77,12 +78,13 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
         model, info = cls.from_pretrained(
-            checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError) as cause:
-        raise CheckpointError(
-            f"{checkpoint.path}: transformers cannot load it ({str(cause).splitlines()[0]})"
-        ) from cause
+            checkpoint.path, config=load_config(checkpoint), dtype=dtype, use_safetensors=True, output_loading_info=True,
+            local_files_only=True,
+        )  # fmt: skip
+    except SculptorError:
+        raise
+    except Exception as cause:  # transformers raises whatever its parts raise
+        raise CheckpointError(f"{checkpoint.path}: transformers cannot load it ({reason_of(cause)})") from cause
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
@@ -94,7 +96,6 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
             raise CheckpointError(
                 f"{checkpoint.path}: {name} has NaN or infinite values; use a checkpoint from before the training diverged"
             )
-    model.config.use_cache = False
     model.requires_grad_(False)
     model.to(device).eval()
     return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint, architecture.kind), device)
@@ -171,10 +172,11 @@ def load_tokenizer(checkpoint: Checkpoint, kind: Kind) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as cause:
-        reason = str(cause).strip().splitlines()[0][:160]
-        raise CheckpointError(f"{checkpoint.path}: no usable tokenizer ({reason}); copy its files there") from cause
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception as cause:  # damaged files break its parts in any way they like
+        raise CheckpointError(
+            f"{checkpoint.path}: no usable tokenizer ({reason_of(cause, 160)}); copy its files there"
+        ) from cause
     if kind in ("causal", "seq2seq") and tokenizer.eos_token_id is None:
         raise CheckpointError(f"{checkpoint.path}: the tokenizer has no end-of-sequence token; set eos_token")
     if kind == "masked" and tokenizer.mask_token_id is None:

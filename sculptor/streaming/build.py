@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sculptor.checkpoint.architecture import Architecture, find_blocks, model_class
+from sculptor.checkpoint.architecture import Architecture, find_blocks
+from sculptor.checkpoint.configuration import load_config, model_class
 from sculptor.checkpoint.names import Conversion, find_converted
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import CheckpointError
@@ -17,6 +18,8 @@ from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.transfers import Transfers, return_freed_memory
 from sculptor.streaming.weights import BlockWeights, Scratch, TensorFiles, Tier
+
+_PIECE = 64 * 2**20  # bytes of a large tensor that are looked at at once
 
 
 def stream_model(
@@ -54,6 +57,7 @@ def stream_model(
         return_freed_memory()
     model, dtype = _empty_model(checkpoint, device)
     sources: dict[str, str | Conversion] = dict(find_converted(model, checkpoint)) | dict(architecture.tensors)
+    _tie(model, checkpoint, architecture, dtype)
     home = Scratch(tier, scratch, device)
     files = TensorFiles(checkpoint, sources, home.reading)
     names = defaultdict(list)  # a parameter may be known under several names
@@ -117,10 +121,9 @@ def _ignore(_: int) -> None:
 def _empty_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, torch.dtype]:
     """The model with parameters on the meta device and real buffers, and the dtype of its parameters."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
     cls = model_class(checkpoint.config, checkpoint.path)
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = load_config(checkpoint)
     dtype = torch.float32
     if device.type != "cpu":
         floating = (info.dtype for info in checkpoint.infos.values() if info.dtype.is_floating_point)
@@ -132,9 +135,34 @@ def _empty_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, tor
             model = cls(config)
     finally:
         torch.set_default_dtype(before)
-    model.tie_weights()
-    model.config.use_cache = False
     return model.requires_grad_(False), dtype
+
+
+def _tie(model: Any, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype) -> None:
+    """Ties parameters as loading does: not those that are both in the files with different values."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    both = {
+        target: (architecture.tensors[target], architecture.tensors[source])
+        for target, source in tied.items()
+        if target in architecture.tensors and source in architecture.tensors
+    }
+    apart = {
+        target for target, (one, other) in both.items() if one != other and not _equal(checkpoint, one, other, dtype)
+    }
+    model.all_tied_weights_keys = {target: source for target, source in tied.items() if target not in apart}
+    model.tie_weights(recompute_mapping=False)
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str, dtype: torch.dtype) -> bool:
+    """Whether two tensors are loaded alike; read in pieces, since they are the largest there are."""
+    a, b = checkpoint.infos[one], checkpoint.infos[other]
+    if a.shape != b.shape:
+        return False
+    rows = max(1, _PIECE * a.shape[0] // max(1, a.num_bytes)) if a.shape else 1
+    return all(
+        torch.equal(checkpoint.rows(one, i, i + rows).to(dtype), checkpoint.rows(other, i, i + rows).to(dtype))
+        for i in range(0, a.shape[0] if a.shape else 1, rows)
+    )
 
 
 def _dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -70,21 +70,15 @@ def quantised(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
 
 
-def custom_code(path: Path) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling.X"}}))
-
-
 FAULTS = [
     (empty, "empty directory"),
     (no_config, "no config.json"),
-    (broken_config, "not readable as JSON"),
+    (broken_config, "config.json: damaged"),
     (no_weights, "no model.safetensors"),
     (pickled, "only pickled weights .*save_pretrained"),
     (truncated, "truncated or corrupt"),
     (corrupt, "truncated or corrupt"),
     (quantised, "quantised checkpoint .awq"),
-    (custom_code, "custom code"),
 ]
 
 

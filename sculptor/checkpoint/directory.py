@@ -1,0 +1,196 @@
+"""What a checkpoint directory is, told as transformers tells it: its configuration, its weight files, what goes along.
+
+Whatever is decided here holds for every way of reading a model, so that none of them sees another model than
+`from_pretrained` does. What cannot be told is refused by name.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sculptor.errors import CheckpointError
+from sculptor.validation import parse, read_file
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+_FETCH = "fetch it again"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_WEIGHTS = (
+    *_PICKLED, ".safetensors", ".gguf", ".ggml", ".h5", ".keras", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".npy",
+    ".tflite", ".pb", ".mlmodel", ".engine", ".index.json",
+)  # fmt: skip
+_CODE = (".py", ".pyc", ".pyi", ".ipynb", ".sh", ".bat", ".ps1", ".js", ".so", ".dll", ".exe", ".whl", ".jar")
+_SECRET = re.compile(
+    r"credential|secret|passw|(^|[._-])id_(rsa|dsa|ecdsa|ed25519)|\.(pem|key|p12|pfx|jks|kdbx|keytab|ppk|asc)$"
+    r"|^((hf_)?token|(api|access)_?(key|token)|service[_-]?account|auth|kaggle|netrc)([._-].*)?$"
+    r"|(^|[._-])keys?\.(json|txt|ya?ml|toml)$",
+    re.IGNORECASE,
+)
+# What transformers itself reads is a part of the model wherever a link leads to.
+_OWN = re.compile(
+    r"(generation_|preprocessor_|processor_)?config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt"
+    r"|(tokenizer|vocab|chat_template).*\.(json|txt|jinja)|.*\.(model|jinja|tiktoken|spm|bpe|codes)"
+)
+# Tensor names that another program's wrapper has lengthened.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile: save model._orig_mod",
+    "module.": "DistributedDataParallel: save model.module",
+    "base_model.model.": "PEFT: save model.merge_and_unload()",
+    "_fsdp_wrapped_module.": "FSDP: save a full state dict",
+    "_forward_module.": "DeepSpeed or Fabric: save the inner module",
+}
+# Only files that are never wanted are left on the hub.
+HUB_IGNORED = tuple(f"*{suffix}" for suffix in (*_WEIGHTS, *_CODE) if suffix not in (".safetensors", ".index.json"))
+
+
+def directory_problem(path: Path) -> str | None:
+    """Why a path that exists is no directory of a model; None if it may be one."""
+    if os.path.isdir(path):
+        return None
+    if path.suffix == ".gguf":
+        return f"is a GGUF file; {_gguf_remedy(path.name)}"
+    if path.suffix == ".safetensors":
+        return "is a file; pass the directory with it and its config.json"
+    return "is a file; expected a checkpoint directory"
+
+
+def _gguf_remedy(name: str) -> str:
+    return (
+        f"make a checkpoint of it first: AutoModelForCausalLM.from_pretrained(DIR, gguf_file={name!r}, "
+        "quantization_config=GgufConfig(dequantize=True)).save_pretrained(OUT), and its tokenizer likewise"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it is in the file; numbers may be infinite, as transformers writes them.
+
+    Raises:
+        CheckpointError: if the directory holds no full-precision model with a configuration.
+    """
+    file = path / CONFIG_NAME
+    names = {item.name for item in path.iterdir()} if path.is_dir() else set()
+    if not names:
+        raise CheckpointError(f"{path}: empty directory; expected config.json and safetensors weights")
+    adapters = sorted(name for name in names if name.startswith(("adapter_config.json", "adapter_model.")))
+    if adapters and SINGLE_NAME not in names and INDEX_NAME not in names:
+        raise CheckpointError(
+            f"{path}: an adapter ({adapters[0]}), no full model; merge it first: "
+            "PeftModel.from_pretrained(BASE, DIR).merge_and_unload().save_pretrained(OUT)"
+        )
+    if adapters:
+        raise CheckpointError(
+            f"{path}: {adapters[0]} beside full weights, and transformers may load both; merge or remove it"
+        )
+    if not file.is_file():
+        gguf = sorted(name for name in names if name.endswith(".gguf"))
+        if gguf:
+            raise CheckpointError(f"{path}: only a GGUF file ({gguf[0]}); {_gguf_remedy(gguf[0])}")
+        raise CheckpointError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
+    content = parse(read_file(file, CheckpointError, _FETCH), file, CheckpointError, _FETCH, allow_inf_nan=True)
+    for holder in (content, *(value for value in content.values() if isinstance(value, dict))):
+        found = holder.get("quantization_config")
+        if found:
+            method = found.get("quant_method", "unknown method") if isinstance(found, dict) else found
+            raise CheckpointError(f"{path}: quantised checkpoint ({method}); sculptor needs the unquantised weights")
+    return content
+
+
+def weight_files(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+    """Where each tensor is, if an index says so, and the files, relative to the directory; as transformers chooses them.
+
+    `model.safetensors` goes before an index, which may be a left-over of an earlier save.
+
+    Raises:
+        CheckpointError: if there are none, or the index is damaged, or leads out of the directory.
+    """
+    if config.get("transformers_weights"):
+        raise CheckpointError(
+            f"{path}: config.json names a weight file of its own (transformers_weights); "
+            "load it with transformers and save it again"
+        )
+    if (path / SINGLE_NAME).is_file():
+        return None, (SINGLE_NAME,)
+    index = path / INDEX_NAME
+    if index.is_file():
+        return _indexed_files(path, index)
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
+    if pickled:
+        raise CheckpointError(
+            f"{path}: only pickled weights ({pickled[0]}), which can run code when read; convert them where you trust "
+            'them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), with the class named in "architectures"'
+        )
+    loose = sorted(file.name for file in path.glob("*.safetensors"))
+    hint = f"; {loose[0]} is not named in an index" if loose else ""
+    raise CheckpointError(f"{path}: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")
+
+
+def _indexed_files(path: Path, index: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    content = parse(read_file(index, CheckpointError, _FETCH), index, CheckpointError, _FETCH)
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not places or not isinstance(content.get("metadata"), dict):
+        raise CheckpointError(f"{index}: not a weight index (expected objects 'metadata' and 'weight_map'); {_FETCH}")
+    for name, file in places.items():
+        # Links are followed, as hubs' caches have them; names that lead out are not.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable():
+            raise CheckpointError(f"{index}: {name} is said to be in {file!r}, no safetensors file; {_FETCH}")
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise CheckpointError(f"{index}: {name} is said to be in {file!r}, outside of the directory; {_FETCH}")
+    files = sorted(set(places.values()))
+    missing = [file for file in files if not (path / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(files)} shards are missing ({', '.join(missing[:3])}); fetch them again"
+        )
+    return places, tuple(files)
+
+
+def second_weights(path: Path) -> str | None:
+    """A second set of weights that transformers does not load, but other programs may."""
+    index = path / INDEX_NAME
+    if not (path / SINGLE_NAME).is_file() or not index.is_file():
+        return None
+    return None if _names_only_single(index) else INDEX_NAME
+
+
+def _names_only_single(index: Path) -> bool:
+    content = parse(read_file(index, CheckpointError, _FETCH), index, CheckpointError, _FETCH)
+    places = content.get("weight_map")
+    return isinstance(places, dict) and set(map(str, places.values())) == {SINGLE_NAME}
+
+
+def companions(path: Path) -> Iterator[PurePosixPath]:
+    """What belongs to a model beside its weights, relative to the directory: configuration, tokenizer, template, licence.
+
+    Everything goes along but weights, code, hidden files, what looks like a secret, and links that lead out of the
+    directory, unless transformers reads them.
+    """
+    for folder, subfolders, files in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not _is_left(name) and not _leads_out(path, folder, name))
+        for name in sorted(files):
+            file = Path(folder) / name
+            lower = name.lower()
+            if _is_left(name) or lower.endswith((*_WEIGHTS, *_CODE)) or _SECRET.search(name):
+                continue
+            if _leads_out(path, folder, name) and not _OWN.fullmatch(name):
+                continue
+            if file.is_file():
+                yield PurePosixPath(file.relative_to(path).as_posix())
+
+
+def _is_left(name: str) -> bool:
+    return name.startswith((".", "__pycache__")) or name.endswith(".partial")
+
+
+def _leads_out(path: Path, folder: str, name: str) -> bool:
+    """Whether a link leads out of the directory; those of the hub's cache lead to its own store."""
+    item = Path(folder) / name
+    if not item.is_symlink():
+        return False
+    homes = [path.resolve()]
+    if path.resolve().parent.name == "snapshots":
+        homes.append(path.resolve().parent.parent / "blobs")
+    target = item.resolve()
+    return not any(home in target.parents for home in homes)
