@@ -19,7 +19,7 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, sett
 )
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
-@settings_options(TrainSettings, "device", "offload")
+@settings_options(TrainSettings, "chat_template", "device", "offload")
 @json_option
 def command(
     model: str,
@@ -27,6 +27,7 @@ def command(
     labels: tuple[str, ...],
     max_length: int | None,
     batch_size: int,
+    chat_template: str | None,
     device: str,
     offload: Any,
     as_json: bool,
@@ -52,6 +53,7 @@ def command(
         labels=labels or None,
         max_length=max_length,
         batch_size=batch_size,
+        chat_template=chat_template,
         device=device,
         offload=offload,
         progress=bars,

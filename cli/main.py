@@ -11,6 +11,7 @@ from .options import SuggestingGroup
 
 _COMMANDS = {
     "estimate": "estimate",
+    "data": "data",
     "analyze": "analyze",
     "train": "train",
     "inspect": "inspect_archive",

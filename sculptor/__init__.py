@@ -28,6 +28,7 @@ _HOMES = {
     "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
+    "preview": "sculptor.tasks.data",
 }
 __all__ = [
     "AnalyzeSettings",
@@ -45,6 +46,7 @@ __all__ = [
     "inspect",
     "merge",
     "parameter_groups",
+    "preview",
     "protect",
     "stream",
     "train",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from sculptor.planning.settings import EstimateSettings
     from sculptor.tasks.analyze import analyze
     from sculptor.tasks.convert import convert
+    from sculptor.tasks.data import preview
     from sculptor.tasks.estimate import estimate
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect

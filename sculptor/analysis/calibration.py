@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sculptor.checkpoint.architecture import Target, find_blocks
-from sculptor.data.batches import Batch, make_batch
+from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED, Example
 from sculptor.methods.settings import Labels, Weighting
 from sculptor.model.head import find_head
@@ -311,8 +311,7 @@ def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Ite
     while start < len(order):
         size = max(1, room // max(1, examples[order[start]].length))
         chosen = [examples[i] for i in order[start : start + size]]
-        tokenizer = loaded.tokenizer
-        batch = make_batch(chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed + start)
+        batch = loaded.batch(chosen, seed)
         if loaded.kind == "seq2seq" and batch.labels.shape == batch.input_ids.shape:
             # Encoder and decoder states are told apart by their length.
             batch = Batch(batch.input_ids, batch.attention_mask, nn.functional.pad(batch.labels, (0, 1), value=IGNORED))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.data.batches import make_batch
+from sculptor.data.chat import check_use
 from sculptor.data.examples import Example, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.methods.ranks import normalize_importance
@@ -25,8 +25,9 @@ _MAX_ROWS = 256
 def read_examples(checkpoint: Checkpoint, architecture: Architecture, settings: AnalyzeSettings) -> tuple[Example, ...]:
     """A few rows, spread evenly over the files."""
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
-    tokenizer = load_tokenizer(checkpoint, architecture.kind)
+    tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
     rows = read_rows(settings.data)
+    check_use(rows, settings.chat_template)
     found = encode(rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
     return found[:: max(1, -(-len(found) // _MAX_ROWS))]
 
@@ -87,10 +88,8 @@ def measure_cosines(
     for block, names in by_block.items():
         handles.append(model.get_submodule(block).register_forward_hook(record(names), with_kwargs=True))
     try:
-        tokenizer = loaded.tokenizer
-        for i, example in enumerate(examples):
-            batch = make_batch([example], loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), seed + i)
-            batch_loss(model, batch.to(loaded.device), loaded.kind)
+        for example in examples:
+            batch_loss(model, loaded.batch([example], seed).to(loaded.device), loaded.kind)
             bar.update(1)
     finally:
         for handle in handles:

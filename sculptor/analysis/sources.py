@@ -6,6 +6,7 @@ from sculptor.analysis.evidence import Source
 from sculptor.archive.manifest import SourceFacts
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
+from sculptor.data.chat import check_use, use_template
 from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import SettingsError
@@ -25,10 +26,13 @@ def read_sources(checkpoint: Checkpoint, architecture: Architecture, settings: A
     if settings.fisher == "sampled" and architecture.kind == "seq2seq":
         raise SettingsError("--fisher sampled: not for encoder-decoder models, whose decoder reads its own labels")
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
-    tokenizer = load_tokenizer(checkpoint, architecture.kind)
+    tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
+    files = {path: read_rows([path]) for path in settings.data if path != SELF}
+    if not settings.chat:
+        check_use([row for rows in files.values() for row in rows], settings.chat_template)
     sources = []
-    for path in (path for path in settings.data if path != SELF):
-        found = encode(read_rows([path]), tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
+    for path, rows in files.items():
+        found = encode(rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
         sources.append(Source(path, spread(found, settings.tokens_per_source)))
     return sources
 
@@ -42,6 +46,7 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, progress: Pro
     if SELF not in settings.data:
         return []
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
+    use_template(loaded.tokenizer, settings.chat_template)
     examples = sample_examples(
         loaded, settings.tokens_per_source, max_length, chat=settings.chat, seed=settings.seed, progress=progress
     )

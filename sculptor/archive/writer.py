@@ -16,7 +16,7 @@ from torch import Tensor
 from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
-from sculptor.checkpoint.staging import LOCK_NAME, write_json, writing
+from sculptor.checkpoint.staging import LOCK_NAME, key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, dtype_name, read_tensor, write_tensors
 from sculptor.errors import OutputError
 from sculptor.methods.kinds import KINDS, Kinds
@@ -95,11 +95,10 @@ class ArchiveWriter:
             found = read_json(
                 _Progress, read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY, kinds=self.kinds
             )
-            different = sorted(name for name in self.key if found.key.get(name) != self.key[name])
-            if different:
+            different = key_difference(found.key, self.key)
+            if different is not None:
                 raise OutputError(
-                    f"{path}: left by a run with other inputs or settings ({', '.join(different)}); use the same or "
-                    f"{_REMEDY}"
+                    f"{path}: left by a run with other inputs or settings ({different}); use the same or {_REMEDY}"
                 )
             self.records, self.tensors, self._shards = dict(found.records), dict(found.tensors), list(found.shards)
             self._shared = set(self.tensors)

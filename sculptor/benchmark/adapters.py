@@ -24,6 +24,7 @@ from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import commit, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_tensor
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
+from sculptor.data.chat import use_template
 from sculptor.data.examples import digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import OutputError, SettingsError
@@ -93,6 +94,7 @@ def train_adapter(
     assert settings.max_length is not None
     with staging(output, overwrite=False, resume=True, worth_keeping=has_state) as partial:
         loaded = load_model(checkpoint, device, architecture)
+        use_template(loaded.tokenizer, settings.chat_template)
         rows = read_rows(data, settings.max_rows)
         encoded = encode(rows, loaded.tokenizer, loaded.kind, settings.max_length, architecture.vocab_size)
         parameters = _inject(loaded, settings, adapter, method)

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
-from sculptor.checkpoint.tensors import digest as digest_tensor
-from sculptor.data.rows import Row
+from sculptor.data.chat import use_template
+from sculptor.data.rows import Row, digest_rows
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.rows import Evaluation, evaluate_rows, read_evaluation_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -114,8 +114,7 @@ def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _digest_model(model: str) -> str:
-    checkpoint = open_checkpoint(model)
-    return identity({name: digest_tensor(checkpoint[name]) for name in checkpoint})
+    return identity(open_checkpoint(model).digests_beside(()))
 
 
 def _digest_files(plan: Plan) -> str:
@@ -158,10 +157,7 @@ class _Run:
         }
         self.watched: list[Row] = read_evaluation_rows(plan.watch, None) if plan.watch else []
         evaluated = [row for rows in (*self.rows.values(), self.watched) for row in rows]
-        digest = hashlib.sha256(
-            repr([(type(row).__name__, astuple(row)[1:]) for row in evaluated]).encode()
-        ).hexdigest()
-        own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest}
+        own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest_rows(evaluated)}
         own |= {"model files": _digest_model(plan.model), "data files": _digest_files(plan)}
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
@@ -280,6 +276,7 @@ class _Run:
         checkpoint = open_checkpoint(model)
         device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
         loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
+        use_template(loaded.tokenizer, self.plan.train.chat_template)
 
         def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
             return evaluate_rows(

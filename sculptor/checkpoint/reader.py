@@ -1,16 +1,18 @@
 """A Hugging Face checkpoint directory as a lazy mapping from tensor name to tensor."""
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from sculptor.checkpoint.directory import HUB_IGNORED, directory_problem, read_config, weight_files
-from sculptor.checkpoint.tensors import TensorInfo, dtype_name, read_header, read_known
+from sculptor.checkpoint.directory import CONFIG_NAME, HUB_IGNORED, directory_problem, read_config, weight_files
+from sculptor.checkpoint.tensors import TensorInfo, digest, dtype_name, read_header, read_known
 from sculptor.errors import CheckpointError
+from sculptor.progress import Progress, silent
 
 
 class Placed(Protocol):
@@ -155,6 +157,18 @@ class Checkpoint(Mapping[str, Tensor]):
                 "use a checkpoint from before the training diverged"
             )
         return tensor
+
+    def digests_beside(self, known: Container[str], progress: Progress = silent) -> dict[str, str]:
+        """SHA-256 of every tensor that is not known otherwise, and of the configuration: what else makes the model."""
+        names = [name for name in self if name not in known]
+        bar = progress(total=sum(self.infos[name].num_bytes for name in names), desc="check model", unit="B")
+        found = {}
+        for name in names:
+            found[name] = digest(self[name])
+            bar.update(self.infos[name].num_bytes)
+        bar.close()
+        text = json.dumps(self.config, sort_keys=True)
+        return found | {CONFIG_NAME: hashlib.sha256(text.encode()).hexdigest()}
 
     @property
     def num_bytes(self) -> int:

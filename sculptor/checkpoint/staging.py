@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,35 @@ def commit(staged: Path, output: Path) -> None:
             shutil.rmtree(old)
         else:
             staged.rename(output)
+
+
+# Inputs are told by digests, which say nothing to a reader.
+_HINTS = {
+    "base": "the matrices of the model changed since",
+    "rows": "the data files hold other rows now",
+    "tokens": "the same rows have other tokens now: another tokenizer or chat template, or one that prints the date",
+}
+
+
+def key_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What makes a run another than the one that left something to resume: settings with both values, inputs by name."""
+    different = sorted(name for name in now if saved.get(name) != now[name])
+    if not different:
+        return None
+    name = next((name for name in ("model", *_HINTS) if name in different), different[0])
+    old, new = saved.get(name), now[name]
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        if name == "model":
+            return f"{', '.join(different)}; {', '.join(changed[:3])}{more} changed since"
+        name, old, new = f"{name}.{changed[0]}", old.get(changed[0]), new.get(changed[0])
+    return f"{', '.join(different)}; {_HINTS.get(name) or f'{name} was {_short(old)}, now {_short(new)}'}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The order of rows, and padded tensors. Everything is a function of seed and step, so a run can be taken up."""
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,27 +78,31 @@ def _pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences])
 
 
-def mask_tokens(batch: Batch, mask_id: int, vocab_size: int, generator: torch.Generator) -> Batch:
-    """Masked language modelling (BERT): 15 % of the maskable tokens are to be predicted, at least one a batch."""
-    chance = torch.rand(batch.labels.shape, generator=generator)
-    kind = torch.rand(batch.labels.shape, generator=generator)
-    random_ids = torch.randint(vocab_size, batch.labels.shape, generator=generator)
-    maskable = batch.labels != IGNORED
+def mask_tokens(example: Example, mask_id: int, vocab_size: int, seed: int) -> Example:
+    """Masked language modelling (BERT): 15 % of the maskable tokens are to be predicted, at least one a row.
+
+    What is masked follows from the row and the seed alone, whatever batch the row is in.
+    """
+    own = hashlib.sha256(array("q", [seed, *example.input_ids]).tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(own[:7], "little"))
+    ids, labels = torch.tensor(example.input_ids), torch.tensor(example.labels)
+    chance = torch.rand(labels.shape, generator=generator)
+    kind = torch.rand(labels.shape, generator=generator)
+    random_ids = torch.randint(vocab_size, labels.shape, generator=generator)
+    maskable = labels != IGNORED
     chosen = maskable & (chance < _MASK_SHARE)
     if not bool(chosen.any()):
-        flat = torch.where(maskable, chance, 2.0).flatten().argmin()
-        chosen.view(-1)[flat] = True
-    input_ids = torch.where(chosen & (kind < 0.8), mask_id, batch.input_ids)
-    input_ids = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_ids, input_ids)
-    return Batch(input_ids, batch.attention_mask, torch.where(chosen, batch.labels, IGNORED))
+        chosen[torch.where(maskable, chance, 2.0).argmin()] = True
+    ids = torch.where(chosen & (kind < 0.8), mask_id, ids)
+    ids = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_ids, ids)
+    return Example(tuple(ids.tolist()), tuple(torch.where(chosen, labels, IGNORED).tolist()))
 
 
 def make_batch(
     examples: Sequence[Example], kind: Kind, pad_id: int, mask_id: int | None, vocab_size: int, seed: int
 ) -> Batch:
     """One micro-batch for a kind of model; `seed` decides what is masked."""
-    batch = collate(examples, pad_id)
-    if kind != "masked":
-        return batch
-    assert mask_id is not None
-    return mask_tokens(batch, mask_id, vocab_size, torch.Generator().manual_seed(seed))
+    if kind == "masked":
+        assert mask_id is not None
+        examples = [mask_tokens(example, mask_id, vocab_size, seed) for example in examples]
+    return collate(examples, pad_id)

@@ -1,13 +1,13 @@
 """Rows to token sequences, with the loss on the right tokens."""
 
 import hashlib
-import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sculptor.checkpoint.architecture import Kind
+from sculptor.data.chat import render_conversation
 from sculptor.data.rows import CompletionRow, MessagesRow, Row, TextRow
 from sculptor.errors import DataError, SettingsError
 
@@ -37,11 +37,12 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """All examples, and what did not fit."""
+    """All examples; how many rows did not fit, lost a part of their prompt, or were given an end of sequence."""
 
     examples: tuple[Example, ...]
     num_dropped: int
     num_cut: int
+    num_ended: int = 0
 
     @property
     def num_loss_tokens(self) -> int:
@@ -72,58 +73,96 @@ def resolve_max_length(asked: int | None, max_positions: int | None) -> int:
     return asked
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """What became of one row.
+
+    Attributes:
+        examples: its sequences; none, if its completion does not fit.
+        cut: the middle of its prompt was left out.
+        ended: an end of sequence was added to what the chat template made.
+    """
+
+    examples: tuple[Example, ...]
+    cut: bool = False
+    ended: bool = False
+
+
 def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> Encoded:
     """Tokenises rows for a kind of model.
 
-    Long `text` is cut into consecutive windows. Of any other over-long row the middle of the prompt is cut,
-    never the completion; a row whose completion does not fit is dropped and counted. `vocab_size`, if given, is
-    how many ids the model has.
+    Long `text` is cut into consecutive windows, each behind the tokenizer's own start of a sequence. Of any other over-long
+    row the middle of the prompt is cut, never the completion; a row whose completion does not fit is dropped and counted.
+    `vocab_size`, if given, is how many ids the model has.
 
     Raises:
         DataError: with file and line number, for a row that is empty after tokenisation or does not suit the
             model; if no row is left.
     """
-    examples: list[Example] = []
-    num_dropped = num_cut = 0
-    for row in rows:
-        fitted: list[Example] | None
-        if isinstance(row, TextRow):
-            fitted, cut = _encode_text(row, tokenizer, kind, max_length), False
-        elif kind == "masked":
-            raise DataError(f"{row.where}: an encoder-only model trains on 'text' rows")
-        elif kind == "seq2seq":
-            fitted, cut = _encode_pair(row, tokenizer, max_length)
-        else:
-            fitted, cut = _encode_supervised(row, tokenizer, max_length)
-        num_dropped += fitted is None
-        num_cut += cut
-        examples += fitted or []
-    _check_vocabulary(examples, vocab_size)
+    found = [encode_row(row, tokenizer, kind, max_length, vocab_size) for row in rows]
+    examples = [example for row in found for example in row.examples]
     if not examples:
         raise DataError(
             f"{rows[0].where if rows else 'data'}: no row fits into {max_length} tokens; raise --max-length"
         )
-    return Encoded(tuple(examples), num_dropped, num_cut)
+    return Encoded(
+        tuple(examples),
+        num_dropped=sum(not row.examples for row in found),
+        num_cut=sum(row.cut for row in found),
+        num_ended=sum(row.ended for row in found),
+    )
 
 
-def _check_vocabulary(examples: Sequence[Example], vocab_size: int | None) -> None:
+def encode_row(row: Row, tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> EncodedRow:
+    """Tokenises one row; as `encode`.
+
+    Raises:
+        DataError: with file and line number.
+    """
+    if isinstance(row, TextRow):
+        found = EncodedRow(tuple(_encode_text(row, tokenizer, kind, max_length)))
+    elif kind == "masked":
+        raise DataError(f"{row.where}: an encoder-only model trains on 'text' rows")
+    elif kind == "seq2seq":
+        found = _encode_pair(row, tokenizer, max_length)
+    elif isinstance(row, CompletionRow):
+        found = _encode_completion(row, tokenizer, max_length)
+    else:
+        found = _encode_messages(row, tokenizer, max_length)
+    _check_vocabulary(row.where, found.examples, vocab_size)
+    return found
+
+
+def _check_vocabulary(where: str, examples: Sequence[Example], vocab_size: int | None) -> None:
     largest = max((max(*example.input_ids, *example.labels) for example in examples), default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise DataError(
-            f"the tokenizer gives id {largest}, the model has {vocab_size} embeddings; resize them or use its own tokenizer"
+            f"{where}: the tokenizer gives id {largest}, the model has {vocab_size} embeddings; resize them or use its own "
+            "tokenizer"
         )
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's ids with the tokenizer's own leading special tokens and no end of sequence."""
-    ids: list[int] = tokenizer(prompt).input_ids
-    while (
-        ids
-        and ids[-1] == tokenizer.eos_token_id
-        and ids[-1:] != tokenizer(prompt, add_special_tokens=False).input_ids[-1:]
-    ):
+    """A prompt's ids with the tokenizer's own leading special tokens, once each, and no end of sequence."""
+    ids: list[int] = tokenizer(prompt, verbose=False).input_ids
+    bare = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    bos = tokenizer.bos_token_id
+    if bos is not None and bare[:1] == [bos] and ids[:2] == [bos, bos]:  # written in the prompt already
+        ids = ids[1:]
+    while ids and ids[-1] == tokenizer.eos_token_id and ids[-1:] != bare[-1:]:
         ids = ids[:-1]
     return ids
+
+
+def sequence_frame(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
+    """What the tokenizer puts before a text, the text's own ids, and what it puts behind."""
+    bare = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    whole = tokenizer(text, verbose=False).input_ids
+    start = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    prefix, suffix = whole[:start], whole[start + len(bare) :]
+    if bare[: len(prefix)] == prefix:  # written in the text already
+        bare = bare[len(prefix) :]
+    return prefix, bare, suffix
 
 
 def completion_ids(tokenizer: Any, completion: str) -> list[int]:
@@ -145,20 +184,18 @@ def _encode_text(row: TextRow, tokenizer: Any, kind: Kind, max_length: int) -> l
         raise DataError(f"{row.where}: an encoder-decoder model trains on 'prompt' and 'completion' rows")
     if kind == "masked":
         return _encode_masked(row, tokenizer, max_length)
-    ids = tokenizer(row.text, verbose=False).input_ids
-    bare = tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids
-    if not bare or len(ids) < 2:
+    prefix, bare, suffix = sequence_frame(tokenizer, row.text)
+    ids = [*bare, *suffix]
+    if not bare or len(prefix) + len(ids) < 2:
         raise DataError(f"{row.where}: empty after tokenisation ({len(bare)} tokens); the loss needs at least 2")
-    windows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    return [Example(tuple(window), tuple(window)) for window in windows if len(window) > 1]
+    size = max_length - len(prefix)
+    windows = [(*prefix, *ids[i : i + size]) for i in range(0, len(ids), size)]
+    return [Example(window, window) for window in windows if len(window) > 1]
 
 
 def _encode_masked(row: TextRow, tokenizer: Any, max_length: int) -> list[Example]:
     """Windows of a text, each between the tokenizer's own special tokens."""
-    bare = tokenizer(row.text, add_special_tokens=False, verbose=False).input_ids
-    whole = tokenizer(row.text, verbose=False).input_ids
-    start = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
-    prefix, suffix = whole[:start], whole[start + len(bare) :]
+    prefix, bare, suffix = sequence_frame(tokenizer, row.text)
     size = max_length - len(prefix) - len(suffix)
     examples = []
     for i in range(0, len(bare), size):
@@ -175,78 +212,44 @@ def _maskable(ids: list[int], tokenizer: Any) -> tuple[int, ...]:
     return tuple(IGNORED if token in special else token for token in ids)
 
 
-def _encode_pair(row: Row, tokenizer: Any, max_length: int) -> tuple[list[Example] | None, bool]:
+def _encode_pair(row: Row, tokenizer: Any, max_length: int) -> EncodedRow:
     """Prompt to the encoder, completion to the decoder."""
     if not isinstance(row, CompletionRow):
         raise DataError(f"{row.where}: an encoder-decoder model trains on 'prompt' and 'completion' rows")
-    source = tokenizer(row.prompt).input_ids
+    source = tokenizer(row.prompt, verbose=False).input_ids
     target = completion_ids(tokenizer, row.completion)
     if not source or len(target) < 2:
         raise DataError(f"{row.where}: empty after tokenisation")
     if len(target) > max_length:
-        return None, False
-    return [Example(tuple(cut_middle(source, max_length)), tuple(target))], len(source) > max_length
+        return EncodedRow(())
+    return EncodedRow((Example(tuple(cut_middle(source, max_length)), tuple(target)),), len(source) > max_length)
 
 
-def _encode_supervised(row: Row, tokenizer: Any, max_length: int) -> tuple[list[Example] | None, bool]:
-    if isinstance(row, CompletionRow):
-        prompt, completion = prompt_ids(tokenizer, row.prompt), completion_ids(tokenizer, row.completion)
-        if len(completion) < 2:
-            raise DataError(f"{row.where}: completion is empty after tokenisation")
-        ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
-    else:
-        assert isinstance(row, MessagesRow)
-        ids, labels = _encode_messages(row, tokenizer)
-    start = next(i for i, label in enumerate(labels) if label != IGNORED)
+def _encode_completion(row: CompletionRow, tokenizer: Any, max_length: int) -> EncodedRow:
+    prompt, completion = prompt_ids(tokenizer, row.prompt), completion_ids(tokenizer, row.completion)
+    if len(completion) < 2:
+        raise DataError(f"{row.where}: completion is empty after tokenisation")
+    if not prompt:
+        raise DataError(
+            f"{row.where}: prompt is empty after tokenisation; nothing would predict the completion's start"
+        )
+    example, cut = _fit(prompt + completion, [False] * len(prompt) + [True] * len(completion), max_length)
+    return EncodedRow((example,) if example else (), cut)
+
+
+def _encode_messages(row: MessagesRow, tokenizer: Any, max_length: int) -> EncodedRow:
+    rendered = render_conversation(row, tokenizer)
+    fitted = [_fit(each.ids, each.mask, max_length) for each in rendered]
+    examples = tuple(example for example, _ in fitted if example is not None)
+    return EncodedRow(examples, any(cut for _, cut in fitted), any(each.ended for each in rendered))
+
+
+def _fit(ids: Sequence[int], mask: Sequence[bool], max_length: int) -> tuple[Example | None, bool]:
+    """A sequence with the middle of what comes before the loss cut out, if it is too long; None if that is not enough."""
+    start = next(i for i, on in enumerate(mask) if on)
+    labels = [token if on else IGNORED for token, on in zip(ids, mask, strict=True)]
     budget = max_length - (len(ids) - start)
     if budget < min(start, 1):
         return None, False
-    prompt = cut_middle(ids[:start], budget)
-    return [Example(tuple(prompt + ids[start:]), (IGNORED,) * len(prompt) + tuple(labels[start:]))], start > budget
-
-
-def _encode_messages(row: MessagesRow, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """A rendered conversation and its labels: by the template's generation marks, else by prefix difference."""
-    if not tokenizer.chat_template:
-        raise DataError(f"{row.where}: 'messages' rows need a chat template, and the tokenizer has none")
-    from jinja2 import TemplateError
-
-    messages = list(row.messages)
-    try:
-        if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
-            rendered = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
-        else:
-            ids, mask = _mask_by_prefix(row, messages, tokenizer)
-    except DataError:
-        raise
-    except (TemplateError, ValueError, TypeError) as cause:
-        raise DataError(f"{row.where}: the chat template does not take these messages ({cause})") from cause
-    if not any(mask):
-        raise DataError(f"{row.where}: the assistant turns are empty after tokenisation")
-    return ids, [token if on else IGNORED for token, on in zip(ids, mask, strict=True)]
-
-
-def _mask_by_prefix(row: MessagesRow, messages: list[Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-    def render(count: int, generation_prompt: bool) -> list[int]:
-        rendered = tokenizer.apply_chat_template(
-            messages[:count], tokenize=True, return_dict=True, add_generation_prompt=generation_prompt
-        )
-        return list(rendered["input_ids"])
-
-    ids = render(len(messages), False)
-    mask = [0] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        # Many templates refuse an empty conversation; nothing stands before a first turn of the assistant.
-        before, after = render(i, True) if i else [], render(i + 1, False)
-        if ids[: len(before)] != before or ids[: len(after)] != after:
-            raise DataError(
-                f"{row.where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told; "
-                "use a template with {% generation %} marks or 'prompt' and 'completion' rows"
-            )
-        mask[len(before) : len(after)] = [1] * (len(after) - len(before))
-    return ids, mask
+    prompt = cut_middle(list(ids[:start]), budget)
+    return Example((*prompt, *ids[start:]), (*[IGNORED] * len(prompt), *labels[start:])), start > budget

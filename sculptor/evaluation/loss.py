@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from sculptor.data.batches import make_batch
 from sculptor.data.examples import Example
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss
@@ -20,13 +19,10 @@ def mean_loss(
     """Mean cross-entropy in nats per token, and the number of tokens; the model is left in evaluation mode."""
     loaded.model.eval()
     order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
-    tokenizer = loaded.tokenizer
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):
         chosen = [examples[i] for i in order[start : start + batch_size]]
-        batch = make_batch(
-            chosen, loaded.kind, loaded.pad_id, tokenizer.mask_token_id, len(tokenizer), _MASKING_SEED + start
-        )
+        batch = loaded.batch(chosen, _MASKING_SEED)
         found = batch_loss(loaded.model, batch.to(loaded.device), loaded.kind)
         total += float(found.total)
         tokens += found.num_tokens

@@ -40,6 +40,8 @@ class AnalyzeSettings:
     rank; repeatable."""
     chat: bool = False
     """With `--data self`: sample through the chat template."""
+    chat_template: Name | None = None
+    """For conversations: name of one of the tokenizer's templates, or a file [default: the tokenizer's own]."""
     calibration_tokens: AtLeastOne = 100_000
     """Tokens to calibrate on, over all files."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None

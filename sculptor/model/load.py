@@ -1,6 +1,6 @@
 """Opening a checkpoint as a transformers model with its tokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ import torch
 from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.reader import Checkpoint
+from sculptor.data.batches import Batch, make_batch
+from sculptor.data.chat import use_template
+from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
@@ -35,9 +38,15 @@ class LoadedModel:
 
     @property
     def pad_id(self) -> int:
-        """What padding is filled with; it is masked, so any valid id does."""
+        """What padding is filled with; it is masked, so any id does that the model has."""
         found = self.tokenizer.pad_token_id
-        return int(found if found is not None else self.tokenizer.eos_token_id or 0)
+        wanted = int(found if found is not None else self.tokenizer.eos_token_id or 0)
+        return wanted if 0 <= wanted < self.architecture.vocab_size else 0
+
+    def batch(self, examples: Sequence[Example], seed: int) -> Batch:
+        """One micro-batch on the host; `seed` decides what is masked, where tokens are."""
+        vocab_size = min(len(self.tokenizer), self.architecture.vocab_size)
+        return make_batch(examples, self.kind, self.pad_id, self.tokenizer.mask_token_id, vocab_size, seed)
 
     def close(self) -> None:
         """Gives back what its blocks take elsewhere; a streamed model cannot be used any more."""
@@ -98,7 +107,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
             )
     model.requires_grad_(False)
     model.to(device).eval()
-    return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint, architecture.kind), device)
+    return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint, architecture), device)
 
 
 def load_streamed(
@@ -146,7 +155,7 @@ def load_streamed(
         )
     except MemoryError as cause:
         raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause
-    tokenizer = load_tokenizer(checkpoint, architecture.kind)
+    tokenizer = load_tokenizer(checkpoint, architecture)
     return LoadedModel(checkpoint, architecture, model, tokenizer, device, stream)
 
 
@@ -163,13 +172,21 @@ def check_head(checkpoint: Checkpoint, architecture: Architecture) -> None:
         )
 
 
-def load_tokenizer(checkpoint: Checkpoint, kind: Kind) -> Any:
-    """The checkpoint's tokenizer.
+def load_tokenizer(checkpoint: Checkpoint, architecture: Architecture, chat_template: str | None = None) -> Any:
+    """The checkpoint's tokenizer, with its own chat template or another.
+
+    Args:
+        checkpoint: where its files are.
+        architecture: of the checkpoint.
+        chat_template: name of one of the tokenizer's own, or a file; default the tokenizer's default.
 
     Raises:
         CheckpointError: if there is none, or it has no end of sequence.
+        SettingsError: if there is no such chat template.
     """
     from transformers import AutoTokenizer
+
+    kind = architecture.kind
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
@@ -183,6 +200,12 @@ def load_tokenizer(checkpoint: Checkpoint, kind: Kind) -> Any:
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer has no mask token; masked language modelling needs one"
         )
+    if kind == "masked" and tokenizer.mask_token_id >= architecture.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.path}: the mask token has id {tokenizer.mask_token_id}, the model has {architecture.vocab_size} "
+            "embeddings; use its own tokenizer"
+        )
+    use_template(tokenizer, chat_template)
     return tokenizer
 
 

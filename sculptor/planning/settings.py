@@ -23,6 +23,8 @@ class EstimateSettings:
     """Rows per forward."""
     max_length: AtLeastOne | None = None
     """Tokens per row [default: 1024 or the model's limit]."""
+    chat_template: Name | None = None
+    """With --data, for conversations: name of one of the tokenizer's templates, or a file [default: the tokenizer's own]."""
     fused: bool = False
     """For --optimizer-mode fused."""
     device: Name = "auto"

@@ -86,6 +86,8 @@ def analyze(
             "data": [digest_examples(part) for part in (examples, *(source.examples for source in sources))],
             "base": identity({name: record.base_digest for name, record in records.items()}),
         }
+        if measures != "nothing":  # the rest of the model decides what is measured, too
+            key["model"] = checkpoint.digests_beside({target.tensor for target in targets}, progress)
         with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key, kinds)) as writer:
             writer.resume()
             if calibrated:

@@ -10,6 +10,7 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Target, inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.chat import check_use
 from sculptor.data.examples import encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import SettingsError
@@ -66,8 +67,9 @@ def estimate(
     length = resolve_max_length(settings.max_length, architecture.max_positions)
     lengths: list[int] = []
     if data:
-        tokenizer = load_tokenizer(checkpoint, architecture.kind)
+        tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
         rows = read_rows(tuple(map(str, data)))
+        check_use(rows, settings.chat_template)
         lengths = [
             e.length for e in encode(rows, tokenizer, architecture.kind, length, architecture.vocab_size).examples
         ]

@@ -11,8 +11,9 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
+from sculptor.data.chat import check_use
 from sculptor.data.examples import Encoded, encode, resolve_max_length
-from sculptor.data.rows import read_rows
+from sculptor.data.rows import digest_rows, read_rows
 from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
@@ -34,6 +35,7 @@ class TrainJob:
 
     Attributes:
         settings: resolved.
+        rows_digest: of all rows, as they are in the files.
         encoded: the rows; `evaluation` those that choose the best parameters, if any.
         name: of the task.
         extra: openly trained parameter of the model -> tensor of the checkpoint.
@@ -45,6 +47,7 @@ class TrainJob:
     archive: Archive
     settings: TrainSettings
     data: tuple[str, ...]
+    rows_digest: str
     encoded: Encoded
     evaluation: Encoded | None
     name: str
@@ -75,20 +78,34 @@ def open_job(
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
     settings = resolve_settings(settings, archive)  # refuses before any work
     archive.check_base(checkpoint, progress)
-    tokenizer = load_tokenizer(checkpoint, architecture.kind)
+    tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     assert settings.max_length is not None
     files = tuple(map(str, data))
     if not files:
         raise DataError("no data: pass at least one file")
     kind, size = architecture.kind, architecture.vocab_size
-    encoded = encode(read_rows(files, settings.max_rows), tokenizer, kind, settings.max_length, size)
+    rows = read_rows(files, settings.max_rows)
+    check_use(rows, settings.chat_template)
+    encoded = encode(rows, tokenizer, kind, settings.max_length, size)
     evaluation = None
-    if eval_data:
-        evaluation = encode(read_rows(tuple(map(str, eval_data))), tokenizer, kind, settings.max_length, size)
+    eval_rows = read_rows(tuple(map(str, eval_data)))
+    if eval_rows:
+        evaluation = encode(eval_rows, tokenizer, kind, settings.max_length, size)
     extra = _select_extra(architecture, archive, settings.also_train)
     name = Path(files[0]).stem if Path(files[0]).stem != "train" else Path(files[0]).resolve().parent.name
-    return TrainJob(checkpoint, architecture, archive, settings, files, encoded, evaluation, name, extra)
+    return TrainJob(
+        checkpoint,
+        architecture,
+        archive,
+        settings,
+        files,
+        digest_rows([*rows, *eval_rows]),
+        encoded,
+        evaluation,
+        name,
+        extra,
+    )
 
 
 def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings:

@@ -99,7 +99,7 @@ def train(
                 updates,
                 job.encoded.examples,
                 job.settings,
-                store=StateStore(partial / STATE_NAME, _run_key(job), updates.fingerprints()),
+                store=StateStore(partial / STATE_NAME, _run_key(job, progress), updates.fingerprints()),
                 metrics=partial / "metrics.jsonl",
                 evaluate=_evaluator(loaded, job),
                 stop=stop,
@@ -146,7 +146,7 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
     return evaluate
 
 
-def _run_key(job: TrainJob) -> dict[str, Any]:
+def _run_key(job: TrainJob, progress: Progress) -> dict[str, Any]:
     """What has to be the same for a saved state to be taken up."""
     settings = asdict(job.settings)
     for name in _HOW:
@@ -155,7 +155,9 @@ def _run_key(job: TrainJob) -> dict[str, Any]:
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": _archive_identity(job.archive),
-        "data": [digest_examples(part) for part in examples],
+        "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
+        "rows": job.rows_digest,
+        "tokens": [digest_examples(part) for part in examples],
         "threads": torch.get_num_threads(),
     }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.staging import writing
-from sculptor.data.batches import Batch, BatchPlan, make_batch
+from sculptor.data.batches import Batch, BatchPlan
 from sculptor.data.examples import Example
 from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.model.load import LoadedModel
@@ -210,16 +210,10 @@ class TrainingLoop:
         return f"--{name.replace('_', '-')} ({value:.3g})"
 
     def _micro_batches(self, rows: list[int], step: int) -> list[Batch]:
-        size, tokenizer = self.settings.micro_batch_size, self.loaded.tokenizer
+        size = self.settings.micro_batch_size
+        seed = (self.settings.seed * 1_000_003 + step) % 2**63
         return [
-            make_batch(
-                [self.examples[row] for row in rows[start : start + size]],
-                self.loaded.kind,
-                self.loaded.pad_id,
-                tokenizer.mask_token_id,
-                len(tokenizer),
-                seed=((self.settings.seed * 1_000_003 + step) * 1_009 + start) % 2**63,
-            )
+            self.loaded.batch([self.examples[row] for row in rows[start : start + size]], seed)
             for start in range(0, len(rows), size)
         ]
 

@@ -58,6 +58,8 @@ class TrainSettings:
     """Rows to use of each file, the first ones [default: all]."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
     """Longest sequence in tokens [default: 1024 or the model's limit]."""
+    chat_template: Name | None = None
+    """For conversations: name of one of the tokenizer's templates, or a file [default: the tokenizer's own]."""
     also_train: Texts = ()
     """Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."""
     seed: Seed = 0

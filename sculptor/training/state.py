@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from sculptor.checkpoint.staging import write_json, writing
+from sculptor.checkpoint.staging import key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError
@@ -148,13 +148,9 @@ class StateStore:
             return None
         newest = complete[-1]
         state, tensors = self._read(newest)
-        different = sorted(name for name in self.key if state.key.get(name) != self.key[name])
-        if different:
-            name = different[0]
-            raise OutputError(
-                f"{newest}: saved by a run with other settings ({', '.join(different)}; {name} was "
-                f"{state.key.get(name)!r}, now {self.key[name]!r}); use the same or {_REMEDY}"
-            )
+        different = key_difference(state.key, self.key)
+        if different is not None:
+            raise OutputError(f"{newest}: saved by a run with other settings ({different}); use the same or {_REMEDY}")
         if not _same_bases(state.fingerprints, self.fingerprints):
             raise OutputError(
                 f"{newest}: its coordinates belong to other bases (this library or device completes them differently); "

@@ -137,10 +137,9 @@ def test_merges_are_found_for_another_archive_of_the_same_base(chain: dict[str, 
     assert len(found.changed_elsewhere) == 2  # what this archive does not cover did change
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_a_narrowed_bystander_fails(chain: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_narrowed_bystander_fails(chain: dict[str, Path], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
 
     found = verify(chain["base"], edited(chain, tmp_path, "keep", change), chain["archive"], device="cpu")
     assert found.changed_elsewhere == ("lm_head.weight",)

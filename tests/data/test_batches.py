@@ -2,7 +2,7 @@
 
 import torch
 
-from sculptor.data.batches import BatchPlan, collate, mask_tokens
+from sculptor.data.batches import BatchPlan, collate, make_batch, mask_tokens
 from sculptor.data.examples import IGNORED, Example
 
 
@@ -35,18 +35,26 @@ def test_collate_pads_on_the_right() -> None:
 
 def test_masking_is_bert_s_and_repeatable() -> None:
     ids = tuple(range(10, 60)) * 40
-    batch = collate([Example(ids, ids)], pad_id=1)
-    first, second = (mask_tokens(batch, 3, 64, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first.input_ids, second.input_ids)
-    chosen = first.labels != IGNORED
+    first, second = (mask_tokens(Example(ids, ids), 3, 64, seed=5) for _ in range(2))
+    assert first == second
+    assert first != mask_tokens(Example(ids, ids), 3, 64, seed=6)
+    read, labels = torch.tensor(first.input_ids), torch.tensor(first.labels)
+    chosen = labels != IGNORED
     assert 0.12 < float(chosen.double().mean()) < 0.18
-    assert torch.equal(first.labels[chosen], batch.input_ids[chosen])
-    assert 0.7 < float((first.input_ids[chosen] == 3).double().mean()) < 0.9
-    assert torch.equal(first.input_ids[~chosen], batch.input_ids[~chosen])
+    assert torch.equal(labels[chosen], torch.tensor(ids)[chosen])
+    assert 0.7 < float((read[chosen] == 3).double().mean()) < 0.9
+    assert torch.equal(read[~chosen], torch.tensor(ids)[~chosen])
 
 
-def test_a_short_batch_still_has_a_token_to_predict() -> None:
-    batch = collate([Example((9, 10), (IGNORED, 10))], pad_id=1)
+def test_a_short_row_still_has_a_token_to_predict() -> None:
     for seed in range(20):
-        masked = mask_tokens(batch, 3, 64, torch.Generator().manual_seed(seed))
-        assert (masked.labels != IGNORED).tolist() == [[False, True]]
+        masked = mask_tokens(Example((9, 10), (IGNORED, 10)), 3, 64, seed)
+        assert [label != IGNORED for label in masked.labels] == [False, True]
+
+
+def test_the_mask_follows_the_row() -> None:
+    rows = [Example(tuple(range(i, i + 9)), tuple(range(i, i + 9))) for i in range(10, 22)]
+    whole = make_batch(rows, "masked", 1, 3, 64, seed=2)
+    parts = [make_batch(rows[i : i + 5], "masked", 1, 3, 64, seed=2) for i in range(0, 12, 5)]
+    assert torch.equal(whole.input_ids, torch.cat([part.input_ids for part in parts]))
+    assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))

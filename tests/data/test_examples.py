@@ -22,6 +22,7 @@ TALK = MessagesRow(
         {"role": "user", "content": "w4"},
         {"role": "assistant", "content": "w5 w6"},
     ),
+    (False, True, False, True),
 )
 
 
@@ -55,6 +56,9 @@ def test_templates_that_rewrite_the_past_are_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "w{{ messages|length }} " + UNMARKED
     with pytest.raises(DataError, match="f:1: the chat template rewrites earlier turns"):
         encode([TALK], tokenizer, "causal", 32)
+
+
+def test_messages_need_a_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="f:1: 'messages' rows need a chat template"):
         encode([TALK], tokenizer, "causal", 32)
@@ -124,7 +128,7 @@ def test_templates_that_refuse_the_messages_name_the_row(tokenizer: Any) -> None
 
 def test_a_first_turn_of_the_assistant_needs_no_empty_conversation(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}" + UNMARKED
-    row = MessagesRow("f:1", ({"role": "assistant", "content": "w3"},))
+    row = MessagesRow("f:1", ({"role": "assistant", "content": "w3"},), (True,))
     (example,) = encode([row], tokenizer, "causal", 32).examples
     assert example.labels == example.input_ids
 
@@ -137,3 +141,34 @@ def test_ids_beyond_the_embeddings_are_refused(tokenizer: Any) -> None:
 def test_a_row_without_a_maskable_token_is_refused() -> None:
     with pytest.raises(DataError, match="no token that could be masked"):
         encode([TextRow("f:1", "<mask> <sep>")], make_tokenizer(wrapped=True), "masked", 16)
+
+
+def with_start(tokenizer: Any) -> Any:
+    """The same, putting <pad> before every sequence as its beginning."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<pad> $A", special_tokens=[("<pad>", 1)])
+    tokenizer.bos_token = "<pad>"
+    return tokenizer
+
+
+def test_every_window_of_a_text_has_its_beginning(tokenizer: Any) -> None:
+    text = " ".join(f"w{i}" for i in range(20))
+    found = encode([TextRow("f", text)], with_start(tokenizer), "causal", 8).examples
+    assert [example.input_ids[0] for example in found] == [1, 1, 1]
+    assert [token for example in found for token in example.input_ids[1:]] == [4 + i for i in range(20)]
+
+
+def test_a_beginning_that_is_written_in_the_row_comes_once(tokenizer: Any) -> None:
+    tokenizer = with_start(tokenizer)
+    (pair,) = encode([CompletionRow("f", "<pad> w1", "w2")], tokenizer, "causal", 16).examples
+    assert pair.input_ids == (1, 5, 6, 0)
+    (text,) = encode([TextRow("f", "<pad> w1 w2")], tokenizer, "causal", 16).examples
+    assert text.input_ids == (1, 5, 6)
+
+
+def test_an_empty_prompt_is_refused_where_nothing_stands_before_the_completion(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="f:1: prompt is empty after tokenisation"):
+        encode([CompletionRow("f:1", "", "w2")], tokenizer, "causal", 16)
+    (example,) = encode([CompletionRow("f:1", "", "w2")], with_start(tokenizer), "causal", 16).examples
+    assert example.labels == (IGNORED, 6, 0)

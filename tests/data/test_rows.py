@@ -34,7 +34,7 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
         ('{"text": 3}', "'text' is int"),
         ('{"prompt": "x", "completion": " "}', "empty completion"),
         ('{"messages": []}', "not a list of messages"),
-        ('{"messages": [{"role": "user"}]}', "needs 'role' and a string 'content'"),
+        ('{"messages": [{"role": "user"}]}', "message 1 has no 'content' and no 'tool_calls'"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
     ],
 )

@@ -1,0 +1,279 @@
+"""Conversations to token sequences: a chat template renders them, character offsets tell the assistant's tokens."""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sculptor.data.rows import MessagesRow, Row
+from sculptor.errors import DataError, SettingsError
+
+_MARKS = re.compile(r"\{%-?\s*generation\b")
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+class Rendered(NamedTuple):
+    """One training sequence of a conversation.
+
+    Attributes:
+        ids: tokens.
+        mask: per token, whether it carries loss.
+        ended: an end of sequence was added, since the template gives the turn none.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    ended: bool
+
+
+def use_template(tokenizer: Any, chosen: str | None) -> None:
+    """Gives a tokenizer the chat template that `--chat-template` names: one of its own, or a file.
+
+    Raises:
+        SettingsError: if there is no such template.
+    """
+    own = tokenizer.chat_template
+    if chosen is None:
+        return
+    if isinstance(own, dict) and chosen in own:
+        tokenizer.chat_template = own[chosen]
+        return
+    path = Path(chosen)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as cause:
+        names = f"; the tokenizer's own are {', '.join(sorted(own))}" if isinstance(own, dict) else ""
+        raise SettingsError(
+            f"--chat-template {chosen}: no readable file, and no template of that name{names}"
+        ) from cause
+    if not text.strip():
+        raise SettingsError(f"--chat-template {chosen}: the file is empty")
+    tokenizer.chat_template = text
+
+
+def check_use(rows: Iterable[Row], chosen: str | None) -> None:
+    """Refuses a template for rows that have no use for one.
+
+    Raises:
+        SettingsError: if none is a conversation.
+    """
+    if chosen is not None and not any(isinstance(row, MessagesRow) for row in rows):
+        raise SettingsError("--chat-template without effect: no row has 'messages'")
+
+
+def render_conversation(row: MessagesRow, tokenizer: Any) -> list[Rendered]:
+    """The sequences to train on: one for the whole conversation, or one for each of its trained turns.
+
+    Turns are trained one by one where the template writes earlier turns in another way than the last (it drops their
+    thinking), or gives a turn no end but the start of the next.
+
+    Raises:
+        DataError: with file and line, if the template does not take the messages, or nothing is left to learn.
+    """
+    return _Conversation(row, tokenizer).sequences()
+
+
+class _Conversation:
+    def __init__(self, row: MessagesRow, tokenizer: Any) -> None:
+        self.row = row
+        self.tokenizer = tokenizer
+        self.template = _template_text(row, tokenizer)
+        self.messages = [dict(message) for message in row.messages]
+        self.trained = [i for i, on in enumerate(row.trained) if on]
+
+    def sequences(self) -> list[Rendered]:
+        """As `render_conversation`."""
+        with_objects = [_arguments_parsed(message) for message in self.messages]
+        try:
+            try:
+                return self._sequences(with_objects)
+            except TypeError:  # a template that joins arguments as they are wants text
+                return self._sequences(self.messages)
+        except (DataError, SettingsError):
+            raise
+        except Exception as cause:  # templates are programs; they fail in any way they like
+            text = " ".join(str(cause).split())[:200] or type(cause).__name__
+            raise DataError(f"{self.row.where}: the chat template does not take these messages ({text})") from cause
+
+    def _sequences(self, messages: Sequence[Message]) -> list[Rendered]:
+        self._check_rendered(messages)
+        whole = self._render(messages)
+        spans = [self._span(messages, i) for i in self.trained]
+        if all(whole.startswith(self._prefix(messages, i)) for i in self.trained):
+            marked = self._marked(messages, len(messages)) if _MARKS.search(self.template) else None
+            last = self.trained[-1] == len(messages) - 1
+            found = self._tokens(whole, spans, marked, last)
+            if found.ended and len(spans) > 1:  # earlier turns are to learn their end, too
+                return [self._alone(messages, i) for i in self.trained]
+            return [found]
+        return [self._alone(messages, i) for i in self.trained]
+
+    def _alone(self, messages: Sequence[Message], i: int) -> Rendered:
+        """One turn behind all that comes before it."""
+        marked = self._marked(messages, i + 1) if _MARKS.search(self.template) else None
+        return self._tokens(self._prefix(messages, i), [self._span(messages, i)], marked, True)
+
+    def _prefix(self, messages: Sequence[Message], i: int) -> str:
+        return self._render(messages[: i + 1])
+
+    def _span(self, messages: Sequence[Message], i: int) -> Span:
+        """Characters of a turn behind what a template says before the assistant speaks."""
+        after = self._prefix(messages, i)
+        # Many templates refuse an empty conversation; nothing stands before a first turn of the assistant.
+        before = self._render(messages[:i], add_generation_prompt=True) if i else ""
+        same = next((at for at, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+        spoken = self._try(messages[:i]) if i else None
+        if spoken is not None and same < len(spoken.rstrip()):
+            raise DataError(
+                f"{self.row.where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told; "
+                "use a template with {% generation %} marks or 'prompt' and 'completion' rows"
+            )
+        return min(same, len(after)), len(after)
+
+    def _render(self, messages: Sequence[Message], **more: Any) -> str:
+        options = dict(self.row.template_options) | more
+        found: str = self.tokenizer.apply_chat_template(
+            list(messages), tools=list(self.row.tools) or None, tokenize=False, **options
+        )
+        return found
+
+    def _marked(self, messages: Sequence[Message], count: int) -> list[bool]:
+        """What the template's own marks say of each token."""
+        rendered = self.tokenizer.apply_chat_template(
+            list(messages[:count]), tools=list(self.row.tools) or None, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=True, **dict(self.row.template_options),
+        )  # fmt: skip
+        return list(map(bool, rendered["assistant_masks"]))
+
+    def _tokens(self, text: str, spans: Sequence[Span], marked: Sequence[bool] | None, may_end: bool) -> Rendered:
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"{self.row.where}: 'messages' rows need a fast tokenizer (tokenizer.json), which knows where tokens are "
+                "in the text; convert it, or use 'prompt' and 'completion' rows"
+            )
+        ids, places = self._tokenize(text, 0)
+        edges = {edge for span in spans for edge in span if any(a < edge < b for a, b in places)}
+        if edges and marked is None:
+            ids, places = self._split(text, sorted(edges), ids, places)
+        # A token that goes over an edge all the same has a part of the turn in it.
+        mask = [a < b and any(start < b and a < stop for start, stop in spans) for a, b in places]
+        if marked is not None:
+            if len(marked) != len(ids):
+                raise DataError(f"{self.row.where}: the chat template's marks do not fit its own text")
+            mask = [on and its for on, its in zip(mask, marked, strict=True)]
+        if not any(mask):
+            raise DataError(f"{self.row.where}: the assistant turns are empty after tokenisation")
+        last = max(i for i, on in enumerate(mask) if on)
+        if not may_end or marked is not None or any(map(self._ends, ids[max(0, last - 2) : last + 1])):
+            return Rendered(ids, mask, False)
+        return Rendered([*ids[: last + 1], self.tokenizer.eos_token_id], [*mask[: last + 1], True], True)
+
+    def _tokenize(self, text: str, at: int) -> tuple[list[int], list[Span]]:
+        """Tokens of a part of the text that begins at `at`, and where in the text they are."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(found["input_ids"]), [(a + at, b + at) for a, b in found["offset_mapping"]]
+
+    def _split(
+        self, text: str, edges: Sequence[int], ids: list[int], places: list[Span]
+    ) -> tuple[list[int], list[Span]]:
+        """Tokens that do not go over the edges of turns: when the model speaks, what comes before is tokenised alone.
+
+        Tokenizers that begin every text with a space would put one in the middle; the text is then left as it is.
+        """
+        cut = [0, *edges, len(text)]
+        parts = [self._tokenize(text[a:b], a) for a, b in itertools.pairwise(cut)]
+        split = [token for tokens, _ in parts for token in tokens]
+        if self._text(split) != self._text(ids):
+            return ids, places
+        return split, [place for _, found in parts for place in found]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        found: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return found
+
+    def _ends(self, token: int) -> bool:
+        """Whether a token can end a turn: a special or an added one."""
+        return token in _special_ids(self.tokenizer)
+
+    def _check_rendered(self, messages: Sequence[Message]) -> None:
+        """Refuses what the template leaves out: it would be trained silently on something else."""
+        for i in self.trained:
+            message = messages[i]
+            filled = [
+                key for key in ("content", "tool_calls", "reasoning_content", "thinking") if _says(message.get(key))
+            ]
+            if not filled:
+                raise DataError(
+                    f"{self.row.where}: turn {i + 1} of the assistant is empty; remove it or set its weight to 0"
+                )
+            if filled == ["tool_calls"]:
+                bare = {key: value for key, value in message.items() if key != "tool_calls"} | {"content": ""}
+                if self._try([*messages[:i], bare]) == self._render(messages[: i + 1]):
+                    raise DataError(
+                        f"{self.row.where}: the chat template renders nothing of turn {i + 1}'s tool_calls; choose another "
+                        "with --chat-template"
+                    )
+        if self.row.tools:
+            options = dict(self.row.template_options)
+            bare_text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            if bare_text == self._render(messages):
+                raise DataError(
+                    f"{self.row.where}: the chat template leaves out 'tools'; choose another with --chat-template, or "
+                    "remove the key"
+                )
+
+    def _try(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self._render(messages)
+        except Exception:  # a template may refuse an empty turn
+            return None
+
+
+def _template_text(row: MessagesRow, tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{row.where}: 'messages' rows need a chat template, and the tokenizer has none; give one with --chat-template"
+        )
+    try:
+        text: str = tokenizer.get_chat_template(None, list(row.tools) or None)
+    except ValueError as cause:
+        names = ", ".join(sorted(tokenizer.chat_template)) if isinstance(tokenizer.chat_template, dict) else ""
+        raise SettingsError(
+            f"the tokenizer has several chat templates ({names}); choose one with --chat-template"
+        ) from cause
+    return text
+
+
+def _says(value: Any) -> bool:
+    """Whether a part of a message holds anything."""
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
+
+
+def _arguments_parsed(message: Message) -> Message:
+    """Arguments of tool calls as objects: APIs give them as JSON text, templates want to write it themselves."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_parsed_call(call) for call in calls]}
+
+
+def _parsed_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _parsed_call(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
+
+
+@functools.lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip())
+    return frozenset(itertools.chain(tokenizer.all_special_ids, added))

@@ -1,0 +1,46 @@
+"""What rows become, as text."""
+
+from sculptor.report.text import WIDTH, table
+from sculptor.tasks.data import DataReport, ExamplePreview
+
+_SHOWN = 600  # characters of a sequence
+_SEQUENCES = 4  # of a row
+
+
+def data_text(found: DataReport) -> str:
+    """What `sculptor data` prints."""
+    lines = []
+    for row in found.rows:
+        lines.append(row.where)
+        for example in row.examples[:_SEQUENCES]:
+            lines += [
+                f"  {example.num_tokens:,} tokens, {example.num_learned:,} with loss",
+                *_wrapped(_marked(example)),
+            ]
+        if len(row.examples) > _SEQUENCES:
+            lines.append(f"  and {len(row.examples) - _SEQUENCES} more sequences")
+        lines += [f"  {remark}" for remark in row.remarks]
+        lines.append("")
+    sums = [
+        ("rows", found.num_rows), ("sequences", found.num_examples), ("tokens read", found.num_tokens),
+        ("tokens with loss", found.num_learned), ("longest sequence", found.longest), ("longest allowed", found.max_length),
+        ("rows dropped, too long", found.num_dropped), ("rows with a prompt cut", found.num_cut),
+        ("rows in several sequences", found.num_split), ("rows given an end", found.num_ended),
+    ]  # fmt: skip
+    lines.append(table(["in all", ""], [[name, f"{value:,}"] for name, value in sums]))
+    lines.append("Loss is on what stands between » and «.")
+    return "\n".join(lines)
+
+
+def _marked(example: ExamplePreview) -> str:
+    text = "".join(f"»{part}«" if on else part for part, on in example.parts)
+    if example.target is not None:
+        text = f"{text} -> »{example.target}«"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} … {text[-half:]}"
+
+
+def _wrapped(text: str) -> list[str]:
+    width = WIDTH - 4
+    return [f"    {text[i : i + width]}" for i in range(0, len(text), width)]

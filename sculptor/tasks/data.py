@@ -1,0 +1,161 @@
+"""`sculptor data`: what rows become for a model, before anything is trained on them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.chat import check_use, use_template
+from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, resolve_max_length
+from sculptor.data.rows import read_rows
+from sculptor.errors import DataError
+from sculptor.model.load import check_head, load_tokenizer
+from sculptor.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class ExamplePreview:
+    """One sequence as the model sees it.
+
+    Attributes:
+        parts: runs of tokens as text, and whether they carry loss; in order.
+        num_tokens: of all of them; `num_learned` of those with loss.
+        target: the decoder's text, for an encoder-decoder; None for others.
+    """
+
+    parts: tuple[tuple[str, bool], ...]
+    num_tokens: int
+    num_learned: int
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowPreview:
+    """One row.
+
+    Attributes:
+        where: file and line.
+        examples: what it becomes.
+        remarks: what was done to it, and why.
+    """
+
+    where: str
+    examples: tuple[ExamplePreview, ...]
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """The result of `preview`.
+
+    Attributes:
+        num_rows: rows read; `num_examples` sequences made of them.
+        num_tokens: read by the model in an epoch; `num_learned` of them carry loss.
+        num_dropped: rows whose completion does not fit.
+        num_cut: rows that lost the middle of what comes before the loss.
+        num_split: rows that became several sequences.
+        num_ended: rows whose chat template gives turns no end, so that one was added.
+        longest: tokens of the longest sequence; `max_length` is what they were fitted into.
+        rows: the first ones.
+    """
+
+    num_rows: int
+    num_examples: int
+    num_tokens: int
+    num_learned: int
+    num_dropped: int
+    num_cut: int
+    num_split: int
+    num_ended: int
+    longest: int
+    max_length: int
+    rows: tuple[RowPreview, ...]
+
+
+def preview(
+    model: str | Path,
+    data: Sequence[str | Path],
+    *,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    rows: int = 3,
+    progress: Progress = silent,
+) -> DataReport:
+    """What rows become for a checkpoint; reads its tokenizer and headers only.
+
+    Args:
+        model: a checkpoint directory or hub name.
+        data: JSONL or text files.
+        max_length: longest sequence in tokens; default 1024 or the model's limit.
+        chat_template: for conversations: name of one of the tokenizer's templates, or a file; default its own.
+        rows: how many to show in full.
+        progress: makes progress bars.
+
+    Raises:
+        SculptorError: if the checkpoint or a row cannot be used.
+    """
+    if not data:
+        raise DataError("no data: pass at least one file")
+    checkpoint = open_checkpoint(model)
+    architecture = inspect_architecture(checkpoint)
+    check_head(checkpoint, architecture)
+    length = resolve_max_length(max_length, architecture.max_positions)
+    found = read_rows(data)
+    check_use(found, chat_template)
+    tokenizer = load_tokenizer(checkpoint, architecture)
+    use_template(tokenizer, chat_template)
+    bar = progress(total=len(found), desc="encode", unit="row")
+    encoded: list[EncodedRow] = []
+    for row in found:
+        encoded.append(encode_row(row, tokenizer, architecture.kind, length, architecture.vocab_size))
+        bar.update(1)
+    bar.close()
+    examples = [example for row in encoded for example in row.examples]
+    two_sided = architecture.kind == "seq2seq"
+    return DataReport(
+        num_rows=len(found),
+        num_examples=len(examples),
+        num_tokens=sum(len(example.input_ids) for example in examples),
+        num_learned=sum(map(_learned, examples)),
+        num_dropped=sum(not row.examples for row in encoded),
+        num_cut=sum(row.cut for row in encoded),
+        num_split=sum(len(row.examples) > 1 for row in encoded),
+        num_ended=sum(row.ended for row in encoded),
+        longest=max((example.length for example in examples), default=0),
+        max_length=length,
+        rows=tuple(
+            RowPreview(
+                row.where, tuple(_preview(each, tokenizer, two_sided) for each in made.examples), _remarks(made, length)
+            )
+            for row, made in zip(found[:rows], encoded[:rows], strict=True)
+        ),
+    )
+
+
+def _learned(example: Example) -> int:
+    return sum(label != IGNORED for label in example.labels)
+
+
+def _preview(example: Example, tokenizer: Any, two_sided: bool) -> ExamplePreview:
+    ids = example.input_ids
+    on = [False] * len(ids) if two_sided else [label != IGNORED for label in example.labels]
+    edges = [0, *(i for i in range(1, len(ids)) if on[i] != on[i - 1]), len(ids)]
+    parts = tuple((tokenizer.decode(ids[a:b]), on[a]) for a, b in itertools.pairwise(edges))
+    target = tokenizer.decode(example.labels) if two_sided else None
+    return ExamplePreview(parts, len(ids), _learned(example), target)
+
+
+def _remarks(row: EncodedRow, length: int) -> tuple[str, ...]:
+    found = []
+    if not row.examples:
+        found.append(f"dropped: what carries loss does not fit into {length} tokens; raise --max-length")
+    if row.cut:
+        found.append(f"the middle of what comes before the loss was cut to fit into {length} tokens")
+    if len(row.examples) > 1:
+        found.append(f"{len(row.examples)} sequences: windows of a long text, or turns trained one by one")
+    if row.ended:
+        found.append("an end of sequence was added: the chat template ends a turn with the start of the next")
+    return tuple(found)

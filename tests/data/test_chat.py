@@ -1,0 +1,206 @@
+"""Conversations as people have them: thinking, tools, weights, templates of every habit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from sculptor.data.chat import use_template
+from sculptor.data.examples import IGNORED, encode
+from sculptor.data.rows import read_rows
+from sculptor.errors import DataError, SettingsError
+
+CHATML = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Drops the thinking of all turns but the last, and opens it in the generation prompt.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.thinking or '' }}\n</think>\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
+TWO = [*HELLO, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Good bye"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A byte-level tokenizer with merges over line ends and words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["Hello there\n\n\nHello\n\n\nGood bye : Hello", "assistant: Hello there\n\nuser: Hi\n"] * 20
+    special = ["<|im_start|>", "<|im_end|>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        text,
+        trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture
+def tokenizer(trained: Any) -> Any:
+    trained.chat_template = CHATML
+    return trained
+
+
+def learned(tokenizer: Any, path: Path, row: dict[str, Any]) -> list[str]:
+    """What carries loss in each example of a row, as text."""
+    file = path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    examples = encode(read_rows([file]), tokenizer, "causal", 400).examples
+    return [tokenizer.decode([label for label in example.labels if label != IGNORED]) for example in examples]
+
+
+def test_a_turn_that_begins_with_line_ends(tokenizer: Any, tmp_path: Path) -> None:
+    messages = [HELLO[0], {"role": "assistant", "content": "\n\nHello"}]
+    (found,) = learned(tokenizer, tmp_path, {"messages": messages})
+    assert found.endswith("Hello<|im_end|>\n")
+    assert "assistant" not in found
+
+
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>\n"), (SPACED, "<|im_end|>\n")])
+def test_all_turns_in_one_example(tokenizer: Any, tmp_path: Path, template: str, end: str) -> None:
+    tokenizer.chat_template = template
+    (found,) = learned(tokenizer, tmp_path, {"messages": TWO})
+    assert found.replace(" ", "") == f"Hello there{end}Good bye{end}".replace(" ", "")
+
+
+def test_turns_one_by_one_where_thinking_is_dropped(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = THINKING
+    messages = [dict(message, thinking="hmm") if message["role"] == "assistant" else message for message in TWO]
+    found = learned(tokenizer, tmp_path, {"messages": messages})
+    assert found == ["hmm\n</think>\nHello there<|im_end|>\n", "hmm\n</think>\nGood bye<|im_end|>\n"]
+
+
+def test_an_end_is_learned_where_the_template_has_none(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = NO_END
+    found = learned(tokenizer, tmp_path, {"messages": TWO})
+    assert [text.replace("\n", "").strip() for text in found] == ["Hello there</s>", "Good bye</s>"]
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"training": False}])
+def test_turns_left_out_carry_no_loss(tokenizer: Any, tmp_path: Path, off: dict[str, Any]) -> None:
+    messages = [TWO[0], TWO[1] | off, *TWO[2:]]
+    assert learned(tokenizer, tmp_path, {"messages": messages}) == ["Good bye<|im_end|>\n"]
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}",
+    )
+    (found,) = learned(tokenizer, tmp_path, {"messages": messages})
+    assert found.strip() == "Good bye<|im_end|>"
+
+
+def test_tools_and_calls_go_to_the_template(tokenizer: Any, tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    row = {"messages": [HELLO[0], called, {"role": "tool", "content": "1"}, HELLO[1]], "tools": TOOLS}
+    (found,) = learned(tokenizer, tmp_path, row)
+    assert found == '<call>{"a": 1}</call><|im_end|>\nHello there<|im_end|>\n'
+    assert learned(tokenizer, tmp_path, row | {"tools": json.dumps(TOOLS)}) == [found]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "message"),
+    [
+        ({"messages": [HELLO[0], {"role": "assistant", "content": ""}]}, CHATML, "turn 2 of the assistant is empty"),
+        ({"messages": [HELLO[0], {"role": "assistant", "content": None}]}, CHATML, "no 'content' and no 'tool_calls'"),
+        (
+            {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+            SPACED,
+            "renders nothing",
+        ),
+        ({"messages": HELLO, "tools": TOOLS}, SPACED, "leaves out 'tools'"),
+        ({"messages": HELLO, "tools": "["}, CHATML, "'tools' is text that is no JSON"),
+        ({"messages": [HELLO[0], HELLO[1] | {"weight": 0}]}, CHATML, "every assistant turn is left out"),
+        ({"messages": [HELLO[0], HELLO[1] | {"weight": 0.5}]}, CHATML, "weight 0.5; expected 0 or 1"),
+        ({"messages": [HELLO[0], HELLO[1] | {"train": "no"}]}, CHATML, "train no; expected true or false"),
+        ({"messages": [HELLO[0] | {"weight": 1}, HELLO[1]]}, CHATML, "only the assistant's"),
+        ({"messages": [HELLO[0], {"role": "assistant", "content": [{"type": "image"}]}]}, CHATML, "is not text"),
+        ({"messages": HELLO}, "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(
+    tokenizer: Any, tmp_path: Path, row: dict[str, Any], template: str, message: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=message) as caught:
+        learned(tokenizer, tmp_path, row)
+    assert "rows.jsonl:1" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_parts_and_conversational_pairs(tokenizer: Any, tmp_path: Path) -> None:
+    parts = [
+        HELLO[0],
+        {"role": "assistant", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
+    ]
+    expected = ["Hello there<|im_end|>\n"]
+    assert learned(tokenizer, tmp_path, {"messages": parts}) == expected
+    pair = {"prompt": [*TWO[:3]], "completion": [TWO[3]]}
+    assert learned(tokenizer, tmp_path, pair) == ["Good bye<|im_end|>\n"]
+
+
+def test_a_template_is_chosen_by_name_or_file(tokenizer: Any, tmp_path: Path) -> None:
+    named = {"default": CHATML, "other": SPACED}
+    tokenizer.chat_template = dict(named)
+    assert learned(tokenizer, tmp_path, {"messages": HELLO}) == ["Hello there<|im_end|>\n"]
+    use_template(tokenizer, "other")
+    assert tokenizer.chat_template == SPACED
+    file = tmp_path / "mine.jinja"
+    file.write_text(NO_END)
+    use_template(tokenizer, str(file))
+    assert tokenizer.chat_template == NO_END
+    tokenizer.chat_template = dict(named)
+    with pytest.raises(SettingsError, match="default, other"):
+        use_template(tokenizer, "nothing")
+    tokenizer.chat_template = {"a": CHATML, "b": SPACED}
+    with pytest.raises(SettingsError, match="several chat templates"):
+        learned(tokenizer, tmp_path, {"messages": HELLO})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.json", '[{"prompt": "a", "completion": "b"}]', "a JSON array"),
+        ("rows.json", '{\n "prompt": "a"\n}', "JSON over several lines"),
+        ("rows.csv", "prompt,completion\na,b\n", "a table"),
+        ("rows.parquet", b"PAR1\xff\xfe", "a Parquet file"),
+        ("rows.jsonl", '{"conversations": [{"from": "human", "value": "x"}]}', "ShareGPT"),
+        ("rows.jsonl", '{"instruction": "a", "input": "", "output": "b"}', "Alpaca"),
+        ("rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "preference pairs"),
+        ("rows.jsonl", '{"prompt": ' + "1" * 5000 + "}", "broken JSON"),
+        ("rows.jsonl", "{" + ", ".join(f'"{"k" * 500}{i}": 1' for i in range(50)) + "}", "and 42 more"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows([path])
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_saved_dataset_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="a saved dataset"):
+        read_rows([tmp_path / "saved"])
+    for name, text in (("a.txt", "Hello"), ("a.jsonl", '{"text": "Hello"}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        (row,) = read_rows([tmp_path / name])
+        assert row.text == "Hello"  # type: ignore[union-attr]
