@@ -51,10 +51,13 @@ def write_measured(
     if not todo:
         return
     done = set(writer.records)
+    ends = {target.block: target.name for target in todo}.values()
     try:
         for evidence in measure_evidence(loaded, todo, sources, measures, settings, progress, task):
             if evidence.name not in done:
                 writer.add(records[evidence.name], make(evidence))
+            if evidence.name in ends:
+                writer.flush()
     except ValueError as cause:
         raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
 

@@ -1,6 +1,7 @@
 """What is calibrated on: rows of files, a part of the tokens each, and text that the model says by itself."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sculptor.analysis.evidence import Source
 from sculptor.archive.manifest import SourceFacts
@@ -33,7 +34,7 @@ def read_sources(checkpoint: Checkpoint, architecture: Architecture, settings: A
     sources = []
     for path, rows in files.items():
         found = encode(rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
-        sources.append(Source(path, spread(found, settings.tokens_per_source)))
+        sources.append(Source(Path(path).name, spread(found, settings.tokens_per_source)))
     return sources
 
 

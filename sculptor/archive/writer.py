@@ -16,7 +16,7 @@ from torch import Tensor
 from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
-from sculptor.checkpoint.staging import LOCK_NAME, key_difference, write_json, writing
+from sculptor.checkpoint.staging import LOCK_NAME, MARKER_NAME, key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, dtype_name, read_tensor, write_tensors
 from sculptor.errors import OutputError
 from sculptor.methods.kinds import KINDS, Kinds
@@ -102,7 +102,7 @@ class ArchiveWriter:
                 )
             self.records, self.tensors, self._shards = dict(found.records), dict(found.tensors), list(found.shards)
             self._shared = set(self.tensors)
-        kept = {*self._shards, PROGRESS_NAME, LOCK_NAME} if self._shards else {LOCK_NAME}
+        kept = {LOCK_NAME, MARKER_NAME, *((*self._shards, PROGRESS_NAME) if self._shards else ())}
         for file in self.directory.iterdir():
             if file.name not in kept:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -176,6 +176,11 @@ class ArchiveWriter:
                 return known[name]
         raise KeyError(name)
 
+    def flush(self) -> None:
+        """Keeps what was added, for a run that is killed to be taken up behind it."""
+        if self._pending_records:
+            self._write_shard()
+
     def _write_shard(self) -> None:
         """Hands what is pending to the thread, after the shard before it."""
         self._wait()
@@ -206,10 +211,11 @@ class ArchiveWriter:
         """Lets the thread end; after an error nothing is written any more once this returns."""
         self._thread.shutdown(wait=True)
 
-    def finish(self, manifest: Manifest) -> None:
+    def finish(self, manifest: Manifest, *, keep_progress: bool = False) -> None:
         """Writes the last shard and archive.json.
 
-        `manifest` lacks tensors, files, sections and identity; if it has matrices, they give the order.
+        `manifest` lacks tensors, files, sections and identity; if it has matrices, they give the order. With `keep_progress`
+        the archive can be taken up again until `forget_progress`.
         """
         self._write_shard()
         self._wait()
@@ -224,7 +230,14 @@ class ArchiveWriter:
             sections=self._sections,
         )
         write_json(self.directory / MANIFEST_NAME, manifest.to_json())
-        (self.directory / PROGRESS_NAME).unlink()
+        if not keep_progress:
+            forget_progress(self.directory)
+
+
+def forget_progress(directory: Path) -> None:
+    """Removes the note of complete shards, once an archive is in its place."""
+    with writing(directory):
+        (directory / PROGRESS_NAME).unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

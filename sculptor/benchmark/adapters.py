@@ -131,7 +131,7 @@ def train_adapter(
             _write_earlier(staged, earlier, parameters)
         record = {"created_by": f"sculptor {__version__}", "method": method, "settings": asdict(settings)}
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
-        commit(staged, output)
+        commit(staged, output, overwrite=False)
         shutil.rmtree(partial)
 
 

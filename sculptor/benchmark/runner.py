@@ -22,7 +22,7 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
 from sculptor.data.chat import use_template
-from sculptor.data.rows import Row, digest_rows
+from sculptor.data.rows import Row, digest_rows, read_rows
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.rows import Evaluation, evaluate_rows, read_evaluation_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -36,6 +36,8 @@ from sculptor.validation import read_file, read_json
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
+# Keys of a plan whose values are paths.
+_PATHS = ("model", "data", "test", "validation", "watch", "chat_template")
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 _OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
@@ -94,9 +96,12 @@ def continual(
         stages = run.run()
         basis = make_method(resolved.analyze, known_kinds(rules)).terms.basis
         report = report_of(resolved, method, basis, split, stages, output)
-        write_json(partial / REPORT_NAME, {"created_by": f"sculptor {__version__}", "plan": run.key} | plain(report))
+        write_json(
+            partial / REPORT_NAME,
+            {"created_by": f"sculptor {__version__}", "plan": _published(run.key)} | plain(report),
+        )
         write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
-        commit(partial, output)
+        commit(partial, output, overwrite=overwrite)
     (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
     return report
 
@@ -111,6 +116,15 @@ def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif old != value:
             names.append(name)
     return sorted(names)
+
+
+def _published(value: Any, name: str = "") -> Any:
+    """What a report says of a plan: names of files, no folders."""
+    if isinstance(value, dict):
+        return {key: _published(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_published(item, name) for item in value]
+    return Path(value).name if name in _PATHS and isinstance(value, str) else value
 
 
 def _digest_model(model: str) -> str:
@@ -155,6 +169,8 @@ class _Run:
         self.rows: dict[str, list[Row]] = {
             task.name: read_evaluation_rows(plan.rows_of(task, split), task.labels) for task in plan.tasks
         }
+        for task in plan.tasks:
+            read_rows(task.data)  # all are found and readable before the first is trained
         self.watched: list[Row] = read_evaluation_rows(plan.watch, None) if plan.watch else []
         evaluated = [row for rows in (*self.rows.values(), self.watched) for row in rows]
         own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest_rows(evaluated)}

@@ -14,7 +14,14 @@ from safetensors import SafetensorError
 
 from sculptor.errors import OutputError
 
-LOCK_NAME = ".lock"
+LOCK_NAME = ".sculptor.lock"
+MARKER_NAME = ".sculptor"  # says that a staging directory is ours to empty
+# What a finished output of ours has one of.
+_MADE_BY_US = ("archive.json", "sculptor.json")
+
+
+class NotPlacedError(OutputError):
+    """An output is complete, and could not be put in its place."""
 
 
 def partial_path(output: Path) -> Path:
@@ -23,23 +30,27 @@ def partial_path(output: Path) -> Path:
 
 
 def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuses an output that is, or holds, something the run reads: `--overwrite` would delete it.
+    """Refuses an output that is, or holds, something the run reads, or is staged there: `--overwrite` would delete it.
 
     Raises:
         OutputError: naming the input.
     """
-    resolved = output.resolve()
     for item in map(Path, inputs):
-        if item.exists() and (item.resolve() == resolved or resolved in item.resolve().parents):
-            raise OutputError(f"{output}: is or holds the input {item}; choose another --output")
+        if not os.path.exists(item):
+            continue
+        resolved = item.resolve()
+        for place in (output, partial_path(output)):
+            if resolved == place.resolve() or place.resolve() in resolved.parents:
+                staged = "" if place == output else f"is staged in {place}, which "
+                raise OutputError(f"{output}: {staged}is or holds the input {item}; choose another --output")
 
 
 @contextmanager
 def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Callable[[Path], bool]) -> Iterator[Path]:
     """Creates or takes up the staging directory of an output, and yields it.
 
-    It is locked, so that no second run writes there. After an error it is removed, unless it holds something a
-    later `--resume` can use.
+    It is locked, so that no second run writes there, and marked, so that nothing of somebody else's is ever emptied. After an
+    error it is removed, unless it holds something a later `--resume` can use, or a complete output.
 
     Args:
         output: the directory to be made.
@@ -50,67 +61,129 @@ def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Calla
     Raises:
         OutputError: if the output exists, something is left over, or the place cannot be written.
     """
+    partial = partial_path(output)
     with writing(output):
-        _check_place(output, overwrite=overwrite, resume=resume)
-        partial = partial_path(output)
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(partial / LOCK_NAME)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise OutputError(
-                f"{partial}: another run is writing there; wait for it or choose another --output"
-            ) from None
+        _check_output(output, overwrite=overwrite, resume=resume)
+        _check_left_over(partial, go_on=resume or overwrite)
+        lock = _lock(partial)
     try:
+        _check_output(output, overwrite=overwrite, resume=resume)  # another run may have finished since
+        with writing(partial):
+            (partial / MARKER_NAME).touch()
         if not resume:
             _empty(partial)
         yield partial
-    except BaseException:
-        if not worth_keeping(partial):
+    except BaseException as error:
+        if not isinstance(error, NotPlacedError) and not worth_keeping(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         lock.release()
 
 
+def _lock(partial: Path) -> FileLock:
+    """Makes the directory and locks it; it may be renamed by a run that finishes, until it is locked."""
+    while True:
+        fresh = not partial.exists()
+        partial.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            (partial / MARKER_NAME).touch()
+        path = partial / LOCK_NAME
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                f"{partial}: another run is writing there; wait for it or choose another --output"
+            ) from None
+        if path.exists():
+            return lock
+        lock.release()
+
+
 def _empty(partial: Path) -> None:
-    """Removes what another run left; the lock stays."""
-    for item in partial.iterdir():
-        if item.name != LOCK_NAME:
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+    """Removes what another run left; lock and marker stay."""
+    with writing(partial):
+        for item in partial.iterdir():
+            if item.name not in (LOCK_NAME, MARKER_NAME):
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
 
-def _check_place(output: Path, *, overwrite: bool, resume: bool) -> None:
-    partial = partial_path(output)
-    if output.exists() and resume and not overwrite:
+def _check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+    if not output.exists():
+        return
+    if resume and not overwrite:
         raise OutputError(f"{output}: exists already, there is nothing to resume; pass --overwrite to start anew")
-    if output.exists() and not overwrite:
+    if not overwrite:
         raise OutputError(f"{output}: exists already; choose another --output or pass --overwrite")
-    if output.exists() and not _is_output(output):
-        raise OutputError(f"{output}: is neither a checkpoint nor an archive, so --overwrite does not touch it")
-    if partial.exists() and not (resume or overwrite):
+    foreign = _foreign(output)
+    if foreign is not None:
+        raise OutputError(f"{output}: {foreign}, so --overwrite does not touch it; choose another --output")
+
+
+def _check_left_over(partial: Path, *, go_on: bool) -> None:
+    if not partial.exists():
+        return
+    if not partial.is_dir() or (any(partial.iterdir()) and not (partial / MARKER_NAME).is_file()):
+        raise OutputError(
+            f"{partial}: is in the way and not ours (no {MARKER_NAME} in it); move it or choose another --output"
+        )
+    if not go_on and any(item.name not in (LOCK_NAME, MARKER_NAME) for item in partial.iterdir()):
         raise OutputError(
             f"{partial}: left over from a run that did not finish; pass --resume to go on or --overwrite to start anew"
         )
 
 
-def _is_output(path: Path) -> bool:
-    """Whether a directory is something this program writes, or empty."""
-    known = ("archive.json", "sculptor.json", "config.json")
-    return path.is_dir() and (not any(path.iterdir()) or any((path / name).is_file() for name in known))
+def _foreign(path: Path) -> str | None:
+    """Why a directory is not one that this program wrote, or holds something that it never writes; None if neither."""
+    if not path.is_dir():
+        return "is a file"
+    names = sorted(item.name for item in path.iterdir())
+    if names and not any((path / name).is_file() for name in _MADE_BY_US):
+        return "is no output of sculptor (no archive.json, no sculptor.json)"
+    own = (LOCK_NAME, MARKER_NAME)
+    strange = [
+        name for name in names if name not in own and (name.startswith(".") or name.endswith((".py", ".sh", ".ipynb")))
+    ]
+    return f"holds {strange[0]}, which sculptor did not write" if strange else None
 
 
-def commit(staged: Path, output: Path) -> None:
-    """Puts a complete staged directory in the place of the output; an old one goes only now."""
-    with writing(output):
-        (staged / LOCK_NAME).unlink(missing_ok=True)
+def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
+    """Puts a complete staged directory in the place of the output; an old one goes only once the new one is there.
+
+    Raises:
+        NotPlacedError: if that fails; the old output is then where it was, and the new one where it was staged.
+    """
+    try:
         if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=output.name + ".old-", dir=output.parent))
-            output.rename(old / output.name)
-            staged.rename(output)
-            shutil.rmtree(old)
+            _check_output(output, overwrite=overwrite, resume=False)
+            _replace(staged, output)
         else:
             staged.rename(output)
+    except (OSError, OutputError) as cause:
+        reason = (cause.strerror or str(cause)) if isinstance(cause, OSError) else str(cause)
+        raise NotPlacedError(
+            f"{output}: cannot be put in place ({reason}); what was there still is, and the new one is complete in {staged}: "
+            "move it yourself, or pass --resume"
+        ) from cause
+    for name in (LOCK_NAME, MARKER_NAME):  # only now: until here nobody else could take the place
+        (output / name).unlink(missing_ok=True)
+
+
+def _replace(staged: Path, output: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=output.name + ".old-", dir=output.parent))
+    try:
+        output.rename(old / output.name)
+    except OSError:
+        old.rmdir()
+        raise
+    try:
+        staged.rename(output)
+    except OSError:
+        (old / output.name).rename(output)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # Inputs are told by digests, which say nothing to a reader.

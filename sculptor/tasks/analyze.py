@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from sculptor.analysis.evidence import weigh
 from sculptor.analysis.sources import facts_of, read_sources, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
-from sculptor.archive.writer import ArchiveWriter, has_progress
+from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
 from sculptor.checkpoint.architecture import Target, inspect_architecture, select_targets
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging
@@ -103,12 +103,15 @@ def analyze(
                     checkpoint, architecture, targets, examples, settings.seed, device, progress
                 )
                 bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
+                ends = {target.block: target.name for target in targets}.values()
                 for target in targets:
                     if target.name not in writer.records:
                         weight, cosine = weigh(checkpoint, target, device), cosines.get(target.name)
                         evidence = Evidence(target.name, target.shape, weight, cosine)
                         writer.add(records[target.name], method.derive(evidence))
                         bar.update(1)
+                    if target.name in ends:
+                        writer.flush()
                 bar.close()
             weights = tuple(source.weight for source in sources)
             decide(writer, method, weights)
@@ -120,16 +123,24 @@ def analyze(
                     created_by=f"sculptor {__version__}",
                     model_class=architecture.model_class,
                     base_identity="",
-                    settings=settings,
+                    settings=_published(settings),
                     tasks=(task,),
                     matrices={target.name: writer.record(target.name) for target in targets},
                     tensors={},
                     files={},
                     not_targeted=tuple(FrozenMatrices(**asdict(item)) for item in architecture.not_targeted),
-                )
+                ),
+                keep_progress=True,
             )
-        commit(partial, output)
+        commit(partial, output, overwrite=overwrite)
+        forget_progress(output)
     return report_of(Archive(output, rules=rules), checkpoint)
+
+
+def _published(settings: AnalyzeSettings) -> AnalyzeSettings:
+    """Settings as an archive keeps them: names of files, no folders."""
+    template = settings.chat_template and Path(settings.chat_template).name
+    return replace(settings, data=tuple(Path(file).name for file in settings.data), chat_template=template)
 
 
 def _check_finite(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> None:

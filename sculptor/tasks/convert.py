@@ -45,5 +45,5 @@ def convert(
             bar.update(1)
         bar.close()
         write_json(partial / MANIFEST_NAME, opened.manifest.to_json())
-        commit(partial, output)
+        commit(partial, output, overwrite=overwrite)
     return Archive(output, rules=rules)

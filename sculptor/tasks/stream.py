@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.checkpoint.staging import check_apart, commit, staging, writing
+from sculptor.checkpoint.records import RECORD_NAME, read_record
+from sculptor.checkpoint.staging import check_apart, commit, staging, write_json, writing
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import SettingsError, TrainingError
 from sculptor.methods.kinds import Kinds
@@ -22,6 +24,7 @@ from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
 from sculptor.tasks.job import resolve_settings
+from sculptor.tasks.train_record import merge_of
 from sculptor.training.protect import refuse_slices
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
@@ -178,7 +181,11 @@ class StreamedModel:
             edits = {record.tensor: self._merge(name) for name, record in self.archive.items()}
             write_checkpoint(self.checkpoint, partial, edits, bar=bar)
             bar.close()
-            commit(partial, output)
+            previous = read_record(self.checkpoint.path)
+            lineage = [*previous.lineage, merge_of(self.checkpoint, self.archive, None)]
+            record = {"created_by": f"sculptor {__version__}", "command": "stream", "lineage": [*map(asdict, lineage)]}
+            write_json(partial / RECORD_NAME, record | {"also_trained": list(previous.also_trained)})
+            commit(partial, output, overwrite=overwrite)
 
     def _merge(self, name: str) -> Any:
         def merged(weight: Tensor) -> Tensor:

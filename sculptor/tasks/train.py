@@ -113,7 +113,7 @@ def train(
         if (partial / OPENED_NAME).is_dir():
             with writing(output):
                 (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
-        commit(partial / "output", output)
+        commit(partial / "output", output, overwrite=overwrite)
         shutil.rmtree(partial)
     return report
 

@@ -2,16 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sculptor import __version__
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import Merge
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.tasks.job import TrainJob
 from sculptor.tasks.train_report import TrainReport
+
+
+def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None) -> Merge:
+    """The rounding that writing a checkpoint's merged matrices is."""
+    dtypes: Any = {
+        name: dtype_name(output_dtype(checkpoint.infos[record.tensor].dtype, saved)) for name, record in archive.items()
+    }
+    return Merge({name: record.base_digest for name, record in archive.items()}, dtypes)
 
 
 def training_record(
@@ -22,11 +33,9 @@ def training_record(
     import safetensors
     import transformers
 
-    dtypes: Any = {
-        name: dtype_name(output_dtype(job.checkpoint.infos[record.tensor].dtype, saved))
-        for name, record in job.archive.items()
-    }
-    merge = Merge({name: record.base_digest for name, record in job.archive.items()}, dtypes)
+    settings = asdict(job.settings)
+    if job.settings.chat_template is not None:
+        settings["chat_template"] = Path(job.settings.chat_template).name
     return {
         "created_by": f"sculptor {__version__}",
         "versions": {
@@ -36,10 +45,11 @@ def training_record(
             "safetensors": safetensors.__version__,
         },
         "command": "train",
-        "settings": asdict(job.settings),
-        "data": list(job.data),
-        "base": str(job.checkpoint.path),
-        "lineage": [*map(asdict, lineage), asdict(merge)],
+        "settings": settings,
+        # Names and digests: a record is published, and somebody's folders are nobody's business.
+        "data": {"files": [Path(file).name for file in job.data], "rows_sha256": job.rows_digest},
+        "base": {"name": job.checkpoint.path.resolve().name, "identity": job.archive.manifest.base_identity},
+        "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved))],
         "also_trained": list(report.also_trained),
         "not_targeted": [asdict(item) for item in report.not_targeted],
         "frozen": list(report.frozen),

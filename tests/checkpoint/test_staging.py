@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging
+from sculptor.checkpoint.staging import NotPlacedError, check_apart, commit, partial_path, staging
 from sculptor.errors import OutputError
 
 
@@ -22,7 +22,7 @@ def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
         start(output)
     assert (start(output, resume=True) / "work").exists()
     assert not (start(output, overwrite=True) / "work").exists()
-    commit(partial, output)
+    commit(partial, output, overwrite=True)
     assert not partial.exists()
     with pytest.raises(OutputError, match="exists already"):
         start(output, resume=True)
@@ -31,23 +31,104 @@ def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
 def test_overwrite_replaces_only_at_success(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "config.json").write_text("")
+    (output / "sculptor.json").write_text("")
     (tmp_path / "out.old").mkdir()
     partial = start(output, overwrite=True)
-    assert (output / "config.json").exists()
+    assert (output / "sculptor.json").exists()
     (partial / "new").write_text("")
-    commit(partial, output)
+    commit(partial, output, overwrite=True)
     assert [file.name for file in output.iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
 
 
-def test_overwrite_touches_only_outputs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["precious"], "is no output of sculptor"),
+        (["config.json", "main.py"], "is no output of sculptor"),
+        (["config.json", "model.safetensors"], "is no output of sculptor"),
+        (["sculptor.json", ".git"], "holds .git"),
+        (["archive.json", "main.py"], "holds main.py"),
+    ],
+)
+def test_overwrite_touches_only_outputs(tmp_path: Path, names: list[str], message: str) -> None:
     output = tmp_path / "home"
     output.mkdir()
-    (output / "precious").write_text("")
-    with pytest.raises(OutputError, match="neither a checkpoint nor an archive"):
+    for name in names:
+        (output / name).write_text("")
+    with pytest.raises(OutputError, match=message):
         start(output, overwrite=True)
-    assert (output / "precious").exists()
+    assert sorted(item.name for item in output.iterdir()) == sorted(names)
+    assert not partial_path(output).exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_staging_directory_of_somebody_else_is_left_alone(tmp_path: Path, resume: bool) -> None:
+    theirs = partial_path(tmp_path / "out")
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="in the way and not ours"):
+        start(tmp_path / "out", overwrite=not resume, resume=resume)
+    assert (theirs / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "sculptor.json").write_text("old")
+    rename, count = Path.rename, [0]
+
+    def failing(self: Path, target: Path) -> Path:
+        count[0] += 1
+        if count[0] == fails_at:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    with (
+        pytest.raises(NotPlacedError, match=r"No space left.*complete in .*out.partial"),
+        staging(output, overwrite=True, resume=False, worth_keeping=lambda _: False) as partial,
+    ):
+        (partial / "sculptor.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", failing)
+        commit(partial, output, overwrite=True)
+    assert (output / "sculptor.json").read_text() == "old"
+    assert (partial_path(output) / "sculptor.json").read_text() == "new"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["out", "out.partial"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with (
+        pytest.raises(NotPlacedError, match="exists already"),
+        staging(output, overwrite=False, resume=False, worth_keeping=lambda _: False) as partial,
+    ):
+        (partial / "work").write_text("ours")
+        output.mkdir()
+        (output / "theirs").write_text("")
+        commit(partial, output, overwrite=False)
+    assert (output / "theirs").exists()
+    assert (partial_path(output) / "work").exists()
+
+
+def test_the_lock_is_held_until_the_place_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, seen = tmp_path / "out", []
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        with pytest.raises(OutputError, match="another run is writing there"):
+            start(output, resume=True)
+        seen.append(rename(self, target))
+        return seen[0]
+
+    with staging(output, overwrite=False, resume=False, worth_keeping=lambda _: False) as partial:
+        (partial / "work").write_text("")
+        monkeypatch.setattr(Path, "rename", watched)
+        commit(partial, output, overwrite=False)
+        with pytest.raises(OutputError, match="exists already"):
+            start(output)
+    assert seen == [output]
+    assert [item.name for item in output.iterdir()] == ["work"]
 
 
 def test_inputs_are_never_outputs(tmp_path: Path) -> None:
@@ -55,6 +136,10 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
     for output in (tmp_path / "work" / "model", tmp_path / "work", tmp_path / "work" / "model" / ".." / "model"):
         with pytest.raises(OutputError, match=r"is or holds the input .*model"):
             check_apart(output, [tmp_path / "work" / "model"])
+    for place in (tmp_path / "z.partial", tmp_path / "z.partial" / "model"):
+        place.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(OutputError, match=r"is staged in .*z.partial, which is or holds the input"):
+            check_apart(tmp_path / "z", [place])
     check_apart(tmp_path / "work" / "model" / "tuned", [tmp_path / "work" / "model", "owner/name"])
 
 

@@ -61,7 +61,8 @@ def test_the_report_the_record_and_the_metrics_say_the_same(made: Path, tmp_path
     assert all("learning_rate" not in line for line in lines)
     assert found["rose"] is report.rose is False
     assert found["num_trainable"] == report.num_trainable == Archive(made / "archive").num_free
-    assert found["base"] == str(made / "model")
+    assert found["base"]["name"] == "model"
+    assert str(made) not in json.dumps(found), "names and digests, no folders"
     entries = sum(r.shape[0] * r.shape[1] for r in Archive(made / "archive").values())
     assert report.num_trainable + report.num_protected == entries
     assert f"Peak learning rate {report.relative_rate:.3g} of each matrix's RMS" in train_text(report)
@@ -206,7 +207,7 @@ def test_an_input_is_no_output(made: Path, tmp_path: Path) -> None:
     assert Archive(made / "archive").open_names
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "poem.txt").write_text("roses")
-    with pytest.raises(OutputError, match="is neither a checkpoint nor an archive, so --overwrite does not touch it"):
+    with pytest.raises(OutputError, match="is no output of sculptor .*, so --overwrite does not touch it"):
         run(made, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "poem.txt").read_text() == "roses"
 
