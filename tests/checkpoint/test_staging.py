@@ -85,7 +85,7 @@ def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypa
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
-    with (
+    with (  # noqa: PT012
         pytest.raises(NotPlacedError, match=r"No space left.*complete in .*out.partial"),
         staging(output, overwrite=True, resume=False, worth_keeping=lambda _: False) as partial,
     ):
@@ -99,7 +99,7 @@ def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypa
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with (
+    with (  # noqa: PT012
         pytest.raises(NotPlacedError, match="exists already"),
         staging(output, overwrite=False, resume=False, worth_keeping=lambda _: False) as partial,
     ):

@@ -207,7 +207,7 @@ def test_an_input_is_no_output(made: Path, tmp_path: Path) -> None:
     assert Archive(made / "archive").open_names
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "poem.txt").write_text("roses")
-    with pytest.raises(OutputError, match="is no output of sculptor .*, so --overwrite does not touch it"):
+    with pytest.raises(OutputError, match=r"is no output of sculptor .*, so --overwrite does not touch it"):
         run(made, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "poem.txt").read_text() == "roses"
 
