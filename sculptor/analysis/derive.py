@@ -46,11 +46,11 @@ def write_measured(
         DataError: if the moments are not finite, or rows do not reach every matrix.
     """
     # Whole blocks: an input that several matrices read may be weighed by the gradients of all of them.
-    missing = {target.block for target in targets if target.name not in writer.records}
+    done = {record.name for record in writer.all_records()}
+    missing = {target.block for target in targets if target.name not in done}
     todo = [target for target in targets if target.block in missing]
     if not todo:
         return
-    done = set(writer.records)
     ends = {target.block: target.name for target in todo}.values()
     try:
         for evidence in measure_evidence(loaded, todo, sources, measures, settings, progress, task):

@@ -2,29 +2,36 @@
 
 Per matrix, in float64: leak = ||what the rule forbids of dW|| / ||dW|| with dW = W' - W, against the rounding that storing
 W' in its dtype explains: errors of variance ulp(W')^2 / 12 per entry, as far as the rule forbids them (`Rule.violation`).
-It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2). Where a rule weighs directions, what the update touches of them is
-set against what an update of its size in random directions would.
+It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2), and when no direction of it stands out of what errors without a
+direction can make. Where a rule weighs directions, what the update touches of them is set against what an update of its
+size in random directions would.
 
-A checkpoint that went through several merges was rounded in each, to the dtype of each; its sculptor.json says so.
+A checkpoint that went through several merges was rounded in each; how many are believed is in `analysis.lineage`. What
+beside tensors decides what a user loads is compared in `checkpoint.sameness`.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sculptor.analysis.lineage import Lineage, trace_lineage
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive, Entry
 from sculptor.checkpoint.orientation import as_out_in, to_device
 from sculptor.checkpoint.reader import Checkpoint, Slice
-from sculptor.checkpoint.records import read_record
+from sculptor.checkpoint.sameness import differences
+from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.errors import ArchiveError, VerificationError
 from sculptor.methods.rule import Violation
-from sculptor.numerics.rounding import leak_allowance, rounding_variance
+from sculptor.numerics.rounding import leak_allowance, peak_allowance, rounding_variance
 from sculptor.progress import Progress, silent
+
+# The largest leak that passes strictly: a tenth of a percent of the update.
+STRICT_LEAK = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,8 @@ class MatrixVerification:
         leak: ||frozen part of dW|| / ||dW||, 0 where dW is 0.
         rounding: the leak that rounding alone explains, same unit.
         eaten: expected ||rounding error|| / ||dW||: the share of the update that rounding ate, at most 1.
-        holds: whether the leak is explained.
+        peak: the largest direction of the leak over what rounding explains of one; None where the rule does not tell.
+        holds: whether the leak is explained, in all and in every direction.
         kept: share of the archive's curvature that the update stayed out of, against one of its size in random
             directions; negative if it touches more than that, None without moments.
     """
@@ -50,6 +58,7 @@ class MatrixVerification:
     eaten: float
     holds: bool
     kept: float | None = None
+    peak: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Verification:
     """The result of `verify`.
 
     Attributes:
-        passed: every matrix holds, and everything else is untouched.
+        passed: every matrix holds, and everything else that a user loads is untouched.
         leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise.
         max_leak: of the matrix with the largest.
         eaten: share of the whole update that rounding ate.
@@ -66,8 +75,11 @@ class Verification:
         untouched_identical: every other tensor has the same bytes (after the cast, where the dtype was changed).
         num_untouched: how many those are.
         changed_elsewhere: tensors outside the archive that changed without being declared.
-        also_trained: tensors that the run itself declares as trained without protection.
-        num_merges: how often the tuned checkpoint was rounded since the base.
+        differences: in configuration, tokenizer or files, that make another model of the same tensors.
+        also_trained: tensors that were trained without protection, by the record and by the archive of the output.
+        num_merges: how often the tuned checkpoint was rounded since the base, as far as that is believed.
+        num_claimed: how often its own record says, and `doubt` why not all of that is believed.
+        strict: whether a leak that only rounding explains was refused, too.
         cast: dtype everything was cast to, None if dtypes are the same.
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
@@ -83,8 +95,12 @@ class Verification:
     untouched_identical: bool
     num_untouched: int
     changed_elsewhere: tuple[str, ...]
+    differences: tuple[str, ...]
     also_trained: tuple[str, ...]
     num_merges: int
+    num_claimed: int
+    doubt: str | None
+    strict: bool
     cast: str | None
     matrices: tuple[MatrixVerification, ...]
     kept: float | None = None
@@ -127,9 +143,12 @@ def verify_checkpoints(
     archive: Archive,
     *,
     device: torch.device | None = None,
+    strict: bool = False,
     progress: Progress = silent,
 ) -> Verification:
     """Checks a tuned checkpoint against its base and an archive of the base.
+
+    With `strict` no leak above 1e-3 passes, whatever rounding explains: it could hide one as large.
 
     Raises:
         VerificationError: if it cannot be carried out: the archive is not of `base`, or tensors do not match.
@@ -139,14 +158,15 @@ def verify_checkpoints(
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
     _check_same_tensors(base, tuned, archive)
-    run = read_record(tuned.path)
-    merges = run.merges_since({name: archive[name].base_digest for name in archive})
+    digests = {name: digest(tuned.matrix(record)) for name, record in archive.items()}
+    lineage = trace_lineage(tuned, archive, digests)
     matrices, squares, touched, at_random = [], [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
     device = device or torch.device("cpu")
     bar = progress(total=len(archive), desc="verify", unit="matrix")
     for name, record in archive.items():
         before = base.matrix(record)
-        dtypes = [getattr(torch, merge.dtypes[name]) for merge in merges if name in merge.dtypes]
+        stored = tuned.infos[record.tensor].dtype
+        dtypes = lineage.dtypes(name, before.dtype, stored)
         measured = measure_leak(before, tuned.finite_matrix(record), archive.read(name), device, dtypes)
         found = measured.violation
         if found.touched is not None and found.touched_at_random is not None:
@@ -154,15 +174,17 @@ def verify_checkpoints(
             at_random += found.touched_at_random
         for i, value in enumerate((measured.update, found.norm, measured.rounding, found.rounding)):
             squares[i] += value**2 if measured.update else 0.0
-        matrices.append(_judge(record, measured, before))
+        declared = _lossless(before.dtype, stored) or lineage.declares(name, stored)
+        matrices.append(_judge(record, measured, before, strict, declared))
         bar.update(1)
     bar.close()
-    changed, num_untouched = _compare_rest(base, tuned, archive, set(run.also_trained), run.save_dtype)
+    changed, num_untouched = _compare_rest(base, tuned, archive, lineage)
+    found_differences = tuple(differences(base, tuned))
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
     cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
     return Verification(
-        passed=all(matrix.holds for matrix in matrices) and not changed,
+        passed=all(matrix.holds for matrix in matrices) and not changed and not found_differences,
         leak=frozen / scale,
         max_leak=max(matrix.leak for matrix in matrices),
         rounding=rounding / scale,
@@ -172,19 +194,34 @@ def verify_checkpoints(
         untouched_identical=not changed,
         num_untouched=num_untouched,
         changed_elsewhere=tuple(changed),
-        also_trained=run.also_trained,
-        num_merges=max(1, len(merges)),
+        differences=found_differences,
+        also_trained=tuple(sorted(lineage.opened)),
+        num_merges=max(1, len(lineage.merges)),
+        num_claimed=lineage.claimed,
+        doubt=lineage.doubt if lineage.claimed > 1 or lineage.claimed_open else None,
+        strict=strict,
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=tuple(matrices),
         kept=1 - touched / at_random if at_random else None,
     )
 
 
-def _judge(record: MatrixRecord, measured: LeakMeasure, base: Tensor) -> MatrixVerification:
+def _judge(
+    record: MatrixRecord, measured: LeakMeasure, base: Tensor, strict: bool, declared: bool
+) -> MatrixVerification:
+    """Whether a matrix holds; a cast that loses something has to be declared."""
     if measured.update == 0:
-        return MatrixVerification(record.name, record.role, 0.0, 0.0, 0.0, 0.0, True)
+        return MatrixVerification(record.name, record.role, 0.0, 0.0, 0.0, 0.0, declared)
     found = measured.violation
     leak, expected = found.norm / measured.update, found.rounding / measured.update
+    holds = declared and leak <= leak_allowance(expected, found.num_pairs)
+    peak = None
+    if found.peak is not None and found.peak_rounding is not None:
+        allowed = peak_allowance(measured.update, found.peak_rounding, found.num_pairs)
+        peak = found.peak / allowed
+        holds &= peak <= 1
+    if strict:
+        holds &= leak <= STRICT_LEAK
     return MatrixVerification(
         record.name,
         record.role,
@@ -192,7 +229,8 @@ def _judge(record: MatrixRecord, measured: LeakMeasure, base: Tensor) -> MatrixV
         leak=leak,
         rounding=expected,
         eaten=min(1.0, measured.rounding / measured.update),
-        holds=leak <= leak_allowance(expected, found.num_pairs),
+        holds=holds,
+        peak=peak,
         kept=1 - found.touched / found.touched_at_random
         if found.touched is not None and found.touched_at_random
         else None,
@@ -218,39 +256,36 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -
             )
 
 
-def _compare_rest(
-    base: Checkpoint, tuned: Checkpoint, archive: Archive, opened: set[str], save_dtype: str | None
-) -> tuple[list[str], int]:
+def _compare_rest(base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage: Lineage) -> tuple[list[str], int]:
     """Names outside the archive, and not trained openly, whose bytes differ, and how many were compared.
 
     Of a tensor some slices of which are in the archive, the others are compared. A cast is allowed where it loses nothing,
-    or where the run's own record declares it.
+    or where everything was cast alike and a merge declares it.
     """
     parts: dict[str, set[int | None]] = defaultdict(set)
     for record in archive.values():
         parts[record.tensor].add(record.part)
     rest: list[Slice] = []
     for name, info in base.infos.items():
-        if name in opened or None in parts[name]:
+        if name in lineage.opened or None in parts[name]:
             continue
         rest += [Slice(name, i) for i in range(info.shape[0]) if i not in parts[name]] if parts[name] else [Slice(name)]
-    return [of.name for of in rest if not _same(base.matrix(of), tuned.matrix(of), save_dtype)], len(rest)
+    stored = {info.dtype for info in tuned.infos.values() if info.dtype.is_floating_point}
+    declared = {dtype for dtype in stored if len(stored) == 1 and dtype_name(dtype) in lineage.written}
+    return [of.name for of in rest if not _same(base.matrix(of), tuned.matrix(of), declared)], len(rest)
 
 
-# Casts of floating-point numbers that lose nothing.
-_LOSSLESS = {
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float64),
-    (torch.float16, torch.float64),
-    (torch.float32, torch.float64),
-}
+def _lossless(base: torch.dtype, tuned: torch.dtype) -> bool:
+    """Whether a cast of floating-point numbers loses nothing."""
+    narrow, wide = torch.finfo(base), torch.finfo(tuned)
+    return base == tuned or (wide.eps <= narrow.eps and wide.max >= narrow.max and wide.tiny <= narrow.tiny)
 
 
-def _same(base: Tensor, tuned: Tensor, save_dtype: str | None) -> bool:
+def _same(base: Tensor, tuned: Tensor, declared: Collection[torch.dtype]) -> bool:
     if base.dtype != tuned.dtype:
-        declared = save_dtype is not None and tuned.dtype == getattr(torch, save_dtype, None)
-        if not declared and (base.dtype, tuned.dtype) not in _LOSSLESS:
+        if not (base.is_floating_point() and tuned.is_floating_point()):
+            return False
+        if not _lossless(base.dtype, tuned.dtype) and tuned.dtype not in declared:
             return False
         base = base.to(tuned.dtype)
     return torch.equal(base.reshape(-1).view(torch.uint8), tuned.reshape(-1).view(torch.uint8))

@@ -120,6 +120,7 @@ class TaskRecord:
         weights: of the sources of moments that it added.
         calibration: what these were, for an analysis.
         details: for people.
+        opened: tensors outside of the archive that the task trained without protection.
     """
 
     __pydantic_config__ = STRICT
@@ -129,6 +130,7 @@ class TaskRecord:
     weights: tuple[Positive, ...] = ()
     calibration: tuple[SourceFacts, ...] = ()
     details: Mapping[str, JsonValue] = field(default_factory=dict)
+    opened: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Whatever is decided here holds for every way of reading a model, so that none of
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +33,9 @@ _SECRET = re.compile(
 _OWN = re.compile(
     r"(generation_|preprocessor_|processor_)?config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt"
     r"|(tokenizer|vocab|chat_template).*\.(json|txt|jinja)|.*\.(model|jinja|tiktoken|spm|bpe|codes)"
+)
+_OTHER_WEIGHTS = re.compile(
+    r".*\.safetensors(\.index\.json)?|pytorch_model.*|tf_model.*|flax_model.*|consolidated.*|model.*\.(bin|pt|pth)|.*\.gguf"
 )
 # Tensor names that another program's wrapper has lengthened.
 WRAPPERS = {
@@ -147,18 +150,31 @@ def _indexed_files(path: Path, index: Path) -> tuple[dict[str, str], tuple[str, 
     return places, tuple(files)
 
 
-def second_weights(path: Path) -> str | None:
-    """A second set of weights that transformers does not load, but other programs may."""
-    index = path / INDEX_NAME
-    if not (path / SINGLE_NAME).is_file() or not index.is_file():
-        return None
-    return None if _names_only_single(index) else INDEX_NAME
+def second_weights(path: Path, files: Collection[str]) -> str | None:
+    """Weights beside those that transformers loads, which it or other programs may load; None if there are none."""
+    loaded = {SINGLE_NAME, INDEX_NAME} if SINGLE_NAME not in files else {SINGLE_NAME}
+    for item in sorted(path.iterdir()):
+        name = item.name
+        if name == INDEX_NAME and SINGLE_NAME in files:
+            if not _names_only_single(item):
+                return name
+        elif name not in files and name not in loaded and _OTHER_WEIGHTS.fullmatch(name):
+            return name
+    return None
 
 
 def _names_only_single(index: Path) -> bool:
     content = parse(read_file(index, CheckpointError, _FETCH), index, CheckpointError, _FETCH)
     places = content.get("weight_map")
     return isinstance(places, dict) and set(map(str, places.values())) == {SINGLE_NAME}
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a file, by its path in the directory, makes the tokenizer, its template, generation or code."""
+    folder, _, file = name.rpartition("/")
+    if folder not in ("", "additional_chat_templates"):
+        return False
+    return _OWN.fullmatch(file) is not None or file.endswith(".py")
 
 
 def companions(path: Path) -> Iterator[PurePosixPath]:

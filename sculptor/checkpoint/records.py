@@ -19,10 +19,12 @@ class Merge:
     Attributes:
         base_digests: tensor -> SHA-256 of what it was before; the matrices of the archive that was used.
         dtypes: tensor -> dtype that it was written in.
+        opened: tensors that were trained without protection on the way.
     """
 
     base_digests: Mapping[Name, Sha256]
     dtypes: Mapping[Name, FloatDtype]
+    opened: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

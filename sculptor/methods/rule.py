@@ -71,6 +71,8 @@ class Violation(NamedTuple):
         norm: of what is not allowed.
         rounding: its expectation from the rounding errors of what is stored.
         num_pairs: how many independent errors that sums up.
+        peak: spectral norm of what is not allowed; None where the rule does not tell.
+        peak_rounding: what rounding errors, which have no direction, can make of it.
         touched: of what the rule weighs, what the update disturbs; None where it weighs nothing.
         touched_at_random: the mean of that over all updates of this norm.
     """
@@ -78,6 +80,8 @@ class Violation(NamedTuple):
     norm: float
     rounding: float
     num_pairs: int
+    peak: float | None = None
+    peak_rounding: float | None = None
     touched: float | None = None
     touched_at_random: float | None = None
 

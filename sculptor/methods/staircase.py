@@ -6,6 +6,7 @@
 (`weights.py`) or from moments (`moments.py`), which also store eigenvalues: the importance of the pair (i, j) is g_i c_j.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -26,10 +27,12 @@ from sculptor.methods.rule import (
     Violation,
     Working,
 )
-from sculptor.numerics.bases import Basis, Form, frozen_norm, frozen_variance, protected_directions
+from sculptor.numerics.bases import Basis, Form, frozen_parts, frozen_variance, protected_directions
 from sculptor.numerics.free_space import FreeSpace, first_free, free_groups
+from sculptor.numerics.linalg import spectral_norm
 from sculptor.numerics.moments import Factor, curvature, spread_profile, whole_spectrum
 from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_side
+from sculptor.numerics.rounding import noise_spectrum
 from sculptor.numerics.staircase import Staircase
 from sculptor.validation import STRICT, AtLeastOne, Count, Finite, NotNegative
 
@@ -221,10 +224,13 @@ class StaircaseRule:
             touched = self.scale * curvature(update, g, c)
             mean = c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
             at_random = self.scale * float(update.square().sum()) * mean
+        frozen = frozen_parts(update, staircase, output, input)
         return Violation(
-            norm=frozen_norm(update, staircase, output, input),
+            norm=math.hypot(*(float(part.norm()) for part in frozen)),
             rounding=frozen_variance(variance, staircase, output, input) ** 0.5,
             num_pairs=staircase.num_frozen,
+            peak=max((spectral_norm(part) for part in frozen), default=0.0),
+            peak_rounding=noise_spectrum(variance),
             touched=touched,
             touched_at_random=at_random,
         )

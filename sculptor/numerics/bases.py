@@ -83,7 +83,12 @@ def component(basis: Basis | None, y: Tensor, start: int, stop: int) -> Tensor:
 
 
 def frozen_norm(update: Tensor, staircase: Staircase, output: Basis | None, input: Basis | None) -> float:
-    """||frozen part of dW||, in float64.
+    """||frozen part of dW||, in float64; as `frozen_parts`."""
+    return math.hypot(*(float(part.norm()) for part in frozen_parts(update, staircase, output, input)))
+
+
+def frozen_parts(update: Tensor, staircase: Staircase, output: Basis | None, input: Basis | None) -> list[Tensor]:
+    """The frozen part of dW in its own directions, by row groups, in float64.
 
     Args:
         update: dW (m, n).
@@ -92,12 +97,12 @@ def frozen_norm(update: Tensor, staircase: Staircase, output: Basis | None, inpu
         input: the stored side V (n), or None.
     """
     update64 = update.to(torch.float64)
-    total = 0.0
+    parts = []
     for start, stop, reach in staircase.groups:
         if reach:
             hit = component(input, update64.T, 0, reach).T  # (m, reach)
-            total += float(component(output, hit, start, stop).square().sum())
-    return math.sqrt(total)
+            parts.append(component(output, hit, start, stop))
+    return parts
 
 
 def leverage(basis: Basis | None, dim: int, start: int, stop: int) -> Tensor:

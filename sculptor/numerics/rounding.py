@@ -41,7 +41,24 @@ def leak_allowance(rounding: float, num_frozen: int) -> float:
     return math.hypot(LEAK_FLOOR, slack * rounding)
 
 
+def peak_allowance(update: float, rounding: float, num_frozen: int) -> float:
+    """The largest spectral norm of a leak that rounding explains, in the units of `update`, ||dW||; as `leak_allowance`."""
+    slack = max(ROUNDING_SLACK, 1 + 4 / math.sqrt(2 * max(1, num_frozen)))
+    return math.hypot(LEAK_FLOOR * update, slack * rounding)
+
+
 def rms(values: Tensor) -> float:
     """Root mean square of all entries, summed in float64."""
     norm = torch.linalg.vector_norm(values.detach().reshape(-1), dtype=torch.float64)
     return float(norm) / math.sqrt(max(1, values.numel()))
+
+
+def noise_spectrum(variance: Tensor) -> float:
+    """What the spectral norm of independent errors comes to: the largest row plus the largest column, by standard deviations.
+
+    Bandeira and van Handel, arXiv 1408.6185, theorem 1.1, without its small last term.
+
+    Args:
+        variance: (m, n), float64, of each entry.
+    """
+    return float(variance.sum(dim=1).max().sqrt() + variance.sum(dim=0).max().sqrt())

@@ -256,11 +256,20 @@ def verify_text(result: Verification) -> str:
         )
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
+    lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
     if result.also_trained:
         lines.append(
-            f"trained without protection, by the run's own record: {', '.join(result.also_trained[:_MAX_LISTED])}"
+            f"trained without protection, by record and archive: {', '.join(result.also_trained[:_MAX_LISTED])}"
         )
-    lines.append("A matrix holds while its leak is at most 1.25 times what rounding explains, plus 1e-6.")
+    if result.doubt is not None:
+        lines.append(
+            f"its record tells of {result.num_claimed} merges, {result.num_merges} believed: {result.doubt}; verify each task "
+            "against the one before"
+        )
+    lines.append(
+        "A matrix holds while its leak is at most 1.25 times what rounding explains, plus 1e-6,\n"
+        "in all and in any one direction" + (", and at most 1e-3 (--strict)." if result.strict else ".")
+    )
     if not result.passed and result.kept is not None and result.num_merges > 1:
         lines.append(
             "The guarantee is for the archive that each task was trained with; this one is of an earlier state."
@@ -275,6 +284,8 @@ def _verdict(result: Verification) -> str:
         reasons.append(f"{sum(not matrix.holds for matrix in result.matrices)} updates reach protected pairs")
     if not result.untouched_identical:
         reasons.append(f"{len(result.changed_elsewhere)} other tensors changed")
+    if result.differences:
+        reasons.append(f"{len(result.differences)} differences in what else is loaded")
     if reasons:
         return "FAILED: " + " and ".join(reasons)
     return "PASSED" if result.num_changed else "PASSED: nothing changed; are these the same checkpoint?"

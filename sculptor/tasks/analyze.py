@@ -20,7 +20,7 @@ from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.data.examples import digest_examples
-from sculptor.errors import SettingsError
+from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Evidence, measures_of
 from sculptor.methods.settings import AnalyzeSettings
@@ -88,50 +88,54 @@ def analyze(
         }
         if measures != "nothing":  # the rest of the model decides what is measured, too
             key["model"] = checkpoint.digests_beside({target.tensor for target in targets}, progress)
-        with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key, kinds)) as writer:
-            writer.resume()
-            if calibrated:
-                loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
-                with closing(loaded):
-                    sources += sample_sources(loaded, settings, progress)
-                    write_measured(
-                        loaded, records, targets, sources, measures, settings, method.derive, writer, progress
+        try:
+            with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key, kinds)) as writer:
+                writer.resume()
+                if calibrated:
+                    loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
+                    with closing(loaded):
+                        sources += sample_sources(loaded, settings, progress)
+                        write_measured(
+                            loaded, records, targets, sources, measures, settings, method.derive, writer, progress
+                        )
+                else:
+                    _check_finite(checkpoint, targets, progress)
+                    cosines = measure_importance(
+                        checkpoint, architecture, targets, examples, settings.seed, device, progress
                     )
-            else:
-                _check_finite(checkpoint, targets, progress)
-                cosines = measure_importance(
-                    checkpoint, architecture, targets, examples, settings.seed, device, progress
+                    bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
+                    ends = {target.block: target.name for target in targets}.values()
+                    for target in targets:
+                        if target.name not in writer.records:
+                            weight, cosine = weigh(checkpoint, target, device), cosines.get(target.name)
+                            evidence = Evidence(target.name, target.shape, weight, cosine)
+                            writer.add(records[target.name], method.derive(evidence))
+                            bar.update(1)
+                        if target.name in ends:
+                            writer.flush()
+                    bar.close()
+                weights = tuple(source.weight for source in sources)
+                decide(writer, method, weights)
+                task = TaskRecord(
+                    "analysis", "analysis", weights, tuple(map(facts_of, sources)), {"model": Path(model).name}
                 )
-                bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
-                ends = {target.block: target.name for target in targets}.values()
-                for target in targets:
-                    if target.name not in writer.records:
-                        weight, cosine = weigh(checkpoint, target, device), cosines.get(target.name)
-                        evidence = Evidence(target.name, target.shape, weight, cosine)
-                        writer.add(records[target.name], method.derive(evidence))
-                        bar.update(1)
-                    if target.name in ends:
-                        writer.flush()
-                bar.close()
-            weights = tuple(source.weight for source in sources)
-            decide(writer, method, weights)
-            task = TaskRecord(
-                "analysis", "analysis", weights, tuple(map(facts_of, sources)), {"model": Path(model).name}
-            )
-            writer.finish(
-                Manifest(
-                    created_by=f"sculptor {__version__}",
-                    model_class=architecture.model_class,
-                    base_identity="",
-                    settings=_published(settings),
-                    tasks=(task,),
-                    matrices={target.name: writer.record(target.name) for target in targets},
-                    tensors={},
-                    files={},
-                    not_targeted=tuple(FrozenMatrices(**asdict(item)) for item in architecture.not_targeted),
-                ),
-                keep_progress=True,
-            )
+                writer.finish(
+                    Manifest(
+                        created_by=f"sculptor {__version__}",
+                        model_class=architecture.model_class,
+                        base_identity="",
+                        settings=_published(settings),
+                        tasks=(task,),
+                        matrices={target.name: writer.record(target.name) for target in targets},
+                        tensors={},
+                        files={},
+                        not_targeted=tuple(FrozenMatrices(**asdict(item)) for item in architecture.not_targeted),
+                    ),
+                    keep_progress=True,
+                )
+        except (CheckpointError, DataError):
+            forget_progress(partial)  # of an input that has to be another one
+            raise
         commit(partial, output, overwrite=overwrite)
         forget_progress(output)
     return report_of(Archive(output, rules=rules), checkpoint)

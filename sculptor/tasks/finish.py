@@ -100,12 +100,13 @@ class _Finish:
             - job.archive.num_free,
             carry=self.archive.carry,
             also_trained=tuple(sorted({*previous.also_trained, *opened})),
+            opened=tuple(sorted(opened)),
             not_targeted=job.archive.manifest.not_targeted,
             learning_rate=job.settings.learning_rate,
             relative_rate=job.settings.relative_rate,
             matrices={name: self.reports[name] for name in job.archive},
         )
-        self.archive.finish(report.num_examples, result.steps)
+        self.archive.finish(report.num_examples, result.steps, report.opened)
         write_json(self.staged / RECORD_NAME, training_record(job, report, previous.lineage, self.saved))
         return report
 

@@ -1,5 +1,6 @@
 """The archive of a training's output: each rule is carried on as its matrix is written, or once the task's rows were measured."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,12 +98,13 @@ class NextArchive:
         decide(self._writer, method, [*archive.manifest.source_weights, job.settings.memory_weight])
         self.waiting = {}
 
-    def finish(self, rows: int, steps: int) -> None:
+    def finish(self, rows: int, steps: int, opened: Sequence[str] = ()) -> None:
         """Writes the last shard and archive.json, with the task in its history."""
         settings, manifest = self._job.settings, self._job.archive.manifest
         task = TaskRecord(
             self._job.name,
             "training",
+            opened=tuple(opened),
             weights=() if self._measures == "nothing" else (settings.memory_weight or 1.0,),
             details={
                 "data": [Path(file).name for file in self._job.data],

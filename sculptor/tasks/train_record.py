@@ -17,12 +17,12 @@ from sculptor.tasks.job import TrainJob
 from sculptor.tasks.train_report import TrainReport
 
 
-def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None) -> Merge:
-    """The rounding that writing a checkpoint's merged matrices is."""
+def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None, opened: Sequence[str] = ()) -> Merge:
+    """The rounding that writing a checkpoint's merged matrices is, and what was trained openly before."""
     dtypes: Any = {
         name: dtype_name(output_dtype(checkpoint.infos[record.tensor].dtype, saved)) for name, record in archive.items()
     }
-    return Merge({name: record.base_digest for name, record in archive.items()}, dtypes)
+    return Merge({name: record.base_digest for name, record in archive.items()}, dtypes, tuple(opened))
 
 
 def training_record(
@@ -49,7 +49,7 @@ def training_record(
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": [Path(file).name for file in job.data], "rows_sha256": job.rows_digest},
         "base": {"name": job.checkpoint.path.resolve().name, "identity": job.archive.manifest.base_identity},
-        "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved))],
+        "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "also_trained": list(report.also_trained),
         "not_targeted": [asdict(item) for item in report.not_targeted],
         "frozen": list(report.frozen),

@@ -37,7 +37,10 @@ class MatrixReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What `train` did; `placement` says where the model's blocks were, and why."""
+    """What `train` did; `placement` says where the model's blocks were, and why.
+
+    `opened` was trained without protection by this run, `also_trained` by this or one before.
+    """
 
     output: Path
     loop: LoopResult
@@ -49,6 +52,7 @@ class TrainReport:
     num_protected: int
     carry: str
     also_trained: tuple[str, ...]
+    opened: tuple[str, ...]
     not_targeted: tuple[FrozenMatrices, ...]
     learning_rate: float | None
     relative_rate: float | None

@@ -16,6 +16,7 @@ def verify(
     subspaces: str | Path,
     *,
     device: str = "auto",
+    strict: bool = False,
     progress: Progress = silent,
     rules: Kinds | None = None,
 ) -> Verification:
@@ -26,6 +27,7 @@ def verify(
         tuned: what training made of it, after one task or several.
         subspaces: the archive.
         device: where the float64 products run.
+        strict: refuse a leak above 1e-3 that only the rounding of what is stored explains: it could hide one as large.
         progress: makes progress bars.
         rules: kinds of rules beside sculptor's own.
 
@@ -41,5 +43,6 @@ def verify(
         open_checkpoint(tuned),
         Archive(subspaces, rules=rules),
         device=resolve_device(device),
+        strict=strict,
         progress=progress,
     )

@@ -13,9 +13,11 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file
 
 from sculptor import Archive
+from sculptor.benchmark import runner
 from sculptor.benchmark.results import ContinualReport
 from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.staging import MARKER_NAME
 from sculptor.errors import OutputError, Stopped
 from sculptor.evaluation.matrix import continual_metrics
 from sculptor.model.load import load_model
@@ -539,14 +541,26 @@ def test_states_of_a_complete_task_do_not_reach_the_output(place: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["sculptor", "full"])
-def test_a_run_killed_at_its_very_end_can_be_finished(place: Path, method: Any) -> None:
+def test_a_run_killed_at_its_very_end_can_be_finished(
+    place: Path, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All rows are there and the model has its place, only the report is missing."""
-    whole = continual(place / "plan.toml", place / "whole", method=method)
+    keys: list[Any] = []
+    write = runner.write_json
+
+    def noted(path: Path, written: dict[str, Any]) -> None:
+        keys.extend([written["key"]] if path.name == "scores.json" else [])
+        write(path, written)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_json", noted)
+        whole = continual(place / "plan.toml", place / "whole", method=method)
     content = json.loads((place / "whole" / "continual.json").read_text())
     (place / "whole").rename(place / "whole.partial")
     for name in ("continual.json", "sculptor.json"):
         (place / "whole.partial" / name).unlink()
-    scores = {"key": content["plan"], "stages": content["stages"]}
+    (place / "whole.partial" / MARKER_NAME).touch()
+    scores = {"key": keys[0], "stages": content["stages"]}
     (place / "whole.partial" / "scores.json").write_text(json.dumps(scores))
     finished = continual(place / "plan.toml", place / "whole", method=method, resume=True)
     assert finished.matrix == whole.matrix

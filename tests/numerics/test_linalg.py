@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from sculptor.numerics.linalg import complement, orthonormality_error, principal_angles, singular_subspaces
+from sculptor.numerics.linalg import (
+    complement,
+    orthonormality_error,
+    principal_angles,
+    singular_subspaces,
+    spectral_norm,
+)
+from sculptor.numerics.rounding import noise_spectrum
 
 SHAPES = [(6, 6), (5, 9), (9, 5), (1, 7), (7, 1), (64, 40)]
 
@@ -103,3 +110,20 @@ def test_orthonormality_error_sees_one_wrong_column(column: int, generator: torc
     basis[:, column] *= 1.01
     assert orthonormality_error(basis, torch.Generator().manual_seed(1)) > 1e-5
     assert orthonormality_error(basis[:, :0], generator) == 0
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (1, 9), (0, 5)])
+def test_spectral_norm_is_the_largest_singular_value(shape: tuple[int, int], generator: torch.Generator) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64, generator=generator)
+    if matrix.numel():
+        matrix += 10 * torch.outer(torch.ones(shape[0]), torch.ones(shape[1])) / (shape[0] * shape[1]) ** 0.5
+    expected = float(torch.linalg.matrix_norm(matrix, 2)) if matrix.numel() else 0.0
+    assert spectral_norm(matrix) == pytest.approx(expected, rel=1e-3)
+    assert spectral_norm(torch.zeros(3, 2, dtype=torch.float64)) == 0.0
+
+
+def test_the_spectrum_of_noise_is_bounded(generator: torch.Generator) -> None:
+    deviations = torch.rand(200, 150, dtype=torch.float64, generator=generator) + 0.1
+    noise = deviations * torch.randn(200, 150, dtype=torch.float64, generator=generator)
+    bound = noise_spectrum(deviations.square())
+    assert 0.7 * bound < float(torch.linalg.matrix_norm(noise, 2)) < 1.05 * bound

@@ -275,12 +275,12 @@ def test_what_a_run_needs_of_the_disk_is_planned(
     taken: list[int] = []
 
     def measured(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
-        def run(*arguments: Any) -> None:
+        def run(*arguments: Any, **more: Any) -> None:
             if after:
-                function(*arguments)
+                function(*arguments, **more)
             taken.append(sum(file.stat().st_size for file in (tmp_path / "tuned.partial").rglob("*.safetensors")))
             if not after:
-                function(*arguments)
+                function(*arguments, **more)
 
         return run
 

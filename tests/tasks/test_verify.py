@@ -147,7 +147,8 @@ def test_openly_trained_tensors_are_declared_not_excused(made: Path, tmp_path: P
     assert found.passed
     assert found.also_trained == ("lm_head.weight",)
     record = json.loads((tmp_path / "out" / "sculptor.json").read_text())
-    (tmp_path / "out" / "sculptor.json").write_text(json.dumps(record | {"also_trained": []}))
+    record["lineage"][-1]["opened"] = []
+    (tmp_path / "out" / "sculptor.json").write_text(json.dumps(record))
     found = verify(made / "base", tmp_path / "out", made / "archive", device="cpu")
     assert not found.passed
     assert found.changed_elsewhere == ("lm_head.weight",)

@@ -318,9 +318,9 @@ def test_a_failed_protect_leaves_the_model_as_it_was(made: dict[str, tuple[Path,
 
     model, archive = load(made)
     shutil.copytree(archive.path, tmp_path / "damaged")
-    file = next((tmp_path / "damaged").glob("*.safetensors"))
-    tensors = load_file(file)
     last = list(archive)[-1]
+    file = tmp_path / "damaged" / archive.manifest.tensors[f"{last}.input"].file
+    tensors = load_file(file)
     tensors[f"{last}.input"] = -tensors[f"{last}.input"]
     save_tensors(tensors, file)
     with pytest.raises(ArchiveError, match="has changed since it was written"):

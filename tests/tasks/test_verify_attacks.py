@@ -1,0 +1,238 @@
+"""Ways to make a checkpoint pass that should not: each fails, or cannot be checked."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_tokenizer, save_checkpoint, task_rows, write_rows
+from safetensors.torch import load_file, save_file
+
+from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
+from sculptor.analysis.verify import MatrixVerification, Verification
+from sculptor.errors import SculptorError
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+FAST = TrainSettings(max_steps=6, batch_size=8, learning_rate=1e-2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chain of two tasks, in float32 and in bfloat16; the first task of `open` trains the head, too."""
+    path = tmp_path_factory.mktemp("attacks")
+    rows = write_rows(path / "rows.jsonl", task_rows())
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        here = path / name
+        save_checkpoint(here / "base", dtype=dtype)
+        analyze(here / "base", here / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+        train(here / "base", here / "archive", [rows], here / "one", FAST)
+        train(here / "one", here / "one" / "subspaces", [rows], here / "two", FAST)
+    from dataclasses import replace
+
+    here = path / "float32"
+    train(here / "base", here / "archive", [rows], here / "open", replace(FAST, also_train=("lm_head",)))
+    train(here / "open", here / "open" / "subspaces", [rows], here / "after-open", FAST)
+    return path
+
+
+def attacked(made: Path, tmp_path: Path, dtype: str = "float32", tuned: str = "one") -> Path:
+    return Path(shutil.copytree(made / dtype / tuned, tmp_path / "attacked"))
+
+
+def check(made: Path, tuned: Path, dtype: str = "float32", base: str = "base", **more: Any) -> Verification:
+    archive = made / dtype / "archive" if base == "base" else made / dtype / base / "subspaces"
+    return verify(made / dtype / base, tuned, archive, device="cpu", **more)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_sound_passes(made: Path, dtype: str) -> None:
+    assert check(made, made / dtype / "one", dtype).passed
+    found = check(made, made / dtype / "two", dtype)
+    assert (found.passed, found.num_merges, found.doubt) == (True, 2, None)
+    assert check(made, made / dtype / "two", dtype, base="one").passed
+
+
+def leak(path: Path, size: float) -> None:
+    """Adds a leak inside the protected directions, `size` times the update, to one matrix."""
+    generator = torch.Generator().manual_seed(1)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        weight = tensors[NAME]
+        noise = torch.randn(weight.shape, generator=generator)
+        tensors[NAME] = (weight.float() + size * noise * weight.float().std()).to(weight.dtype)
+
+    edit_tensors(path, change)
+
+
+@pytest.mark.parametrize("claim", ["many merges", "coarse dtypes", "both"])
+def test_a_record_excuses_no_leak(made: Path, tmp_path: Path, claim: str) -> None:
+    tuned = attacked(made, tmp_path)
+    leak(tuned, 1e-5)
+    assert not check(made, tuned).passed
+    record = json.loads((tuned / "sculptor.json").read_text())
+    merge = record["lineage"][-1]
+    if claim != "many merges":
+        merge["dtypes"] = dict.fromkeys(merge["dtypes"], "bfloat16")
+    record["lineage"] = [merge] * (1 if claim == "coarse dtypes" else 5000)
+    (tuned / "sculptor.json").write_text(json.dumps(record))
+    found = check(made, tuned)
+    assert not found.passed
+    assert found.num_merges == 1
+
+
+def test_a_tensor_that_a_record_alone_calls_open_is_changed(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    edit_tensors(tuned, lambda tensors: tensors["lm_head.weight"].add_(0.1))
+    record = json.loads((tuned / "sculptor.json").read_text())
+    record["also_trained"] = record["lineage"][-1]["opened"] = ["lm_head.weight"]
+    (tuned / "sculptor.json").write_text(json.dumps(record))
+    found = check(made, tuned)
+    assert not found.passed
+    assert found.changed_elsewhere == ("lm_head.weight",)
+
+
+def test_what_one_task_opened_is_closed_for_the_next(made: Path, tmp_path: Path) -> None:
+    assert check(made, made / "float32" / "open").also_trained == ("lm_head.weight",)
+    assert check(made, made / "float32" / "after-open").passed, "from the base it was open once"
+    assert check(made, made / "float32" / "after-open", base="open").passed
+    tuned = attacked(made, tmp_path, tuned="after-open")
+    edit_tensors(tuned, lambda tensors: tensors["lm_head.weight"].add_(0.1))
+    found = check(made, tuned, base="open")
+    assert not found.passed
+    assert found.also_trained == ()
+
+
+@pytest.mark.parametrize("which", ["matrices", "everything"])
+def test_a_cast_that_nobody_declares_fails(made: Path, tmp_path: Path, which: str) -> None:
+    tuned = attacked(made, tmp_path)
+    matrices = set(Archive(made / "float32" / "archive"))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if which == "everything" or name in matrices:
+                tensors[name] = tensors[name].to(torch.bfloat16)
+
+    edit_tensors(tuned, change)
+    edit_json(tuned / "config.json", dtype="bfloat16")
+    assert not check(made, tuned).passed
+
+
+def test_a_declared_cast_passes(made: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    here = made / "float32"
+    rows = made / "rows.jsonl"
+    train(here / "base", here / "archive", [rows], tmp_path / "cast", replace(FAST, save_dtype="bfloat16"))
+    found = check(made, tmp_path / "cast")
+    assert (found.passed, found.cast) == (True, "bfloat16")
+    train(tmp_path / "cast", tmp_path / "cast" / "subspaces", [rows], tmp_path / "next", FAST)
+    assert check(made, tmp_path / "next").passed
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_leak_in_one_direction_does_not_hide_in_the_rounding_of_all(tmp_path: Path, rank: int) -> None:
+    """Its norm is within what rounding explains of the whole matrix, its direction is not."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4,
+        eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    analyze(tmp_path / "base", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    train(tmp_path / "base", tmp_path / "archive", [rows], tmp_path / "tuned", FAST)
+
+    def verified() -> MatrixVerification:
+        found = verify(tmp_path / "base", tmp_path / "tuned", tmp_path / "archive", device="cpu")
+        return next(item for item in found.matrices if item.name == NAME)
+
+    sound, base = verified(), load_file(tmp_path / "base" / "model.safetensors")
+    u, _, v = torch.linalg.svd(base[NAME].double(), full_matrices=False)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        update = float((tensors[NAME].double() - base[NAME].double()).norm())
+        size = 0.7 * sound.rounding * update / rank**0.5
+        tensors[NAME] = (tensors[NAME].double() + size * (u[:, :rank] @ v[:rank])).to(torch.bfloat16)
+
+    edit_tensors(tmp_path / "tuned", change)
+    found = verified()
+    assert found.leak <= 1.25 * sound.rounding
+    assert found.peak is not None
+    assert sound.peak is not None
+    assert sound.holds
+    assert sound.peak < 1 < found.peak
+    assert not found.holds
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("config.json", {"rope_theta": 5.0}),
+        ("config.json", {"rms_norm_eps": 0.1}),
+        ("config.json", {"dtype": "float16"}),
+        ("config.json", {"architectures": ["MistralForCausalLM"]}),
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}),
+        ("generation_config.json", {"repetition_penalty": 9.0}),
+        ("tokenizer_config.json", {"add_bos_token": True, "bos_token": "w1"}),
+        ("tokenizer.json", None),
+        ("chat_template.jinja", "{{ messages }}"),
+        ("added_tokens.json", "{}"),
+        ("evil.py", "print()"),
+        ("pytorch_model.bin", "x"),
+        ("extra.safetensors", "x"),
+        ("model.safetensors.index.json", '{"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}'),
+    ],
+)
+def test_what_else_a_user_would_load_is_compared(made: Path, tmp_path: Path, file: str, what: Any) -> None:
+    tuned = attacked(made, tmp_path)
+    if isinstance(what, dict):
+        edit_json(tuned / file, **what)
+    elif what is None:
+        content = json.loads((tuned / file).read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+        (tuned / file).write_text(json.dumps(content))
+    else:
+        (tuned / file).write_text(what)
+    found = check(made, tuned)
+    assert not found.passed
+    assert any(file in line for line in found.differences)
+    assert all(matrix.holds for matrix in found.matrices)
+
+
+def test_what_may_differ(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    edit_json(tuned / "config.json", transformers_version="9.9", use_cache=False, _name_or_path="somewhere")
+    (tuned / "README.md").write_text("mine")
+    content = json.loads((tuned / "tokenizer.json").read_text())
+    (tuned / "tokenizer.json").write_text(json.dumps(content, indent=4, sort_keys=True))
+    assert check(made, tuned).passed
+
+
+def test_adapters_are_refused(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / "adapter_config.json").write_text("{}")
+    with pytest.raises(SculptorError, match="adapter_config\\.json beside full weights"):
+        check(made, tuned)
+
+
+def test_strict_refuses_a_leak_that_only_rounding_explains(made: Path) -> None:
+    assert check(made, made / "float32" / "one", strict=True).passed
+    found = check(made, made / "bfloat16" / "one", "bfloat16", strict=True)
+    assert not found.passed
+    assert check(made, made / "bfloat16" / "one", "bfloat16").passed
