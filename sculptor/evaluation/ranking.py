@@ -1,21 +1,19 @@
 """Prompt/completion rows: the labels ranked by their log-probability, and what the model says by itself.
 
-The prompt is computed once; its cache serves all labels and the greedy generation. A label's score is the summed
-log-probability of its tokens and the end of sequence.
+A label's score is the summed log-probability of its tokens and the end of sequence. How continuations of a prompt are read is
+in `readers`.
 """
 
-import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from sculptor.data.examples import completion_ids, cut_middle, prompt_ids
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import DataError
+from sculptor.evaluation.readers import Reader, open_reader
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar
 
@@ -97,7 +95,7 @@ def _score_batch(
     loaded: LoadedModel, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]], num_new: int
 ) -> tuple[list[list[float]], list[list[int] | None]]:
     """Scores of every candidate of every prompt, and what greedy decoding says in `num_new` tokens, if any."""
-    reader = _DecoderOnly(loaded, prompts) if loaded.kind == "causal" else _EncoderDecoder(loaded, prompts)
+    reader = open_reader(loaded, prompts)
     said: list[list[int] | None] = [None] * len(prompts)
     if num_new:
         said = list(_generate(reader, num_new, loaded.tokenizer.eos_token_id))
@@ -113,84 +111,10 @@ def _score_batch(
     return [scores[a:b] for a, b in itertools.pairwise(bounds)], said
 
 
-class _DecoderOnly:
-    """Prompts, padded on the left and computed once; continuations are read behind copies of their cache."""
-
-    def __init__(self, loaded: LoadedModel, prompts: Sequence[list[int]]) -> None:
-        import inspect
-
-        self.model, self.device = loaded.model, loaded.device
-        accepted = inspect.signature(self.model.forward).parameters
-        self.takes_positions = "position_ids" in accepted
-        # Renamed in transformers 5.24.
-        self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache"
-        width = max(map(len, prompts))
-        ids = [[loaded.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        self.mask = torch.tensor(mask, device=self.device)
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        output = self._run(torch.tensor(ids, device=self.device), self.mask, None, keep)
-        self.cache = output[self.cache_name]
-        self.first_logits = output.logits[:, -1].float()  # (B, vocabulary)
-
-    def _run(self, ids: Tensor, mask: Tensor, cache: Any, extra: dict[str, Any]) -> Any:
-        if self.takes_positions:
-            extra = extra | {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}
-        extra = extra | {self.cache_name: cache, "use_cache": True}
-        return self.model(input_ids=ids, attention_mask=mask, **extra)
-
-    def fork(self, owners: Sequence[int]) -> tuple[Any, Tensor]:
-        """A copy of the caches and masks of some prompts, in this order, with repetitions."""
-        index = torch.tensor(owners, device=self.device)
-        cache = copy.deepcopy(self.cache)
-        cache.batch_select_indices(index)
-        return cache, self.mask[index]
-
-    def read(self, state: tuple[Any, Tensor], ids: Tensor) -> tuple[Tensor, tuple[Any, Tensor]]:
-        """Logits (B, t, vocabulary) behind each of `ids` (B, t), and the state after them."""
-        cache, mask = state
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        output = self._run(ids, mask, cache, {})
-        return output.logits.float(), (output[self.cache_name], mask)
-
-
-class _EncoderDecoder:
-    """Prompts, encoded once; continuations go to the decoder behind its start token."""
-
-    def __init__(self, loaded: LoadedModel, prompts: Sequence[list[int]]) -> None:
-        self.model, self.device = loaded.model, loaded.device
-        width = max(map(len, prompts))
-        ids = [prompt + [loaded.pad_id] * (width - len(prompt)) for prompt in prompts]
-        mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
-        self.mask = torch.tensor(mask, device=self.device)
-        encoder = self.model.get_encoder()
-        self.hidden = encoder(input_ids=torch.tensor(ids, device=self.device), attention_mask=self.mask)[0]
-        start = self.model.config.decoder_start_token_id
-        self.start = torch.full((len(prompts), 1), start, device=self.device)
-        self.first_logits = self._run(self.start, self.hidden, self.mask)[:, -1]
-
-    def _run(self, ids: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-        from transformers.modeling_outputs import BaseModelOutput
-
-        output = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, decoder_input_ids=ids
-        )
-        return torch.as_tensor(output.logits.float())
-
-    def fork(self, owners: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.tensor(owners, device=self.device)
-        return self.start[index], self.hidden[index], self.mask[index]
-
-    def read(self, state: tuple[Tensor, Tensor, Tensor], ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        before, hidden, mask = state
-        decoder_ids = torch.cat([before, ids], dim=1)
-        return self._run(decoder_ids, hidden, mask)[:, -ids.shape[1] :], (decoder_ids, hidden, mask)
-
-
-def _generate(reader: _DecoderOnly | _EncoderDecoder, num_new: int, eos_id: int) -> list[list[int]]:
+def _generate(reader: Reader, num_new: int, eos_id: int) -> list[list[int]]:
     """Greedy continuations up to the end of sequence or `num_new` tokens."""
     batch = reader.first_logits.shape[0]
-    state: Any = reader.fork(range(batch))
+    state = reader.fork(range(batch))
     chosen = reader.first_logits.argmax(dim=1, keepdim=True)
     said = [chosen]
     ended = chosen[:, 0] == eos_id
@@ -203,9 +127,7 @@ def _generate(reader: _DecoderOnly | _EncoderDecoder, num_new: int, eos_id: int)
     return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in sequences]
 
 
-def _candidate_scores(
-    reader: _DecoderOnly | _EncoderDecoder, owners: list[int], candidates: list[list[int]], pad_id: int
-) -> list[float]:
+def _candidate_scores(reader: Reader, owners: list[int], candidates: list[list[int]], pad_id: int) -> list[float]:
     """Summed log-probability of each candidate behind its prompt."""
     width = max(map(len, candidates))
     device = reader.device
@@ -214,7 +136,7 @@ def _candidate_scores(
     first = reader.first_logits[torch.tensor(owners, device=device)][:, None]  # predicts the first token
     logits = first
     if width > 1:
-        rest, _ = reader.read(reader.fork(owners), padded[:, :-1])  # type: ignore[arg-type]
+        rest, _ = reader.read(reader.fork(owners), padded[:, :-1])
         logits = torch.cat([first, rest], dim=1)
     log_probs = logits.log_softmax(dim=-1).gather(2, padded[:, :, None])[:, :, 0]
     return [float(x) for x in (log_probs * real).sum(dim=1)]

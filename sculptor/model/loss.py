@@ -110,6 +110,11 @@ def _predict(model: Any, batch: Batch, kind: Kind) -> tuple[Any, Tensor, Tensor]
     return outputs, logits[wanted], wanted
 
 
+def logits_of(model: Any, batch: Batch, kind: Kind) -> Tensor:
+    """All logits (B, L, vocabulary) of a batch that is on the model's device."""
+    return torch.as_tensor(model(**_inputs(model, batch, kind)).logits)
+
+
 def _inputs(model: Any, batch: Batch, kind: Kind) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if (
@@ -117,8 +122,28 @@ def _inputs(model: Any, batch: Batch, kind: Kind) -> dict[str, Any]:
     ):  # a cache would be met again when blocks are recomputed
         inputs["use_cache"] = False
     if kind == "seq2seq":
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        inputs["decoder_input_ids"] = decoder_inputs(model, batch.labels)
     return inputs
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads to predict `labels` (B, L): these, moved to the right behind its start.
+
+    The model's own way, where it has one that works with its configuration.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        try:
+            found: Tensor = own(labels=labels)
+            return found
+        except (AttributeError, ValueError, AssertionError, TypeError):  # a start token that the configuration lacks
+            pass
+    config = model.config
+    known = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    start = next((token for token in known if token is not None), 0)
+    pad = getattr(config, "pad_token_id", None)
+    moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return moved.masked_fill(moved == IGNORED, 0 if pad is None else pad)
 
 
 def _auxiliary(model: Any, outputs: Any) -> Tensor | None:
