@@ -21,6 +21,7 @@ _COMMANDS = {
     "convert": "convert",
     "demo": "demo",
 }
+_LONGEST = 1200  # characters of an error
 
 
 class _LazyGroup(SuggestingGroup):
@@ -101,7 +102,10 @@ def _message(error: Exception) -> str | None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    if len(line) > _LONGEST:  # of a name that somebody made long
+        line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    click.echo(f"error: {line}", err=True)
     try:
         sys.stdout.flush()
     except OSError:  # Python would try once more at its end, and exit with 120

@@ -33,7 +33,7 @@ def command(base: str, tuned: str, subspaces: str, device: str, strict: bool, as
     """
     from sculptor.errors import SculptorError
     from sculptor.report.json_text import to_json
-    from sculptor.report.text import verify_text
+    from sculptor.report.verify import verify_text
     from sculptor.tasks.verify import verify
 
     quiet_libraries()

@@ -83,6 +83,8 @@ def tiny_config(model_type: str) -> Any:
     chosen = {
         name: value for name, value in SIZES.items() if name in known and (known[name] is not None or name in _UNSET)
     }
+    if "kv_lora_rank" in known or "rotary_dim" in known:  # latent attention has no groups; rotary parts of heads
+        chosen |= {name: value for name, value in {"num_key_value_heads": 4, "rotary_dim": 8}.items() if name in known}
     return config_class(**(chosen | dict(OWN.get(model_type, {}))))
 
 

@@ -27,6 +27,8 @@ def write_measured(
     writer: ArchiveWriter,
     progress: Progress,
     task: int = 0,
+    *,
+    unreached: list[str] | None = None,
 ) -> None:
     """Measures every matrix that the writer does not have yet, and adds it with its rule; `decide` follows.
 
@@ -41,9 +43,11 @@ def write_measured(
         writer: takes the rules.
         progress: makes progress bars.
         task: position in the history that the evidence is of.
+        unreached: takes the names of matrices that no row reaches, which are then left out; without it they are given to
+            `make` without moments.
 
     Raises:
-        DataError: if the moments are not finite, or rows do not reach every matrix.
+        DataError: if the moments are not finite, or no matrix is reached.
     """
     # Whole blocks: an input that several matrices read may be weighed by the gradients of all of them.
     done = {record.name for record in writer.all_records()}
@@ -54,12 +58,16 @@ def write_measured(
     ends = {target.block: target.name for target in todo}.values()
     try:
         for evidence in measure_evidence(loaded, todo, sources, measures, settings, progress, task):
-            if evidence.name not in done:
+            if evidence.inputs is None and unreached is not None:
+                unreached.append(evidence.name)
+            elif evidence.name not in done:
                 writer.add(records[evidence.name], make(evidence))
             if evidence.name in ends:
                 writer.flush()
     except ValueError as cause:
         raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
+    if unreached and not writer.all_records():
+        raise DataError(f"{loaded.checkpoint.path}: calibration failed (no row reaches any matrix); look at --data")
 
 
 def decide(writer: ArchiveWriter, method: Method, weights: Sequence[float]) -> None:

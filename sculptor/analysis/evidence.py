@@ -50,7 +50,7 @@ def measure_evidence(
     progress: Progress,
     task: int = 0,
 ) -> Iterator[Evidence]:
-    """Evidence of every target, in order, a few blocks at a time.
+    """Evidence of every target, in order, a few blocks at a time; without moments of those that no row reaches.
 
     Args:
         loaded: an unprotected model.
@@ -60,9 +60,6 @@ def measure_evidence(
         settings: labels, weighting, seed, memory.
         progress: makes progress bars.
         task: position in the history that the evidence is of.
-
-    Raises:
-        ValueError: if no row reaches some of the matrices.
     """
     gradients = measures == "gradients"
     model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
@@ -88,9 +85,12 @@ def measure_evidence(
             )
             _add(total.inputs, found.inputs, traces, "input ", source.weight)
             _add(total.outputs, found.outputs, traces, "output ", source.weight)
-            _check_reached(chosen, total, gradients)
+        reached = {target.name for target in chosen if _is_reached(target, total, gradients)}
         inputs = {group: Moment(total.inputs.pop(group)) for group in list(total.inputs)}
         for target in chosen:
+            if target.name not in reached:
+                yield _unreached(loaded, target, len(sources), task)
+                continue
             of_inputs = traces["input " + target.input_group]
             of_outputs = traces["output " + target.name] if gradients else [0.0] * len(of_inputs)
             yield Evidence(
@@ -120,11 +120,16 @@ def _add(
             total[key] = moment
 
 
-def _check_reached(targets: Sequence[Target], total: Moments, gradients: bool) -> None:
-    absent = [
-        target.name
-        for target in targets
-        if target.input_group not in total.inputs or (gradients and target.name not in total.outputs)
-    ]
-    if absent:
-        raise ValueError(f"no row reaches {len(absent)} matrices, first {absent[0]}; leave them out with --exclude")
+def _is_reached(target: Target, total: Moments, gradients: bool) -> bool:
+    return target.input_group in total.inputs and (not gradients or target.name in total.outputs)
+
+
+def _unreached(loaded: LoadedModel, target: Target, num_sources: int, task: int) -> Evidence:
+    """Of a matrix that no row reached: an expert that no token was sent to, or a weight that is used past its module."""
+    return Evidence(
+        name=target.name,
+        shape=target.shape,
+        weight=weigh(loaded.checkpoint, target, loaded.device),
+        traces=((0.0, 0.0),) * num_sources,
+        task=task,
+    )

@@ -135,13 +135,14 @@ class TaskRecord:
 
 @dataclass(frozen=True, slots=True)
 class FrozenMatrices:
-    """Matrices inside the blocks that no rule is for; they stay as they are."""
+    """Matrices below a numbered path that no rule is for, and why; they stay as they are."""
 
     __pydantic_config__ = STRICT
 
     role: Name
     num_tensors: Count
     num_parameters: Count
+    reason: Name = "no plain linear map"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ for gradient checkpointing (else the outermost lists of modules), and names in t
 by transformers' own loading rules. Nothing is ever matched against the path of the checkpoint.
 """
 
-import fnmatch
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from torch import nn
 
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.directory import WRAPPERS
-from sculptor.checkpoint.names import match_names
+from sculptor.checkpoint.names import find_converted, match_names
 from sculptor.checkpoint.reader import Checkpoint, part_name
-from sculptor.checkpoint.sharing import input_leaders
-from sculptor.errors import CheckpointError, SettingsError
+from sculptor.checkpoint.sharing import input_leaders, reached_parameters
+from sculptor.errors import CheckpointError
 
 Kind = Literal["causal", "seq2seq", "masked", "headless"]
 
@@ -63,11 +62,20 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class NotTargeted:
-    """Matrices inside the blocks that are no plain linear map (stacked experts, for example) and stay frozen."""
+    """Matrices below a numbered path that no rule is for, and why; they stay frozen."""
 
     role: str
     num_tensors: int
     num_parameters: int
+    reason: str
+
+
+NO_LINEAR_MAP = "no plain linear map"
+NO_TEXT = "no text reaches it"
+OUTSIDE = "outside of the repeated blocks"
+NO_ROW = "no calibration row reaches it"
+SHARED = "one weight of several modules"
+CONVERTED = "split or joined when it is loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,8 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
     skeleton = build_skeleton(checkpoint)
     blocks = find_blocks(skeleton)
     tensors = match_names(skeleton, checkpoint)
-    linear = _linear_maps(blocks)
+    reasons = _reasons(skeleton, _linear_maps(blocks), tensors, checkpoint)
+    linear = {module: block for module, block in _linear_maps(blocks).items() if module not in reasons}
     if not linear:
         raise CheckpointError(f"{checkpoint.path}: {type(skeleton).__name__} has no linear maps in repeated blocks")
     missing = [f"{module}.weight" for module in linear if f"{module}.weight" not in tensors]
@@ -163,7 +172,7 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
         model_class=type(skeleton).__name__,
         kind=_kind(skeleton),
         targets=targets,
-        not_targeted=_not_targeted(blocks, linear),
+        not_targeted=_not_targeted(skeleton, blocks, linear, reasons),
         tensors=tensors,
         parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
         max_positions=_max_positions(skeleton),
@@ -184,8 +193,8 @@ def _max_positions(skeleton: Any) -> int | None:
     config = skeleton.config
     if hasattr(config, "relative_attention_num_buckets"):  # T5
         return None
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
+    if not isinstance(limit, int) or limit <= 0:  # XLNet says -1
         return None
     for name, module in skeleton.named_modules():
         reserved = getattr(module, "padding_idx", None)
@@ -205,9 +214,18 @@ def _kind(skeleton: Any) -> Kind:
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear map: a router may be a subclass that gives more than a tensor."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    try:
+        width = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+        return isinstance(module(torch.zeros(1, 1, width, device=module.weight.device)), torch.Tensor)
+    except Exception:  # it takes more than one input
+        return False
 
 
 def _linear_maps(blocks: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -260,42 +278,49 @@ def _check_shapes(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
             raise CheckpointError(f"{checkpoint.path}: tensor {target.name} holds integers; expected floating point")
 
 
-def _not_targeted(blocks: Mapping[str, nn.Module], linear: Mapping[str, str]) -> tuple[NotTargeted, ...]:
-    sizes: dict[str, list[int]] = defaultdict(list)
-    for block, module in blocks.items():
-        for path, parameter in module.named_parameters():
-            if parameter.ndim >= 2 and f"{block}.{path}".removesuffix(".weight") not in linear:
-                sizes[path].append(parameter.numel())
-    return tuple(NotTargeted(role, len(counts), sum(counts)) for role, counts in sizes.items())
+def _reasons(
+    skeleton: nn.Module, linear: Mapping[str, str], tensors: Mapping[str, str], checkpoint: Checkpoint
+) -> dict[str, str]:
+    """Linear maps that no rule can be for, and why."""
+    reached = reached_parameters(skeleton)
+    converted = find_converted(skeleton, checkpoint)
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in linear:
+        child = skeleton.get_submodule(module)
+        owners[id(child.weight)].add(id(child))
+    found = {}
+    for module in linear:
+        name = f"{module}.weight"
+        if len(owners[id(skeleton.get_submodule(module).weight)]) > 1:
+            found[module] = SHARED
+        elif name not in tensors and name in converted:
+            found[module] = CONVERTED
+        elif reached is not None and name not in reached:
+            found[module] = NO_TEXT
+    return found
 
 
-def select_targets(targets: Sequence[Target], include: Sequence[str], exclude: Sequence[str]) -> tuple[Target, ...]:
-    """The targets that some `include` pattern (all, if none is given) and no `exclude` pattern matches.
-
-    A pattern is a shell glob on the tensor name, the role or the last part of the role (`q_proj`, `mlp.*`,
-    `*.layers.0.*`).
-
-    Raises:
-        SettingsError: if a pattern matches nothing, or nothing is left.
-    """
-    roles = sorted({target.role for target in targets})
-    for option, patterns in (("--targets", include), ("--exclude", exclude)):
-        for pattern in patterns:
-            if not any(_matches(target, pattern) for target in targets):
-                raise SettingsError(
-                    f"{option} {pattern!r} matches none of the {len(targets)} matrices; roles: {', '.join(roles)}"
-                )
-    chosen = tuple(
-        target
-        for target in targets
-        if (not include or any(_matches(target, pattern) for pattern in include))
-        and not any(_matches(target, pattern) for pattern in exclude)
-    )
-    if not chosen:
-        raise SettingsError(f"--targets and --exclude leave none of the {len(targets)} matrices")
-    return chosen
+def _not_targeted(
+    skeleton: nn.Module, blocks: Mapping[str, nn.Module], linear: Mapping[str, str], reasons: Mapping[str, str]
+) -> tuple[NotTargeted, ...]:
+    """Everything else of two and more dimensions below a numbered path, with its reason."""
+    sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
+    seen = set()
+    for path, parameter in skeleton.named_parameters():
+        module = path.removesuffix(".weight")
+        if parameter.ndim < 2 or module in linear or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        block = next((name for name in blocks if path.startswith(name + ".")), None)
+        if module in reasons:
+            sizes[_general(path), reasons[module]].append(parameter.numel())
+        elif block is not None:
+            sizes[path.removeprefix(block + "."), NO_LINEAR_MAP].append(parameter.numel())
+        elif any(part.isdigit() for part in path.split(".")):
+            sizes[_general(path), OUTSIDE].append(parameter.numel())
+    return tuple(NotTargeted(role, len(counts), sum(counts), reason) for (role, reason), counts in sizes.items())
 
 
-def _matches(target: Target, pattern: str) -> bool:
-    names = (target.name, target.module, target.role, target.role.rpartition(".")[2])
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+def _general(path: str) -> str:
+    """A path with a star for every number."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))

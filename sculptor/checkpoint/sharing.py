@@ -1,4 +1,4 @@
-"""Which linear maps read the same input, seen in one forward without data."""
+"""What text reaches of a model, and which linear maps read the same input, seen in one pass without data."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -36,10 +36,31 @@ def input_leaders(skeleton: Any, linear: Mapping[str, str]) -> dict[str, str]:
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.config.is_encoder_decoder else {})
     for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
         # Decoders ask for a mask (else they look for packed rows by value), encoders do without one.
-        with suppress(RuntimeError, NotImplementedError), torch.no_grad():
+        with suppress(Exception), torch.no_grad():  # models do what they like on a device without data
             skeleton(**inputs, **mask)
             break
     for handle in handles:
         handle.remove()
     same = {follower: roles[0] for roles in read.values() for follower in roles}
     return {module: f"{block}.{same.get(role[module], role[module])}" for module, block in linear.items()}
+
+
+def reached_parameters(skeleton: Any) -> frozenset[str] | None:
+    """Parameters that a loss over text depends on, by a forward and a backward pass on the meta device.
+
+    None where a model cannot run there to its end: then nothing is known.
+    """
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.config.is_encoder_decoder else {})
+    for mask in ({"attention_mask": torch.ones_like(ids)}, {}):
+        try:
+            with torch.enable_grad():
+                output = skeleton(**inputs, **mask)
+                output.logits.float().sum().backward()
+        except Exception:  # models do what they like on a device without data
+            skeleton.zero_grad()
+            continue
+        found = {name for name, value in skeleton.named_parameters(remove_duplicate=False) if value.grad is not None}
+        skeleton.zero_grad()
+        return frozenset(found) or None
+    return None

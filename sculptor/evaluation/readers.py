@@ -16,7 +16,7 @@ from sculptor.model.load import LoadedModel
 from sculptor.model.loss import decoder_inputs
 
 # How far the logits of a cache may be from those of the whole sequence, beside what batching alone makes of them.
-_NEAR = {torch.float32: 1e-4, torch.float64: 1e-6}
+_NEAR = {torch.float32: 5e-6, torch.float64: 1e-12}
 _NEAR_OTHERS = 2e-2
 
 
@@ -151,16 +151,15 @@ class _EncoderDecoder:
         mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
         self.mask = torch.tensor(mask, device=self.device)
         encoder = self.model.get_encoder()
-        self.hidden = encoder(input_ids=torch.tensor(ids, device=self.device), attention_mask=self.mask)[0]
+        output = encoder(input_ids=torch.tensor(ids, device=self.device), attention_mask=self.mask)
+        self.output_class, self.hidden = type(output), output[0]
         end = torch.full((len(prompts), 1), loaded.tokenizer.eos_token_id, device=self.device)
         self.start = decoder_inputs(self.model, end)
         self.first_logits = self._run(self.start, self.hidden, self.mask)[:, -1]
 
     def _run(self, ids: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-        from transformers.modeling_outputs import BaseModelOutput
-
         output = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, decoder_input_ids=ids,
+            encoder_outputs=self.output_class(last_hidden_state=hidden), attention_mask=mask, decoder_input_ids=ids,
             use_cache=False,
         )  # fmt: skip
         return torch.as_tensor(output.logits.float())

@@ -66,10 +66,7 @@ def evaluate_rows(
     length = resolve_max_length(max_length, loaded.architecture.max_positions)
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs and loaded.kind != "masked":
-        loaded.model.config.use_cache = True
-        found = _evaluate_pairs(loaded, pairs, _labels(pairs, labels), length, batch_size, generate, progress)
-        loaded.model.config.use_cache = False
-        return found
+        return _evaluate_pairs(loaded, pairs, _labels(pairs, labels), length, batch_size, generate, progress)
     return _evaluate_loss(loaded, rows, length, batch_size, progress)
 
 

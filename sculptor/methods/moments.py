@@ -107,7 +107,11 @@ class Moments:
     def _merged(self, evidence: Evidence, previous: Previous | None) -> Derived:
         old = previous.rule if previous is not None else None
         assert old is None or isinstance(old, StaircaseRule)
-        assert evidence.inputs is not None
+        shared = frozenset({"input", "input.values", "input.profiles"})
+        if evidence.inputs is None:  # no row of the task reaches it: what it held goes on
+            assert old is not None
+            assert previous is not None
+            return Derived(replace(old, traces=(*old.traces, *evidence.traces)), dict(previous.tensors), shared)
         tensors: dict[str, Tensor] = {}
         sides: dict[str, Side] = {}
         for name, moment in (("output", evidence.outputs), ("input", evidence.inputs)):
@@ -133,7 +137,7 @@ class Moments:
             added=(Added(0, *counts),),
             traces=(*(old.traces if old is not None else ()), *evidence.traces),
         )
-        return Derived(rule, tensors, frozenset({"input", "input.values", "input.profiles"}))
+        return Derived(rule, tensors, shared)
 
     def _factor(self, name: str, rule: StaircaseRule, tensors: Tensors) -> tuple[Factor, Tensor] | None:
         """What an archive holds of a side."""

@@ -14,7 +14,7 @@ from sculptor.data.batches import Batch, make_batch
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
-from sculptor.model.probe import check_causal
+from sculptor.model.probe import check_model
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import stream_model
@@ -108,7 +108,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
             )
     model.requires_grad_(False)
     model.to(device).eval()
-    check_causal(checkpoint, architecture, model, device)
+    check_model(checkpoint, architecture, model, device)
     return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint, architecture), device)
 
 
@@ -157,7 +157,7 @@ def load_streamed(
         )
     except MemoryError as cause:
         raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause
-    check_causal(checkpoint, architecture, model, device)
+    check_model(checkpoint, architecture, model, device)
     tokenizer = load_tokenizer(checkpoint, architecture)
     return LoadedModel(checkpoint, architecture, model, tokenizer, device, stream)
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.configuration import reason_of
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import Batch
 from sculptor.errors import CheckpointError
@@ -13,26 +14,52 @@ from sculptor.model.loss import logits_of
 _LENGTH, _CHANGED = 8, 3
 # Of the change at the changed tokens themselves, what rounding may make of earlier ones.
 _SHARE = 1e-2
+# Of the logits' spread, what computing in another shape may move.
+_NOISE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_NOISE_OTHERS = 0.2
 
 
 @torch.no_grad()
-def check_causal(checkpoint: Checkpoint, architecture: Architecture, model: Any, device: torch.device) -> None:
-    """Checks that a later token does not move an earlier logit: else predicting the next token means copying it.
+def check_model(checkpoint: Checkpoint, architecture: Architecture, model: Any, device: torch.device) -> None:
+    """Checks that a model runs on text alone, that padding does not move its predictions, and later tokens no earlier ones.
 
     Raises:
-        CheckpointError: if it does.
+        CheckpointError: if they do: its loss would mean nothing, or depend on the batch.
     """
-    if architecture.kind != "causal":
-        return
     size = max(2, min(97, architecture.vocab_size - 1))
-    ids = torch.tensor([[1 + (7 * i) % size for i in range(_LENGTH)]] * 2, device=device)
+    ids = torch.tensor([[1 + (7 * i) % size for i in range(_LENGTH)]] * 3, device=device)
     ids[1, -_CHANGED:] = 1 + (ids[1, -_CHANGED:] + 2) % size
-    logits = logits_of(model, Batch(ids, torch.ones_like(ids), ids), architecture.kind).float()
+    mask = torch.ones_like(ids)
+    mask[2, -_CHANGED:] = 0
+    name, kind = architecture.model_class, architecture.kind
+    try:
+        logits = logits_of(model, Batch(ids, mask, ids), kind).float()
+        alone = logits_of(model, Batch(ids[2:, :-_CHANGED], mask[2:, :-_CHANGED], ids[2:, :-_CHANGED]), kind).float()
+    except CheckpointError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as cause:  # models ask for images, languages, ...
+        raise CheckpointError(f"{checkpoint.path}: {name} does not run on text alone ({reason_of(cause)})") from cause
+    scale = float(alone.std())
+    moved = float((logits[2:, :-_CHANGED] - alone).abs().max())
+    if moved > _NOISE.get(computing_dtype(model), _NOISE_OTHERS) * scale:
+        raise CheckpointError(
+            f"{checkpoint.path}: padding moves what {name} predicts, by {moved / scale:.0e} of its spread; its loss would depend "
+            "on the batch"
+        )
+    if kind != "causal":
+        return
     difference = (logits[0] - logits[1]).abs().amax(dim=-1)
     early, late = float(difference[:-_CHANGED].max()), float(difference[-_CHANGED:].max())
     if early > _SHARE * late:
         raise CheckpointError(
-            f"{checkpoint.path}: {architecture.model_class} is no causal model as it is configured: a later token moves an "
-            'earlier prediction; set "is_decoder": true in config.json, or name the class for masked language modelling in '
-            '"architectures"'
+            f"{checkpoint.path}: {name} is no causal model as it is configured: a later token moves an earlier prediction; set "
+            '"is_decoder": true in config.json, or name the class for masked language modelling in "architectures"'
         )
+
+
+def computing_dtype(model: Any) -> torch.dtype:
+    """What a model computes in."""
+    found: torch.dtype = next(model.parameters()).dtype
+    return found

@@ -1,5 +1,6 @@
 """`sculptor.analyze`: a checkpoint in, a subspace archive out; one matrix at a time, or the moments of a few blocks."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -15,8 +16,15 @@ from sculptor.analysis.sources import facts_of, read_sources, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
-from sculptor.checkpoint.architecture import Target, inspect_architecture, select_targets
+from sculptor.checkpoint.architecture import (
+    NO_ROW,
+    Architecture,
+    NotTargeted,
+    Target,
+    inspect_architecture,
+)
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
+from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.data.examples import digest_examples
@@ -88,6 +96,7 @@ def analyze(
         }
         if measures != "nothing":  # the rest of the model decides what is measured, too
             key["model"] = checkpoint.digests_beside({target.tensor for target in targets}, progress)
+        unreached: list[str] = []
         try:
             with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key, kinds)) as writer:
                 writer.resume()
@@ -96,7 +105,16 @@ def analyze(
                     with closing(loaded):
                         sources += sample_sources(loaded, settings, progress)
                         write_measured(
-                            loaded, records, targets, sources, measures, settings, method.derive, writer, progress
+                            loaded,
+                            records,
+                            targets,
+                            sources,
+                            measures,
+                            settings,
+                            method.derive,
+                            writer,
+                            progress,
+                            unreached=unreached,
                         )
                 else:
                     _check_finite(checkpoint, targets, progress)
@@ -126,10 +144,14 @@ def analyze(
                         base_identity="",
                         settings=_published(settings),
                         tasks=(task,),
-                        matrices={target.name: writer.record(target.name) for target in targets},
+                        matrices={
+                            target.name: writer.record(target.name)
+                            for target in targets
+                            if target.name not in unreached
+                        },
                         tensors={},
                         files={},
-                        not_targeted=tuple(FrozenMatrices(**asdict(item)) for item in architecture.not_targeted),
+                        not_targeted=_frozen(architecture, targets, unreached),
                     ),
                     keep_progress=True,
                 )
@@ -139,6 +161,18 @@ def analyze(
         commit(partial, output, overwrite=overwrite)
         forget_progress(output)
     return report_of(Archive(output, rules=rules), checkpoint)
+
+
+def _frozen(
+    architecture: Architecture, targets: Sequence[Target], unreached: Sequence[str]
+) -> tuple[FrozenMatrices, ...]:
+    """What no rule is for: by the architecture, and what no row reached."""
+    sizes: dict[str, list[int]] = defaultdict(list)
+    for target in targets:
+        if target.name in unreached:
+            sizes[target.role].append(target.shape[0] * target.shape[1])
+    rows = (NotTargeted(role, len(counts), sum(counts), NO_ROW) for role, counts in sizes.items())
+    return tuple(FrozenMatrices(**asdict(item)) for item in (*architecture.not_targeted, *rows))
 
 
 def _published(settings: AnalyzeSettings) -> AnalyzeSettings:

@@ -36,6 +36,7 @@ class AnalyzeReport:
         terms: what things are called; `basis` and `constraint` are among them.
         calibration: rows and tokens of every source.
         most_directions: the most that is stored of a side of a matrix, where it was calibrated.
+        budget: share of pairs that was asked to be left free, where one was.
     """
 
     output: Path
@@ -46,6 +47,12 @@ class AnalyzeReport:
     not_targeted: tuple[FrozenMatrices, ...] = ()
     calibration: tuple[SourceFacts, ...] = ()
     most_directions: int = 0
+    budget: float | None = None
+
+    @property
+    def free_share(self) -> float:
+        """Share of pairs that is free."""
+        return sum(role.num_free for role in self.roles) / sum(role.num_parameters for role in self.roles)
 
     @property
     def basis(self) -> str:
@@ -80,6 +87,7 @@ def report_of(archive: Archive, checkpoint: Checkpoint) -> AnalyzeReport:
         most_directions=max((manifest.tensors[name].shape[1] for name in bases), default=0)
         if manifest.source_weights
         else 0,
+        budget=manifest.settings.free_budget if manifest.source_weights else None,
     )
 
 

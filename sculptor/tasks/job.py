@@ -11,6 +11,7 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
+from sculptor.checkpoint.records import read_record
 from sculptor.data.chat import check_use
 from sculptor.data.examples import Encoded, encode, resolve_max_length
 from sculptor.data.rows import digest_rows, read_rows
@@ -72,6 +73,7 @@ def open_job(
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
     check_head(checkpoint, architecture)
+    read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
     archive = Archive(subspaces, rules=rules)
     refuse_slices(archive)
     if not archive.open_names:

@@ -12,11 +12,22 @@ from sculptor.analysis.sources import spread_rows
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import writing
-from sculptor.methods.method import Opens, measures_of
+from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, open_model
 
 OPENED_NAME = "opened"
+
+
+def reached(evidence: Evidence) -> Evidence:
+    """Refuses to open a rule by rows that do not reach its matrix.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if evidence.inputs is None:
+        raise ValueError(f"no row reaches {evidence.name}; leave it out with --exclude")
+    return evidence
 
 
 def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Progress) -> TrainJob:
@@ -54,7 +65,7 @@ def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Pro
                     [source],
                     measures,
                     settings,
-                    lambda evidence: method.open(archive.read(evidence.name), evidence),
+                    lambda evidence: method.open(archive.read(evidence.name), reached(evidence)),
                     writer,
                     progress,
                     task,

@@ -163,9 +163,16 @@ class StreamedModel:
         self._check_open()
         norm = self.updates.clip()
         if not math.isfinite(norm):
-            raise TrainingError(f"gradient norm {norm}: not finite; lower learning_rate or look at the batch")
+            raise TrainingError(
+                f"gradient norm {norm}: not finite; lower learning_rate or look at the batch, and call zero_grad to skip it"
+            )
         self.updates.step(_rate_of(learning_rate))
         return norm
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients since the last step: of a batch that is to be skipped."""
+        self._check_open()
+        self.updates.forget()
 
     def save(self, output: str | Path, *, overwrite: bool = False, progress: Progress = silent) -> None:
         """Writes the merged checkpoint, one matrix in memory.

@@ -11,7 +11,7 @@ once after one was there, and when the version did move (values set by hand or l
 to the caller's `refresh`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,6 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         owner: Coordinates = ctx.owner
-        owner.stale = True
         gradient = gradients[0].contiguous()  # as autograd stores it in a parameter, so that streaming gives the same
         transposed = owner.record.transposed
         (weight,) = (as_out_in(saved, transposed) for saved in ctx.saved_tensors)
@@ -49,6 +48,34 @@ class _Fold(torch.autograd.Function):
             return (None, None, *owner.rule.project(weight, owner.tensors, values, as_out_in(gradient, transposed)))
 
 
+def _exactly(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What moves tensors, without changing their dtype: `model.to(bfloat16)` is for weights."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return moved
+
+
+class _Values(nn.ParameterList):
+    """Coordinates: float32, whatever the model is cast to."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(_exactly(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def _mark(values: Iterable[Tensor]) -> Tensor:
+    """Tells contents apart: of every tensor's bits their sum and, where torch has it, their exclusive or; on its device."""
+    marks = []
+    for value in values:
+        bits = value.detach().reshape(-1).view(torch.int32)
+        marks.append(bits.sum(dtype=torch.int64))
+        if hasattr(torch, "hash_tensor") and bits.numel():
+            marks.append(torch.hash_tensor(bits).to(torch.int64))
+    return torch.stack(marks)
+
+
 class Coordinates(nn.Module):
     """The parametrization of one matrix: its rule's tensors, the coordinates, and the folded weight.
 
@@ -56,15 +83,14 @@ class Coordinates(nn.Module):
         record: of the matrix in the archive.
         values: the parameters A, float32.
         folded: W0 + dW in the compute dtype, as the module stores it; None before the first forward.
-        stale: whether a gradient was seen since the last fold.
         relative_rate, scale: the learning rate that suits the archive's rules, over the size of W0, and that size.
     """
 
     def __init__(
         self,
         read: Callable[[], Entry],
-        device: torch.device,
-        compute_dtype: torch.dtype,
+        weight: Tensor,
+        compute_dtype: torch.dtype | None = None,
         mode: FoldMode = "automatic",
         known: dict[Any, Any] | None = None,
         soften: float = 0.0,
@@ -77,16 +103,17 @@ class Coordinates(nn.Module):
         self.soften = soften
         self.relative_rate = self.scale = 1.0
         self.folded: Tensor | None = None
-        self.stale = False
         self._read = read
-        prepared = prepare_training(entry, device, compute_dtype, soften, {} if known is None else known)
+        prepared = prepare_training(
+            entry, weight.device, compute_dtype or weight.dtype, soften, {} if known is None else known
+        )
         self._fingerprint = prepared.fingerprint
         for name, tensor in prepared.tensors.items():
             self.register_buffer(name, tensor, persistent=False)  # moves with the model; never saved
-        self.values = nn.ParameterList(
-            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)) for shape in self.rule.shapes
+        self.values = _Values(
+            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device)) for shape in self.rule.shapes
         )
-        self._versions: tuple[int, ...] = ()
+        self._folded_of: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -105,13 +132,13 @@ class Coordinates(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
-        if self.folded is None or self.folded.device != weight.device:
+        if self.folded is None or self.folded.device != weight.device or self.folded.dtype != self._dtype(weight):
             self.refresh(weight)
         elif self.mode == "automatic":
-            has_gradient = any(a.grad is not None for a in self.values)
-            if has_gradient or self.stale or self._versions != tuple(a._version for a in self.values):
+            # By content: optimizers may change parameters behind every counter, and keep gradients elsewhere.
+            assert self._folded_of is not None
+            if not torch.equal(_mark(self.values), self._folded_of):
                 self.refresh(weight)
-                self.stale = has_gradient
         folded: Tensor = _Fold.apply(self, weight, *self.values)  # type: ignore[no-untyped-call]
         return folded
 
@@ -120,10 +147,17 @@ class Coordinates(nn.Module):
         """Folds again from pristine W0."""
         with float32_products(weight.device, tf32=True):
             self.folded = folded_weight(
-                self.rule, self.tensors, list(self.values), weight, self.record.transposed, self.compute_dtype
+                self.rule, self.tensors, list(self.values), weight, self.record.transposed, self._dtype(weight)
             )
-        self.stale = False
-        self._versions = tuple(a._version for a in self.values)
+        if self.mode == "automatic":
+            self._folded_of = _mark(self.values)
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        return self.compute_dtype or weight.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.folded = None
+        return super()._apply(_exactly(fn), recurse)  # type: ignore[no-untyped-call]
 
     def merged(self, weight: Tensor) -> Merged:
         """W0 + dW in the dtype of W0, in bases read anew from the archive.

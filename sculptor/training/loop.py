@@ -164,7 +164,8 @@ class TrainingLoop:
             share = found.total / total_tokens
             if found.auxiliary is not None:
                 share = share + found.auxiliary * (found.num_tokens / total_tokens)
-            self.accelerator.backward(share)
+            if share.requires_grad:  # layer dropping may leave out everything that is trained
+                self.accelerator.backward(share)
             self.updates.end_backward()
             losses.append(share.detach())
         if self.penalty is not None:

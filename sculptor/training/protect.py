@@ -115,7 +115,7 @@ def attach_coordinates(
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
         read = functools.partial(archive.read, name)
-        coordinates = Coordinates(read, weight.device, compute_dtype or weight.dtype, fold, known, soften)
+        coordinates = Coordinates(read, weight, compute_dtype, fold, known, soften)
         coordinates.relative_rate, coordinates.scale = rate, scales[name]
         prepared.append((module, coordinates))
     model.requires_grad_(False)

@@ -230,5 +230,8 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
     """The inverse of `random_state`."""
     torch.set_rng_state(states["random.cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "random.cuda" in states:
         torch.cuda.set_rng_state(states["random.cuda"], device)
+    elif device.type == "cuda":  # saved by a run on a CPU
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(int(states["random.cpu"].long().sum()))

@@ -7,8 +7,9 @@ import pytest
 from conftest import FAMILIES, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from sculptor.checkpoint.architecture import inspect_architecture, select_targets
+from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.selection import select_targets
 from sculptor.errors import CheckpointError, SettingsError
 
 QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}

@@ -186,3 +186,22 @@ def test_the_command_prints_a_row_for_every_role(cli: Callable[..., Result], mod
         assert sum(line.startswith(role) for line in found.out.splitlines()) == 1
     assert "mlp" not in found.out
     assert found.out.rstrip().endswith(f"Wrote {tmp_path / 'archive'}.")
+
+
+@pytest.mark.parametrize(("budget", "keep"), [(0.3, 0.5), (0.6, 0.25), (0.6, 0.9)])
+def test_a_budget_that_is_missed_is_said(
+    cli: Callable[..., Result], tmp_path: Path, budget: float, keep: float
+) -> None:
+    """What is not stored freezes in blocks; how much is free then is told, and within what was asked for or more."""
+    model = save_checkpoint(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    found = cli(
+        "analyze", model, "--basis", "curvature", "--budget", budget, "--keep", keep, "--data", rows, "--output", tmp_path / "a",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert found.code == 0
+    archive = Archive(tmp_path / "a")
+    free = archive.num_free / sum(record.shape[0] * record.shape[1] for record in archive.values())
+    assert free >= budget - 1e-9
+    assert ("Asked for" in found.out) == (free - budget > 0.005)
+    assert max(map(len, found.out.split("Wrote")[0].splitlines())) <= 100

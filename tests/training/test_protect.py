@@ -364,3 +364,72 @@ def test_a_bf16_checkpoint_loaded_in_float32_belongs(tmp_path: Path) -> None:
         reference = model(**batch(0)).logits
         protect(model, tmp_path / "archive")
         assert torch.equal(model(**batch(0)).logits, reference)
+
+
+def test_gradients_kept_elsewhere_do_not_leave_a_stale_weight(made: dict[str, tuple[Path, Path]]) -> None:
+    """A fused step that no version counter sees, with gradients that are put into .grad for the step alone."""
+    model, archive = load(made)
+    protect(model, archive)
+    values = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(values, lr=1e-2, fused=True)
+    kept = torch.autograd.grad(model(**batch(0)).loss, values)
+    for value, gradient in zip(values, kept, strict=True):
+        value.grad = gradient
+    optimizer.step()
+    for value in values:
+        value.grad = None
+    with torch.no_grad():
+        seen = model(**batch(1)).loss
+    for matrix in protected_matrices(model):
+        matrix.refresh()
+    with torch.no_grad():
+        assert torch.equal(seen, model(**batch(1)).loss)
+
+
+def test_values_changed_behind_every_counter_are_seen(made: dict[str, tuple[Path, Path]]) -> None:
+    model, archive = load(made)
+    protect(model, archive)
+    before = model(**batch(1)).loss
+    value = protected_matrices(model)[0].coordinates.values[0]
+    value.data.view(-1).numpy()[:] = 0.1
+    assert not torch.equal(before, model(**batch(1)).loss)
+
+
+@pytest.mark.parametrize("how", ["to", "half"])
+def test_a_cast_leaves_coordinates_in_float32(made: dict[str, tuple[Path, Path]], how: str) -> None:
+    model, archive = load(made)
+    protect(model, archive)
+    model = model.to(torch.bfloat16) if how == "to" else model.half()
+    wanted = torch.bfloat16 if how == "to" else torch.float16
+    values = [p for p in model.parameters() if p.requires_grad]
+    assert {value.dtype for value in values} == {torch.float32}
+    loss = model(**batch(0)).loss
+    loss.backward()
+    assert all(value.grad is not None and value.grad.dtype == torch.float32 for value in values)
+    assert {matrix.coordinates.folded.dtype for matrix in protected_matrices(model)} == {wanted}  # type: ignore[union-attr]
+    torch.optim.AdamW(values, lr=1e-3).step()
+    merge(model)
+
+
+def test_layerdrop_trains_what_is_left(tmp_path: Path) -> None:
+    from conftest import task_rows, write_rows
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    from sculptor import TrainSettings, train, verify
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, encoder_layerdrop=0.9, decoder_layerdrop=0.9,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, decoder_start_token_id=1, forced_eos_token_id=0,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    from conftest import make_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    analyze(tmp_path / "model", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    for offload in ("none", "disk"):
+        settings = TrainSettings(max_steps=4, batch_size=8, micro_batch_size=2, offload=offload, device="cpu")
+        train(tmp_path / "model", tmp_path / "archive", [rows], tmp_path / offload, settings)
+        assert verify(tmp_path / "model", tmp_path / offload, tmp_path / "archive", device="cpu").passed

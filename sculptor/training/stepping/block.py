@@ -189,12 +189,16 @@ class StreamedBlock:
         due = self.stage in (Stage.COLLECTED, Stage.OPEN) and self.has_gradients and not updated
         if due:
             self.stage, self.due = Stage.DUE, Due(rate_of, self.touched())
-        elif self.stage in (Stage.COLLECTED, Stage.OPEN):
+        self.forget()
+        return due
+
+    def forget(self) -> None:
+        """Gradients that wait are of no use any more."""
+        if self.stage in (Stage.COLLECTED, Stage.OPEN):
             self.stage = Stage.CURRENT
         self.norms.clear()
         for matrix in self.matrices:
             matrix.touched = False
-        return due
 
     def tensors(self, matrix: StreamedMatrix, memory: Tensor) -> Tensors:
         """A matrix's tensors in device memory that holds the block's bases."""

@@ -1,11 +1,10 @@
 """Training with one block on the device at a time: gradients become coordinates at once, AdamW and folding follow.
 
-What waits elsewhere, per block: the folded weights, the bases, coordinates with their AdamW moments, coordinate
-gradients (float32), and pristine weights. In a backward pass every full-size gradient is projected as soon as it appears,
-and the block's coordinate gradients leave when the block is finished. The norm, by which they are clipped, is known when
-all of them have left; so a block is updated when it is next fetched for a forward pass, into the very slot it is
-computed from. Nothing is stale, and everything is brought up to date before it is saved. With `fused`, a block is
-updated as soon as it is finished.
+What waits elsewhere, per block: the folded weights, the bases, coordinates with their AdamW moments, coordinate gradients
+(float32), and pristine weights. In a backward pass every full-size gradient is projected as soon as it appears, and the block's
+coordinate gradients leave when the block is finished. The norm, by which they are clipped, is known when all of them have left;
+so a block is updated when it is next fetched for a forward pass, into the very slot it is computed from. Nothing is stale, and
+everything is brought up to date before it is saved. With `fused`, a block is updated as soon as it is finished.
 """
 
 from collections.abc import Callable, Mapping
@@ -111,8 +110,7 @@ class StreamedUpdates(Updates, Observer):
     # The passing of blocks
 
     def fill(self, block: int, slot: Slot) -> list[Ticket] | None:
-        found = self.blocks.get(block)
-        if found is None or found.stage not in (Stage.DUE, Stage.REPLACED):
+        if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
         ours = {matrix.parameter_name for matrix in found.matrices}
         rest = [name for name in self.stream.layouts[block] if name not in ours]
@@ -132,8 +130,7 @@ class StreamedUpdates(Updates, Observer):
                 self._gradients.fetch_ahead(block)
 
     def block_begun(self, block: int) -> None:
-        found = self.blocks.get(block)
-        if found is None:
+        if (found := self.blocks.get(block)) is None:
             return
         if self.fused and found.stage is Stage.COLLECTED:
             raise TrainingError(f"{self.stream.paths[block]} is used several times in a forward pass; use exact")
@@ -208,8 +205,7 @@ class StreamedUpdates(Updates, Observer):
 
     @property
     def num_trainable(self) -> int:
-        coordinates = sum(block.num_coordinates for block in self.blocks.values())
-        return coordinates + sum(value.numel() for value in self.extra.values())
+        return sum(b.num_coordinates for b in self.blocks.values()) + sum(v.numel() for v in self.extra.values())
 
     def fingerprints(self) -> dict[str, list[float]]:
         return {m.name: m.fingerprint for block in self.blocks.values() for m in block.matrices}
@@ -226,7 +222,7 @@ class StreamedUpdates(Updates, Observer):
         limit = self.settings.clip
         norms = [norm for block in self.blocks.values() for norm in block.norms.values()]
         own = [value.grad for value in self.extra.values() if value.grad is not None]
-        own_norms = [torch.linalg.vector_norm(gradient) for gradient in own]
+        own_norms = list(map(torch.linalg.vector_norm, own))
         total = torch.linalg.vector_norm(torch.stack([*norms, *own_norms])) if norms or own else torch.zeros(())
         total = self.world.norm(total)
         divisors: Divisors = None
@@ -255,6 +251,12 @@ class StreamedUpdates(Updates, Observer):
                 if self._host is not None:
                     self._host.submit(i, block.due, self._host_divisors)
                 self.stream.slots.forget(i)
+
+    def forget(self) -> None:
+        for value in self.extra.values():
+            value.grad = None
+        for block in self.blocks.values():
+            block.forget()
 
     @property
     def _waiting(self) -> list[int]:
@@ -342,9 +344,7 @@ class StreamedUpdates(Updates, Observer):
         for handle in self._hooks:  # they hold what holds them, past any collector
             handle.remove()
         self._hooks.clear()
-        self.stream.close()
-        self._updater.close()
-        self._gradients.close()
-        for block in self.blocks.values():
-            block.close()
+        part: Any
+        for part in (self.stream, self._updater, self._gradients, *self.blocks.values()):
+            part.close()
         self.blocks.clear()

@@ -1,0 +1,76 @@
+"""What `verify` found, as text."""
+
+from sculptor.analysis.verify import MatrixVerification, Verification
+from sculptor.report.text import percent, table
+
+_MAX_LISTED = 8
+
+
+def verify_text(result: Verification) -> str:
+    """What `sculptor verify` prints: matrices that fail, else those that leak most."""
+    failed = [matrix for matrix in result.matrices if not matrix.holds]
+    shown = sorted(failed or result.matrices, key=lambda matrix: -matrix.leak)
+    rows = [_verify_row(matrix) for matrix in shown[:_MAX_LISTED]]
+    parts = [table(["matrix", "update", "leak", "rounding explains", "removed", "holds"], rows)]
+    if len(shown) > len(rows):
+        parts[0] += f"\n... and {len(shown) - len(rows)} more"
+    rest = (
+        "identical" if result.untouched_identical else "CHANGED: " + ", ".join(result.changed_elsewhere[:_MAX_LISTED])
+    )
+    lines = [
+        f"leak {result.leak:.2e} over {result.num_targets} matrices ({result.num_changed} changed), largest {result.max_leak:.2e}; "
+        f"rounding explains {result.rounding:.2e}",
+        f"rounding removed {percent(result.eaten)} of the update"
+        + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
+        f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
+    ]
+    if result.kept is not None:
+        lines.append(
+            f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
+        )
+    if result.eaten > 0.5:
+        lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
+    lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
+    if result.also_trained:
+        lines.append(
+            f"trained without protection, by record and archive: {', '.join(result.also_trained[:_MAX_LISTED])}"
+        )
+    if result.doubt is not None:
+        lines.append(
+            f"its record tells of {result.num_claimed} merges, {result.num_merges} believed: {result.doubt}; verify each task "
+            "against the one before"
+        )
+    lines.append(
+        "A matrix holds while its leak is at most 1.25 times what rounding explains, plus 1e-6,\n"
+        "in all and in any one direction" + (", and at most 1e-3 (--strict)." if result.strict else ".")
+    )
+    if not result.passed and result.kept is not None and result.num_merges > 1:
+        lines.append(
+            "The guarantee is for the archive that each task was trained with; this one is of an earlier state."
+        )
+    lines.append(_verdict(result))
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _verdict(result: Verification) -> str:
+    reasons = []
+    if any(not matrix.holds for matrix in result.matrices):
+        reasons.append(f"{sum(not matrix.holds for matrix in result.matrices)} updates reach protected pairs")
+    if not result.untouched_identical:
+        reasons.append(f"{len(result.changed_elsewhere)} other tensors changed")
+    if result.differences:
+        reasons.append(f"{len(result.differences)} differences in what else is loaded")
+    if reasons:
+        return "FAILED: " + " and ".join(reasons)
+    return "PASSED" if result.num_changed else "PASSED: nothing changed; are these the same checkpoint?"
+
+
+def _verify_row(matrix: MatrixVerification) -> list[str]:
+    return [
+        matrix.name,
+        f"{matrix.update:.1e}",
+        f"{matrix.leak:.2e}",
+        f"{matrix.rounding:.2e}",
+        percent(matrix.eaten),
+        "yes" if matrix.holds else "NO",
+    ]
