@@ -1,0 +1,149 @@
+"""Every family that transformers can build small: protected, trained, streamed, scored as a plain loop scores it, or refused.
+
+`pytest -m slow tests/test_families.py` writes docs/models.md from what it saw when SCULPTOR_WRITE_MODELS is set.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import WORDS, make_tokenizer, write_rows
+from families import SUPPORTED, mappings, tiny
+
+import sculptor
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = [
+    {
+        "prompt": " ".join(WORDS[(7 * i + 3 * j) % 38] for j in range(3 + (5 * i) % 9)),
+        "completion": " ".join(WORDS[(i + j) % 4] for j in range(1 + i % 3)),
+    }
+    for i in range(6)
+]
+TEXTS = [{"text": row["prompt"]} for row in PAIRS]
+CASES = [(kind, name) for kind, names in SUPPORTED.items() for name in names]
+FAST = [("causal", "falcon_h1"), ("causal", "mamba"), ("causal", "bart"), ("seq2seq", "m2m_100"), ("masked", "roberta")]
+
+
+def reference_loss(model: Any, tokenizer: Any, kind: str) -> float:
+    """Nats per target token by a plain loop: one row at a time, no padding, no cache."""
+    total, count = 0.0, 0
+    for row in PAIRS:
+        prompt = tokenizer(row["prompt"]).input_ids
+        target = [*tokenizer(row["completion"]).input_ids, 0]
+        with torch.no_grad():
+            if kind == "causal":
+                found = model(torch.tensor([prompt + target]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            else:
+                found = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([target])).logits[0]
+        total -= float(found.double().log_softmax(-1).gather(1, torch.tensor(target)[:, None]).sum())
+        count += len(target)
+    return total / count
+
+
+def run_family(kind: str, name: str, path: Path) -> dict[str, Any]:
+    """Everything a user would do with a family; asserts what has to hold."""
+    class_name = mappings()[kind][name]
+    class_name = class_name if isinstance(class_name, str) else class_name[0]
+    tiny(name, class_name).save_pretrained(path / "model")
+    make_tokenizer(wrapped=kind == "masked").save_pretrained(path / "model")
+    rows = write_rows(path / "rows.jsonl", TEXTS if kind == "masked" else PAIRS)
+    model = path / "model"
+
+    losses = {
+        (size, offload): sculptor.evaluate(model, [rows], device="cpu", batch_size=size, offload=offload).loss
+        for offload in ("none", "disk")
+        for size in (1, 2, 6)
+    }
+    if kind == "masked":
+        expected = losses[1, "none"]
+    else:
+        plain = getattr(transformers, class_name).from_pretrained(model, dtype=torch.float32).eval()
+        plain.config.use_cache = False
+        expected = reference_loss(plain, transformers.AutoTokenizer.from_pretrained(model), kind)
+    assert losses == pytest.approx(dict.fromkeys(losses, expected), abs=1e-5)
+
+    sculptor.analyze(model, path / "weights", sculptor.AnalyzeSettings(preserve=0.5, device="cpu"))
+    curvature = sculptor.AnalyzeSettings(basis="curvature", data=(str(rows),), device="cpu")
+    report = sculptor.analyze(model, path / "curvature", curvature)
+    first, last = {}, {}
+    for offload in ("none", "disk"):
+        for size in (1, 2, 6):
+            settings = sculptor.TrainSettings(
+                max_steps=1 if size < 6 else 2, batch_size=6, micro_batch_size=size, learning_rate=1e-3, device="cpu",
+                offload=offload, seed=3,
+            )  # fmt: skip
+            output = path / f"tuned-{offload}-{size}"
+            loop = sculptor.train(model, path / "weights", [rows], output, settings).loop
+            first[offload, size], last[offload, size] = loop.first_loss, loop.last_loss
+        assert sculptor.verify(model, path / f"tuned-{offload}-6", path / "weights", device="cpu").passed
+    if kind != "masked" and not _drops_out(model):
+        assert first == pytest.approx(dict.fromkeys(first, expected), abs=1e-5)
+    assert last["none", 6] == pytest.approx(last["disk", 6], abs=1e-5)
+    architecture = inspect_architecture(open_checkpoint(model))
+    return {
+        "family": name,
+        "class": class_name,
+        "protected": sorted({target.role for target in architecture.targets}),
+        "frozen": [f"{item.role} ({item.reason})" for item in report.not_targeted],
+    }
+
+
+def _drops_out(model: Path) -> bool:
+    """Whether the family trains with dropout by default, so that a training loss is not an evaluation's."""
+    config = json.loads((model / "config.json").read_text())
+    return any("drop" in key and isinstance(value, float) and value > 0 for key, value in config.items())
+
+
+@pytest.mark.parametrize(("kind", "name"), FAST)
+def test_some_families(kind: str, name: str, tmp_path: Path) -> None:
+    run_family(kind, name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_family(kind: str, name: str, tmp_path: Path) -> None:
+    found = run_family(kind, name, tmp_path)
+    place = os.environ.get("SCULPTOR_WRITE_MODELS")
+    if place is not None:
+        Path(place).mkdir(parents=True, exist_ok=True)
+        (Path(place) / f"{kind}-{name}.json").write_text(json.dumps(found))
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert f"| {name} | {found['class']} |" in page or place is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("causal", "bert", "no causal model as it is configured"),
+        ("causal", "xlnet", "no causal model as it is configured|does not run on text alone"),
+        ("causal", "prophetnet", "padding moves what"),
+        ("masked", "convbert", "padding moves what"),
+        ("masked", "xmod", "does not run on text alone"),
+        ("masked", "ibert", "no linear maps in repeated blocks"),
+    ],
+)
+def test_a_family_that_is_refused(cli: Callable[..., Any], kind: str, name: str, message: str, tmp_path: Path) -> None:
+    import re
+
+    tiny(name, mappings()[kind][name]).save_pretrained(tmp_path / "model")
+    make_tokenizer(wrapped=kind == "masked").save_pretrained(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", TEXTS)
+    found = cli("evaluate", tmp_path / "model", "--data", rows, "--device", "cpu")
+    assert found.code == 1
+    assert found.err.count("\n") == 1
+    assert re.search(message, found.err)
+
+
+def test_the_page_names_what_is_tested() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert len(CASES) >= 60
+    missing = [name for _, name in CASES if f"\n| {name} | " not in page]
+    assert missing == []
