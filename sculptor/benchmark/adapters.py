@@ -132,7 +132,7 @@ def train_adapter(
         record = {"created_by": f"sculptor {__version__}", "method": method, "settings": asdict(settings)}
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
         commit(staged, output, overwrite=False)
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _inject(

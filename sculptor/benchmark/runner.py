@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def continual(
         )
         write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
         commit(partial, output, overwrite=overwrite)
-    (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
+    with suppress(OSError):
+        (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
     return report
 
 

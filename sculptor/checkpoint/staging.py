@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,8 @@ def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
             "move it yourself, or pass --resume"
         ) from cause
     for name in (LOCK_NAME, MARKER_NAME):  # only now: until here nobody else could take the place
-        (output / name).unlink(missing_ok=True)
+        with suppress(OSError):  # the output is complete all the same
+            (output / name).unlink(missing_ok=True)
 
 
 def _replace(staged: Path, output: Path) -> None:

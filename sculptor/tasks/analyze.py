@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.data.examples import digest_examples
-from sculptor.errors import CheckpointError, DataError, SettingsError
+from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Evidence, measures_of
 from sculptor.methods.settings import AnalyzeSettings
@@ -159,7 +159,8 @@ def analyze(
             forget_progress(partial)  # of an input that has to be another one
             raise
         commit(partial, output, overwrite=overwrite)
-        forget_progress(output)
+        with suppress(OutputError):  # the archive is complete all the same
+            forget_progress(output)
     return report_of(Archive(output, rules=rules), checkpoint)
 
 

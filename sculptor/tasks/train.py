@@ -114,7 +114,7 @@ def train(
             with writing(output):
                 (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
         commit(partial / "output", output, overwrite=overwrite)
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
