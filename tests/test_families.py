@@ -147,3 +147,64 @@ def test_the_page_names_what_is_tested() -> None:
     assert len(CASES) >= 60
     missing = [name for _, name in CASES if f"\n| {name} | " not in page]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "role", "reason"),
+    [
+        ("causal", "bart", "encoder_attn", "no text reaches it"),
+        ("causal", "llama4_text", "router", "no plain linear map"),
+        ("causal", "mamba", "dt_proj", "no calibration row reaches it"),
+        ("masked", "nomic_bert", "q_proj", "split or joined when it is loaded"),
+    ],
+)
+def test_what_is_left_out_is_named(kind: str, name: str, role: str, reason: str, tmp_path: Path) -> None:
+    tiny(name, mappings()[kind][name]).save_pretrained(tmp_path / "model")
+    make_tokenizer(wrapped=kind == "masked").save_pretrained(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", TEXTS if kind == "masked" else PAIRS)
+    settings = sculptor.AnalyzeSettings(basis="curvature", data=(str(rows),), device="cpu")
+    report = sculptor.analyze(tmp_path / "model", tmp_path / "archive", settings)
+    assert any(role in item.role and item.reason == reason for item in report.not_targeted)
+    training = sculptor.TrainSettings(max_steps=1, batch_size=3, device="cpu")
+    sculptor.train(tmp_path / "model", tmp_path / "archive", [rows], tmp_path / "out", training)
+    assert sculptor.verify(tmp_path / "model", tmp_path / "out", tmp_path / "archive", device="cpu").passed
+
+
+def test_every_matrix_below_a_numbered_path_is_protected_or_named(tmp_path: Path) -> None:
+    """Towers beside the language model, too: a vision model's blocks, a projector."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    text = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                       eos_token_id=0, pad_token_id=1)  # fmt: skip
+    vision = SiglipVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                image_size=16, patch_size=8)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63))
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    architecture = inspect_architecture(open_checkpoint(tmp_path / "model"))
+    named = sum(item.num_parameters for item in architecture.not_targeted)
+    named += sum(target.shape[0] * target.shape[1] for target in architecture.targets)
+    below = sum(
+        value.numel()
+        for name, value in model.named_parameters()
+        if value.ndim >= 2 and any(part.isdigit() for part in name.split("."))
+    )
+    assert named == below
+    assert {item.reason for item in architecture.not_targeted} >= {"no text reaches it"}
+    assert not any("vision" in target.role for target in architecture.targets)
+    rows = write_rows(tmp_path / "rows.jsonl", PAIRS)
+    for basis in ("weights", "curvature"):
+        data = () if basis == "weights" else (str(rows),)
+        settings = sculptor.AnalyzeSettings(basis=basis, data=data, device="cpu")  # type: ignore[arg-type]
+        sculptor.analyze(tmp_path / "model", tmp_path / basis, settings)
+    losses = [
+        sculptor.evaluate(tmp_path / "model", [rows], device="cpu", offload=offload).loss  # type: ignore[arg-type]
+        for offload in ("none", "disk")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for offload in ("none", "disk"):
+        training = sculptor.TrainSettings(max_steps=2, batch_size=3, device="cpu", offload=offload)  # type: ignore[arg-type]
+        sculptor.train(tmp_path / "model", tmp_path / "curvature", [rows], tmp_path / offload, training)
+        found = sculptor.verify(tmp_path / "model", tmp_path / offload, tmp_path / "curvature", device="cpu")
+        assert found.passed

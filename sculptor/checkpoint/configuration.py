@@ -66,7 +66,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 def reason_of(cause: BaseException, limit: int = 200) -> str:
     """What an exception of another library says, in one short line."""
-    text = " ".join(str(cause).split()) or type(cause).__name__
+    text = " ".join(str(cause).split())
+    if len(text) < 12:  # the bare key of a KeyError says nothing
+        text = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -45,10 +45,14 @@ def find_converted(model: Any, names: Iterable[str]) -> dict[str, Conversion]:
         if pattern is not None:
             converters.setdefault(parameter, converter)
             collected[parameter].append((name, pattern))
-    return {
-        parameter: Conversion(model, parameter, converters[parameter], tuple(sources))
-        for parameter, sources in collected.items()
-    }
+    state = model.state_dict()
+    found: dict[str, Conversion] = {}
+    for parameter, sources in collected.items():
+        made = Conversion(model, parameter, converters[parameter], tuple(sources))
+        first, *others = getattr(converters[parameter], "target_patterns", None) or [parameter]
+        siblings = (parameter.replace(first, other) for other in others)  # of a tensor that is split into several
+        found |= {name: made for name in (parameter, *siblings) if name in state}
+    return found
 
 
 def _matches(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
