@@ -8,6 +8,7 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.configuration import reason_of
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import Batch
+from sculptor.data.examples import IGNORED
 from sculptor.errors import CheckpointError
 from sculptor.model.loss import logits_of
 
@@ -33,7 +34,8 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture, model: Any, 
     mask[2, -_CHANGED:] = 0
     name, kind = architecture.model_class, architecture.kind
     try:
-        logits = logits_of(model, Batch(ids, mask, ids), kind).float()
+        labels = ids.masked_fill(mask == 0, IGNORED)  # some decoders begin with the last of them
+        logits = logits_of(model, Batch(ids, mask, labels), kind).float()
         alone = logits_of(model, Batch(ids[2:, :-_CHANGED], mask[2:, :-_CHANGED], ids[2:, :-_CHANGED]), kind).float()
     except CheckpointError:
         raise
