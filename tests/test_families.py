@@ -42,9 +42,12 @@ def reference_loss(model: Any, tokenizer: Any, kind: str) -> float:
             if kind == "causal":
                 found = model(torch.tensor([prompt + target]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             else:
-                start = getattr(model.config, "decoder_start_token_id", None)
-                decoder = torch.tensor([[model.config.pad_token_id if start is None else start, *target[:-1]]])
-                found = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits[0]
+                source, wanted = torch.tensor([prompt]), torch.tensor([target])
+                try:
+                    found = model(input_ids=source, labels=wanted).logits[0]
+                except AttributeError:  # a configuration without a start token
+                    start = torch.tensor([[model.config.pad_token_id]])
+                    found = model(input_ids=source, decoder_input_ids=torch.cat([start, wanted[:, :-1]], 1)).logits[0]
         total -= float(found.double().log_softmax(-1).gather(1, torch.tensor(target)[:, None]).sum())
         count += len(target)
     return total / count
