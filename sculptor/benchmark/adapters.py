@@ -92,7 +92,7 @@ def train_adapter(
         learning_rate=settings.learning_rate or _RATE,
     )
     assert settings.max_length is not None
-    with staging(output, overwrite=False, resume=True, worth_keeping=has_state) as partial:
+    with staging(output, command="continual task", overwrite=False, resume=True, worth_keeping=has_state) as partial:
         loaded = load_model(checkpoint, device, architecture)
         use_template(loaded.tokenizer, settings.chat_template)
         rows = read_rows(data, settings.max_rows)

@@ -92,7 +92,7 @@ def continual(
     output = Path(output).resolve()
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
     check_apart(output, [plan, resolved.model, *files, *resolved.watch, *resolved.analyze.data])
-    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
+    with staging(output, command="continual", overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
         run = _Run(resolved, method, split, partial, progress, notice, stop, rules)
         stages = run.run()
         basis = make_method(resolved.analyze, known_kinds(rules)).terms.basis

@@ -169,12 +169,9 @@ def _names_only_single(index: Path) -> bool:
     return isinstance(places, dict) and set(map(str, places.values())) == {SINGLE_NAME}
 
 
-def is_loaded(name: str) -> bool:
-    """Whether a file, by its path in the directory, makes the tokenizer, its template, generation or code."""
-    folder, _, file = name.rpartition("/")
-    if folder not in ("", "additional_chat_templates"):
-        return False
-    return _OWN.fullmatch(file) is not None or file.endswith(".py")
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, or an index of them."""
+    return name.lower().endswith(_WEIGHTS)
 
 
 def companions(path: Path) -> Iterator[PurePosixPath]:

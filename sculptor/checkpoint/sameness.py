@@ -1,11 +1,13 @@
 """What beside its tensors decides what a user loads from a directory, compared with that of another."""
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.directory import is_loaded, second_weights
+from sculptor.checkpoint.directory import companions, is_weights, second_weights
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.errors import CheckpointError
@@ -14,6 +16,13 @@ from sculptor.validation import read_file
 # Of a configuration, what says nothing of the model.
 _FREE = ("transformers_version", "_name_or_path", "use_cache")
 _DTYPES = ("dtype", "torch_dtype")
+_MISSING = object()
+# What only people read, and what a run itself leaves.
+_FOR_PEOPLE = re.compile(
+    r"(readme|licen[cs]e|notice|citation|authors|changelog|usage|use_policy)[^/]*|.*\.(md|pdf|png|jpe?g|svg|gif|tfevents.*)"
+    r"|sculptor\.json|metrics\.jsonl|train(er|ing)_[^/]*|all_results\.json|eval_results\.json",
+    re.IGNORECASE,
+)
 
 
 def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
@@ -24,17 +33,16 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     Raises:
         CheckpointError: if a file cannot be read.
     """
-    found = [f"config.json: {what}" for what in _settings(base.config, tuned.config, _stored_dtypes(base, tuned))]
-    names = sorted({*_loaded_files(base.path), *_loaded_files(tuned.path)} - {"config.json"})
-    for name in names:
-        one, other = base.path / name, tuned.path / name
-        if not one.is_file():
+    found = [f"config.json: {what}" for what in _config_differences(base, tuned)]
+    before, now = (_files(checkpoint) for checkpoint in (base, tuned))
+    carried = {path.as_posix() for path in companions(base.path)}
+    for name in sorted({*before, *now} - {"config.json"}):
+        if name not in before:
             found.append(f"{name} was added")
-        elif not other.is_file():
-            if name.endswith(".py"):  # code is never carried along
-                continue
-            found.append(f"{name} is missing")
-        elif not _same_content(one, other):
+        elif name not in now:
+            if name in carried:  # code, secrets and links are never carried along
+                found.append(f"{name} is missing")
+        elif not _same_content(base.path / name, tuned.path / name):
             found.append(f"{name} differs")
     extra = second_weights(tuned.path, tuned.files)
     if extra is not None:
@@ -42,12 +50,25 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     return found
 
 
-def _stored_dtypes(base: Checkpoint, tuned: Checkpoint) -> set[str | None]:
-    """What a configuration may call the dtype: as before, or as everything is stored."""
+def _config_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
+    before, now = base.config, tuned.config
     stored = {dtype_name(info.dtype) for info in tuned.infos.values() if info.dtype.is_floating_point}
-    before: set[str | None] = {_dtype(base.config)}
     same = all(tuned.infos[name].dtype == info.dtype for name, info in base.infos.items() if name in tuned.infos)
-    return (before if same else set()) | (stored if len(stored) == 1 else before)
+    # Without a name, the tensors' own is taken.
+    allowed = {_dtype(before)} if same else {None}
+    allowed |= stored if len(stored) == 1 else set()
+    if _dtype(now) not in allowed:
+        yield f"dtype was {_dtype(before)}, is {_dtype(now)}, and the tensors are not"
+    yield from _settings(_without(before), _without(now))
+
+
+def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *_DTYPES)) -> dict[str, Any]:
+    """A configuration, and those in it, without what may differ; an inner dtype gives way to the outer one."""
+    return {
+        key: _without(value, _DTYPES) if isinstance(value, dict) and key.endswith("config") else value
+        for key, value in config.items()
+        if key not in free
+    }
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
@@ -55,28 +76,43 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     return found.removeprefix("torch.") if isinstance(found, str) else None
 
 
-def _settings(before: Any, now: Any, dtypes: set[str | None], place: str = "") -> Iterator[str]:
-    """Names of settings that differ, with both values."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        if before != now:
-            yield f"{place} was {_short(before)}, is {_short(now)}"
-        return
-    if _dtype(now) != _dtype(before) and _dtype(now) not in dtypes:
-        yield f"{place + '.' if place else ''}dtype was {_dtype(before)}, is {_dtype(now)}, and the tensors are not"
-    for key in sorted({*before, *now} - {*_FREE, *_DTYPES}):
-        yield from _settings(before.get(key), now.get(key), dtypes, f"{place}.{key}" if place else key)
+def _settings(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """Names of settings that differ, with both values; null is not the same as nothing, nor true as 1."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            inner = f"{place}.{key}" if place else key
+            yield from _settings(before.get(key, _MISSING), now.get(key, _MISSING), inner)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _settings(old, new, f"{place}[{i}]")
+    elif isinstance(before, bool) != isinstance(now, bool) or before != now:
+        yield f"{place} was {_short(before)}, is {_short(now)}"
 
 
 def _short(value: Any) -> str:
-    text = ascii(value)
+    text = "not there" if value is _MISSING else ascii(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _loaded_files(path: Path) -> Iterator[str]:
-    for item in path.rglob("*"):
-        relative = item.relative_to(path)
-        if item.is_file() and is_loaded(relative.as_posix()):
-            yield relative.as_posix()
+def _files(checkpoint: Checkpoint) -> set[str]:
+    """What may be loaded: all files but weights, hidden ones, what people read, and outputs of ours in folders; links count."""
+    found = set()
+    for folder, inner, names in os.walk(checkpoint.path, followlinks=True):
+        here = Path(folder)
+        depth = len(here.relative_to(checkpoint.path).parts)
+        ours = depth and any((here / name).is_file() for name in ("archive.json", "sculptor.json"))
+        if ours or depth > _DEPTH:
+            inner.clear()
+            continue
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        for name in names:
+            relative = (here / name).relative_to(checkpoint.path).as_posix()
+            if not name.startswith(".") and not is_weights(name) and not _FOR_PEOPLE.fullmatch(name):
+                found.add(relative)
+    return found
+
+
+_DEPTH = 3  # links may lead in circles
 
 
 def _same_content(one: Path, other: Path) -> bool:
@@ -87,4 +123,6 @@ def _same_content(one: Path, other: Path) -> bool:
         before, now = json.loads(a), json.loads(b)
     except (ValueError, RecursionError):
         return False
-    return not any(_settings(before, now, set()))
+    if one.name == "generation_config.json" and isinstance(before, dict) and isinstance(now, dict):
+        before, now = (_without(content, ("transformers_version",)) for content in (before, now))
+    return not any(_settings(before, now))

@@ -1,5 +1,6 @@
 """Outputs that are either complete or not there: work happens in `<output>.partial`, success renames it."""
 
+import itertools
 import json
 import os
 import shutil
@@ -15,9 +16,7 @@ from safetensors import SafetensorError
 from sculptor.errors import OutputError
 
 LOCK_NAME = ".sculptor.lock"
-MARKER_NAME = ".sculptor"  # says that a staging directory is ours to empty
-# What a finished output of ours has one of.
-_MADE_BY_US = ("archive.json", "sculptor.json")
+MARKER_NAME = ".sculptor"  # says that a staging directory is ours to empty, and what a finished output is made of
 
 
 class NotPlacedError(OutputError):
@@ -38,15 +37,18 @@ def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
     for item in map(Path, inputs):
         if not os.path.exists(item):
             continue
-        resolved = item.resolve()
-        for place in (output, partial_path(output)):
+        # Files of a directory may be links into the output.
+        read = [item, *(item.iterdir() if item.is_dir() else ())]
+        for resolved, place in itertools.product((each.resolve() for each in read), (output, partial_path(output))):
             if resolved == place.resolve() or place.resolve() in resolved.parents:
                 staged = "" if place == output else f"is staged in {place}, which "
                 raise OutputError(f"{output}: {staged}is or holds the input {item}; choose another --output")
 
 
 @contextmanager
-def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Callable[[Path], bool]) -> Iterator[Path]:
+def staging(
+    output: Path, *, command: str, overwrite: bool, resume: bool, worth_keeping: Callable[[Path], bool]
+) -> Iterator[Path]:
     """Creates or takes up the staging directory of an output, and yields it.
 
     It is locked, so that no second run writes there, and marked, so that nothing of somebody else's is ever emptied. After an
@@ -54,6 +56,7 @@ def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Calla
 
     Args:
         output: the directory to be made.
+        command: that makes it; what another one left is not taken up.
         overwrite: allow an existing output (replaced at success only) and discard left-overs.
         resume: take up what a killed run left; nothing left over means starting from the beginning.
         worth_keeping: whether the staging directory holds progress.
@@ -64,12 +67,12 @@ def staging(output: Path, *, overwrite: bool, resume: bool, worth_keeping: Calla
     partial = partial_path(output)
     with writing(output):
         _check_output(output, overwrite=overwrite, resume=resume)
-        _check_left_over(partial, go_on=resume or overwrite)
+        _check_left_over(partial, command, overwrite=overwrite, resume=resume)
         lock = _lock(partial)
     try:
         _check_output(output, overwrite=overwrite, resume=resume)  # another run may have finished since
         with writing(partial):
-            (partial / MARKER_NAME).touch()
+            (partial / MARKER_NAME).write_text(command)
         if not resume:
             _empty(partial)
         yield partial
@@ -121,31 +124,46 @@ def _check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         raise OutputError(f"{output}: {foreign}, so --overwrite does not touch it; choose another --output")
 
 
-def _check_left_over(partial: Path, *, go_on: bool) -> None:
+def _check_left_over(partial: Path, command: str, *, overwrite: bool, resume: bool) -> None:
     if not partial.exists():
         return
     if not partial.is_dir() or (any(partial.iterdir()) and not (partial / MARKER_NAME).is_file()):
         raise OutputError(
             f"{partial}: is in the way and not ours (no {MARKER_NAME} in it); move it or choose another --output"
         )
-    if not go_on and any(item.name not in (LOCK_NAME, MARKER_NAME) for item in partial.iterdir()):
+    with suppress(OSError):
+        other = (partial / MARKER_NAME).read_text()
+        if resume and not overwrite and other not in ("", command) and not other.startswith("{"):
+            raise OutputError(
+                f"{partial}: left by `{other}`, not by `{command}`; choose another --output, or pass --overwrite to discard it"
+            )
+    if not (overwrite or resume) and any(item.name not in (LOCK_NAME, MARKER_NAME) for item in partial.iterdir()):
         raise OutputError(
             f"{partial}: left over from a run that did not finish; pass --resume to go on or --overwrite to start anew"
         )
 
 
 def _foreign(path: Path) -> str | None:
-    """Why a directory is not one that this program wrote, or holds something that it never writes; None if neither."""
+    """Why a directory is not one that this program wrote, or holds something that it did not; None if neither."""
     if not path.is_dir():
         return "is a file"
-    names = sorted(item.name for item in path.iterdir())
-    if names and not any((path / name).is_file() for name in _MADE_BY_US):
-        return "is no output of sculptor (no archive.json, no sculptor.json)"
-    own = (LOCK_NAME, MARKER_NAME)
-    strange = [
-        name for name in names if name not in own and (name.startswith(".") or name.endswith((".py", ".sh", ".ipynb")))
-    ]
+    held = sorted(
+        item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_symlink() or not item.is_dir()
+    )
+    if not held and not any(path.iterdir()):
+        return None
+    try:
+        known = set(json.loads((path / MARKER_NAME).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"is no output of sculptor (no list of its files in {MARKER_NAME})"
+    strange = [name for name in held if name not in known and name not in (LOCK_NAME, MARKER_NAME)]
     return f"holds {strange[0]}, which sculptor did not write" if strange else None
+
+
+def _list_files(staged: Path) -> None:
+    """Notes what an output is made of, so that `--overwrite` knows what else has come to lie there."""
+    files = sorted(item.relative_to(staged).as_posix() for item in staged.rglob("*") if not item.is_dir())
+    write_json(staged / MARKER_NAME, {"files": [name for name in files if name not in (LOCK_NAME, MARKER_NAME)]})
 
 
 def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
@@ -155,6 +173,7 @@ def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
         NotPlacedError: if that fails; the old output is then where it was, and the new one where it was staged.
     """
     try:
+        _list_files(staged)
         if output.exists():
             _check_output(output, overwrite=overwrite, resume=False)
             _replace(staged, output)
@@ -166,9 +185,8 @@ def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
             f"{output}: cannot be put in place ({reason}); what was there still is, and the new one is complete in {staged}: "
             "move it yourself, or pass --resume"
         ) from cause
-    for name in (LOCK_NAME, MARKER_NAME):  # only now: until here nobody else could take the place
-        with suppress(OSError):  # the output is complete all the same
-            (output / name).unlink(missing_ok=True)
+    with suppress(OSError):  # only now: until here nobody else could take the place; it is complete all the same
+        (output / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _replace(staged: Path, output: Path) -> None:

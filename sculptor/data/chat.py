@@ -168,7 +168,8 @@ class _Conversation:
         if not any(mask):
             raise DataError(f"{self.row.where}: the assistant turns are empty after tokenisation")
         last = max(i for i, on in enumerate(mask) if on)
-        if not may_end or marked is not None or any(map(self._ends, ids[max(0, last - 2) : last + 1])):
+        written = " ".join(str(message.get("content")) for message in self.messages)
+        if not may_end or marked is not None or any(self._ends(i, written) for i in ids[max(0, last - 2) : last + 1]):
             return Rendered(ids, mask, False)
         return Rendered([*ids[: last + 1], self.tokenizer.eos_token_id], [*mask[: last + 1], True], True)
 
@@ -195,9 +196,11 @@ class _Conversation:
         found: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return found
 
-    def _ends(self, token: int) -> bool:
-        """Whether a token can end a turn: a special or an added one."""
-        return token in _special_ids(self.tokenizer)
+    def _ends(self, token: int, written: str) -> bool:
+        """Whether a token can end a turn: the end of sequence, or one of the template's own special or added tokens."""
+        if token == self.tokenizer.eos_token_id:
+            return True
+        return token in _special_ids(self.tokenizer) and self.tokenizer.convert_ids_to_tokens(token) not in written
 
     def _check_rendered(self, messages: Sequence[Message]) -> None:
         """Refuses what the template leaves out: it would be trained silently on something else."""
@@ -210,13 +213,7 @@ class _Conversation:
                 raise DataError(
                     f"{self.row.where}: turn {i + 1} of the assistant is empty; remove it or set its weight to 0"
                 )
-            if filled == ["tool_calls"]:
-                bare = {key: value for key, value in message.items() if key != "tool_calls"} | {"content": ""}
-                if self._try([*messages[:i], bare]) == self._render(messages[: i + 1]):
-                    raise DataError(
-                        f"{self.row.where}: the chat template renders nothing of turn {i + 1}'s tool_calls; choose another "
-                        "with --chat-template"
-                    )
+        self._check_kept(messages)
         if self.row.tools:
             options = dict(self.row.template_options)
             bare_text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
@@ -225,6 +222,27 @@ class _Conversation:
                     f"{self.row.where}: the chat template leaves out 'tools'; choose another with --chat-template, or "
                     "remove the key"
                 )
+
+    def _check_kept(self, messages: Sequence[Message]) -> None:
+        """Refuses calls, thinking of trained turns and system messages of which a template renders nothing."""
+        for i, message in enumerate(messages):
+            for key in ("tool_calls", "reasoning_content", "thinking"):
+                wanted = message["role"] == "assistant" and (key == "tool_calls" or i in self.trained)
+                if not wanted or not _says(message.get(key)):
+                    continue
+                bare = {name: value for name, value in message.items() if name != key}
+                if self._try([*messages[:i], bare]) == self._render(messages[: i + 1]):
+                    raise DataError(
+                        f"{self.row.where}: the chat template renders nothing of turn {i + 1}'s {key}; choose another with "
+                        "--chat-template, or remove the key"
+                    )
+            if message["role"] == "system" and _says(message.get("content")):
+                other = [*messages[:i], message | {"content": f"{message['content']} ."}, *messages[i + 1 :]]
+                if self._try(other) == self._render(messages):
+                    raise DataError(
+                        f"{self.row.where}: the chat template leaves out the system message; choose another with "
+                        "--chat-template, or remove the message"
+                    )
 
     def _try(self, messages: Sequence[Message]) -> str | None:
         try:

@@ -144,23 +144,22 @@ def _check_vocabulary(where: str, examples: Sequence[Example], vocab_size: int |
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A prompt's ids with the tokenizer's own leading special tokens, once each, and no end of sequence."""
-    ids: list[int] = tokenizer(prompt, verbose=False).input_ids
-    bare = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    bos = tokenizer.bos_token_id
-    if bos is not None and bare[:1] == [bos] and ids[:2] == [bos, bos]:  # written in the prompt already
-        ids = ids[1:]
-    while ids and ids[-1] == tokenizer.eos_token_id and ids[-1:] != bare[-1:]:
-        ids = ids[:-1]
-    return ids
+    prefix, bare, _ = sequence_frame(tokenizer, prompt)
+    return [*prefix, *bare]
 
 
 def sequence_frame(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
     """What the tokenizer puts before a text, the text's own ids, and what it puts behind."""
     bare = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     whole = tokenizer(text, verbose=False).input_ids
-    start = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    if not bare:
+        count = int(whole[:1] == [tokenizer.bos_token_id])
+        return whole[:count], [], whole[count:]
+    start = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
+    if start is None:  # it puts something into the text itself
+        return [], whole, []
     prefix, suffix = whole[:start], whole[start + len(bare) :]
-    if bare[: len(prefix)] == prefix:  # written in the text already
+    if prefix and bare[: len(prefix)] == prefix:  # written in the text already
         bare = bare[len(prefix) :]
     return prefix, bare, suffix
 
@@ -190,7 +189,10 @@ def _encode_text(row: TextRow, tokenizer: Any, kind: Kind, max_length: int) -> l
         raise DataError(f"{row.where}: empty after tokenisation ({len(bare)} tokens); the loss needs at least 2")
     size = max_length - len(prefix)
     windows = [(*prefix, *ids[i : i + size]) for i in range(0, len(ids), size)]
-    return [Example(window, window) for window in windows if len(window) > 1]
+    examples = [Example(window, window) for window in windows if len(window) > 1]
+    if len(windows[-1]) == 1:  # nothing would predict a last token by itself
+        examples.append(Example((windows[-2][-1], *windows[-1]), (IGNORED, *windows[-1])))
+    return examples
 
 
 def _encode_masked(row: TextRow, tokenizer: Any, max_length: int) -> list[Example]:

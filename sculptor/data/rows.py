@@ -11,6 +11,11 @@ from sculptor.errors import DataError
 
 _EXPECTED = "'messages', 'prompt' and 'completion', or 'text'"
 _CONVERT = "datasets.load_dataset(...).to_json(FILE) writes it"
+# Arguments of a template that are not the row's to give.
+_OWN_OPTIONS = frozenset(
+    ("add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "tools", "conversation", "return_dict",
+     "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs")
+)  # fmt: skip
 _SHOWN = 8  # keys that a message lists
 
 
@@ -114,7 +119,7 @@ def _refuse_other_formats(path: Path, text: str) -> None:
 
 def _parse(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique)
     except json.JSONDecodeError as cause:
         raise DataError(f"{where}: broken JSON ({cause.msg} at column {cause.colno})") from cause
     except RecursionError:
@@ -143,6 +148,16 @@ def _parse(line: str, where: str) -> Row:
     keys = ", ".join(_short(key) for key in sorted(row)[:_SHOWN]) or "(none)"
     more = f" and {len(row) - _SHOWN} more" if len(row) > _SHOWN else ""
     raise DataError(f"{where}: keys {keys}{more}; expected {_EXPECTED}{_hint(row)}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are told apart: of two values, which is meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {_short(twice)} twice")
+    return found
 
 
 def _hint(row: Mapping[str, Any]) -> str:
@@ -196,6 +211,11 @@ def _conversation(row: Mapping[str, Any], messages: Any, where: str, start: int 
         raise DataError(f"{where}: 'tools' is not a list of definitions")
     if not isinstance(options, dict):
         raise DataError(f"{where}: 'chat_template_kwargs' is not an object")
+    ours = sorted(set(options) & _OWN_OPTIONS)
+    if ours:
+        raise DataError(
+            f"{where}: 'chat_template_kwargs' has {ours[0]!r}, which decides where turns begin and end; remove it"
+        )
     return MessagesRow(where, tuple(cleaned), tuple(trained), tuple(tools), tuple(sorted(options.items())))
 
 
@@ -214,7 +234,10 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     kept = {key: value for key, value in message.items() if key not in ("weight", "train", "training")}
     content = kept.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        if not all(
+            isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
             raise DataError(f"{where} has content that is not text; only text can be trained")
         kept["content"] = "".join(part["text"] for part in content)
     elif content is None:

@@ -31,20 +31,23 @@ def rounding_variance(values: Tensor, dtypes: Sequence[torch.dtype] | None = Non
     return sum((ulp(values, dtype).square() / 12.0 for dtype in dtypes or [values.dtype]), start=torch.zeros(()))
 
 
-def leak_allowance(rounding: float, num_frozen: int) -> float:
+def leak_allowance(rounding: float, num_frozen: int, update: float = 0.0) -> float:
     """The largest leak that rounding explains: sqrt(1e-6^2 + (slack rounding)^2), all relative to ||dW||.
+
+    Of an `update` larger than the matrix, ||dW|| / ||W|| > 1, the first is a share of ||W||: else a large update in free
+    directions would hide any change in the others.
 
     The norm of `num_frozen` independent errors varies by 1 / sqrt(2 num_frozen) around its expectation; four of
     these exceed the slack of 1.25 only where fewer than 128 pairs are frozen.
     """
     slack = max(ROUNDING_SLACK, 1 + 4 / math.sqrt(2 * max(1, num_frozen)))
-    return math.hypot(LEAK_FLOOR, slack * rounding)
+    return math.hypot(LEAK_FLOOR / max(1.0, update), slack * rounding)
 
 
-def peak_allowance(update: float, rounding: float, num_frozen: int) -> float:
-    """The largest spectral norm of a leak that rounding explains, in the units of `update`, ||dW||; as `leak_allowance`."""
+def peak_allowance(update: float, weight: float, rounding: float, num_frozen: int) -> float:
+    """The largest spectral norm of a leak that rounding explains, in the units of ||dW|| and ||W||; as `leak_allowance`."""
     slack = max(ROUNDING_SLACK, 1 + 4 / math.sqrt(2 * max(1, num_frozen)))
-    return math.hypot(LEAK_FLOOR * update, slack * rounding)
+    return math.hypot(LEAK_FLOOR * min(update, weight), slack * rounding)
 
 
 def rms(values: Tensor) -> float:

@@ -73,6 +73,12 @@ def stream_model(
             raise CheckpointError(
                 f"{checkpoint.path}: parameter {group[0]} of {architecture.model_class} is not in the files; use --offload none"
             )
+        source = sources[known[0]]
+        if isinstance(source, str) and checkpoint.infos[source].shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.infos[source].shape)}, config.json asks for "
+                f"{list(shape)}"
+            )
         owners = {path for name in group for path in blocks if name.startswith(path + ".")}
         outside = any(not name.startswith(tuple(path + "." for path in blocks)) for name in group)
         wanted = (compute_dtypes or {}).get(known[0], _dtype(model, known[0], dtype))

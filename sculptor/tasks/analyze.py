@@ -86,8 +86,8 @@ def analyze(
     sources = read_sources(checkpoint, architecture, settings) if calibrated else []
     examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()
     output = Path(output).resolve()
-    check_apart(output, [checkpoint.path, *settings.data])
-    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
+    check_apart(output, [checkpoint.path, *settings.data, *filter(None, [settings.chat_template])])
+    with staging(output, command="analyze", overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
         records = {target.name: _new_record(checkpoint, target) for target in targets}
         key = {
             "settings": asdict(settings),

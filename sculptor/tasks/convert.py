@@ -36,7 +36,9 @@ def convert(
     opened, checkpoint = Archive(archive, rules=rules), open_checkpoint(model)
     check_apart(output, [opened.path, checkpoint.path])
     opened.check_base(checkpoint, progress)
-    with staging(output, overwrite=overwrite, resume=False, worth_keeping=lambda _: False) as partial:
+    with staging(
+        output, command="convert", overwrite=overwrite, resume=False, worth_keeping=lambda _: False
+    ) as partial:
         files = [*opened.manifest.files, *(section.file for section in opened.manifest.sections.values())]
         bar = progress(total=len(files), desc="copy", unit="file")
         for name in files:

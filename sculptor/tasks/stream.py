@@ -183,7 +183,9 @@ class StreamedModel:
         self._check_open()
         output = Path(output).resolve()
         check_apart(output, [self.checkpoint.path, self.archive.path])
-        with staging(output, overwrite=overwrite, resume=False, worth_keeping=lambda _: False) as partial:
+        with staging(
+            output, command="stream", overwrite=overwrite, resume=False, worth_keeping=lambda _: False
+        ) as partial:
             bar = progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
             edits = {record.tensor: self._merge(name) for name, record in self.archive.items()}
             write_checkpoint(self.checkpoint, partial, edits, bar=bar)

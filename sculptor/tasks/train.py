@@ -86,8 +86,8 @@ def train(
     if not reason.endswith(("as asked", "everything fits")):
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
-    check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data])
-    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
+    check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data, *filter(None, [settings.chat_template])])
+    with staging(output, command="train", overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
         scratch = partial / "scratch"
         job = open_rules(job, device, partial, progress)
         loaded, updates = prepare_model(

@@ -194,8 +194,8 @@ def try_point(run: Callable[[Path, bool], object], work: Path, expected: dict[st
     if said == "killed" and fault != "SIGKILL":
         return "killed without a signal"
     if output.exists():  # placed; what tidying up left is no part of it
-        found = {name: value for name, value in digests(output).items() if name not in LITTER}
-        return "ok" if found == expected else "looks finished and is not"
+        found, whole = ({n: v for n, v in each.items() if n not in LITTER} for each in (digests(output), expected))
+        return "ok" if found == whole else "looks finished and is not"
     again = in_child(lambda: run(output, True), log)
     if again != "done":
         return f"after {said[:200]!r}: {again}"

@@ -1,16 +1,26 @@
 """Outputs are complete or not there."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from sculptor.checkpoint.staging import NotPlacedError, check_apart, commit, partial_path, staging
+from sculptor.checkpoint.staging import MARKER_NAME, NotPlacedError, check_apart, commit, partial_path, staging
 from sculptor.errors import OutputError
 
 
 def start(output: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
-    with staging(output, overwrite=overwrite, resume=resume, worth_keeping=lambda _: True) as partial:
+    with staging(
+        output, command="analyze", overwrite=overwrite, resume=resume, worth_keeping=lambda _: True
+    ) as partial:
         return partial
+
+
+def ours(output: Path, *names: str) -> None:
+    """Makes an output as a run leaves it."""
+    for name in names:
+        (output / name).write_text("")
+    (output / MARKER_NAME).write_text(json.dumps({"files": list(names)}))
 
 
 def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
@@ -31,13 +41,13 @@ def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
 def test_overwrite_replaces_only_at_success(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "sculptor.json").write_text("")
+    ours(output, "sculptor.json")
     (tmp_path / "out.old").mkdir()
     partial = start(output, overwrite=True)
     assert (output / "sculptor.json").exists()
     (partial / "new").write_text("")
     commit(partial, output, overwrite=True)
-    assert [file.name for file in output.iterdir()] == ["new"]
+    assert sorted(file.name for file in output.iterdir()) == [".sculptor", "new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
 
 
@@ -46,9 +56,8 @@ def test_overwrite_replaces_only_at_success(tmp_path: Path) -> None:
     [
         (["precious"], "is no output of sculptor"),
         (["config.json", "main.py"], "is no output of sculptor"),
-        (["config.json", "model.safetensors"], "is no output of sculptor"),
-        (["sculptor.json", ".git"], "holds .git"),
-        (["archive.json", "main.py"], "holds main.py"),
+        (["archive.json", "photo.jpg"], "is no output of sculptor"),
+        (["sculptor.json", ".git"], "is no output of sculptor"),
     ],
 )
 def test_overwrite_touches_only_outputs(tmp_path: Path, names: list[str], message: str) -> None:
@@ -60,6 +69,39 @@ def test_overwrite_touches_only_outputs(tmp_path: Path, names: list[str], messag
         start(output, overwrite=True)
     assert sorted(item.name for item in output.iterdir()) == sorted(names)
     assert not partial_path(output).exists()
+
+
+@pytest.mark.parametrize("name", ["notes.md", ".git/HEAD", "second/model.safetensors", "src/x.py"])
+def test_overwrite_spares_what_came_to_lie_in_an_output(tmp_path: Path, name: str) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    ours(output, "sculptor.json", "config.json")
+    start(output, overwrite=True)
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"holds {name}, which sculptor did not write"):
+        start(output, overwrite=True)
+    assert (output / name).read_text() == "mine"
+
+
+def test_what_another_command_left_is_not_taken_up(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (start(output) / "work").write_text("hours")
+    with (
+        pytest.raises(OutputError, match="left by `analyze`, not by `train`"),
+        staging(output, command="train", overwrite=False, resume=True, worth_keeping=lambda _: True),
+    ):
+        pass
+    assert (start(output, resume=True) / "work").read_text() == "hours"
+
+
+def test_files_of_an_input_may_be_links_into_the_output(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "weights").write_text("")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").symlink_to(tmp_path / "out" / "weights")
+    with pytest.raises(OutputError, match="is or holds the input"):
+        check_apart(tmp_path / "out", [tmp_path / "model"])
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -76,6 +118,7 @@ def test_a_staging_directory_of_somebody_else_is_left_alone(tmp_path: Path, resu
 def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     output.mkdir()
+    ours(output, "sculptor.json")
     (output / "sculptor.json").write_text("old")
     rename, count = Path.rename, [0]
 
@@ -87,7 +130,7 @@ def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypa
 
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match=r"No space left.*complete in .*out.partial"),
-        staging(output, overwrite=True, resume=False, worth_keeping=lambda _: False) as partial,
+        staging(output, command="analyze", overwrite=True, resume=False, worth_keeping=lambda _: False) as partial,
     ):
         (partial / "sculptor.json").write_text("new")
         monkeypatch.setattr(Path, "rename", failing)
@@ -101,7 +144,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match="exists already"),
-        staging(output, overwrite=False, resume=False, worth_keeping=lambda _: False) as partial,
+        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial,
     ):
         (partial / "work").write_text("ours")
         output.mkdir()
@@ -121,14 +164,14 @@ def test_the_lock_is_held_until_the_place_is_taken(tmp_path: Path, monkeypatch: 
         seen.append(rename(self, target))
         return seen[0]
 
-    with staging(output, overwrite=False, resume=False, worth_keeping=lambda _: False) as partial:
+    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial:
         (partial / "work").write_text("")
         monkeypatch.setattr(Path, "rename", watched)
         commit(partial, output, overwrite=False)
         with pytest.raises(OutputError, match="exists already"):
             start(output)
     assert seen == [output]
-    assert [item.name for item in output.iterdir()] == ["work"]
+    assert sorted(item.name for item in output.iterdir()) == [".sculptor", "work"]
 
 
 def test_inputs_are_never_outputs(tmp_path: Path) -> None:
@@ -145,7 +188,7 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_place(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with staging(output, overwrite=False, resume=False, worth_keeping=lambda _: True) as partial:
+    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: True) as partial:
         (partial / "work").write_text("")
         for resume in (True, False):
             with pytest.raises(OutputError, match="another run is writing there"):
@@ -159,7 +202,7 @@ def test_after_an_error_only_progress_is_kept(tmp_path: Path, worth: bool) -> No
     output = tmp_path / "out"
     with (
         pytest.raises(KeyboardInterrupt),
-        staging(output, overwrite=False, resume=False, worth_keeping=lambda _: worth),
+        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: worth),
     ):
         raise KeyboardInterrupt
     assert partial_path(output).exists() == worth

@@ -91,7 +91,7 @@ def test_rows_name_file_and_line(cli: Callable[..., Result], made: dict[str, Pat
 def test_existing_outputs_are_kept(cli: Callable[..., Result], made: dict[str, Path]) -> None:
     made["out"].mkdir()
     (made["out"] / "precious").write_text("x")
-    (made["out"] / "sculptor.json").write_text("{}")
+    (made["out"] / ".sculptor").write_text('{"files": ["precious"]}')
     one_line(train(cli, made), "exists already", "--overwrite")
     one_line(cli("analyze", made["model"], "-o", made["out"]), "exists already")
     assert (made["out"] / "precious").read_text() == "x"

@@ -29,6 +29,7 @@ SPACED = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
 TWO = [*HELLO, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Good bye"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -94,6 +95,13 @@ def test_an_end_is_learned_where_the_template_has_none(tokenizer: Any, tmp_path:
     assert [text.replace("\n", "").strip() for text in found] == ["Hello there</s>", "Good bye</s>"]
 
 
+def test_a_special_token_that_the_row_says_ends_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = NO_END
+    messages = [HELLO[0], {"role": "assistant", "content": "Hello<|im_start|>"}]
+    (found,) = learned(tokenizer, tmp_path, {"messages": messages})
+    assert found.endswith("</s>")
+
+
 @pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"training": False}])
 def test_turns_left_out_carry_no_loss(tokenizer: Any, tmp_path: Path, off: dict[str, Any]) -> None:
     messages = [TWO[0], TWO[1] | off, *TWO[2:]]
@@ -125,6 +133,23 @@ def test_tools_and_calls_go_to_the_template(tokenizer: Any, tmp_path: Path) -> N
             "renders nothing",
         ),
         ({"messages": HELLO, "tools": TOOLS}, SPACED, "leaves out 'tools'"),
+        ({"messages": [HELLO[0], HELLO[1] | {"tool_calls": [CALL]}]}, SPACED, "renders nothing of turn 2's tool_calls"),
+        (
+            {"messages": [HELLO[0], HELLO[1] | {"tool_calls": [CALL], "weight": 0}, *HELLO]},
+            SPACED,
+            "turn 2's tool_calls",
+        ),
+        (
+            {"messages": [HELLO[0], HELLO[1] | {"reasoning_content": "hm"}]},
+            CHATML,
+            "renders nothing of turn 2's reasoning",
+        ),
+        ({"messages": [{"role": "system", "content": "s"}, *HELLO]}, NO_SYSTEM, "leaves out the system message"),
+        (
+            {"messages": HELLO, "chat_template_kwargs": {"add_generation_prompt": True}},
+            CHATML,
+            "'add_generation_prompt'",
+        ),
         ({"messages": HELLO, "tools": "["}, CHATML, "'tools' is text that is no JSON"),
         ({"messages": [HELLO[0], HELLO[1] | {"weight": 0}]}, CHATML, "every assistant turn is left out"),
         ({"messages": [HELLO[0], HELLO[1] | {"weight": 0.5}]}, CHATML, "weight 0.5; expected 0 or 1"),
@@ -183,6 +208,7 @@ def test_a_template_is_chosen_by_name_or_file(tokenizer: Any, tmp_path: Path) ->
         ("rows.jsonl", '{"conversations": [{"from": "human", "value": "x"}]}', "ShareGPT"),
         ("rows.jsonl", '{"instruction": "a", "input": "", "output": "b"}', "Alpaca"),
         ("rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "preference pairs"),
+        ("rows.jsonl", '{"prompt": "a", "completion": "b", "completion": "c"}', "key 'completion' twice"),
         ("rows.jsonl", '{"prompt": ' + "1" * 5000 + "}", "broken JSON"),
         ("rows.jsonl", "{" + ", ".join(f'"{"k" * 500}{i}": 1' for i in range(50)) + "}", "and 42 more"),
     ],

@@ -172,3 +172,19 @@ def test_an_empty_prompt_is_refused_where_nothing_stands_before_the_completion(t
         encode([CompletionRow("f:1", "", "w2")], tokenizer, "causal", 16)
     (example,) = encode([CompletionRow("f:1", "", "w2")], with_start(tokenizer), "causal", 16).examples
     assert example.labels == (IGNORED, 6, 0)
+
+
+def test_the_last_token_of_a_text_is_never_lost(tokenizer: Any) -> None:
+    text = " ".join(f"w{i}" for i in range(9))
+    found = encode([TextRow("f", text)], tokenizer, "causal", 8).examples
+    assert [example.labels for example in found] == [tuple(range(4, 12)), (IGNORED, 12)]
+    assert found[1].input_ids == (11, 12)
+
+
+def test_an_end_that_a_prompt_says_comes_once(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <end>", special_tokens=[("<end>", 0)])
+    for prompt, expected in (("w1 w2", (5, 6)), ("w1 w2 <end>", (5, 6, 0))):
+        (example,) = encode([CompletionRow("f", prompt, "w3")], tokenizer, "causal", 16).examples
+        assert example.input_ids == (*expected, 7, 0)

@@ -215,6 +215,75 @@ def test_what_else_a_user_would_load_is_compared(made: Path, tmp_path: Path, fil
     assert all(matrix.holds for matrix in found.matrices)
 
 
+def test_a_linked_folder_of_templates_is_seen(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / "x").mkdir()
+    (tuned / "x" / "default.jinja").write_text("evil")
+    (tuned / "additional_chat_templates").symlink_to("x")
+    assert "additional_chat_templates/default.jinja was added" in check(made, tuned).differences
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"return_dict": None}),
+        ("config.json", {"pad_token_id": True}),
+        ("tokenizer_config.json", {"split_special_tokens": None}),
+        ("tokenizer_config.json", {"dtype": "float32"}),
+    ],
+)
+def test_null_is_not_nothing_nor_true_one(made: Path, tmp_path: Path, file: str, change: dict[str, Any]) -> None:
+    tuned = attacked(made, tmp_path)
+    edit_json(tuned / file, **change)
+    found = check(made, tuned)
+    assert not found.passed
+    assert any(file in line for line in found.differences)
+
+
+def test_a_word_of_a_vocabulary_is_no_setting(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    content = json.loads((tuned / "tokenizer.json").read_text())
+    content["model"]["vocab"]["dtype"] = 7
+    (tuned / "tokenizer.json").write_text(json.dumps(content))
+    assert check(made, tuned).differences == ("tokenizer.json differs",)
+
+
+def test_files_of_any_tokenizer_are_compared(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / "emoji.json").write_text("{}")
+    assert check(made, tuned).differences == ("emoji.json was added",)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+def test_a_huge_update_hides_no_leak(made: Path, tmp_path: Path, scale: float, strict: bool) -> None:
+    """What the free directions take does not make room in the others."""
+    tuned = attacked(made, tmp_path)
+    base = load_file(made / "float32" / "base" / "model.safetensors")[NAME].double()
+    u, _, v = torch.linalg.svd(base, full_matrices=False)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        update = tensors[NAME].double() - base
+        size = scale * float(base.norm())
+        tensors[NAME] = (base + update / update.norm() * size + 0.8e-6 * size * (u[:, :1] @ v[:1])).float()
+
+    edit_tensors(tuned, change)
+    assert not check(made, tuned, strict=strict).passed
+
+
+def test_a_dtype_that_is_not_that_of_the_tensors(made: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    here = made / "bfloat16"
+    wide = replace(FAST, save_dtype="float32")
+    train(here / "base", here / "archive", [made / "rows.jsonl"], tmp_path / "wide", wide)
+    assert check(made, tmp_path / "wide", "bfloat16", strict=True).passed
+    edit_json(tmp_path / "wide" / "config.json", dtype="bfloat16")
+    found = check(made, tmp_path / "wide", "bfloat16", strict=True)
+    assert not found.passed
+    assert found.differences
+
+
 def test_what_may_differ(made: Path, tmp_path: Path) -> None:
     tuned = attacked(made, tmp_path)
     edit_json(tuned / "config.json", transformers_version="9.9", use_cache=False, _name_or_path="somewhere")
