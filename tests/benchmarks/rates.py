@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--micro-batch-size", type=int, default=32)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -38,8 +39,9 @@ def main() -> None:
     text = (options.text,) if options.basis in ("inputs", "curvature") else ()
     found = sculptor.AnalyzeSettings(basis=options.basis, data=text, device=options.device)
     sculptor.analyze(options.model, options.out / "subspaces", found)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     losses: dict[float | None, list[float]] = {}
-    for seed, rate in itertools.product(range(options.seeds), (None, *RATES)):
+    for seed, rate in itertools.product(seeds, (None, *RATES)):
         began = time.perf_counter()
         tuned = options.out / "tuned"
         settings = sculptor.TrainSettings(
