@@ -157,8 +157,12 @@ def load_streamed(
         )
     except MemoryError as cause:
         raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause
-    check_model(checkpoint, architecture, model, device)
-    tokenizer = load_tokenizer(checkpoint, architecture)
+    try:
+        check_model(checkpoint, architecture, model, device, mixed=bool(trained))
+        tokenizer = load_tokenizer(checkpoint, architecture)
+    except BaseException:
+        stream.close()  # host memory that is pinned stays so else
+        raise
     return LoadedModel(checkpoint, architecture, model, tokenizer, device, stream)
 
 

@@ -21,8 +21,17 @@ _NOISE_OTHERS = 0.2
 
 
 @torch.no_grad()
-def check_model(checkpoint: Checkpoint, architecture: Architecture, model: Any, device: torch.device) -> None:
+def check_model(
+    checkpoint: Checkpoint, architecture: Architecture, model: Any, device: torch.device, *, mixed: bool = False
+) -> None:
     """Checks that a model runs on text alone, that padding does not move its predictions, and later tokens no earlier ones.
+
+    Args:
+        checkpoint: that it was loaded from.
+        architecture: of the checkpoint.
+        model: loaded.
+        device: where it computes.
+        mixed: its parameters are of several dtypes, for training under autocast.
 
     Raises:
         CheckpointError: if they do: its loss would mean nothing, or depend on the batch.
@@ -35,8 +44,11 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture, model: Any, 
     name, kind = architecture.model_class, architecture.kind
     try:
         labels = ids.masked_fill(mask == 0, IGNORED)  # some decoders begin with the last of them
-        logits = logits_of(model, Batch(ids, mask, labels), kind).float()
-        alone = logits_of(model, Batch(ids[2:, :-_CHANGED], mask[2:, :-_CHANGED], ids[2:, :-_CHANGED]), kind).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed and device.type == "cuda"):
+            logits = logits_of(model, Batch(ids, mask, labels), kind).float()
+            alone = logits_of(
+                model, Batch(ids[2:, :-_CHANGED], mask[2:, :-_CHANGED], ids[2:, :-_CHANGED]), kind
+            ).float()
     except CheckpointError:
         raise
     except torch.OutOfMemoryError:
@@ -45,7 +57,8 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture, model: Any, 
         raise CheckpointError(f"{checkpoint.path}: {name} does not run on text alone ({reason_of(cause)})") from cause
     scale = float(alone.std())
     moved = float((logits[2:, :-_CHANGED] - alone).abs().max())
-    if moved > _NOISE.get(computing_dtype(model), _NOISE_OTHERS) * scale:
+    dtype = torch.bfloat16 if mixed and device.type == "cuda" else computing_dtype(model)
+    if moved > _NOISE.get(dtype, _NOISE_OTHERS) * scale:
         raise CheckpointError(
             f"{checkpoint.path}: padding moves what {name} predicts, by {moved / scale:.0e} of its spread; its loss would depend "
             "on the batch"
@@ -54,7 +67,7 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture, model: Any, 
         return
     difference = (logits[0] - logits[1]).abs().amax(dim=-1)
     early, late = float(difference[:-_CHANGED].max()), float(difference[-_CHANGED:].max())
-    if early > _SHARE * late:
+    if early > (_SHARE if dtype in _NOISE else _NOISE_OTHERS) * late:
         raise CheckpointError(
             f"{checkpoint.path}: {name} is no causal model as it is configured: a later token moves an earlier prediction; set "
             '"is_decoder": true in config.json, or name the class for masked language modelling in "architectures"'
