@@ -23,6 +23,9 @@ _FOR_PEOPLE = re.compile(
     r"|sculptor\.json|metrics\.jsonl|train(er|ing)_[^/]*|all_results\.json|eval_results\.json",
     re.IGNORECASE,
 )
+_TOKENIZER = re.compile(
+    r"(.*/)?(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece)|.*\.(model|spm|bpe|jinja)$"
+)
 
 
 def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
@@ -35,12 +38,14 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """
     found = [f"config.json: {what}" for what in _config_differences(base, tuned)]
     before, now = (_files(checkpoint) for checkpoint in (base, tuned))
+    has_tokenizer = any(map(_TOKENIZER.match, now))
     carried = {path.as_posix() for path in companions(base.path)}
     for name in sorted({*before, *now} - {"config.json"}):
         if name not in before:
             found.append(f"{name} was added")
         elif name not in now:
-            if name in carried:  # code, secrets and links are never carried along
+            # Code, secrets and links are never carried along; without any tokenizer nobody loads another one.
+            if name in carried and (has_tokenizer or not _TOKENIZER.match(name)):
                 found.append(f"{name} is missing")
         elif not _same_content(base.path / name, tuned.path / name):
             found.append(f"{name} differs")
@@ -59,7 +64,21 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
     allowed |= stored if len(stored) == 1 else set()
     if _dtype(now) not in allowed:
         yield f"dtype was {_dtype(before)}, is {_dtype(now)}, and the tensors are not"
-    yield from _settings(_without(before), _without(now))
+    yield from _settings(_without(_as_loaded(base)), _without(_as_loaded(tuned)))
+
+
+def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """A configuration with its defaults, as transformers reads it: saving it anew writes other keys of the same meaning."""
+    from transformers import AutoConfig
+
+    try:
+        found: dict[str, Any] = AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=False, local_files_only=True
+        ).to_dict()
+    except Exception:  # of a class that this transformers does not have
+        return checkpoint.config
+    # What is no setting of the class is kept by it; code is named in the file alone.
+    return found | {key: checkpoint.config[key] for key in ("auto_map", "architectures") if key in checkpoint.config}
 
 
 def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *_DTYPES)) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from sculptor.errors import OutputError
 
 LOCK_NAME = ".sculptor.lock"
 MARKER_NAME = ".sculptor"  # says that a staging directory is ours to empty, and what a finished output is made of
+# Of no output, but of the way there: may be left where tidying up failed.
+_OF_THE_WAY = (LOCK_NAME, MARKER_NAME, "progress.json", "scores.json")
 
 
 class NotPlacedError(OutputError):
@@ -156,14 +158,14 @@ def _foreign(path: Path) -> str | None:
         known = set(json.loads((path / MARKER_NAME).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"is no output of sculptor (no list of its files in {MARKER_NAME})"
-    strange = [name for name in held if name not in known and name not in (LOCK_NAME, MARKER_NAME)]
+    strange = [name for name in held if name not in known and name not in _OF_THE_WAY]
     return f"holds {strange[0]}, which sculptor did not write" if strange else None
 
 
 def _list_files(staged: Path) -> None:
     """Notes what an output is made of, so that `--overwrite` knows what else has come to lie there."""
     files = sorted(item.relative_to(staged).as_posix() for item in staged.rglob("*") if not item.is_dir())
-    write_json(staged / MARKER_NAME, {"files": [name for name in files if name not in (LOCK_NAME, MARKER_NAME)]})
+    write_json(staged / MARKER_NAME, {"files": [name for name in files if name not in _OF_THE_WAY]})
 
 
 def commit(staged: Path, output: Path, *, overwrite: bool) -> None:

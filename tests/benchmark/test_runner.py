@@ -98,7 +98,7 @@ def consistent(place: Path, name: str, report: Any, rows: int) -> None:
         assert report["metrics"][key] == getattr(figures, key)
     general = [stage["watch_loss"] for stage in report["stages"]]
     assert report["watch_rise"] == pytest.approx(general[-1] - general[0])
-    assert sorted(path.name for path in output.iterdir()) == ["continual.json", "model", "sculptor.json"]
+    assert sorted(path.name for path in output.iterdir()) == [".sculptor", "continual.json", "model", "sculptor.json"]
     assert not (place / f"{name}.partial").exists()
     loaded = load_model(open_checkpoint(output / "model"), torch.device("cpu"))
     assert loaded.architecture.model_class == "LlamaForCausalLM"
@@ -537,7 +537,12 @@ def test_states_of_a_complete_task_do_not_reach_the_output(place: Path) -> None:
     assert left.is_dir()
     shutil.copytree(place / "cut.partial" / "01-first", place / "cut.partial" / "02-second")
     continual(place / "plan.toml", place / "cut", method="full", resume=True)
-    assert sorted(path.name for path in (place / "cut").iterdir()) == ["continual.json", "model", "sculptor.json"]
+    assert sorted(path.name for path in (place / "cut").iterdir()) == [
+        ".sculptor",
+        "continual.json",
+        "model",
+        "sculptor.json",
+    ]
 
 
 @pytest.mark.parametrize("method", ["sculptor", "full"])

@@ -182,7 +182,7 @@ def test_a_leak_in_one_direction_does_not_hide_in_the_rounding_of_all(tmp_path: 
 @pytest.mark.parametrize(
     ("file", "what"),
     [
-        ("config.json", {"rope_theta": 5.0}),
+        ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
         ("config.json", {"rms_norm_eps": 0.1}),
         ("config.json", {"dtype": "float16"}),
         ("config.json", {"architectures": ["MistralForCausalLM"]}),
