@@ -27,6 +27,5 @@ def test_no_top_level_cli_is_installed() -> None:
 
 def test_tests_mirror_the_tree() -> None:
     rooms = {path.name for path in (ROOT / "sculptor").iterdir() if (path / "__init__.py").is_file()} | {"cli"}
-    assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"} == rooms | {
-        "benchmarks"
-    }
+    beside = {"benchmarks", "fuzz"}
+    assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"} == rooms | beside
