@@ -206,10 +206,7 @@ class _Conversation:
         """Refuses what the template leaves out: it would be trained silently on something else."""
         for i in self.trained:
             message = messages[i]
-            filled = [
-                key for key in ("content", "tool_calls", "reasoning_content", "thinking") if _says(message.get(key))
-            ]
-            if not filled:
+            if not any(_says(message.get(key)) for key in ("content", "tool_calls", "reasoning_content", "thinking")):
                 raise DataError(
                     f"{self.row.where}: turn {i + 1} of the assistant is empty; remove it or set its weight to 0"
                 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.chat import check_use, use_template
+from sculptor.data.chat import check_use
 from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import DataError
@@ -105,8 +105,7 @@ def preview(
     length = resolve_max_length(max_length, architecture.max_positions)
     found = read_rows(data)
     check_use(found, chat_template)
-    tokenizer = load_tokenizer(checkpoint, architecture)
-    use_template(tokenizer, chat_template)
+    tokenizer = load_tokenizer(checkpoint, architecture, chat_template)
     bar = progress(total=len(found), desc="encode", unit="row")
     encoded: list[EncodedRow] = []
     for row in found:
