@@ -1,6 +1,7 @@
 """A full disk, a failing one and SIGKILL at every file operation of a small run, which is then taken up again.
 
     python tests/benchmarks/faults.py DIR [--commands analyze train-disk] [--faults ENOSPC SIGKILL] [--every 1]
+        [--part 1/1]
 
 Each point runs in a process of its own (forked, so that nothing is imported again): it has to end in one line of ours, or be
 gone; then the same command goes on with --resume and has to leave, tensor for tensor, what an undisturbed run leaves, and nothing
@@ -216,7 +217,9 @@ def main() -> None:
     )
     parser.add_argument("--faults", nargs="*", default=["ENOSPC", "EIO", "SIGKILL"])
     parser.add_argument("--every", type=int, default=1, help="only every so many points")
+    parser.add_argument("--part", default="1/1", help="I/N: of the points, those of the I-th of N processes")
     options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
     torch.set_num_threads(1)  # threads do not survive a fork
     root = options.directory.resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -245,7 +248,7 @@ def main() -> None:
         expected, points = digests(work / "out"), int(count.read_text())
         for fault in options.faults:
             began, results = time.perf_counter(), Counter[str]()
-            for at in range(1, points + 1, options.every):
+            for at in range(1 + (part - 1) * options.every, points + 1, parts * options.every):
                 found = try_point(run, work, expected, at, fault)
                 results[found if found == "ok" else "wrong"] += 1
                 if found != "ok":
