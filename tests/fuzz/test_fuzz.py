@@ -5,6 +5,7 @@ by coverage, with atheris (`pip install 'sculptor[fuzz]'`).
 """
 
 import contextlib
+import copy
 import json
 import random
 import resource
@@ -58,7 +59,7 @@ def damaged_json(sound: bytes, choose: random.Random) -> bytes:
         elif kind == 2:
             holder[last] = [holder[last]]
         else:
-            holder[last] = choose.choice(WRONG)
+            holder[last] = copy.deepcopy(choose.choice(WRONG))  # else what is nested into it stays in the list
     if (
         isinstance(content, dict) and "sha256" in content and choose.random() < 0.8
     ):  # else the signature stops everything
