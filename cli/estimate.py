@@ -7,7 +7,7 @@ import click
 
 from sculptor.planning.settings import EstimateSettings
 
-from .options import SuggestingCommand, json_option, quiet_libraries, settings_options
+from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options
 
 
 @click.command("estimate", cls=SuggestingCommand)
@@ -27,7 +27,7 @@ def command(
 ) -> int:
     """Say what training MODEL takes: memory, time per step, sizes, for each way of offloading.
 
-    Reads headers only, of the archive too; with --data the rows, for the length of the longest and the time of an epoch. Times are bounds at the speeds shown last, which a busy machine measures too low.
+    Reads headers only, of the archive too; with --data the rows: the longest, an epoch's time, what the first becomes (`sculptor data` shows more). Times are bounds at the speeds shown last, which a busy machine measures too low.
     Exits with 1 if nothing fits.
 
     \b
@@ -41,6 +41,8 @@ def command(
     from sculptor.tasks.estimate import estimate
 
     quiet_libraries()
-    found = estimate(model, EstimateSettings(**settings), subspaces=subspaces, data=data, directory=directory)
+    found = estimate(
+        model, EstimateSettings(**settings), subspaces=subspaces, data=data, directory=directory, progress=bars
+    )
     click.echo(to_json(found) if as_json else estimate_text(found))
     return 0 if found.chosen is not None else 1

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from sculptor.planning.placement import remedy
+from sculptor.report.data import data_text
 from sculptor.report.text import size, table
 from sculptor.tasks.estimate_report import Estimate
 
@@ -38,16 +39,17 @@ def estimate_text(found: Estimate) -> str:
             f"Verdict: --offload auto picks {found.chosen}; at most {found.tokens / mode.step:,.0f} tokens/s, bound by "
             f"{mode.bound}."
         )
+    if found.data is not None:
+        lines += ["", data_text(found.data)]
     return "\n".join(lines)
 
 
 def _data(found: Estimate) -> list[str]:
-    if found.lengths is None:
+    if found.data is None:
         return []
-    shortest, longest = found.lengths
     return [
-        f"{found.num_examples:,} examples of {shortest} to {longest} tokens: {found.steps:,} steps per epoch. Memory is for the "
-        "longest."
+        f"{found.data.num_examples:,} examples of up to {found.data.longest:,} tokens: {found.steps:,} steps per epoch. Memory is "
+        "for the longest."
     ]
 
 

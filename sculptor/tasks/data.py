@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.architecture import inspect_architecture
-from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.chat import check_use
 from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, resolve_max_length
 from sculptor.data.rows import read_rows
@@ -102,6 +102,22 @@ def preview(
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
     check_head(checkpoint, architecture)
+    return preview_rows(
+        checkpoint, architecture, data, max_length=max_length, chat_template=chat_template, rows=rows, progress=progress
+    )[0]
+
+
+def preview_rows(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    data: Sequence[str | Path],
+    *,
+    max_length: int | None,
+    chat_template: str | None,
+    rows: int,
+    progress: Progress,
+) -> tuple[DataReport, list[int]]:
+    """As `preview`, of an open checkpoint; and the tokens of every sequence."""
     length = resolve_max_length(max_length, architecture.max_positions)
     found = read_rows(data)
     check_use(found, chat_template)
@@ -114,7 +130,7 @@ def preview(
     bar.close()
     examples = [example for row in encoded for example in row.examples]
     two_sided = architecture.kind == "seq2seq"
-    return DataReport(
+    report = DataReport(
         num_rows=len(found),
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
@@ -132,6 +148,7 @@ def preview(
             for row, made in zip(found[:rows], encoded[:rows], strict=True)
         ),
     )
+    return report, [example.length for example in examples]
 
 
 def _learned(example: Example) -> int:

@@ -10,17 +10,17 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Target, inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.chat import check_use
-from sculptor.data.examples import encode, resolve_max_length
-from sculptor.data.rows import read_rows
-from sculptor.errors import SettingsError
+from sculptor.data.examples import resolve_max_length
+from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.weights import plan_rule
-from sculptor.model.load import load_tokenizer, resolve_device
+from sculptor.model.load import resolve_device
 from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, footprints
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
 from sculptor.planning.speeds import decomposition_seconds, measure_speeds
+from sculptor.progress import Progress, silent
+from sculptor.tasks.data import preview_rows
 from sculptor.tasks.estimate_report import Estimate, Mode
 
 
@@ -32,6 +32,7 @@ def estimate(
     data: Sequence[str | Path] = (),
     directory: str | Path = ".",
     rules: Kinds | None = None,
+    progress: Progress = silent,
 ) -> Estimate:
     """Memory, time and size of training a checkpoint, from its headers (and the data, if given) alone.
 
@@ -42,6 +43,7 @@ def estimate(
         data: files of the task; memory is then planned for the longest example, time for the average one.
         directory: on the disk that files would go to.
         rules: kinds of rules beside sculptor's own.
+        progress: makes progress bars.
 
     Raises:
         SculptorError: if the checkpoint, the archive or the data cannot be used.
@@ -64,17 +66,16 @@ def estimate(
             for target in architecture.targets
         ]
     archive_bytes = 4 * sum(map(_stored_numbers, matrices)) if archive is None else archive.num_bytes
-    length = resolve_max_length(settings.max_length, architecture.max_positions)
-    lengths: list[int] = []
+    report, lengths = None, [resolve_max_length(settings.max_length, architecture.max_positions)]
     if data:
-        tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
-        rows = read_rows(tuple(map(str, data)))
-        check_use(rows, settings.chat_template)
-        lengths = [
-            e.length for e in encode(rows, tokenizer, architecture.kind, length, architecture.vocab_size).examples
-        ]
-        length = max(lengths)
-    batch = min(settings.batch_size, len(lengths) or settings.batch_size)
+        report, lengths = preview_rows(
+            checkpoint, architecture, data, max_length=settings.max_length, chat_template=settings.chat_template,
+            rows=1, progress=progress,
+        )  # fmt: skip
+        if not lengths:
+            raise DataError(f"{data[0]}: no row fits into {report.max_length} tokens; raise --max-length")
+    length = max(lengths)
+    batch = settings.batch_size if report is None else min(settings.batch_size, len(lengths))
     micro = min(settings.micro_batch_size, batch)
     work = Workload(
         batch * length,
@@ -88,8 +89,7 @@ def estimate(
         micro_rows=micro,
     )
     plans = footprints(checkpoint, architecture, matrices, device, work)
-    if lengths:
-        work = replace(work, tokens=round(batch * sum(lengths) / len(lengths)))
+    work = replace(work, tokens=round(batch * sum(lengths) / len(lengths)))
     works = footprints(checkpoint, architecture, matrices, device, work)
     given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
     speeds, measured = measure_speeds(given, device, here, Path(directory))
@@ -122,9 +122,8 @@ def estimate(
             decomposition_seconds(matrix.target.shape, speeds["eigen"], device.type) for matrix in matrices
         ),
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
-        lengths=(min(lengths), max(lengths)) if lengths else None,
-        num_examples=len(lengths) or None,
-        steps=-(-len(lengths) // batch) or None,
+        data=report,
+        steps=None if report is None else -(-len(lengths) // batch),
     )
 
 

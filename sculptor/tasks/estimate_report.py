@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sculptor.planning.footprints import Footprint
 from sculptor.planning.placement import Shortage
+from sculptor.tasks.data import DataReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Estimate:
         model: the checkpoint; `num_parameters` of it, `num_trainable` numbers that training changes.
         kind: cuda or cpu.
         tokens: per step, on average if there are data; `micro_batches` it is split into.
-        lengths: tokens of the shortest and longest example, if there are data; then `num_examples` and `steps` per epoch.
+        data: what the rows become, if there are some; then `steps` of an epoch.
         modes: by offload.
         speeds: TFLOP/s and GB/s; `measured` says which were measured here.
         device_memory, host_memory: bytes that are free.
@@ -65,6 +66,5 @@ class Estimate:
     archive_bytes: int
     analysis_seconds: float
     chosen: str | None
-    lengths: tuple[int, int] | None = None
-    num_examples: int | None = None
+    data: DataReport | None = None
     steps: int | None = None

@@ -84,10 +84,10 @@ def test_data_tell_the_longest_row_and_an_epoch(cli: Callable[..., Result], tmp_
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "w1 w2 w3"}, {"text": "w1 " * 20}, {"text": "w2 " * 10}])
     arguments = ("estimate", tmp_path / "model", "--data", rows, "--batch-size", 2, "--tflops", 1, "--disk", 1)
     found = cli(*arguments, "--json").json
-    shortest, longest = found["lengths"]
-    assert shortest < longest < 30
-    assert (found["num_examples"], found["steps"]) == (3, 2)
-    assert 2 * shortest < found["tokens"] < 2 * longest
+    longest = found["data"]["longest"]
+    assert longest < 30
+    assert (found["data"]["num_examples"], found["steps"]) == (3, 2)
+    assert found["tokens"] == round(2 * found["data"]["num_tokens"] / 3) < 2 * longest
     same = cli(
         "estimate", tmp_path / "model", "--max-length", longest, "--batch-size", 2, "--tflops", 1, "--disk", 1, "--json"
     )
@@ -95,7 +95,9 @@ def test_data_tell_the_longest_row_and_an_epoch(cli: Callable[..., Result], tmp_
         assert mode["plan"] == same.json["modes"][name]["plan"]
         assert mode["compute"] < same.json["modes"][name]["compute"]
     text = cli(*arguments).out
-    assert f"3 examples of {shortest} to {longest} tokens: 2 steps per epoch." in text
+    assert f"3 examples of up to {longest} tokens: 2 steps per epoch." in text
+    shown = cli("data", rows, "--model", tmp_path / "model", "--rows", 1).out
+    assert shown in text  # what the first row becomes, and the sums
     assert "epoch, at least" in text
 
 
