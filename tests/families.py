@@ -60,6 +60,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "bert": {"is_decoder": False},
+    "deepseek_v4": {"o_lora_rank": 8},
 }
 
 
@@ -114,17 +115,18 @@ def tiny(model_type: str, class_name: str, limit: int = 3_000_000) -> Any:
 # Families that the tests run through everything, by kind.
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "causal": (
-        "apertus", "arcee", "bamba", "bart", "bloom", "cohere", "cohere2", "diffllama", "ernie4_5", "exaone4", "falcon",
-        "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2",
-        "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3",
-        "jamba", "jetmoe", "lfm2", "llama", "mamba", "mamba2", "ministral", "mistral", "mixtral", "mpt", "nemotron", "olmo2",
-        "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv",
-        "seed_oss", "smollm3", "stablelm", "starcoder2",
+        "apertus", "arcee", "bamba", "bart", "bloom", "cohere", "cohere2", "deepseek_v4", "diffllama", "ernie4_5",
+        "exaone4", "falcon", "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4",
+        "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
+        "hunyuan_v1_dense", "internlm3", "jamba", "jetmoe", "lfm2", "llama", "mamba", "mamba2", "ministral", "mistral",
+        "mixtral", "mpt", "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2_moe", "qwen3", "qwen3_moe",
+        "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2",
     ),
     "seq2seq": (
-        "bart", "led", "m2m_100", "mbart", "mt5", "pegasus", "t5", "umt5",
+        "bart", "led", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5",
     ),
     "masked": (
-        "albert", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta",
+        "albert", "bert", "deberta-v2", "distilbert", "electra", "flaubert", "modernbert", "mpnet", "roberta", "xlm",
+        "xlm-roberta",
     ),
 }  # fmt: skip

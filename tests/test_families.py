@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import WORDS, make_tokenizer, write_rows
 from families import SUPPORTED, mappings, tiny
+from packaging.version import Version
 
 import sculptor
 from sculptor.checkpoint.architecture import inspect_architecture
@@ -29,6 +30,7 @@ PAIRS = [
 ]
 TEXTS = [{"text": row["prompt"]} for row in PAIRS]
 CASES = [(kind, name) for kind, names in SUPPORTED.items() for name in names]
+OLDER = Version(transformers.__version__) < Version("5.24")
 FAST = [("causal", "falcon_h1"), ("seq2seq", "m2m_100")]
 
 
@@ -115,6 +117,8 @@ def test_some_families(kind: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_family(kind: str, name: str, tmp_path: Path) -> None:
+    if OLDER and name in ("internlm3", "umt5"):
+        pytest.skip("not there yet, or refused: padding moves what it predicts")
     found = run_family(kind, name, tmp_path)
     place = os.environ.get("SCULPTOR_WRITE_MODELS")
     if place is not None:

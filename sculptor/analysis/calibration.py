@@ -25,6 +25,7 @@ from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, sample_labels
 from sculptor.numerics.precision import float32_products
 from sculptor.progress import Bar
+from sculptor.streaming.parts import without_cache
 
 # Tokens of one forward: as many as this leaves room for, within bounds.
 _ACTIVATION_BYTES = {"cuda": 2e9, "cpu": 5e8}
@@ -164,19 +165,25 @@ def _recompute_blocks(loaded: LoadedModel, recorder: "_Recorder") -> Callable[[]
         return lambda: setattr(stream, "recompute", nullcontext)
     blocks = list(find_blocks(loaded.model).values())
     for block in blocks:
-        block.forward = functools.partial(
-            checkpoint,
-            block.forward,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), recorder.paused()),
-        )
+        block.forward = functools.partial(_run_twice, block.forward, recorder.paused)
 
     def restore() -> None:
         for block in blocks:
             del block.forward
 
     return restore
+
+
+def _run_twice(forward: Callable[..., Any], again: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = without_cache(args, kwargs)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), again()),
+        **kwargs,
+    )
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -67,5 +67,7 @@ def _matches(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, str |
     state = model.state_dict()
     for name in names:
         parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if parameter not in state and name in state:  # as loading has it: a rule for other layouts of the same family
+            parameter, pattern = name, None
         if parameter in state:
             yield name, parameter, pattern, None if pattern is None else by_pattern.get(pattern)

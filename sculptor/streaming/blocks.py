@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sculptor.streaming.inputs import InputStore
 from sculptor.streaming.layout import Layout
-from sculptor.streaming.parts import Call, is_norm, join, parts_work, split_call, split_paths
+from sculptor.streaming.parts import Call, is_norm, join, parts_work, split_call, split_paths, without_cache
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket, Transfers
 from sculptor.streaming.weights import BlockWeights
@@ -118,6 +118,7 @@ class BlockStream:
             if not torch.is_grad_enabled():
                 with self._present(index, call):
                     return forward(*args, **kwargs)
+            args, kwargs = without_cache(args, kwargs)
             parts = split_call(args, kwargs, self.part_tokens) if self.part_tokens else None
             if parts is None or not self._works_apart(index, call, block, forward, (args, kwargs), parts):
                 return self._checkpointed(index, call, 0, forward, args, kwargs)

@@ -1,7 +1,8 @@
 """A transformers model whose blocks are streamed, made from the files without ever being whole."""
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,13 @@ def stream_model(
     blocks = find_blocks(model)
     streamed: dict[str, dict[str, nn.Parameter]] = {path: {} for path in blocks}
     shapes: dict[str, tuple[int, ...]] = {}
+    made: list[list[str]] = []
     for group in names.values():
         known = [name for name in group if name in sources]
         shape = model.get_parameter(group[0]).shape
+        if not known and _is_made_at_load(model, group):
+            made.append(group)
+            continue
         if not known:
             raise CheckpointError(
                 f"{checkpoint.path}: parameter {group[0]} of {architecture.model_class} is not in the files; use --offload none"
@@ -93,6 +98,7 @@ def stream_model(
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = new
         shapes[known[0]] = tuple(shape)
+    _make_at_load(model, made, dtype, device)
     changed = set(compute_dtypes or {})
     layouts = [
         Layout(
@@ -177,6 +183,28 @@ def _dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float16:
         wide |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return torch.float32 if wide & set(name.split(".")) else dtype
+
+
+def _is_made_at_load(model: Any, names: Sequence[str]) -> bool:
+    """Whether loading computes a parameter that no file holds: fixed positions, say."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in ignored for name in names)
+
+
+def _make_at_load(model: Any, groups: Sequence[Sequence[str]], dtype: torch.dtype, device: torch.device) -> None:
+    """Makes such parameters as transformers does: with a module's own start values."""
+    for names in groups:
+        owner, _, leaf = names[0].rpartition(".")
+        module = model.get_submodule(owner)
+        if len(module._parameters) > 1:
+            raise CheckpointError(f"{owner}: {leaf} is not in the files, others of it are; use --offload none")
+        module._parameters[leaf] = nn.Parameter(torch.empty(module.get_parameter(leaf).shape), requires_grad=False)
+        with torch.no_grad():
+            model._init_weights(module)
+        value = nn.Parameter(module.get_parameter(leaf).to(device, dtype), requires_grad=False)
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = value
 
 
 def _move_buffers(model: Any, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> None:

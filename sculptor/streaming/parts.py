@@ -109,3 +109,13 @@ def parts_work(module: torch.nn.Module, forward: Callable[..., Any], whole: Call
 def _first(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, tuple | list) else output
     return found
+
+
+def without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call without a cache of keys and values: some models always make one, and running a block again doubles it."""
+    from transformers import Cache
+
+    def kept(value: Any) -> Any:
+        return None if isinstance(value, Cache) else value
+
+    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
