@@ -133,6 +133,11 @@ def task_rows(kind: str = "pairs", count: int = 24) -> list[dict[str, Any]]:
     return [{"prompt": f"{words[i]} {words[(3 * i) % 7]} w0", "completion": words[i % 4]} for i in range(count)]
 
 
+def slowly(*cases: Any) -> list[Any]:
+    """More cases of a parametrized test, for the slow set."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
 def stairs(archive: Any, name: str) -> Any:
     """The staircase rule of a matrix."""
     from sculptor.methods.staircase import StaircaseRule

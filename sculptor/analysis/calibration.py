@@ -176,14 +176,8 @@ def _recompute_blocks(loaded: LoadedModel, recorder: "_Recorder") -> Callable[[]
 
 def _run_twice(forward: Callable[..., Any], again: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
     args, kwargs = without_cache(args, kwargs)
-    return checkpoint(
-        forward,
-        *args,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), again()),
-        **kwargs,
-    )
+    twice = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    return twice(*args, context_fn=lambda: (nullcontext(), again()), **kwargs)
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

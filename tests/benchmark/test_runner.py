@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result, save_checkpoint, task_rows, write_rows
+from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 from safetensors.torch import load_file
 
 from sculptor import Archive
@@ -414,15 +414,12 @@ def continue_after(place: Path, name: str, method: Any, *steps: int) -> Continua
 @pytest.mark.parametrize(
     ("method", "steps"),
     [
-        ("sculptor", (5,)),  # in the second task
         ("sculptor", (2, 3)),  # in the first, and in the second
-        ("random", (4,)),
         ("full", (5,)),
-        ("full", (1, 1)),
-        ("joint", (2,)),
         ("lora", (5,)),
-        ("olora", (5,)),
-        ("osf", (4,)),
+        *slowly(
+            ("sculptor", (5,)), ("random", (4,)), ("full", (1, 1)), ("joint", (2,)), ("olora", (5,)), ("osf", (4,))
+        ),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_end(place: Path, method: Any, steps: tuple[int, ...]) -> None:

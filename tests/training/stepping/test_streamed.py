@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, GROUPED, IDS, SMALL, Result, make_tokenizer, save_checkpoint, task_rows, write_rows
+from conftest import (
+    FAMILIES,
+    GROUPED,
+    IDS,
+    SMALL,
+    Result,
+    make_tokenizer,
+    save_checkpoint,
+    slowly,
+    task_rows,
+    write_rows,
+)
 from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
@@ -136,18 +147,11 @@ SHARED = 1e-5
     "family",
     [
         "llama",
-        "llama-tied",
-        "qwen3",
-        "gemma2",
         "gpt2",
-        "opt",
-        "neox",
-        "phi3",
         "t5",
-        "bert",
-        "mixtral-router",
         "qwen3-moe",
         "albert",
+        *slowly("llama-tied", "qwen3", "gemma2", "opt", "neox", "phi3", "bert", "mixtral-router"),
     ],
 )
 def test_streamed_training_is_resident_training(family: str, tmp_path: Path) -> None:
