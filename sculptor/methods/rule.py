@@ -3,10 +3,10 @@
 A rule maps coordinates A to an update dW(W0, A) of a matrix W0 (m, n), with dW = 0 at A = 0; whatever A is, the update is
 allowed. A rule is a frozen dataclass of facts, which archive.json holds as `rule: {kind, ...}`; its tensors are stored
 beside it and handed to its functions by name. `update` and `project` take a leading stack of matrices of one shape, too:
-W0 (..., m, n), with tensors and coordinates of the same leading sizes.
+W0 (..., m, n), with tensors and coordinates of the same leading sizes. `Stackable` is for rules that differ in their facts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -170,6 +170,32 @@ class Costly(Protocol):
 def cost_of(rule: Rule, names: Mapping[str, str]) -> Cost:
     """What training takes of a rule; nothing where nothing may change."""
     return rule.cost(names) if isinstance(rule, Costly) and is_open(rule) else Cost({}, 0.0)
+
+
+class RuleStack(Protocol):
+    """Rules of one kind and shape (m, n) that are folded and projected with at once; coordinates are those of each."""
+
+    def prepare(self, tensors: Sequence[Tensors]) -> Tensors:
+        """Prepared tensors of each as the two others take them: stacked, where they have one shape."""
+
+    def update(self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]]) -> Tensor:
+        """dW (s, m, n), for W0 (s, m, n)."""
+
+    def project(
+        self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]], gradients: Tensor
+    ) -> list[tuple[Tensor, ...]]:
+        """As `Rule.project`, for gradients (s, m, n)."""
+
+
+@runtime_checkable
+class Stackable(Protocol):
+    """A rule that can be taken together with others like it: for small matrices, starting work costs more than doing it."""
+
+    def stack_key(self, tensors: Tensors) -> Hashable:
+        """Equal for matrices that go together; `tensors` as prepared."""
+
+    def stack(self, others: Sequence[Any]) -> RuleStack:
+        """Of this rule and others of the same key, in order."""
 
 
 class TaskShares(NamedTuple):

@@ -7,9 +7,9 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,14 +21,16 @@ from sculptor.methods.rule import (
     Gradient,
     OuterProduct,
     Prepared,
+    RuleStack,
     Spectrum,
     TaskShares,
     Tensors,
     Violation,
     Working,
 )
+from sculptor.methods.staircase_stack import StaircaseStack
 from sculptor.numerics.bases import Basis, Form, frozen_parts, frozen_variance, protected_directions
-from sculptor.numerics.free_space import FreeSpace, first_free, free_groups
+from sculptor.numerics.free_space import FreeSpace, first_free, free_groups, hull
 from sculptor.numerics.linalg import spectral_norm
 from sculptor.numerics.moments import Factor, curvature, spread_profile, whole_spectrum
 from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_side
@@ -198,6 +200,17 @@ class StaircaseRule:
         if isinstance(gradient, OuterProduct):
             return space.project_product(gradient.inputs, gradient.outputs)
         return space.project(gradient)
+
+    def stack_key(self, tensors: Tensors) -> Hashable:
+        """Sides prepared alike; steps may differ."""
+        sides = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("soft")}
+        forms = tuple(None if side is None else side.form for side in (self.output, self.input))
+        return self.shape, forms, tuple(sides.items()), "soft_inputs" in tensors
+
+    def stack(self, others: Sequence[Any]) -> RuleStack:
+        """Whatever their steps are."""
+        staircases = [rule.staircase for rule in (self, *others)]
+        return StaircaseStack(staircases, replace(self, steps=hull(staircases).steps))
 
     def _space(self, tensors: Tensors) -> FreeSpace:
         def side(name: str, found: Side | None, dim: int) -> FreeSide | None:

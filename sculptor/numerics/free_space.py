@@ -10,14 +10,14 @@ two bases at once, whatever the number of groups. A side without stored directio
 preserve 0 is A = dW.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sculptor.numerics.reflectors import FreeSide
-from sculptor.numerics.staircase import RowGroup, Staircase
+from sculptor.numerics.staircase import RowGroup, Staircase, merge_steps
 
 
 def free_groups(staircase: Staircase) -> tuple[RowGroup, ...]:
@@ -122,10 +122,7 @@ class FreeSpace:
         box = box.to(torch.promote_types(box.dtype, torch.float32))
         if self.softening is not None:
             box = box * self._gains()
-        return tuple(
-            box[..., group.start - self.first : group.stop - self.first, group.reach - self.least :].contiguous()
-            for group in self.groups
-        )
+        return tuple(part.contiguous() for part in self._parts(box))
 
     def _read_input(self, x: Tensor) -> Tensor:
         return x if self.input is None else self.input.apply_transposed(x.mT, self.least).mT
@@ -179,11 +176,20 @@ class FreeSpace:
     def _box(self, coordinates: Sequence[Tensor]) -> Tensor:
         if len(coordinates) == 1:
             return coordinates[0]
-        first, least = self.first, self.least
-        shape = (self.staircase.rows - first, self.staircase.columns - least)
-        box = torch.zeros(
-            (*coordinates[0].shape[:-2], *shape), dtype=coordinates[0].dtype, device=coordinates[0].device
-        )
-        for group, a in zip(self.groups, coordinates, strict=True):
-            box[..., group.start - first : group.stop - first, group.reach - least :] = a
+        shape = (self.staircase.rows - self.first, self.staircase.columns - self.least)
+        box = coordinates[0].new_zeros((*coordinates[0].shape[:-2], *shape))
+        for part, a in zip(self._parts(box), coordinates, strict=True):
+            part.copy_(a)
         return box
+
+    def _parts(self, box: Tensor) -> Iterator[Tensor]:
+        """Where each A_g lies in a box (..., m - first, n - least); views."""
+        for group in self.groups:
+            yield box[..., group.start - self.first : group.stop - self.first, group.reach - self.least :]
+
+
+def hull(staircases: Sequence[Staircase]) -> Staircase:
+    """One box of directions that holds the free pairs of all, which have some; of one shape (m, n)."""
+    firsts, leasts = zip(*map(first_free, staircases), strict=True)
+    rows, columns = staircases[0].rows, staircases[0].columns
+    return Staircase(rows, columns, merge_steps(((min(firsts), columns), (rows, min(leasts)))))

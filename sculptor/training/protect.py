@@ -1,6 +1,7 @@
 """`protect` and `merge`: coordinates put into a loaded model, and folded back into plain weights."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds
-from sculptor.training.coordinates import Coordinates, FoldMode
+from sculptor.training.coordinates import Coordinates
 from sculptor.training.rates import default_relative_rate, matrix_scales
+from sculptor.training.stack import FoldMode, Member, Stack, make_stacks
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,8 +36,8 @@ class ProtectedMatrix:
         return found
 
     def refresh(self) -> None:
-        """Folds the weight again."""
-        self.coordinates.refresh(self.pristine)
+        """Has the weight folded again when it is next read."""
+        self.coordinates.source.expire()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -115,14 +117,23 @@ def attach_coordinates(
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = module.weight
         read = functools.partial(archive.read, name)
-        coordinates = Coordinates(read, weight, compute_dtype, fold, known, soften)
+        coordinates = Coordinates(read, weight, compute_dtype, known, soften)
         coordinates.relative_rate, coordinates.scale = rate, scales[name]
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
         parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
         module.parametrizations.weight.original.requires_grad_(False)
+    stacks = make_stacks((Member(module, coordinates) for module, coordinates in prepared), fold)
+    if fold == "automatic":
+        model.register_forward_pre_hook(functools.partial(_begin_pass, stacks))
     return model
+
+
+def _begin_pass(stacks: Sequence[Stack], model: nn.Module, inputs: Any) -> None:
+    """A forward pass of the model begins: an optimizer may have stepped."""
+    for stack in stacks:
+        stack.doubt()
 
 
 def refuse_slices(archive: Archive) -> None:
@@ -225,4 +236,7 @@ def merge(model: Any) -> Any:
         weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
         weight.data = merged
         weight.requires_grad_(False)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func is _begin_pass:
+            del model._forward_pre_hooks[key]
     return model

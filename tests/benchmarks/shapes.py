@@ -19,6 +19,8 @@ SHAPES = {
              "num_key_value_heads": 4},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
             "num_key_value_heads": 40},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32},
 }  # fmt: skip
@@ -28,13 +30,19 @@ def make_checkpoint(path: Path, shape: str, tokenizer: Path, device: str = "cpu"
     """A bf16 Llama of a shape, in one file, with a tokenizer copied from another checkpoint."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=32000, max_position_embeddings=4096, bos_token_id=0, eos_token_id=0, pad_token_id=1, **SHAPES[shape]
-    )
+    common = {
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    config = LlamaConfig(**(common | SHAPES[shape]))
     with torch.device("meta"):
         entries = [
             (name, torch.bfloat16, tuple(tensor.shape))
             for name, tensor in LlamaForCausalLM(config).state_dict().items()
+            if name != "lm_head.weight" or not config.tie_word_embeddings
         ]
     shapes = {name: size for name, _, size in entries}
     generator = torch.Generator(device).manual_seed(0)

@@ -13,6 +13,7 @@ from sculptor import AnalyzeSettings, Archive, analyze, merge, protect
 from sculptor.errors import ArchiveError, CapacityError, TrainingError
 from sculptor.model.load import checkpoint_activations
 from sculptor.training.protect import protected_blocks, protected_matrices
+from sculptor.training.stack import STACKED
 from sculptor.validation import sign
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -21,6 +22,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9),
 }
+
+
+@pytest.fixture(params=["one by one", "stacked"], autouse=True)
+def stacks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of folding: small matrices go together on a GPU, and do here as well."""
+    if request.param == "stacked":
+        monkeypatch.setitem(STACKED, "cpu", 10**9)
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +414,7 @@ def test_a_cast_leaves_coordinates_in_float32(made: dict[str, tuple[Path, Path]]
     loss = model(**batch(0)).loss
     loss.backward()
     assert all(value.grad is not None and value.grad.dtype == torch.float32 for value in values)
-    assert {matrix.coordinates.folded.dtype for matrix in protected_matrices(model)} == {wanted}  # type: ignore[union-attr]
+    assert {matrix.module.weight.dtype for matrix in protected_matrices(model)} == {wanted}
     torch.optim.AdamW(values, lr=1e-3).step()
     merge(model)
 

@@ -55,7 +55,7 @@ class TrainedParameters:
         return found + extra_groups(self.extra, peaks.extra)
 
     def refresh(self) -> None:
-        """Folds every matrix again, block by block."""
+        """Has every matrix folded again when it is next read."""
         for block in self.blocks:
             for matrix in block.matrices:
                 matrix.refresh()

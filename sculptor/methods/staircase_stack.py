@@ -1,0 +1,73 @@
+"""Many staircase rules of one shape as one: small matrices cost more to start than to turn."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sculptor.methods.rule import Rule, Tensors
+from sculptor.numerics.free_space import first_free, free_groups, hull
+from sculptor.numerics.staircase import Staircase
+
+
+class StaircaseStack:
+    """Staircases of one shape as one: all coordinates go into boxes of one size, and the boxes are turned together.
+
+    The box holds every direction in which one of the matrices has a free pair; where a matrix is frozen it stays 0.
+
+    Args:
+        staircases: one per matrix.
+        whole: a rule whose staircase is their hull.
+    """
+
+    def __init__(self, staircases: Sequence[Staircase], whole: Rule) -> None:
+        self.staircases = tuple(staircases)
+        self.whole = whole
+        self.first, self.least = first_free(hull(staircases))
+        self.alike = len(set(staircases)) == 1 and len(whole.shapes) == len(free_groups(staircases[0]))
+
+    def prepare(self, tensors: Sequence[Tensors]) -> Tensors:
+        """Stacked, with the reach of every row; softening begins at the box's first directions."""
+        rows, columns = self.whole.shape
+        lengths = {"soft_outputs": rows - self.first, "soft_inputs": columns - self.least}
+
+        def longer(name: str, tensor: Tensor) -> Tensor:
+            return pad(tensor, (lengths[name] - len(tensor), 0)) if name in lengths else tensor
+
+        found = {name: torch.stack([longer(name, each[name]) for each in tensors]) for name in tensors[0]}
+        if self.alike:
+            return found
+        device = next(iter(found.values())).device
+        return found | {"reach": torch.stack([self._reach(staircase) for staircase in self.staircases]).to(device)}
+
+    def _reach(self, staircase: Staircase) -> Tensor:
+        """(p,): how many columns of the box are frozen, row by row."""
+        sizes = torch.tensor([stop - max(start, self.first) for start, stop, _ in staircase.groups])
+        reaches = torch.tensor([reach - self.least for _, _, reach in staircase.groups])
+        return reaches.repeat_interleave(sizes.clamp_min(0))
+
+    def update(self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]]) -> Tensor:
+        """dW (s, m, n)."""
+        flat = [a.reshape(-1) for own in coordinates for a in own]
+        rows, columns = self.whole.shape
+        shape = len(coordinates), rows - self.first, columns - self.least
+        if self.alike:
+            boxes = torch.cat(flat).view(shape)
+        else:
+            boxes = flat[0].new_zeros(shape).masked_scatter_(self._free(tensors), torch.cat(flat))
+        return self.whole.update(weights, tensors, [boxes])
+
+    def project(
+        self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]], gradients: Tensor
+    ) -> list[tuple[Tensor, ...]]:
+        """Of every matrix the gradient of every A_g."""
+        (boxes,) = self.whole.project(weights, tensors, [], gradients)
+        flat = boxes.view(-1) if self.alike else boxes[self._free(tensors)]  # row by row, as the A_g lie
+        parts = iter(torch.split(flat, [a.numel() for own in coordinates for a in own]))
+        return [tuple(next(parts).view(a.shape) for a in own) for own in coordinates]
+
+    def _free(self, tensors: Tensors) -> Tensor:
+        """(s, p, q): the free pairs of the boxes."""
+        reach = tensors["reach"]
+        return torch.arange(self.whole.shape[1] - self.least, device=reach.device) >= reach[..., None]
