@@ -30,7 +30,7 @@ from sculptor.methods.rule import (
 )
 from sculptor.methods.staircase_stack import StaircaseStack
 from sculptor.numerics.bases import Basis, Form, frozen_parts, frozen_variance, protected_directions
-from sculptor.numerics.free_space import FreeSpace, first_free, free_groups, hull
+from sculptor.numerics.free_space import FreeSpace, coordinate_shapes, first_free, hull
 from sculptor.numerics.linalg import spectral_norm
 from sculptor.numerics.moments import Factor, curvature, spread_profile, whole_spectrum
 from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_side
@@ -130,9 +130,8 @@ class StaircaseRule:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """(p, q) of every A_g; none where all is frozen."""
-        staircase = self.staircase
-        return tuple((g.stop - g.start, staircase.columns - g.reach) for g in free_groups(staircase))
+        """Of A: one matrix, or the entries of all A_g in a row; none where all is frozen."""
+        return coordinate_shapes(self.staircase)
 
     def stored(self) -> Mapping[str, tuple[int | None, ...]]:
         """`output`, `input`; with moments their eigenvalues and profiles; all singular values."""

@@ -49,7 +49,7 @@ class StaircaseStack:
 
     def update(self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]]) -> Tensor:
         """dW (s, m, n)."""
-        flat = [a.reshape(-1) for own in coordinates for a in own]
+        flat = [a.reshape(-1) for (a,) in coordinates]
         rows, columns = self.whole.shape
         shape = len(coordinates), rows - self.first, columns - self.least
         if self.alike:
@@ -61,11 +61,11 @@ class StaircaseStack:
     def project(
         self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]], gradients: Tensor
     ) -> list[tuple[Tensor, ...]]:
-        """Of every matrix the gradient of every A_g."""
+        """The gradient of every A."""
         (boxes,) = self.whole.project(weights, tensors, [], gradients)
         flat = boxes.view(-1) if self.alike else boxes[self._free(tensors)]  # row by row, as the A_g lie
-        parts = iter(torch.split(flat, [a.numel() for own in coordinates for a in own]))
-        return [tuple(next(parts).view(a.shape) for a in own) for own in coordinates]
+        parts = torch.split(flat, [a.numel() for (a,) in coordinates])
+        return [(part.view(a.shape),) for part, (a,) in zip(parts, coordinates, strict=True)]
 
     def _free(self, tensors: Tensors) -> Tensor:
         """(s, p, q): the free pairs of the boxes."""

@@ -4,9 +4,10 @@ The allowed updates of W (m, n) are, over the row groups [a, b) of reach r,
 
     dW = sum_g  Q_U[:, a:b]  A_g  Q_V[:, r:]^T
 
-with disjoint blocks, as many numbers as there are free pairs, and ||dW|| = ||A||. All groups lie in one box, the
+with disjoint blocks, as many numbers as there are free pairs, and ||dW|| = ||A||. A is one matrix where there is one group,
+and else all A_g in a row: one parameter of an optimizer, whatever the number of groups. All groups lie in one box, the
 directions from the first free row and the first free column on; it is filled with the A_g and zeros, and turned by the
-two bases at once, whatever the number of groups. A side without stored directions uses the identity, so that
+two bases at once. A side without stored directions uses the identity, so that
 preserve 0 is A = dW.
 """
 
@@ -23,6 +24,14 @@ from sculptor.numerics.staircase import RowGroup, Staircase, merge_steps
 def free_groups(staircase: Staircase) -> tuple[RowGroup, ...]:
     """The row groups with free pairs: the last ones."""
     return tuple(group for group in staircase.groups if group.reach < staircase.columns)
+
+
+def coordinate_shapes(staircase: Staircase) -> tuple[tuple[int, ...], ...]:
+    """Of A: (p, q) of the only row group with free pairs, or (pairs,) of several; none where all is frozen."""
+    groups = free_groups(staircase)
+    if len(groups) > 1:
+        return ((staircase.num_free,),)
+    return tuple((group.stop - group.start, staircase.columns - group.reach) for group in groups)
 
 
 def first_free(staircase: Staircase) -> tuple[int, int]:
@@ -61,9 +70,9 @@ class FreeSpace:
         return free_groups(self.staircase)
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(p, q) of every A_g; none where all is frozen."""
-        return tuple((group.stop - group.start, self.staircase.columns - group.reach) for group in self.groups)
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of A, as `coordinate_shapes`."""
+        return coordinate_shapes(self.staircase)
 
     @property
     def first(self) -> int:
@@ -99,7 +108,7 @@ class FreeSpace:
         return x if self.output is None else self.output.apply(x, self.first)
 
     def project(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of every A_g: Q_U[:, a:b]^T G Q_V[:, r:], for G (m, n); float32, or float64 with such bases."""
+        """The gradient of A for G (m, n), by groups Q_U[:, a:b]^T G Q_V[:, r:]; float32, or float64 with such bases."""
         box = gradient.to(self._dtype(gradient))
         reads = (self._read_output, self._read_input)
         for read in reads if self._output_sees_all() else reads[::-1]:
@@ -122,7 +131,8 @@ class FreeSpace:
         box = box.to(torch.promote_types(box.dtype, torch.float32))
         if self.softening is not None:
             box = box * self._gains()
-        return tuple(part.contiguous() for part in self._parts(box))
+        parts = list(self._parts(box))
+        return (parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten(-2) for part in parts], -1),)
 
     def _read_input(self, x: Tensor) -> Tensor:
         return x if self.input is None else self.input.apply_transposed(x.mT, self.least).mT
@@ -174,12 +184,15 @@ class FreeSpace:
         return (outputs[..., :, None] * inputs[..., None, :]).add_(1).rsqrt_()
 
     def _box(self, coordinates: Sequence[Tensor]) -> Tensor:
-        if len(coordinates) == 1:
-            return coordinates[0]
-        shape = (self.staircase.rows - self.first, self.staircase.columns - self.least)
-        box = coordinates[0].new_zeros((*coordinates[0].shape[:-2], *shape))
-        for part, a in zip(self._parts(box), coordinates, strict=True):
-            part.copy_(a)
+        (a,) = coordinates
+        if len(self.groups) == 1:
+            return a
+        box = a.new_zeros(*a.shape[:-1], self.staircase.rows - self.first, self.staircase.columns - self.least)
+        at = 0
+        for part in self._parts(box):
+            count = part.shape[-2] * part.shape[-1]
+            part.copy_(a[..., at : at + count].view(part.shape))
+            at += count
         return box
 
     def _parts(self, box: Tensor) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from sculptor.methods.method import Derived, Evidence
 from sculptor.methods.rule import Working, num_free
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.methods.weights import Weights, accumulate, analyze_matrix, num_leading
+from sculptor.numerics.free_space import free_groups
 from sculptor.numerics.staircase import Constraint
 
 CPU64 = Working(torch.device("cpu"), torch.float64)
@@ -31,11 +32,13 @@ def update_of(found: Derived, generator: torch.Generator, rank: int | None = Non
     """A random allowed update."""
     rule = rule_of(found)
     prepared = rule.prepare(found.tensors, CPU64).tensors
-    values = []
-    for p, q in rule.shapes:
+    parts = []
+    for group in free_groups(rule.staircase):
+        p, q = group.stop - group.start, rule.shape[1] - group.reach
         r = rank or min(p, q)
         left = torch.randn(p, r, dtype=torch.float64, generator=generator)
-        values.append(left @ torch.randn(r, q, dtype=torch.float64, generator=generator))
+        parts.append(left @ torch.randn(r, q, dtype=torch.float64, generator=generator))
+    values = [torch.cat([part.flatten() for part in parts]).view(shape) for shape in rule.shapes]
     return rule.update(torch.empty(0), prepared, values)
 
 

@@ -1,8 +1,12 @@
 """Random bases for the tests of this folder."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from sculptor.numerics.bases import Basis, store_smaller
+from sculptor.numerics.free_space import FreeSpace
 from sculptor.numerics.staircase import Constraint
 
 CASES = [
@@ -23,3 +27,12 @@ def sides(
     if k == 0:
         return None, None
     return (None if constraint == "input" else store_smaller(u)), store_smaller(v)
+
+
+def by_group(space: FreeSpace, coordinates: Sequence[Tensor]) -> list[Tensor]:
+    """A_g (p, q) of every row group."""
+    if not coordinates:
+        return []
+    sizes = [(group.stop - group.start, space.staircase.columns - group.reach) for group in space.groups]
+    parts = coordinates[0].reshape(-1).split([p * q for p, q in sizes])
+    return [part.view(size) for part, size in zip(parts, sizes, strict=True)]

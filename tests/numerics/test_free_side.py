@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics.sides import CASES, orthonormal, sides
+from numerics.sides import CASES, by_group, orthonormal, sides
 from torch import Tensor
 
 from sculptor.methods.staircase import StaircaseRule, side_of
@@ -135,7 +135,7 @@ def reference(space: FreeSpace, coordinates: list[Tensor], gradient: Tensor) -> 
     gains = torch.ones(q_u.shape[1], q_v.shape[1], dtype=torch.float64)
     if space.softening is not None:
         gains = 1 / (1 + torch.outer(*(part.double() for part in space.softening))).sqrt()
-    for group, a in zip(space.groups, coordinates, strict=True):
+    for group, a in zip(space.groups, by_group(space, coordinates), strict=True):
         rows, columns = (
             slice(group.start - space.first, group.stop - space.first),
             slice(group.reach - space.least, None),
@@ -152,7 +152,9 @@ def check(space: FreeSpace, generator: torch.Generator, tolerance: float = 1e-12
     gradient = torch.randn(stairs.rows, stairs.columns, dtype=torch.float64, generator=generator)
     update, projected = reference(space, coordinates, gradient)
     torch.testing.assert_close(space.fold(coordinates), update, atol=tolerance, rtol=0)
-    for found, expected in zip(space.project(gradient), projected, strict=True):
+    found_all = space.project(gradient)
+    assert [found.shape for found in found_all] == [a.shape for a in coordinates]
+    for found, expected in zip(by_group(space, found_all), projected, strict=True):
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics.sides import CASES, orthonormal, sides
+from numerics.sides import CASES, by_group, orthonormal, sides
 
 from sculptor.numerics.bases import Basis, component, frozen_norm, store_smaller
 from sculptor.numerics.free_space import FreeSpace
@@ -105,7 +105,7 @@ def test_fold_equals_the_sum_over_row_groups(steps: tuple[tuple[int, int], ...],
     coordinates = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in space.shapes]
     expected = sum(
         q_u[:, group.start : group.stop] @ a @ q_v[:, group.reach :].T
-        for group, a in zip(space.groups, coordinates, strict=True)
+        for group, a in zip(space.groups, by_group(space, coordinates), strict=True)
     )
     torch.testing.assert_close(space.fold(coordinates), expected, atol=1e-12, rtol=0)
 

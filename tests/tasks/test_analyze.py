@@ -1,5 +1,6 @@
 """`analyze` as a whole: which matrices, what is noted of them, what it says by role, and what it refuses."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_the_report_sums_by_role(model: Path, basis: str, tmp_path: Path) -> Non
         figures = [record.rule.figures() for record in records]
         assert role.num_matrices == len(records)
         assert role.num_parameters == sum(m * n for m, n in (record.shape for record in records))
-        assert role.num_free == sum(p * q for record in records for p, q in record.rule.shapes)
+        assert role.num_free == sum(math.prod(shape) for record in records for shape in record.rule.shapes)
         assert role.preserved == pytest.approx(sum(f.preserved for f in figures) / len(figures))
         assert role.energy == pytest.approx(sum(f.held for f in figures) / len(figures))
         assert 0 < role.energy <= 1.001
