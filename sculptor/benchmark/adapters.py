@@ -19,16 +19,18 @@ from sculptor import __version__
 from sculptor.archive.writer import save_tensors
 from sculptor.benchmark.plan import AdapterSettings, Contender
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
-from sculptor.checkpoint.reader import identity, open_checkpoint
+from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import commit, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_tensor
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.data.chat import use_template
-from sculptor.data.examples import digest_examples, encode, resolve_max_length
+from sculptor.data.examples import Example, digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import OutputError, SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
+from sculptor.planning.footprints import Footprint, Workload, footprints
+from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.rates import Peaks
@@ -97,9 +99,9 @@ def train_adapter(
         use_template(loaded.tokenizer, settings.chat_template)
         rows = read_rows(data, settings.max_rows)
         encoded = encode(rows, loaded.tokenizer, loaded.kind, settings.max_length, architecture.vocab_size)
+        settings, recompute = _split(settings, checkpoint, architecture, encoded.examples, device)
         parameters = _inject(loaded, settings, adapter, method)
-        on_gpu = device.type == "cuda"
-        if on_gpu if settings.checkpoint_activations is None else settings.checkpoint_activations:
+        if recompute:
             checkpoint_activations(loaded.model)
         earlier = _read_earlier(checkpoint.path, device) if method == "olora" else {}
         key = asdict(settings) | asdict(adapter) | {"method": method, "data": digest_examples(encoded.examples)}
@@ -133,6 +135,25 @@ def train_adapter(
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
         commit(staged, output, overwrite=False)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _split(
+    settings: TrainSettings,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    examples: Sequence[Example],
+    device: torch.device,
+) -> tuple[TrainSettings, bool]:
+    """The settings with the rows of a forward pass, and whether to recompute; as if every weight were trained."""
+    batch, longest = min(settings.batch_size, len(examples)), max(example.length for example in examples)
+    trained = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
+    work = Workload(batch * longest, 1, num_extra=trained, row=longest)
+
+    def plans_of(split: Split) -> dict[str, Footprint]:
+        return footprints(checkpoint, architecture, (), device, split.workload(work, batch))
+
+    split = choose_split(plans_of, replace(settings, offload="none"), batch, longest, device)
+    return replace(settings, micro_batch_size=split.rows), split.recompute
 
 
 def _inject(

@@ -19,7 +19,7 @@ class EstimateSettings:
     """Without an archive: what an update may not touch."""
     batch_size: AtLeastOne = 32
     """Rows per optimizer step."""
-    micro_batch_size: AtLeastOne = 8
+    micro_batch_size: AtLeastOne | None = None
     """Rows per forward."""
     max_length: AtLeastOne | None = None
     """Tokens per row [default: 1024 or the model's limit]."""
@@ -41,7 +41,7 @@ class EstimateSettings:
     """GB/s of the disk [default: measured]."""
 
     def __post_init__(self) -> None:
-        if self.fused and self.batch_size > self.micro_batch_size:
+        if self.fused and self.batch_size > (self.micro_batch_size or self.batch_size):
             raise SettingsError(
                 f"--fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} needs the gradients of "
                 "all of them first; set --micro-batch-size to --batch-size"

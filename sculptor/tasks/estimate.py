@@ -19,9 +19,11 @@ from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, foo
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
 from sculptor.planning.speeds import decomposition_seconds, measure_speeds
+from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
 from sculptor.tasks.estimate_report import Estimate, Mode
+from sculptor.training.settings import OptimizerMode, TrainSettings
 
 
 def estimate(
@@ -76,28 +78,34 @@ def estimate(
             raise DataError(f"{data[0]}: no row fits into {report.max_length} tokens; raise --max-length")
     length = max(lengths)
     batch = settings.batch_size if report is None else min(settings.batch_size, len(lengths))
-    micro = min(settings.micro_batch_size, batch)
     work = Workload(
         batch * length,
-        -(-batch // micro),
+        1,
         settings.fused,
         on_host=device.type == "cuda" and not settings.fused,
-        recompute=device.type == "cuda",
         written=float(checkpoint.num_bytes + archive_bytes),
         saves=2,
         row=length,
-        micro_rows=micro,
     )
-    plans = footprints(checkpoint, architecture, matrices, device, work)
-    work = replace(work, tokens=round(batch * sum(lengths) / len(lengths)))
-    works = footprints(checkpoint, architecture, matrices, device, work)
-    given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
-    speeds, measured = measure_speeds(given, device, here, Path(directory))
     free_device, free_host = available_memory(device if here else torch.device("cpu"))
     free_device = 1e9 * settings.gpu_memory if settings.gpu_memory is not None else free_device
     free_host = 1e9 * settings.host_memory if settings.host_memory is not None else free_host
     if device.type == "cpu":
         free_device = free_host
+
+    def plans_of(split: Split) -> dict[str, Footprint]:
+        return footprints(checkpoint, architecture, matrices, device, split.workload(work, batch))
+
+    mode: OptimizerMode = "fused" if settings.fused else "exact"
+    wanted = TrainSettings(
+        batch_size=batch, micro_batch_size=settings.micro_batch_size, optimizer_mode=mode, clip_by="matrix"
+    )
+    split = choose_split(plans_of, wanted, batch, length, device, free_device)
+    plans = plans_of(split)
+    work = split.workload(replace(work, tokens=round(batch * sum(lengths) / len(lengths))), batch)
+    works = footprints(checkpoint, architecture, matrices, device, work)
+    given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
+    speeds, measured = measure_speeds(given, device, here, Path(directory))
     free_disk = available_disk(Path(directory))
     modes = {
         name: _mode(

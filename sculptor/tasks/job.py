@@ -21,6 +21,7 @@ from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, output_bytes, plan_archive
+from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.progress import Progress, silent
 from sculptor.training.protect import refuse_slices
 from sculptor.training.rates import default_relative_rate
@@ -172,27 +173,45 @@ def cast_to(settings: TrainSettings) -> torch.dtype | None:
 
 def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
     """What each way of training would take."""
-    settings, examples = job.settings, job.encoded.examples
+    rows, _ = _sizes(job)
+    return _plans_of(job, device, default_split(job.settings, rows, device))
+
+
+def split_steps(job: TrainJob, device: torch.device) -> TrainJob:
+    """Decides how steps are split, as far as the settings leave it open; the same on devices of one size."""
+    rows, longest = _sizes(job)
+    split = choose_split(lambda split: _plans_of(job, device, split), job.settings, rows, longest, device)
+    again = split.recompute if device.type == "cuda" else job.settings.checkpoint_activations
+    settings = replace(job.settings, micro_batch_size=split.rows, checkpoint_activations=again)
+    return replace(job, settings=settings)
+
+
+def _sizes(job: TrainJob) -> tuple[int, int]:
+    """Rows of a step, and tokens of the longest."""
+    examples = job.encoded.examples
     longest = max((example.length for example in examples), default=1)
-    rows = min(settings.batch_size, max(1, len(examples)))
-    micro = min(settings.micro_batch_size, rows)
+    return min(job.settings.batch_size, max(1, len(examples))), longest
+
+
+def _plans_of(job: TrainJob, device: torch.device, split: Split) -> dict[str, Footprint]:
+    settings, examples = job.settings, job.encoded.examples
+    rows, longest = _sizes(job)
     assert settings.carry is not None
     steps = settings.total_steps(-(-len(examples) // rows))
     work = Workload(
         tokens=rows * longest,
-        micro_batches=-(-rows // micro),
+        micro_batches=1,
         fused=settings.optimizer_mode == "fused",
         keep_inputs=settings.offload_inputs is False,
         on_host=optimizer_on_host(settings, "cpu", device),
-        recompute=device.type == "cuda" if settings.checkpoint_activations is None else settings.checkpoint_activations,
         num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
         written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
         saves=-(-steps // settings.steps_between_saves(steps)),
         evaluates=job.evaluation is not None,
         row=longest,
-        micro_rows=micro,
     )
-    return footprints(job.checkpoint, job.architecture, plan_archive(job.archive, job.architecture), device, work)
+    matrices = plan_archive(job.archive, job.architecture)
+    return footprints(job.checkpoint, job.architecture, matrices, device, split.workload(work, rows))
 
 
 def open_model(

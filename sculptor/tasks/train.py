@@ -23,7 +23,7 @@ from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
-from sculptor.tasks.job import TrainJob, open_job, plans_of
+from sculptor.tasks.job import TrainJob, open_job, plans_of, split_steps
 from sculptor.tasks.opening import OPENED_NAME, open_rules
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
@@ -79,8 +79,11 @@ def train(
     if settings.eval_every is not None and not eval_data:
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     job = open_job(model, subspaces, data, eval_data, settings, rules, progress)
+    asked = job.settings.checkpoint_activations
+    job = split_steps(job, device)
     plan, reason = choose(plans_of(job, device), device, job.settings.offload, output, partial_path(output))
-    placed, unused = _placed(job.settings, plan.offload)
+    settings = job.settings if plan.offload == "none" else replace(job.settings, checkpoint_activations=asked)
+    placed, unused = _placed(settings, plan.offload)
     if unused:
         reason += f"; without effect there: {', '.join(unused)}"
     if not reason.endswith(("as asked", "everything fits")):
@@ -136,7 +139,7 @@ def _placed(settings: TrainSettings, offload: Offload) -> tuple[TrainSettings, l
 def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None:
     if job.evaluation is None:
         return None
-    examples, size = job.evaluation.examples, job.settings.micro_batch_size
+    examples, size = job.evaluation.examples, job.settings.micro_rows
     accelerator = make_accelerator(loaded.device)
 
     def evaluate() -> float:

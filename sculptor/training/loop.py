@@ -211,7 +211,7 @@ class TrainingLoop:
         return f"--{name.replace('_', '-')} ({value:.3g})"
 
     def _micro_batches(self, rows: list[int], step: int) -> list[Batch]:
-        size = self.settings.micro_batch_size
+        size = self.settings.micro_rows
         seed = (self.settings.seed * 1_000_003 + step) % 2**63
         return [
             self.loaded.batch([self.examples[row] for row in rows[start : start + size]], seed)

@@ -14,6 +14,8 @@ ClipBy = Literal["model", "matrix"]
 OptimizerMode = Literal["exact", "fused"]
 OptimizerOn = Literal["auto", "host", "device"]
 Offload = Literal["none", "cpu", "disk", "auto"]
+# Rows per forward where nothing else decides.
+MICRO_ROWS = 8
 
 
 @settings
@@ -52,8 +54,8 @@ class TrainSettings:
     """With offloading: activation checkpoints wait in host memory too [default: on a GPU]."""
     batch_size: AtLeastOne = 32
     """Rows per optimizer step."""
-    micro_batch_size: AtLeastOne = 8
-    """Rows per forward; splits a batch."""
+    micro_batch_size: AtLeastOne | None = None
+    """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8]."""
     max_rows: AtLeastOne | None = None
     """Rows to use of each file, the first ones [default: all]."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
@@ -76,7 +78,7 @@ class TrainSettings:
     memory_weight: Positive | None = None
     """Weight of the task's moments against those of one earlier source [default: 1]."""
     checkpoint_activations: Annotated[bool | None, Off("keep-activations")] = None
-    """Recompute activations in the backward pass [default: on a GPU]."""
+    """Recompute activations in the backward pass [default: on a GPU where they do not fit]."""
     save_every: AtLeastOne | None = None
     """Steps between saved states [default: a tenth of the run, at most 500]."""
     eval_every: AtLeastOne | None = None
@@ -90,7 +92,7 @@ class TrainSettings:
                 "--relative-rate without effect: --learning-rate is absolute; give one of the two",
             ),
             (
-                fused and self.batch_size > self.micro_batch_size,
+                fused and self.batch_size > (self.micro_batch_size or self.batch_size),
                 f"--optimizer-mode fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} "
                 "needs the gradients of all of them first; set --micro-batch-size to --batch-size, or use exact",
             ),
@@ -120,6 +122,11 @@ class TrainSettings:
         wrong = [message for is_fault, message in faults if is_fault]
         if wrong:
             raise SettingsError("; ".join(wrong))
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows per forward, as far as they are decided."""
+        return self.micro_batch_size or MICRO_ROWS
 
     def steps_between_saves(self, total: int) -> int:
         """Of a run of so many steps."""

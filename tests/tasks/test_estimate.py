@@ -108,7 +108,7 @@ def test_data_tell_the_longest_row_and_an_epoch(cli: Callable[..., Result], tmp_
         (["--preserve", "1"], "--preserve"),
         (["--tflops", "0"], "--tflops"),
         (["--batch-size", "-1"], "--batch-size"),
-        (["--fused"], "--micro-batch-size"),
+        (["--fused", "--micro-batch-size", "4"], "--micro-batch-size"),
     ],
 )
 def test_bad_settings_are_named(cli: Callable[..., Result], tmp_path: Path, options: list[str], named: str) -> None:
