@@ -4,6 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,15 +67,30 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+class Widths(NamedTuple):
+    """What rows are padded to: a multiple, but no more than the most a model takes, unless they are longer."""
+
+    multiple: int = 1
+    most: int | None = None
+
+    def of(self, longest: int) -> int:
+        """For the longest row of a batch."""
+        found = -(-longest // self.multiple) * self.multiple
+        return found if self.most is None else max(longest, min(found, self.most))
+
+
+EXACT = Widths()
+
+
+def collate(examples: Sequence[Example], pad_id: int, widths: Widths = EXACT) -> Batch:
     """Pads examples on the right."""
-    input_ids = _pad([example.input_ids for example in examples], pad_id)
-    mask = _pad([(1,) * len(example.input_ids) for example in examples], 0)
-    return Batch(input_ids, mask, _pad([example.labels for example in examples], IGNORED))
+    input_ids = _pad([example.input_ids for example in examples], pad_id, widths)
+    mask = _pad([(1,) * len(example.input_ids) for example in examples], 0, widths)
+    return Batch(input_ids, mask, _pad([example.labels for example in examples], IGNORED, widths))
 
 
-def _pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max(map(len, sequences))
+def _pad(sequences: Sequence[Sequence[int]], value: int, widths: Widths) -> Tensor:
+    width = widths.of(max(map(len, sequences)))
     return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences])
 
 
@@ -99,10 +115,16 @@ def mask_tokens(example: Example, mask_id: int, vocab_size: int, seed: int) -> E
 
 
 def make_batch(
-    examples: Sequence[Example], kind: Kind, pad_id: int, mask_id: int | None, vocab_size: int, seed: int
+    examples: Sequence[Example],
+    kind: Kind,
+    pad_id: int,
+    mask_id: int | None,
+    vocab_size: int,
+    seed: int,
+    widths: Widths = EXACT,
 ) -> Batch:
     """One micro-batch for a kind of model; `seed` decides what is masked."""
     if kind == "masked":
         assert mask_id is not None
         examples = [mask_tokens(example, mask_id, vocab_size, seed) for example in examples]
-    return collate(examples, pad_id)
+    return collate(examples, pad_id, widths)

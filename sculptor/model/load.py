@@ -10,7 +10,7 @@ import torch
 from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.data.batches import Batch, make_batch
+from sculptor.data.batches import EXACT, Batch, Widths, make_batch
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
@@ -47,7 +47,9 @@ class LoadedModel:
     def batch(self, examples: Sequence[Example], seed: int) -> Batch:
         """One micro-batch on the host; `seed` decides what is masked, where tokens are."""
         vocab_size = min(len(self.tokenizer), self.architecture.vocab_size)
-        return make_batch(examples, self.kind, self.pad_id, self.tokenizer.mask_token_id, vocab_size, seed)
+        # Attention on a GPU is planned anew for every shape, which takes longer than some padding.
+        widths = Widths(64, self.architecture.max_positions) if self.device.type == "cuda" else EXACT
+        return make_batch(examples, self.kind, self.pad_id, self.tokenizer.mask_token_id, vocab_size, seed, widths)
 
     def close(self) -> None:
         """Gives back what its blocks take elsewhere; a streamed model cannot be used any more."""

@@ -96,6 +96,7 @@ class TrainingLoop:
         self.total = settings.total_steps(self.plan.steps_per_epoch)
         self.accelerator = make_accelerator(loaded.device)
         self.position = Position(step=0)
+        self._saved_at = self._saving = 0.0  # when a state was saved, and how long it took
 
     def run(self, progress: Progress) -> LoopResult:
         """Trains from the newest saved state, or from the start, to the end; leaves the best parameters in place.
@@ -120,7 +121,7 @@ class TrainingLoop:
             if self.evaluate is not None and (done % self._eval_every == 0 or done == self.total):
                 self._evaluate(done)
             signal_number = self.stop()
-            if done % self.settings.steps_between_saves(self.total) == 0 or done == self.total or signal_number:
+            if done == self.total or signal_number or self._should_save(done):
                 self._save()
             if signal_number and done < self.total:
                 bar.close()
@@ -130,6 +131,7 @@ class TrainingLoop:
                     signal_number,
                 )
         bar.close()
+        self.loaded.model.eval()
         position = self.position
         if position.best_step is not None:
             self.updates.load(self.store.load_best(position.best_step), optimizer=False)
@@ -155,7 +157,8 @@ class TrainingLoop:
         total_tokens = self.world.total(sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches))
         rate_of = rates_of(self.settings, step, self.total)
         model = self.loaded.model
-        model.train()
+        if not model.training:  # asked first: it goes through every module
+            model.train()
         losses: list[Tensor] = []
         for batch in batches:
             self.updates.begin(rate_of)
@@ -178,7 +181,6 @@ class TrainingLoop:
                 "rows of that step"
             )
         self.updates.step(rate_of)
-        model.eval()
         tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
         speed = (self.position.tokens + tokens) / seconds
@@ -234,7 +236,19 @@ class TrainingLoop:
             length = file.tell()
         self.position = replace(self.position, metrics_bytes=length)
 
+    def _should_save(self, done: int) -> bool:
+        """Where it is due; a twentieth of the time at most goes into it, unless the user says how often."""
+        if done % self.settings.steps_between_saves(self.total):
+            return False
+        return self.settings.save_every is not None or time.perf_counter() - self._saved_at >= 20 * self._saving
+
     def _save(self) -> None:
+        started = time.perf_counter()
+        self._write_state()
+        self._saved_at = time.perf_counter()
+        self._saving = self._saved_at - started
+
+    def _write_state(self) -> None:
         state, random = self.updates.state(), tensors_of(random_state(self.loaded.device))
         entries = {**state.entries, **random.entries}
         read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731

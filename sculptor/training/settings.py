@@ -80,7 +80,7 @@ class TrainSettings:
     checkpoint_activations: Annotated[bool | None, Off("keep-activations")] = None
     """Recompute activations in the backward pass [default: on a GPU where they do not fit]."""
     save_every: AtLeastOne | None = None
-    """Steps between saved states [default: a tenth of the run, at most 500]."""
+    """Steps between saved states [default: a tenth of the run, at most 500, and a twentieth of the time at most]."""
     eval_every: AtLeastOne | None = None
     """Steps between evaluations [default: a fifth of the run]."""
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from sculptor.data.batches import BatchPlan, collate, make_batch, mask_tokens
+from sculptor.data.batches import EXACT, BatchPlan, Widths, collate, make_batch, mask_tokens
 from sculptor.data.examples import IGNORED, Example
 
 
@@ -58,3 +58,12 @@ def test_the_mask_follows_the_row() -> None:
     parts = [make_batch(rows[i : i + 5], "masked", 1, 3, 64, seed=2) for i in range(0, 12, 5)]
     assert torch.equal(whole.input_ids, torch.cat([part.input_ids for part in parts]))
     assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+
+
+def test_rows_are_padded_to_what_repeats_but_not_beyond_what_a_model_takes() -> None:
+    rows = [Example((5, 6, 7), (IGNORED, 6, 7)), Example((8,), (8,))]
+    for widths, width in ((EXACT, 3), (Widths(4), 4), (Widths(64), 64), (Widths(64, 10), 10), (Widths(64, 2), 3)):
+        batch = collate(rows, 1, widths)
+        assert batch.input_ids.shape == batch.attention_mask.shape == batch.labels.shape == (2, width)
+        assert batch.num_tokens == 4
+        assert (batch.labels != IGNORED).sum() == 3

@@ -14,6 +14,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import BatchPlan
 from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.training.schedule import learning_rate
+from sculptor.training.state import StateStore
 
 STEPS = 20
 
@@ -218,3 +219,27 @@ def test_outputs_inside_the_model_directory_do_not_travel(task: dict[str, Any], 
 def test_options_without_effect_are_refused(task: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--eval-every without effect"):
         train(**task, output=tmp_path / "out", settings=settings(eval_every=2))
+
+
+@pytest.mark.parametrize(("every", "saves"), [(None, 2), (2, 10)])
+def test_saving_takes_little_of_the_time(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, saves: int
+) -> None:
+    """A state that takes as long to save as all steps together is saved once, and at the end."""
+    clock, saved, plain = [0.0], [], StateStore.save
+
+    def now() -> float:
+        clock[0] += 0.1
+        return clock[0]
+
+    def save(store: StateStore, position: Any, tensors: Any) -> None:
+        saved.append(position.step)
+        clock[0] += 100
+        plain(store, position, tensors)
+
+    monkeypatch.setattr("sculptor.training.loop.time.perf_counter", now)
+    monkeypatch.setattr(StateStore, "save", save)
+    train(**task, output=tmp_path / "out", settings=settings(max_steps=20, save_every=every))
+    assert len(saved) == saves
+    assert saved[0] == 2
+    assert saved[-1] == 20
