@@ -83,6 +83,8 @@ class ArchiveWriter:
         self._sections: dict[str, Section] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._in_flight: tuple[Future[None], dict[str, Tensor], dict[str, MatrixRecord]] | None = None
+        self._noted: dict[str, dict[str, Any]] = {}  # records and tensors as the note of complete shards has them
+        self._noted_tensors: dict[str, dict[str, Any]] = {}
 
     def resume(self) -> None:
         """Takes up complete shards of a killed run; anything else in the directory goes.
@@ -102,6 +104,8 @@ class ArchiveWriter:
                 )
             self.records, self.tensors, self._shards = dict(found.records), dict(found.tensors), list(found.shards)
             self._shared = set(self.tensors)
+            self._noted = {name: asdict(record) for name, record in self.records.items()}
+            self._noted_tensors = {name: asdict(tensor) for name, tensor in self.tensors.items()}
         kept = {LOCK_NAME, MARKER_NAME, *((*self._shards, PROGRESS_NAME) if self._shards else ())}
         for file in self.directory.iterdir():
             if file.name not in kept:
@@ -156,6 +160,8 @@ class ArchiveWriter:
         self._wait()
         known = self._pending_records if record.name in self._pending_records else self.records
         known[record.name] = record
+        if record.name in self._noted:
+            self._noted[record.name] = asdict(record)
 
     def all_records(self) -> list[MatrixRecord]:
         """Everything that was added."""
@@ -204,8 +210,13 @@ class ArchiveWriter:
                 self.tensors[key] = StoredTensor(name, dtype, tuple(tensor.shape), digest(tensor))
             self._shards.append(name)
         self.records |= records
-        progress = _Progress(self.key, tuple(self._shards), self.records, self.tensors)
-        write_json(self.directory / PROGRESS_NAME, asdict(progress))
+        self._noted |= {
+            record.name: asdict(record) for record in records.values()
+        }  # once: the note is written many times
+        self._noted_tensors |= {name: asdict(self.tensors[name]) for name in tensors}
+        shards, found = tuple(self._shards), self._noted
+        progress = {"key": self.key, "shards": shards, "records": found, "tensors": self._noted_tensors}
+        write_json(self.directory / PROGRESS_NAME, progress, indent=None)
 
     def close(self) -> None:
         """Lets the thread end; after an error nothing is written any more once this returns."""

@@ -250,9 +250,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from cause
 
 
-def write_json(path: Path, content: dict[str, Any], *, allow_nan: bool = False) -> None:
-    """Writes JSON so that the file is either the old or the new one, never half of it."""
+def write_json(path: Path, content: dict[str, Any], *, allow_nan: bool = False, indent: int | None = 1) -> None:
+    """Writes JSON so that the file is either the old or the new one, never half of it; without indentation much faster."""
     with writing(path):
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=allow_nan) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n", encoding="utf-8")
         os.replace(temporary, path)
