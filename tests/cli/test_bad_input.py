@@ -108,7 +108,7 @@ def test_a_place_that_cannot_be_written(cli: Callable[..., Result], made: dict[s
 def test_a_disk_that_fills_up(made: dict[str, Path]) -> None:
     """A limit on file size stands for the full disk; both commands stop with one line."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + (
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
     )
     command = [COMMAND[0], "-c", limit + COMMAND[2]]
     arguments = {
