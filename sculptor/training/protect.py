@@ -217,6 +217,19 @@ def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
     return blocks
 
 
+def _restore(module: nn.Module) -> None:
+    """Gives a module its plain weight back; torch's own way takes the weight from copies of the module too."""
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    if len(parametrizations) > 1:  # somebody else's beside ours
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        return
+    original: nn.Parameter = parametrizations["weight"].original  # type: ignore[assignment]
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    module.register_parameter("weight", original)
+
+
 @torch.no_grad()
 def merge(model: Any) -> Any:
     """Folds the coordinates of a protected model into its weights and removes them, in place.
@@ -232,7 +245,7 @@ def merge(model: Any) -> Any:
         raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
     for matrix in matrices:
         merged = matrix.coordinates.merged(matrix.pristine).tensor
-        parametrize.remove_parametrizations(matrix.module, "weight", leave_parametrized=False)
+        _restore(matrix.module)
         weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
         weight.data = merged
         weight.requires_grad_(False)
