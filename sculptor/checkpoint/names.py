@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sculptor.errors import CheckpointError
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Conversion:
@@ -31,8 +33,19 @@ def match_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Parameter of the model -> name in `names`, by the rules transformers itself loads with.
 
     Tensors that loading would split, stack or otherwise convert have no single name and are left out.
+
+    Raises:
+        CheckpointError: if two names are those of one parameter.
     """
-    return {parameter: name for name, parameter, pattern, _ in _matches(model, names) if pattern is None}
+    found: dict[str, str] = {}
+    for name, parameter, pattern, _ in _matches(model, names):
+        if pattern is None:
+            if parameter in found:
+                raise CheckpointError(
+                    f"tensors {found[parameter]} and {name} are both loaded into {parameter}; remove the one that is not meant"
+                )
+            found[parameter] = name
+    return found
 
 
 def find_converted(model: Any, names: Iterable[str]) -> dict[str, Conversion]:

@@ -38,14 +38,14 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """
     found = [f"config.json: {what}" for what in _config_differences(base, tuned)]
     before, now = (_files(checkpoint) for checkpoint in (base, tuned))
-    has_tokenizer = any(map(_TOKENIZER.match, now))
+    other_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
     carried = {path.as_posix() for path in companions(base.path)}
     for name in sorted({*before, *now} - {"config.json"}):
         if name not in before:
             found.append(f"{name} was added")
         elif name not in now:
-            # Code, secrets and links are never carried along; without any tokenizer nobody loads another one.
-            if name in carried and (has_tokenizer or not _TOKENIZER.match(name)):
+            # Code, secrets and links are never carried along; where no tokenizer can be loaded, it is no other one.
+            if name in carried and (other_tokenizer or not _TOKENIZER.match(name)):
                 found.append(f"{name} is missing")
         elif not _same_content(base.path / name, tuned.path / name):
             found.append(f"{name} differs")
@@ -53,6 +53,17 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     if extra is not None:
         found.append(f"{extra} is a second set of weights, which other programs load")
     return found
+
+
+def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether transformers makes a tokenizer without any file of one, which knows nothing."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    except Exception:  # as it has to be
+        return False
+    return True
 
 
 def _config_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
@@ -64,7 +75,43 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
     allowed |= stored if len(stored) == 1 else set()
     if _dtype(now) not in allowed:
         yield f"dtype was {_dtype(before)}, is {_dtype(now)}, and the tensors are not"
-    yield from _settings(_without(_as_loaded(base)), _without(_as_loaded(tuned)))
+    read, read_now = (_without(_as_loaded(checkpoint)) for checkpoint in (base, tuned))
+    yield from _settings(read, read_now)
+    yield from _unread(_without(before), _without(now), read, read_now)
+    versions = [config.get("transformers_version") for config in (before, now)]
+    if versions[0] != versions[1] and _reads_by_version(tuned.path):
+        yield f"transformers_version was {versions[0]}, is {versions[1]}, by which this tokenizer is read"
+
+
+def _unread(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    read: Mapping[str, Any],
+    read_now: Mapping[str, Any],
+    place: str = "",
+) -> Iterator[str]:
+    """Keys of the file that the configuration's class drops and others read: attention, generation. None may be new."""
+    for key, value in sorted(now.items()):
+        name = f"{place}.{key}" if place else key
+        if isinstance(value, dict) and key.endswith("config"):
+            old, its, first, second = (
+                inner if isinstance(inner := each.get(key), dict) else {} for each in (before, now, read, read_now)
+            )
+            yield from _unread(old, its, first, second, name)
+        elif key not in read_now or key not in read:
+            known = before.get(key, _MISSING)
+            if known is _MISSING and key in read:  # what was its default stands in the file now
+                continue
+            yield from _settings(known, value, name)
+
+
+def _reads_by_version(path: Path) -> bool:
+    """Whether a tokenizer asks which version of transformers wrote the model."""
+    try:
+        found = json.loads((path / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool(found.get("fix_mistral_regex"))
 
 
 def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -92,19 +139,25 @@ def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *_DTYPES
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
     found = next((config[key] for key in _DTYPES if config.get(key) is not None), None)
-    return found.removeprefix("torch.") if isinstance(found, str) else None
+    if found is None or isinstance(found, str):
+        return found and found.removeprefix("torch.")
+    return json.dumps(found)  # one for each part of a model
 
 
-def _settings(before: Any, now: Any, place: str = "") -> Iterator[str]:
-    """Names of settings that differ, with both values; null is not the same as nothing, nor true as 1."""
+def _settings(before: Any, now: Any, place: str = "", numbers: bool = False) -> Iterator[str]:
+    """Names of settings that differ, with both values; null is not the same as nothing, nor true as 1, with `numbers` nor 1.0."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             inner = f"{place}.{key}" if place else key
-            yield from _settings(before.get(key, _MISSING), now.get(key, _MISSING), inner)
+            yield from _settings(before.get(key, _MISSING), now.get(key, _MISSING), inner, numbers)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for i, (old, new) in enumerate(zip(before, now, strict=True)):
-            yield from _settings(old, new, f"{place}[{i}]")
-    elif isinstance(before, bool) != isinstance(now, bool) or before != now:
+            yield from _settings(old, new, f"{place}[{i}]", numbers)
+    elif (
+        isinstance(before, bool) != isinstance(now, bool)
+        or before != now
+        or (numbers and type(before) is not type(now))
+    ):
         yield f"{place} was {_short(before)}, is {_short(now)}"
 
 
@@ -120,18 +173,21 @@ def _files(checkpoint: Checkpoint) -> set[str]:
         here = Path(folder)
         depth = len(here.relative_to(checkpoint.path).parts)
         ours = depth and any((here / name).is_file() for name in ("archive.json", "sculptor.json"))
-        if ours or depth > _DEPTH:
+        if (ours and not set(here.relative_to(checkpoint.path).parts) & _READ_FOLDERS) or depth > _DEPTH:
             inner.clear()
             continue
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in names:
             relative = (here / name).relative_to(checkpoint.path).as_posix()
-            if not name.startswith(".") and not is_weights(name) and not _FOR_PEOPLE.fullmatch(name):
+            for_people = not depth and _FOR_PEOPLE.fullmatch(name)
+            if not name.startswith(".") and not is_weights(name) and not for_people:
                 found.add(relative)
     return found
 
 
 _DEPTH = 3  # links may lead in circles
+# Read by name, whatever else they hold.
+_READ_FOLDERS = {"additional_chat_templates", "custom_generate"}
 
 
 def _same_content(one: Path, other: Path) -> bool:
@@ -144,4 +200,4 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
     if one.name == "generation_config.json" and isinstance(before, dict) and isinstance(now, dict):
         before, now = (_without(content, ("transformers_version",)) for content in (before, now))
-    return not any(_settings(before, now))
+    return not any(_settings(before, now, numbers=True))

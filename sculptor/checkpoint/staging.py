@@ -67,6 +67,10 @@ def staging(
         OutputError: if the output exists, something is left over, or the place cannot be written.
     """
     partial = partial_path(output)
+    if output.name.endswith(".partial"):
+        raise OutputError(
+            f"{output}: names that end in .partial are those of unfinished outputs; choose another --output"
+        )
     with writing(output):
         _check_output(output, overwrite=overwrite, resume=resume)
         _check_left_over(partial, command, overwrite=overwrite, resume=resume)
@@ -129,7 +133,11 @@ def _check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
 def _check_left_over(partial: Path, command: str, *, overwrite: bool, resume: bool) -> None:
     if not partial.exists():
         return
-    if not partial.is_dir() or (any(partial.iterdir()) and not (partial / MARKER_NAME).is_file()):
+    if (
+        partial.is_symlink()
+        or not partial.is_dir()
+        or (any(partial.iterdir()) and not (partial / MARKER_NAME).is_file())
+    ):
         raise OutputError(
             f"{partial}: is in the way and not ours (no {MARKER_NAME} in it); move it or choose another --output"
         )
@@ -158,8 +166,18 @@ def _foreign(path: Path) -> str | None:
         known = set(json.loads((path / MARKER_NAME).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"is no output of sculptor (no list of its files in {MARKER_NAME})"
-    strange = [name for name in held if name not in known and name not in _OF_THE_WAY]
+    strange = [name for name in held if name not in known and not _is_of_the_way(path / name, name)]
     return f"holds {strange[0]}, which sculptor did not write" if strange else None
+
+
+def _is_of_the_way(path: Path, name: str) -> bool:
+    """Whether a file was left by a run that could not tidy up: people call theirs `scores.json`, too."""
+    if name in (LOCK_NAME, MARKER_NAME):
+        return True
+    try:
+        return name in _OF_THE_WAY and "key" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _list_files(staged: Path) -> None:

@@ -12,6 +12,9 @@ from sculptor.data.rows import MessagesRow, Row
 from sculptor.errors import DataError, SettingsError
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
+_THOUGHT = re.compile(r"<think>(.*?\S.*?)</think>", re.DOTALL)
+_KEPT: set[Any] = set()  # forms of conversations of which templates are known to leave out nothing
+_MOST_KEPT = 10_000
 Message = dict[str, Any]
 Span = tuple[int, int]
 
@@ -89,6 +92,8 @@ class _Conversation:
         """As `render_conversation`."""
         with_objects = [_arguments_parsed(message) for message in self.messages]
         try:
+            if _prints_objects(self._try(with_objects), with_objects):
+                return self._sequences(self.messages)
             try:
                 return self._sequences(with_objects)
             except TypeError:  # a template that joins arguments as they are wants text
@@ -169,9 +174,21 @@ class _Conversation:
             raise DataError(f"{self.row.where}: the assistant turns are empty after tokenisation")
         last = max(i for i, on in enumerate(mask) if on)
         written = " ".join(str(message.get("content")) for message in self.messages)
-        if not may_end or marked is not None or any(self._ends(i, written) for i in ids[max(0, last - 2) : last + 1]):
+        said = self._said(text, spans[-1])
+        near = [i for i in range(max(0, last - 2), last + 1) if places[i][0] >= said]
+        if not may_end or marked is not None or any(self._ends(ids[i], written) for i in near):
             return Rendered(ids, mask, False)
         return Rendered([*ids[: last + 1], self.tokenizer.eos_token_id], [*mask[: last + 1], True], True)
+
+    def _said(self, text: str, span: Span) -> int:
+        """Where in a turn what the row says ends, as far as that can be told: the turn cannot end before."""
+        contents = (str(self.messages[i].get("content") or "").strip() for i in self.trained)
+        ends = (
+            text.rfind(content, *span) + len(content)
+            for content in contents
+            if content and content in text[slice(*span)]
+        )
+        return max(ends, default=0)
 
     def _tokenize(self, text: str, at: int) -> tuple[list[int], list[Span]]:
         """Tokens of a part of the text that begins at `at`, and where in the text they are."""
@@ -210,7 +227,16 @@ class _Conversation:
                 raise DataError(
                     f"{self.row.where}: turn {i + 1} of the assistant is empty; remove it or set its weight to 0"
                 )
-        self._check_kept(messages)
+        turns = tuple(
+            (message["role"], i in self.trained, tuple(sorted(key for key in message if _says(message[key]))),
+             len(message.get("tool_calls") or ()), _THOUGHT.search(str(message.get("content"))) is not None)
+            for i, message in enumerate(messages)
+        )  # fmt: skip
+        kind = self.template, turns, bool(self.row.tools), json.dumps(dict(self.row.template_options), default=str)
+        if kind not in _KEPT:  # what a template leaves out depends on the form of a conversation
+            self._check_kept(messages)
+            if len(_KEPT) < _MOST_KEPT:
+                _KEPT.add(kind)
         if self.row.tools:
             options = dict(self.row.template_options)
             bare_text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
@@ -221,8 +247,25 @@ class _Conversation:
                 )
 
     def _check_kept(self, messages: Sequence[Message]) -> None:
-        """Refuses calls, thinking of trained turns and system messages of which a template renders nothing."""
+        """Refuses what a template leaves out: a message's content, a call, the thinking of a trained turn."""
+        whole = self._render(messages)
         for i, message in enumerate(messages):
+            trained = i in self.trained
+            behind, seen = (messages[i + 1 :], whole) if not trained else ([], self._render(messages[: i + 1]))
+
+            def lost(changed: Message, i: int = i, behind: Sequence[Message] = behind, seen: str = seen) -> bool:
+                return self._try([*messages[:i], changed, *behind]) == seen
+
+            for number in range(len(message.get("tool_calls") or ())):
+                if lost(message | {"tool_calls": _other_call(message["tool_calls"], number)}):
+                    self._refuse_lost(i, f"call {number + 1}")
+            content = message.get("content")
+            if isinstance(content, str) and content.strip():
+                thought = _THOUGHT.search(content) if trained else None
+                if lost(message | {"content": f"{content} ."}):
+                    self._refuse_lost(i, "content")
+                if thought and lost(message | {"content": content.replace(thought[1], thought[1] + " .", 1)}):
+                    self._refuse_lost(i, "thinking in its content")
             for key in ("tool_calls", "reasoning_content", "thinking"):
                 wanted = message["role"] == "assistant" and (key == "tool_calls" or i in self.trained)
                 if not wanted or not _says(message.get(key)):
@@ -233,13 +276,14 @@ class _Conversation:
                         f"{self.row.where}: the chat template renders nothing of turn {i + 1}'s {key}; choose another with "
                         "--chat-template, or remove the key"
                     )
-            if message["role"] == "system" and _says(message.get("content")):
-                other = [*messages[:i], message | {"content": f"{message['content']} ."}, *messages[i + 1 :]]
-                if self._try(other) == self._render(messages):
-                    raise DataError(
-                        f"{self.row.where}: the chat template leaves out the system message; choose another with "
-                        "--chat-template, or remove the message"
-                    )
+
+    def _refuse_lost(self, i: int, what: str) -> None:
+        message = self.messages[i]
+        of = "the system message" if message["role"] == "system" else f"message {i + 1} ({message['role']})"
+        part = "" if what == "content" else f" {what} of"
+        raise DataError(
+            f"{self.row.where}: the chat template leaves out{part} {of}; choose another with --chat-template, or remove it"
+        )
 
     def _try(self, messages: Sequence[Message]) -> str | None:
         try:
@@ -266,6 +310,34 @@ def _template_text(row: MessagesRow, tokenizer: Any) -> str:
 def _says(value: Any) -> bool:
     """Whether a part of a message holds anything."""
     return bool(value.strip()) if isinstance(value, str) else bool(value)
+
+
+def _other_call(calls: Sequence[Any], number: int) -> list[Any]:
+    """The calls with another name and other arguments in one of them."""
+
+    def renamed(call: Any) -> Any:
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            return call | {"function": renamed(call["function"])}
+        if not isinstance(call, dict):
+            return call
+        given = call.get("arguments")
+        arguments = given | {"x": 0} if isinstance(given, dict) else f"{given or ''} "
+        return call | {"name": f"{call.get('name')}x", "arguments": arguments}
+
+    return [renamed(call) if i == number else call for i, call in enumerate(calls)]
+
+
+def _prints_objects(text: str | None, messages: Sequence[Message]) -> bool:
+    """Whether a template writes arguments as Python shows objects, and not as JSON: it wants their text."""
+    if text is None:
+        return False
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            call = call.get("function", call) if isinstance(call, dict) else {}
+            arguments = call.get("arguments") if isinstance(call, dict) else None
+            if isinstance(arguments, dict) and arguments and str(arguments) in text:
+                return True
+    return False
 
 
 def _arguments_parsed(message: Message) -> Message:

@@ -155,8 +155,9 @@ def analyze(
                     ),
                     keep_progress=True,
                 )
-        except (CheckpointError, DataError):
-            forget_progress(partial)  # of an input that has to be another one
+        except (CheckpointError, DataError) as error:
+            if not isinstance(error.__cause__, OSError):  # which may go well the next time
+                forget_progress(partial)  # of an input that has to be another one
             raise
         commit(partial, output, overwrite=overwrite)
         with suppress(OutputError):  # the archive is complete all the same

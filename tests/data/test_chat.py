@@ -108,7 +108,8 @@ def test_turns_left_out_carry_no_loss(tokenizer: Any, tmp_path: Path, off: dict[
     assert learned(tokenizer, tmp_path, {"messages": messages}) == ["Good bye<|im_end|>\n"]
     tokenizer.chat_template = CHATML.replace(
         "{{ m.content }}",
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}",
     )
     (found,) = learned(tokenizer, tmp_path, {"messages": messages})
     assert found.strip() == "Good bye<|im_end|>"
@@ -130,14 +131,14 @@ def test_tools_and_calls_go_to_the_template(tokenizer: Any, tmp_path: Path) -> N
         (
             {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
             SPACED,
-            "renders nothing",
+            "leaves out call 1 of message 2",
         ),
         ({"messages": HELLO, "tools": TOOLS}, SPACED, "leaves out 'tools'"),
-        ({"messages": [HELLO[0], HELLO[1] | {"tool_calls": [CALL]}]}, SPACED, "renders nothing of turn 2's tool_calls"),
+        ({"messages": [HELLO[0], HELLO[1] | {"tool_calls": [CALL]}]}, SPACED, "leaves out call 1 of message 2"),
         (
             {"messages": [HELLO[0], HELLO[1] | {"tool_calls": [CALL], "weight": 0}, *HELLO]},
             SPACED,
-            "turn 2's tool_calls",
+            "leaves out call 1 of message 2",
         ),
         (
             {"messages": [HELLO[0], HELLO[1] | {"reasoning_content": "hm"}]},
@@ -230,3 +231,68 @@ def test_a_saved_dataset_and_a_byte_order_mark(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
         (row,) = read_rows([tmp_path / name])
         assert row.text == "Hello"  # type: ignore[union-attr]
+
+
+USER_AND_ASSISTANT = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL_OR_CONTENT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
+    "{% elif m.reasoning_content %}{{ m.reasoning_content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHORT = CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}")
+OTHER = {"type": "function", "function": {"name": "other", "arguments": {"b": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        ([HELLO[0], HELLO[1], {"role": "tool", "content": "1"}, HELLO[1]], USER_AND_ASSISTANT, r"message 3 \(tool\)"),
+        ([{"role": "developer", "content": "be nice"}, *HELLO], USER_AND_ASSISTANT, r"message 1 \(developer\)"),
+        ([HELLO[0], HELLO[1] | {"tool_calls": [CALL]}], CALL_OR_CONTENT, r"leaves out message 2 \(assistant\)"),
+        ([HELLO[0], HELLO[1] | {"reasoning_content": "hm"}], CALL_OR_CONTENT, r"leaves out message 2 \(assistant\)"),
+        (
+            [HELLO[0], {"role": "assistant", "content": None, "tool_calls": [CALL, OTHER]}],
+            CALL_OR_CONTENT,
+            r"leaves out call 2 of message 2",
+        ),
+        (
+            [HELLO[0], {"role": "assistant", "content": "<think>hm</think>Hello"}],
+            CALL_OR_CONTENT,
+            r"leaves out thinking in its content of message 2",
+        ),
+        ([HELLO[0], {"role": "assistant", "content": "Hello there"}], SHORT, r"leaves out message"),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(
+    tokenizer: Any, tmp_path: Path, messages: list[dict[str, Any]], template: str, message: str
+) -> None:
+    tokenizer.chat_template = template
+    for _ in range(2):  # what is known of a form must not let the next one pass
+        with pytest.raises(DataError, match=message) as caught:
+            learned(tokenizer, tmp_path, {"messages": messages})
+        assert "\n" not in str(caught.value)
+
+
+def test_arguments_stay_as_they_were_written(tokenizer: Any, tmp_path: Path) -> None:
+    """A template that writes them as they are gets their text, and not how Python shows objects."""
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Paris", "ok": true, "n": null}'}}
+    messages = [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments }}{% endif %}"
+    )
+    (found,) = learned(tokenizer, tmp_path, {"messages": messages})
+    assert found.startswith('{"city": "Paris", "ok": true, "n": null}')
+
+
+def test_a_token_before_the_answer_ends_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.add_tokens(["</think>"])
+    tokenizer.chat_template = NO_END.replace(
+        "{{ m.content }}", "{% if m.reasoning_content %}{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    )
+    assert "</think>" in tokenizer.chat_template
+    messages = [HELLO[0], {"role": "assistant", "reasoning_content": "hm", "content": "A"}]
+    (found,) = learned(tokenizer, tmp_path, {"messages": messages})
+    assert found.rstrip().endswith("</s>")

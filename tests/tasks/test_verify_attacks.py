@@ -187,7 +187,14 @@ def test_a_leak_in_one_direction_does_not_hide_in_the_rounding_of_all(tmp_path: 
         ("config.json", {"dtype": "float16"}),
         ("config.json", {"architectures": ["MistralForCausalLM"]}),
         ("config.json", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}),
+        ("config.json", {"attn_implementation": "someone/kernel"}),
+        ("config.json", {"experts_implementation": "x/y"}),
+        ("config.json", {"dtype": {"": "float16"}}),
+        ("config.json", {"dtype": 16}),
+        ("config.json", {"repetition_penalty": 9.0}),
+        ("config.json", {"rope_theta": 5.0}),
         ("generation_config.json", {"repetition_penalty": 9.0}),
+        ("generation_config.json", {"eos_token_id": 0.0}),
         ("tokenizer_config.json", {"add_bos_token": True, "bos_token": "w1"}),
         ("tokenizer.json", None),
         ("chat_template.jinja", "{{ messages }}"),
@@ -305,3 +312,65 @@ def test_strict_refuses_a_leak_that_only_rounding_explains(made: Path) -> None:
     found = check(made, made / "bfloat16" / "one", "bfloat16", strict=True)
     assert not found.passed
     assert check(made, made / "bfloat16" / "one", "bfloat16").passed
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "marker"),
+    [
+        ("additional_chat_templates", "default.jinja", "archive.json"),
+        ("additional_chat_templates", "tool_use.jinja", "sculptor.json"),
+        ("additional_chat_templates", "notice.jinja", None),
+        ("custom_generate", "generate.py", "sculptor.json"),
+    ],
+)
+def test_a_folder_that_is_read_is_seen_whatever_else_is_in_it(
+    made: Path, tmp_path: Path, folder: str, file: str, marker: str | None
+) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / folder).mkdir()
+    (tuned / folder / file).write_text("evil")
+    if marker is not None:
+        (tuned / folder / marker).write_text("{}")
+    assert f"{folder}/{file} was added" in check(made, tuned).differences
+
+
+def test_a_number_of_another_kind_in_a_vocabulary_is_seen(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    content = json.loads((tuned / "tokenizer.json").read_text())
+    content["model"]["vocab"]["w1"] = float(content["model"]["vocab"]["w1"])
+    (tuned / "tokenizer.json").write_text(json.dumps(content))
+    assert not check(made, tuned).passed
+
+
+def test_a_tokenizer_that_is_made_of_nothing_is_another_one(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    save_checkpoint(tmp_path / "base", "gpt2")
+    analyze(tmp_path / "base", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    train(tmp_path / "base", tmp_path / "archive", [rows], tmp_path / "tuned", FAST)
+    for file in tmp_path.glob("tuned/*token*"):
+        file.unlink()
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned")  # GPT-2's, without a word
+    found = verify(tmp_path / "base", tmp_path / "tuned", tmp_path / "archive", device="cpu")
+    assert any("tokenizer.json is missing" in line for line in found.differences)
+
+
+def test_a_version_by_which_a_tokenizer_is_read_is_seen(made: Path, tmp_path: Path) -> None:
+    base, tuned = (Path(shutil.copytree(made / "float32" / name, tmp_path / name)) for name in ("base", "one"))
+    for path in (base, tuned):
+        edit_json(path / "tokenizer_config.json", fix_mistral_regex=True)
+    edit_json(base / "config.json", transformers_version="4.57.3")
+    edit_json(tuned / "config.json", transformers_version="4.57.3")
+    archive = made / "float32" / "archive"
+    assert verify(base, tuned, archive, device="cpu").passed
+    edit_json(tuned / "config.json", transformers_version="5.0.0")
+    assert any("transformers_version" in line for line in verify(base, tuned, archive, device="cpu").differences)
+
+
+def test_two_names_for_one_parameter_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", "gpt2")
+    edit_tensors(
+        tmp_path / "base",
+        lambda tensors: tensors.update({"h.0.attn.c_attn.weight": tensors["transformer.h.0.attn.c_attn.weight"] + 1}),
+    )
+    with pytest.raises(SculptorError, match="are both loaded into"):
+        analyze(tmp_path / "base", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
