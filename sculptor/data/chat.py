@@ -8,14 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sculptor.data.left_out import Message, refuse_left_out, says
 from sculptor.data.rows import MessagesRow, Row
 from sculptor.errors import DataError, SettingsError
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
-_THOUGHT = re.compile(r"<think>(.*?\S.*?)</think>", re.DOTALL)
-_KEPT: set[Any] = set()  # forms of conversations of which templates are known to leave out nothing
-_MOST_KEPT = 10_000
-Message = dict[str, Any]
 Span = tuple[int, int]
 
 
@@ -223,20 +220,14 @@ class _Conversation:
         """Refuses what the template leaves out: it would be trained silently on something else."""
         for i in self.trained:
             message = messages[i]
-            if not any(_says(message.get(key)) for key in ("content", "tool_calls", "reasoning_content", "thinking")):
+            if not any(says(message.get(key)) for key in ("content", "tool_calls", "reasoning_content", "thinking")):
                 raise DataError(
                     f"{self.row.where}: turn {i + 1} of the assistant is empty; remove it or set its weight to 0"
                 )
-        turns = tuple(
-            (message["role"], i in self.trained, tuple(sorted(key for key in message if _says(message[key]))),
-             len(message.get("tool_calls") or ()), _THOUGHT.search(str(message.get("content"))) is not None)
-            for i, message in enumerate(messages)
+        refuse_left_out(
+            self.row.where, messages, self.trained, self._render,
+            (self.template, bool(self.row.tools), json.dumps(dict(self.row.template_options), default=str)),
         )  # fmt: skip
-        kind = self.template, turns, bool(self.row.tools), json.dumps(dict(self.row.template_options), default=str)
-        if kind not in _KEPT:  # what a template leaves out depends on the form of a conversation
-            self._check_kept(messages)
-            if len(_KEPT) < _MOST_KEPT:
-                _KEPT.add(kind)
         if self.row.tools:
             options = dict(self.row.template_options)
             bare_text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
@@ -245,45 +236,6 @@ class _Conversation:
                     f"{self.row.where}: the chat template leaves out 'tools'; choose another with --chat-template, or "
                     "remove the key"
                 )
-
-    def _check_kept(self, messages: Sequence[Message]) -> None:
-        """Refuses what a template leaves out: a message's content, a call, the thinking of a trained turn."""
-        whole = self._render(messages)
-        for i, message in enumerate(messages):
-            trained = i in self.trained
-            behind, seen = (messages[i + 1 :], whole) if not trained else ([], self._render(messages[: i + 1]))
-
-            def lost(changed: Message, i: int = i, behind: Sequence[Message] = behind, seen: str = seen) -> bool:
-                return self._try([*messages[:i], changed, *behind]) == seen
-
-            for number in range(len(message.get("tool_calls") or ())):
-                if lost(message | {"tool_calls": _other_call(message["tool_calls"], number)}):
-                    self._refuse_lost(i, f"call {number + 1}")
-            content = message.get("content")
-            if isinstance(content, str) and content.strip():
-                thought = _THOUGHT.search(content) if trained else None
-                if lost(message | {"content": f"{content} ."}):
-                    self._refuse_lost(i, "content")
-                if thought and lost(message | {"content": content.replace(thought[1], thought[1] + " .", 1)}):
-                    self._refuse_lost(i, "thinking in its content")
-            for key in ("tool_calls", "reasoning_content", "thinking"):
-                wanted = message["role"] == "assistant" and (key == "tool_calls" or i in self.trained)
-                if not wanted or not _says(message.get(key)):
-                    continue
-                bare = {name: value for name, value in message.items() if name != key}
-                if self._try([*messages[:i], bare]) == self._render(messages[: i + 1]):
-                    raise DataError(
-                        f"{self.row.where}: the chat template renders nothing of turn {i + 1}'s {key}; choose another with "
-                        "--chat-template, or remove the key"
-                    )
-
-    def _refuse_lost(self, i: int, what: str) -> None:
-        message = self.messages[i]
-        of = "the system message" if message["role"] == "system" else f"message {i + 1} ({message['role']})"
-        part = "" if what == "content" else f" {what} of"
-        raise DataError(
-            f"{self.row.where}: the chat template leaves out{part} {of}; choose another with --chat-template, or remove it"
-        )
 
     def _try(self, messages: Sequence[Message]) -> str | None:
         try:
@@ -305,26 +257,6 @@ def _template_text(row: MessagesRow, tokenizer: Any) -> str:
             f"the tokenizer has several chat templates ({names}); choose one with --chat-template"
         ) from cause
     return text
-
-
-def _says(value: Any) -> bool:
-    """Whether a part of a message holds anything."""
-    return bool(value.strip()) if isinstance(value, str) else bool(value)
-
-
-def _other_call(calls: Sequence[Any], number: int) -> list[Any]:
-    """The calls with another name and other arguments in one of them."""
-
-    def renamed(call: Any) -> Any:
-        if isinstance(call, dict) and isinstance(call.get("function"), dict):
-            return call | {"function": renamed(call["function"])}
-        if not isinstance(call, dict):
-            return call
-        given = call.get("arguments")
-        arguments = given | {"x": 0} if isinstance(given, dict) else f"{given or ''} "
-        return call | {"name": f"{call.get('name')}x", "arguments": arguments}
-
-    return [renamed(call) if i == number else call for i, call in enumerate(calls)]
 
 
 def _prints_objects(text: str | None, messages: Sequence[Message]) -> bool:

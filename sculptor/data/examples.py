@@ -130,6 +130,8 @@ def encode_row(row: Row, tokenizer: Any, kind: Kind, max_length: int, vocab_size
     else:
         found = _encode_messages(row, tokenizer, max_length)
     _check_vocabulary(row.where, found.examples, vocab_size)
+    if not isinstance(row, TextRow):
+        _check_known(row.where, found.examples, tokenizer)
     return found
 
 
@@ -140,6 +142,16 @@ def _check_vocabulary(where: str, examples: Sequence[Example], vocab_size: int |
             f"{where}: the tokenizer gives id {largest}, the model has {vocab_size} embeddings; resize them or use its own "
             "tokenizer"
         )
+
+
+def _check_known(where: str, examples: Sequence[Example], tokenizer: Any) -> None:
+    """Refuses answers of which a tokenizer knows nothing: the model would learn to say so."""
+    for example in examples:
+        learned = {label for label in example.labels if label != IGNORED} - {tokenizer.eos_token_id}
+        if learned == {tokenizer.unk_token_id}:
+            raise DataError(
+                f"{where}: the tokenizer knows nothing of what is to be learned: all of it is {tokenizer.unk_token}"
+            )
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -102,7 +102,7 @@ def train(
                 updates,
                 job.encoded.examples,
                 job.settings,
-                store=StateStore(partial / STATE_NAME, _run_key(job, progress), updates.fingerprints()),
+                store=StateStore(partial / STATE_NAME, _run_key(job, loaded, progress), updates.fingerprints()),
                 metrics=partial / "metrics.jsonl",
                 evaluate=_evaluator(loaded, job),
                 stop=stop,
@@ -149,12 +149,14 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
     return evaluate
 
 
-def _run_key(job: TrainJob, progress: Progress) -> dict[str, Any]:
+def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
     """What has to be the same for a saved state to be taken up."""
     settings = asdict(job.settings)
     for name in _HOW:
         settings.pop(name)
     examples = [job.encoded.examples, job.evaluation.examples if job.evaluation else ()]
+    if job.architecture.kind == "masked":
+        settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": _archive_identity(job.archive),

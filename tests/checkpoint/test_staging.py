@@ -211,3 +211,36 @@ def test_after_an_error_only_progress_is_kept(tmp_path: Path, worth: bool) -> No
 def test_unwritable_place_is_one_line() -> None:
     with pytest.raises(OutputError, match=r"/proc/.*cannot write"):
         start(Path("/proc/nowhere/out"))
+
+
+def test_a_finished_output_cannot_look_unfinished(tmp_path: Path) -> None:
+    """Its name would be the staging place of another output, which empties it."""
+    with pytest.raises(OutputError, match=r"end in \.partial"):
+        start(tmp_path / "out.partial")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_link_is_no_staging_directory(tmp_path: Path, resume: bool) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / MARKER_NAME).write_text("analyze")
+    (elsewhere / "thesis.txt").write_text("mine")
+    partial_path(tmp_path / "out").symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="in the way"):
+        start(tmp_path / "out", overwrite=not resume, resume=resume)
+    assert (elsewhere / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("content", "ours_too"), [('{"key": 1}', True), ("my evaluation", False), ("[1]", False)])
+def test_scores_of_somebody_else_are_kept(tmp_path: Path, content: str, ours_too: bool) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    ours(output, "sculptor.json")
+    (output / "scores.json").write_text(content)
+    if ours_too:  # a run that could not tidy up
+        start(output, overwrite=True)
+        return
+    with pytest.raises(OutputError, match=r"holds scores\.json, which sculptor did not write"):
+        start(output, overwrite=True)
+    assert (output / "scores.json").read_text() == content

@@ -188,3 +188,12 @@ def test_an_end_that_a_prompt_says_comes_once(tokenizer: Any) -> None:
     for prompt, expected in (("w1 w2", (5, 6)), ("w1 w2 <end>", (5, 6, 0))):
         (example,) = encode([CompletionRow("f", prompt, "w3")], tokenizer, "causal", 16).examples
         assert example.input_ids == (*expected, 7, 0)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_an_answer_of_unknown_words_is_refused(tokenizer: Any, kind: Any) -> None:
+    with pytest.raises(
+        DataError, match=r"^f:2: the tokenizer knows nothing of what is to be learned: all of it is <unk>"
+    ):
+        encode([CompletionRow("f:1", "w0", "w1"), CompletionRow("f:2", "w0", "totally unknown")], tokenizer, kind, 16)
+    assert encode([CompletionRow("f:1", "w0 w9999999", "w1 never")], tokenizer, kind, 16).examples  # a part may be

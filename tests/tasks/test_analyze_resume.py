@@ -10,7 +10,7 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import NotPlacedError
-from sculptor.errors import OutputError
+from sculptor.errors import CheckpointError, OutputError
 
 
 class KilledError(BaseException):
@@ -86,3 +86,24 @@ def test_the_input_is_never_where_the_output_is_staged(cli: Callable[..., Result
     found = cli("analyze", model, "--output", tmp_path / "z", "--overwrite")
     assert (found.code, found.err.count("\n")) == (1, 1)
     assert sorted(item.name for item in model.iterdir()) == before
+
+
+@pytest.mark.parametrize(("cause", "kept"), [(OSError(5, "Input/output error"), True), (None, False)])
+def test_a_read_that_fails_once_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: OSError | None, kept: bool
+) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    settings = AnalyzeSettings(preserve=0.5, device="cpu")
+    add, seen = ArchiveWriter.add, []
+
+    def failing(self: ArchiveWriter, record: Any, derived: Any) -> None:
+        seen.append(record.name)
+        if len(seen) == 10:
+            raise CheckpointError("cannot read tensor x") from cause
+        add(self, record, derived)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArchiveWriter, "add", failing)
+        with pytest.raises(CheckpointError, match="cannot read"):
+            analyze(model, tmp_path / "out", settings)
+    assert (tmp_path / "out.partial").exists() == kept

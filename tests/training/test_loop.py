@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import BatchPlan
-from sculptor.errors import SettingsError, Stopped, TrainingError
+from sculptor.errors import SculptorError, SettingsError, Stopped, TrainingError
 from sculptor.training.schedule import learning_rate
 from sculptor.training.state import StateStore
 
@@ -243,3 +243,17 @@ def test_saving_takes_little_of_the_time(
     assert len(saved) == saves
     assert saved[0] == 2
     assert saved[-1] == 20
+
+
+def test_a_changed_mask_token_is_no_resume(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "bert")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows("text"))
+    analyze(path, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    chosen = settings(max_steps=4, save_every=1)
+    stop = iter([None, 15]).__next__
+    with pytest.raises(Stopped):
+        train(path, tmp_path / "archive", [rows], tmp_path / "out", chosen, stop=stop)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mask_token": "<unk>"}))
+    with pytest.raises(SculptorError, match="mask"):
+        train(path, tmp_path / "archive", [rows], tmp_path / "out", chosen, resume=True)

@@ -1,0 +1,114 @@
+"""What a chat template leaves out of a conversation: it would be trained without it, and nobody would know."""
+
+import re
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from sculptor.errors import DataError
+
+Message = dict[str, Any]
+_THOUGHT = re.compile(r"<think>(.*?\S.*?)</think>", re.DOTALL)
+_KEPT: set[Hashable] = set()  # forms of conversations of which templates are known to leave out nothing
+_MOST_KEPT = 10_000
+
+
+def refuse_left_out(
+    where: str,
+    messages: Sequence[Message],
+    trained: Sequence[int],
+    render: Callable[[Sequence[Message]], str],
+    kind: Hashable,
+) -> None:
+    """Refuses content, calls and the thinking of trained turns that change nothing in what a template renders.
+
+    Each is changed once for every form of conversation: roles, what messages have, which turns are trained.
+
+    Args:
+        where: file and line.
+        messages: as the template gets them.
+        trained: turns with loss.
+        render: the template.
+        kind: what else decides what it renders.
+
+    Raises:
+        DataError: naming the message.
+    """
+    turns = tuple(
+        (
+            message["role"],
+            i in trained,
+            tuple(sorted(key for key in message if says(message[key]))),
+            len(message.get("tool_calls") or ()),
+            _THOUGHT.search(str(message.get("content"))) is not None,
+        )
+        for i, message in enumerate(messages)
+    )
+    if (kind, turns) in _KEPT:
+        return
+    for i, message in enumerate(messages):
+        _check(where, messages, i, i in trained, message, render)
+    if len(_KEPT) < _MOST_KEPT:
+        _KEPT.add((kind, turns))
+
+
+def _check(
+    where: str,
+    messages: Sequence[Message],
+    i: int,
+    trained: bool,
+    message: Message,
+    render: Callable[[Sequence[Message]], str],
+) -> None:
+    # A trained turn is looked at as the last one, which is how it is trained where earlier ones are written otherwise.
+    behind = [] if trained else messages[i + 1 :]
+    seen = render([*messages[: i + 1], *behind])
+
+    def lost(changed: Message) -> bool:
+        try:
+            return render([*messages[:i], changed, *behind]) == seen
+        except Exception:  # templates refuse what they like
+            return False
+
+    for number in range(len(message.get("tool_calls") or ())):
+        if lost(message | {"tool_calls": _other_call(message["tool_calls"], number)}):
+            raise _left_out(where, i, message, f" call {number + 1} of")
+    content = message.get("content")
+    if isinstance(content, str) and content.strip():
+        if lost(message | {"content": f"{content} ."}):
+            raise _left_out(where, i, message, "")
+        thought = _THOUGHT.search(content) if trained else None
+        if thought and lost(message | {"content": content.replace(thought[1], thought[1] + " .", 1)}):
+            raise _left_out(where, i, message, " thinking in its content of")
+    for key in ("reasoning_content", "thinking"):
+        if trained and says(message.get(key)) and lost({k: v for k, v in message.items() if k != key}):
+            raise DataError(
+                f"{where}: the chat template renders nothing of turn {i + 1}'s {key}; choose another with --chat-template, or "
+                "remove the key"
+            )
+
+
+def _left_out(where: str, i: int, message: Message, part: str) -> DataError:
+    of = "the system message" if message["role"] == "system" else f"message {i + 1} ({message['role']})"
+    return DataError(
+        f"{where}: the chat template leaves out{part} {of}; choose another with --chat-template, or remove it"
+    )
+
+
+def says(value: Any) -> bool:
+    """Whether a part of a message holds anything."""
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
+
+
+def _other_call(calls: Sequence[Any], number: int) -> list[Any]:
+    """The calls with another name and other arguments in one of them."""
+
+    def renamed(call: Any) -> Any:
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            return call | {"function": renamed(call["function"])}
+        if not isinstance(call, dict):
+            return call
+        given = call.get("arguments")
+        arguments = given | {"x": 0} if isinstance(given, dict) else f"{given or ''} "
+        return call | {"name": f"{call.get('name')}x", "arguments": arguments}
+
+    return [renamed(call) if i == number else call for i, call in enumerate(calls)]
