@@ -182,6 +182,12 @@ def completion_ids(tokenizer: Any, completion: str) -> list[int]:
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
+def target_ids(tokenizer: Any, completion: str) -> list[int]:
+    """What a decoder that reads no prompt is to say: as the tokenizer writes targets, with their start or language."""
+    ids: list[int] = tokenizer(text_target=completion, verbose=False).input_ids
+    return ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id]
+
+
 def cut_middle(ids: list[int], budget: int) -> list[int]:
     """The first and last tokens of a prompt, `budget` of them in all."""
     if len(ids) <= budget:
@@ -231,8 +237,8 @@ def _encode_pair(row: Row, tokenizer: Any, max_length: int) -> EncodedRow:
     if not isinstance(row, CompletionRow):
         raise DataError(f"{row.where}: an encoder-decoder model trains on 'prompt' and 'completion' rows")
     source = tokenizer(row.prompt, verbose=False).input_ids
-    target = completion_ids(tokenizer, row.completion)
-    if not source or len(target) < 2:
+    target = target_ids(tokenizer, row.completion)
+    if not source or not tokenizer(row.completion, add_special_tokens=False, verbose=False).input_ids:
         raise DataError(f"{row.where}: empty after tokenisation")
     if len(target) > max_length:
         return EncodedRow(())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sculptor.data.examples import completion_ids, cut_middle, prompt_ids
+from sculptor.data.examples import completion_ids, cut_middle, prompt_ids, target_ids
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import DataError
 from sculptor.evaluation.readers import Reader, open_reader
@@ -55,7 +55,8 @@ def score_rows(
     tokenizer = loaded.tokenizer
     wanted = [[*labels, *([] if row.completion in labels else [row.completion])] for row in rows]
     encode = prompt_ids if loaded.kind == "causal" else lambda t, text: list(t(text).input_ids)
-    known = {text: completion_ids(tokenizer, text) for candidates in wanted for text in candidates}
+    answer = completion_ids if loaded.kind == "causal" else target_ids
+    known = {text: answer(tokenizer, text) for candidates in wanted for text in candidates}
     longest = max(map(len, known.values()))
     budget = max_length - (longest if loaded.kind == "causal" else 0)
     if budget < 1 or longest > max_length:

@@ -197,3 +197,13 @@ def test_an_answer_of_unknown_words_is_refused(tokenizer: Any, kind: Any) -> Non
     ):
         encode([CompletionRow("f:1", "w0", "w1"), CompletionRow("f:2", "w0", "totally unknown")], tokenizer, kind, 16)
     assert encode([CompletionRow("f:1", "w0 w9999999", "w1 never")], tokenizer, kind, 16).examples  # a part may be
+
+
+def test_a_decoder_learns_what_the_tokenizer_writes_as_a_target() -> None:
+    """BART's start, a language code: text_target is how every other trainer makes labels."""
+    wrapped = make_tokenizer(wrapped=True)
+    (example,) = encode([CompletionRow("f:1", "w0 w1", "w2 w3")], wrapped, "seq2seq", 16).examples
+    expected = wrapped(text_target="w2 w3").input_ids
+    assert len(expected) > 2
+    assert example.labels[: len(expected)] == tuple(expected)
+    assert wrapped.eos_token_id in example.labels
