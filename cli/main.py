@@ -66,7 +66,8 @@ def run() -> None:
     """Entry point, and the one place where an error that a user can act on becomes one line."""
     try:
         code = main(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever asked
+            sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         sys.exit(2)

@@ -134,8 +134,8 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such plan") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as cause:
-        raise DataError(f"{path}: not a TOML file ({cause})") from cause
+    except (OSError, ValueError, RecursionError) as cause:  # bytes, syntax, numbers without end, depth
+        raise DataError(f"{path}: not a TOML file ({str(cause)[:160]})") from cause
     for override in overrides:
         _override(content, override)
     known = {"model", "watch", "analyze", "train", "evaluate", "adapter", "tasks"}
@@ -186,7 +186,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override!r}: expected section.name=value, like train.learning_rate=3e-4")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()  # a bare word
     if not dot:
         content[section] = value

@@ -270,3 +270,12 @@ def test_a_plan_that_cannot_be_read(place: Path) -> None:
     one_line(DataError, place / "broken.toml", "broken.toml: not a TOML file", "line 1")
     (place / "binary.toml").write_bytes(b"\xff\xfe\x00")
     one_line(DataError, place / "binary.toml", "binary.toml: not a TOML file")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_a_plan_of_any_size_and_depth_is_one_line(tmp_path: Path, value: str) -> None:
+    (tmp_path / "plan.toml").write_text(f'model = "m"\nx = {value}\n')
+    with pytest.raises(DataError, match="not a TOML file") as caught:
+        read_plan(tmp_path / "plan.toml")
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 250
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -213,3 +214,9 @@ def test_a_picture_is_not_overwritten(cli: Callable[..., Result], made: dict[str
 
 def test_names_used_elsewhere_are_understood(cli: Callable[..., Result]) -> None:
     one_line(cli("train", "m", "--lr", 1), "Did you mean '--learning-rate'?", code=2)
+
+
+def test_a_closed_stdout_is_no_error(made: dict[str, Path]) -> None:
+    command = " ".join(map(shlex.quote, [*COMMAND, "inspect", str(made["archive"])]))
+    found = subprocess.run(["sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
