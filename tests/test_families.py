@@ -217,3 +217,23 @@ def test_every_matrix_below_a_numbered_path_is_protected_or_named(tmp_path: Path
         sculptor.train(tmp_path / "model", tmp_path / "curvature", [rows], tmp_path / offload, training)
         found = sculptor.verify(tmp_path / "model", tmp_path / offload, tmp_path / "curvature", device="cpu")
         assert found.passed
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "siglip"])
+def test_what_is_no_language_model_is_refused_before_work(cli: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 64, "max_position_embeddings": 64}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    model: Any
+    if name == "vit":
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**vision))
+    elif name == "clip":
+        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    else:
+        model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "model")
+    found = cli("analyze", tmp_path / "model", "-o", tmp_path / "archive", "--preserve", 0.5, "--device", "cpu")
+    assert found.code == 1
+    assert found.err.count("\n") == 1
+    assert "language" in found.err
+    assert not (tmp_path / "archive").exists()

@@ -176,8 +176,17 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
         tensors=tensors,
         parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
         max_positions=_max_positions(skeleton),
-        vocab_size=int(skeleton.get_input_embeddings().weight.shape[0]),
+        vocab_size=_vocab_size(checkpoint, skeleton),
     )
+
+
+def _vocab_size(checkpoint: Checkpoint, skeleton: Any) -> int:
+    try:
+        return int(skeleton.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError) as cause:  # it sees pictures, or has several entrances
+        raise CheckpointError(
+            f"{checkpoint.path}: {type(skeleton).__name__} has no embedding of tokens; expected a language model"
+        ) from cause
 
 
 def _wrapped(checkpoint: Checkpoint) -> str:
