@@ -89,7 +89,8 @@ class _Conversation:
         """As `render_conversation`."""
         with_objects = [_arguments_parsed(message) for message in self.messages]
         try:
-            if _prints_objects(self._try(with_objects), with_objects):
+            called = any(message.get("tool_calls") for message in with_objects)
+            if called and _prints_objects(self._try(with_objects), with_objects):
                 return self._sequences(self.messages)
             try:
                 return self._sequences(with_objects)
