@@ -20,7 +20,7 @@ class EstimateSettings:
     batch_size: AtLeastOne = 32
     """Rows per optimizer step."""
     micro_batch_size: AtLeastOne | None = None
-    """Rows per forward."""
+    """Rows per forward [default: on a GPU as many as fit, else 8]."""
     max_length: AtLeastOne | None = None
     """Tokens per row [default: 1024 or the model's limit]."""
     chat_template: Name | None = None
