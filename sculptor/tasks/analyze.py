@@ -15,7 +15,7 @@ from sculptor.analysis.evidence import weigh
 from sculptor.analysis.sources import facts_of, read_sources, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
-from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
+from sculptor.archive.writer import ARCHIVE_FILES, ArchiveWriter, forget_progress, has_progress
 from sculptor.checkpoint.architecture import (
     NO_ROW,
     Architecture,
@@ -88,7 +88,9 @@ def analyze(
     examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()
     output = Path(output).resolve()
     check_apart(output, [checkpoint.path, *settings.data, *filter(None, [settings.chat_template])])
-    with staging(output, command="analyze", overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
+    with staging(
+        output, command="analyze", writes=ARCHIVE_FILES, overwrite=overwrite, resume=resume, worth_keeping=has_progress
+    ) as partial:
         records = {target.name: _new_record(checkpoint, target) for target in targets}
         key = {
             "settings": asdict(settings),
@@ -160,7 +162,7 @@ def analyze(
             if not isinstance(error.__cause__, OSError):  # which may go well the next time
                 forget_progress(partial)  # of an input that has to be another one
             raise
-        commit(partial, output, overwrite=overwrite)
+        commit(partial, output, overwrite=overwrite, writes=ARCHIVE_FILES)
         with suppress(OutputError):  # the archive is complete all the same
             forget_progress(output)
     return report_of(Archive(output, rules=rules), checkpoint)

@@ -15,6 +15,7 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, writing
+from sculptor.checkpoint.written import discard
 from sculptor.data.examples import digest_examples
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
@@ -29,10 +30,12 @@ from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
-from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
 
 # Settings that decide how a run is done, not what comes out.
 _HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
+# All that is written into the staging directory.
+_WRITES = ("metrics.jsonl", *STATE_FILES, "scratch/*", f"{OPENED_NAME}/*", "output/*")
 
 
 def train(
@@ -90,7 +93,9 @@ def train(
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
     check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data, *filter(None, [settings.chat_template])])
-    with staging(output, command="train", overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
+    with staging(
+        output, command="train", writes=_WRITES, overwrite=overwrite, resume=resume, worth_keeping=has_state
+    ) as partial:
         scratch = partial / "scratch"
         job = open_rules(job, device, partial, progress)
         loaded, updates = prepare_model(
@@ -117,7 +122,7 @@ def train(
             with writing(output):
                 (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
         commit(partial / "output", output, overwrite=overwrite)
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial, _WRITES)
     return report
 
 
