@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.directory import companions, is_weights, second_weights
+from sculptor.checkpoint.directory import TEMPLATES, companions, is_weights, second_weights
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.errors import CheckpointError
@@ -187,7 +187,7 @@ def _files(checkpoint: Checkpoint) -> set[str]:
 
 _DEPTH = 3  # links may lead in circles
 # Read by name, whatever else they hold.
-_READ_FOLDERS = {"additional_chat_templates", "custom_generate"}
+_READ_FOLDERS = {TEMPLATES, "custom_generate"}
 
 
 def _same_content(one: Path, other: Path) -> bool:
