@@ -222,3 +222,42 @@ def test_a_closed_stdout_is_no_error(made: dict[str, Path]) -> None:
     command = " ".join(map(shlex.quote, [*COMMAND, "inspect", str(made["archive"])]))
     found = subprocess.run(["sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, text=True)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+LONG = "/x" + "y" * 1500 + "/" + "long name " * 150 + "END"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["analyze", LONG, "-o", "out"],
+        ["analyze", LONG.replace("/", "a"), "-o", "out"],
+        ["analyze", "owner/" + "n" * 3000, "-o", "out"],
+        ["inspect", LONG],
+        ["evaluate", "MODEL", "--data", LONG],
+        ["evaluate", "MODEL", f"--data={LONG}"],
+        ["analyze", "MODEL", "-o", LONG, "--device", "cpu"],
+        ["analyze", "MODEL", "-o", "out", "--basis", LONG],
+        ["analyze", "MODEL", "-o", "out", "--device", LONG],
+        ["analyze", "MODEL", "-o", "out", "--targets", LONG],
+        ["analyze", "MODEL", "-o", "out", "--targets", "(" * 3000],
+        ["analyze", "MODEL", "-o", "out", "--preserve", LONG],
+        ["analyze", f"--{LONG}"],
+        [LONG],
+        ["continual", LONG, "-o", "out"],
+        ["estimate", "MODEL", "--subspaces", LONG],
+        ["verify", "MODEL", LONG, "--subspaces", "MODEL"],
+    ],
+)
+def test_what_somebody_made_long_is_quoted_briefly(
+    cli: Callable[..., Result], tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "MODEL")
+    found = cli(*arguments)
+    assert found.code in (1, 2)
+    assert found.err.startswith("error: ")
+    assert found.err.count("\n") == 1
+    assert len(found.err) < 620
+    assert max(map(len, found.err.split())) <= 200
+    assert found.err.count("long name") < 25
