@@ -33,7 +33,7 @@ from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Evidence, measures_of
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.methods.staircase import StaircaseRule
-from sculptor.model.load import check_head, resolve_device
+from sculptor.model.load import check_trainable, resolve_device
 from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
@@ -76,7 +76,7 @@ def analyze(
     make_method(settings, kinds)  # refuses before any work
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)  # what cannot be trained afterwards is not analyzed
+    check_trainable(checkpoint, architecture)
     targets = select_targets(architecture.targets, settings.targets, settings.exclude)
     device = resolve_device(settings.device)
     method = make_method(settings, kinds, [target.shape for target in targets])
