@@ -6,7 +6,7 @@ Whatever is decided here holds for every way of reading a model, so that none of
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,9 +35,7 @@ _OWN = re.compile(
     r"(generation_|(video_|image_)?preprocessor_|processor_)?config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt"
     r"|(tokenizer|vocab|chat_template).*\.(json|txt|jinja)|.*\.(model|jinja|tiktoken|spm|bpe|codes)"
 )
-_OTHER_WEIGHTS = re.compile(
-    r".*\.safetensors(\.index\.json)?|pytorch_model.*|tf_model.*|flax_model.*|consolidated.*|model.*\.(bin|pt|pth)|.*\.gguf"
-)
+_BY_TRAINERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)")
 # Tensor names that another program's wrapper has lengthened.
 WRAPPERS = {
     "_orig_mod.": "torch.compile: save model._orig_mod",
@@ -151,15 +149,20 @@ def _indexed_files(path: Path, index: Path) -> tuple[dict[str, str], tuple[str, 
     return places, tuple(files)
 
 
-def second_weights(path: Path, files: Collection[str]) -> str | None:
-    """Weights beside those that transformers loads, which it or other programs may load; None if there are none."""
-    loaded = {SINGLE_NAME, INDEX_NAME} if SINGLE_NAME not in files else {SINGLE_NAME}
-    for item in sorted(path.iterdir()):
-        name = item.name
-        if name == INDEX_NAME and SINGLE_NAME in files:
-            if not _names_only_single(item):
+def second_weights(path: Path, files: Collection[str], found: Iterable[str]) -> str | None:
+    """Weights beside those that transformers loads, which it or other programs may load; None if there are none.
+
+    Args:
+        path: the directory.
+        files: that are loaded.
+        found: names of all files that count, relative to the directory.
+    """
+    index = INDEX_NAME if SINGLE_NAME not in files else None
+    for name in sorted(found):
+        if name == INDEX_NAME and index is None:
+            if not _names_only_single(path / name):
                 return name
-        elif name not in files and name not in loaded and _OTHER_WEIGHTS.fullmatch(name):
+        elif is_weights(name) and name not in files and name != index and not _BY_TRAINERS.fullmatch(name):
             return name
     return None
 

@@ -79,6 +79,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{path}: the weight files hold no tensor; fetch the checkpoint again")
         if places is not None:
             self._check_index(places)
+        self.unlisted = tuple(sorted(set(self.infos) - set(places))) if places is not None else ()
         self._check_dtypes()
 
     def __getitem__(self, name: str) -> Tensor:
