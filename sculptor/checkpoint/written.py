@@ -96,7 +96,7 @@ def _is_written(path: Path, name: str, writes: Sequence[str]) -> bool:
     """Whether a run of ours writes a file of this name; it makes no links."""
     plain = name.removesuffix(".tmp")
     return not path.is_symlink() and (
-        name in _MARKS or any(fnmatch.fnmatchcase(each, pattern) for each in (name, plain) for pattern in writes)
+        plain in _MARKS or any(fnmatch.fnmatchcase(each, pattern) for each in (name, plain) for pattern in writes)
     )
 
 

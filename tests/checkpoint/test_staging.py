@@ -343,3 +343,13 @@ def test_a_copy_of_an_output_is_one(tmp_path: Path) -> None:
     for file in (tmp_path / "out").iterdir():
         (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
     start(tmp_path / "copy", overwrite=True)
+
+
+@pytest.mark.parametrize("name", [".sculptor.tmp", "work.tmp", "state/step.tmp"])
+def test_what_a_killed_run_was_writing_is_its_own(tmp_path: Path, name: str) -> None:
+    partial = start(tmp_path / "out")
+    (partial / name).parent.mkdir(exist_ok=True)
+    (partial / name).write_text("ha")
+    start(tmp_path / "out", resume=True)
+    start(tmp_path / "out", overwrite=True)
+    assert not (partial / name).exists()
