@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import re
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
@@ -23,6 +25,7 @@ _COMMANDS = {
 }
 _LONGEST = 1200  # characters of an error
 _SHARED = ("analyze", "train", "verify")  # commands that several processes can do together
+_QUOTED = 200  # of them, those of one name, path or argument
 
 
 class _LazyGroup(SuggestingGroup):
@@ -144,10 +147,23 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _cut_names(line: str, arguments: Sequence[str]) -> str:
+    """A message in which no argument, and no name without a space, is longer than anybody reads."""
+    given = {" ".join(part.split()) for argument in arguments for part in (argument, argument.partition("=")[2])}
+    for text in sorted(given, key=len, reverse=True):
+        if len(text) > _QUOTED:
+            line = line.replace(text, _cut(text, _QUOTED))
+    return re.sub(rf"\S{{{_QUOTED + 1},}}", lambda found: _cut(found[0], _QUOTED), line)
+
+
+def _cut(text: str, limit: int) -> str:
+    """Text without its middle, if it is longer."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-(limit - limit // 2 - 1) :]}"
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    if len(line) > _LONGEST:  # of a name that somebody made long
-        line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    line = _cut_names(" ".join(message.split()), sys.argv[1:])
+    line = _cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), _LONGEST)
     click.echo(f"error: {line}", err=True)
     try:
         sys.stdout.flush()

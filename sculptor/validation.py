@@ -7,9 +7,11 @@ whenever they are made, since people make them.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic_core
@@ -116,8 +118,11 @@ def read_file(path: Path, error: type[SculptorError], remedy: str) -> bytes:
         error: if it cannot be read or is far too large.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise error(f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {remedy}")
+        found = path.stat()
+        if not (S_ISREG(found.st_mode) or S_ISDIR(found.st_mode)):  # reading a pipe or a device might never end
+            raise error(f"{path}: is no regular file; {remedy}")
+        if found.st_size > MAX_JSON_BYTES:
+            raise error(f"{path}: {found.st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {remedy}")
         return path.read_bytes()
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror or cause}); {remedy}") from cause
@@ -137,6 +142,19 @@ def parse(
         raise error(f"{where}: damaged ({_short(str(cause))}); {remedy}") from None
     if not isinstance(content, dict):
         raise error(f"{where}: damaged (expected a JSON object, found {type(content).__name__}); {remedy}")
+    return content
+
+
+def each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`; of a key that stands there twice, programs take one or the other.
+
+    Raises:
+        ValueError: naming it.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {_short(ascii(twice))} twice")
     return content
 
 

@@ -219,6 +219,45 @@ def test_every_matrix_below_a_numbered_path_is_protected_or_named(tmp_path: Path
         assert found.passed
 
 
+def refused(found: Any, message: str) -> bool:
+    return found.code == 1 and found.err.count("\n") == 1 and message in found.err
+
+
+def wrapper(name: str) -> Any:
+    """A small model that asks for sound or pictures beside text."""
+    if name == "whisper":
+        config: Any = transformers.WhisperConfig(
+            vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=30, max_target_positions=32,
+            pad_token_id=1, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
+            suppress_tokens=None, begin_suppress_tokens=None,
+        )  # fmt: skip
+        return transformers.WhisperForConditionalGeneration(config)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
+    text = {"vocab_size": 64, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_key_value_heads": 4,
+            "head_dim": 8, "num_local_experts": 2, "max_position_embeddings": 64}  # fmt: skip
+    vision = {"intermediate_size": 128, "vision_output_dim": 32, "image_size": 28, "patch_size": 14,
+              "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
+    config = transformers.Llama4Config(text_config=sizes | ids | text, vision_config=sizes | vision)
+    return transformers.Llama4ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("name", ["whisper", "llama4"])
+def test_what_does_not_run_on_text_alone_is_refused_alike_everywhere(
+    cli: Callable[..., Any], name: str, tmp_path: Path
+) -> None:
+    model, rows = tmp_path / "model", write_rows(tmp_path / "rows.jsonl", PAIRS)
+    wrapper(name).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    message = cli("evaluate", model, "--data", rows, "--device", "cpu").err
+    assert "does not run on text alone" in message
+    assert refused(cli("analyze", model, "-o", tmp_path / "archive", "--preserve", 0.5, "--device", "cpu"), message)
+    assert refused(cli("estimate", model), message)
+    assert refused(cli("data", rows, "--model", model), message)
+    assert not (tmp_path / "archive").exists()
+
+
 @pytest.mark.parametrize("name", ["vit", "clip", "siglip"])
 def test_what_is_no_language_model_is_refused_before_work(cli: Callable[..., Any], name: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -233,7 +272,6 @@ def test_what_is_no_language_model_is_refused_before_work(cli: Callable[..., Any
         model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
     model.save_pretrained(tmp_path / "model")
     found = cli("analyze", tmp_path / "model", "-o", tmp_path / "archive", "--preserve", 0.5, "--device", "cpu")
-    assert found.code == 1
-    assert found.err.count("\n") == 1
-    assert "language" in found.err
+    assert refused(found, "language")
+    assert refused(cli("estimate", tmp_path / "model"), "language")
     assert not (tmp_path / "archive").exists()

@@ -288,7 +288,7 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -
 
 
 def _compare_rest(base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage: Lineage) -> tuple[list[str], int]:
-    """Names outside the archive, and not trained openly, whose bytes differ, and how many were compared.
+    """Names outside the archive that differ from what they have to be, and how many were compared byte for byte.
 
     Of a tensor some slices of which are in the archive, the others are compared. A cast is allowed where it loses nothing,
     or where everything was cast alike and a merge declares it.
@@ -303,7 +303,19 @@ def _compare_rest(base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage
         rest += [Slice(name, i) for i in range(info.shape[0]) if i not in parts[name]] if parts[name] else [Slice(name)]
     stored = {info.dtype for info in tuned.infos.values() if info.dtype.is_floating_point}
     declared = {dtype for dtype in stored if len(stored) == 1 and dtype_name(dtype) in lineage.written}
-    return [of.name for of in rest if not _same(base.matrix(of), tuned.matrix(of), declared)], len(rest)
+    changed = [of.name for of in rest if not _same(base.matrix(of), tuned.matrix(of), declared)]
+    return changed + _unfit(base, tuned, lineage, declared), len(rest)
+
+
+def _unfit(base: Checkpoint, tuned: Checkpoint, lineage: Lineage, declared: Collection[torch.dtype]) -> list[str]:
+    """Of the openly trained tensors, those of a dtype that nobody declares; any value is allowed, if it is a number."""
+    found = []
+    for name in sorted(lineage.opened & base.infos.keys()):
+        before, now = base.infos[name].dtype, tuned.infos[name].dtype
+        tuned.read_finite(name)
+        if not (before == now or now in declared or (now.is_floating_point and _lossless(before, now))):
+            found.append(name)
+    return found
 
 
 def _lossless(base: torch.dtype, tuned: torch.dtype) -> bool:

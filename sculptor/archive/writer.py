@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +15,16 @@ from torch import Tensor
 from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
-from sculptor.checkpoint.staging import LOCK_NAME, MARKER_NAME, key_difference, write_json, writing
+from sculptor.checkpoint.staging import key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, dtype_name, read_tensor, write_tensors
+from sculptor.checkpoint.written import empty
 from sculptor.errors import OutputError
 from sculptor.methods.kinds import KINDS, Kinds
 from sculptor.methods.method import Derived
 from sculptor.validation import STRICT, FileName, Name, read_file, read_json
 
 PROGRESS_NAME = "progress.json"
+ARCHIVE_FILES = (MANIFEST_NAME, PROGRESS_NAME, "subspaces-*.safetensors")  # all that is written
 # Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.
 # Small, because analysis promises little memory.
 MAX_SHARD_BYTES = 256 * 2**20
@@ -87,7 +88,7 @@ class ArchiveWriter:
         self._noted_tensors: dict[str, dict[str, Any]] = {}
 
     def resume(self) -> None:
-        """Takes up complete shards of a killed run; anything else in the directory goes.
+        """Takes up complete shards of a killed run; those that are not go.
 
         Raises:
             OutputError: if they were made with another key, or the note of them is damaged.
@@ -106,10 +107,7 @@ class ArchiveWriter:
             self._shared = set(self.tensors)
             self._noted = {name: asdict(record) for name, record in self.records.items()}
             self._noted_tensors = {name: asdict(tensor) for name, tensor in self.tensors.items()}
-        kept = {LOCK_NAME, MARKER_NAME, *((*self._shards, PROGRESS_NAME) if self._shards else ())}
-        for file in self.directory.iterdir():
-            if file.name not in kept:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        empty(self.directory, ARCHIVE_FILES, kept=(*self._shards, PROGRESS_NAME) if self._shards else ())
 
     def add(self, record: MatrixRecord, derived: Derived) -> None:
         """Takes one matrix with its rule and tensors; its decision may follow later."""

@@ -24,6 +24,7 @@ from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import commit, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_tensor
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
+from sculptor.checkpoint.written import discard
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Example, digest_examples, encode, resolve_max_length
 from sculptor.data.rows import read_rows
@@ -35,12 +36,13 @@ from sculptor.progress import Progress
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
-from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 
 _ADAPTER = "default"
 _RATE = 5e-4  # unless the plan says; adapters start from nothing, so there is no size to be relative to
 _EARLIER = "earlier_adapters.safetensors"
+_WRITES = ("metrics.jsonl", *STATE_FILES, "output/*")  # all that is written into the staging directory
 
 
 def require_peft() -> None:
@@ -94,7 +96,9 @@ def train_adapter(
         learning_rate=settings.learning_rate or _RATE,
     )
     assert settings.max_length is not None
-    with staging(output, command="continual task", overwrite=False, resume=True, worth_keeping=has_state) as partial:
+    with staging(
+        output, command="continual task", writes=_WRITES, overwrite=False, resume=True, worth_keeping=has_state
+    ) as partial:
         loaded = load_model(checkpoint, device, architecture)
         use_template(loaded.tokenizer, settings.chat_template)
         rows = read_rows(data, settings.max_rows)
@@ -134,7 +138,7 @@ def train_adapter(
         record = {"created_by": f"sculptor {__version__}", "method": method, "settings": asdict(settings)}
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
         commit(staged, output, overwrite=False)
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial, _WRITES)
 
 
 def _split(

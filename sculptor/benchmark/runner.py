@@ -37,6 +37,8 @@ from sculptor.validation import read_file, read_json
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
+# All that is written into the staging directory; tasks are numbered.
+_WRITES = (REPORT_NAME, SCORES_NAME, "sculptor.json", "model/*", "archive/*", "archive.partial/*", "[0-9]*-*/*")
 # Keys of a plan whose values are paths.
 _PATHS = ("model", "data", "test", "validation", "watch", "chat_template")
 # Settings of training that only archives with moments, and so only our own method, have a use for.
@@ -92,7 +94,9 @@ def continual(
     output = Path(output).resolve()
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
     check_apart(output, [plan, resolved.model, *files, *resolved.watch, *resolved.analyze.data])
-    with staging(output, command="continual", overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
+    with staging(
+        output, command="continual", writes=_WRITES, overwrite=overwrite, resume=resume, worth_keeping=_has_scores
+    ) as partial:
         run = _Run(resolved, method, split, partial, progress, notice, stop, rules)
         stages = run.run()
         basis = make_method(resolved.analyze, known_kinds(rules)).terms.basis
@@ -102,7 +106,7 @@ def continual(
             {"created_by": f"sculptor {__version__}", "plan": _published(run.key)} | plain(report),
         )
         write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
-        commit(partial, output, overwrite=overwrite)
+        commit(partial, output, overwrite=overwrite, writes=_WRITES)
     with suppress(OSError):
         (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
     return report

@@ -6,7 +6,7 @@ Whatever is decided here holds for every way of reading a model, so that none of
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +16,7 @@ from sculptor.validation import parse, read_file
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+TEMPLATES = "additional_chat_templates"  # a folder that transformers reads
 _FETCH = "fetch it again"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = (
@@ -29,14 +30,12 @@ _SECRET = re.compile(
     r"|(^|[._-])keys?\.(json|txt|ya?ml|toml)$",
     re.IGNORECASE,
 )
-# What transformers itself reads is a part of the model wherever a link leads to.
+# What transformers itself reads: without it, it would be another model.
 _OWN = re.compile(
-    r"(generation_|preprocessor_|processor_)?config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt"
+    r"(generation_|(video_|image_)?preprocessor_|processor_)?config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt"
     r"|(tokenizer|vocab|chat_template).*\.(json|txt|jinja)|.*\.(model|jinja|tiktoken|spm|bpe|codes)"
 )
-_OTHER_WEIGHTS = re.compile(
-    r".*\.safetensors(\.index\.json)?|pytorch_model.*|tf_model.*|flax_model.*|consolidated.*|model.*\.(bin|pt|pth)|.*\.gguf"
-)
+_BY_TRAINERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)")
 # Tensor names that another program's wrapper has lengthened.
 WRAPPERS = {
     "_orig_mod.": "torch.compile: save model._orig_mod",
@@ -150,15 +149,20 @@ def _indexed_files(path: Path, index: Path) -> tuple[dict[str, str], tuple[str, 
     return places, tuple(files)
 
 
-def second_weights(path: Path, files: Collection[str]) -> str | None:
-    """Weights beside those that transformers loads, which it or other programs may load; None if there are none."""
-    loaded = {SINGLE_NAME, INDEX_NAME} if SINGLE_NAME not in files else {SINGLE_NAME}
-    for item in sorted(path.iterdir()):
-        name = item.name
-        if name == INDEX_NAME and SINGLE_NAME in files:
-            if not _names_only_single(item):
+def second_weights(path: Path, files: Collection[str], found: Iterable[str]) -> str | None:
+    """Weights beside those that transformers loads, which it or other programs may load; None if there are none.
+
+    Args:
+        path: the directory.
+        files: that are loaded.
+        found: names of all files that count, relative to the directory.
+    """
+    index = INDEX_NAME if SINGLE_NAME not in files else None
+    for name in sorted(found):
+        if name == INDEX_NAME and index is None:
+            if not _names_only_single(path / name):
                 return name
-        elif name not in files and name not in loaded and _OTHER_WEIGHTS.fullmatch(name):
+        elif is_weights(name) and name not in files and name != index and not _BY_TRAINERS.fullmatch(name):
             return name
     return None
 
@@ -178,18 +182,18 @@ def companions(path: Path) -> Iterator[PurePosixPath]:
     """What belongs to a model beside its weights, relative to the directory: configuration, tokenizer, template, licence.
 
     Everything goes along but weights, code, hidden files, what looks like a secret, and links that lead out of the
-    directory, unless transformers reads them.
+    directory; where transformers reads one of these, `check_links` has refused the model.
     """
     for folder, subfolders, files in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if not _is_left(name) and not _leads_out(path, folder, name))
+        subfolders[:] = sorted(
+            name for name in subfolders if not _is_left(name) and not _leads_out(path, Path(folder) / name)
+        )
         for name in sorted(files):
             file = Path(folder) / name
             lower = name.lower()
             if _is_left(name) or lower.endswith((*_WEIGHTS, *_CODE)) or _SECRET.search(name):
                 continue
-            if _leads_out(path, folder, name) and not _OWN.fullmatch(name):
-                continue
-            if file.is_file():
+            if file.is_file() and not _leads_out(path, file):
                 yield PurePosixPath(file.relative_to(path).as_posix())
 
 
@@ -197,13 +201,28 @@ def _is_left(name: str) -> bool:
     return name.startswith((".", "__pycache__")) or name.endswith(".partial")
 
 
-def _leads_out(path: Path, folder: str, name: str) -> bool:
-    """Whether a link leads out of the directory; those of the hub's cache lead to its own store."""
-    item = Path(folder) / name
-    if not item.is_symlink():
-        return False
-    homes = [path.resolve()]
-    if path.resolve().parent.name == "snapshots":
-        homes.append(path.resolve().parent.parent / "blobs")
-    target = item.resolve()
-    return not any(home in target.parents for home in homes)
+def _leads_out(path: Path, item: Path) -> bool:
+    """Whether something in a directory is elsewhere, or is what is never carried along; the hub's cache has its own store."""
+    target, home = item.resolve(), path.resolve()
+    if home in target.parents:
+        return item.is_symlink() and (_is_left(target.name) or _SECRET.search(target.name) is not None)
+    store = target.parent
+    if store.name != "blobs":
+        return True
+    snapshot = home.parent.name == "snapshots" and store == home.parent.parent / "blobs"
+    return not (snapshot or store.parent.name.startswith("models--"))
+
+
+def check_links(path: Path) -> None:
+    """Refuses a model of which transformers reads a file that is not in its directory: an output would carry its content.
+
+    Raises:
+        CheckpointError: naming the link.
+    """
+    templates = path / TEMPLATES
+    for item in sorted((*path.iterdir(), *(templates.iterdir() if templates.is_dir() else ()))):
+        if (item == templates or _OWN.fullmatch(item.name)) and item.exists() and _leads_out(path, item):
+            raise CheckpointError(
+                f"{path}: {item.relative_to(path)} is a link to {item.resolve()}, and an output would carry what is there; "
+                "put the file itself in its place (cp -L)"
+            )

@@ -9,7 +9,14 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from sculptor.checkpoint.directory import CONFIG_NAME, HUB_IGNORED, directory_problem, read_config, weight_files
+from sculptor.checkpoint.directory import (
+    CONFIG_NAME,
+    HUB_IGNORED,
+    check_links,
+    directory_problem,
+    read_config,
+    weight_files,
+)
 from sculptor.checkpoint.tensors import TensorInfo, digest, dtype_name, read_header, read_known
 from sculptor.errors import CheckpointError
 from sculptor.progress import Progress, silent
@@ -56,6 +63,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
+        check_links(path)
         places, self.files = weight_files(path, self.config)
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
@@ -71,6 +79,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{path}: the weight files hold no tensor; fetch the checkpoint again")
         if places is not None:
             self._check_index(places)
+        self.unlisted = tuple(sorted(set(self.infos) - set(places))) if places is not None else ()
         self._check_dtypes()
 
     def __getitem__(self, name: str) -> Tensor:

@@ -3,15 +3,15 @@
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.directory import companions, is_weights, second_weights
+from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, TEMPLATES, companions, is_weights, second_weights
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.tensors import dtype_name
+from sculptor.checkpoint.tensors import dtype_name, read_header
 from sculptor.errors import CheckpointError
-from sculptor.validation import read_file
+from sculptor.validation import each_key_once, read_file
 
 # Of a configuration, what says nothing of the model.
 _FREE = ("transformers_version", "_name_or_path", "use_cache")
@@ -37,7 +37,9 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
         CheckpointError: if a file cannot be read.
     """
     found = [f"config.json: {what}" for what in _config_differences(base, tuned)]
-    before, now = (_files(checkpoint) for checkpoint in (base, tuned))
+    found += _weight_differences(base, tuned)
+    every = _files(tuned)
+    before, now = ({name for name in names if not is_weights(name)} for names in (_files(base), every))
     other_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
     carried = {path.as_posix() for path in companions(base.path)}
     for name in sorted({*before, *now} - {"config.json"}):
@@ -49,10 +51,22 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
                 found.append(f"{name} is missing")
         elif not _same_content(base.path / name, tuned.path / name):
             found.append(f"{name} differs")
-    extra = second_weights(tuned.path, tuned.files)
+    extra = second_weights(tuned.path, tuned.files, every)
     if extra is not None:
         found.append(f"{extra} is a second set of weights, which other programs load")
     return found
+
+
+def _weight_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
+    """What is said of the weights, and decides whether and by what they are loaded."""
+    for file in tuned.files:
+        written = read_header(tuned.path / file, CheckpointError)[1].get("format")
+        if written not in ("pt", base.metadata.get("format")):
+            yield f"{file}: format was {base.metadata.get('format')}, is {written}"
+    if tuned.unlisted and not base.unlisted:
+        yield f"{INDEX_NAME} does not name {tuned.unlisted[0]}, so that not every program loads it"
+    if (tuned.path / INDEX_NAME).is_file() and not _is_plain(tuned.path / INDEX_NAME):
+        yield f"{INDEX_NAME} is not read alike by every program (a key twice, or another encoding than UTF-8)"
 
 
 def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -73,12 +87,26 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
     # Without a name, the tensors' own is taken.
     allowed = {_dtype(before)} if same else {None}
     allowed |= stored if len(stored) == 1 else set()
-    if _dtype(now) not in allowed:
-        yield f"dtype was {_dtype(before)}, is {_dtype(now)}, and the tensors are not"
-    read, read_now = (_without(_as_loaded(checkpoint)) for checkpoint in (base, tuned))
+    for dtype in {_dtype(now, (key,)) for key in _DTYPES if now.get(key) is not None} or {None}:
+        if dtype not in allowed:
+            yield f"dtype was {_dtype(before)}, is {dtype}, and the tensors are not"
+    if _bytes_of(base.path / CONFIG_NAME) != _bytes_of(tuned.path / CONFIG_NAME) and not _is_plain(
+        tuned.path / CONFIG_NAME
+    ):
+        yield "is not read alike by every program (a key twice, or another encoding than UTF-8)"
+    loaded = [_as_loaded(checkpoint) for checkpoint in (base, tuned)]
+    if isinstance(loaded[1], str) and not isinstance(loaded[0], str):
+        yield f"transformers does not read it ({loaded[1]})"
+        return
+    read, read_now = (
+        _without(of.config if isinstance(found, str) else found)
+        for of, found in zip((base, tuned), loaded, strict=True)
+    )
     yield from _settings(read, read_now)
     yield from _unread(_without(before), _without(now), read, read_now)
     versions = [config.get("transformers_version") for config in (before, now)]
+    if not isinstance(versions[1], str | None):
+        yield f"transformers_version is {_short(versions[1])}"
     if versions[0] != versions[1] and _reads_by_version(tuned.path):
         yield f"transformers_version was {versions[0]}, is {versions[1]}, by which this tokenizer is read"
 
@@ -114,16 +142,19 @@ def _reads_by_version(path: Path) -> bool:
     return isinstance(found, dict) and bool(found.get("fix_mistral_regex"))
 
 
-def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """A configuration with its defaults, as transformers reads it: saving it anew writes other keys of the same meaning."""
+def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any] | str:
+    """A configuration with its defaults, as transformers reads it: saving it anew writes other keys of the same meaning.
+
+    Why it does not, where this transformers has no such class, or the configuration breaks it.
+    """
     from transformers import AutoConfig
 
     try:
         found: dict[str, Any] = AutoConfig.from_pretrained(
             checkpoint.path, trust_remote_code=False, local_files_only=True
         ).to_dict()
-    except Exception:  # of a class that this transformers does not have
-        return checkpoint.config
+    except Exception as cause:  # it raises what it likes
+        return " ".join(str(cause).split())[:120] or type(cause).__name__
     # What is no setting of the class is kept by it; code is named in the file alone.
     return found | {key: checkpoint.config[key] for key in ("auto_map", "architectures") if key in checkpoint.config}
 
@@ -137,8 +168,8 @@ def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *_DTYPES
     }
 
 
-def _dtype(config: Mapping[str, Any]) -> str | None:
-    found = next((config[key] for key in _DTYPES if config.get(key) is not None), None)
+def _dtype(config: Mapping[str, Any], keys: Sequence[str] = _DTYPES) -> str | None:
+    found = next((config[key] for key in keys if config.get(key) is not None), None)
     if found is None or isinstance(found, str):
         return found and found.removeprefix("torch.")
     return json.dumps(found)  # one for each part of a model
@@ -167,7 +198,7 @@ def _short(value: Any) -> str:
 
 
 def _files(checkpoint: Checkpoint) -> set[str]:
-    """What may be loaded: all files but weights, hidden ones, what people read, and outputs of ours in folders; links count."""
+    """What may be loaded: all files but hidden ones, what people read, and outputs of ours in folders; links count."""
     found = set()
     for folder, inner, names in os.walk(checkpoint.path, followlinks=True):
         here = Path(folder)
@@ -180,24 +211,45 @@ def _files(checkpoint: Checkpoint) -> set[str]:
         for name in names:
             relative = (here / name).relative_to(checkpoint.path).as_posix()
             for_people = not depth and _FOR_PEOPLE.fullmatch(name)
-            if not name.startswith(".") and not is_weights(name) and not for_people:
+            if not name.startswith(".") and not for_people:
                 found.add(relative)
     return found
 
 
 _DEPTH = 3  # links may lead in circles
 # Read by name, whatever else they hold.
-_READ_FOLDERS = {"additional_chat_templates", "custom_generate"}
+_READ_FOLDERS = {TEMPLATES, "custom_generate"}
 
 
 def _same_content(one: Path, other: Path) -> bool:
-    a, b = (read_file(path, CheckpointError, "restore it") for path in (one, other))
+    a, b = map(_bytes_of, (one, other))
     if a == b:
         return True
     try:
-        before, now = json.loads(a), json.loads(b)
+        before, now = map(_read_plain, (a, b))
     except (ValueError, RecursionError):
         return False
     if one.name == "generation_config.json" and isinstance(before, dict) and isinstance(now, dict):
         before, now = (_without(content, ("transformers_version",)) for content in (before, now))
     return not any(_settings(before, now, numbers=True))
+
+
+def _bytes_of(path: Path) -> bytes:
+    return read_file(path, CheckpointError, "restore it")
+
+
+def _read_plain(content: bytes) -> Any:
+    """JSON that every program reads alike: UTF-8 without a mark, no key twice.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    return json.loads(content.decode("utf-8"), object_pairs_hook=each_key_once)
+
+
+def _is_plain(path: Path) -> bool:
+    try:
+        _read_plain(_bytes_of(path))
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, empty, list_files, not_ours, strange_file
 from sculptor.errors import OutputError
-
-LOCK_NAME = ".sculptor.lock"
-MARKER_NAME = ".sculptor"  # says that a staging directory is ours to empty, and what a finished output is made of
-# Of no output, but of the way there: may be left where tidying up failed.
-_OF_THE_WAY = (LOCK_NAME, MARKER_NAME, "progress.json", "scores.json")
 
 
 class NotPlacedError(OutputError):
@@ -49,16 +45,23 @@ def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
 
 @contextmanager
 def staging(
-    output: Path, *, command: str, overwrite: bool, resume: bool, worth_keeping: Callable[[Path], bool]
+    output: Path,
+    *,
+    command: str,
+    writes: Sequence[str],
+    overwrite: bool,
+    resume: bool,
+    worth_keeping: Callable[[Path], bool],
 ) -> Iterator[Path]:
     """Creates or takes up the staging directory of an output, and yields it.
 
-    It is locked, so that no second run writes there, and marked, so that nothing of somebody else's is ever emptied. After an
-    error it is removed, unless it holds something a later `--resume` can use, or a complete output.
+    It is locked, so that no second run writes there, and marked; only what a run writes there is ever removed. After an
+    error it goes, unless it holds something a later `--resume` can use, or a complete output.
 
     Args:
         output: the directory to be made.
         command: that makes it; what another one left is not taken up.
+        writes: patterns of all names that the command writes there.
         overwrite: allow an existing output (replaced at success only) and discard left-overs.
         resume: take up what a killed run left; nothing left over means starting from the beginning.
         worth_keeping: whether the staging directory holds progress.
@@ -73,18 +76,18 @@ def staging(
         )
     with writing(output):
         _check_output(output, overwrite=overwrite, resume=resume)
-        _check_left_over(partial, command, overwrite=overwrite, resume=resume)
+        _check_left_over(partial, command, writes, overwrite=overwrite, resume=resume)
         lock = _lock(partial)
     try:
         _check_output(output, overwrite=overwrite, resume=resume)  # another run may have finished since
         with writing(partial):
             (partial / MARKER_NAME).write_text(command)
-        if not resume:
-            _empty(partial)
+            if not resume:
+                empty(partial, writes)
         yield partial
     except BaseException as error:
         if not isinstance(error, NotPlacedError) and not worth_keeping(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial, writes)
         raise
     finally:
         lock.release()
@@ -110,14 +113,6 @@ def _lock(partial: Path) -> FileLock:
         lock.release()
 
 
-def _empty(partial: Path) -> None:
-    """Removes what another run left; lock and marker stay."""
-    with writing(partial):
-        for item in partial.iterdir():
-            if item.name not in (LOCK_NAME, MARKER_NAME):
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-
-
 def _check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
     if not output.exists():
         return
@@ -125,22 +120,17 @@ def _check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         raise OutputError(f"{output}: exists already, there is nothing to resume; pass --overwrite to start anew")
     if not overwrite:
         raise OutputError(f"{output}: exists already; choose another --output or pass --overwrite")
-    foreign = _foreign(output)
+    foreign = not_ours(output)
     if foreign is not None:
         raise OutputError(f"{output}: {foreign}, so --overwrite does not touch it; choose another --output")
 
 
-def _check_left_over(partial: Path, command: str, *, overwrite: bool, resume: bool) -> None:
+def _check_left_over(partial: Path, command: str, writes: Sequence[str], *, overwrite: bool, resume: bool) -> None:
+    found = _in_the_way(partial)
+    if found is not None:
+        raise OutputError(f"{partial}: {found}; move it or choose another --output")
     if not partial.exists():
         return
-    if (
-        partial.is_symlink()
-        or not partial.is_dir()
-        or (any(partial.iterdir()) and not (partial / MARKER_NAME).is_file())
-    ):
-        raise OutputError(
-            f"{partial}: is in the way and not ours (no {MARKER_NAME} in it); move it or choose another --output"
-        )
     with suppress(OSError):
         other = (partial / MARKER_NAME).read_text()
         if resume and not overwrite and other not in ("", command) and not other.startswith("{"):
@@ -151,49 +141,39 @@ def _check_left_over(partial: Path, command: str, *, overwrite: bool, resume: bo
         raise OutputError(
             f"{partial}: left over from a run that did not finish; pass --resume to go on or --overwrite to start anew"
         )
+    strange = strange_file(partial, writes)
+    if strange is not None:
+        raise OutputError(
+            f"{partial}: an output is staged there, and {strange} is nothing that `{command}` writes; "
+            "move it or choose another --output"
+        )
 
 
-def _foreign(path: Path) -> str | None:
-    """Why a directory is not one that this program wrote, or holds something that it did not; None if neither."""
-    if not path.is_dir():
-        return "is a file"
-    held = sorted(
-        item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_symlink() or not item.is_dir()
-    )
-    if not held and not any(path.iterdir()):
-        return None
-    try:
-        known = set(json.loads((path / MARKER_NAME).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"is no output of sculptor (no list of its files in {MARKER_NAME})"
-    strange = [name for name in held if name not in known and not _is_of_the_way(path / name, name)]
-    return f"holds {strange[0]}, which sculptor did not write" if strange else None
+def _in_the_way(partial: Path) -> str | None:
+    """What stands where an output is to be staged, if it is nothing of ours."""
+    if partial.is_symlink():
+        return f"is a link to {os.readlink(partial)}, and an output is staged in no place but its own"
+    if partial.exists() and not partial.is_dir():
+        return "is a file, where an output is to be staged"
+    if partial.exists() and any(partial.iterdir()) and not (partial / MARKER_NAME).is_file():
+        return f"is in the way and not ours (no {MARKER_NAME} in it)"
+    return None
 
 
-def _is_of_the_way(path: Path, name: str) -> bool:
-    """Whether a file was left by a run that could not tidy up: people call theirs `scores.json`, too."""
-    if name in (LOCK_NAME, MARKER_NAME):
-        return True
-    try:
-        return name in _OF_THE_WAY and "key" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
-
-
-def _list_files(staged: Path) -> None:
-    """Notes what an output is made of, so that `--overwrite` knows what else has come to lie there."""
-    files = sorted(item.relative_to(staged).as_posix() for item in staged.rglob("*") if not item.is_dir())
-    write_json(staged / MARKER_NAME, {"files": [name for name in files if name not in _OF_THE_WAY]})
-
-
-def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
+def commit(staged: Path, output: Path, *, overwrite: bool, writes: Sequence[str] = ("*",)) -> None:
     """Puts a complete staged directory in the place of the output; an old one goes only once the new one is there.
+
+    Args:
+        staged: the directory.
+        output: its place.
+        overwrite: allow an output of ours there.
+        writes: patterns of what was written into it, where others could have put something beside.
 
     Raises:
         NotPlacedError: if that fails; the old output is then where it was, and the new one where it was staged.
     """
     try:
-        _list_files(staged)
+        write_json(staged / MARKER_NAME, {"files": list_files(staged, writes)})
         if output.exists():
             _check_output(output, overwrite=overwrite, resume=False)
             _replace(staged, output)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sculptor.errors import OutputError, SculptorError
+from sculptor.validation import each_key_once
 
 # Names of the safetensors format, https://github.com/huggingface/safetensors#format
 DTYPES: Mapping[str, torch.dtype] = {
@@ -90,7 +91,7 @@ def _read_offsets(path: Path) -> dict[str, int]:
     """Where in the file each tensor begins; the header has been validated."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=each_key_once)
     return {name: 8 + length + item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.errors import DataError
+from sculptor.validation import each_key_once
 
 _EXPECTED = "'messages', 'prompt' and 'completion', or 'text'"
 _CONVERT = "datasets.load_dataset(...).to_json(FILE) writes it"
@@ -119,7 +120,7 @@ def _refuse_other_formats(path: Path, text: str) -> None:
 
 def _parse(line: str, where: str) -> Row:
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        row = json.loads(line, object_pairs_hook=each_key_once)
     except json.JSONDecodeError as cause:
         raise DataError(f"{where}: broken JSON ({cause.msg} at column {cause.colno})") from cause
     except RecursionError:
@@ -148,16 +149,6 @@ def _parse(line: str, where: str) -> Row:
     keys = ", ".join(_short(key) for key in sorted(row)[:_SHOWN]) or "(none)"
     more = f" and {len(row) - _SHOWN} more" if len(row) > _SHOWN else ""
     raise DataError(f"{where}: keys {keys}{more}; expected {_EXPECTED}{_hint(row)}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are told apart: of two values, which is meant?"""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {_short(twice)} twice")
-    return found
 
 
 def _hint(row: Mapping[str, Any]) -> str:

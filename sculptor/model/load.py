@@ -14,7 +14,7 @@ from sculptor.data.batches import EXACT, Batch, Widths, make_batch
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
-from sculptor.model.probe import check_model
+from sculptor.model.probe import check_model, check_text_alone
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import stream_model
@@ -182,6 +182,16 @@ def check_head(checkpoint: Checkpoint, architecture: Architecture) -> None:
             f"{checkpoint.path}: {architecture.model_class} has no language-modelling head; expected a causal, masked or "
             'encoder-decoder language model in "architectures"'
         )
+
+
+def check_trainable(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Checks, without weights, that a model learns from text: what cannot be trained is neither analyzed nor planned for.
+
+    Raises:
+        CheckpointError: if it has no language-modelling head, or does not run on text alone.
+    """
+    check_head(checkpoint, architecture)
+    check_text_alone(checkpoint, architecture)
 
 
 def load_tokenizer(checkpoint: Checkpoint, architecture: Architecture, chat_template: str | None = None) -> Any:

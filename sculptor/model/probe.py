@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.architecture import Architecture, build_skeleton
 from sculptor.checkpoint.configuration import reason_of
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import Batch
@@ -54,7 +54,7 @@ def check_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as cause:  # models ask for images, languages, ...
-        raise CheckpointError(f"{checkpoint.path}: {name} does not run on text alone ({reason_of(cause)})") from cause
+        raise _needs_more(checkpoint, name, cause) from cause
     scale = float(alone.std())
     moved = float((logits[2:, :-_CHANGED] - alone).abs().max())
     dtype = torch.bfloat16 if mixed and device.type == "cuda" else computing_dtype(model)
@@ -72,6 +72,27 @@ def check_model(
             f"{checkpoint.path}: {name} is no causal model as it is configured: a later token moves an earlier prediction; set "
             '"is_decoder": true in config.json, or name the class for masked language modelling in "architectures"'
         )
+
+
+@torch.no_grad()
+def check_text_alone(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Checks without weights what `check_model` checks first with them: that a model runs on text alone.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    skeleton = build_skeleton(checkpoint)
+    ids = torch.zeros(1, _LENGTH, dtype=torch.long, device="meta")
+    try:
+        logits_of(skeleton, Batch(ids, torch.ones_like(ids), ids), architecture.kind)
+    except (AttributeError, TypeError, ValueError) as cause:
+        raise _needs_more(checkpoint, architecture.model_class, cause) from cause
+    except Exception:  # looks at values, which are not there: this says nothing
+        return
+
+
+def _needs_more(checkpoint: Checkpoint, name: str, cause: Exception) -> CheckpointError:
+    return CheckpointError(f"{checkpoint.path}: {name} does not run on text alone ({reason_of(cause)})")
 
 
 def computing_dtype(model: Any) -> torch.dtype:

@@ -15,7 +15,7 @@ from sculptor.analysis.evidence import weigh
 from sculptor.analysis.sources import facts_of, read_sources, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
-from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
+from sculptor.archive.writer import ARCHIVE_FILES, ArchiveWriter, forget_progress, has_progress
 from sculptor.checkpoint.architecture import (
     NO_ROW,
     Architecture,
@@ -33,7 +33,7 @@ from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence, measures_of
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.methods.staircase import StaircaseRule
-from sculptor.model.load import check_head, resolve_device
+from sculptor.model.load import check_trainable, resolve_device
 from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
@@ -80,7 +80,7 @@ def analyze(
     with world.together():
         checkpoint = open_checkpoint(model)
         architecture = inspect_architecture(checkpoint)
-        check_head(checkpoint, architecture)  # what cannot be trained afterwards is not analyzed
+        check_trainable(checkpoint, architecture)
         targets = select_targets(architecture.targets, settings.targets, settings.exclude)
         method = make_method(settings, kinds, [target.shape for target in targets])
         measures = measures_of(method, "derive")
@@ -94,6 +94,7 @@ def analyze(
         world,
         output,
         command="analyze",
+        writes=ARCHIVE_FILES,
         inputs=[checkpoint.path, *settings.data, *filter(None, [settings.chat_template])],
         overwrite=overwrite,
         resume=resume,
@@ -186,7 +187,7 @@ def analyze(
             raise
         with world.together():
             if world.first:
-                commit(partial, output, overwrite=overwrite)
+                commit(partial, output, overwrite=overwrite, writes=ARCHIVE_FILES)
                 with suppress(OutputError):  # the archive is complete all the same
                     forget_progress(output)
     return report_of(Archive(output, rules=rules), checkpoint)

@@ -12,7 +12,7 @@ from sculptor.data.chat import check_use
 from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, resolve_max_length
 from sculptor.data.rows import read_rows
 from sculptor.errors import DataError
-from sculptor.model.load import check_head, load_tokenizer
+from sculptor.model.load import check_trainable, load_tokenizer
 from sculptor.progress import Progress, silent
 
 
@@ -101,7 +101,7 @@ def preview(
         raise DataError("no data: pass at least one file")
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)
+    check_trainable(checkpoint, architecture)
     return preview_rows(
         checkpoint, architecture, data, max_length=max_length, chat_template=chat_template, rows=rows, progress=progress
     )[0]

@@ -14,7 +14,7 @@ from sculptor.data.examples import resolve_max_length
 from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.weights import plan_rule
-from sculptor.model.load import resolve_device
+from sculptor.model.load import check_trainable, resolve_device
 from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, footprints
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
@@ -56,6 +56,7 @@ def estimate(
         raise SettingsError("--preserve and --constraint without effect with --subspaces: the archive says both")
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
+    check_trainable(checkpoint, architecture)
     device = resolve_device(settings.device) if settings.gpu_memory is None else torch.device("cuda")
     here = device.type == "cpu" or torch.cuda.is_available()
     archive = None if subspaces is None else Archive(subspaces, rules=rules)

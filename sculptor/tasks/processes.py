@@ -1,6 +1,6 @@
 """A job in several processes: each with its own device, one of them with the output."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def staged_together(
     output: Path,
     *,
     command: str,
+    writes: Sequence[str],
     inputs: Iterable[str | Path],
     overwrite: bool,
     resume: bool,
@@ -37,17 +38,17 @@ def staged_together(
 
     Args:
         world: all processes.
-        output, command, overwrite, resume, worth_keeping: as for `staging`.
+        output, command, writes, overwrite, resume, worth_keeping: as for `staging`.
         inputs: what the run reads, which the output may not be or hold.
     """
+    staged = staging(
+        output, command=command, writes=writes, overwrite=overwrite, resume=resume, worth_keeping=worth_keeping
+    )
     if world.size == 1:
         check_apart(output, inputs)
-        with staging(
-            output, command=command, overwrite=overwrite, resume=resume, worth_keeping=worth_keeping
-        ) as partial:
+        with staged as partial:
             yield partial
         return
-    staged = staging(output, command=command, overwrite=overwrite, resume=resume, worth_keeping=worth_keeping)
     with world.together():
         if world.first:
             check_apart(output, inputs)

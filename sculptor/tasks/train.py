@@ -15,6 +15,7 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import commit, partial_path, writing
+from sculptor.checkpoint.written import discard
 from sculptor.data.examples import digest_examples
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
@@ -30,12 +31,14 @@ from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
-from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
 from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
 _HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
+# All that is written into the staging directory.
+_WRITES = ("metrics.jsonl", *STATE_FILES, "scratch/*", f"{OPENED_NAME}/*", "output/*")
 
 
 def train(
@@ -103,6 +106,7 @@ def train(
         world,
         output,
         command="train",
+        writes=_WRITES,
         inputs=[job.checkpoint.path, subspaces, *data, *eval_data, *filter(None, [settings.chat_template])],
         overwrite=overwrite,
         resume=resume,
@@ -144,7 +148,7 @@ def _place(partial: Path, output: Path, overwrite: bool) -> None:
         with writing(output):
             (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
     commit(partial / "output", output, overwrite=overwrite)
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial, _WRITES)
 
 
 def _check_offload(offload: Offload, world: World) -> None:

@@ -24,6 +24,7 @@ from sculptor.training.stepping.updates import Tensors
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Sha256, parse, read_file, read_json, sign
 
 STATE_NAME = "state"
+STATE_FILES = (f"{STATE_NAME}/step-*", f"{STATE_NAME}/best*")  # all that is written, seen from the run's directory
 _REMEDY = "pass --overwrite to start anew"
 
 
@@ -120,7 +121,7 @@ class StateStore:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(staged, target)
             for other in self.directory.iterdir():
-                if other in kept:
+                if other in kept or not other.name.startswith(("step-", "best")):
                     continue
                 if other.is_dir():
                     shutil.rmtree(other)

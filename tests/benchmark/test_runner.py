@@ -17,7 +17,7 @@ from sculptor.benchmark import runner
 from sculptor.benchmark.results import ContinualReport
 from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.checkpoint.staging import MARKER_NAME
+from sculptor.checkpoint.written import MARKER_NAME
 from sculptor.errors import OutputError, Stopped
 from sculptor.evaluation.matrix import continual_metrics
 from sculptor.model.load import load_model

@@ -1,7 +1,7 @@
 """A full disk, a failing one and SIGKILL at every file operation of a small run, which is then taken up again.
 
     python tests/benchmarks/faults.py DIR [--commands analyze train-disk] [--faults ENOSPC SIGKILL] [--every 1]
-        [--part 1/1]
+        [--last 30] [--part 1/1]
 
 Each point runs in a process of its own (forked, so that nothing is imported again): it has to end in one line of ours, or be
 gone; then the same command goes on with --resume and has to leave, tensor for tensor, what an undisturbed run leaves, and nothing
@@ -31,7 +31,7 @@ from conftest import save_checkpoint, task_rows, write_rows
 from safetensors import safe_open
 
 import sculptor
-from sculptor.checkpoint.staging import LOCK_NAME, MARKER_NAME
+from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME
 from sculptor.errors import SculptorError
 
 PLAN = """model = "model"
@@ -217,6 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--faults", nargs="*", default=["ENOSPC", "EIO", "SIGKILL"])
     parser.add_argument("--every", type=int, default=1, help="only every so many points")
+    parser.add_argument("--last", type=int, help="only so many points at the end, where the output is placed")
     parser.add_argument("--part", default="1/1", help="I/N: of the points, those of the I-th of N processes")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
@@ -248,7 +249,8 @@ def main() -> None:
         expected, points = digests(work / "out"), int(count.read_text())
         for fault in options.faults:
             began, results = time.perf_counter(), Counter[str]()
-            for at in range(1 + (part - 1) * options.every, points + 1, parts * options.every):
+            first = 1 if options.last is None else max(1, points + 1 - options.last)
+            for at in range(first + (part - 1) * options.every, points + 1, parts * options.every):
                 found = try_point(run, work, expected, at, fault)
                 results[found if found == "ok" else "wrong"] += 1
                 if found != "ok":

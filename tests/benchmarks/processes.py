@@ -8,6 +8,7 @@ number of tokens in each step. The first three steps are not counted; medians of
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -63,7 +64,7 @@ def train(model: Path, work: Path, archive: Path, options: argparse.Namespace) -
     report = sculptor.train(model, archive, [data], output, settings, overwrite=True)
     whole = time.perf_counter() - started
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    seconds = [after["seconds"] - before["seconds"] for before, after in zip(lines[2:], lines[3:], strict=False)]
+    seconds = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[2:])]
     return {
         "tokens/s": round(lines[-1]["tokens"] / statistics.median(seconds)),
         "step s": round(statistics.median(seconds), 3),

@@ -1,17 +1,21 @@
 """Outputs are complete or not there."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from sculptor.checkpoint.staging import MARKER_NAME, NotPlacedError, check_apart, commit, partial_path, staging
+from sculptor.checkpoint.staging import NotPlacedError, check_apart, commit, partial_path, staging
+from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, list_files
 from sculptor.errors import OutputError
+
+WRITES = ("work", "new", "sculptor.json", "state/*")
 
 
 def start(output: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     with staging(
-        output, command="analyze", overwrite=overwrite, resume=resume, worth_keeping=lambda _: True
+        output, command="analyze", writes=WRITES, overwrite=overwrite, resume=resume, worth_keeping=lambda _: True
     ) as partial:
         return partial
 
@@ -20,7 +24,7 @@ def ours(output: Path, *names: str) -> None:
     """Makes an output as a run leaves it."""
     for name in names:
         (output / name).write_text("")
-    (output / MARKER_NAME).write_text(json.dumps({"files": list(names)}))
+    (output / MARKER_NAME).write_text(json.dumps({"files": list_files(output, ["*"])}))
 
 
 def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_what_another_command_left_is_not_taken_up(tmp_path: Path) -> None:
     (start(output) / "work").write_text("hours")
     with (
         pytest.raises(OutputError, match="left by `analyze`, not by `train`"),
-        staging(output, command="train", overwrite=False, resume=True, worth_keeping=lambda _: True),
+        staging(output, command="train", writes=WRITES, overwrite=False, resume=True, worth_keeping=lambda _: True),
     ):
         pass
     assert (start(output, resume=True) / "work").read_text() == "hours"
@@ -118,8 +122,8 @@ def test_a_staging_directory_of_somebody_else_is_left_alone(tmp_path: Path, resu
 def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    ours(output, "sculptor.json")
     (output / "sculptor.json").write_text("old")
+    (output / MARKER_NAME).write_text(json.dumps({"files": list_files(output, ["*"])}))
     rename, count = Path.rename, [0]
 
     def failing(self: Path, target: Path) -> Path:
@@ -130,7 +134,9 @@ def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypa
 
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match=r"No space left.*complete in .*out.partial"),
-        staging(output, command="analyze", overwrite=True, resume=False, worth_keeping=lambda _: False) as partial,
+        staging(
+            output, command="analyze", writes=WRITES, overwrite=True, resume=False, worth_keeping=lambda _: False
+        ) as partial,
     ):
         (partial / "sculptor.json").write_text("new")
         monkeypatch.setattr(Path, "rename", failing)
@@ -144,7 +150,9 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match="exists already"),
-        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial,
+        staging(
+            output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: False
+        ) as partial,
     ):
         (partial / "work").write_text("ours")
         output.mkdir()
@@ -164,7 +172,9 @@ def test_the_lock_is_held_until_the_place_is_taken(tmp_path: Path, monkeypatch: 
         seen.append(rename(self, target))
         return seen[0]
 
-    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial:
+    with staging(
+        output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: False
+    ) as partial:
         (partial / "work").write_text("")
         monkeypatch.setattr(Path, "rename", watched)
         commit(partial, output, overwrite=False)
@@ -188,7 +198,9 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_place(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: True) as partial:
+    with staging(
+        output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: True
+    ) as partial:
         (partial / "work").write_text("")
         for resume in (True, False):
             with pytest.raises(OutputError, match="another run is writing there"):
@@ -202,7 +214,7 @@ def test_after_an_error_only_progress_is_kept(tmp_path: Path, worth: bool) -> No
     output = tmp_path / "out"
     with (
         pytest.raises(KeyboardInterrupt),
-        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: worth),
+        staging(output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: worth),
     ):
         raise KeyboardInterrupt
     assert partial_path(output).exists() == worth
@@ -227,7 +239,7 @@ def test_a_link_is_no_staging_directory(tmp_path: Path, resume: bool) -> None:
     (elsewhere / MARKER_NAME).write_text("analyze")
     (elsewhere / "thesis.txt").write_text("mine")
     partial_path(tmp_path / "out").symlink_to(elsewhere)
-    with pytest.raises(OutputError, match="in the way"):
+    with pytest.raises(OutputError, match=f"is a link to {elsewhere}, .* move it or choose another --output"):
         start(tmp_path / "out", overwrite=not resume, resume=resume)
     assert (elsewhere / "thesis.txt").read_text() == "mine"
 
@@ -244,3 +256,100 @@ def test_scores_of_somebody_else_are_kept(tmp_path: Path, content: str, ours_too
     with pytest.raises(OutputError, match=r"holds scores\.json, which sculptor did not write"):
         start(output, overwrite=True)
     assert (output / "scores.json").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "thesis/a.tex", "work.bak"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_came_to_lie_in_a_staging_directory_is_refused_and_kept(tmp_path: Path, name: str, resume: bool) -> None:
+    partial = start(tmp_path / "out")
+    (partial / "work").write_text("half")
+    mine = partial / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(OutputError, match=f"{name} is nothing that `analyze` writes"):
+        start(tmp_path / "out", overwrite=not resume, resume=resume)
+    assert mine.read_text() == "mine"
+    assert (partial / "work").read_text() == "half"
+
+
+@pytest.mark.parametrize("link", ["work", LOCK_NAME, MARKER_NAME, "state"])
+def test_a_link_in_a_staging_directory_is_not_followed(tmp_path: Path, link: str) -> None:
+    partial = start(tmp_path / "out")
+    mine = tmp_path / ("folder" if link == "state" else "file")
+    if link == "state":
+        mine.mkdir()
+    else:
+        mine.write_text("mine")
+    (partial / link).unlink(missing_ok=True)
+    (partial / link).symlink_to(mine)
+    with pytest.raises(OutputError, match=f"{link} is nothing that"):
+        start(tmp_path / "out", overwrite=True)
+    assert mine.is_dir() or mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["error", "success", "placed whole"])
+def test_a_file_that_comes_while_a_run_works_is_kept(tmp_path: Path, how: str) -> None:
+    output = tmp_path / "out"
+    partial = partial_path(output)
+    with (
+        suppress(KeyboardInterrupt),
+        staging(output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: False),
+    ):
+        (partial / "state").mkdir()
+        (partial / "state" / "step").write_text("")
+        (partial / "notes.txt").write_text("mine")
+        if how == "error":
+            raise KeyboardInterrupt
+        if how == "success":
+            discard(partial, WRITES)
+        else:
+            commit(partial, output, overwrite=False, writes=WRITES)
+    if how == "placed whole":
+        with pytest.raises(OutputError, match=r"holds notes\.txt, which sculptor did not write"):
+            start(output, overwrite=True)
+        assert (output / "notes.txt").read_text() == "mine"
+    else:
+        assert [item.name for item in partial.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("size", [10, 3 * 2**20])
+@pytest.mark.parametrize("change", ["content", "link", "folder"])
+def test_overwrite_tells_its_own_files_by_content(tmp_path: Path, size: int, change: str) -> None:
+    """A card that somebody wrote in the place of ours, another model copied over it."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "README.md").write_bytes(bytes(size))
+    ours(output, "sculptor.json")
+    start(output, overwrite=True)
+    (output / "README.md").unlink()
+    if change == "folder":
+        (output / "README.md").mkdir()
+        (output / "README.md" / "mine").write_text("")
+    elif change == "link":
+        (tmp_path / "mine").write_bytes(bytes(size))
+        (output / "README.md").symlink_to(tmp_path / "mine")
+    else:
+        (output / "README.md").write_bytes(bytes(size - 1) + b"x")
+    with pytest.raises(OutputError, match=r"holds (another )?README\.md"):
+        start(output, overwrite=True)
+    assert (output / "README.md").exists()
+
+
+def test_a_copy_of_an_output_is_one(tmp_path: Path) -> None:
+    """Dates do not tell."""
+    (tmp_path / "out").mkdir()
+    ours(tmp_path / "out", "sculptor.json")
+    (tmp_path / "copy").mkdir()
+    for file in (tmp_path / "out").iterdir():
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    start(tmp_path / "copy", overwrite=True)
+
+
+@pytest.mark.parametrize("name", [".sculptor.tmp", "work.tmp", "state/step.tmp"])
+def test_what_a_killed_run_was_writing_is_its_own(tmp_path: Path, name: str) -> None:
+    partial = start(tmp_path / "out")
+    (partial / name).parent.mkdir(exist_ok=True)
+    (partial / name).write_text("ha")
+    start(tmp_path / "out", resume=True)
+    start(tmp_path / "out", overwrite=True)
+    assert not (partial / name).exists()

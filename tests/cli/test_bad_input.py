@@ -13,6 +13,8 @@ from benchmarks.kill import COMMAND
 from conftest import Result, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file, save_file
 
+from sculptor.checkpoint.written import list_files
+
 
 @pytest.fixture
 def made(tmp_path: Path, cli: Callable[..., Result]) -> dict[str, Path]:
@@ -92,7 +94,7 @@ def test_rows_name_file_and_line(cli: Callable[..., Result], made: dict[str, Pat
 def test_existing_outputs_are_kept(cli: Callable[..., Result], made: dict[str, Path]) -> None:
     made["out"].mkdir()
     (made["out"] / "precious").write_text("x")
-    (made["out"] / ".sculptor").write_text('{"files": ["precious"]}')
+    (made["out"] / ".sculptor").write_text(json.dumps({"files": list_files(made["out"], ["*"])}))
     one_line(train(cli, made), "exists already", "--overwrite")
     one_line(cli("analyze", made["model"], "-o", made["out"]), "exists already")
     assert (made["out"] / "precious").read_text() == "x"
@@ -219,3 +221,42 @@ def test_a_closed_stdout_is_no_error(made: dict[str, Path]) -> None:
     command = " ".join(map(shlex.quote, [*COMMAND, "inspect", str(made["archive"])]))
     found = subprocess.run(["sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, text=True)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+LONG = "/x" + "y" * 1500 + "/" + "long name " * 150 + "END"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["analyze", LONG, "-o", "out"],
+        ["analyze", LONG.replace("/", "a"), "-o", "out"],
+        ["analyze", "owner/" + "n" * 3000, "-o", "out"],
+        ["inspect", LONG],
+        ["evaluate", "MODEL", "--data", LONG],
+        ["evaluate", "MODEL", f"--data={LONG}"],
+        ["analyze", "MODEL", "-o", LONG, "--device", "cpu"],
+        ["analyze", "MODEL", "-o", "out", "--basis", LONG],
+        ["analyze", "MODEL", "-o", "out", "--device", LONG],
+        ["analyze", "MODEL", "-o", "out", "--targets", LONG],
+        ["analyze", "MODEL", "-o", "out", "--targets", "(" * 3000],
+        ["analyze", "MODEL", "-o", "out", "--preserve", LONG],
+        ["analyze", f"--{LONG}"],
+        [LONG],
+        ["continual", LONG, "-o", "out"],
+        ["estimate", "MODEL", "--subspaces", LONG],
+        ["verify", "MODEL", LONG, "--subspaces", "MODEL"],
+    ],
+)
+def test_what_somebody_made_long_is_quoted_briefly(
+    cli: Callable[..., Result], tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "MODEL")
+    found = cli(*arguments)
+    assert found.code in (1, 2)
+    assert found.err.startswith("error: ")
+    assert found.err.count("\n") == 1
+    assert len(found.err) < 620
+    assert max(map(len, found.err.split())) <= 200
+    assert found.err.count("long name") < 25

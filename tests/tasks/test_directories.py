@@ -1,6 +1,7 @@
 """A directory is read as transformers reads it, in every mode, or refused by name."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from conftest import save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 import sculptor
-from sculptor.errors import SculptorError
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.writer import write_checkpoint
+from sculptor.errors import CheckpointError, SculptorError
 
 ROWS = task_rows(count=6)
 
@@ -105,9 +108,9 @@ def shards_outside(path: Path) -> None:
 
 
 def linked_shards(path: Path) -> None:
-    """As in the hub's cache: links into a store beside it."""
-    store = path.parent / "blobs"
-    store.mkdir()
+    """As the hub's client lays them out: links into its cache."""
+    store = path.parent / "models--owner--name" / "blobs"
+    store.mkdir(parents=True)
     for i, file in enumerate(sorted(path.iterdir())):
         file.rename(store / str(i))
         file.symlink_to(store / str(i))
@@ -302,3 +305,49 @@ def test_what_goes_along(tmp_path: Path) -> None:
     assert [name for name in carried if not (tmp_path / "out" / name).is_file()] == []
     assert [name for name in (*left, "link.txt") if (tmp_path / "out" / name).exists()] == []
     assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    "name", ["x.spm", "tokenizer.json", "additional_chat_templates", "additional_chat_templates/a.jinja"]
+)
+@pytest.mark.parametrize("to", ["outside", ".env"])
+def test_a_link_to_what_is_not_of_the_model_is_refused(tmp_path: Path, name: str, to: str) -> None:
+    """An output would carry its content to wherever it is published."""
+    model = save_checkpoint(tmp_path / "model")
+    target = tmp_path / "passwd" if to == "outside" else model / to
+    if name.endswith("templates"):
+        target.mkdir()
+        (target / "a.jinja").write_text("secret")
+    else:
+        target.write_text("secret")
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(target)
+    with pytest.raises(CheckpointError, match=f"{name} is a link to {target}, .*put the file itself in its place"):
+        sculptor.analyze(model, tmp_path / "out", sculptor.AnalyzeSettings(device="cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["snapshots/revision", "elsewhere"])
+def test_links_into_the_cache_of_the_hub_are_carried_as_files(tmp_path: Path, layout: str) -> None:
+    made, model = save_checkpoint(tmp_path / "made"), tmp_path / "models--owner--name" / layout
+    store = tmp_path / "models--owner--name" / "blobs"
+    store.mkdir(parents=True)
+    model.mkdir(parents=True)
+    (made / "source.spm").write_text("spm")
+    for i, file in enumerate(sorted(made.iterdir())):
+        file.rename(store / str(i))
+        (model / file.name).symlink_to(os.path.relpath(store / str(i), model))
+    write_checkpoint(open_checkpoint(model), made, {})
+    assert (made / "source.spm").read_text() == "spm"
+    assert {file.name for file in made.iterdir()} == {file.name for file in model.iterdir()}
+    assert not any(file.is_symlink() for file in made.iterdir())
+
+
+def test_links_within_a_model_are_carried(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    (model / "tokenizer.json").rename(model / "words.json")
+    (model / "tokenizer.json").symlink_to("words.json")
+    (tmp_path / "copy").mkdir()
+    write_checkpoint(open_checkpoint(model), tmp_path / "copy", {})
+    assert (tmp_path / "copy" / "tokenizer.json").read_text() == (model / "words.json").read_text()

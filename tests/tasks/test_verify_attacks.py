@@ -1,6 +1,7 @@
 """Ways to make a checkpoint pass that should not: each fails, or cannot be checked."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -374,3 +375,141 @@ def test_two_names_for_one_parameter_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(SculptorError, match="are both loaded into"):
         analyze(tmp_path / "base", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.onnx",
+        "onnx/model.onnx",
+        "rust_model.ot",
+        "extra.bin",
+        "vocab.pkl",
+        "weights.npz",
+        "original/consolidated.00.pth",
+    ],
+)
+def test_weights_of_any_program_are_seen(made: Path, tmp_path: Path, name: str) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / name).parent.mkdir(exist_ok=True)
+    (tuned / name).write_text("x")
+    assert check(made, tuned).differences == (f"{name} is a second set of weights, which other programs load",)
+
+
+def test_what_trainers_leave_is_no_model(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (tuned / name).write_text("x")
+    assert check(made, tuned).passed
+
+
+def test_a_second_dtype_is_seen(made: Path, tmp_path: Path) -> None:
+    """Earlier releases of transformers read the other key."""
+    tuned = attacked(made, tmp_path)
+    edit_json(tuned / "config.json", torch_dtype="float16")
+    assert check(made, tuned).differences == ("config.json: dtype was float32, is float16, and the tensors are not",)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "tf"}])
+def test_a_header_that_some_programs_do_not_load_is_seen(made: Path, tmp_path: Path, metadata: Any) -> None:
+    tuned = attacked(made, tmp_path)
+    save_file(load_file(tuned / "model.safetensors"), tuned / "model.safetensors", metadata)
+    assert any("model.safetensors: format was pt" in line for line in check(made, tuned).differences)
+
+
+@pytest.mark.parametrize("what", ["left out", "twice"])
+def test_an_index_names_every_tensor_once(tmp_path: Path, what: str) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    save_checkpoint(tmp_path / "base", max_shard_size="20KB")
+    analyze(tmp_path / "base", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    train(tmp_path / "base", tmp_path / "archive", [rows], tmp_path / "tuned", FAST)
+    assert verify(tmp_path / "base", tmp_path / "tuned", tmp_path / "archive", device="cpu").passed
+    index = tmp_path / "tuned" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    if what == "left out":
+        del content["weight_map"][NAME]
+        index.write_text(json.dumps(content))
+    else:
+        first = json.dumps(content).replace('"weight_map": {', f'"weight_map": {{"{NAME}": "other.safetensors", ')
+        index.write_text(first)
+    found = verify(tmp_path / "base", tmp_path / "tuned", tmp_path / "archive", device="cpu")
+    assert not found.passed
+    assert len(found.differences) == 1
+    assert "index.json" in found.differences[0]
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(made: Path, tmp_path: Path) -> None:
+    tuned = attacked(made, tmp_path)
+    content = (tuned / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].decode().rstrip()
+    twice = header[:-1] + f", {json.dumps(NAME)}: {json.dumps(json.loads(header)[NAME])}}}"
+    text = (twice + " " * (-len(twice) % 8)).encode()
+    (tuned / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(SculptorError, match=r"up_proj\.weight' twice"):
+        check(made, tuned)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_another_encoding_is_another_file(made: Path, tmp_path: Path, file: str, encoding: str) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / file).write_text((tuned / file).read_text(), encoding=encoding)
+    assert check(made, tuned).differences == (f"{file} differs",)
+
+
+@pytest.mark.parametrize(
+    ("file", "first"),
+    [
+        ("tokenizer.json", '"model": {"type": "BPE"}'),
+        ("tokenizer_config.json", '"model_max_length": 7'),
+        ("generation_config.json", '"eos_token_id": 7'),
+        ("config.json", '"rms_norm_eps": 7'),
+    ],
+)
+def test_a_key_that_is_there_twice_is_seen(made: Path, tmp_path: Path, file: str, first: str) -> None:
+    """Python takes the last one, other programs the first, or none."""
+    tuned = attacked(made, tmp_path)
+    base = Path(shutil.copytree(made / "float32" / "base", tmp_path / "base"))
+    if file.startswith("tokenizer_"):
+        edit_json(base / file, model_max_length=9)
+        edit_json(tuned / file, model_max_length=9)
+    (tuned / file).write_text(f"{{{first}, " + (tuned / file).read_text().lstrip()[1:])
+    found = verify(base, tuned, made / "float32" / "archive", device="cpu")
+    assert not found.passed
+    assert [line.startswith(file) for line in found.differences] == [True]
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 2.0}, {"vocab_size": "64"}, {"transformers_version": {}}])
+def test_a_configuration_that_breaks_its_class_is_seen(made: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    tuned = attacked(made, tmp_path)
+    edit_json(tuned / "config.json", **changes)
+    found = check(made, tuned).differences
+    assert len(found) == 1
+    assert next(iter(changes)) in found[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_open_tensor_has_to_be_finite(made: Path, tmp_path: Path, value: float) -> None:
+    tuned = attacked(made, tmp_path, tuned="open")
+    edit_tensors(tuned, lambda tensors: tensors["lm_head.weight"][3].fill_(value))
+    with pytest.raises(SculptorError, match=r"lm_head\.weight has 32 NaN or infinite"):
+        check(made, tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16])
+def test_an_open_tensor_keeps_its_dtype(made: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    tuned = attacked(made, tmp_path, tuned="open")
+    edit_tensors(tuned, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].to(dtype)}))
+    found = check(made, tuned)
+    assert not found.passed
+    assert found.changed_elsewhere == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json"])
+def test_a_pipe_is_not_waited_for(made: Path, tmp_path: Path, file: str) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / file).unlink()
+    os.mkfifo(tuned / file)
+    with pytest.raises(SculptorError, match=f"{file}: is no regular file"):
+        check(made, tuned)
