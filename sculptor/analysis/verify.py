@@ -24,7 +24,7 @@ from sculptor.archive.store import Archive, Entry
 from sculptor.checkpoint.orientation import as_out_in, to_device
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.sameness import differences
-from sculptor.checkpoint.tensors import digest, dtype_name
+from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.errors import ArchiveError, VerificationError
 from sculptor.methods.rule import Violation
 from sculptor.numerics.rounding import leak_allowance, peak_allowance, rounding_variance
@@ -130,9 +130,9 @@ def measure_leak(
         dtypes: what the tuned one was rounded to, once each.
     """
     transposed = entry.record.transposed
-    base64 = to_device(base, transposed, device)
+    base64, tuned = to_device(base, transposed, device), tuned.to(device)
     update64 = to_device(tuned, transposed, device) - base64
-    variance = as_out_in(rounding_variance(tuned, dtypes).to(device), transposed)
+    variance = as_out_in(rounding_variance(tuned, dtypes), transposed)
     return LeakMeasure(
         update=float(update64.norm()),
         rounding=math.sqrt(float(variance.sum())),
@@ -162,7 +162,8 @@ def verify_checkpoints(
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
     _check_same_tensors(base, tuned, archive)
-    parts = world.gather({name: digest(tuned.matrix(archive[name])) for name in world.share(list(archive))})
+    own = world.share(list(archive))
+    parts = world.gather(dict(zip(own, in_threads(lambda name: digest(tuned.matrix(archive[name])), own), strict=True)))
     digests = {name: found for part in parts for name, found in part.items()}
     lineage = trace_lineage(tuned, archive, digests)
     device = device or torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sculptor.archive.manifest import REMEDY, Manifest, MatrixRecord
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.tensors import TensorInfo, digest, read_header, read_known
+from sculptor.checkpoint.tensors import TensorInfo, digest, in_threads, read_header, read_known
 from sculptor.errors import ArchiveError
 from sculptor.methods.kinds import Kinds, known_kinds
 from sculptor.methods.method import Method
@@ -25,6 +25,23 @@ MANIFEST_NAME = "archive.json"
 # dtypes are as far off as these, and made orthonormal again when they are read.
 ORTHONORMAL_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}
 _TOLERANCE = 1e-5
+
+
+FileState = tuple[int, int, int]
+
+
+def _state_of(file: Path) -> FileState | None:
+    """What changes when a file is written to; None if it cannot be told."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _exact(vectors: Tensor) -> Tensor:
+    """A basis as it is used: one in less than float32 made orthonormal, prefix by prefix."""
+    return orthonormal_prefixes(vectors).float() if vectors.dtype.itemsize < 4 else vectors
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -84,6 +101,8 @@ class Archive(Mapping[str, MatrixRecord]):
             raise ArchiveError(f"{self.path}: no {MANIFEST_NAME}; expected a subspace archive{hint}")
         self.manifest = Manifest.from_json(read_file(file, ArchiveError, REMEDY), file, self.kinds)
         self._infos: dict[str, TensorInfo] = {}
+        self._checked: dict[str, FileState] = {}  # digest
+        self._sound: dict[str, FileState] = {}  # finite and orthonormal, too
         self._check_files()
 
     def _check_files(self) -> None:
@@ -140,11 +159,16 @@ class Archive(Mapping[str, MatrixRecord]):
             ArchiveError: if its bytes are not those that were written.
         """
         stored = self.manifest.tensors[name]
+        seen = _state_of(self.path / stored.file)
         tensor = read_known(self.path / stored.file, name, self._infos[name], ArchiveError)
+        if seen is not None and self._checked.get(name) == seen:  # read before, and not written to since
+            return tensor
         if digest(tensor) != stored.sha256:
             raise ArchiveError(
                 f"{self.path / stored.file}: tensor {name} has changed since it was written (its digest differs); {REMEDY}"
             )
+        if seen is not None:
+            self._checked[name] = seen
         return tensor
 
     def basis(self, name: str) -> Tensor:
@@ -156,7 +180,10 @@ class Archive(Mapping[str, MatrixRecord]):
         Raises:
             ArchiveError: if it has values that are not finite, or columns that are far from orthonormal.
         """
+        known = self._checked.get(name)
         vectors = self.tensor(name)
+        if known is not None and self._sound.get(name) == self._checked.get(name):
+            return _exact(vectors)
         if not bool(vectors.isfinite().all()):
             raise ArchiveError(f"{self.path}: basis {name} has NaN or infinite values; {REMEDY}")
         error = orthonormality_error(vectors, torch.Generator().manual_seed(0))
@@ -165,7 +192,9 @@ class Archive(Mapping[str, MatrixRecord]):
             raise ArchiveError(
                 f"{self.path}: basis {name} is not orthonormal (error {error:.1e}, at most {allowed:.0e}); {REMEDY}"
             )
-        return orthonormal_prefixes(vectors).float() if vectors.dtype.itemsize < 4 else vectors
+        if name in self._checked:
+            self._sound[name] = self._checked[name]
+        return _exact(vectors)
 
     def read(self, name: str) -> Entry:
         """One matrix; its tensors are read and checked (digest, finite, orthonormal) when they are asked for."""
@@ -210,10 +239,12 @@ class Archive(Mapping[str, MatrixRecord]):
 
     def note_rms(self, name: str, weight: Tensor) -> None:
         """Fills in what an archive of version 2 does not say of a matrix of its base."""
-        record = self[name]
-        if record.base_rms is None:
-            matrices = {**self.manifest.matrices, name: replace(record, base_rms=rms(weight))}
-            self.manifest = replace(self.manifest, matrices=matrices)
+        if self[name].base_rms is None:
+            self._note_rms(name, rms(weight))
+
+    def _note_rms(self, name: str, size: float) -> None:
+        matrices = {**self.manifest.matrices, name: replace(self[name], base_rms=size)}
+        self.manifest = replace(self.manifest, matrices=matrices)
 
     def check_base(self, checkpoint: Checkpoint, progress: Progress = silent) -> None:
         """Checks that every matrix of the archive is, byte for byte, the one in `checkpoint`.
@@ -224,11 +255,17 @@ class Archive(Mapping[str, MatrixRecord]):
         self.check_names(checkpoint)
         different = []
         bar = progress(total=len(self), desc="check base", unit="matrix")
-        for name, record in list(self.items()):
-            weight = checkpoint.matrix(record)
-            if digest(weight) != record.base_digest:
+
+        def look(name: str) -> tuple[str, float | None]:
+            weight = checkpoint.matrix(self[name])
+            return digest(weight), rms(weight) if self[name].base_rms is None else None
+
+        names = list(self)
+        for name, (found, size) in zip(names, in_threads(look, names), strict=True):
+            if found != self[name].base_digest:
                 different.append(name)
-            self.note_rms(name, weight)
+            if size is not None:
+                self._note_rms(name, size)
             bar.update(1)
         bar.close()
         if different:

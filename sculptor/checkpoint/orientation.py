@@ -11,4 +11,4 @@ def as_out_in(weight: Tensor, transposed: bool) -> Tensor:
 
 def to_device(weight: Tensor, transposed: bool, device: torch.device) -> Tensor:
     """A stored matrix in the (out, in) form, float64, on a device."""
-    return as_out_in(weight.to(device=device, dtype=torch.float64), transposed)
+    return as_out_in(weight.to(device).to(torch.float64), transposed)  # widened there: half the way, and quicker

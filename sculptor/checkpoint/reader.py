@@ -17,7 +17,7 @@ from sculptor.checkpoint.directory import (
     read_config,
     weight_files,
 )
-from sculptor.checkpoint.tensors import TensorInfo, digest, dtype_name, read_header, read_known
+from sculptor.checkpoint.tensors import TensorInfo, digest, dtype_name, in_threads, read_header, read_known
 from sculptor.errors import CheckpointError
 from sculptor.progress import Progress, silent
 
@@ -172,8 +172,8 @@ class Checkpoint(Mapping[str, Tensor]):
         names = [name for name in self if name not in known]
         bar = progress(total=sum(self.infos[name].num_bytes for name in names), desc="check model", unit="B")
         found = {}
-        for name in names:
-            found[name] = digest(self[name])
+        for name, mark in zip(names, in_threads(lambda name: digest(self[name]), names), strict=True):
+            found[name] = mark
             bar.update(self.infos[name].num_bytes)
         bar.close()
         text = json.dumps(self.config, sort_keys=True)

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,10 @@ from torch import Tensor
 from sculptor.errors import OutputError, SculptorError
 from sculptor.validation import each_key_once
 
+T = TypeVar("T")
+R = TypeVar("R")
+# That read and hash tensors at a time: each holds one.
+_THREADS = 4
 # Names of the safetensors format, https://github.com/huggingface/safetensors#format
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -162,6 +167,12 @@ def dtype_name(dtype: torch.dtype) -> Any:
 def digest(tensor: Tensor) -> str:
     """SHA-256 of the raw bytes of a tensor, in hexadecimal."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def in_threads(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results in order, of several items at a time: reading and hashing leave the interpreter to others."""
+    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
+        yield from pool.map(call, items)
 
 
 def in_file_order(

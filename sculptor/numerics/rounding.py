@@ -28,7 +28,8 @@ def ulp(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def rounding_variance(values: Tensor, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
     """Variance per entry of the error of storing `values` once in each dtype (default: once in their own), float64."""
-    return sum((ulp(values, dtype).square() / 12.0 for dtype in dtypes or [values.dtype]), start=torch.zeros(()))
+    nothing = torch.zeros((), dtype=torch.float64, device=values.device)
+    return sum((ulp(values, dtype).square() / 12.0 for dtype in dtypes or [values.dtype]), start=nothing)
 
 
 def leak_allowance(rounding: float, num_frozen: int, update: float = 0.0) -> float:

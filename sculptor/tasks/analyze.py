@@ -1,5 +1,6 @@
 """`sculptor.analyze`: a checkpoint in, a subspace archive out; one matrix at a time, or the moments of a few blocks."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -26,7 +27,7 @@ from sculptor.checkpoint.architecture import (
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import commit
-from sculptor.checkpoint.tensors import digest, dtype_name
+from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.data.examples import digest_examples
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -100,7 +101,7 @@ def analyze(
         resume=resume,
         worth_keeping=has_progress,
     ) as partial:
-        records = {target.name: _new_record(checkpoint, target) for target in targets}
+        records = _new_records(checkpoint, targets, progress)
         key = {
             "settings": asdict(settings),
             "data": [digest_examples(part) for part in (examples, *(source.examples for source in sources))],
@@ -220,6 +221,16 @@ def _check_finite(checkpoint: Checkpoint, targets: Sequence[Target], progress: P
         checkpoint.read_finite(name)
         bar.update(1)
     bar.close()
+
+
+def _new_records(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> dict[str, MatrixRecord]:
+    bar = progress(total=len(targets), desc="digest", unit="matrix")
+    found = {}
+    for record in in_threads(functools.partial(_new_record, checkpoint), targets):
+        found[record.name] = record
+        bar.update(1)
+    bar.close()
+    return found
 
 
 def _new_record(checkpoint: Checkpoint, target: Target) -> MatrixRecord:

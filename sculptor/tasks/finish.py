@@ -21,7 +21,7 @@ from sculptor.analysis.verify import measure_leak
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.architecture import Architecture
-from sculptor.checkpoint.orientation import as_out_in
+from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
@@ -188,21 +188,22 @@ class _Finish:
     def _make(self, name: str, weight: Tensor) -> _Made:
         dtype = output_dtype(weight.dtype, self.saved)
         entry = self.job.archive.read(name)
-        merged = merge_trained(self.updates, self.job.archive, name, weight, dtype)
+        merged = merge_trained(self.updates, entry, weight, dtype)
         if merged is None:
-            merged = Merged(weight.to(dtype), torch.zeros(entry.rule.shape, dtype=torch.float64))
+            nothing = torch.zeros(entry.rule.shape, dtype=torch.float64, device=self.device)
+            merged = Merged(weight.to(dtype), nothing)
         record, derived = self.archive.make(entry, merged)
         return _Made(merged.tensor, record, derived, self._report(entry, record, weight, merged))
 
     def _report(self, entry: Entry, record: MatrixRecord, weight: Tensor, merged: Merged) -> MatrixReport:
         measured = measure_leak(weight, merged.tensor, entry, self.device)
-        stored = as_out_in(merged.update, record.transposed).cpu()
+        before, after = (to_device(each, record.transposed, self.device) for each in (weight, merged.tensor))
         norm = float(merged.update.norm())
-        lost = float((merged.tensor.to(torch.float64) - weight.to(torch.float64) - stored).norm())
+        lost = float((after - before - merged.update.to(self.device)).norm())
         outputs, inputs = record.rule.figures().added.get(self.archive.task, (0, 0))
         return MatrixReport(
             role=record.role,
-            update=measured.update / (float(weight.to(torch.float64).norm()) or 1.0),
+            update=measured.update / (float(before.norm()) or 1.0),
             leak=measured.violation.norm / measured.update if measured.update else 0.0,
             rounding=measured.violation.rounding / measured.update if measured.update else 0.0,
             update_norm=norm,

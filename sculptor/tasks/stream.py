@@ -205,7 +205,7 @@ class StreamedModel:
 
     def _merge(self, name: str) -> Any:
         def merged(weight: Tensor) -> Tensor:
-            made = merge_trained(self.updates, self.archive, name, weight, weight.dtype)
+            made = merge_trained(self.updates, self.archive.read(name), weight, weight.dtype)
             return weight if made is None else made.tensor
 
         return merged

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sculptor.archive.store import Archive
+from sculptor.archive.store import Entry
 from sculptor.edits.merge import Merged, merge_matrix
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
@@ -92,22 +92,22 @@ def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
     )
 
 
-def merge_trained(updates: Updates, archive: Archive, name: str, weight: Tensor, dtype: torch.dtype) -> Merged | None:
+def merge_trained(updates: Updates, entry: Entry, weight: Tensor, dtype: torch.dtype) -> Merged | None:
     """A matrix as training leaves it, the tensor to save on the CPU; None if it was not trained.
 
     Args:
         updates: what trained it.
-        archive: that it was trained with.
-        name: of the matrix.
+        entry: of the archive that it was trained with.
         weight: W0 as stored.
         dtype: to save in.
 
     Raises:
         TrainingError: if the bases complete differently than in training, or the sum does not fit the dtype.
     """
+    name = entry.record.name
     coordinates = updates.coordinates(name)
     if coordinates is None:
         return None
     soften, fingerprint = updates.settings.soften or 0.0, updates.fingerprints()[name]
-    made = merge_matrix(archive.read(name), coordinates, weight, dtype, soften=soften, fingerprint=fingerprint)
+    made = merge_matrix(entry, coordinates, weight, dtype, soften=soften, fingerprint=fingerprint)
     return made._replace(tensor=made.tensor.cpu())
