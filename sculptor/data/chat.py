@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sculptor.data.left_out import Message, refuse_left_out, says
-from sculptor.data.rows import MessagesRow, Row
+from sculptor.data.row_types import MessagesRow, Row
 from sculptor.errors import DataError, SettingsError
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")

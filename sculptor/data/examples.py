@@ -8,7 +8,7 @@ from typing import Any
 
 from sculptor.checkpoint.architecture import Kind
 from sculptor.data.chat import render_conversation
-from sculptor.data.rows import CompletionRow, MessagesRow, Row, TextRow
+from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow, settle
 from sculptor.errors import DataError, SettingsError
 
 IGNORED = -100  # the label without loss, as in torch and transformers
