@@ -23,11 +23,11 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
 from sculptor.data.chat import use_template
-from sculptor.data.rows import Row, digest_rows, read_rows
+from sculptor.data.rows import DataSource, Row, digest_rows, local_files, names_of, read_sources
 from sculptor.errors import OutputError, SettingsError
-from sculptor.evaluation.rows import Evaluation, evaluate_rows, read_evaluation_rows
+from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows, read_evaluation_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.settings import AnalyzeSettings
+from sculptor.methods.settings import AnalyzeSettings, is_self
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
@@ -38,7 +38,8 @@ from sculptor.validation import read_file, read_json
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
 # Keys of a plan whose values are paths.
-_PATHS = ("model", "data", "test", "validation", "watch", "chat_template")
+_PATHS = ("model", "chat_template")
+_DATA = ("data", "test", "validation", "watch")
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 _OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
@@ -91,7 +92,7 @@ def continual(
         require_peft()
     output = Path(output).resolve()
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
-    check_apart(output, [plan, resolved.model, *files, *resolved.watch, *resolved.analyze.data])
+    check_apart(output, [plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])])
     with staging(output, command="continual", overwrite=overwrite, resume=resume, worth_keeping=_has_scores) as partial:
         run = _Run(resolved, method, split, partial, progress, notice, stop, rules)
         stages = run.run()
@@ -126,6 +127,8 @@ def _published(value: Any, name: str = "") -> Any:
         return {key: _published(item, key) for key, item in value.items()}
     if isinstance(value, list):
         return [_published(item, name) for item in value]
+    if name in _DATA and isinstance(value, str):
+        return names_of(value)[0]
     return Path(value).name if name in _PATHS and isinstance(value, str) else value
 
 
@@ -133,14 +136,10 @@ def _digest_model(model: str) -> str:
     return identity(open_checkpoint(model).digests_beside(()))
 
 
-def _digest_files(plan: Plan) -> str:
-    """Of everything that is trained or calibrated on."""
-    files = [*plan.analyze.data, *(file for task in plan.tasks for file in task.data)]
-    found = hashlib.sha256()
-    for file in files:
-        path = Path(file)
-        found.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else file.encode())
-    return found.hexdigest()
+def _told_apart(texts: Sequence[str]) -> list[str]:
+    """Names of files, with what is above them where two are called the same."""
+    names = names_of(texts)
+    return [text if names.count(name) > 1 else name for name, text in zip(names, texts, strict=True)]
 
 
 def _has_scores(partial: Path) -> bool:
@@ -169,16 +168,38 @@ class _Run:
         self.notice = notice
         self.stop = stop
         self.rows: dict[str, list[Row]] = {
-            task.name: read_evaluation_rows(plan.rows_of(task, split), task.labels) for task in plan.tasks
+            task.name: read_evaluation_rows(
+                plan.rows_of(task, split), task.labels, task.columns or plan.train.columns, all_renamed=False
+            )
+            for task in plan.tasks
         }
-        for task in plan.tasks:
-            read_rows(task.data)  # all are found and readable before the first is trained
-        self.watched: list[Row] = read_evaluation_rows(plan.watch, None) if plan.watch else []
-        evaluated = [row for rows in (*self.rows.values(), self.watched) for row in rows]
+        # All are found and readable before the first is trained.
+        trained = [self._read(task) for task in plan.tasks]
+        self.watched: dict[str, list[Row]] = {
+            name: read_evaluation_rows([text], None)
+            for name, text in zip(_told_apart(plan.watch), plan.watch, strict=True)
+        }
+        evaluated = [row for rows in (*self.rows.values(), *self.watched.values()) for row in rows]
         own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest_rows(evaluated)}
-        own |= {"model files": _digest_model(plan.model), "data files": _digest_files(plan)}
+        own |= {"model files": _digest_model(plan.model), "data files": self._digest(trained)}
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
+
+    def _read(self, task: PlannedTask) -> list[DataSource]:
+        settings = self.plan.train_settings(task)
+        return read_sources(
+            task.data, settings.max_rows, settings.columns, lambda text: self.notice(f"{task.name}: {text}")
+        )
+
+    def _digest(self, trained: Sequence[Sequence[DataSource]]) -> str:
+        """Of everything that is trained or calibrated on."""
+        settings = self.plan.analyze
+        calibrated = read_sources(
+            [item for item in settings.data if not is_self(item)], settings.max_rows, settings.columns, mixed=True
+        )
+        sources = [*calibrated, *(source for task in trained for source in task)]
+        parts = [(source.weight, digest_rows(source.rows)) for source in sources]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def run(self) -> list[Stage]:
         self._restore()
@@ -218,7 +239,10 @@ class _Run:
         tasks = self.plan.tasks
         if self.method != "joint":
             return [(task.name, task) for task in tasks]
-        together = PlannedTask(name="joint", data=tuple(file for task in tasks for file in task.data), test=())
+        if len({task.columns for task in tasks}) > 1:
+            raise SettingsError("--method joint: tasks with different columns cannot be read together")
+        files = tuple(file for task in tasks for file in task.data)
+        together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=())
         return [("joint", together)]
 
     def _first_archive(self, model: str) -> Path:
@@ -303,17 +327,24 @@ class _Run:
                 labels,
                 options.max_length,
                 options.batch_size,
-                generate=options.exact_match,
+                generation=Generation(exact_match=None if options.exact_match else False),
                 progress=self.progress,
             )
+
+        def loss_of(found: Evaluation) -> float:
+            assert found.loss is not None
+            return found.loss
 
         scores = {}
         for task in self.plan.tasks:
             found = measure(self.rows[task.name], task.labels)
-            scores[task.name] = TaskScore(found.accuracy, found.exact_match, found.loss)
-        general = measure(self.watched, None).loss if self.watched else None
+            scores[task.name] = TaskScore(found.accuracy, found.exact_match, loss_of(found))
+        watched = {name: measure(rows, None) for name, rows in self.watched.items()}
         loaded.close()
-        self.stages.append(Stage(name, scores, general, archive_bytes, seconds))
+        tokens = sum(found.num_tokens for found in watched.values())
+        total = sum(loss_of(found) * found.num_tokens for found in watched.values()) / tokens if watched else None
+        each = {text: loss_of(found) for text, found in watched.items()}
+        self.stages.append(Stage(name, scores, total, archive_bytes, seconds, each))
         write_json(self.partial / SCORES_NAME, {"key": self.key, "stages": [asdict(stage) for stage in self.stages]})
 
     def _restore(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sculptor.data.left_out import Message, refuse_left_out, says
+from sculptor.data.left_out import THOUGHTS, Message, refuse_left_out, says, silent_keys
 from sculptor.data.row_types import MessagesRow, Row
 from sculptor.errors import DataError, SettingsError
 
@@ -53,6 +53,12 @@ def use_template(tokenizer: Any, chosen: str | None) -> None:
     if not text.strip():
         raise SettingsError(f"--chat-template {chosen}: the file is empty")
     tokenizer.chat_template = text
+
+
+def unread_keys(row: MessagesRow, tokenizer: Any) -> tuple[str, ...]:
+    """Keys of messages that the chat template does nothing with, by the role of their messages."""
+    conversation = _Conversation(row, tokenizer)
+    return silent_keys(conversation.messages, conversation._try)
 
 
 def check_use(rows: Iterable[Row], chosen: str | None) -> None:
@@ -128,14 +134,30 @@ class _Conversation:
         after = self._prefix(messages, i)
         # Many templates refuse an empty conversation; nothing stands before a first turn of the assistant.
         before = self._render(messages[:i], add_generation_prompt=True) if i else ""
-        same = next((at for at, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+        same = _same(before, after)
         spoken = self._try(messages[:i]) if i else None
         if spoken is not None and same < len(spoken.rstrip()):
             raise DataError(
                 f"{self.row.where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told; "
                 "use a template with {% generation %} marks or 'prompt' and 'completion' rows"
             )
-        return min(same, len(after)), len(after)
+        if same < len(
+            before
+        ):  # it does not speak as it is asked to: what it says may begin like the rest of that by chance
+            same = min(same, self._header(messages, i, after))
+        if same >= len(after.rstrip()):
+            raise DataError(
+                f"{self.row.where}: turn {i + 1} of the assistant has nothing behind what the chat template says before it speaks; "
+                "set its weight to 0 or choose another template with --chat-template"
+            )
+        return same, len(after)
+
+    def _header(self, messages: Sequence[Message], i: int, after: str) -> int:
+        """Where in the text a turn begins to say something of its own, seen from one that says something else."""
+        others = (
+            self._try([*messages[:i], {"role": messages[i]["role"], "content": text}]) for text in ("\u241e", "\u2302")
+        )
+        return min((_same(other, after) for other in others if other is not None), default=len(after))
 
     def _render(self, messages: Sequence[Message], **more: Any) -> str:
         options = dict(self.row.template_options) | more
@@ -215,13 +237,13 @@ class _Conversation:
         """Whether a token can end a turn: the end of sequence, or one of the template's own special or added tokens."""
         if token == self.tokenizer.eos_token_id:
             return True
-        return token in _special_ids(self.tokenizer) and self.tokenizer.convert_ids_to_tokens(token) not in written
+        return token in special_ids(self.tokenizer) and self.tokenizer.convert_ids_to_tokens(token) not in written
 
     def _check_rendered(self, messages: Sequence[Message]) -> None:
         """Refuses what the template leaves out: it would be trained silently on something else."""
         for i in self.trained:
             message = messages[i]
-            if not any(says(message.get(key)) for key in ("content", "tool_calls", "reasoning_content", "thinking")):
+            if not any(says(message.get(key)) for key in ("content", "tool_calls", *THOUGHTS)):
                 raise DataError(
                     f"{self.row.where}: turn {i + 1} of the assistant is empty; remove it or set its weight to 0"
                 )
@@ -243,6 +265,11 @@ class _Conversation:
             return self._render(messages)
         except Exception:  # a template may refuse an empty turn
             return None
+
+
+def _same(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _template_text(row: MessagesRow, tokenizer: Any) -> str:
@@ -287,13 +314,14 @@ def _parsed_call(call: Any) -> Any:
     if isinstance(call.get("function"), dict):
         return call | {"function": _parsed_call(call["function"])}
     try:
-        arguments = json.loads(call["arguments"])
+        arguments = json.loads(call["arguments"])  # of which no key is there twice: rows are checked
     except (KeyError, TypeError, ValueError, RecursionError):
         return call
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 @functools.lru_cache(maxsize=8)
-def _special_ids(tokenizer: Any) -> frozenset[int]:
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Special and added tokens: what a template can write that is no text."""
     added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip())
-    return frozenset(itertools.chain(tokenizer.all_special_ids, added))
+    return frozenset(itertools.chain(tokenizer.allspecial_ids, added))

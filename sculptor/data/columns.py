@@ -33,11 +33,6 @@ def parse_columns(given: str | Columns | None) -> dict[str, str]:
     return found
 
 
-def columns_text(given: Any) -> Any:
-    """A mapping as the option's text."""
-    return ",".join(f"{ours}={theirs}" for ours, theirs in given.items()) if isinstance(given, Mapping) else given
-
-
 def _pair(part: str) -> tuple[str, str]:
     ours, equals, theirs = part.partition("=")
     if not equals or not ours.strip() or not theirs.strip():

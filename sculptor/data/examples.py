@@ -1,5 +1,6 @@
 """Rows to token sequences, with the loss on the right tokens."""
 
+import functools
 import hashlib
 from array import array
 from collections.abc import Sequence
@@ -8,7 +9,9 @@ from typing import Any
 
 from sculptor.checkpoint.architecture import Kind
 from sculptor.data.chat import render_conversation
+from sculptor.data.mixture import Mixture
 from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow, settle
+from sculptor.data.rows import DataSource
 from sculptor.errors import DataError, SettingsError
 
 IGNORED = -100  # the label without loss, as in torch and transformers
@@ -37,12 +40,23 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """All examples; how many rows did not fit, lost a part of their prompt, or were given an end of sequence."""
+    """All examples, in the order of their rows.
+
+    Attributes:
+        num_dropped: rows that did not fit; `num_cut` lost a part of their prompt, `num_ended` were given an end of sequence.
+        mixture: shares of the data they come from; None if the data are simply put together.
+    """
 
     examples: tuple[Example, ...]
     num_dropped: int
     num_cut: int
     num_ended: int = 0
+    mixture: Mixture | None = None
+
+    @property
+    def num_epoch(self) -> int:
+        """Examples of an epoch."""
+        return len(self.examples) if self.mixture is None else self.mixture.num_epoch
 
     @property
     def num_loss_tokens(self) -> int:
@@ -81,11 +95,13 @@ class EncodedRow:
         examples: its sequences; none, if its completion does not fit.
         cut: the middle of its prompt was left out.
         ended: an end of sequence was added to what the chat template made.
+        apart: prompt and completion, joined, would be tokenised in another way at their edge.
     """
 
     examples: tuple[Example, ...]
     cut: bool = False
     ended: bool = False
+    apart: bool = False
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> Encoded:
@@ -113,12 +129,39 @@ def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, voc
     )
 
 
+def encode_sources(
+    sources: Sequence[DataSource], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None
+) -> Encoded:
+    """As `encode`, of several data, with the shares that their weights give them.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    if all(source.weight is None for source in sources):
+        return encode([row for source in sources for row in source.rows], tokenizer, kind, max_length, vocab_size)
+    parts = [encode(source.rows, tokenizer, kind, max_length, vocab_size) for source in sources]
+    return Encoded(
+        tuple(example for part in parts for example in part.examples),
+        sum(part.num_dropped for part in parts),
+        sum(part.num_cut for part in parts),
+        sum(part.num_ended for part in parts),
+        mixture_of(sources, [len(part.examples) for part in parts]),
+    )
+
+
+def mixture_of(sources: Sequence[DataSource], sizes: Sequence[int]) -> Mixture | None:
+    """The shares that weights give data of some numbers of examples; None without weights."""
+    weights = tuple(source.weight for source in sources if source.weight is not None)
+    return Mixture(tuple(sizes), weights) if weights else None
+
+
 def encode_row(row: Row, tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> EncodedRow:
     """Tokenises one row; as `encode`.
 
     Raises:
         DataError: with file and line number.
     """
+    row = settle(row, bool(tokenizer.chat_template) and kind == "causal")
     if isinstance(row, TextRow):
         found = EncodedRow(tuple(_encode_text(row, tokenizer, kind, max_length)))
     elif kind == "masked":
@@ -177,9 +220,39 @@ def sequence_frame(tokenizer: Any, text: str) -> tuple[list[int], list[int], lis
 
 
 def completion_ids(tokenizer: Any, completion: str) -> list[int]:
-    """A completion's ids with the end of sequence behind them."""
-    ids: list[int] = tokenizer(completion, add_special_tokens=False).input_ids
+    """A completion's ids as they stand behind other text, with the end of sequence behind them."""
+    ids = _inner_ids(tokenizer, completion)
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+# Texts behind which a tokenizer begins a new word without a space of its own; one of them is a token by itself.
+_LEADS = ("\n", ":", ">", "=")
+
+
+def _inner_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that is not at the start: some tokenizers put a space before everything they read."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if not ids or not _adds_space(tokenizer):
+        return ids
+    for lead in _LEADS:
+        before = tokenizer(lead, add_special_tokens=False, verbose=False).input_ids
+        joined: list[int] = tokenizer(lead + text, add_special_tokens=False, verbose=False).input_ids
+        if before and joined[: len(before)] == before and len(joined) > len(before):
+            return joined[len(before) :]
+    return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _adds_space(tokenizer: Any) -> bool:
+    """Whether a text without one begins with a space in SentencePiece's or GPT-2's writing."""
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False, verbose=False).input_ids[:1])
+    return bool(first) and str(first[0])[:1] in ("\u2581", "\u0120")
+
+
+def _is_apart(tokenizer: Any, text: str, ids: list[int]) -> bool:
+    """Whether prompt and completion, joined, would be tokenised in another way than one behind the other."""
+    joined = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return joined not in (ids[-len(joined) :], ids[-len(joined) - 1 : -1])
 
 
 def target_ids(tokenizer: Any, completion: str) -> list[int]:
@@ -253,8 +326,9 @@ def _encode_completion(row: CompletionRow, tokenizer: Any, max_length: int) -> E
         raise DataError(
             f"{row.where}: prompt is empty after tokenisation; nothing would predict the completion's start"
         )
+    apart = _is_apart(tokenizer, row.prompt + row.completion, prompt + completion)
     example, cut = _fit(prompt + completion, [False] * len(prompt) + [True] * len(completion), max_length)
-    return EncodedRow((example,) if example else (), cut)
+    return EncodedRow((example,) if example else (), cut, apart=apart)
 
 
 def _encode_messages(row: MessagesRow, tokenizer: Any, max_length: int) -> EncodedRow:

@@ -111,7 +111,9 @@ def _read_table(path: Path, text: str, delimiter: str) -> Found:
         for cells in reader:
             if cells:
                 if len(cells) != len(head):
-                    raise DataError(f"{path}:{line}: {len(cells)} cells, the head has {len(head)}; quote cells with {delimiter!r}")
+                    raise DataError(
+                        f"{path}:{line}: {len(cells)} cells, the head has {len(head)}; quote cells with {delimiter!r}"
+                    )
                 yield f"{path}:{line}", dict(zip(head, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as cause:

@@ -13,6 +13,7 @@ from sculptor.errors import DataError
 EXPECTED = "'messages', 'prompt' and 'completion', or 'text'"
 _SHOWN = 8  # keys that a message lists
 _OF_ROWS = ("weight", "train", "training")
+_ANSWERS = ("completion", "choices", "references")
 _OF_CONVERSATIONS = ("messages", "tools", "chat_template_kwargs", "system", "references")
 # Columns that people have for what we call prompt and completion.
 _USUAL = (
@@ -120,8 +121,10 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = parsed(row.get(key, ()))
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item.strip() for item in value) or (
-        key in row and not value
+    if (
+        not isinstance(value, list | tuple)
+        or not all(isinstance(item, str) and item.strip() for item in value)
+        or (key in row and not value)
     ):
         raise DataError(f"{where}: {key!r} is not a list of texts that say something")
     return tuple(value)
@@ -138,8 +141,14 @@ def _make_pair(row: Mapping[str, Any], where: str) -> Row:
             raise DataError(f"{where}: 'choices' beside messages; ranking needs 'prompt' as a text")
         return _with_references(conversation(row, [*prompt, *completion], where, len(prompt)), row, where)
     if isinstance(row["prompt"], list) and "completion" in row:
-        raise DataError(f"{where}: 'prompt' is a list of messages, 'completion' is not; both have to be one or the other")
-    text, choices, references = _text(row, "prompt", where), _texts(row, "choices", where), _texts(row, "references", where)
+        raise DataError(
+            f"{where}: 'prompt' is a list of messages, 'completion' is not; both have to be one or the other"
+        )
+    text, choices, references = (
+        _text(row, "prompt", where),
+        _texts(row, "choices", where),
+        _texts(row, "references", where),
+    )
     if "choices" in row and len(choices) < 2:
         raise DataError(f"{where}: {len(choices)} 'choices'; ranking needs at least 2")
     right = _right(row, choices, references, where)
@@ -162,7 +171,9 @@ def _right(row: Mapping[str, Any], choices: tuple[str, ...], references: tuple[s
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
         raise DataError(f"{where}: 'gold' is {short(gold)}; expected the number of a choice, 0 to {len(choices) - 1}")
     if given is not None and given != choices[number]:
-        raise DataError(f"{where}: 'completion' is {short(given)}, choice {number} is {short(choices[number])}; remove one")
+        raise DataError(
+            f"{where}: 'completion' is {short(given)}, choice {number} is {short(choices[number])}; remove one"
+        )
     return choices[number]
 
 
@@ -213,11 +224,11 @@ _FORMS = (
         ("conversations", "conversation", *_OF_CONVERSATIONS[1:]), _make_sharegpt,
     ),
     _Form(
-        "prompt and completion", True, lambda row: "prompt" in row and ({"completion", "choices", "references"} & row.keys() != set()),
+        "prompt and completion", True, lambda row: "prompt" in row and not row.keys().isdisjoint(_ANSWERS),
         ("prompt", "completion", "choices", "gold", "references", "tools", "chat_template_kwargs", "system"), _make_pair,
     ),
     _Form(
-        "Alpaca: instruction, a blank line and input are the prompt, output the answer, in turns where the model has a chat template",
+        "Alpaca's instruction, input and output: two turns, or prompt and completion for a model without a chat template",
         False, lambda row: "instruction" in row and "output" in row,
         ("instruction", "input", "output", "history", *_OF_CONVERSATIONS[1:]), _make_alpaca,
     ),

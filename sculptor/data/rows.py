@@ -17,8 +17,8 @@ from sculptor.data.tables import choose_split, dataset_rows, read_table_rows
 from sculptor.errors import DataError, SettingsError
 
 __all__ = [
-    "CompletionRow", "Data", "DataSource", "Item", "MessagesRow", "Row", "TextRow", "as_items", "digest_rows", "local_files",
-    "names_of", "read_rows", "read_sources", "settle",
+    "CompletionRow", "Data", "DataSource", "Item", "MessagesRow", "Row", "TextRow", "as_items", "check_weights", "digest_rows",
+    "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "weight_of",
 ]  # fmt: skip
 
 # A name (`PLACE[:CONFIG][@SPLIT][:WEIGHT]`), a Dataset, an iterable of dicts, or one of these with its weight.
@@ -58,7 +58,12 @@ class DataSource:
 
 
 def read_rows(
-    data: Data, max_rows: int | None = None, columns: str | Columns | None = None, notice: Notice = lambda _: None
+    data: Data,
+    max_rows: int | None = None,
+    columns: str | Columns | None = None,
+    notice: Notice = lambda _: None,
+    *,
+    all_renamed: bool = True,
 ) -> list[Row]:
     """All rows, in order; as `read_sources`, of data that have no weights.
 
@@ -66,7 +71,7 @@ def read_rows(
         DataError: as `read_sources`.
         SettingsError: for weights, which would have no effect.
     """
-    sources = read_sources(data, max_rows, columns, notice)
+    sources = read_sources(data, max_rows, columns, notice, all_renamed=all_renamed)
     weighted = next((source for source in sources if source.weight is not None), None)
     if weighted is not None:
         raise SettingsError(f"{weighted.name}:{weighted.weight:g}: a weight without effect here; leave it out")
@@ -74,7 +79,13 @@ def read_rows(
 
 
 def read_sources(
-    data: Data, max_rows: int | None = None, columns: str | Columns | None = None, notice: Notice = lambda _: None
+    data: Data,
+    max_rows: int | None = None,
+    columns: str | Columns | None = None,
+    notice: Notice = lambda _: None,
+    *,
+    mixed: bool = False,
+    all_renamed: bool = True,
 ) -> list[DataSource]:
     """Reads rows of any form, each of the data by itself.
 
@@ -83,6 +94,8 @@ def read_sources(
         max_rows: of each, the first ones; no more are read.
         columns: our keys and their columns, `prompt=question,completion=answer` or a mapping.
         notice: told, in a line for each, what form was recognised.
+        mixed: there are further data beside these, so that the weight of one has an effect.
+        all_renamed: refuse columns that no row has.
 
     Raises:
         DataError: with file and line number, for a row that is broken, empty, of unknown keys or of several forms.
@@ -90,15 +103,33 @@ def read_sources(
     """
     named = parse_columns(columns)
     opened = [_open(item) for item in as_items(data)]
-    _check_weights(opened)
+    if not mixed:
+        _check_weights(opened)
     seen: set[str] = set()
     sources = [_read(item, max_rows, named, seen) for item in opened]
-    if opened and named and not seen & set(named.values()):
+    if all_renamed and opened and named and not seen & set(named.values()):
         raise SettingsError(f"--columns without effect: no row has {' or '.join(map(repr, named.values()))}")
     for source in sources:
         if source.says is not None:
             notice(source.says)
     return sources
+
+
+def check_weights(data: Data) -> list[float] | None:
+    """The weights of all data; None if there are none.
+
+    Raises:
+        SettingsError: if some have weights and some have none, or one alone has.
+    """
+    opened = [_open(item) for item in as_items(data)]
+    _check_weights(opened)
+    weights = [item.weight for item in opened if item.weight is not None]
+    return weights or None
+
+
+def weight_of(item: Item) -> float | None:
+    """The weight that one of the data is given with."""
+    return _open(item).weight
 
 
 def as_items(data: Data) -> list[Item]:
@@ -113,6 +144,15 @@ def as_items(data: Data) -> list[Item]:
 def names_of(data: Data) -> tuple[str, ...]:
     """What records call data: files without their folders."""
     return tuple(_open(item).published for item in as_items(data))
+
+
+def task_name(item: Item) -> str:
+    """What a task is called that is trained on these data: after the file, or its folder where the file is one of many."""
+    opened = _open(item)
+    if opened.reference is None:
+        return opened.name
+    path = opened.reference.path
+    return path.stem if path.stem != "train" else path.resolve().parent.name
 
 
 def local_files(data: Data) -> list[str]:
@@ -141,7 +181,10 @@ class _Opened:
 
 def _is_weighted(item: Any) -> bool:
     return (
-        isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float) and not isinstance(item[1], bool)
+        isinstance(item, tuple)
+        and len(item) == 2
+        and isinstance(item[1], int | float)
+        and not isinstance(item[1], bool)
     )
 
 

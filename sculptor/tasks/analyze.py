@@ -1,7 +1,7 @@
 """`sculptor.analyze`: a checkpoint in, a subspace archive out; one matrix at a time, or the moments of a few blocks."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from sculptor import __version__
 from sculptor.analysis.cosines import measure_importance, read_examples
 from sculptor.analysis.derive import decide, write_measured
 from sculptor.analysis.evidence import weigh
-from sculptor.analysis.sources import facts_of, read_sources, sample_sources
+from sculptor.analysis.sources import calibration_sources, facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
@@ -28,6 +28,7 @@ from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import check_apart, commit, staging
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.data.examples import digest_examples
+from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Evidence, measures_of
@@ -47,10 +48,12 @@ def analyze(
     output: str | Path,
     settings: AnalyzeSettings | None = None,
     *,
+    data: Data | None = None,
     offload: Offload = "auto",
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
     rules: Kinds | None = None,
 ) -> AnalyzeReport:
     """Saves the protected subspaces of a checkpoint as an archive.
@@ -59,10 +62,12 @@ def analyze(
         model: a checkpoint directory or hub name.
         output: the archive's directory.
         settings: what to protect; the default is the weights' directions with the paper's adaptive rank.
+        data: in the place of the settings' data, also a `Dataset` or any iterable of dicts; see `train`.
         offload: with calibration, where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         overwrite: replace an existing archive, at success.
         resume: take up what a killed run left.
         progress: makes progress bars.
+        notice: told, in a line, what form of data was recognised.
         rules: kinds of rules beside sculptor's own.
 
     Returns:
@@ -72,6 +77,10 @@ def analyze(
         SculptorError: if the checkpoint, the data or the output cannot be used.
     """
     settings = settings or AnalyzeSettings()
+    if data is not None and settings.data:
+        raise SettingsError("data twice: as an argument and in the settings; give one of the two")
+    items = as_items(settings.data if data is None else data)
+    settings = replace(settings, data=tuple(map(_named, items)))
     kinds = known_kinds(rules)
     make_method(settings, kinds)  # refuses before any work
     checkpoint = open_checkpoint(model)
@@ -84,10 +93,10 @@ def analyze(
     calibrated = measures in ("inputs", "gradients")
     if calibrated and not settings.data:
         raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
-    sources = read_sources(checkpoint, architecture, settings) if calibrated else []
-    examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()
+    sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
+    examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
     output = Path(output).resolve()
-    check_apart(output, [checkpoint.path, *settings.data, *filter(None, [settings.chat_template])])
+    check_apart(output, [checkpoint.path, *local_files(items), *filter(None, [settings.chat_template])])
     with staging(output, command="analyze", overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
         records = {target.name: _new_record(checkpoint, target) for target in targets}
         key = {
@@ -104,7 +113,7 @@ def analyze(
                 if calibrated:
                     loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
                     with closing(loaded):
-                        sources += sample_sources(loaded, settings, progress)
+                        sources += sample_sources(loaded, settings, items, progress)
                         write_measured(
                             loaded,
                             records,
@@ -181,7 +190,12 @@ def _frozen(
 def _published(settings: AnalyzeSettings) -> AnalyzeSettings:
     """Settings as an archive keeps them: names of files, no folders."""
     template = settings.chat_template and Path(settings.chat_template).name
-    return replace(settings, data=tuple(Path(file).name for file in settings.data), chat_template=template)
+    return replace(settings, data=names_of(settings.data), chat_template=template)
+
+
+def _named(item: Item) -> str:
+    """How settings call data."""
+    return str(item) if isinstance(item, str | Path) else names_of([item])[0]
 
 
 def _check_finite(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> None:

@@ -107,7 +107,7 @@ class NextArchive:
             opened=tuple(opened),
             weights=() if self._measures == "nothing" else (settings.memory_weight or 1.0,),
             details={
-                "data": [Path(file).name for file in self._job.data],
+                "data": list(self._job.data),
                 "rows": rows,
                 "steps": steps,
                 "carry": self.carry,
