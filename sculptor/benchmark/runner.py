@@ -4,7 +4,6 @@ Everything is staged in `<output>.partial`: one directory per task while it is t
 a row per task. A run that was killed goes on behind the last complete row, inside a task at its last saved state.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -17,17 +16,18 @@ from typing import Any
 from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import require_peft, train_adapter
+from sculptor.benchmark.inputs import read_inputs
 from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore, plain, report_of
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
 from sculptor.data.chat import use_template
-from sculptor.data.rows import DataSource, Row, digest_rows, local_files, names_of, read_sources
+from sculptor.data.rows import Row, local_files, names_of
 from sculptor.errors import OutputError, SettingsError
-from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows, read_evaluation_rows
+from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.settings import AnalyzeSettings, is_self
+from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
@@ -136,12 +136,6 @@ def _digest_model(model: str) -> str:
     return identity(open_checkpoint(model).digests_beside(()))
 
 
-def _told_apart(texts: Sequence[str]) -> list[str]:
-    """Names of files, with what is above them where two are called the same."""
-    names = names_of(texts)
-    return [text if names.count(name) > 1 else name for name, text in zip(names, texts, strict=True)]
-
-
 def _has_scores(partial: Path) -> bool:
     return (partial / SCORES_NAME).is_file()
 
@@ -167,39 +161,11 @@ class _Run:
         self.progress = progress
         self.notice = notice
         self.stop = stop
-        self.rows: dict[str, list[Row]] = {
-            task.name: read_evaluation_rows(
-                plan.rows_of(task, split), task.labels, task.columns or plan.train.columns, all_renamed=False
-            )
-            for task in plan.tasks
-        }
-        # All are found and readable before the first is trained.
-        trained = [self._read(task) for task in plan.tasks]
-        self.watched: dict[str, list[Row]] = {
-            name: read_evaluation_rows([text], None)
-            for name, text in zip(_told_apart(plan.watch), plan.watch, strict=True)
-        }
-        evaluated = [row for rows in (*self.rows.values(), *self.watched.values()) for row in rows]
-        own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest_rows(evaluated)}
-        own |= {"model files": _digest_model(plan.model), "data files": self._digest(trained)}
+        self.inputs = read_inputs(plan, split)  # before the first task is trained
+        own = {"method": method, "split": split, "version": __version__, "evaluated rows": self.inputs.evaluated_digest}
+        own |= {"model files": _digest_model(plan.model), "data files": self.inputs.trained_digest}
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
-
-    def _read(self, task: PlannedTask) -> list[DataSource]:
-        settings = self.plan.train_settings(task)
-        return read_sources(
-            task.data, settings.max_rows, settings.columns, lambda text: self.notice(f"{task.name}: {text}")
-        )
-
-    def _digest(self, trained: Sequence[Sequence[DataSource]]) -> str:
-        """Of everything that is trained or calibrated on."""
-        settings = self.plan.analyze
-        calibrated = read_sources(
-            [item for item in settings.data if not is_self(item)], settings.max_rows, settings.columns, mixed=True
-        )
-        sources = [*calibrated, *(source for task in trained for source in task)]
-        parts = [(source.weight, digest_rows(source.rows)) for source in sources]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def run(self) -> list[Stage]:
         self._restore()
@@ -337,9 +303,9 @@ class _Run:
 
         scores = {}
         for task in self.plan.tasks:
-            found = measure(self.rows[task.name], task.labels)
+            found = measure(self.inputs.rows[task.name], task.labels)
             scores[task.name] = TaskScore(found.accuracy, found.exact_match, loss_of(found))
-        watched = {name: measure(rows, None) for name, rows in self.watched.items()}
+        watched = {name: measure(rows, None) for name, rows in self.inputs.watched.items()}
         loaded.close()
         tokens = sum(found.num_tokens for found in watched.values())
         total = sum(loss_of(found) * found.num_tokens for found in watched.values()) / tokens if watched else None

@@ -324,4 +324,4 @@ def _parsed_call(call: Any) -> Any:
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Special and added tokens: what a template can write that is no text."""
     added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip())
-    return frozenset(itertools.chain(tokenizer.allspecial_ids, added))
+    return frozenset(itertools.chain(tokenizer.all_special_ids, added))
