@@ -115,7 +115,7 @@ class _Conversation:
         if all(whole.startswith(self._prefix(messages, i)) for i in self.trained):
             marked = self._marked(messages, len(messages)) if _MARKS.search(self.template) else None
             last = self.trained[-1] == len(messages) - 1
-            found = self._tokens(whole, spans, marked, last)
+            found = self._tokens(whole, spans, marked, last, self.trained[-1])
             if found.ended and len(spans) > 1:  # earlier turns are to learn their end, too
                 return [self._alone(messages, i) for i in self.trained]
             return [found]
@@ -124,7 +124,7 @@ class _Conversation:
     def _alone(self, messages: Sequence[Message], i: int) -> Rendered:
         """One turn behind all that comes before it."""
         marked = self._marked(messages, i + 1) if _MARKS.search(self.template) else None
-        return self._tokens(self._prefix(messages, i), [self._span(messages, i)], marked, True)
+        return self._tokens(self._prefix(messages, i), [self._span(messages, i)], marked, True, i)
 
     def _prefix(self, messages: Sequence[Message], i: int) -> str:
         return self._render(messages[: i + 1])
@@ -174,7 +174,9 @@ class _Conversation:
         )  # fmt: skip
         return list(map(bool, rendered["assistant_masks"]))
 
-    def _tokens(self, text: str, spans: Sequence[Span], marked: Sequence[bool] | None, may_end: bool) -> Rendered:
+    def _tokens(
+        self, text: str, spans: Sequence[Span], marked: Sequence[bool] | None, may_end: bool, speaker: int
+    ) -> Rendered:
         if not self.tokenizer.is_fast:
             raise DataError(
                 f"{self.row.where}: 'messages' rows need a fast tokenizer (tokenizer.json), which knows where tokens are "
@@ -194,21 +196,16 @@ class _Conversation:
             raise DataError(f"{self.row.where}: the assistant turns are empty after tokenisation")
         last = max(i for i, on in enumerate(mask) if on)
         written = " ".join(str(message.get("content")) for message in self.messages)
-        said = self._said(text, spans[-1])
+        said = self._said(text, spans[-1], speaker)
         near = [i for i in range(max(0, last - 2), last + 1) if places[i][0] >= said]
         if not may_end or marked is not None or any(self._ends(ids[i], written) for i in near):
             return Rendered(ids, mask, False)
         return Rendered([*ids[: last + 1], self.tokenizer.eos_token_id], [*mask[: last + 1], True], True)
 
-    def _said(self, text: str, span: Span) -> int:
+    def _said(self, text: str, span: Span, speaker: int) -> int:
         """Where in a turn what the row says ends, as far as that can be told: the turn cannot end before."""
-        contents = (str(self.messages[i].get("content") or "").strip() for i in self.trained)
-        ends = (
-            text.rfind(content, *span) + len(content)
-            for content in contents
-            if content and content in text[slice(*span)]
-        )
-        return max(ends, default=0)
+        content = str(self.messages[speaker].get("content") or "").strip()
+        return text.rfind(content, *span) + len(content) if content and content in text[slice(*span)] else 0
 
     def _tokenize(self, text: str, at: int) -> tuple[list[int], list[Span]]:
         """Tokens of a part of the text that begins at `at`, and where in the text they are."""

@@ -42,6 +42,9 @@ def require_harness() -> Any:
         import lm_eval
     except ImportError:
         raise SettingsError("--tasks needs lm-eval: pip install 'sculptor[harness]'") from None
+    import datasets
+
+    datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
 

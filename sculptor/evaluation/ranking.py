@@ -129,7 +129,7 @@ def _ranked(
     if row.choices:
         places = range(len(row.choices))
         plain = max(places, key=lambda i: scores[i].bare)
-        normalized = max(places, key=lambda i: scores[i].bare / max(1, len(texts[i].strip())))
+        normalized = max(places, key=lambda i: scores[i].bare / max(1, len(texts[i].removeprefix(" "))))
         return row.choices[plain] == row.completion, row.choices[normalized] == row.completion
     if not labels:
         return None, None
