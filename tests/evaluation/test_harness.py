@@ -23,6 +23,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_what_choices_are(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
