@@ -31,9 +31,7 @@ def read_examples(
     sources = read_sources(data, settings.max_rows, settings.columns, notice)
     check_use([row for source in sources for row in source.rows], settings.chat_template)
     encoded = encode_sources(sources, tokenizer, architecture.kind, max_length, architecture.vocab_size)
-    found = encoded.examples
-    if encoded.mixture is not None:
-        found = tuple(found[i] for i in sorted(encoded.mixture.rows(0, settings.seed)))
+    found = encoded.of_an_epoch(settings.seed)
     return found[:: max(1, -(-len(found) // _MAX_ROWS))]
 
 

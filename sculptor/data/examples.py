@@ -58,6 +58,12 @@ class Encoded:
         """Examples of an epoch."""
         return len(self.examples) if self.mixture is None else self.mixture.num_epoch
 
+    def of_an_epoch(self, seed: int) -> tuple[Example, ...]:
+        """Those of the first epoch, in the order of their rows."""
+        if self.mixture is None:
+            return self.examples
+        return tuple(self.examples[i] for i in sorted(self.mixture.rows(0, seed)))
+
     @property
     def num_loss_tokens(self) -> int:
         """Tokens that carry loss."""

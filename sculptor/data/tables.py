@@ -30,7 +30,8 @@ def read_table_rows(reference: Reference, kind: str | None, bounded: bool) -> Fo
         import datasets
     except ImportError:
         raise DataError(
-            f"{reference.text}: read through the datasets library, which is not installed: pip install 'sculptor[data]'"
+            f"{reference.text}: {_not_here(reference)}read through the datasets library, which is not installed: "
+            "pip install 'sculptor[data]'"
         ) from None
     datasets.disable_progress_bars()
     try:
@@ -40,7 +41,13 @@ def read_table_rows(reference: Reference, kind: str | None, bounded: bool) -> Fo
         raise
     except Exception as cause:  # it fails in as many ways as there are formats
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise DataError(f"{reference.text}: the datasets library cannot read it ({reason})") from cause
+        raise DataError(
+            f"{reference.text}: {_not_here(reference)}the datasets library cannot read it ({reason})"
+        ) from cause
+
+
+def _not_here(reference: Reference) -> str:
+    return "" if reference.is_local else "no such file or folder here; as a hub name "
 
 
 def dataset_rows(dataset: Any, name: str) -> Found:

@@ -82,7 +82,7 @@ class NextArchive:
         assert isinstance(method, Carrying)
         assert job.settings.memory_rows is not None
         assert job.settings.memory_weight is not None
-        chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
+        chosen = spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows)
         write_measured(
             loaded,
             self.waiting,

@@ -138,7 +138,7 @@ def test_a_hub_name_is_read_with_config_and_split(
     (first, _) = read_sources(["owner/name:main@test:0.3", "owner/name:other:0.7"])
     assert (first.name, first.weight, len(first.rows)) == ("owner/name:main@test", 0.3, 2)
     assert names_of("owner/name:main@test:0.3") == ("owner/name:main@test",)
-    with pytest.raises(DataError, match=r"owner/name: the datasets library cannot read it .*main"):
+    with pytest.raises(DataError, match=r"owner/name: no such file or folder here; as a hub name the datasets .*main"):
         read_rows("owner/name")
     with pytest.raises(DataError, match="no split 'dev'; it has"):
         read_rows("owner/name:main@dev", 1)
@@ -156,7 +156,7 @@ def test_what_cannot_be_read_is_one_line(datasets: Any, tmp_path: Path) -> None:
         (tmp_path / "broken.parquet", "broken.parquet: the datasets library cannot read it"),
         (tmp_path / "empty", "empty: the datasets library cannot read it"),
         (f"{tmp_path / 'array.json'}@train", "is one file, without configs or splits"),
-        ("owner/nothing@train", "owner/nothing@train: the datasets library cannot read it"),
+        ("owner/nothing@train", "no such file or folder here; as a hub name the datasets library cannot"),
     ):
         with pytest.raises(DataError, match=message) as caught:
             read_rows(given)
