@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sculptor.data.examples import completion_ids, cut_middle, prompt_ids, target_ids
+from sculptor.data.edges import completion_ids, prompt_ids, target_ids
+from sculptor.data.examples import cut_middle
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import DataError
 from sculptor.evaluation.answers import greedy, stops_of

@@ -11,7 +11,8 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.asking import end_ids, render_question
 from sculptor.data.chat import use_template
-from sculptor.data.examples import cut_middle, prompt_ids, resolve_max_length
+from sculptor.data.edges import prompt_ids
+from sculptor.data.examples import cut_middle, resolve_max_length
 from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.answers import stops_of
 from sculptor.model.load import LoadedModel, resolve_device

@@ -14,7 +14,8 @@ from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.data.chat import check_use
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
-from sculptor.data.rows import Data, as_items, digest_rows, names_of, read_rows, read_sources, task_name
+from sculptor.data.mixture import Mixture
+from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
@@ -94,6 +95,8 @@ def open_job(
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, settings.max_length, size)
+    if encoded.mixture is not None:
+        notice(_epoch_line(sources, encoded.mixture))
     evaluation = None
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
@@ -111,6 +114,11 @@ def open_job(
         task_name(items[0]),
         extra,
     )
+
+
+def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:
+    parts = zip(sources, mixture.counts, mixture.sizes, strict=True)
+    return "an epoch takes " + ", ".join(f"{count:,} of {size:,} from {source.name}" for source, count, size in parts)
 
 
 def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings:
