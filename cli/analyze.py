@@ -56,5 +56,6 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=bars,
+        notice=lambda text: click.echo(text, err=True),
     )
     click.echo(to_json(report, basis=report.basis, constraint=report.constraint) if as_json else analyze_text(report))

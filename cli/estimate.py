@@ -13,7 +13,12 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, sett
 @click.command("estimate", cls=SuggestingCommand)
 @click.argument("model")
 @click.option("--subspaces", type=click.Path(), help="Subspace archive of MODEL, if there is one.")
-@click.option("--data", multiple=True, type=click.Path(), help="JSONL or .txt rows of the task; repeatable.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(),
+    help="Rows of the task: a file, a folder or a hub name, PLACE[:CONFIG][@SPLIT][:WEIGHT]; repeatable.",
+)
 @settings_options(EstimateSettings)
 @click.option(
     "--directory",

@@ -1,5 +1,6 @@
 """`sculptor evaluate`."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,50 +13,71 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, sett
 @click.command("evaluate", cls=SuggestingCommand)
 @click.argument("model")
 @click.option(
-    "--data", multiple=True, required=True, type=click.Path(), help="JSONL or .txt rows, all of one kind; repeatable."
+    "--data",
+    multiple=True,
+    type=click.Path(),
+    help="Rows, all of one kind: a file, a folder or a hub name, PLACE[:CONFIG][@SPLIT]; repeatable.",
 )
+@click.option("--watch", multiple=True, type=click.Path(), help="Rows whose loss is shown by itself; repeatable.")
+@click.option(
+    "--tasks", multiple=True, help="Tasks of lm-eval (extra `harness`), separated by commas; groups and patterns too."
+)
+@click.option(
+    "--include-path", type=click.Path(path_type=Path), help="With --tasks: a folder of task files (YAML) of your own."
+)
+@click.option(
+    "--num-fewshot", type=click.IntRange(0), help="With --tasks: examples before each [default: the task's own number]."
+)
+@click.option("--chat", is_flag=True, help="With --tasks: ask through the chat template.")
 @click.option(
     "--labels", multiple=True, help="A label to rank; repeat for each [default: the rows' completions, if at most 32]."
 )
+@click.option(
+    "--exact-match/--no-exact-match",
+    default=None,
+    help="Generate greedily and compare [default: for prompts without choices].",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), help="Of what is generated [default: of the longest expected answer]."
+)
+@click.option("--show", type=click.IntRange(0), default=0, help="Show what is answered to the first rows, so many.")
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
-@settings_options(TrainSettings, "chat_template", "device", "offload")
+@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device", "offload")
 @json_option
 def command(
     model: str,
     data: tuple[str, ...],
+    watch: tuple[str, ...],
+    tasks: tuple[str, ...],
     labels: tuple[str, ...],
-    max_length: int | None,
-    batch_size: int,
-    chat_template: str | None,
-    device: str,
-    offload: Any,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Measure loss, exact match and label ranking of MODEL.
+    """Measure loss, exact match and ranking of MODEL on rows, and tasks of lm-eval.
 
     Text gives loss and perplexity. Prompts also give exact match of greedy generation, and accuracy by ranking
-    the labels: summed log-probability of label and end of sequence.
+    the labels: summed log-probability of label and end of sequence. Rows with choices are ranked by those, as lm-eval does.
 
     \b
     Examples:
-      sculptor evaluate ./tuned --data test.jsonl
-      sculptor evaluate ./tuned --data general.txt --json
+      sculptor evaluate ./tuned --data test.jsonl --watch general.txt --watch code.txt
+      sculptor evaluate ./tuned --data chats.jsonl --exact-match --show 5
+      sculptor evaluate ./tuned --tasks my_task,arc_easy --include-path ./tasks
     """
+    from sculptor.report.evaluate import evaluate_text
     from sculptor.report.json_text import to_json
-    from sculptor.report.text import evaluate_text
     from sculptor.tasks.evaluate import evaluate
 
     quiet_libraries()
     result = evaluate(
         model,
         data,
+        watch=watch,
+        tasks=[name.strip() for listed in tasks for name in listed.split(",") if name.strip()],
         labels=labels or None,
-        max_length=max_length,
-        batch_size=batch_size,
-        chat_template=chat_template,
-        device=device,
-        offload=offload,
         progress=bars,
+        notice=lambda text: click.echo(text, err=True),
+        **options,
     )
     click.echo(to_json(result) if as_json else evaluate_text(result))

@@ -19,6 +19,7 @@ _COMMANDS = {
     "inspect": "inspect_archive",
     "verify": "verify",
     "evaluate": "evaluate",
+    "chat": "chat",
     "continual": "continual",
     "convert": "convert",
     "demo": "demo",

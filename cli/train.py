@@ -24,7 +24,11 @@ from .options import (
 @click.argument("model")
 @click.option("--subspaces", required=True, type=click.Path(), help="Subspace archive of MODEL.")
 @click.option(
-    "--data", multiple=True, required=True, type=click.Path(), help="JSONL or .txt rows of the task; repeatable."
+    "--data",
+    multiple=True,
+    required=True,
+    type=click.Path(),
+    help="Rows of the task: a file, a folder or a hub name, PLACE[:CONFIG][@SPLIT][:WEIGHT]; repeatable.",
 )
 @click.option(
     "--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of the merged checkpoint."

@@ -17,6 +17,7 @@ _HOMES = {
     "SculptorError": "sculptor.errors",
     "TrainSettings": "sculptor.training.settings",
     "analyze": "sculptor.tasks.analyze",
+    "chat": "sculptor.tasks.chat",
     "continual": "sculptor.benchmark.runner",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
@@ -39,6 +40,7 @@ __all__ = [
     "TrainSettings",
     "__version__",
     "analyze",
+    "chat",
     "continual",
     "convert",
     "estimate",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from sculptor.methods.settings import AnalyzeSettings
     from sculptor.planning.settings import EstimateSettings
     from sculptor.tasks.analyze import analyze
+    from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview
     from sculptor.tasks.estimate import estimate

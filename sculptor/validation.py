@@ -54,6 +54,17 @@ Texts = Annotated[
     BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value),
 ]
 
+# `ours=theirs,ours=theirs`; a mapping is taken, too.
+ColumnNames = Annotated[
+    str,
+    BeforeValidator(
+        lambda value: (
+            ",".join(f"{ours}={theirs}" for ours, theirs in value.items()) if isinstance(value, Mapping) else value
+        )
+    ),
+    Field(min_length=1, max_length=10_000),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Off:

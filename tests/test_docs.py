@@ -92,8 +92,36 @@ def test_data_examples_are_read(tmp_path: Path) -> None:
     assert len(read_rows([tmp_path / "rows.jsonl"])) == 3
 
 
+def test_commands_on_data_and_evaluation_are_real(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("model", "tuned")):
+        save_checkpoint(tmp_path / name, seed=seed)
+    write_rows(tmp_path / "task.jsonl", task_rows(count=6))
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    write_rows(tmp_path / "chats.jsonl", [{"messages": talk}] * 2)
+    write_rows(tmp_path / "choices.jsonl", [{"prompt": "w1", "choices": ["w2", "w3"], "gold": 1}] * 2)
+    (tmp_path / "general.txt").write_text(" ".join(row["text"] for row in task_rows("text")), encoding="utf-8")
+    (tmp_path / "questions.csv").write_text("question,answer\nw1,w2\n", encoding="utf-8")
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.content }} <end> {% endfor %}")
+    commands = [
+        line
+        for page in ("data", "evaluate")
+        for block in blocks(f"docs/{page}.md", "sh")
+        for line in block.splitlines()
+    ]
+    assert len(commands) == 5
+    for command in commands:
+        result = cli(*shlex.split(command)[1:])
+        assert result.code == 0, command + result.err
+    (code,) = blocks("docs/evaluate.md", "python")
+    exec(compile(code, "docs/evaluate.md", "exec"), {})
+
+
 @pytest.mark.parametrize(
-    "name", ["estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "continual", "convert", "demo"]
+    "name",
+    ["estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "chat", "continual", "convert", "demo"],
 )
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main

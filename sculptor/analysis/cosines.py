@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.chat import check_use
-from sculptor.data.examples import Example, encode, resolve_max_length
-from sculptor.data.rows import read_rows
+from sculptor.data.examples import Example, encode_sources, resolve_max_length
+from sculptor.data.rows import Data, Notice, read_sources
 from sculptor.methods.ranks import normalize_importance
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import LoadedModel, load_model, load_tokenizer
@@ -22,13 +22,16 @@ from sculptor.progress import Bar, Progress
 _MAX_ROWS = 256
 
 
-def read_examples(checkpoint: Checkpoint, architecture: Architecture, settings: AnalyzeSettings) -> tuple[Example, ...]:
-    """A few rows, spread evenly over the files."""
+def read_examples(
+    checkpoint: Checkpoint, architecture: Architecture, settings: AnalyzeSettings, data: Data, notice: Notice
+) -> tuple[Example, ...]:
+    """A few rows, spread evenly over the data, or in the shares that their weights give them."""
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
-    rows = read_rows(settings.data)
-    check_use(rows, settings.chat_template)
-    found = encode(rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
+    sources = read_sources(data, settings.max_rows, settings.columns, notice)
+    check_use([row for source in sources for row in source.rows], settings.chat_template)
+    encoded = encode_sources(sources, tokenizer, architecture.kind, max_length, architecture.vocab_size)
+    found = encoded.of_an_epoch(settings.seed)
     return found[:: max(1, -(-len(found) // _MAX_ROWS))]
 
 

@@ -1,7 +1,6 @@
 """What is calibrated on: rows of files, a part of the tokens each, and text that the model says by itself."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sculptor.analysis.evidence import Source
 from sculptor.archive.manifest import SourceFacts
@@ -9,16 +8,18 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.chat import check_use, use_template
 from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
-from sculptor.data.rows import read_rows
+from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sources, weight_of
 from sculptor.errors import SettingsError
-from sculptor.methods.settings import SELF, AnalyzeSettings
+from sculptor.methods.settings import SELF, AnalyzeSettings, is_self
 from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.model.sampling import sample_examples
 from sculptor.progress import Progress
 
 
-def read_sources(checkpoint: Checkpoint, architecture: Architecture, settings: AnalyzeSettings) -> list[Source]:
-    """One source per file, each with its part of the token budget; text that has yet to be sampled is none of them.
+def calibration_sources(
+    checkpoint: Checkpoint, architecture: Architecture, settings: AnalyzeSettings, data: Data, notice: Notice
+) -> list[Source]:
+    """One source for each of the data, with its part of the token budget; text that has yet to be sampled is none of them.
 
     Raises:
         SettingsError: if the settings do not go with the model.
@@ -28,30 +29,45 @@ def read_sources(checkpoint: Checkpoint, architecture: Architecture, settings: A
         raise SettingsError("--fisher sampled: not for encoder-decoder models, whose decoder reads its own labels")
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
-    files = {path: read_rows([path]) for path in settings.data if path != SELF}
+    items = [item for item in as_items(data) if not (isinstance(item, str) and is_self(item))]
+    scale = _scale(data)
+    read = read_sources(items, settings.max_rows, settings.columns, notice, mixed=scale is not None) if items else []
     if not settings.chat:
-        check_use([row for rows in files.values() for row in rows], settings.chat_template)
+        check_use([row for source in read for row in source.rows], settings.chat_template)
     sources = []
-    for path, rows in files.items():
-        found = encode(rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
-        sources.append(Source(Path(path).name, spread(found, settings.tokens_per_source)))
+    for source in read:
+        found = encode(source.rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
+        weight = 1.0 if scale is None or source.weight is None else source.weight * scale
+        sources.append(Source(source.name, spread(found, settings.tokens_per_source), weight))
     return sources
 
 
-def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, progress: Progress) -> list[Source]:
+def _scale(data: Data) -> float | None:
+    """What makes the weights of all data 1 on average, as they are without; None if there are none.
+
+    Raises:
+        SettingsError: if some have weights and some have none, or one alone has.
+    """
+    weights = check_weights(data)
+    return None if weights is None else len(weights) / sum(weights)
+
+
+def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, progress: Progress) -> list[Source]:
     """What the model says by itself, where the settings ask for it.
 
     Raises:
         CheckpointError: if it cannot sample.
     """
-    if SELF not in settings.data:
+    own = next((item for item in as_items(data) if isinstance(item, str) and is_self(item)), None)
+    if own is None:
         return []
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
     use_template(loaded.tokenizer, settings.chat_template)
     examples = sample_examples(
         loaded, settings.tokens_per_source, max_length, chat=settings.chat, seed=settings.seed, progress=progress
     )
-    return [Source(SELF, examples)]
+    scale, weight = _scale(data), weight_of(own)
+    return [Source(SELF, examples, 1.0 if scale is None or weight is None else weight * scale)]
 
 
 def spread(examples: Sequence[Example], num_tokens: int) -> tuple[Example, ...]:

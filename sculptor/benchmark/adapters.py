@@ -26,8 +26,8 @@ from sculptor.checkpoint.tensors import digest, read_header, read_tensor
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
 from sculptor.checkpoint.written import discard
 from sculptor.data.chat import use_template
-from sculptor.data.examples import Example, digest_examples, encode, resolve_max_length
-from sculptor.data.rows import read_rows
+from sculptor.data.examples import Encoded, digest_examples, encode_sources, resolve_max_length
+from sculptor.data.rows import read_sources
 from sculptor.errors import OutputError, SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.planning.footprints import Footprint, Workload, footprints
@@ -101,15 +101,16 @@ def train_adapter(
     ) as partial:
         loaded = load_model(checkpoint, device, architecture)
         use_template(loaded.tokenizer, settings.chat_template)
-        rows = read_rows(data, settings.max_rows)
-        encoded = encode(rows, loaded.tokenizer, loaded.kind, settings.max_length, architecture.vocab_size)
-        settings, recompute = _split(settings, checkpoint, architecture, encoded.examples, device)
+        sources = read_sources(data, settings.max_rows, settings.columns)
+        encoded = encode_sources(sources, loaded.tokenizer, loaded.kind, settings.max_length, architecture.vocab_size)
+        settings, recompute = _split(settings, checkpoint, architecture, encoded, device)
         parameters = _inject(loaded, settings, adapter, method)
         if recompute:
             checkpoint_activations(loaded.model)
         earlier = _read_earlier(checkpoint.path, device) if method == "olora" else {}
         key = asdict(settings) | asdict(adapter) | {"method": method, "data": digest_examples(encoded.examples)}
         key["base"] = identity({target.name: digest(checkpoint[target.name]) for target in architecture.targets})
+        key["mixture"] = encoded.mixture and asdict(encoded.mixture)
         key.pop("save_every")
         assert settings.learning_rate is not None
         peaks = Peaks({}, dict.fromkeys(parameters, settings.learning_rate))
@@ -122,6 +123,7 @@ def train_adapter(
             metrics=partial / "metrics.jsonl",
             penalty=_overlap(parameters, earlier, adapter.orthogonality) if earlier else None,
             stop=stop,
+            mixture=encoded.mixture,
         )
         result = loop.run(progress)
         staged = partial / "output"
@@ -145,11 +147,12 @@ def _split(
     settings: TrainSettings,
     checkpoint: Checkpoint,
     architecture: Architecture,
-    examples: Sequence[Example],
+    encoded: Encoded,
     device: torch.device,
 ) -> tuple[TrainSettings, bool]:
     """The settings with the rows of a forward pass, and whether to recompute; as if every weight were trained."""
-    batch, longest = min(settings.batch_size, len(examples)), max(example.length for example in examples)
+    batch = min(settings.batch_size, encoded.num_epoch)
+    longest = max(example.length for example in encoded.examples)
     trained = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
     work = Workload(batch * longest, 1, num_extra=trained, row=longest)
 

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from sculptor.data.examples import MIN_MAX_LENGTH
+from sculptor.data.reference import locate
 from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.settings import SELF, AnalyzeSettings
+from sculptor.methods.settings import AnalyzeSettings, is_self
 from sculptor.training.settings import TrainSettings
-from sculptor.validation import AtLeastOne, NotNegative, Positive, Text, Texts, settings
+from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, Text, Texts, settings
 
 T = TypeVar("T")
 Contender = Literal["sculptor", "random", "full", "joint", "lora", "olora", "osf"]
@@ -56,13 +57,15 @@ class PlannedTask:
     name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w-]+$")]
     """Letters, digits, - and _."""
     data: Texts
-    """Files that are trained on."""
+    """Rows that are trained on."""
     test: Texts
     """Files that are evaluated on."""
     validation: Texts = ()
     """Files to choose settings on."""
     labels: Texts | None = None
     """Completions to rank; default those of the rows."""
+    columns: ColumnNames | None = None
+    """Which columns of all these are which keys of ours, in the place of what [train] says."""
     epochs: Positive | None = None
     """In the place of the plan's."""
     learning_rate: Positive | None = None
@@ -92,7 +95,7 @@ class Plan:
 
     def train_settings(self, task: PlannedTask) -> TrainSettings:
         """The settings of one task."""
-        own = {name: getattr(task, name) for name in ("epochs", "learning_rate", "relative_rate")}
+        own = {name: getattr(task, name) for name in ("epochs", "columns", "learning_rate", "relative_rate")}
         changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         if task.learning_rate is not None or task.relative_rate is not None:
             changes = {"learning_rate": None, "relative_rate": None} | changes  # one of the two decides
@@ -156,11 +159,11 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
     analyze = _section(content, "analyze", path)
     if "data" in analyze:
         files = _strings(analyze["data"], f"{path} [analyze]: data")
-        analyze["data"] = tuple(item if item == SELF else _locate(item, place) for item in files)
+        analyze["data"] = tuple(item if is_self(item) else locate(item, place) for item in files)
     parts = {
         "model": _locate(content["model"], place),
         "tasks": parsed,
-        "watch": tuple(_locate(item, place) for item in _strings(content.get("watch", ()), f"{path}: watch")),
+        "watch": tuple(locate(item, place) for item in _strings(content.get("watch", ()), f"{path}: watch")),
         "analyze": _settings(AnalyzeSettings, analyze, f"{path} [analyze]"),
         "train": _settings(TrainSettings, _section(content, "train", path), f"{path} [train]"),
         "evaluate": _settings(EvaluateSettings, _section(content, "evaluate", path), f"{path} [evaluate]"),
@@ -230,7 +233,7 @@ def _task(values: Any, number: int, place: Path, path: Path) -> PlannedTask:
     if missing:
         raise SettingsError(f"{where} has no {missing[0]}; expected name, data and test")
     files = {
-        key: tuple(_locate(item, place) for item in _strings(values[key], f"{where}: {key}"))
+        key: tuple(locate(item, place) for item in _strings(values[key], f"{where}: {key}"))
         for key in ("data", "test", "validation")
         if key in values
     }

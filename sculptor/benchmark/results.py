@@ -1,7 +1,7 @@
 """What `continual` says of a sequence of tasks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Stage:
     Attributes:
         name: the task that was learned; "base" for the first.
         scores: by task, all of them.
-        watch_loss: mean loss per token on the watched texts, None without.
+        watch_loss: mean loss per token on all watched texts, None without; `watched` that of each.
         archive_bytes: size of the archive for the next task, None without.
         seconds: training and carrying the archive on.
     """
@@ -42,6 +42,7 @@ class Stage:
     watch_loss: Finite | None
     archive_bytes: Count | None
     seconds: NotNegative
+    watched: Mapping[Name, Finite] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ Everything is staged in `<output>.partial`: one directory per task while it is t
 a row per task. A run that was killed goes on behind the last complete row, inside a task at its last saved state.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -17,15 +16,16 @@ from typing import Any
 from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import require_peft, train_adapter
+from sculptor.benchmark.inputs import read_inputs
 from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore, plain, report_of
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
 from sculptor.data.chat import use_template
-from sculptor.data.rows import Row, digest_rows, read_rows
+from sculptor.data.rows import Row, local_files, names_of
 from sculptor.errors import OutputError, SettingsError
-from sculptor.evaluation.rows import Evaluation, evaluate_rows, read_evaluation_rows
+from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import resolve_device
@@ -40,7 +40,8 @@ REPORT_NAME = "continual.json"
 # All that is written into the staging directory; tasks are numbered.
 _WRITES = (REPORT_NAME, SCORES_NAME, "sculptor.json", "model/*", "archive/*", "archive.partial/*", "[0-9]*-*/*")
 # Keys of a plan whose values are paths.
-_PATHS = ("model", "data", "test", "validation", "watch", "chat_template")
+_PATHS = ("model", "chat_template")
+_DATA = ("data", "test", "validation", "watch")
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 _OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
@@ -93,7 +94,7 @@ def continual(
         require_peft()
     output = Path(output).resolve()
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
-    check_apart(output, [plan, resolved.model, *files, *resolved.watch, *resolved.analyze.data])
+    check_apart(output, [plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])])
     with staging(
         output, command="continual", writes=_WRITES, overwrite=overwrite, resume=resume, worth_keeping=_has_scores
     ) as partial:
@@ -130,21 +131,13 @@ def _published(value: Any, name: str = "") -> Any:
         return {key: _published(item, key) for key, item in value.items()}
     if isinstance(value, list):
         return [_published(item, name) for item in value]
+    if name in _DATA and isinstance(value, str):
+        return names_of(value)[0]
     return Path(value).name if name in _PATHS and isinstance(value, str) else value
 
 
 def _digest_model(model: str) -> str:
     return identity(open_checkpoint(model).digests_beside(()))
-
-
-def _digest_files(plan: Plan) -> str:
-    """Of everything that is trained or calibrated on."""
-    files = [*plan.analyze.data, *(file for task in plan.tasks for file in task.data)]
-    found = hashlib.sha256()
-    for file in files:
-        path = Path(file)
-        found.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else file.encode())
-    return found.hexdigest()
 
 
 def _has_scores(partial: Path) -> bool:
@@ -172,15 +165,9 @@ class _Run:
         self.progress = progress
         self.notice = notice
         self.stop = stop
-        self.rows: dict[str, list[Row]] = {
-            task.name: read_evaluation_rows(plan.rows_of(task, split), task.labels) for task in plan.tasks
-        }
-        for task in plan.tasks:
-            read_rows(task.data)  # all are found and readable before the first is trained
-        self.watched: list[Row] = read_evaluation_rows(plan.watch, None) if plan.watch else []
-        evaluated = [row for rows in (*self.rows.values(), self.watched) for row in rows]
-        own = {"method": method, "split": split, "version": __version__, "evaluated rows": digest_rows(evaluated)}
-        own |= {"model files": _digest_model(plan.model), "data files": _digest_files(plan)}
+        self.inputs = read_inputs(plan, split)  # before the first task is trained
+        own = {"method": method, "split": split, "version": __version__, "evaluated rows": self.inputs.evaluated_digest}
+        own |= {"model files": _digest_model(plan.model), "data files": self.inputs.trained_digest}
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
 
@@ -222,7 +209,10 @@ class _Run:
         tasks = self.plan.tasks
         if self.method != "joint":
             return [(task.name, task) for task in tasks]
-        together = PlannedTask(name="joint", data=tuple(file for task in tasks for file in task.data), test=())
+        if len({task.columns for task in tasks}) > 1:
+            raise SettingsError("--method joint: tasks with different columns cannot be read together")
+        files = tuple(file for task in tasks for file in task.data)
+        together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=())
         return [("joint", together)]
 
     def _first_archive(self, model: str) -> Path:
@@ -307,17 +297,24 @@ class _Run:
                 labels,
                 options.max_length,
                 options.batch_size,
-                generate=options.exact_match,
+                generation=Generation(exact_match=None if options.exact_match else False),
                 progress=self.progress,
             )
 
+        def loss_of(found: Evaluation) -> float:
+            assert found.loss is not None
+            return found.loss
+
         scores = {}
         for task in self.plan.tasks:
-            found = measure(self.rows[task.name], task.labels)
-            scores[task.name] = TaskScore(found.accuracy, found.exact_match, found.loss)
-        general = measure(self.watched, None).loss if self.watched else None
+            found = measure(self.inputs.rows[task.name], task.labels)
+            scores[task.name] = TaskScore(found.accuracy, found.exact_match, loss_of(found))
+        watched = {name: measure(rows, None) for name, rows in self.inputs.watched.items()}
         loaded.close()
-        self.stages.append(Stage(name, scores, general, archive_bytes, seconds))
+        tokens = sum(found.num_tokens for found in watched.values())
+        total = sum(loss_of(found) * found.num_tokens for found in watched.values()) / tokens if watched else None
+        each = {text: loss_of(found) for text, found in watched.items()}
+        self.stages.append(Stage(name, scores, total, archive_bytes, seconds, each))
         write_json(self.partial / SCORES_NAME, {"key": self.key, "stages": [asdict(stage) for stage in self.stages]})
 
     def _restore(self) -> None:

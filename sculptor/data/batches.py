@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sculptor.checkpoint.architecture import Kind
 from sculptor.data.examples import IGNORED, Example
+from sculptor.data.mixture import Mixture
 from sculptor.world import World
 
 # Rows are sorted by length inside pools of this many batches: little padding, nearly the full randomness.
@@ -19,14 +20,25 @@ _MASK_SHARE = 0.15  # BERT: 15 % of the tokens are predicted, of which 80 % mask
 
 
 class BatchPlan:
-    """Which rows each optimizer step takes: shuffled every epoch, grouped by length, repeated for ever."""
+    """Which rows each optimizer step takes: shuffled every epoch, grouped by length, repeated for ever.
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, world: World | None = None) -> None:
+    With a mixture an epoch is a part of the rows; the next one goes on where it stopped.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        world: World | None = None,
+        mixture: Mixture | None = None,
+    ) -> None:
         self.lengths = lengths
+        self.mixture = mixture
         self.batch_size = batch_size
         self.seed = seed
         self.world = world or World()
-        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.steps_per_epoch = -(-(len(lengths) if mixture is None else mixture.num_epoch) // batch_size)
         self._epoch = -1
         self._batches: list[list[int]] = []
 
@@ -40,6 +52,9 @@ class BatchPlan:
     def _shuffle(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.mixture is not None:
+            kept = set(self.mixture.rows(epoch, self.seed))
+            order = [i for i in order if i in kept]
         pool = self.batch_size * _POOL_BATCHES
         batches = []
         for start in range(0, len(order), pool):

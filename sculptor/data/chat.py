@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sculptor.data.left_out import Message, refuse_left_out, says
-from sculptor.data.rows import MessagesRow, Row
+from sculptor.data.left_out import THOUGHTS, Message, refuse_left_out, says, silent_keys
+from sculptor.data.row_types import MessagesRow, Row
 from sculptor.errors import DataError, SettingsError
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -53,6 +53,12 @@ def use_template(tokenizer: Any, chosen: str | None) -> None:
     if not text.strip():
         raise SettingsError(f"--chat-template {chosen}: the file is empty")
     tokenizer.chat_template = text
+
+
+def unread_keys(row: MessagesRow, tokenizer: Any) -> tuple[str, ...]:
+    """Keys of messages that the chat template does nothing with, by the role of their messages."""
+    conversation = _Conversation(row, tokenizer)
+    return silent_keys(conversation.messages, conversation._try)
 
 
 def check_use(rows: Iterable[Row], chosen: str | None) -> None:
@@ -109,7 +115,7 @@ class _Conversation:
         if all(whole.startswith(self._prefix(messages, i)) for i in self.trained):
             marked = self._marked(messages, len(messages)) if _MARKS.search(self.template) else None
             last = self.trained[-1] == len(messages) - 1
-            found = self._tokens(whole, spans, marked, last)
+            found = self._tokens(whole, spans, marked, last, self.trained[-1])
             if found.ended and len(spans) > 1:  # earlier turns are to learn their end, too
                 return [self._alone(messages, i) for i in self.trained]
             return [found]
@@ -118,7 +124,7 @@ class _Conversation:
     def _alone(self, messages: Sequence[Message], i: int) -> Rendered:
         """One turn behind all that comes before it."""
         marked = self._marked(messages, i + 1) if _MARKS.search(self.template) else None
-        return self._tokens(self._prefix(messages, i), [self._span(messages, i)], marked, True)
+        return self._tokens(self._prefix(messages, i), [self._span(messages, i)], marked, True, i)
 
     def _prefix(self, messages: Sequence[Message], i: int) -> str:
         return self._render(messages[: i + 1])
@@ -128,14 +134,30 @@ class _Conversation:
         after = self._prefix(messages, i)
         # Many templates refuse an empty conversation; nothing stands before a first turn of the assistant.
         before = self._render(messages[:i], add_generation_prompt=True) if i else ""
-        same = next((at for at, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+        same = _same(before, after)
         spoken = self._try(messages[:i]) if i else None
         if spoken is not None and same < len(spoken.rstrip()):
             raise DataError(
                 f"{self.row.where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told; "
                 "use a template with {% generation %} marks or 'prompt' and 'completion' rows"
             )
-        return min(same, len(after)), len(after)
+        if same < len(
+            before
+        ):  # it does not speak as it is asked to: what it says may begin like the rest of that by chance
+            same = min(same, self._header(messages, i, after))
+        if same >= len(after.rstrip()):
+            raise DataError(
+                f"{self.row.where}: turn {i + 1} of the assistant has nothing behind what the chat template says before it speaks; "
+                "set its weight to 0 or choose another template with --chat-template"
+            )
+        return same, len(after)
+
+    def _header(self, messages: Sequence[Message], i: int, after: str) -> int:
+        """Where in the text a turn begins to say something of its own, seen from one that says something else."""
+        others = (
+            self._try([*messages[:i], {"role": messages[i]["role"], "content": text}]) for text in ("\u241e", "\u2302")
+        )
+        return min((_same(other, after) for other in others if other is not None), default=len(after))
 
     def _render(self, messages: Sequence[Message], **more: Any) -> str:
         options = dict(self.row.template_options) | more
@@ -152,7 +174,9 @@ class _Conversation:
         )  # fmt: skip
         return list(map(bool, rendered["assistant_masks"]))
 
-    def _tokens(self, text: str, spans: Sequence[Span], marked: Sequence[bool] | None, may_end: bool) -> Rendered:
+    def _tokens(
+        self, text: str, spans: Sequence[Span], marked: Sequence[bool] | None, may_end: bool, speaker: int
+    ) -> Rendered:
         if not self.tokenizer.is_fast:
             raise DataError(
                 f"{self.row.where}: 'messages' rows need a fast tokenizer (tokenizer.json), which knows where tokens are "
@@ -172,21 +196,16 @@ class _Conversation:
             raise DataError(f"{self.row.where}: the assistant turns are empty after tokenisation")
         last = max(i for i, on in enumerate(mask) if on)
         written = " ".join(str(message.get("content")) for message in self.messages)
-        said = self._said(text, spans[-1])
+        said = self._said(text, spans[-1], speaker)
         near = [i for i in range(max(0, last - 2), last + 1) if places[i][0] >= said]
         if not may_end or marked is not None or any(self._ends(ids[i], written) for i in near):
             return Rendered(ids, mask, False)
         return Rendered([*ids[: last + 1], self.tokenizer.eos_token_id], [*mask[: last + 1], True], True)
 
-    def _said(self, text: str, span: Span) -> int:
+    def _said(self, text: str, span: Span, speaker: int) -> int:
         """Where in a turn what the row says ends, as far as that can be told: the turn cannot end before."""
-        contents = (str(self.messages[i].get("content") or "").strip() for i in self.trained)
-        ends = (
-            text.rfind(content, *span) + len(content)
-            for content in contents
-            if content and content in text[slice(*span)]
-        )
-        return max(ends, default=0)
+        content = str(self.messages[speaker].get("content") or "").strip()
+        return text.rfind(content, *span) + len(content) if content and content in text[slice(*span)] else 0
 
     def _tokenize(self, text: str, at: int) -> tuple[list[int], list[Span]]:
         """Tokens of a part of the text that begins at `at`, and where in the text they are."""
@@ -215,13 +234,13 @@ class _Conversation:
         """Whether a token can end a turn: the end of sequence, or one of the template's own special or added tokens."""
         if token == self.tokenizer.eos_token_id:
             return True
-        return token in _special_ids(self.tokenizer) and self.tokenizer.convert_ids_to_tokens(token) not in written
+        return token in special_ids(self.tokenizer) and self.tokenizer.convert_ids_to_tokens(token) not in written
 
     def _check_rendered(self, messages: Sequence[Message]) -> None:
         """Refuses what the template leaves out: it would be trained silently on something else."""
         for i in self.trained:
             message = messages[i]
-            if not any(says(message.get(key)) for key in ("content", "tool_calls", "reasoning_content", "thinking")):
+            if not any(says(message.get(key)) for key in ("content", "tool_calls", *THOUGHTS)):
                 raise DataError(
                     f"{self.row.where}: turn {i + 1} of the assistant is empty; remove it or set its weight to 0"
                 )
@@ -243,6 +262,11 @@ class _Conversation:
             return self._render(messages)
         except Exception:  # a template may refuse an empty turn
             return None
+
+
+def _same(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _template_text(row: MessagesRow, tokenizer: Any) -> str:
@@ -287,13 +311,14 @@ def _parsed_call(call: Any) -> Any:
     if isinstance(call.get("function"), dict):
         return call | {"function": _parsed_call(call["function"])}
     try:
-        arguments = json.loads(call["arguments"])
+        arguments = json.loads(call["arguments"])  # of which no key is there twice: rows are checked
     except (KeyError, TypeError, ValueError, RecursionError):
         return call
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 @functools.lru_cache(maxsize=8)
-def _special_ids(tokenizer: Any) -> frozenset[int]:
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Special and added tokens: what a template can write that is no text."""
     added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip())
     return frozenset(itertools.chain(tokenizer.all_special_ids, added))

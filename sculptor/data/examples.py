@@ -8,7 +8,10 @@ from typing import Any
 
 from sculptor.checkpoint.architecture import Kind
 from sculptor.data.chat import render_conversation
-from sculptor.data.rows import CompletionRow, MessagesRow, Row, TextRow
+from sculptor.data.edges import completion_ids, is_apart, prompt_ids, sequence_frame, target_ids
+from sculptor.data.mixture import Mixture
+from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow, settle
+from sculptor.data.rows import DataSource
 from sculptor.errors import DataError, SettingsError
 
 IGNORED = -100  # the label without loss, as in torch and transformers
@@ -37,12 +40,29 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """All examples; how many rows did not fit, lost a part of their prompt, or were given an end of sequence."""
+    """All examples, in the order of their rows.
+
+    Attributes:
+        num_dropped: rows that did not fit; `num_cut` lost a part of their prompt, `num_ended` were given an end of sequence.
+        mixture: shares of the data they come from; None if the data are simply put together.
+    """
 
     examples: tuple[Example, ...]
     num_dropped: int
     num_cut: int
     num_ended: int = 0
+    mixture: Mixture | None = None
+
+    @property
+    def num_epoch(self) -> int:
+        """Examples of an epoch."""
+        return len(self.examples) if self.mixture is None else self.mixture.num_epoch
+
+    def of_an_epoch(self, seed: int) -> tuple[Example, ...]:
+        """Those of the first epoch, in the order of their rows."""
+        if self.mixture is None:
+            return self.examples
+        return tuple(self.examples[i] for i in sorted(self.mixture.rows(0, seed)))
 
     @property
     def num_loss_tokens(self) -> int:
@@ -81,11 +101,13 @@ class EncodedRow:
         examples: its sequences; none, if its completion does not fit.
         cut: the middle of its prompt was left out.
         ended: an end of sequence was added to what the chat template made.
+        apart: prompt and completion, joined, would be tokenised in another way at their edge.
     """
 
     examples: tuple[Example, ...]
     cut: bool = False
     ended: bool = False
+    apart: bool = False
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> Encoded:
@@ -113,12 +135,39 @@ def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, voc
     )
 
 
+def encode_sources(
+    sources: Sequence[DataSource], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None
+) -> Encoded:
+    """As `encode`, of several data, with the shares that their weights give them.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    if all(source.weight is None for source in sources):
+        return encode([row for source in sources for row in source.rows], tokenizer, kind, max_length, vocab_size)
+    parts = [encode(source.rows, tokenizer, kind, max_length, vocab_size) for source in sources]
+    return Encoded(
+        tuple(example for part in parts for example in part.examples),
+        sum(part.num_dropped for part in parts),
+        sum(part.num_cut for part in parts),
+        sum(part.num_ended for part in parts),
+        mixture_of(sources, [len(part.examples) for part in parts]),
+    )
+
+
+def mixture_of(sources: Sequence[DataSource], sizes: Sequence[int]) -> Mixture | None:
+    """The shares that weights give data of some numbers of examples; None without weights."""
+    weights = tuple(source.weight for source in sources if source.weight is not None)
+    return Mixture(tuple(sizes), weights) if weights else None
+
+
 def encode_row(row: Row, tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> EncodedRow:
     """Tokenises one row; as `encode`.
 
     Raises:
         DataError: with file and line number.
     """
+    row = settle(row, bool(tokenizer.chat_template) and kind == "causal")
     if isinstance(row, TextRow):
         found = EncodedRow(tuple(_encode_text(row, tokenizer, kind, max_length)))
     elif kind == "masked":
@@ -152,40 +201,6 @@ def _check_known(where: str, examples: Sequence[Example], tokenizer: Any) -> Non
             raise DataError(
                 f"{where}: the tokenizer knows nothing of what is to be learned: all of it is {tokenizer.unk_token}"
             )
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's ids with the tokenizer's own leading special tokens, once each, and no end of sequence."""
-    prefix, bare, _ = sequence_frame(tokenizer, prompt)
-    return [*prefix, *bare]
-
-
-def sequence_frame(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """What the tokenizer puts before a text, the text's own ids, and what it puts behind."""
-    bare = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    whole = tokenizer(text, verbose=False).input_ids
-    if not bare:
-        count = int(whole[:1] == [tokenizer.bos_token_id])
-        return whole[:count], [], whole[count:]
-    start = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
-    if start is None:  # it puts something into the text itself
-        return [], whole, []
-    prefix, suffix = whole[:start], whole[start + len(bare) :]
-    if prefix and bare[: len(prefix)] == prefix:  # written in the text already
-        bare = bare[len(prefix) :]
-    return prefix, bare, suffix
-
-
-def completion_ids(tokenizer: Any, completion: str) -> list[int]:
-    """A completion's ids with the end of sequence behind them."""
-    ids: list[int] = tokenizer(completion, add_special_tokens=False).input_ids
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-
-def target_ids(tokenizer: Any, completion: str) -> list[int]:
-    """What a decoder that reads no prompt is to say: as the tokenizer writes targets, with their start or language."""
-    ids: list[int] = tokenizer(text_target=completion, verbose=False).input_ids
-    return ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id]
 
 
 def cut_middle(ids: list[int], budget: int) -> list[int]:
@@ -253,8 +268,9 @@ def _encode_completion(row: CompletionRow, tokenizer: Any, max_length: int) -> E
         raise DataError(
             f"{row.where}: prompt is empty after tokenisation; nothing would predict the completion's start"
         )
+    apart = is_apart(tokenizer, row.prompt + row.completion, prompt + completion)
     example, cut = _fit(prompt + completion, [False] * len(prompt) + [True] * len(completion), max_length)
-    return EncodedRow((example,) if example else (), cut)
+    return EncodedRow((example,) if example else (), cut, apart=apart)
 
 
 def _encode_messages(row: MessagesRow, tokenizer: Any, max_length: int) -> EncodedRow:

@@ -10,6 +10,9 @@ Message = dict[str, Any]
 _THOUGHT = re.compile(r"<think>(.*?\S.*?)</think>", re.DOTALL)
 _KEPT: set[Hashable] = set()  # forms of conversations of which templates are known to leave out nothing
 _MOST_KEPT = 10_000
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+# What is looked at by other checks, or decides nothing that is said.
+_LOOKED_AT = ("role", "content", "tool_calls", *THOUGHTS)
 
 
 def refuse_left_out(
@@ -21,7 +24,8 @@ def refuse_left_out(
 ) -> None:
     """Refuses content, calls and the thinking of trained turns that change nothing in what a template renders.
 
-    Each is changed once for every form of conversation: roles, what messages have, which turns are trained.
+    Each is changed once for every form of conversation: roles, what messages have, which turns are trained; and where it does
+    not stand in the rendered text as it is.
 
     Args:
         where: file and line.
@@ -43,10 +47,12 @@ def refuse_left_out(
         )
         for i, message in enumerate(messages)
     )
-    if (kind, turns) in _KEPT:
-        return
+    known = (kind, turns) in _KEPT
+    whole = render(messages) if known else ""
     for i, message in enumerate(messages):
-        _check(where, messages, i, i in trained, message, render)
+        # A form that is known tells nothing of a template that cuts what is long.
+        if not known or not _stands_in(whole, message, i in trained):
+            _check(where, messages, i, i in trained, message, render)
     if len(_KEPT) < _MOST_KEPT:
         _KEPT.add((kind, turns))
 
@@ -74,17 +80,47 @@ def _check(
             raise _left_out(where, i, message, f" call {number + 1} of")
     content = message.get("content")
     if isinstance(content, str) and content.strip():
-        if lost(message | {"content": f"{content} ."}):
+        if any(lost(message | {"content": changed}) for changed in _changes(content)):
             raise _left_out(where, i, message, "")
         thought = _THOUGHT.search(content) if trained else None
         if thought and lost(message | {"content": content.replace(thought[1], thought[1] + " .", 1)}):
             raise _left_out(where, i, message, " thinking in its content of")
-    for key in ("reasoning_content", "thinking"):
+    for key in THOUGHTS:
         if trained and says(message.get(key)) and lost({k: v for k, v in message.items() if k != key}):
-            raise DataError(
-                f"{where}: the chat template renders nothing of turn {i + 1}'s {key}; choose another with --chat-template, or "
-                "remove the key"
+            others = (name for name in THOUGHTS if name not in message)
+            read = next((name for name in others if not lost(message | {name: message[key]})), None)
+            remedy = (
+                f"rename it to {read!r}, which it renders"
+                if read
+                else "choose another with --chat-template, or remove the key"
             )
+            raise DataError(f"{where}: the chat template renders nothing of turn {i + 1}'s {key}; {remedy}")
+
+
+def _changes(content: str) -> list[str]:
+    """A text with something more at its end, and before and inside it where no thinking is that may be dropped."""
+    if "</think>" in content:
+        return [f"{content} ."]
+    half = len(content) // 2
+    return [f"{content} .", f". {content}", f"{content[:half]} . {content[half:]}"]
+
+
+def _stands_in(text: str, message: Message, trained: bool) -> bool:
+    """Whether what a message says stands in the rendered text, thinking that may be dropped aside."""
+    content = str(message.get("content") or "")
+    parts = [content.rpartition("</think>")[2], *(_THOUGHT.findall(content) if trained else ())]
+    parts += [str(message[key]) for key in THOUGHTS if trained and says(message.get(key))]
+    return all(part.strip() in text for part in parts)
+
+
+def silent_keys(messages: Sequence[Message], render: Callable[[Sequence[Message]], str | None]) -> tuple[str, ...]:
+    """Keys of messages that change nothing in what a template renders, beside those that are refused then."""
+    seen = render(messages)
+    found = set()
+    for key in {key for message in messages for key in message if key not in _LOOKED_AT and says(message[key])}:
+        if render([{k: v for k, v in message.items() if k != key} for message in messages]) == seen:
+            found.add(key)
+    return tuple(sorted(found))
 
 
 def _left_out(where: str, i: int, message: Message, part: str) -> DataError:

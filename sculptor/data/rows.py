@@ -1,240 +1,268 @@
-"""Rows of JSONL and text files, told apart by their keys."""
+"""Data as they are given, a name, a `Dataset` or any iterable of dicts, to rows; the one way for everything that takes rows."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sculptor.errors import DataError
-from sculptor.validation import each_key_once
+from sculptor.data.columns import Columns, parse_columns
+from sculptor.data.files import Found, is_parquet, read_file_rows
+from sculptor.data.forms import EXPECTED, recognise
+from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference, parse_reference
+from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow, digest_rows, settle
+from sculptor.data.tables import choose_split, dataset_rows, read_table_rows
+from sculptor.errors import DataError, SettingsError
 
-_EXPECTED = "'messages', 'prompt' and 'completion', or 'text'"
-_CONVERT = "datasets.load_dataset(...).to_json(FILE) writes it"
-# Arguments of a template that are not the row's to give.
-_OWN_OPTIONS = frozenset(
-    ("add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "tools", "conversation", "return_dict",
-     "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs")
-)  # fmt: skip
-_SHOWN = 8  # keys that a message lists
+__all__ = [
+    "CompletionRow", "Data", "DataSource", "Item", "MessagesRow", "Row", "TextRow", "as_items", "check_weights", "digest_rows",
+    "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "weight_of",
+]  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True)
-class TextRow:
-    """Plain text; the loss is on all of it."""
-
-    where: str
-    text: str
+# A name (`PLACE[:CONFIG][@SPLIT][:WEIGHT]`), a Dataset, an iterable of dicts, or one of these with its weight.
+Item = str | Path | Iterable[Mapping[str, Any]] | tuple[Any, float]
+Data = Item | Sequence[Item]
+Notice = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionRow:
-    """A prompt and what should follow it; the loss is on the completion and the end of sequence."""
-
-    where: str
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class MessagesRow:
-    """A conversation; the loss is on the assistant's turns, unless one says otherwise.
+class DataSource:
+    """What one of several data came to.
 
     Attributes:
-        where: file and line.
-        messages: as a chat template takes them.
-        trained: per message, whether the loss is on it.
-        tools: definitions that go to the template.
-        template_options: further arguments of the template, in pairs.
+        name: for messages and records.
+        rows: those that are trained.
+        weight: relative share of the rows of an epoch; None if the rows are simply put together.
+        forms: how many rows had which form; `recognised` those forms that are not our own.
+        num_off: rows that say that they are not trained.
+        unread: keys that nothing looks at.
     """
 
-    where: str
-    messages: tuple[dict[str, Any], ...]
-    trained: tuple[bool, ...]
-    tools: tuple[Any, ...] = ()
-    template_options: tuple[tuple[str, Any], ...] = ()
+    name: str
+    rows: tuple[Row, ...]
+    weight: float | None
+    forms: Mapping[str, int]
+    recognised: tuple[str, ...]
+    num_off: int
+    unread: tuple[str, ...]
+
+    @property
+    def says(self) -> str | None:
+        """A line on what was decided about it; None if there was nothing to decide."""
+        parts = [f"{self.forms[form]:,} rows read as {form}" for form in self.recognised]
+        if self.num_off:
+            parts.append(f"{self.num_off:,} rows left out by their own weight")
+        return f"{self.name}: {'; '.join(parts)}" if parts else None
 
 
-Row = TextRow | CompletionRow | MessagesRow
-
-
-def read_rows(paths: Sequence[str | Path], max_rows: int | None = None) -> list[Row]:
-    """All rows of the files, or the first of each, in order; a .txt file is one row.
+def read_rows(
+    data: Data,
+    max_rows: int | None = None,
+    columns: str | Columns | None = None,
+    notice: Notice = lambda _: None,
+    *,
+    all_renamed: bool = True,
+) -> list[Row]:
+    """All rows, in order; as `read_sources`, of data that have no weights.
 
     Raises:
-        DataError: with file and line number, for a row that is broken, empty or of unknown keys.
+        DataError: as `read_sources`.
+        SettingsError: for weights, which would have no effect.
     """
+    sources = read_sources(data, max_rows, columns, notice, all_renamed=all_renamed)
+    weighted = next((source for source in sources if source.weight is not None), None)
+    if weighted is not None:
+        raise SettingsError(f"{weighted.name}:{weighted.weight:g}: a weight without effect here; leave it out")
+    return [row for source in sources for row in source.rows]
+
+
+def read_sources(
+    data: Data,
+    max_rows: int | None = None,
+    columns: str | Columns | None = None,
+    notice: Notice = lambda _: None,
+    *,
+    mixed: bool = False,
+    all_renamed: bool = True,
+) -> list[DataSource]:
+    """Reads rows of any form, each of the data by itself.
+
+    Args:
+        data: one or several of: files, folders, hub names; a `Dataset` or any iterable of dicts; pairs with a weight.
+        max_rows: of each, the first ones; no more are read.
+        columns: our keys and their columns, `prompt=question,completion=answer` or a mapping.
+        notice: told, in a line for each, what form was recognised.
+        mixed: there are further data beside these, so that the weight of one has an effect.
+        all_renamed: refuse columns that no row has.
+
+    Raises:
+        DataError: with file and line number, for a row that is broken, empty, of unknown keys or of several forms.
+        SettingsError: for columns that no row has, and weights that mix nothing.
+    """
+    named = parse_columns(columns)
+    opened = [_open(item) for item in as_items(data)]
+    if not mixed:
+        _check_weights(opened)
+    seen: set[str] = set()
+    sources = [_read(item, max_rows, named, seen) for item in opened]
+    if all_renamed and opened and named and not seen & set(named.values()):
+        raise SettingsError(f"--columns without effect: no row has {' or '.join(map(repr, named.values()))}")
+    for source in sources:
+        if source.says is not None:
+            notice(source.says)
+    return sources
+
+
+def check_weights(data: Data) -> list[float] | None:
+    """The weights of all data; None if there are none.
+
+    Raises:
+        SettingsError: if some have weights and some have none, or one alone has.
+    """
+    opened = [_open(item) for item in as_items(data)]
+    _check_weights(opened)
+    weights = [item.weight for item in opened if item.weight is not None]
+    return weights or None
+
+
+def weight_of(item: Item) -> float | None:
+    """The weight that one of the data is given with."""
+    return _open(item).weight
+
+
+def as_items(data: Data) -> list[Item]:
+    """Data as a list, whether one or several are given."""
+    if not isinstance(data, list | tuple) or _is_weighted(data):
+        return [data]  # type: ignore[list-item]
+    if data and isinstance(data[0], Mapping) and not _has_splits(data[0]):
+        return [data]  # rows themselves
+    return list(data)
+
+
+def names_of(data: Data) -> tuple[str, ...]:
+    """What records call data: files without their folders."""
+    return tuple(_open(item).published for item in as_items(data))
+
+
+def task_name(item: Item) -> str:
+    """What a task is called that is trained on these data: after the file, or its folder where the file is one of many."""
+    opened = _open(item)
+    if opened.reference is None:
+        return opened.name
+    path = opened.reference.path
+    return path.stem if path.stem != "train" else path.resolve().parent.name
+
+
+def local_files(data: Data) -> list[str]:
+    """Files and folders among the data."""
+    references = (_open(item).reference for item in as_items(data))
+    return [reference.place for reference in references if reference is not None and reference.is_local]
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    name: str
+    weight: float | None
+    reference: Reference | None = None
+    given: Any = field(default=None, repr=False)
+
+    @property
+    def published(self) -> str:
+        return self.name if self.reference is None else self.reference.name
+
+    def rows(self, bounded: bool) -> Found:
+        """Every row, and where it stands."""
+        if self.reference is None:
+            return dataset_rows(self.given, self.name)
+        return _rows_of(self.reference, bounded)
+
+
+def _is_weighted(item: Any) -> bool:
+    return (
+        isinstance(item, tuple)
+        and len(item) == 2
+        and isinstance(item[1], int | float)
+        and not isinstance(item[1], bool)
+    )
+
+
+def _has_splits(item: Mapping[str, Any]) -> bool:
+    """Whether this is a `DatasetDict`, and not a row."""
+    return bool(item) and all(hasattr(value, "features") for value in item.values())
+
+
+def _open(item: Any) -> _Opened:
+    weight = None
+    if _is_weighted(item):
+        item, weight = item[0], float(item[1])
+        if not 0 < weight < 1e9:
+            raise DataError(f"a weight of {weight:g}; expected more than 0")
+    if isinstance(item, str | Path):
+        reference = parse_reference(str(item))
+        return _Opened(reference.text, weight if weight is not None else reference.weight, reference)
+    if isinstance(item, Mapping) and _has_splits(item):
+        item = choose_split(item, type(item).__name__)
+    if not isinstance(item, Iterable) or isinstance(item, Mapping):
+        raise DataError(f"data are of type {type(item).__name__}; expected a file, a Dataset or an iterable of dicts")
+    split = getattr(item, "split", None)
+    dataset = getattr(getattr(item, "info", None), "dataset_name", None)
+    name = f"{dataset or type(item).__name__}{f'@{split}' if split else ''}"
+    return _Opened(name, weight, None, item)
+
+
+def _rows_of(reference: Reference, bounded: bool) -> Found:
+    path, ending = reference.path, reference.path.suffix.lower()
+    whole = reference.config is None and reference.split is None
+    if ending in TABLE_ENDINGS and reference.is_local and not path.is_dir():
+        return read_table_rows(reference, ending[1:], bounded)
+    if reference.is_hub_name or os.path.isdir(reference.place):
+        return read_table_rows(reference, None, bounded)
+    if whole and ending not in TEXT_ENDINGS and is_parquet(path):
+        return read_table_rows(reference, "parquet", bounded)
+    if not whole:
+        what = "is one file, without configs or splits" if reference.is_local else "no such data file or folder"
+        raise DataError(f"{reference.text}: {what}")
+    if not reference.is_local and ending not in (*TEXT_ENDINGS, *TABLE_ENDINGS):
+        raise DataError(f"{reference.text}: no such data file or folder; a hub name is OWNER/NAME or NAME@SPLIT")
+    return read_file_rows(path)
+
+
+def _read(item: _Opened, max_rows: int | None, columns: Columns, seen: set[str]) -> DataSource:
     rows: list[Row] = []
-    for path in map(Path, paths):
-        text = _read_text(path)
-        before = len(rows)
-        if path.suffix.lower() == ".txt":
-            rows += [TextRow(f"{path}", text)] if text.strip() else []
-        else:
-            _refuse_other_formats(path, text)
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip() and (max_rows is None or len(rows) - before < max_rows):
-                    rows.append(_parse(line, f"{path}:{number}"))
-        if len(rows) == before:
-            raise DataError(f"{path}: no rows; expected JSONL with {_EXPECTED}, or text")
-    return rows
+    forms: Counter[str] = Counter()
+    recognised: dict[str, None] = {}
+    unread: set[str] = set()
+    num_off = 0
+    wanted = set(columns.values())
+    for where, given in itertools.islice(item.rows(max_rows is not None), max_rows):
+        found = recognise(given, where, columns)
+        seen |= wanted & given.keys()
+        unread.update(found.unread)
+        if found.row is None:
+            num_off += 1
+            continue
+        rows.append(found.row)
+        forms[found.form] += 1
+        if not found.is_ours:
+            recognised[found.form] = None
+    if not rows:
+        left = f"; {num_off} are left out by their own weight" if num_off else ""
+        raise DataError(f"{item.name}: no rows{left}; expected {EXPECTED}")
+    return DataSource(
+        item.published, tuple(rows), item.weight, dict(forms), tuple(recognised), num_off, tuple(sorted(unread))
+    )
 
 
-def digest_rows(rows: Iterable[Row]) -> str:
-    """SHA-256 over what rows say, wherever their files are."""
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(repr((type(row).__name__, astuple(row)[1:])).encode())
-    return found.hexdigest()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except IsADirectoryError:
-        saved = any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
-        what = "a saved dataset; write it with to_json(FILE)" if saved else "a directory; name the data files in it"
-        raise DataError(f"{path}: is {what}") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such data file") from None
-    except UnicodeDecodeError as cause:
-        kinds = {".parquet": "Parquet", ".gz": "gzip", ".zst": "zstd", ".zip": "zip", ".arrow": "Arrow", ".xz": "xz"}
-        if path.suffix.lower() in kinds:
-            raise DataError(f"{path}: a {kinds[path.suffix.lower()]} file; expected JSONL; {_CONVERT}") from None
-        raise DataError(f"{path}: not readable as UTF-8 text ({cause})") from cause
-    except (OSError, ValueError) as cause:
-        raise DataError(f"{path}: not readable ({cause})") from cause
-
-
-def _refuse_other_formats(path: Path, text: str) -> None:
-    """Names a format that is not read, before its first line is called broken JSON."""
-    start = text.lstrip()[:1]
-    if path.suffix.lower() in (".csv", ".tsv") and start != "{":
-        raise DataError(f"{path}: a table ({path.suffix.lower()[1:].upper()}); expected JSONL; {_CONVERT}")
-    if start == "[":
-        raise DataError(f"{path}: a JSON array; expected JSONL, one object per line; {_CONVERT}")
-    if start == "{" and len(text) > 1 and text.lstrip()[1:2] in ("\n", "\r"):
-        raise DataError(f"{path}: JSON over several lines; expected JSONL, one object per line; {_CONVERT}")
-
-
-def _parse(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line, object_pairs_hook=each_key_once)
-    except json.JSONDecodeError as cause:
-        raise DataError(f"{where}: broken JSON ({cause.msg} at column {cause.colno})") from cause
-    except RecursionError:
-        raise DataError(f"{where}: broken JSON (nested too deeply)") from None
-    except ValueError as cause:  # a number of thousands of digits
-        raise DataError(f"{where}: broken JSON ({str(cause).split(';')[0]})") from cause
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as cause:
-        raise DataError(f"{where}: half a surrogate pair ({cause.reason}); not valid text") from cause
-    except RecursionError:
-        raise DataError(f"{where}: broken JSON (nested too deeply)") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if "messages" in row:
-        return _conversation(row, row["messages"], where)
-    if "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], list) and isinstance(row["completion"], list):  # as TRL has conversations
-            return _conversation(row, [*row["prompt"], *row["completion"]], where, len(row["prompt"]))
-        prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
-        if not completion.strip():
-            raise DataError(f"{where}: empty completion")
-        return CompletionRow(where, prompt, completion)
-    if "text" in row:
-        return TextRow(where, _text(row, "text", where))
-    keys = ", ".join(_short(key) for key in sorted(row)[:_SHOWN]) or "(none)"
-    more = f" and {len(row) - _SHOWN} more" if len(row) > _SHOWN else ""
-    raise DataError(f"{where}: keys {keys}{more}; expected {_EXPECTED}{_hint(row)}")
-
-
-def _hint(row: Mapping[str, Any]) -> str:
-    """What a row of another well-known form is called, and what would make it one of ours."""
-    if "conversations" in row:
-        return "; ShareGPT's form: rename 'conversations' to 'messages', 'from' to 'role', 'value' to 'content'"
-    if "instruction" in row:
-        return "; Alpaca's form: 'prompt' is 'instruction' with 'input', 'completion' is 'output'"
-    if "chosen" in row and "rejected" in row:
-        return "; preference pairs: only what is chosen can be trained, as 'completion'"
-    return ""
-
-
-def _short(key: str) -> str:
-    line = ascii(key)
-    return line if len(line) <= 40 else line[:38] + "…'"
-
-
-def _text(row: Mapping[str, Any], key: str, where: str) -> str:
-    if not isinstance(row[key], str):
-        raise DataError(f"{where}: {key!r} is {type(row[key]).__name__}; expected a string")
-    value: str = row[key]
-    return value
-
-
-def _conversation(row: Mapping[str, Any], messages: Any, where: str, start: int = 0) -> MessagesRow:
-    """A conversation with what else a row says of it; turns before `start` carry no loss."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' is not a list of messages")
-    cleaned, trained = [], []
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
-            raise DataError(f"{where}: message {i} is no object with a 'role'")
-        on = _weight(message, f"{where}: message {i}")
-        if on and message["role"] != "assistant" and ("weight" in message or "train" in message):
-            raise DataError(f"{where}: message {i} is of role {message['role']!r}; only the assistant's can be trained")
-        trained.append(on and message["role"] == "assistant" and i > start)
-        cleaned.append(_message(message, f"{where}: message {i}"))
-    if not any(message["role"] == "assistant" for message in messages[start:]):
-        raise DataError(f"{where}: no assistant turn; the loss is on assistant turns only")
-    if not any(trained):
-        raise DataError(f"{where}: every assistant turn is left out ('weight' 0 or 'train' false); remove the row")
-    tools = row.get("tools") or []
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise DataError(f"{where}: 'tools' is text that is no JSON") from None
-    options = row.get("chat_template_kwargs") or {}
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: 'tools' is not a list of definitions")
-    if not isinstance(options, dict):
-        raise DataError(f"{where}: 'chat_template_kwargs' is not an object")
-    ours = sorted(set(options) & _OWN_OPTIONS)
-    if ours:
-        raise DataError(
-            f"{where}: 'chat_template_kwargs' has {ours[0]!r}, which decides where turns begin and end; remove it"
+def _check_weights(opened: Sequence[_Opened]) -> None:
+    weighted = [item for item in opened if item.weight is not None]
+    if not weighted:
+        return
+    if len(opened) == 1:
+        raise SettingsError(
+            f"{opened[0].name}:{opened[0].weight:g}: a weight without effect: it mixes several data; --max-rows takes a part"
         )
-    return MessagesRow(where, tuple(cleaned), tuple(trained), tuple(tools), tuple(sorted(options.items())))
-
-
-def _weight(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a turn is trained: `weight` 0 or 1 (OpenAI), `train` or `training` true or false (others)."""
-    found = {key: message[key] for key in ("weight", "train", "training") if message.get(key) is not None}
-    for key, value in found.items():
-        if isinstance(value, bool) is (key == "weight") or value not in (0, 1):
-            expected = "0 or 1" if key == "weight" else "true or false"
-            raise DataError(f"{where} has {key} {str(value)[:40]}; expected {expected}")
-    return all(found.values())
-
-
-def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message as templates take it: its content is text, or null beside tool calls."""
-    kept = {key: value for key, value in message.items() if key not in ("weight", "train", "training")}
-    content = kept.get("content")
-    if isinstance(content, list):
-        if not all(
-            isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-            for part in content
-        ):
-            raise DataError(f"{where} has content that is not text; only text can be trained")
-        kept["content"] = "".join(part["text"] for part in content)
-    elif content is None:
-        if not kept.get("tool_calls"):
-            raise DataError(f"{where} has no 'content' and no 'tool_calls'")
-        kept["content"] = ""
-    elif not isinstance(content, str):
-        raise DataError(f"{where} has 'content' of type {type(content).__name__}; expected text")
-    return kept
+    if len(weighted) < len(opened):
+        bare = next(item.name for item in opened if item.weight is None)
+        raise SettingsError(f"{bare} has no weight, {weighted[0].name} has one; give all data weights, or none")

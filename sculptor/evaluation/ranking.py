@@ -1,18 +1,22 @@
-"""Prompt/completion rows: the labels ranked by their log-probability, and what the model says by itself.
+"""Prompt/completion rows: labels or choices ranked by their log-probability, and what the model says by itself.
 
-A label's score is the summed log-probability of its tokens and the end of sequence. How continuations of a prompt are read is
-in `readers`.
+A label's score is the summed log-probability of its tokens and the end of sequence. A row's own choices are scored without the
+end of sequence, and once more over their number of characters, as lm-eval's acc and acc_norm are. How continuations of a
+prompt are read is in `readers`.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from sculptor.data.examples import completion_ids, cut_middle, prompt_ids, target_ids
+from sculptor.data.edges import completion_ids, prompt_ids, target_ids
+from sculptor.data.examples import cut_middle
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import DataError
+from sculptor.evaluation.answers import greedy, stops_of
 from sculptor.evaluation.readers import Reader, open_reader
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar
@@ -26,13 +30,25 @@ class RowScore:
         loss: summed negative log-probability of completion and end of sequence, in nats.
         num_tokens: how many tokens that is.
         ranked_right: whether the row's own label scores highest; None without labels.
-        exact: whether greedy generation gives the completion; white space around it is ignored; None if not asked.
+        exact: whether greedy generation gives the completion or another reference; white space around it is ignored; None if
+            not asked.
+        normalized_right: of rows with choices, whether the right one scores highest per character.
+        said: what greedy generation gives.
     """
 
     loss: float
     num_tokens: int
     ranked_right: bool | None
     exact: bool | None
+    normalized_right: bool | None = None
+    said: str | None = None
+
+
+class _Score(NamedTuple):
+    """Summed log-probability of a candidate, with the end of sequence and without."""
+
+    whole: float
+    bare: float
 
 
 @torch.no_grad()
@@ -44,21 +60,24 @@ def score_rows(
     batch_size: int,
     bar: Bar,
     generate: bool = True,
+    max_new: int | None = None,
 ) -> list[RowScore]:
     """Scores rows in batches of prompts of similar length; results are in the order of `rows`.
 
-    `generate=False` leaves out the greedy continuation, which takes longest.
+    `generate=False` leaves out the greedy continuation, which takes longest; it has `max_new` tokens at most, by default those
+    of the longest answer.
 
     Raises:
         DataError: if a completion or label does not fit.
     """
     tokenizer = loaded.tokenizer
-    wanted = [[*labels, *([] if row.completion in labels else [row.completion])] for row in rows]
+    wanted = [_candidates(row, labels) for row in rows]
     encode = prompt_ids if loaded.kind == "causal" else lambda t, text: list(t(text).input_ids)
     answer = completion_ids if loaded.kind == "causal" else target_ids
     known = {text: answer(tokenizer, text) for candidates in wanted for text in candidates}
     longest = max(map(len, known.values()))
-    budget = max_length - (longest if loaded.kind == "causal" else 0)
+    num_new = 0 if not generate else max_new or max(longest, *(_length(answer, tokenizer, row) for row in rows))
+    budget = max_length - (max(longest, num_new) if loaded.kind == "causal" else 0)
     if budget < 1 or longest > max_length:
         where = next(
             row.where for row, texts in zip(rows, wanted, strict=True) if longest in {len(known[t]) for t in texts}
@@ -68,41 +87,71 @@ def score_rows(
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:
             raise DataError(f"{row.where}: prompt is empty after tokenisation")
+    stops = stops_of(loaded) if generate else ()
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     results: dict[int, RowScore] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         candidates = [[known[text] for text in wanted[i]] for i in chosen]
-        scores, said = _score_batch(loaded, [prompts[i] for i in chosen], candidates, longest if generate else 0)
-        for i, score, ids in zip(chosen, scores, said, strict=True):
-            own = wanted[i].index(rows[i].completion)
-            right = max(range(len(labels)), key=score.__getitem__) == own if labels and own < len(labels) else None
-            right = False if labels and right is None else right
-            exact = None
-            if ids is not None:
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                exact = text.strip() == rows[i].completion.strip()
+        scores, spoken = _score_batch(loaded, [prompts[i] for i in chosen], candidates, num_new, stops)
+        for i, score, ids in zip(chosen, scores, spoken, strict=True):
+            row, own = rows[i], wanted[i].index(rows[i].completion)
+            right, normalized = _ranked(row, wanted[i], score, labels)
+            said = None if ids is None else tokenizer.decode(ids, skip_special_tokens=True).strip()
+            references = {text.strip() for text in (row.completion, *row.references)}
             results[i] = RowScore(
-                loss=-score[own],
-                num_tokens=len(known[rows[i].completion]),
+                loss=-score[own].whole,
+                num_tokens=len(known[row.completion]),
                 ranked_right=right,
-                exact=exact,
+                exact=None if said is None else said in references,
+                normalized_right=normalized,
+                said=said,
             )
         bar.update(len(chosen))
     return [results[i] for i in range(len(rows))]
 
 
+def _candidates(row: CompletionRow, labels: Sequence[str]) -> list[str]:
+    """What is scored behind a prompt: its own choices, or the labels; its completion in any case."""
+    offered = row.choices or labels
+    return [*offered, *([] if row.completion in offered else [row.completion])]
+
+
+def _length(answer: Callable[[Any, str], list[int]], tokenizer: Any, row: CompletionRow) -> int:
+    """Tokens of the longest right answer."""
+    return max((len(answer(tokenizer, text)) for text in row.references), default=0)
+
+
+def _ranked(
+    row: CompletionRow, texts: Sequence[str], scores: Sequence[_Score], labels: Sequence[str]
+) -> tuple[bool | None, bool | None]:
+    """Whether the right one ranks first, and whether it does per character."""
+    own = texts.index(row.completion)
+    if row.choices:
+        places = range(len(row.choices))
+        plain = max(places, key=lambda i: scores[i].bare)
+        normalized = max(places, key=lambda i: scores[i].bare / max(1, len(texts[i].removeprefix(" "))))
+        return row.choices[plain] == row.completion, row.choices[normalized] == row.completion
+    if not labels:
+        return None, None
+    return max(range(len(labels)), key=lambda i: scores[i].whole) == own, None
+
+
 def _score_batch(
-    loaded: LoadedModel, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]], num_new: int
-) -> tuple[list[list[float]], list[list[int] | None]]:
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    candidates: Sequence[Sequence[list[int]]],
+    num_new: int,
+    stops: Collection[int],
+) -> tuple[list[list[_Score]], list[list[int] | None]]:
     """Scores of every candidate of every prompt, and what greedy decoding says in `num_new` tokens, if any."""
     reader = open_reader(loaded, prompts)
     said: list[list[int] | None] = [None] * len(prompts)
     if num_new:
-        said = list(_generate(reader, num_new, loaded.tokenizer.eos_token_id))
+        said = list(greedy(reader, num_new, stops))
     owners = [i for i, group in enumerate(candidates) for _ in group]
     flat = [candidate for group in candidates for candidate in group]
-    scores: list[float] = []
+    scores: list[_Score] = []
     for start in range(0, len(flat), len(prompts)):  # as many rows at once as there are prompts
         part = slice(start, start + len(prompts))
         scores += _candidate_scores(reader, owners[part], flat[part], loaded.pad_id)
@@ -112,24 +161,8 @@ def _score_batch(
     return [scores[a:b] for a, b in itertools.pairwise(bounds)], said
 
 
-def _generate(reader: Reader, num_new: int, eos_id: int) -> list[list[int]]:
-    """Greedy continuations up to the end of sequence or `num_new` tokens."""
-    batch = reader.first_logits.shape[0]
-    state = reader.fork(range(batch))
-    chosen = reader.first_logits.argmax(dim=1, keepdim=True)
-    said = [chosen]
-    ended = chosen[:, 0] == eos_id
-    while len(said) < num_new and not bool(ended.all()):
-        logits, state = reader.read(state, chosen)
-        chosen = logits[:, -1].argmax(dim=1, keepdim=True)
-        said.append(chosen)
-        ended |= chosen[:, 0] == eos_id
-    sequences = torch.cat(said, dim=1).tolist()
-    return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in sequences]
-
-
-def _candidate_scores(reader: Reader, owners: list[int], candidates: list[list[int]], pad_id: int) -> list[float]:
-    """Summed log-probability of each candidate behind its prompt."""
+def _candidate_scores(reader: Reader, owners: list[int], candidates: list[list[int]], pad_id: int) -> list[_Score]:
+    """Log-probabilities of each candidate behind its prompt."""
     width = max(map(len, candidates))
     device = reader.device
     padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in candidates], device=device)
@@ -140,4 +173,6 @@ def _candidate_scores(reader: Reader, owners: list[int], candidates: list[list[i
         rest, _ = reader.read(reader.fork(owners), padded[:, :-1])
         logits = torch.cat([first, rest], dim=1)
     log_probs = logits.log_softmax(dim=-1).gather(2, padded[:, :, None])[:, :, 0]
-    return [float(x) for x in (log_probs * real).sum(dim=1)]
+    whole = (log_probs * real).sum(dim=1)
+    last = log_probs.gather(1, real.sum(dim=1, keepdim=True).long() - 1)[:, 0]
+    return [_Score(float(a), float(a - b)) for a, b in zip(whole, last, strict=True)]

@@ -1,13 +1,15 @@
-"""What a loaded model makes of rows: loss, perplexity, exact match and label ranking."""
+"""What a loaded model makes of rows: loss, perplexity, exact match, ranking of labels or choices, answers to look at."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from sculptor.data.columns import Columns
 from sculptor.data.examples import encode, resolve_max_length
-from sculptor.data.rows import CompletionRow, Row, read_rows
+from sculptor.data.rows import CompletionRow, Data, MessagesRow, Notice, Row, as_items, read_rows, settle
 from sculptor.errors import DataError, SettingsError
+from sculptor.evaluation.answers import Answer, answer_rows
+from sculptor.evaluation.harness import TaskResult
 from sculptor.evaluation.loss import mean_loss
 from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel
@@ -18,25 +20,61 @@ MAX_IMPLIED_LABELS = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Generation:
+    """What is generated, and what for.
+
+    Attributes:
+        exact_match: measure it; None for prompts without choices alone.
+        max_new_tokens: of an answer, at most; default as many as the longest that is expected.
+        show: answers to look at, those of the first rows.
+    """
+
+    exact_match: bool | None = None
+    max_new_tokens: int | None = None
+    show: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The loss on one of the watched texts."""
+
+    name: str
+    loss: float
+    perplexity: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The result of `evaluate`; what does not apply is None.
 
     Attributes:
         loss: nats per token, over text, or completions with their end of sequence.
         perplexity: exp(loss).
-        accuracy: share of rows whose own label ranks first.
-        exact_match: share of rows whose completion greedy generation gives.
+        accuracy: share of rows whose own label, or right choice, ranks first.
+        acc_norm: the same of choices, by log-probability per character.
+        exact_match: share of rows of which greedy generation gives a right answer.
         num_rows: rows read; `num_tokens` tokens that the loss is over.
-        labels: what was ranked.
+        labels: what was ranked for all rows.
+        answers: the first ones.
+        watched: a figure for each of the watched texts.
+        tasks: figures of lm-eval.
     """
 
-    loss: float
-    perplexity: float
+    loss: float | None
+    perplexity: float | None
     accuracy: float | None
     exact_match: float | None
     num_rows: int
     num_tokens: int
     labels: tuple[str, ...] | None
+    acc_norm: float | None = None
+    answers: tuple[Answer, ...] = ()
+    watched: tuple[Watched, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
+
+
+NOTHING = Evaluation(None, None, None, None, 0, 0, None)
 
 
 def evaluate_rows(
@@ -46,10 +84,10 @@ def evaluate_rows(
     max_length: int | None,
     batch_size: int,
     *,
-    generate: bool,
+    generation: Generation,
     progress: Progress,
 ) -> Evaluation:
-    """Measures rows of one kind; pairs of prompt and completion by ranking labels, too.
+    """Measures rows of one kind; pairs of prompt and completion by ranking labels or choices, too.
 
     Args:
         loaded: the model.
@@ -57,36 +95,67 @@ def evaluate_rows(
         labels: completions to rank; default the distinct completions of the rows, when there are at most 32.
         max_length: longest sequence in tokens; default 1024 or the model's limit.
         batch_size: rows per forward.
-        generate: measure exact match, by greedy generation.
+        generation: what to generate.
         progress: makes progress bars.
 
     Raises:
-        SettingsError: if the labels lack a completion.
+        SettingsError: if the labels lack a completion, or a setting would have no effect.
     """
     length = resolve_max_length(max_length, loaded.architecture.max_positions)
+    talks = bool(loaded.tokenizer.chat_template) and loaded.kind == "causal"
+    rows = [settle(row, talks) for row in rows]
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs and loaded.kind != "masked":
-        return _evaluate_pairs(loaded, pairs, _labels(pairs, labels), length, batch_size, generate, progress)
-    return _evaluate_loss(loaded, rows, length, batch_size, progress)
+        _check_one_kind(len(pairs), len(rows), "are prompt and completion")
+        choosing = sum(bool(row.choices) for row in pairs)
+        if choosing:
+            _check_one_kind(choosing, len(rows), "have choices")
+        ranked = None if choosing else _labels(pairs, labels)
+        return _evaluate_pairs(loaded, pairs, ranked, length, batch_size, generation, progress)
+    found = _evaluate_loss(loaded, rows, length, batch_size, progress)
+    asked = bool(generation.exact_match) or generation.show > 0
+    if not asked:
+        return found
+    talked = [row for row in rows if isinstance(row, MessagesRow)]
+    if not talked or loaded.kind != "causal":
+        raise SettingsError("--exact-match and --show without effect: nothing is answered in 'text' rows")
+    _check_one_kind(len(talked), len(rows), "are conversations")
+    answered = talked if generation.exact_match else talked[: generation.show]
+    bar = progress(total=len(answered), desc="answer", unit="row")
+    answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar)
+    bar.close()
+    exact = sum(answer.exact for answer in answers) / len(answers) if generation.exact_match else None
+    return replace(found, exact_match=exact, answers=tuple(answers[: generation.show]))
 
 
-def read_evaluation_rows(data: Sequence[str | Path], labels: Sequence[str] | None) -> list[Row]:
+def read_evaluation_rows(
+    data: Data,
+    labels: Sequence[str] | None,
+    columns: str | Columns | None = None,
+    max_rows: int | None = None,
+    notice: Notice = lambda _: None,
+    *,
+    all_renamed: bool = True,
+) -> list[Row]:
     """Rows of one kind.
 
     Raises:
         DataError: if there are none, or of two kinds.
     """
-    if not data:
+    if not as_items(data):
         raise DataError("no data: pass at least one file")
-    rows = read_rows(data)
+    rows = read_rows(data, max_rows, columns, notice, all_renamed=all_renamed)
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
-    if pairs and len(pairs) < len(rows):
-        raise DataError(
-            f"{len(pairs)} of {len(rows)} rows are prompt and completion; evaluate one kind of row at a time"
-        )
-    if labels is not None and not pairs:
-        raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows have labels")
+    if pairs:
+        _check_one_kind(len(pairs), len(rows), "are prompt and completion")
+    if labels is not None and (not pairs or any(row.choices for row in pairs)):
+        raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows without choices have labels")
     return rows
+
+
+def _check_one_kind(count: int, total: int, what: str) -> None:
+    if count < total:
+        raise DataError(f"{count} of {total} rows {what}; evaluate one kind of row at a time")
 
 
 def _labels(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -120,20 +189,35 @@ def _evaluate_pairs(
     labels: tuple[str, ...] | None,
     length: int,
     batch_size: int,
-    generate: bool,
+    generation: Generation,
     progress: Progress,
 ) -> Evaluation:
+    choosing = bool(rows[0].choices)
+    exact = generation.exact_match if generation.exact_match is not None else not choosing
     bar = progress(total=len(rows), desc="evaluate", unit="row")
-    scores = score_rows(loaded, rows, labels or (), length, batch_size, bar, generate)
+    scores = score_rows(
+        loaded, rows, labels or (), length, batch_size, bar, exact or generation.show > 0, generation.max_new_tokens
+    )
     bar.close()
     tokens = sum(score.num_tokens for score in scores)
     loss = sum(score.loss for score in scores) / tokens
+    shown = list(zip(rows, scores, strict=True))[: generation.show]
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        accuracy=sum(score.ranked_right or False for score in scores) / len(scores) if labels else None,
-        exact_match=sum(score.exact or False for score in scores) / len(scores) if generate else None,
+        accuracy=_share(score.ranked_right for score in scores) if labels or choosing else None,
+        exact_match=_share(score.exact for score in scores) if exact else None,
         num_rows=len(rows),
         num_tokens=tokens,
         labels=labels,
+        acc_norm=_share(score.normalized_right for score in scores) if choosing else None,
+        answers=tuple(
+            Answer(row.where, row.prompt, row.completion.strip(), score.said or "", bool(score.exact))
+            for row, score in shown
+        ),
     )
+
+
+def _share(found: Iterable[bool | None]) -> float:
+    listed = [bool(item) for item in found]
+    return sum(listed) / len(listed)

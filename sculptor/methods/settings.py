@@ -7,7 +7,7 @@ from pydantic import Field
 
 from sculptor.errors import SettingsError
 from sculptor.numerics.staircase import Constraint
-from sculptor.validation import AtLeastOne, Name, Positive, Seed, Share, Texts, option, settings
+from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, Seed, Share, Texts, option, settings
 
 Basis = Literal["weights", "inputs", "curvature", "random"]
 Threshold = Literal["matrix", "model"]
@@ -19,6 +19,12 @@ BasisDtype = Literal["float32", "float64", "bfloat16"]
 SELF = "self"  # as a data file: text that the model itself says
 DEFAULT_BUDGET = 0.6
 ROW_GROUPS = 7
+
+
+def is_self(data: str) -> bool:
+    """Whether data are what the model itself says, with a weight or without."""
+    return data == SELF or data.startswith(f"{SELF}:")
+
 
 # More than nothing.
 _Part = Annotated[float, Field(gt=0, le=1)]
@@ -42,6 +48,10 @@ class AnalyzeSettings:
     """With `--data self`: sample through the chat template."""
     chat_template: Name | None = None
     """For conversations: name of one of the tokenizer's templates, or a file [default: the tokenizer's own]."""
+    columns: ColumnNames | None = None
+    """Which columns of the data are which keys of ours: prompt=question,completion=answer."""
+    max_rows: AtLeastOne | None = None
+    """Rows to use of each of the data, the first ones [default: all]."""
     calibration_tokens: AtLeastOne = 100_000
     """Tokens to calibrate on, over all files."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
@@ -78,7 +88,7 @@ class AnalyzeSettings:
     """inputs, curvature: GB to stay within, by reading the rows more often [default: what is free on a GPU, 8 on a CPU]."""
 
     def __post_init__(self) -> None:
-        if self.chat and SELF not in self.data:
+        if self.chat and not any(map(is_self, self.data)):
             raise SettingsError("--chat without effect: it samples conversations for --data self")
 
     def given(self, *names: str) -> list[str]:

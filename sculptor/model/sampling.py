@@ -74,7 +74,7 @@ def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
 
 
 def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int) -> list[Example]:
-    said = _generate(loaded, [[start]] * rows, max_length - 1, [loaded.tokenizer.eos_token_id])
+    said = continue_prompts(loaded, [[start]] * rows, max_length - 1, [loaded.tokenizer.eos_token_id])
     return [Example((start, *ids), (start, *ids)) for ids in said if ids]
 
 
@@ -88,7 +88,7 @@ def _converse(loaded: LoadedModel, rows: int, max_length: int) -> list[Example]:
     opening = tokenizer(before, add_special_tokens=False).input_ids
     closing = tokenizer(after.lstrip(), add_special_tokens=False).input_ids
     ends = [tokenizer.eos_token_id, *closing[:1]]
-    questions = _generate(loaded, [opening] * rows, min(_MAX_USER_TOKENS, max_length // 2), ends)
+    questions = continue_prompts(loaded, [opening] * rows, min(_MAX_USER_TOKENS, max_length // 2), ends)
     prompts = []
     for ids in questions:
         text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True).strip()
@@ -100,7 +100,7 @@ def _converse(loaded: LoadedModel, rows: int, max_length: int) -> list[Example]:
     if not prompts:
         return []
     longest = max(map(len, prompts))
-    answers = _generate(loaded, prompts, max_length - longest, ends)
+    answers = continue_prompts(loaded, prompts, max_length - longest, ends)
     return [
         Example((*prompt, *ids), (*(IGNORED,) * len(prompt), *ids))
         for prompt, ids in zip(prompts, answers, strict=True)
@@ -108,10 +108,15 @@ def _converse(loaded: LoadedModel, rows: int, max_length: int) -> list[Example]:
     ]
 
 
-def _generate(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], num_new: int, ends: Sequence[int]
+@torch.no_grad()
+def continue_prompts(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    num_new: int,
+    ends: Sequence[int],
+    temperature: float = 1.0,
 ) -> list[list[int]]:
-    """Continuations up to the first of `ends`, which is part of them."""
+    """Continuations up to the first of `ends`, which is part of them; at temperature 0 the most likely ones."""
     from transformers import GenerationConfig
 
     width = max(map(len, prompts))
@@ -120,10 +125,8 @@ def _generate(
     own = loaded.model.generation_config
     # Not the checkpoint's: a repetition penalty or beams would not be what the model says at temperature 1.
     loaded.model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
         use_cache=True,
         max_new_tokens=num_new,
         eos_token_id=list(ends),

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sculptor.errors import SettingsError
 from sculptor.numerics.staircase import Constraint
-from sculptor.validation import AtLeastOne, Name, Positive, settings
+from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, settings
 
 
 @settings
@@ -25,6 +25,10 @@ class EstimateSettings:
     """Tokens per row [default: 1024 or the model's limit]."""
     chat_template: Name | None = None
     """With --data, for conversations: name of one of the tokenizer's templates, or a file [default: the tokenizer's own]."""
+    columns: ColumnNames | None = None
+    """With --data: which columns are which keys of ours: prompt=question,completion=answer."""
+    max_rows: AtLeastOne | None = None
+    """With --data: rows to use of each, the first ones [default: all]."""
     fused: bool = False
     """For --optimizer-mode fused."""
     device: Name = "auto"

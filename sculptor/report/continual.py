@@ -1,7 +1,11 @@
 """A continual run as text."""
 
+from pathlib import Path
+
 from sculptor.benchmark.results import ContinualReport
 from sculptor.report.text import table
+
+_MAX_NAME = 16  # characters of a column's head
 
 
 def continual_text(report: ContinualReport) -> str:
@@ -11,12 +15,12 @@ def continual_text(report: ContinualReport) -> str:
     def cell(value: float) -> str:
         return f"{100 * value:.1f}" if percent_scores else f"{-value:.3f}"
 
-    has_general = report.stages[0].watch_loss is not None
+    watched = list(report.stages[0].watched)
     rows = [
-        [stage.name, *map(cell, scores)] + ([f"{stage.watch_loss:.3f}"] if has_general else [])
+        [stage.name, *map(cell, scores), *(f"{stage.watched[name]:.3f}" for name in watched)]
         for stage, scores in zip(report.stages, report.matrix, strict=True)
     ]
-    head = ["after", *report.tasks] + (["watched loss"] if has_general else [])
+    head = ["after", *report.tasks, *(Path(name).stem[:_MAX_NAME] for name in watched)]
     m = report.metrics
     scale = 100 if percent_scores else 1
     figures = [("AA", m.average), ("BWT", m.backward), ("LA", m.learning), ("FWT", m.forward)]
@@ -26,7 +30,9 @@ def continual_text(report: ContinualReport) -> str:
         if value is not None
     ]
     if report.watch_rise is not None:
-        shown.append(f"watched loss {report.watch_rise:+.3f}")
+        first, last = report.stages[0].watched, report.stages[-1].watched
+        each = [f"{Path(name).stem[:_MAX_NAME]} {last[name] - first[name]:+.3f}" for name in watched]
+        shown.append(f"watched loss {report.watch_rise:+.3f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
     how = report.method + (f" ({report.basis})" if report.method == "sculptor" else "")
     unit = f"{report.metric.replace('_', ' ')} on {report.split} rows" + (
         ", %" if percent_scores else ", nats per token"

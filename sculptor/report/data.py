@@ -1,5 +1,7 @@
 """What rows become, as text."""
 
+import textwrap
+
 from sculptor.report.text import WIDTH, table
 from sculptor.tasks.data import DataReport, ExamplePreview
 
@@ -9,7 +11,16 @@ _SEQUENCES = 4  # of a row
 
 def data_text(found: DataReport) -> str:
     """What `sculptor data` prints."""
-    lines = []
+    lines = [table(["data", "rows", "sequences", "in an epoch"], [
+        [source.name, f"{source.num_rows:,}", f"{source.num_examples:,}", f"{source.num_epoch:,}"] for source in found.sources
+    ])]  # fmt: skip
+    for source in found.sources:
+        lines += _folded(f"{source.name}: read as {source.form}.")
+        if source.unread:
+            lines += _folded(f"  keys that are not read: {', '.join(source.unread)}")
+        if source.num_off:
+            lines.append(f"  {source.num_off:,} rows left out by their own weight")
+    lines.append("")
     for row in found.rows:
         lines.append(row.where)
         for example in row.examples[:_SEQUENCES]:
@@ -26,6 +37,7 @@ def data_text(found: DataReport) -> str:
         ("tokens with loss", found.num_learned), ("longest sequence", found.longest), ("longest allowed", found.max_length),
         ("rows dropped, too long", found.num_dropped), ("rows with a prompt cut", found.num_cut),
         ("rows in several sequences", found.num_split), ("rows given an end", found.num_ended),
+        ("rows tokenised apart at the edge", found.num_apart),
     ]  # fmt: skip
     lines.append(table(["in all", ""], [[name, f"{value:,}"] for name, value in sums]))
     lines.append("Loss is on what stands between » and «.")
@@ -39,6 +51,10 @@ def _marked(example: ExamplePreview) -> str:
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     half = _SHOWN // 2
     return text if len(text) <= _SHOWN else f"{text[:half]} … {text[-half:]}"
+
+
+def _folded(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
 
 
 def _wrapped(text: str) -> list[str]:

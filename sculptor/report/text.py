@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sculptor.archive.manifest import FrozenMatrices
-from sculptor.evaluation.rows import Evaluation
 from sculptor.methods.method import Terms
 from sculptor.tasks.analyze_report import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
@@ -241,17 +240,6 @@ def _comparison_table(found: Inspection) -> str:
         for c in found.comparison
     ]
     return table(["matrix", "outputs", "overlap", "angle", "inputs", "overlap", "angle"], rows) + f"\n{legend}"
-
-
-def evaluate_text(result: Evaluation) -> str:
-    """What `sculptor evaluate` prints."""
-    rows = [["loss", f"{result.loss:.4f}"], ["perplexity", f"{result.perplexity:,.2f}"]]
-    if result.accuracy is not None and result.labels is not None:
-        rows.append([f"accuracy (ranking {len(result.labels)} labels)", percent(result.accuracy)])
-    if result.exact_match is not None:
-        rows.append(["exact match", percent(result.exact_match)])
-    rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
-    return table(["measure", "value"], rows)
 
 
 def demo_text(report: DemoReport, kept: bool) -> str:

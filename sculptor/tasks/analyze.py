@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from sculptor import __version__
 from sculptor.analysis.cosines import measure_importance, read_examples
 from sculptor.analysis.derive import Packing, decide, write_measured
 from sculptor.analysis.evidence import weigh
-from sculptor.analysis.sources import facts_of, read_sources, sample_sources
+from sculptor.analysis.sources import calibration_sources, facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.archive.writer import ARCHIVE_FILES, ArchiveWriter, forget_progress, has_progress
@@ -29,6 +29,7 @@ from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import commit
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.data.examples import digest_examples
+from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence, measures_of
@@ -49,10 +50,12 @@ def analyze(
     output: str | Path,
     settings: AnalyzeSettings | None = None,
     *,
+    data: Data | None = None,
     offload: Offload = "auto",
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
     rules: Kinds | None = None,
 ) -> AnalyzeReport:
     """Saves the protected subspaces of a checkpoint as an archive.
@@ -61,10 +64,12 @@ def analyze(
         model: a checkpoint directory or hub name.
         output: the archive's directory.
         settings: what to protect; the default is the weights' directions with the paper's adaptive rank.
+        data: in the place of the settings' data, also a `Dataset` or any iterable of dicts; see `train`.
         offload: with calibration, where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         overwrite: replace an existing archive, at success.
         resume: take up what a killed run left.
         progress: makes progress bars.
+        notice: told, in a line, what form of data was recognised.
         rules: kinds of rules beside sculptor's own.
 
     Returns:
@@ -74,6 +79,10 @@ def analyze(
         SculptorError: if the checkpoint, the data or the output cannot be used.
     """
     settings = settings or AnalyzeSettings()
+    if data is not None and settings.data:
+        raise SettingsError("data twice: as an argument and in the settings; give one of the two")
+    items = as_items(settings.data if data is None else data)
+    settings = replace(settings, data=tuple(map(_named, items)))
     kinds = known_kinds(rules)
     make_method(settings, kinds)  # refuses before any work
     world = join(settings.device)
@@ -88,15 +97,15 @@ def analyze(
         calibrated = measures in ("inputs", "gradients")
         if calibrated and not settings.data:
             raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
-        sources = read_sources(checkpoint, architecture, settings) if calibrated else []
-        examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()
+        sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
+        examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
     output = Path(output).resolve()
     with staged_together(
         world,
         output,
         command="analyze",
         writes=ARCHIVE_FILES,
-        inputs=[checkpoint.path, *settings.data, *filter(None, [settings.chat_template])],
+        inputs=[checkpoint.path, *local_files(items), *filter(None, [settings.chat_template])],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=has_progress,
@@ -121,7 +130,7 @@ def analyze(
                     loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
                     with closing(loaded):
                         with world.together():
-                            drawn = sample_sources(loaded, settings, progress) if world.first else []
+                            drawn = sample_sources(loaded, settings, items, progress) if world.first else []
                         sources += world.from_first(drawn)
                         write_measured(
                             loaded,
@@ -209,7 +218,12 @@ def _frozen(
 def _published(settings: AnalyzeSettings) -> AnalyzeSettings:
     """Settings as an archive keeps them: names of files, no folders."""
     template = settings.chat_template and Path(settings.chat_template).name
-    return replace(settings, data=tuple(Path(file).name for file in settings.data), chat_template=template)
+    return replace(settings, data=names_of(settings.data), chat_template=template)
+
+
+def _named(item: Item) -> str:
+    """How settings call data."""
+    return str(item) if isinstance(item, str | Path) else names_of([item])[0]
 
 
 def _check_finite(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> None:

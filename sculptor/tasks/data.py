@@ -1,16 +1,17 @@
 """`sculptor data`: what rows become for a model, before anything is trained on them."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
-from sculptor.data.chat import check_use
-from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, resolve_max_length
-from sculptor.data.rows import read_rows
+from sculptor.data.chat import check_use, unread_keys
+from sculptor.data.columns import Columns
+from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, mixture_of, resolve_max_length
+from sculptor.data.mixture import Mixture
+from sculptor.data.rows import Data, DataSource, MessagesRow, as_items, read_sources
 from sculptor.errors import DataError
 from sculptor.model.load import check_trainable, load_tokenizer
 from sculptor.progress import Progress, silent
@@ -48,6 +49,27 @@ class RowPreview:
 
 
 @dataclass(frozen=True, slots=True)
+class SourcePreview:
+    """One of several data.
+
+    Attributes:
+        name: as records call it.
+        num_rows: rows read; `num_off` more say that they are not trained.
+        form: what they were recognised as.
+        unread: keys that nothing looks at.
+        num_examples: sequences made of them; `num_epoch` of an epoch are from here.
+    """
+
+    name: str
+    num_rows: int
+    num_off: int
+    form: str
+    unread: tuple[str, ...]
+    num_examples: int
+    num_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """The result of `preview`.
 
@@ -58,7 +80,10 @@ class DataReport:
         num_cut: rows that lost the middle of what comes before the loss.
         num_split: rows that became several sequences.
         num_ended: rows whose chat template gives turns no end, so that one was added.
+        num_apart: rows whose prompt and completion, joined, would be tokenised in another way at their edge.
+        num_epoch: sequences of an epoch, fewer than all with weights.
         longest: tokens of the longest sequence; `max_length` is what they were fitted into.
+        sources: each of the data.
         rows: the first ones.
     """
 
@@ -70,17 +95,22 @@ class DataReport:
     num_cut: int
     num_split: int
     num_ended: int
+    num_apart: int
+    num_epoch: int
     longest: int
     max_length: int
+    sources: tuple[SourcePreview, ...]
     rows: tuple[RowPreview, ...]
 
 
 def preview(
     model: str | Path,
-    data: Sequence[str | Path],
+    data: Data,
     *,
     max_length: int | None = None,
     chat_template: str | None = None,
+    columns: str | Columns | None = None,
+    max_rows: int | None = None,
     rows: int = 3,
     progress: Progress = silent,
 ) -> DataReport:
@@ -88,38 +118,44 @@ def preview(
 
     Args:
         model: a checkpoint directory or hub name.
-        data: JSONL or text files.
+        data: as `train` takes them.
         max_length: longest sequence in tokens; default 1024 or the model's limit.
         chat_template: for conversations: name of one of the tokenizer's templates, or a file; default its own.
+        columns: our keys and their columns, `prompt=question,completion=answer` or a mapping.
+        max_rows: rows to use of each of the data, the first ones; default all.
         rows: how many to show in full.
         progress: makes progress bars.
 
     Raises:
         SculptorError: if the checkpoint or a row cannot be used.
     """
-    if not data:
+    if not as_items(data):
         raise DataError("no data: pass at least one file")
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
     check_trainable(checkpoint, architecture)
     return preview_rows(
-        checkpoint, architecture, data, max_length=max_length, chat_template=chat_template, rows=rows, progress=progress
-    )[0]
+        checkpoint, architecture, data, max_length=max_length, chat_template=chat_template, columns=columns, max_rows=max_rows,
+        rows=rows, progress=progress,
+    )[0]  # fmt: skip
 
 
 def preview_rows(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    data: Sequence[str | Path],
+    data: Data,
     *,
     max_length: int | None,
     chat_template: str | None,
+    columns: str | Columns | None,
+    max_rows: int | None,
     rows: int,
     progress: Progress,
-) -> tuple[DataReport, list[int]]:
-    """As `preview`, of an open checkpoint; and the tokens of every sequence."""
+) -> tuple[DataReport, list[int], Mixture | None]:
+    """As `preview`, of an open checkpoint; the tokens of every sequence, and their shares of an epoch."""
     length = resolve_max_length(max_length, architecture.max_positions)
-    found = read_rows(data)
+    sources = read_sources(data, max_rows, columns)
+    found = [row for source in sources for row in source.rows]
     check_use(found, chat_template)
     tokenizer = load_tokenizer(checkpoint, architecture, chat_template)
     bar = progress(total=len(found), desc="encode", unit="row")
@@ -129,6 +165,9 @@ def preview_rows(
         bar.update(1)
     bar.close()
     examples = [example for row in encoded for example in row.examples]
+    parts = _divide(encoded, sources)
+    mixture = mixture_of(sources, parts)
+    counts = parts if mixture is None else list(mixture.counts)
     two_sided = architecture.kind == "seq2seq"
     report = DataReport(
         num_rows=len(found),
@@ -139,8 +178,11 @@ def preview_rows(
         num_cut=sum(row.cut for row in encoded),
         num_split=sum(len(row.examples) > 1 for row in encoded),
         num_ended=sum(row.ended for row in encoded),
+        num_apart=sum(row.apart for row in encoded),
+        num_epoch=sum(counts),
         longest=max((example.length for example in examples), default=0),
         max_length=length,
+        sources=tuple(map(_describe, sources, _unread(sources, tokenizer), parts, counts)),
         rows=tuple(
             RowPreview(
                 row.where, tuple(_preview(each, tokenizer, two_sided) for each in made.examples), _remarks(made, length)
@@ -148,7 +190,35 @@ def preview_rows(
             for row, made in zip(found[:rows], encoded[:rows], strict=True)
         ),
     )
-    return report, [example.length for example in examples]
+    return report, [example.length for example in examples], mixture
+
+
+def _divide(encoded: list[EncodedRow], sources: list[DataSource]) -> list[int]:
+    """How many sequences each of the data makes."""
+    rows = iter(encoded)
+    return [sum(len(next(rows).examples) for _ in source.rows) for source in sources]
+
+
+def _unread(sources: list[DataSource], tokenizer: Any) -> list[list[str]]:
+    """Keys of messages that the chat template does nothing with, of each of the data; each set of keys is tried once."""
+    tried: dict[tuple[str, ...], tuple[str, ...]] = {}
+    found = []
+    for source in sources:
+        names: set[str] = set()
+        for row in source.rows:
+            if isinstance(row, MessagesRow) and tokenizer.chat_template:
+                keys = tuple(sorted({key for message in row.messages for key in message}))
+                if keys not in tried:
+                    tried[keys] = unread_keys(row, tokenizer)
+                names.update(f"{key} of messages" for key in tried[keys])
+        found.append(sorted(names))
+    return found
+
+
+def _describe(source: DataSource, of_messages: list[str], num_examples: int, num_epoch: int) -> SourcePreview:
+    form = "; ".join(f"{count:,} x {form}" if len(source.forms) > 1 else form for form, count in source.forms.items())
+    unread = (*source.unread, *of_messages)
+    return SourcePreview(source.name, len(source.rows), source.num_off, form, unread, num_examples, num_epoch)
 
 
 def _learned(example: Example) -> int:
@@ -172,6 +242,8 @@ def _remarks(row: EncodedRow, length: int) -> tuple[str, ...]:
         found.append(f"the middle of what comes before the loss was cut to fit into {length} tokens")
     if len(row.examples) > 1:
         found.append(f"{len(row.examples)} sequences: windows of a long text, or turns trained one by one")
+    if row.apart:
+        found.append("joined, prompt and completion would be tokenised in another way at their edge")
     if row.ended:
         found.append("an end of sequence was added: the chat template ends a turn with the start of the next")
     return tuple(found)

@@ -127,6 +127,8 @@ def _variants(old: Path) -> list[tuple[str, str, AnalyzeSettings]]:
 def _measure(name: str, path: Path, old: Path, new: Path, passed: bool | None, progress: Progress) -> DemoRow:
     kept = evaluate(path, [old], device="cpu", progress=progress)
     learned = evaluate(path, [new], device="cpu", progress=progress)
+    assert kept.loss is not None
+    assert learned.loss is not None
     return DemoRow(name, kept.exact_match or 0.0, kept.loss, learned.exact_match or 0.0, learned.loss, passed)
 
 

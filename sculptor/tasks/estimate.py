@@ -11,6 +11,7 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Target, inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import resolve_max_length
+from sculptor.data.rows import Data, as_items, names_of
 from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.weights import plan_rule
@@ -31,7 +32,7 @@ def estimate(
     settings: EstimateSettings | None = None,
     *,
     subspaces: str | Path | None = None,
-    data: Sequence[str | Path] = (),
+    data: Data = (),
     directory: str | Path = ".",
     rules: Kinds | None = None,
     progress: Progress = silent,
@@ -42,7 +43,7 @@ def estimate(
         model: a checkpoint directory or hub name.
         settings: the job and the machine.
         subspaces: its archive, if there is one.
-        data: files of the task; memory is then planned for the longest example, time for the average one.
+        data: of the task, as `train` takes them; memory is then planned for the longest example, time for the average one.
         directory: on the disk that files would go to.
         rules: kinds of rules beside sculptor's own.
         progress: makes progress bars.
@@ -69,16 +70,18 @@ def estimate(
             for target in architecture.targets
         ]
     archive_bytes = 4 * sum(map(_stored_numbers, matrices)) if archive is None else archive.num_bytes
-    report, lengths = None, [resolve_max_length(settings.max_length, architecture.max_positions)]
-    if data:
-        report, lengths = preview_rows(
+    report, mixture, lengths = None, None, [resolve_max_length(settings.max_length, architecture.max_positions)]
+    if as_items(data):
+        report, lengths, mixture = preview_rows(
             checkpoint, architecture, data, max_length=settings.max_length, chat_template=settings.chat_template,
-            rows=1, progress=progress,
+            columns=settings.columns, max_rows=settings.max_rows, rows=1, progress=progress,
         )  # fmt: skip
         if not lengths:
-            raise DataError(f"{data[0]}: no row fits into {report.max_length} tokens; raise --max-length")
+            raise DataError(f"{names_of(data)[0]}: no row fits into {report.max_length} tokens; raise --max-length")
+    elif settings.columns is not None or settings.max_rows is not None:
+        raise SettingsError("--columns and --max-rows without effect: there is no --data")
     length = max(lengths)
-    batch = settings.batch_size if report is None else min(settings.batch_size, len(lengths))
+    batch = settings.batch_size if report is None else min(settings.batch_size, report.num_epoch)
     work = Workload(
         batch * length,
         1,
@@ -101,9 +104,10 @@ def estimate(
     wanted = TrainSettings(
         batch_size=batch, micro_batch_size=settings.micro_batch_size, optimizer_mode=mode, clip_by="matrix"
     )
+    average = sum(lengths) / len(lengths) if mixture is None else mixture.mean(lengths)
     split = choose_split(plans_of, wanted, batch, length, device, free_device)
     plans = plans_of(split)
-    work = split.workload(replace(work, tokens=round(batch * sum(lengths) / len(lengths))), batch)
+    work = split.workload(replace(work, tokens=round(batch * average)), batch)
     works = footprints(checkpoint, architecture, matrices, device, work)
     given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
     speeds, measured = measure_speeds(given, device, here, Path(directory))
@@ -132,7 +136,7 @@ def estimate(
         ),
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
         data=report,
-        steps=None if report is None else -(-len(lengths) // batch),
+        steps=None if report is None else -(-report.num_epoch // batch),
     )
 
 

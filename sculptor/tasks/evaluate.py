@@ -1,16 +1,20 @@
-"""`sculptor.evaluate`: loss, perplexity, exact match and label ranking of a checkpoint on rows."""
+"""`sculptor.evaluate`: what a checkpoint makes of rows, of watched texts, and of tasks of lm-eval."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.chat import check_use, use_template
+from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
-from sculptor.errors import SettingsError
-from sculptor.evaluation.rows import Evaluation, evaluate_rows, read_evaluation_rows
-from sculptor.model.load import resolve_device
+from sculptor.data.rows import Data, as_items, names_of
+from sculptor.errors import DataError, SettingsError
+from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
+from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, Watched, evaluate_rows, read_evaluation_rows
+from sculptor.model.load import check_head, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.job import open_model
 from sculptor.training.settings import Offload
@@ -18,40 +22,105 @@ from sculptor.training.settings import Offload
 
 def evaluate(
     model: str | Path,
-    data: Sequence[str | Path],
+    data: Data = (),
     *,
     labels: Sequence[str] | None = None,
+    watch: Data = (),
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    exact_match: bool | None = None,
+    max_new_tokens: int | None = None,
+    show: int = 0,
+    columns: str | Columns | None = None,
+    max_rows: int | None = None,
     max_length: int | None = None,
     chat_template: str | None = None,
     batch_size: int = 16,
     device: str = "auto",
     offload: Offload = "auto",
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
 ) -> Evaluation:
     """Measures what a checkpoint can do.
 
     Args:
         model: a checkpoint directory or hub name.
-        data: JSONL or text files, all of one kind of row.
+        data: as `train` takes them, all of one kind of row.
         labels: completions to rank; default the distinct completions of the rows, when there are at most 32.
+        watch: further data, each by itself: one loss for each.
+        tasks: tasks, groups or patterns of lm-eval.
+        include_path: a folder of task files (YAML) beside lm-eval's own.
+        num_fewshot: examples before each document of a task; default the task's own number.
+        chat: ask tasks through the chat template.
+        exact_match: generate greedily and compare; default for prompts without choices.
+        max_new_tokens: of what is generated, at most; default as many as the longest expected answer has.
+        show: how many answers to look at.
+        columns: our keys and their columns, `prompt=question,completion=answer` or a mapping.
+        max_rows: rows to use of each of the data, and documents of a task, the first ones; default all.
         max_length: longest sequence in tokens; default 1024 or the model's limit.
         chat_template: for conversations: name of one of the tokenizer's templates, or a file; default its own.
         batch_size: rows per forward.
         device: auto, cpu, cuda or cuda:N.
         offload: where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         progress: makes progress bars.
+        notice: told, in a line, what form of data was recognised.
 
     Raises:
         SculptorError: if the checkpoint or the data cannot be used.
     """
-    if batch_size < 1:
-        raise SettingsError(f"--batch-size {batch_size}: expected at least 1")
+    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens), ("--max-rows", max_rows)):
+        if value is not None and value < 1:
+            raise SettingsError(f"{option} {value}: expected at least 1")
+    given, watched = as_items(data), as_items(watch)
+    if not given and not watched and not tasks:
+        raise DataError("nothing to measure: pass data, texts to watch, or tasks")
+    _check_effect(
+        {
+            "--labels, --exact-match, --max-new-tokens and --show": not given
+            and (labels is not None or exact_match is not None or max_new_tokens is not None or show > 0),
+            "--include-path, --num-fewshot and --chat": not tasks
+            and (include_path is not None or num_fewshot is not None or chat),
+        }
+    )
     checkpoint = open_checkpoint(model)
-    rows = read_evaluation_rows(data, labels)
-    check_use(rows, chat_template)
+    rows = read_evaluation_rows(given, labels, columns, max_rows, notice) if given else []
+    texts = [read_evaluation_rows([item], None, columns, max_rows, notice, all_renamed=not given) for item in watched]
+    if not tasks:
+        check_use([*rows, *(row for text in texts for row in text)], chat_template)
+    manager = check_tasks(tasks, None if include_path is None else Path(include_path)) if tasks else None
     architecture = inspect_architecture(checkpoint)
-    tokens = batch_size * resolve_max_length(max_length, architecture.max_positions)
-    loaded = open_model(checkpoint, resolve_device(device), architecture, offload, tokens=tokens, progress=progress)
+    check_head(checkpoint, architecture)
+    length = resolve_max_length(max_length, architecture.max_positions)
+    loaded = open_model(
+        checkpoint, resolve_device(device), architecture, offload, tokens=batch_size * length, progress=progress
+    )
+    generation = Generation(exact_match, max_new_tokens, show)
     with closing(loaded):
         use_template(loaded.tokenizer, chat_template)
-        return evaluate_rows(loaded, rows, labels, max_length, batch_size, generate=True, progress=progress)
+        found = NOTHING
+        if rows:
+            found = evaluate_rows(loaded, rows, labels, length, batch_size, generation=generation, progress=progress)
+        alone = []
+        for name, text in zip(names_of(watched), texts, strict=True):
+            one = evaluate_rows(
+                loaded, text, None, length, batch_size, generation=Generation(exact_match=False), progress=progress
+            )
+            assert one.loss is not None
+            assert one.perplexity is not None
+            alone.append(Watched(name, one.loss, one.perplexity, one.num_tokens))
+        results: tuple[TaskResult, ...] = ()
+        if tasks:
+            results = run_tasks(
+                loaded, tasks, manager, max_length=length, batch_size=batch_size, max_rows=max_rows,
+                num_fewshot=num_fewshot, chat=chat,
+            )  # fmt: skip
+    return replace(found, watched=tuple(alone), tasks=results)
+
+
+def _check_effect(unused: dict[str, bool]) -> None:
+    for options, is_unused in unused.items():
+        if is_unused:
+            needed = "--data" if "--labels" in options else "--tasks"
+            raise SettingsError(f"{options} without effect: there is no {needed}")

@@ -1,7 +1,7 @@
 """The opened and checked inputs of a job, with everything that follows from them."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,8 +13,9 @@ from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.data.chat import check_use
-from sculptor.data.examples import Encoded, encode, resolve_max_length
-from sculptor.data.rows import digest_rows, read_rows
+from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
+from sculptor.data.mixture import Mixture
+from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
@@ -38,6 +39,7 @@ class TrainJob:
 
     Attributes:
         settings: resolved.
+        data: what records call them.
         rows_digest: of all rows, as they are in the files.
         encoded: the rows; `evaluation` those that choose the best parameters, if any.
         name: of the task.
@@ -61,11 +63,12 @@ class TrainJob:
 def open_job(
     model: str | Path,
     subspaces: str | Path,
-    data: Sequence[str | Path],
-    eval_data: Sequence[str | Path],
+    data: Data,
+    eval_data: Data,
     settings: TrainSettings,
     rules: Kinds | None,
     progress: Progress,
+    notice: Callable[[str], object] = lambda _: None,
 ) -> TrainJob:
     """Opens and checks everything that a training reads, before any work.
 
@@ -85,31 +88,38 @@ def open_job(
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     assert settings.max_length is not None
-    files = tuple(map(str, data))
-    if not files:
+    items = as_items(data)
+    if not items:
         raise DataError("no data: pass at least one file")
     kind, size = architecture.kind, architecture.vocab_size
-    rows = read_rows(files, settings.max_rows)
+    sources = read_sources(items, settings.max_rows, settings.columns, notice)
+    rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
-    encoded = encode(rows, tokenizer, kind, settings.max_length, size)
+    encoded = encode_sources(sources, tokenizer, kind, settings.max_length, size)
+    if encoded.mixture is not None:
+        notice(_epoch_line(sources, encoded.mixture))
     evaluation = None
-    eval_rows = read_rows(tuple(map(str, eval_data)))
+    eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, settings.max_length, size)
     extra = _select_extra(architecture, archive, settings.also_train)
-    name = Path(files[0]).stem if Path(files[0]).stem != "train" else Path(files[0]).resolve().parent.name
     return TrainJob(
         checkpoint,
         architecture,
         archive,
         settings,
-        files,
+        names_of(items),
         digest_rows([*rows, *eval_rows]),
         encoded,
         evaluation,
-        name,
+        task_name(items[0]),
         extra,
     )
+
+
+def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:
+    parts = zip(sources, mixture.counts, mixture.sizes, strict=True)
+    return "an epoch takes " + ", ".join(f"{count:,} of {size:,} from {source.name}" for source, count, size in parts)
 
 
 def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings:
@@ -193,14 +203,14 @@ def _sizes(job: TrainJob) -> tuple[int, int]:
     """Rows of a step, and tokens of the longest."""
     examples = job.encoded.examples
     longest = max((example.length for example in examples), default=1)
-    return min(job.settings.batch_size, max(1, len(examples))), longest
+    return min(job.settings.batch_size, max(1, job.encoded.num_epoch)), longest
 
 
 def _plans_of(job: TrainJob, device: torch.device, split: Split) -> dict[str, Footprint]:
-    settings, examples = job.settings, job.encoded.examples
+    settings = job.settings
     rows, longest = _sizes(job)
     assert settings.carry is not None
-    steps = settings.total_steps(-(-len(examples) // rows))
+    steps = settings.total_steps(-(-job.encoded.num_epoch // rows))
     work = Workload(
         tokens=rows * longest,
         micro_batches=1,

@@ -99,7 +99,7 @@ class NextArchive:
         assert isinstance(method, Carrying)
         assert job.settings.memory_rows is not None
         assert job.settings.memory_weight is not None
-        chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
+        chosen = spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows)
         write_measured(
             loaded,
             waiting,
@@ -126,7 +126,7 @@ class NextArchive:
             opened=tuple(opened),
             weights=() if self._measures == "nothing" else (settings.memory_weight or 1.0,),
             details={
-                "data": [Path(file).name for file in self._job.data],
+                "data": list(self._job.data),
                 "rows": rows,
                 "steps": steps,
                 "carry": self.carry,

@@ -54,7 +54,7 @@ def open_rules(
         with writing(path):
             path.mkdir(exist_ok=True)
         assert job.settings.memory_rows is not None
-        source = Source(job.name, spread_rows(job.encoded.examples, job.settings.memory_rows))
+        source = Source(job.name, spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows))
         targets = [target for target in job.architecture.targets if target.name in archive]
         settings, task = archive.manifest.settings, len(archive.manifest.tasks)
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:

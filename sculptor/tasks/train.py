@@ -5,7 +5,7 @@ in its folder `output`, which a rename puts in its place.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import commit, partial_path, writing
 from sculptor.checkpoint.written import discard
 from sculptor.data.examples import digest_examples
+from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
 from sculptor.methods.kinds import Kinds
@@ -44,11 +45,11 @@ _WRITES = ("metrics.jsonl", *STATE_FILES, "scratch/*", f"{OPENED_NAME}/*", "outp
 def train(
     model: str | Path,
     subspaces: str | Path,
-    data: Sequence[str | Path],
+    data: Data,
     output: str | Path,
     settings: TrainSettings | None = None,
     *,
-    eval_data: Sequence[str | Path] = (),
+    eval_data: Data = (),
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -61,14 +62,15 @@ def train(
     Args:
         model: the checkpoint directory or hub name.
         subspaces: its subspace archive.
-        data: JSONL or text files of the task.
+        data: of the task, one or several: files, folders or hub names (`PLACE[:CONFIG][@SPLIT][:WEIGHT]`), a `Dataset` or
+            any iterable of dicts, or pairs of these and a weight.
         output: directory of the merged checkpoint, with the updated archive in `subspaces/`.
         settings: how to train.
-        eval_data: files whose loss chooses the best parameters of the run.
+        eval_data: likewise, rows whose loss chooses the best parameters of the run.
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
-        notice: told, in a line, what was decided about memory.
+        notice: told, in a line, what was decided about memory, and what form of data was recognised.
         stop: polled after every step; a signal number saves the state and ends the run.
         rules: kinds of rules beside sculptor's own.
 
@@ -82,10 +84,10 @@ def train(
     output = Path(output).resolve()
     world = join(settings.device)
     device = resolve_device(settings.device)
-    if settings.eval_every is not None and not eval_data:
+    if settings.eval_every is not None and not as_items(eval_data):
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     with world.together():
-        job = open_job(model, subspaces, data, eval_data, settings, rules, progress)
+        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice)
     check_alike(
         world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     )
@@ -102,12 +104,13 @@ def train(
     if not reason.endswith(("as asked", "everything fits")):
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
+    read = [*local_files(data), *local_files(eval_data), *filter(None, [settings.chat_template])]
     with staged_together(
         world,
         output,
         command="train",
         writes=_WRITES,
-        inputs=[job.checkpoint.path, subspaces, *data, *eval_data, *filter(None, [settings.chat_template])],
+        inputs=[job.checkpoint.path, subspaces, *read],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=has_state,
@@ -130,6 +133,7 @@ def train(
                 evaluate=_evaluator(loaded, job),
                 stop=stop,
                 world=world,
+                mixture=job.encoded.mixture,
             )
             result = loop.run(progress)
             del loop
@@ -196,6 +200,8 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     examples = [job.encoded.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
+    if job.encoded.mixture is not None:
+        settings["mixture"] = asdict(job.encoded.mixture)
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": _archive_identity(job.archive),

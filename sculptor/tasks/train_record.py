@@ -34,6 +34,7 @@ def training_record(
     import transformers
 
     settings = asdict(job.settings)
+    mixture = job.encoded.mixture
     if job.settings.chat_template is not None:
         settings["chat_template"] = Path(job.settings.chat_template).name
     return {
@@ -47,7 +48,8 @@ def training_record(
         "command": "train",
         "settings": settings,
         # Names and digests: a record is published, and somebody's folders are nobody's business.
-        "data": {"files": [Path(file).name for file in job.data], "rows_sha256": job.rows_digest},
+        "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
+        | ({} if mixture is None else asdict(mixture)),
         "base": {"name": job.checkpoint.path.resolve().name, "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "also_trained": list(report.also_trained),

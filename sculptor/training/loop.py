@@ -19,6 +19,7 @@ from torch import Tensor
 from sculptor.checkpoint.staging import writing
 from sculptor.data.batches import Batch, BatchPlan
 from sculptor.data.examples import Example
+from sculptor.data.mixture import Mixture
 from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, num_loss_tokens
@@ -64,6 +65,7 @@ class TrainingLoop:
         penalty: a term added to the loss of every step, or None.
         evaluate: gives the validation loss of the model as it is, or None for no evaluation.
         stop: polled after every step; a signal number ends the run after its state is saved.
+        mixture: which part of an epoch comes from which examples; None if it is all of them.
         world: the processes that share a step.
     """
 
@@ -79,6 +81,7 @@ class TrainingLoop:
         penalty: Callable[[], Tensor] | None = None,
         evaluate: Callable[[], float] | None = None,
         stop: Callable[[], int | None] = lambda: None,
+        mixture: Mixture | None = None,
         world: World | None = None,
     ) -> None:
         self.loaded = loaded
@@ -92,7 +95,7 @@ class TrainingLoop:
         self.stop = stop
         self.world = world or World()
         lengths = [example.length for example in examples]
-        self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world)
+        self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world, mixture)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
         self.accelerator = make_accelerator(loaded.device)
         self.position = Position(step=0)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import Carry
-from sculptor.validation import AtLeastOne, Name, NotNegative, Off, Positive, Seed, Texts, settings
+from sculptor.validation import AtLeastOne, ColumnNames, Name, NotNegative, Off, Positive, Seed, Texts, settings
 
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
@@ -62,6 +62,8 @@ class TrainSettings:
     """Longest sequence in tokens [default: 1024 or the model's limit]."""
     chat_template: Name | None = None
     """For conversations: name of one of the tokenizer's templates, or a file [default: the tokenizer's own]."""
+    columns: ColumnNames | None = None
+    """Which columns of the data are which keys of ours: prompt=question,completion=answer."""
     also_train: Texts = ()
     """Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."""
     seed: Seed = 0

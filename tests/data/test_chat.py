@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import transformers
 
-from sculptor.data.chat import use_template
+from sculptor.data.chat import unread_keys, use_template
 from sculptor.data.examples import IGNORED, encode
-from sculptor.data.rows import read_rows
+from sculptor.data.rows import MessagesRow, read_rows
 from sculptor.errors import DataError, SettingsError
 
 CHATML = (
@@ -202,12 +202,8 @@ def test_a_template_is_chosen_by_name_or_file(tokenizer: Any, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.json", '[{"prompt": "a", "completion": "b"}]', "a JSON array"),
         ("rows.json", '{\n "prompt": "a"\n}', "JSON over several lines"),
-        ("rows.csv", "prompt,completion\na,b\n", "a table"),
-        ("rows.parquet", b"PAR1\xff\xfe", "a Parquet file"),
-        ("rows.jsonl", '{"conversations": [{"from": "human", "value": "x"}]}', "ShareGPT"),
-        ("rows.jsonl", '{"instruction": "a", "input": "", "output": "b"}', "Alpaca"),
+        ("rows.parquet", b"PAR1\xff\xfe", "the datasets library"),
         ("rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "preference pairs"),
         ("rows.jsonl", '{"prompt": "a", "completion": "b", "completion": "c"}', "key 'completion' twice"),
         ("rows.jsonl", '{"prompt": ' + "1" * 5000 + "}", "broken JSON"),
@@ -222,11 +218,7 @@ def test_other_formats_are_named(tmp_path: Path, name: str, content: str | bytes
     assert len(str(caught.value)) < 1000
 
 
-def test_a_saved_dataset_and_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "state.json").write_text("{}")
-    with pytest.raises(DataError, match="a saved dataset"):
-        read_rows([tmp_path / "saved"])
+def test_a_byte_order_mark(tmp_path: Path) -> None:
     for name, text in (("a.txt", "Hello"), ("a.jsonl", '{"text": "Hello"}')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
         (row,) = read_rows([tmp_path / name])
@@ -274,6 +266,56 @@ def test_what_a_template_leaves_out_is_refused(
         with pytest.raises(DataError, match=message) as caught:
             learned(tokenizer, tmp_path, {"messages": messages})
         assert "\n" not in str(caught.value)
+
+
+def test_what_is_long_is_looked_at_though_its_form_is_known(tokenizer: Any, tmp_path: Path) -> None:
+    """Cut at the end, at the start, in the middle: by a template that took short messages of the same form."""
+    for cut in ("m.content[:8]", "m.content[-8:]", "m.content[:4] ~ m.content[4:][-4:]"):
+        tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ " + cut + " }}")
+        assert learned(tokenizer, tmp_path, {"messages": [HELLO[0], {"role": "assistant", "content": "Hello"}]})
+        for role in (0, 1):
+            messages = [dict(message) for message in HELLO]
+            messages[role]["content"] = "Hello there and good bye"
+            with pytest.raises(DataError, match=f"leaves out message {role + 1}"):
+                learned(tokenizer, tmp_path, {"messages": messages})
+
+
+def test_thinking_under_another_name_is_learned_or_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """transformers 5.24 knows the names of each other; before, the right one is said."""
+    messages = [HELLO[0], HELLO[1] | {"reasoning": "hm"}]
+    with pytest.raises(DataError, match="renders nothing of turn 2's reasoning; choose another"):
+        learned(tokenizer, tmp_path, {"messages": messages})
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.thinking }}{{ m.content }}")
+    try:
+        assert learned(tokenizer, tmp_path, {"messages": messages}) == ["hmHello there<|im_end|>\n"]
+    except DataError as error:
+        assert "rename it to 'thinking', which it renders" in str(error)
+
+
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+def test_a_generation_prompt_longer_than_the_turn(tokenizer: Any, tmp_path: Path) -> None:
+    """What a turn begins with like the rest of that prompt, by chance, is learned all the same."""
+    tokenizer.chat_template = OPENED
+    for said in ("<b>Hello</b>", "<thin"):
+        messages = [HELLO[0], {"role": "assistant", "content": said}, *HELLO]
+        (found,) = learned(tokenizer, tmp_path, {"messages": messages})
+        assert found == f"{said}<|im_end|>\nHello there<|im_end|>\n"
+    tokenizer.chat_template = NO_END.replace("assistant: {% endif %}", "assistant: Hello there\nand{% endif %}")
+    assert learned(tokenizer, tmp_path, {"messages": HELLO})[0].startswith("Hello there\n")
+    tokenizer.chat_template = NO_END.replace("assistant: {% endif %}", "assistant: Hello there{% endif %}")
+    with pytest.raises(DataError, match="turn 2 of the assistant has nothing behind"):
+        learned(tokenizer, tmp_path, {"messages": HELLO})
+
+
+def test_keys_that_a_template_does_not_read_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    messages = [HELLO[0] | {"name": "Ann"}, HELLO[1] | {"id": 3}]
+    (row,) = read_rows([{"messages": messages}])
+    assert isinstance(row, MessagesRow)
+    assert unread_keys(row, tokenizer) == ("id", "name")
+    tokenizer.chat_template = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ m.name }}")
+    assert unread_keys(row, tokenizer) == ("id",)
 
 
 def test_arguments_stay_as_they_were_written(tokenizer: Any, tmp_path: Path) -> None:

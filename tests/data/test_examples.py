@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
-from sculptor.data.examples import IGNORED, cut_middle, encode, resolve_max_length
+from sculptor.data.examples import IGNORED, cut_middle, encode, encode_row, resolve_max_length
 from sculptor.data.rows import CompletionRow, MessagesRow, TextRow
 from sculptor.errors import DataError, SettingsError
 
@@ -165,6 +165,32 @@ def test_a_beginning_that_is_written_in_the_row_comes_once(tokenizer: Any) -> No
     assert pair.input_ids == (1, 5, 6, 0)
     (text,) = encode([TextRow("f", "<pad> w1 w2")], tokenizer, "causal", 16).examples
     assert text.input_ids == (1, 5, 6)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_no_space_comes_between_prompt_and_completion(scheme: str) -> None:
+    """Tokenizers that put a space before all they read, as Llama's: the joined text decides."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["</s>"], show_progress=False)
+    made.train_from_iterator(["hello there: yes no\nmaybe so = ab"] * 9, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    for prompt, completion, apart in (
+        ("hello:", " yes", False),
+        ("hello\n", "yes no", False),
+        ("hello: ", "yes", True),
+        ("hel", "lo yes", True),
+    ):
+        found = encode_row(CompletionRow("f", prompt, completion), tokenizer, "causal", 64)
+        (example,) = found.examples
+        assert tokenizer.decode(example.input_ids[:-1]) == prompt + completion
+        assert found.apart is apart
+        if not apart:
+            assert list(example.input_ids[:-1]) == tokenizer(prompt + completion).input_ids
 
 
 def test_an_empty_prompt_is_refused_where_nothing_stands_before_the_completion(tokenizer: Any) -> None:

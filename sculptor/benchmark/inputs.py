@@ -1,0 +1,63 @@
+"""Everything that a plan trains, calibrates and evaluates on, read before any of it is used."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sculptor.benchmark.plan import Plan, Split
+from sculptor.data.rows import Row, digest_rows, names_of, read_sources
+from sculptor.evaluation.rows import read_evaluation_rows
+from sculptor.methods.settings import is_self
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Inputs:
+    """The rows of a plan.
+
+    Attributes:
+        rows: evaluated, by task.
+        watched: by name.
+        evaluated_digest: of both.
+        trained_digest: of what is trained or calibrated on.
+    """
+
+    rows: Mapping[str, list[Row]]
+    watched: Mapping[str, list[Row]]
+    evaluated_digest: str
+    trained_digest: str
+
+
+def read_inputs(plan: Plan, split: Split) -> Inputs:
+    """Reads all rows of a plan.
+
+    Raises:
+        SculptorError: if any cannot be used.
+    """
+    rows = {
+        task.name: read_evaluation_rows(
+            plan.rows_of(task, split), task.labels, task.columns or plan.train.columns, all_renamed=False
+        )
+        for task in plan.tasks
+    }
+    watched = {
+        name: read_evaluation_rows([text], None) for name, text in zip(_told_apart(plan.watch), plan.watch, strict=True)
+    }
+    evaluated = [row for part in (*rows.values(), *watched.values()) for row in part]
+    return Inputs(rows, watched, digest_rows(evaluated), _trained_digest(plan))
+
+
+def _trained_digest(plan: Plan) -> str:
+    analysis = plan.analyze
+    calibrated = [item for item in analysis.data if not is_self(item)]
+    sources = read_sources(calibrated, analysis.max_rows, analysis.columns, mixed=True)
+    for task in plan.tasks:
+        settings = plan.train_settings(task)
+        sources += read_sources(task.data, settings.max_rows, settings.columns)
+    parts = [(source.weight, digest_rows(source.rows)) for source in sources]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _told_apart(texts: Sequence[str]) -> list[str]:
+    """Names of files, with what is above them where two are called the same."""
+    names = names_of(texts)
+    return [text if names.count(name) > 1 else name for name, text in zip(names, texts, strict=True)]

@@ -1,0 +1,120 @@
+"""Rows out of text files: JSONL, JSON arrays, CSV and TSV, plain text; read as they are asked for."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sculptor.data.conversations import unique_keys
+from sculptor.errors import DataError
+
+Found = Iterator[tuple[str, Any]]  # where, and what stands there
+_PACKED = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2"
+}  # fmt: skip
+_MAX_CELL = 2**31 - 1
+
+
+def read_file_rows(path: Path) -> Found:
+    """Every row of a text file, and where it stands.
+
+    Raises:
+        DataError: with file and line, for what cannot be read.
+    """
+    text = _read_text(path)
+    ending = path.suffix.lower()
+    if ending == ".txt":
+        if text.strip():
+            yield f"{path}", {"text": text}
+    elif ending in (".csv", ".tsv") and text.lstrip()[:1] != "{":
+        yield from _read_table(path, text, "\t" if ending == ".tsv" else ",")
+    elif _opens_array(text, ending):
+        yield from _read_array(path, text)
+    else:
+        if text.lstrip()[:1] == "{" and text.lstrip()[1:2] in ("\n", "\r"):
+            raise DataError(f"{path}: JSON over several lines; expected one object per line, or an array of them")
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is Parquet, whatever it is called."""
+    return _start(path) == b"PAR1"
+
+
+def parse_json(text: str, where: str) -> Any:
+    """One JSON value of a data file.
+
+    Raises:
+        DataError: if it is broken, has a key twice, or half a character.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as cause:
+        raise DataError(f"{where}: broken JSON ({cause.msg} at column {cause.colno})") from cause
+    except RecursionError:
+        raise DataError(f"{where}: broken JSON (nested too deeply)") from None
+    except ValueError as cause:  # a key twice, a number of thousands of digits
+        raise DataError(f"{where}: broken JSON ({str(cause).split(';')[0]})") from cause
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except (OSError, ValueError):
+        return b""
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such data file") from None
+    except UnicodeDecodeError as cause:
+        start = _start(path)
+        packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic[:4])), None)
+        if packed:
+            raise DataError(f"{path}: packed by {packed}; unpack it first") from None
+        raise DataError(f"{path}: not readable as UTF-8 text ({cause})") from cause
+    except (OSError, ValueError) as cause:
+        raise DataError(f"{path}: not readable ({cause})") from cause
+
+
+def _opens_array(text: str, ending: str) -> bool:
+    """Whether a file is an array, and not lines of which the first is one."""
+    start = text[:10_000].lstrip()
+    return start[:1] == "[" and (ending == ".json" or start[1:].lstrip()[:1] in ("{", "]"))
+
+
+def _read_array(path: Path, text: str) -> Found:
+    found = parse_json(text, f"{path}")
+    if not isinstance(found, list):
+        raise DataError(f"{path}: expected an array of objects")
+    for number, row in enumerate(found, 1):
+        yield f"{path}: row {number}", row
+
+
+def _read_table(path: Path, text: str, delimiter: str) -> Found:
+    """Cells are texts as they stand; an empty one is an empty text."""
+    csv.field_size_limit(_MAX_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        head = next(reader, [])
+        twice = next((name for name in head if head.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: two columns are called {twice!r}")
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                if len(cells) != len(head):
+                    raise DataError(
+                        f"{path}:{line}: {len(cells)} cells, the head has {len(head)}; quote cells with {delimiter!r}"
+                    )
+                yield f"{path}:{line}", dict(zip(head, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as cause:
+        raise DataError(f"{path}:{reader.line_num}: no table ({cause})") from cause

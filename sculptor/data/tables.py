@@ -1,0 +1,105 @@
+"""Rows through the `datasets` library (extra `data`): hub names, saved datasets, folders, Parquet and Arrow files.
+
+Rows are read one after another as they are asked for: files here are never copied to a cache, and of a hub name no more is
+fetched than the rows that are asked for, if their number is given.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sculptor.data.files import Found
+from sculptor.data.reference import Reference
+from sculptor.errors import DataError
+
+_FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+def read_table_rows(reference: Reference, kind: str | None, bounded: bool) -> Found:
+    """Every row, and where it stands.
+
+    Args:
+        reference: a file of a kind, a folder or a hub name.
+        kind: parquet or arrow, of a file.
+        bounded: only the first rows will be asked for.
+
+    Raises:
+        DataError: if `datasets` is not installed, or cannot read it.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{reference.text}: {_not_here(reference)}read through the datasets library, which is not installed: "
+            "pip install 'sculptor[data]'"
+        ) from None
+    datasets.disable_progress_bars()
+    try:
+        found = _open(datasets, reference, kind, bounded)
+        yield from dataset_rows(found, reference.text)
+    except DataError:
+        raise
+    except Exception as cause:  # it fails in as many ways as there are formats
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise DataError(
+            f"{reference.text}: {_not_here(reference)}the datasets library cannot read it ({reason})"
+        ) from cause
+
+
+def _not_here(reference: Reference) -> str:
+    return "" if reference.is_local else "no such file or folder here; as a hub name "
+
+
+def dataset_rows(dataset: Any, name: str) -> Found:
+    """Rows of a `Dataset`, an `IterableDataset` or any other iterable of dicts."""
+    plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    tidy = hasattr(dataset, "features")
+    for number, row in enumerate(plain, 1):
+        yield f"{name}: row {number}", _tidy(row) if tidy else row
+
+
+def choose_split(splits: Mapping[str, Any], name: str) -> Any:
+    """The split that is called train, or the only one.
+
+    Raises:
+        DataError: if that does not tell.
+    """
+    if "train" in splits or len(splits) == 1:
+        return splits["train"] if "train" in splits else next(iter(splits.values()))
+    raise DataError(f"{name}: has the splits {', '.join(splits) or '(none)'}; choose one: {name}@SPLIT")
+
+
+def _open(datasets: Any, reference: Reference, kind: str | None, bounded: bool) -> Any:
+    if kind is not None:
+        return datasets.load_dataset(kind, data_files=reference.place, split="train", streaming=True)
+    if reference.is_local and any((reference.path / name).is_file() for name in _SAVED):
+        found = datasets.load_from_disk(reference.place)
+        return _split_of(found, reference)
+    place, config, split = reference.place, reference.config, reference.split
+    sliced = split is not None and "[" in split  # which is not streamed
+    if (reference.is_local or bounded) and not sliced:
+        return _split_of(datasets.load_dataset(place, config, streaming=True), reference)
+    if split is None:
+        split = choose_split({name: name for name in datasets.get_dataset_split_names(place, config)}, reference.text)
+    return datasets.load_dataset(place, config, split=split)
+
+
+def _split_of(found: Any, reference: Reference) -> Any:
+    if not isinstance(found, Mapping):
+        if reference.split is not None:
+            raise DataError(f"{reference.text}: is one data set without splits; leave out @{reference.split}")
+        return found
+    if reference.split is None:
+        return choose_split(found, reference.text)
+    if reference.split not in found:
+        raise DataError(f"{reference.text}: no split {reference.split!r}; it has {', '.join(found)}")
+    return found[reference.split]
+
+
+def _tidy(value: Any) -> Any:
+    """Without what Arrow adds: every object of a column has all keys that any of them has, null where it had none."""
+    if isinstance(value, Mapping):
+        return {key: _tidy(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_tidy(item) for item in value]
+    return value

@@ -1,0 +1,97 @@
+"""What a model says by itself: greedy continuations, and whether they are the expected answers."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sculptor.data.asking import answer_part, end_ids, question_of
+from sculptor.data.examples import cut_middle
+from sculptor.data.row_types import MessagesRow
+from sculptor.errors import DataError
+from sculptor.evaluation.readers import Reader, open_reader
+from sculptor.model.load import LoadedModel
+from sculptor.progress import Bar
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was said to one row.
+
+    Attributes:
+        where: file and line.
+        prompt: what was asked.
+        expected: the right answer, or the first of several.
+        said: what the model says.
+        exact: whether that is a right one; white space around it, and thinking before it, are ignored.
+    """
+
+    where: str
+    prompt: str
+    expected: str
+    said: str
+    exact: bool
+
+
+def stops_of(loaded: LoadedModel) -> frozenset[int]:
+    """Tokens that end what the model says."""
+    own = getattr(loaded.model.generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return end_ids(loaded.tokenizer) | {token for token in listed if token is not None}
+
+
+@torch.no_grad()
+def answer_rows(
+    loaded: LoadedModel, rows: Sequence[MessagesRow], max_length: int, max_new: int | None, batch_size: int, bar: Bar
+) -> list[Answer]:
+    """Greedy answers to the last turn of conversations, in the order of `rows`.
+
+    Args:
+        loaded: a causal model.
+        rows: conversations.
+        max_length: of prompt and answer together; the middle of an over-long prompt is cut.
+        max_new: tokens of an answer; default those of the longest that is expected.
+        batch_size: rows per forward.
+        bar: counts rows.
+
+    Raises:
+        DataError: if no room is left for prompts.
+    """
+    tokenizer = loaded.tokenizer
+    asked = [question_of(row, tokenizer) for row in rows]
+    answers = [text for question in asked for text in question.expected]
+    count = max_new or max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in answers) + 1
+    if max_length - count < 1:
+        raise DataError(
+            f"{rows[0].where}: an answer of {count} tokens does not fit into {max_length}; raise --max-length"
+        )
+    prompts = [cut_middle(question.ids, max_length - count) for question in asked]
+    stops = stops_of(loaded)
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    found: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        reader = open_reader(loaded, [prompts[i] for i in chosen])
+        for i, ids in zip(chosen, greedy(reader, count, stops), strict=True):
+            said = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            exact = answer_part(said) in asked[i].expected
+            found[i] = Answer(rows[i].where, asked[i].text, asked[i].expected[0], said, exact)
+        bar.update(len(chosen))
+    return [found[i] for i in range(len(rows))]
+
+
+def greedy(reader: Reader, num_new: int, stops: Collection[int]) -> list[list[int]]:
+    """Greedy continuations up to one of `stops`, which is not part of them, or `num_new` tokens."""
+    batch = reader.first_logits.shape[0]
+    state = reader.fork(range(batch))
+    ends = torch.tensor(sorted(stops), device=reader.first_logits.device)
+    chosen = reader.first_logits.argmax(dim=1, keepdim=True)
+    said = [chosen]
+    ended = torch.isin(chosen[:, 0], ends)
+    while len(said) < num_new and not bool(ended.all()):
+        logits, state = reader.read(state, chosen)
+        chosen = logits[:, -1].argmax(dim=1, keepdim=True)
+        said.append(chosen)
+        ended |= torch.isin(chosen[:, 0], ends)
+    sequences = torch.cat(said, dim=1).tolist()
+    return [ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))] for ids in sequences]

@@ -1,0 +1,63 @@
+"""What a checkpoint can do, as text."""
+
+import textwrap
+
+from sculptor.evaluation.answers import Answer
+from sculptor.evaluation.rows import Evaluation
+from sculptor.report.text import WIDTH, percent, table
+
+_SHOWN = 400  # characters of a prompt or an answer
+
+
+def evaluate_text(result: Evaluation) -> str:
+    """What `sculptor evaluate` prints."""
+    parts = []
+    if result.loss is not None:
+        parts.append(_measures(result))
+    if result.watched:
+        rows = [
+            [text.name, f"{text.loss:.4f}", f"{text.perplexity:,.2f}", f"{text.num_tokens:,}"]
+            for text in result.watched
+        ]
+        parts.append(table(["watched", "loss", "perplexity", "tokens"], rows))
+    if result.tasks:
+        figures = [
+            [
+                task.name,
+                task.metric,
+                f"{task.value:.4f}",
+                "-" if task.error is None else f"{task.error:.4f}",
+                "-" if task.num_rows is None else f"{task.num_rows:,}",
+            ]
+            for task in result.tasks
+        ]
+        parts.append(table(["task of lm-eval", "metric", "value", "error", "rows"], figures))
+    parts += map(_answer, result.answers)
+    return "\n\n".join(parts)
+
+
+def _measures(result: Evaluation) -> str:
+    rows = [["loss", f"{result.loss:.4f}"], ["perplexity", f"{result.perplexity:,.2f}"]]
+    if result.accuracy is not None:
+        ranked = "each row's choices" if result.labels is None else f"{len(result.labels)} labels"
+        rows.append([f"accuracy (ranking {ranked})", percent(result.accuracy)])
+    if result.acc_norm is not None:
+        rows.append(["accuracy (the same, per character)", percent(result.acc_norm)])
+    if result.exact_match is not None:
+        rows.append(["exact match", percent(result.exact_match)])
+    rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
+    return table(["measure", "value"], rows)
+
+
+def _answer(answer: Answer) -> str:
+    lines = [answer.where]
+    for name, text in (("asked", answer.prompt), ("expected", answer.expected), ("said", answer.said)):
+        lines += textwrap.wrap(
+            _printable(text), WIDTH, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False
+        ) or [f"  {name:9}(nothing)"]
+    return "\n".join([*lines, "  exact" if answer.exact else "  not exact"])
+
+
+def _printable(text: str) -> str:
+    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

@@ -1,0 +1,182 @@
+"""`sculptor.chat`: a checkpoint, and its base beside it, answering the same words."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.asking import end_ids, render_question
+from sculptor.data.chat import use_template
+from sculptor.data.edges import prompt_ids
+from sculptor.data.examples import cut_middle, resolve_max_length
+from sculptor.errors import CheckpointError, DataError, SettingsError
+from sculptor.evaluation.answers import stops_of
+from sculptor.model.load import LoadedModel, resolve_device
+from sculptor.model.sampling import continue_prompts
+from sculptor.progress import Progress, silent
+from sculptor.tasks.job import open_model
+from sculptor.training.settings import Offload
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one model answers."""
+
+    name: str
+    text: str
+
+
+@dataclass(eq=False)
+class _Speaker:
+    """One model with its own memory of the conversation."""
+
+    name: str
+    loaded: LoadedModel
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Chat:
+    """Models that are talked to; each remembers what was said to it and what it said."""
+
+    def __init__(
+        self,
+        speakers: list[_Speaker],
+        system: str | None,
+        max_new_tokens: int,
+        temperature: float,
+        max_length: int | None,
+    ) -> None:
+        self._speakers = speakers
+        self._system = system
+        self._max_new_tokens = max_new_tokens
+        self._temperature = temperature
+        self._max_length = max_length
+        self._closing = ExitStack()
+        for speaker in speakers:
+            self._closing.callback(speaker.loaded.close)
+        self.forget()
+
+    def __enter__(self) -> "Chat":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back what the models take."""
+        self._closing.close()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the models."""
+        return tuple(speaker.name for speaker in self._speakers)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Those without a chat template, which go on with the text."""
+        return tuple(speaker.name for speaker in self._speakers if not speaker.loaded.tokenizer.chat_template)
+
+    def forget(self) -> None:
+        """Starts a new conversation."""
+        for speaker in self._speakers:
+            speaker.history = [{"role": "system", "content": self._system}] if self._system else []
+
+    def ask(self, text: str) -> tuple[Reply, ...]:
+        """What every model answers.
+
+        Raises:
+            DataError: if a chat template does not take the conversation.
+        """
+        return tuple(Reply(speaker.name, self._answer(speaker, text)) for speaker in self._speakers)
+
+    def _answer(self, speaker: _Speaker, text: str) -> str:
+        loaded, tokenizer = speaker.loaded, speaker.loaded.tokenizer
+        length = resolve_max_length(self._max_length, loaded.architecture.max_positions)
+        count = min(self._max_new_tokens, length - 1)
+        if not tokenizer.chat_template:
+            ids = prompt_ids(tokenizer, text)
+            if not ids:
+                raise DataError("nothing was said that the tokenizer knows")
+            return self._say(loaded, cut_middle(ids, length - count), count)
+        asked = [*speaker.history, {"role": "user", "content": text}]
+        try:
+            prompt = render_question(tokenizer, asked)
+        except Exception as cause:  # templates are programs
+            reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+            raise DataError(f"{speaker.name}: the chat template does not take this conversation ({reason})") from cause
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        answer = self._say(loaded, cut_middle(ids, length - count), count).strip()
+        speaker.history = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def _say(self, loaded: LoadedModel, ids: list[int], count: int) -> str:
+        stops = sorted(stops_of(loaded) if loaded.tokenizer.chat_template else end_ids(loaded.tokenizer))
+        (said,) = continue_prompts(loaded, [ids], count, stops, temperature=self._temperature)
+        found: str = loaded.tokenizer.decode(said, skip_special_tokens=True)
+        return found
+
+
+def chat(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    device: str = "auto",
+    offload: Offload = "auto",
+    progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
+) -> Chat:
+    """Opens a checkpoint to talk to, and another beside it that hears the same.
+
+    Args:
+        model: a checkpoint directory or hub name.
+        base: another one, for instance what the first was tuned from.
+        system: a system message before everything.
+        max_new_tokens: of an answer, at most.
+        temperature: of sampling; 0 for the most likely token each time.
+        max_length: of conversation and answer, in tokens; default 1024 or the model's limit.
+        chat_template: name of one of the tokenizer's templates, or a file; default its own.
+        device: auto, cpu, cuda or cuda:N.
+        offload: where the models' blocks wait that are not being computed: none, cpu, disk, or auto.
+        progress: makes progress bars.
+        notice: told, in a line, which model has no chat template.
+
+    Returns:
+        A context manager: `ask` says something to all of them, `forget` starts anew.
+
+    Raises:
+        SculptorError: if a checkpoint cannot be used.
+    """
+    if max_new_tokens < 1:
+        raise SettingsError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
+    if temperature < 0:
+        raise SettingsError(f"--temperature {temperature:g}: expected at least 0")
+    place = resolve_device(device)
+    speakers: list[_Speaker] = []
+    for path in (model, base) if base is not None else (model,):
+        checkpoint = open_checkpoint(path)
+        architecture = inspect_architecture(checkpoint)
+        if architecture.kind != "causal":
+            raise CheckpointError(
+                f"{checkpoint.path}: {architecture.model_class} does not go on with a text; use a causal model"
+            )
+        loaded = open_model(checkpoint, place, architecture, offload, progress=progress)
+        use_template(loaded.tokenizer, chat_template)
+        name = checkpoint.path.resolve().name
+        speakers.append(_Speaker(name if name not in [s.name for s in speakers] else f"{name} (base)", loaded))
+    session = Chat(speakers, system, max_new_tokens, temperature, max_length)
+    if session.plain:
+        if system is not None:
+            raise SettingsError(f"--system without effect: {session.plain[0]} has no chat template")
+        notice(
+            f"{' and '.join(session.plain)}: no chat template, so the text is continued as it is; give one with --chat-template"
+        )
+    return session

@@ -1,0 +1,240 @@
+"""The form of a row is told by its keys, or refused."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer, write_rows
+
+from sculptor.data.examples import encode
+from sculptor.data.rows import CompletionRow, MessagesRow, TextRow, digest_rows, read_rows, read_sources, settle
+from sculptor.errors import DataError, SettingsError
+
+TALK = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+SHARED = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]
+PAIR = {"prompt": "w1", "completion": "w2"}
+
+
+def one(tmp_path: Path, row: dict[str, Any], columns: Any = None) -> Any:
+    (found,) = read_rows([write_rows(tmp_path / "rows.jsonl", [row])], None, columns)
+    return found
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": SHARED},
+        {"conversations": TALK},
+        {"conversation": TALK},
+        {"messages": SHARED},
+        {"messages": json.dumps(TALK)},
+        {"prompt": TALK[:1], "completion": TALK[1:]},
+        {"prompt": json.dumps(TALK[:1]), "completion": json.dumps(TALK[1:])},
+        {"instruction": "w1", "input": "", "output": "w2"},
+        {"instruction": "w1", "output": "w2", "input": None},
+        {"messages": [dict(message, name=None, weight=None) for message in TALK], "tools": None, "text": None},
+    ],
+)
+def test_every_form_of_a_conversation_says_the_same(tmp_path: Path, row: dict[str, Any]) -> None:
+    found = one(tmp_path, row)
+    assert isinstance(found, MessagesRow)
+    assert list(found.messages) == TALK
+    assert found.trained == (False, True)
+
+
+def test_sharegpt_has_systems_tools_and_calls(tmp_path: Path) -> None:
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}
+    talk = [SHARED[0], call, {"from": "observation", "value": "w3"}, SHARED[1] | {"weight": 0}]
+    found = one(tmp_path, {"conversations": talk, "system": "w9", "tools": '[{"name": "f"}]'})
+    assert [message["role"] for message in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found.messages[2]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert found.trained == (False, False, True, False, False)
+    assert found.tools == ({"name": "f"},)
+
+
+def test_an_instruction_is_a_conversation_only_for_who_talks(tmp_path: Path) -> None:
+    found = one(tmp_path, {"instruction": "w1", "input": "w3", "output": "w2"})
+    assert found.messages[0]["content"] == "w1\n\nw3"
+    assert settle(found, True) is found
+    assert settle(found, False) == CompletionRow(found.where, "w1\n\nw3\n", "w2")
+    tokenizer = make_tokenizer()
+    (plain,) = encode([found], tokenizer, "causal", 16).examples
+    assert plain.input_ids == (5, 7, 6, 0)
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m.content }} <end> {% endfor %}"
+    (spoken,) = encode([found], tokenizer, "causal", 16).examples
+    assert spoken.input_ids == (13, 5, 7, 0, 13, 6, 0)
+    later = one(tmp_path, {"instruction": "w1", "output": "w2", "history": [["w5", "w6"]]})
+    assert [message["content"] for message in later.messages] == ["w5", "w6", "w1", "w2"]
+    assert later.trained == (False, False, False, True)
+
+
+def test_columns_are_named(tmp_path: Path) -> None:
+    row = {"question": "w1", "answer": "w2", "text": "w9", "id": 3}
+    for columns in ("prompt=question, completion=answer", {"prompt": "question", "completion": "answer"}):
+        found = one(tmp_path, row, columns)
+        assert (found.prompt, found.completion) == ("w1", "w2")
+    said: list[str] = []
+    (source,) = read_sources([tmp_path / "rows.jsonl"], None, columns, said.append)
+    assert source.unread == ("id", "text")
+    assert said == ["rows.jsonl: 1 rows read as prompt and completion (question as prompt, answer as completion)"]
+    assert one(tmp_path, {"body": "w1"}, "text=body").text == "w1"
+    assert one(tmp_path, {"log": SHARED}, "conversations=log").messages[1]["content"] == "w2"
+    for wrong, message in (
+        ("prompt=nothing", "--columns without effect: no row has 'nothing'"),
+        ("question=prompt", "unknown 'question'; known are messages"),
+        ("prompt", "expected OURS=THEIRS"),
+        ("prompt=question,prompt=answer", "'prompt' twice"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            one(tmp_path, row, wrong)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            PAIR | {"text": "w3"},
+            "could be prompt and completion and text; choose one with --columns prompt=prompt or --col",
+        ),
+        ({"messages": TALK, **PAIR}, "could be messages and prompt and completion"),
+        ({"question": "a", "answer": "b"}, "try --columns prompt=question,completion=answer"),
+        (
+            {"instruction": "a", "response": "b", "context": "c"},
+            "instruction=instruction,input=context,output=response",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs"),
+        ({"prompt": TALK[:1], "completion": "w2"}, "'prompt' is a list of messages, 'completion' is not"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "message 1 is from 'alien'; expected system, human"),
+        ({"instruction": "a", "input": "", "output": " "}, "empty output"),
+        (PAIR | {"choices": ["w2", "w3"], "gold": 2}, "'gold' is 2; expected the number of a choice, 0 to 1"),
+        (PAIR | {"choices": ["w2", "w3"], "gold": 1}, "'completion' is 'w2', choice 1 is 'w3'"),
+        (PAIR | {"choices": ["w2"]}, "1 'choices'; ranking needs at least 2"),
+        (PAIR | {"choices": "w2"}, "'choices' is not a list of texts"),
+        ({"prompt": "w1", "choices": ["w2", "w3"]}, "'choices' without 'gold'"),
+        ({"prompt": "w1", "references": []}, "'references' is not a list of texts"),
+        (PAIR | {"weight": 0.5}, "row has weight 0.5; expected 0 or 1"),
+        (PAIR | {"train": "no"}, "row has train no; expected true or false"),
+        ({"messages": [{"role": "system", "content": "a"}, *TALK], "system": "b"}, "'system' beside a system message"),
+        (
+            {
+                "messages": [
+                    TALK[0],
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}],
+                    },
+                ]
+            },
+            "message 2 has a call with key 'a' twice in its arguments",
+        ),
+        ({"messages": TALK, "tools": '[{"a": 1, "a": 2}]'}, "'tools' has key 'a' twice"),
+    ],
+)
+def test_what_is_not_clear_is_refused_with_its_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "w1"}, row])
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows([path])
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_two_forms_are_told_apart_by_columns(tmp_path: Path) -> None:
+    row = PAIR | {"text": "w3"}
+    assert one(tmp_path, row, "text=text") == TextRow(f"{tmp_path / 'rows.jsonl'}:1", "w3")
+    assert one(tmp_path, row, "prompt=prompt").completion == "w2"
+
+
+def test_choices_and_references(tmp_path: Path) -> None:
+    found = one(tmp_path, {"prompt": "w1", "choices": ["w2", "w3"], "gold": "1"})
+    assert (found.completion, found.choices) == ("w3", ("w2", "w3"))
+    found = one(tmp_path, {"prompt": "w1", "references": ["w4", "w5"]})
+    assert (found.completion, found.references) == ("w4", ("w4", "w5"))
+    assert one(tmp_path, {"messages": TALK, "references": ["w5"]}).references == ("w5",)
+
+
+def test_rows_say_that_they_are_not_trained(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "rows.jsonl", [PAIR, PAIR | {"weight": 0}, PAIR | {"train": False}, PAIR | {"weight": 1}]
+    )
+    said: list[str] = []
+    (source,) = read_sources([path], None, None, said.append)
+    assert (len(source.rows), source.num_off) == (2, 2)
+    assert said == ["rows.jsonl: 2 rows left out by their own weight"]
+    with pytest.raises(DataError, match="no rows; 1 are left out by their own weight"):
+        one(tmp_path, PAIR | {"weight": 0})
+
+
+def test_tables_and_arrays_are_the_equal_jsonl(tmp_path: Path) -> None:
+    rows = [{"prompt": f'w{i}, "w1"\nw2', "completion": value} for i, value in enumerate(["1", "NA", " None", "07"])]
+    expected = digest_rows(read_rows([write_rows(tmp_path / "rows.jsonl", rows)]))
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
+    (tmp_path / "b.jsonl").write_text("\ufeff" + json.dumps(rows))
+    for name, delimiter in (("c.csv", ","), ("d.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="") as file:
+            table = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+    for name in ("a.json", "b.jsonl", "c.csv", "d.tsv"):
+        found = read_rows(tmp_path / name)
+        assert digest_rows(found) == expected, name
+        assert str(tmp_path / name) in found[1].where
+    assert read_rows(tmp_path / "c.csv")[1].where == f"{tmp_path / 'c.csv'}:4"
+    for given in (rows, iter(rows), tuple(rows)):
+        assert digest_rows(read_rows(given)) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt,completion\na\n", "a.csv:2: 1 cells, the head has 2"),
+        ("a.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'"),
+        ("a.csv", 'prompt,completion\n"a,b\n', "no table"),
+        ("a.json", "[1, 2]", "a.json: row 1: expected a JSON object, found int"),
+        ("a.json", '[{"text": "a"}, {"text": "b", "text": "c"}]', "key 'text' twice"),
+        ("a.json", "[]", "no rows"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00\xff\xff", "packed by gzip"),
+    ],
+)
+def test_broken_tables_name_the_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_weights_mix_several_data(tmp_path: Path) -> None:
+    a, b = (write_rows(tmp_path / f"{name}.jsonl", [PAIR] * 3) for name in "ab")
+    assert [source.weight for source in read_sources([f"{a}:0.3", (b, 0.7)])] == [0.3, 0.7]
+    odd = write_rows(tmp_path / "odd:0.5", [PAIR])
+    assert read_sources([odd, a])[0].weight is None  # a name that is there goes first
+    for given, message in (
+        ([f"{a}:0.3"], "a weight without effect"),
+        ([f"{a}:0.3", b], "b.jsonl has no weight"),
+        ([(a, 0), b], "a weight of 0"),
+    ):
+        with pytest.raises((SettingsError, DataError), match=message):
+            read_sources(given)
+    with pytest.raises(SettingsError, match="a weight without effect here"):
+        read_rows([f"{a}:0.3", f"{b}:1"])
+
+
+def test_only_the_rows_that_are_asked_for_are_read() -> None:
+    def endless() -> Any:
+        while True:
+            yield PAIR
+
+    assert len(read_rows(endless(), 5)) == 5
+
+
+def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
+    for given, message in (
+        (5, "data are of type int"),
+        ({"prompt": "a"}, "data are of type dict"),
+        ([1, 2], "data are of type int"),
+        (iter(["text"]), "expected a JSON object, found str"),
+        (str(tmp_path / "nothing"), "no such data file or folder"),
+        ("nothing.parquet", "nothing.parquet"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_rows(given)  # type: ignore[arg-type]

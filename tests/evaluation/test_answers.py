@@ -1,0 +1,134 @@
+"""Choices against float64 log-probabilities, several references, answers in conversations, watched texts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Result, make_tokenizer, save_checkpoint, task_rows, write_rows
+from evaluation.test_ranking import reference_generation
+
+from sculptor import evaluate
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.asking import end_ids, question_of
+from sculptor.data.rows import MessagesRow, read_rows
+from sculptor.errors import DataError, SettingsError
+from sculptor.model.load import load_model
+
+TEMPLATE = "{% for m in messages %}w9 {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+CHOICES = [
+    {
+        "prompt": f"w{i} w{i + 2}",
+        "choices": [f"w{(3 * i) % 9} w1", f"w{(5 * i + 1) % 9}", f"w{i % 4} w2 w333"[: 6 + i % 3]],
+        "gold": i % 3,
+    }
+    for i in range(9)
+]
+
+
+def talker(path: Path) -> Path:
+    save_checkpoint(path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def bare_score(loaded: Any, prompt: str, choice: str) -> float:
+    """log p(choice | prompt) in float64, without an end of sequence."""
+    before, behind = (loaded.tokenizer(text).input_ids for text in (prompt, choice))
+    logits = loaded.model.double()(input_ids=torch.tensor([before + behind])).logits[0, len(before) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(behind)[:, None]).sum())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_choices_are_ranked_by_log_probability(tmp_path: Path, family: str) -> None:
+    path = save_checkpoint(tmp_path / "m", family)
+    data = write_rows(tmp_path / "rows.jsonl", CHOICES)
+    found = evaluate(path, data, device="cpu")
+    loaded = load_model(open_checkpoint(path), torch.device("cpu"))
+    plain = normalized = 0
+    for row in CHOICES:
+        choices: Any = row["choices"]
+        scores = [bare_score(loaded, str(row["prompt"]), choice) for choice in choices]
+        plain += max(range(3), key=scores.__getitem__) == row["gold"]
+        normalized += max(range(3), key=lambda i: scores[i] / len(choices[i])) == row["gold"]
+    assert (found.accuracy, found.acc_norm) == (plain / 9, normalized / 9)
+    assert (found.labels, found.exact_match) == (None, None)
+    assert evaluate(path, data, device="cpu", batch_size=1).accuracy == found.accuracy
+    with pytest.raises(SettingsError, match="--labels without effect"):
+        evaluate(path, data, labels=["w1"], device="cpu")
+    mixed = write_rows(tmp_path / "mixed.jsonl", [*CHOICES, *task_rows(count=5)])
+    with pytest.raises(DataError, match="9 of 14 rows have choices; evaluate one kind"):
+        evaluate(path, mixed, device="cpu")
+
+
+def test_any_reference_is_right(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "m")
+    loaded = load_model(open_checkpoint(path), torch.device("cpu"))
+    prompts = [f"w{i} w{i + 3}" for i in range(8)]
+    said = [loaded.tokenizer.decode(reference_generation(loaded, p, 3), skip_special_tokens=True) for p in prompts]
+    rows = [
+        {"prompt": p, "references": ["w1 w1 w1", s]} for p, s in zip(prompts, said, strict=True) if len(s.split()) > 0
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    found = evaluate(path, data, device="cpu", show=2, max_new_tokens=3)
+    assert found.exact_match == 1.0
+    assert [answer.said for answer in found.answers] == [row["references"][1].strip() for row in rows[:2]]
+    rows = [row | {"completion": "w1 w1 w1", "references": ["w2"]} for row in rows]
+    assert evaluate(path, write_rows(data, rows), device="cpu", max_new_tokens=3).exact_match == 0.0
+
+
+def test_conversations_are_answered(cli: Callable[..., Result], tmp_path: Path) -> None:
+    path = talker(tmp_path / "m")
+    loaded = load_model(open_checkpoint(path), torch.device("cpu"))
+    assert end_ids(loaded.tokenizer) == {0}
+    rows = []
+    for i in range(6):
+        asked = f"w9 w{i} <end> w9"
+        said = loaded.tokenizer.decode(reference_generation(loaded, asked, 3), skip_special_tokens=True) or "w1"
+        talk = [{"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": said if i % 2 else "w8 w8 w8"}]
+        rows.append({"messages": talk})
+    (row, *_) = read_rows(rows)
+    assert isinstance(row, MessagesRow)
+    assert question_of(row, loaded.tokenizer).ids == loaded.tokenizer("w9 w0 <end> w9").input_ids
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    quiet = evaluate(path, data, device="cpu")
+    assert (quiet.exact_match, quiet.answers) == (None, ())
+    found = evaluate(path, data, device="cpu", exact_match=True, show=6, max_new_tokens=3)
+    assert found.loss == quiet.loss
+    right = [answer.exact for answer in found.answers]
+    assert found.exact_match == sum(right) / 6
+    assert not any(right[0::2])
+    one = evaluate(path, data, device="cpu", exact_match=True, show=6, max_new_tokens=3, batch_size=1)
+    assert one.answers == found.answers
+    shown = cli("evaluate", path, "--data", data, "--show", 1, "--device", "cpu").out
+    assert "asked" in shown
+    assert "exact match" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    text = write_rows(tmp_path / "text.jsonl", task_rows("text"))
+    with pytest.raises(SettingsError, match="--exact-match and --show without effect"):
+        evaluate(path, text, device="cpu", show=1)
+
+
+def test_one_figure_for_each_watched_text(cli: Callable[..., Result], tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "m")
+    files = [write_rows(tmp_path / f"{name}.jsonl", task_rows(name, 6)) for name in ("text", "pairs")]
+    alone = [evaluate(path, file, device="cpu").loss for file in files]
+    found = cli(
+        "evaluate", path, *(part for file in files for part in ("--watch", file)), "--device", "cpu", "--json"
+    ).json
+    assert [text["name"] for text in found["watched"]] == ["text.jsonl", "pairs.jsonl"]
+    assert [text["loss"] for text in found["watched"]] == pytest.approx(alone)
+    assert found["loss"] is None
+    wrong = cli("evaluate", path, "--watch", files[0], "--show", 1)
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+    assert cli("evaluate", path).err.startswith("error: nothing to measure")
+
+
+def test_abilities_are_read(shared: Path) -> None:
+    for name in ("arc_easy", "hellaswag", "piqa"):
+        rows = read_rows(shared / "data" / "abilities" / f"{name}.jsonl", 20)
+        assert all(len(row.choices) > 1 for row in rows)  # type: ignore[union-attr]
