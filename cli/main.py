@@ -17,6 +17,7 @@ _COMMANDS = {
     "inspect": "inspect_archive",
     "verify": "verify",
     "evaluate": "evaluate",
+    "edit": "edit",
     "continual": "continual",
     "convert": "convert",
     "demo": "demo",

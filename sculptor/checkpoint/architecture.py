@@ -247,7 +247,8 @@ def _linear_maps(blocks: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def _role(module: str, block: str, several_stacks: bool) -> str:
+def role_of(module: str, block: str, several_stacks: bool) -> str:
+    """Path inside the block, preceded by the stack where the model has several."""
     path = module.removeprefix(block + ".")
     if not several_stacks:
         return path
@@ -268,7 +269,7 @@ def _target(
         parameter=f"{module}.weight",
         block=block,
         index=int(index) if index.isdigit() else 0,
-        role=_role(module, block, several),
+        role=role_of(module, block, several),
         shape=shape,
         transposed=transposed,
         input_group=leaders[module],
@@ -322,14 +323,14 @@ def _not_targeted(
         seen.add(id(parameter))
         block = next((name for name in blocks if path.startswith(name + ".")), None)
         if module in reasons:
-            sizes[_general(path), reasons[module]].append(parameter.numel())
+            sizes[general_path(path), reasons[module]].append(parameter.numel())
         elif block is not None:
             sizes[path.removeprefix(block + "."), NO_LINEAR_MAP].append(parameter.numel())
         elif any(part.isdigit() for part in path.split(".")):
-            sizes[_general(path), OUTSIDE].append(parameter.numel())
+            sizes[general_path(path), OUTSIDE].append(parameter.numel())
     return tuple(NotTargeted(role, len(counts), sum(counts), reason) for (role, reason), counts in sizes.items())
 
 
-def _general(path: str) -> str:
+def general_path(path: str) -> str:
     """A path with a star for every number."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from sculptor.archive.store import Archive
-from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, writing
 from sculptor.data.examples import digest_examples
 from sculptor.errors import SettingsError
@@ -159,15 +157,9 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
     return settings | {
         "base": job.archive.manifest.base_identity,
-        "subspaces": _archive_identity(job.archive),
+        "subspaces": job.archive.identity,
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],
         "threads": torch.get_num_threads(),
     }
-
-
-def _archive_identity(archive: Archive) -> str:
-    """Of its tensors and its rules: archives under other budgets share their tensors."""
-    rules = {f"{name} rule": repr(record.rule) for name, record in archive.items()}
-    return identity({name: stored.sha256 for name, stored in archive.manifest.tensors.items()} | rules)
