@@ -86,7 +86,12 @@ class Adapter(Mapping[str, Tensor]):
         self.path, self.base = path, base
         self.config = _read_config(path)
         self.infos, _ = read_header(path / WEIGHTS_NAME, CheckpointError)
-        owners = {place.parameter: (tensor, place) for tensor, place in places.items() if place.whole}
+        owners = {
+            parameter: (tensor, place)
+            for tensor, place in places.items()
+            if place.whole
+            for parameter in (place.parameter, *place.tied)
+        }
         self._pairs: dict[str, dict[str, str]] = defaultdict(dict)  # tensor of the base -> A, B
         self._saved: dict[str, str] = {}
         self._modules: dict[str, str] = {}

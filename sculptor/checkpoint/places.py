@@ -21,7 +21,7 @@ class Place:
         role: path inside its block, preceded by the stack where there are several; outside of blocks, its own path.
         depth: of its block in its stack, 0 for the first to 1 for the last; None outside of the blocks.
         transposed: a matrix stored as (in, out).
-        tied: whether several parameters of the model are this one.
+        tied: other parameters of the model that are this one.
         whole: whether it is the parameter; else loading makes the parameter of several tensors, or several of it.
     """
 
@@ -29,7 +29,7 @@ class Place:
     role: str
     depth: float | None
     transposed: bool = False
-    tied: bool = False
+    tied: tuple[str, ...] = ()
     whole: bool = True
 
 
@@ -47,7 +47,6 @@ def find_places(checkpoint: Checkpoint) -> dict[str, Place]:
         for tensor, _ in conversion.sources
     }
     same = _tied(skeleton)
-    tied = Counter(same.values())
     depths = _depths(skeleton)
     several = len({block.rpartition(".")[0] for block in depths}) > 1
     found = {}
@@ -60,7 +59,7 @@ def find_places(checkpoint: Checkpoint) -> dict[str, Place]:
             role=general_path(path) if block is None else role_of(path, block, several),
             depth=None if block is None else depths[block],
             transposed=_is_transposed(skeleton, parameter),
-            tied=tied[first] > 1,
+            tied=tuple(name for name, other in same.items() if other == first != name),
             whole=tensor in owners,
         )
     return found

@@ -97,7 +97,9 @@ def _match(
     mine: Checkpoint, own: Mapping[str, Place], theirs: Checkpoint, other: Mapping[str, Place]
 ) -> dict[str, str]:
     """Tensor of `mine` -> that of `theirs`: of the same name, or loaded into the same parameter."""
-    by_parameter = {place.parameter: name for name, place in other.items() if place.whole}
+    by_parameter = {
+        parameter: name for name, place in other.items() if place.whole for parameter in (place.parameter, *place.tied)
+    }
     found: dict[str, str] = {}
     for name in _floating(mine, own):
         partner = name if name in other else by_parameter.get(own[name].parameter) if own[name].whole else None
