@@ -93,7 +93,8 @@ def test_data_examples_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "continual", "convert", "demo"]
+    "name",
+    ["estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "edit", "continual", "convert", "demo"],
 )
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main

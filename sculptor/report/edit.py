@@ -49,7 +49,7 @@ def _choice_text(choice: Choice) -> str:
         ]
         rows.append([*shown, *measured, "<" if i == choice.best else ""])
     head = ["alpha", *(["soft"] if soft else []), f"task {choice.measure}", "watched loss", "kept", "back", "score", ""]
-    note = "kept: of what tuning gained on the task; back: of what it lost on the text; score: 2 kept + back, the largest is taken"
+    note = "kept: of what tuning gained on the task; back: of what it lost on the text\nscore: 2 kept + back; the largest is taken"
     return table(head, rows) + f"\n{note}"
 
 

@@ -7,7 +7,19 @@ from collections.abc import Callable
 import pytest
 from conftest import Result
 
-COMMANDS = ["estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "continual", "convert", "demo"]
+COMMANDS = [
+    "estimate",
+    "data",
+    "analyze",
+    "train",
+    "inspect",
+    "verify",
+    "evaluate",
+    "edit",
+    "continual",
+    "convert",
+    "demo",
+]
 
 
 def test_help_does_not_import_torch() -> None:
