@@ -167,9 +167,10 @@ class Adapter(Mapping[str, Tensor]):
 
     def finite_matrix(self, place: Placed) -> Tensor:
         """As `Checkpoint.finite_matrix`, float64; what the adapter does not change is the base's."""
-        if place.part is None and place.tensor in self:
-            return self[place.tensor]
-        return self.base.finite_matrix(place)
+        if place.tensor not in self:
+            return self.base.finite_matrix(place)
+        found = self[place.tensor]
+        return found if place.part is None else found[place.part]
 
     def _read(self, key: str) -> Tensor:
         value = read_known(self.path / WEIGHTS_NAME, key, self.infos[key], CheckpointError).to(torch.float64)

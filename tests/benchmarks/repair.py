@@ -48,11 +48,10 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     archives = {budget: analyze(options, budget) for budget in options.budgets}
-    inside = tune(options, "inside", archives[options.budgets[0]], None)
     for rate in options.rates:
         tuned = tune(options, f"tuned-{rate:g}", plain(options), rate)
         measure(options, f"{rate:g}", tuned, archives)
-    measure(options, "inside", inside, {})
+    measure(options, "inside", tune(options, "inside", archives[options.budgets[0]], None), {})
     print_tables(options)
 
 

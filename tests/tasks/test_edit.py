@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result, save_checkpoint, task_rows, write_rows
+from conftest import Result, make_tokenizer, save_checkpoint, task_rows, write_rows
 from edited import change_tensors, save_adapter, save_tuned, tensors_of
 
 import sculptor
@@ -234,6 +234,22 @@ def test_experts_are_edited_too(cli: Callable[..., Result], tmp_path: Path) -> N
     before, after, edited = (tensors_of(tmp_path / name) for name in ("base", "tuned", "out"))
     for name, value in edited.items():
         assert same(value, interpolate(before[name], after[name], 0.5).float())
+
+
+def test_stacks_of_experts_are_cut_one_by_one(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """A tensor of three dimensions goes through memory by its slices."""
+    from families import tiny
+
+    tiny("gpt_oss", "GptOssForCausalLM").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    tuned = save_tuned(tmp_path / "base", tmp_path / "tuned")
+    found = run(cli, "threshold", tmp_path / "base", tuned, "-o", tmp_path / "out")
+    assert (found.code, found.err) == (0, "")
+    before, after, edited = (tensors_of(tmp_path / name) for name in ("base", "tuned", "out"))
+    (name, *_) = [name for name, value in before.items() if value.ndim == 3]
+    for old, new, value in zip(before[name], after[name], edited[name], strict=True):
+        kept = threshold(new.double() - old.double())
+        torch.testing.assert_close(value, (old.double() + kept).float(), atol=1e-6, rtol=0)
 
 
 def one_line(found: Result, *needles: str, code: int) -> None:
