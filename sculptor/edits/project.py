@@ -3,9 +3,8 @@
     W = W0 + alpha P_soft(W1 - W0)
 
 P keeps what the rule of each matrix allows (`Projectable`): of a staircase the free pairs. Pair (i, j) of importance
-g_i c_j is multiplied by 1 / (1 + soft * importance / mean), the mean being that of all pairs of the model: with those
-factors P_soft(D) makes sum of h a^2 + (a - d)^2 mean / soft least, h being the curvature and a what stays of d. What no matrix of
-the archive is stays as in the base, as it does in training.
+h = g_i c_j is multiplied by 1 / (1 + soft h / mean), the mean being that of the matrix: what stays, a of d, makes the sum of
+h a^2 / mean + (a - d)^2 / soft least. What no matrix of the archive is stays as in the base, as it does in training.
 """
 
 from dataclasses import dataclass

@@ -248,10 +248,10 @@ class StaircaseRule:
         )
 
     def allowed(self, weight: Tensor, tensors: Tensors, update: Tensor, soften: float = 0.0) -> Tensor:
-        """The free pairs of dW, each times 1 / (1 + soften * scale * importance over its mean)."""
+        """The free pairs of dW, each times 1 / (1 + soften * importance over its mean): the gain of training, twice."""
         if not self.shapes:
             return torch.zeros_like(update)
-        prepared = self.prepare(tensors, Working(update.device, torch.float64, soften * self.scale)).tensors
+        prepared = self.prepare(tensors, Working(update.device, torch.float64, soften)).tensors
         return self.update(weight, prepared, self.project(weight, prepared, (), update))
 
     def entry_curvature(self, tensors: Tensors) -> tuple[Tensor, Tensor] | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import factors, save_checkpoint, stairs, task_rows, write_rows
+from conftest import factors, save_checkpoint, task_rows, write_rows
 from methods.toys.rotation import Rotation
 
 from sculptor import AnalyzeSettings, Archive, analyze
@@ -82,7 +82,7 @@ def test_soft_shrinks_free_pairs_by_their_importance(
         entry, base = archive.read(name), checkpoint.matrix(record)
         g, c = factors(archive, name)
         mean = g.spectrum().mean() * c.spectrum().mean()
-        gains = stairs(archive, name).scale * torch.outer(g.spectrum(), c.spectrum()) / mean
+        gains = torch.outer(g.spectrum(), c.spectrum()) / mean
         difference = torch.randn(base.shape, generator=generator, dtype=torch.float64)
         found = project(entry, base, difference, soft)
         torch.testing.assert_close(found, reference(entry, difference, soft, gains), atol=1e-5, rtol=0)
