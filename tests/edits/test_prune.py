@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import factors, save_checkpoint, task_rows, write_rows
+from conftest import factors, save_checkpoint, slowly, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.edits.prune import importance_of, prune
@@ -37,7 +37,7 @@ def test_ties_do_not_remove_more_or_less() -> None:
     assert float(weight.sum()) == 19, "the input stays as it was"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt2", *slowly("llama")])
 def test_importance_is_the_diagonal_of_the_moments(family: str, tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model", family)
     rows = write_rows(tmp_path / "rows.jsonl", task_rows("text"))

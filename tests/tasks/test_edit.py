@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result, make_tokenizer, save_checkpoint, task_rows, write_rows
+from conftest import Result, make_tokenizer, save_checkpoint, slowly, task_rows, write_rows
 from edited import change_tensors, save_adapter, save_tuned, tensors_of
 
 import sculptor
@@ -42,7 +42,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "t5"])
+@pytest.mark.parametrize("family", ["llama-tied", "t5", *slowly("llama")])
 def test_lines_on_sharded_bf16_files(family: str, cli: Callable[..., Result], tmp_path: Path) -> None:
     """In the layout of TUNED, with depth counted in each stack."""
     base = save_checkpoint(tmp_path / "base", family, dtype=torch.bfloat16, max_shard_size="15KB")
@@ -66,9 +66,11 @@ def test_lines_on_sharded_bf16_files(family: str, cli: Callable[..., Result], tm
     [
         ("lines", ("--alpha", 1), "tuned"),
         ("lines", ("--alpha", 0, "--beta", 0), "base"),
-        ("interpolate", ("--alpha", 1), "tuned"),
-        ("interpolate", ("--alpha", 0), "base"),
-        ("threshold", ("--alpha", 0), "base"),
+        *slowly(
+            ("interpolate", ("--alpha", 1), "tuned"),
+            ("interpolate", ("--alpha", 0), "base"),
+            ("threshold", ("--alpha", 0), "base"),
+        ),
     ],
 )
 def test_the_ends_are_the_inputs(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Result, save_checkpoint, task_rows, write_rows
+from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, evaluate, train, verify
 
@@ -39,11 +39,13 @@ def choose(cli: Callable[..., Result], made: Path, command: str, *more: object) 
 @pytest.mark.parametrize(
     ("command", "more", "count"),
     [
-        ("interpolate", ("--grid", 5), 5),
         ("lines", ("--grid", 3), 3),
-        ("threshold", ("--grid", 3), 3),
-        ("project", ("--grid", 2, "--soft", 0.5), 2),
         ("project", ("--alpha", 0.7), 4),
+        *slowly(
+            ("interpolate", ("--grid", 5), 5),
+            ("threshold", ("--grid", 3), 3),
+            ("project", ("--grid", 2, "--soft", 0.5), 2),
+        ),
     ],
 )
 def test_the_curve_is_of_what_would_be_written(
