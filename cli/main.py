@@ -20,6 +20,7 @@ _COMMANDS = {
     "verify": "verify",
     "evaluate": "evaluate",
     "chat": "chat",
+    "edit": "edit",
     "continual": "continual",
     "convert": "convert",
     "demo": "demo",

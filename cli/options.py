@@ -135,7 +135,9 @@ def settings_options(cls: Any, *names: str, skip: Iterable[str] = ()) -> Callabl
 def _option(field: Any, hint: Any, text: str) -> Callable[[Command], Command]:
     kind, metadata = _innermost(hint)
     name = "--" + field.name.replace("_", "-")
-    settings: dict[str, Any] = {"default": field.default, "show_default": field.default is not None}
+    needed = field.default is dataclasses.MISSING
+    settings: dict[str, Any] = {"required": True} if needed else {"default": field.default}
+    settings["show_default"] = not needed and field.default is not None
     if kind is bool:
         off = next((item.name for item in metadata if isinstance(item, Off)), None)
         if off is not None:

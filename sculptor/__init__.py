@@ -11,14 +11,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AnalyzeSettings": "sculptor.methods.settings",
+    "Choose": "sculptor.edits.settings",
     "EstimateSettings": "sculptor.planning.settings",
     "Archive": "sculptor.archive.store",
+    "Interpolate": "sculptor.edits.settings",
     "Kind": "sculptor.methods.kinds",
+    "Lines": "sculptor.edits.settings",
+    "Project": "sculptor.edits.settings",
+    "Prune": "sculptor.edits.settings",
     "SculptorError": "sculptor.errors",
+    "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
     "analyze": "sculptor.tasks.analyze",
     "chat": "sculptor.tasks.chat",
     "continual": "sculptor.benchmark.runner",
+    "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
     "inspect": "sculptor.tasks.inspect_archive",
@@ -26,6 +33,7 @@ _HOMES = {
     "merge": "sculptor.training.protect",
     "parameter_groups": "sculptor.training.rates",
     "protect": "sculptor.training.protect",
+    "prune": "sculptor.tasks.prune",
     "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
@@ -34,15 +42,22 @@ _HOMES = {
 __all__ = [
     "AnalyzeSettings",
     "Archive",
+    "Choose",
     "EstimateSettings",
+    "Interpolate",
     "Kind",
+    "Lines",
+    "Project",
+    "Prune",
     "SculptorError",
+    "Threshold",
     "TrainSettings",
     "__version__",
     "analyze",
     "chat",
     "continual",
     "convert",
+    "edit",
     "estimate",
     "evaluate",
     "inspect",
@@ -50,6 +65,7 @@ __all__ = [
     "parameter_groups",
     "preview",
     "protect",
+    "prune",
     "stream",
     "train",
     "verify",
@@ -58,6 +74,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sculptor.archive.store import Archive
     from sculptor.benchmark.runner import continual
+    from sculptor.edits.settings import Choose, Interpolate, Lines, Project, Prune, Threshold
     from sculptor.errors import SculptorError
     from sculptor.methods.kinds import Kind
     from sculptor.methods.settings import AnalyzeSettings
@@ -66,9 +83,11 @@ if TYPE_CHECKING:
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview
+    from sculptor.tasks.edit import edit
     from sculptor.tasks.estimate import estimate
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect
+    from sculptor.tasks.prune import prune
     from sculptor.tasks.stream import stream
     from sculptor.tasks.train import train
     from sculptor.tasks.verify import verify

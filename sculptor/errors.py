@@ -37,6 +37,10 @@ class TrainingError(SculptorError):
     """A run that cannot go on, for example because its loss is not finite."""
 
 
+class EditError(SculptorError):
+    """Checkpoints that do not go together, or an edit that cannot be made of them."""
+
+
 class VerificationError(SculptorError):
     """A verification that could not be carried out, as opposed to one that failed."""
 

@@ -84,6 +84,22 @@ def test_streaming_commands_are_real(
         assert result.code == 0, command + result.err
 
 
+def test_edit_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edited import save_tuned
+
+    monkeypatch.chdir(tmp_path)
+    save_tuned(save_checkpoint(tmp_path / "model"), tmp_path / "tuned")
+    write_rows(tmp_path / "task.jsonl", task_rows())
+    assert cli("analyze", "model", "--basis", "curvature", "--data", "task.jsonl", "--output", "subspaces").code == 0
+    commands, choice = blocks("docs/edit.md", "sh")
+    for command in commands.splitlines():
+        result = cli(*shlex.split(command)[1:])
+        assert result.code == 0, command + result.err
+    assert (
+        "--choose task.jsonl --watch general.txt" in choice
+    )  # needs a model that learned something: test_edit_choice.py
+
+
 def test_data_examples_are_read(tmp_path: Path) -> None:
     from sculptor.data.rows import read_rows
 
@@ -121,12 +137,27 @@ def test_commands_on_data_and_evaluation_are_real(
 
 @pytest.mark.parametrize(
     "name",
-    ["estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "chat", "continual", "convert", "demo"],
+    [
+        "estimate",
+        "data",
+        "analyze",
+        "train",
+        "inspect",
+        "verify",
+        "evaluate",
+        "chat",
+        "edit",
+        "continual",
+        "convert",
+        "demo",
+    ],
 )
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main
 
-    shown = CliRunner().invoke(main, [name, "--help"], prog_name="sculptor", terminal_width=100).output.rstrip()
+    shown = (
+        CliRunner().invoke(main, [*name.split(), "--help"], prog_name="sculptor", terminal_width=100).output.rstrip()
+    )
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert f"## sculptor {name}\n\n```text\n{shown}\n```" in page
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sculptor.archive.manifest import REMEDY, Manifest, MatrixRecord
-from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.reader import Checkpoint, identity
 from sculptor.checkpoint.tensors import TensorInfo, digest, in_threads, read_header, read_known
 from sculptor.errors import ArchiveError
 from sculptor.methods.kinds import Kinds, known_kinds
@@ -151,6 +151,12 @@ class Archive(Mapping[str, MatrixRecord]):
     def method(self) -> Method:
         """What made its rules, and carries them on."""
         return self.manifest.method(self.kinds)
+
+    @property
+    def identity(self) -> str:
+        """One digest of its tensors and its rules: archives under other budgets share their tensors."""
+        rules = {f"{name} rule": repr(record.rule) for name, record in self.items()}
+        return identity({name: stored.sha256 for name, stored in self.manifest.tensors.items()} | rules)
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, its digest checked.

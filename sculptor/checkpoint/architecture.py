@@ -6,7 +6,7 @@ by transformers' own loading rules. Nothing is ever matched against the path of 
 """
 
 import json
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -144,7 +144,7 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-_known: OrderedDict[tuple[object, ...], Architecture] = OrderedDict()
+_known: dict[tuple[object, ...], Architecture] = {}
 _KNOWN = 8  # a command opens its checkpoint several times, and building the skeleton of a large one takes seconds
 
 
@@ -154,12 +154,11 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
     Raises:
         CheckpointError: if the model cannot be built, has no targets, or the files lack some of them.
     """
-    infos = tuple((name, info.dtype, info.shape) for name, info in checkpoint.infos.items())
-    key = (json.dumps(checkpoint.config), infos)
+    key = (json.dumps(checkpoint.config), *((name, info.dtype, info.shape) for name, info in checkpoint.infos.items()))
     if key not in _known:
+        if len(_known) >= _KNOWN:
+            _known.pop(next(iter(_known)))
         _known[key] = _inspect(checkpoint)
-        while len(_known) > _KNOWN:
-            _known.popitem(last=False)
     return _known[key]
 
 
@@ -262,7 +261,8 @@ def _linear_maps(blocks: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def _role(module: str, block: str, several_stacks: bool) -> str:
+def role_of(module: str, block: str, several_stacks: bool) -> str:
+    """Path inside the block, preceded by the stack where the model has several."""
     path = module.removeprefix(block + ".")
     if not several_stacks:
         return path
@@ -283,7 +283,7 @@ def _target(
         parameter=f"{module}.weight",
         block=block,
         index=int(index) if index.isdigit() else 0,
-        role=_role(module, block, several),
+        role=role_of(module, block, several),
         shape=shape,
         transposed=transposed,
         input_group=leaders[module],
@@ -337,14 +337,14 @@ def _not_targeted(
         seen.add(id(parameter))
         block = next((name for name in blocks if path.startswith(name + ".")), None)
         if module in reasons:
-            sizes[_general(path), reasons[module]].append(parameter.numel())
+            sizes[general_path(path), reasons[module]].append(parameter.numel())
         elif block is not None:
             sizes[path.removeprefix(block + "."), NO_LINEAR_MAP].append(parameter.numel())
         elif any(part.isdigit() for part in path.split(".")):
-            sizes[_general(path), OUTSIDE].append(parameter.numel())
+            sizes[general_path(path), OUTSIDE].append(parameter.numel())
     return tuple(NotTargeted(role, len(counts), sum(counts), reason) for (role, reason), counts in sizes.items())
 
 
-def _general(path: str) -> str:
+def general_path(path: str) -> str:
     """A path with a star for every number."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))

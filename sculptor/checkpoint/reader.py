@@ -148,7 +148,7 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             CheckpointError: if it has any.
         """
-        return self._finite(name, self[name])
+        return self.check_finite(Slice(name), self[name])
 
     def finite_matrix(self, place: Placed) -> Tensor:
         """One matrix, checked for NaN and infinity.
@@ -156,13 +156,18 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             CheckpointError: if it has any.
         """
-        return self._finite(place.name, self.matrix(place))
+        return self.check_finite(place, self.matrix(place))
 
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+    def check_finite(self, place: Placed, tensor: Tensor) -> Tensor:
+        """A matrix that has been read, if it has no NaN and no infinity.
+
+        Raises:
+            CheckpointError: if it has any.
+        """
         if not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"{self.path}: tensor {name} has {count} NaN or infinite of {tensor.numel()} values; "
+                f"{self.path}: tensor {place.name} has {count} NaN or infinite of {tensor.numel()} values; "
                 "use a checkpoint from before the training diverged"
             )
         return tensor
@@ -191,15 +196,24 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: if there is no such directory or hub model, or it cannot be used.
     """
+    return Checkpoint(find_directory(model))
+
+
+def find_directory(model: str | Path) -> Path:
+    """A local directory as it is, or a hub name's, fetched into the hub's cache first.
+
+    Raises:
+        CheckpointError: if there is no such directory or hub model.
+    """
     path = Path(model)
     if os.path.isdir(path):  # unlike Path.is_dir, takes any name
-        return Checkpoint(path)
+        return path
     if os.path.exists(path):
         raise CheckpointError(f"{path}: {directory_problem(path)}")
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such directory, and not a hub name of the form owner/model")
-    return Checkpoint(_fetch(name))
+    return _fetch(name)
 
 
 def _fetch(name: str) -> Path:

@@ -57,6 +57,21 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     return found
 
 
+def tokenizer_differences(base: Path, other: Path) -> list[str]:
+    """Files of a tokenizer in another directory that are not those of a model's, one line each.
+
+    Raises:
+        CheckpointError: if a file cannot be read.
+    """
+    found = []
+    for name in sorted(path.as_posix() for path in companions(other) if _TOKENIZER.match(path.as_posix())):
+        if not (base / name).is_file():
+            found.append(f"{name} was added")
+        elif not _same_content(base / name, other / name):
+            found.append(f"{name} differs")
+    return found
+
+
 def _weight_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
     """What is said of the weights, and decides whether and by what they are loaded."""
     for file in tuned.files:

@@ -93,6 +93,21 @@ def staging(
         lock.release()
 
 
+@contextmanager
+def one_pass(output: Path, *, command: str, overwrite: bool) -> Iterator[Path]:
+    """`staging` of what is written at once, with nothing to resume: yields the directory that then becomes the output."""
+    writes = ("output/*",)
+    with staging(
+        output, command=command, writes=writes, overwrite=overwrite, resume=False, worth_keeping=lambda _: False
+    ) as partial:
+        staged = partial / "output"
+        with writing(staged):
+            staged.mkdir()
+        yield staged
+        commit(staged, output, overwrite=overwrite)
+        discard(partial, writes)
+
+
 def _lock(partial: Path) -> FileLock:
     """Makes the directory and locks it; it may be renamed by a run that finishes, until it is locked."""
     while True:

@@ -172,6 +172,29 @@ def cost_of(rule: Rule, names: Mapping[str, str]) -> Cost:
     return rule.cost(names) if isinstance(rule, Costly) and is_open(rule) else Cost({}, 0.0)
 
 
+@runtime_checkable
+class Projectable(Protocol):
+    """A rule that says what of a finished update is allowed."""
+
+    def allowed(self, weight: Tensor, tensors: Tensors, update: Tensor, soften: float = 0.0) -> Tensor:
+        """What stays of dW (m, n), float64; twice is once. With `soften`, less of what matters, where the rule knows that.
+
+        Args:
+            weight: W0 (m, n), float64.
+            tensors: as stored.
+            update: dW, float64.
+            soften: how strongly what matters is reduced; 0 for not at all.
+        """
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A rule that knows what changes of single entries cost."""
+
+    def entry_curvature(self, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
+        """h (m,) and w (n,), float64: a change of entry (i, j) costs h_i w_j dW_ij^2 / 2; None where nothing was measured."""
+
+
 class RuleStack(Protocol):
     """Rules of one kind and shape (m, n) that are folded and projected with at once; coordinates are those of each."""
 

@@ -247,6 +247,20 @@ class StaircaseRule:
             touched_at_random=at_random,
         )
 
+    def allowed(self, weight: Tensor, tensors: Tensors, update: Tensor, soften: float = 0.0) -> Tensor:
+        """The free pairs of dW, each times 1 / (1 + soften * importance over its mean): the gain of training, twice."""
+        if not self.shapes:
+            return torch.zeros_like(update)
+        prepared = self.prepare(tensors, Working(update.device, torch.float64, soften)).tensors
+        return self.update(weight, prepared, self.project(weight, prepared, (), update))
+
+    def entry_curvature(self, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
+        """The diagonals of G and C."""
+        if not self.moments:
+            return None
+        g, c = self.factors(tensors)
+        return torch.ones(self.shape[0], dtype=torch.float64) if g is None else g.diagonal(), c.diagonal()
+
     def figures(self) -> Figures:
         """Directions protected on the side that protects most; with moments pairs, whose staircase has no one number."""
         staircase = self.staircase

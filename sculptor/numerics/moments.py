@@ -42,6 +42,11 @@ class Factor:
         """All d eigenvalues in the order of the completed basis, float64, on the CPU."""
         return whole_spectrum(self.values, self.rest, self.dim)
 
+    def diagonal(self) -> Tensor:
+        """The moment's diagonal (d,), float64."""
+        vectors64, values64 = self.vectors.to(torch.float64), self.values.to(torch.float64)
+        return vectors64.square() @ (values64 - self.rest) + self.rest
+
     def dense(self, device: torch.device | None = None) -> Tensor:
         """The moment (d, d), float64."""
         vectors64, values64 = self.vectors.to(device, torch.float64), self.values.to(device, torch.float64)

@@ -15,9 +15,8 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
-from sculptor.checkpoint.staging import check_apart, commit, staging, write_json, writing
+from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
 from sculptor.checkpoint.writer import write_checkpoint
-from sculptor.checkpoint.written import discard
 from sculptor.errors import SettingsError, TrainingError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import load_streamed, resolve_device
@@ -36,8 +35,6 @@ _USED = {
     "offload", "learning_rate", "relative_rate", "weight_decay", "clip", "clip_by", "soften", "optimizer_mode", "optimizer_on",
     "offload_inputs", "device", "batch_size", "micro_batch_size",
 }  # fmt: skip
-
-_WRITES = ("output/*",)  # all that is written into the staging directory
 
 
 def _check(settings: TrainSettings, directory: str | Path | None) -> None:
@@ -186,12 +183,7 @@ class StreamedModel:
         self._check_open()
         output = Path(output).resolve()
         check_apart(output, [self.checkpoint.path, self.archive.path])
-        with staging(
-            output, command="stream", writes=_WRITES, overwrite=overwrite, resume=False, worth_keeping=lambda _: False
-        ) as partial:
-            staged = partial / "output"
-            with writing(staged):
-                staged.mkdir()
+        with one_pass(output, command="stream", overwrite=overwrite) as staged:
             bar = progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
             edits = {record.tensor: self._merge(name) for name, record in self.archive.items()}
             write_checkpoint(self.checkpoint, staged, edits, bar=bar)
@@ -200,8 +192,6 @@ class StreamedModel:
             lineage = [*previous.lineage, merge_of(self.checkpoint, self.archive, None)]
             record = {"created_by": f"sculptor {__version__}", "command": "stream", "lineage": [*map(asdict, lineage)]}
             write_json(staged / RECORD_NAME, record | {"also_trained": list(previous.also_trained)})
-            commit(staged, output, overwrite=overwrite)
-            discard(partial, _WRITES)
 
     def _merge(self, name: str) -> Any:
         def merged(weight: Tensor) -> Tensor:

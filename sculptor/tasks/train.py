@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from sculptor.archive.store import Archive
-from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import commit, partial_path, writing
 from sculptor.checkpoint.written import discard
 from sculptor.data.examples import digest_examples
@@ -204,7 +202,7 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
         settings["mixture"] = asdict(job.encoded.mixture)
     return settings | {
         "base": job.archive.manifest.base_identity,
-        "subspaces": _archive_identity(job.archive),
+        "subspaces": job.archive.identity,
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],
@@ -215,9 +213,3 @@ def _split(job: TrainJob, world: World) -> dict[str, int]:
     """How a step is split: decides rounding, and differs with the number of processes."""
     given = {name: getattr(job.settings, name) for name in _SPLIT}
     return {"processes": world.size, "threads": torch.get_num_threads(), **given}
-
-
-def _archive_identity(archive: Archive) -> str:
-    """Of its tensors and its rules: archives under other budgets share their tensors."""
-    rules = {f"{name} rule": repr(record.rule) for name, record in archive.items()}
-    return identity({name: stored.sha256 for name, stored in archive.manifest.tensors.items()} | rules)

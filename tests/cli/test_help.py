@@ -16,14 +16,17 @@ COMMANDS = [
     "verify",
     "evaluate",
     "chat",
+    "edit",
     "continual",
     "convert",
     "demo",
 ]
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys, sculptor_cli.main as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "lines", "--help"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    body = "assert 'torch' not in sys.modules"
+    code = f"import sys, sculptor_cli.main as m\ntry: m.main({arguments})\nexcept SystemExit: pass\n{body}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -45,6 +48,18 @@ def test_every_option_has_help_and_every_command_examples(cli: Callable[..., Res
     modules = {"inspect": "inspect_archive"}
     command = importlib.import_module(f"sculptor_cli.{modules.get(name, name)}").command
     for parameter in command.params:
+        assert parameter.param_type_name == "argument" or parameter.help, parameter.name
+
+
+@pytest.mark.parametrize("name", ["interpolate", "lines", "project", "prune", "threshold"])
+def test_every_edit_has_help_and_examples(cli: Callable[..., Result], name: str) -> None:
+    from sculptor_cli.edit import command
+
+    assert f"\n  {name} " in cli("edit", "--help").out
+    found = cli("edit", name, "--help")
+    assert found.code == 0
+    assert "Examples:" in found.out
+    for parameter in command.commands[name].params:
         assert parameter.param_type_name == "argument" or parameter.help, parameter.name
 
 
