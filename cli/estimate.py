@@ -7,14 +7,15 @@ import click
 
 from sculptor.planning.settings import EstimateSettings
 
-from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options
+from .options import SuggestingCommand, bars, json_option, quiet_libraries, rule_option, settings_options
 
 
 @click.command("estimate", cls=SuggestingCommand)
 @click.argument("model")
 @click.option("--subspaces", type=click.Path(), help="Subspace archive of MODEL, if there is one.")
 @click.option("--data", multiple=True, type=click.Path(), help="JSONL or .txt rows of the task; repeatable.")
-@settings_options(EstimateSettings)
+@rule_option
+@settings_options(EstimateSettings, skip=("rule",))
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),

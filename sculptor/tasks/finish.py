@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint
 from sculptor.edits.merge import Merged
-from sculptor.methods.rule import is_open
+from sculptor.methods.rule import is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, cast_to
@@ -60,6 +61,15 @@ def write_output(
     with writing(staged):
         shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
     return report
+
+
+class _Carried(TypedDict):
+    """Fields of a matrix's report."""
+
+    outputs_added: int
+    inputs_added: int
+    num_free_next: int
+    frozen: bool
 
 
 @dataclass(eq=False)
@@ -104,6 +114,7 @@ class _Finish:
             not_targeted=job.archive.manifest.not_targeted,
             learning_rate=job.settings.learning_rate,
             relative_rate=job.settings.relative_rate,
+            scaled=job.archive.method.defaults.scaled,
             matrices={name: self.reports[name] for name in job.archive},
         )
         self.archive.finish(report.num_examples, result.steps, report.opened)
@@ -141,7 +152,6 @@ class _Finish:
         stored = as_out_in(merged.update, record.transposed).cpu()
         norm = float(merged.update.norm())
         lost = float((merged.tensor.to(torch.float64) - weight.to(torch.float64) - stored).norm())
-        outputs, inputs = record.rule.figures().added.get(self.archive.task, (0, 0))
         return MatrixReport(
             role=record.role,
             update=measured.update / (float(weight.to(torch.float64).norm()) or 1.0),
@@ -149,9 +159,15 @@ class _Finish:
             rounding=measured.violation.rounding / measured.update if measured.update else 0.0,
             update_norm=norm,
             rounding_loss=lost / norm if norm else 0.0,
-            outputs_added=outputs,
-            inputs_added=inputs,
-            frozen=not is_open(record.rule),
+            **self._carried(record.name),
+        )
+
+    def _carried(self, name: str) -> _Carried:
+        """What the next archive makes of a matrix."""
+        rule = self.archive.record(name).rule
+        outputs, inputs = rule.figures().added.get(self.archive.task, (0, 0))
+        return _Carried(
+            outputs_added=outputs, inputs_added=inputs, num_free_next=num_free(rule), frozen=not is_open(rule)
         )
 
     def _measure(self) -> None:
@@ -160,8 +176,7 @@ class _Finish:
         with closing(self._reload()) as loaded:
             self.archive.measure(loaded, self.progress)
         for name in waiting:
-            frozen = not is_open(self.archive.record(name).rule)
-            self.reports[name] = replace(self.reports[name], frozen=frozen)
+            self.reports[name] = replace(self.reports[name], **self._carried(name))
 
     def _reload(self) -> LoadedModel:
         """What was written, rounding and all: the archive belongs to that, however the model was trained."""

@@ -54,7 +54,9 @@ class NextArchive:
             base_rms=rms(merged.tensor),
         )
         if not isinstance(self._method, Carrying) or self.carry == "keep":
-            self._writer.keep(record, self._job.archive)
+            archive = self._job.unopened or self._job.archive  # what one task's rows opened is for that task
+            kept = archive[record.name]
+            self._writer.keep(replace(record, rule=kept.rule, tensors=kept.tensors), archive)
         elif self._measures != "nothing":
             self.waiting[record.name] = record
         else:

@@ -72,4 +72,4 @@ def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Pro
                 )
             decide(writer, method, [*archive.manifest.source_weights, source.weight])
             writer.finish(archive.manifest)
-    return replace(job, archive=Archive(path, rules=archive.own_kinds))
+    return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)
