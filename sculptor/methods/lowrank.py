@@ -110,7 +110,8 @@ class LowRankRule:
         key = (*(working.names.get(name, (id(tensors), name)) for name in self.stored()), working.device, working.dtype)
         if key not in working.known:
             made = Columns(self._directions(tensors, working.device))
-            working.known[key] = made.columns.to(working.dtype), made.fingerprint(self.shape[1] - self.rank)
+            columns = made.columns.to(working.dtype).contiguous()  # products tell the order in memory in the last bit
+            working.known[key] = columns, made.fingerprint(self.shape[1] - self.rank)
         columns, mark = working.known[key]
         return Prepared({"directions": columns}, mark)
 

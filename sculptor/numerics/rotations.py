@@ -5,7 +5,7 @@ Directions (d) are turned in blocks of one size, the last of what is left; a blo
 numbers are a rotation, and any rotation without a half turn is given by some.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -89,14 +89,13 @@ def _pairs(side: int) -> int:
     return side * (side - 1) // 2
 
 
-def _blocks(y: Tensor, other: Tensor, angles: Sequence[Tensor], size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _blocks(y: Tensor, other: Tensor, angles: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For every kind of block: of y in the dtype of the angles, of another (d, w) as it is, a view, and the angles."""
-    found, start = [], 0
+    start = 0
     for (count, side), values in zip(blocks_of(y.shape[-2], size), angles, strict=True):
         part, there = (_split(x, start, count, side) for x in (y, other))
-        found.append((part.to(values.dtype), there, values))
+        yield part.to(values.dtype), there, values
         start += count * side
-    return found
 
 
 def _split(x: Tensor, start: int, count: int, side: int) -> Tensor:
