@@ -155,9 +155,11 @@ class Mask:
         assert evidence.update is not None
         weight = evidence.weight()
         mask = rule.mask(previous.tensors).to(weight.device)
-        used = largest_share(evidence.update.to(weight.device) * mask, ENERGY_SHARE, int(FREE_SHARE * rule.free))
-        small = mask if self.by_chance else mask & (weight.abs() <= rule.threshold)
-        return _derived(rule, weight, small & ~used)
+        used = largest_share(evidence.update.to(weight.device)[mask], ENERGY_SHARE, int(FREE_SHARE * rule.free))
+        small = torch.ones_like(used) if self.by_chance else weight[mask].abs() <= rule.threshold
+        left = torch.zeros_like(mask)
+        left[mask] = small & ~used
+        return _derived(rule, weight, left)
 
     def _taken(self, evidence: Evidence) -> Derived:
         planned, weight = self.plan(evidence.shape), evidence.weight()
