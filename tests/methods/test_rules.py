@@ -13,8 +13,10 @@ import sculptor
 from sculptor.benchmark.plan import RULES_OF
 from sculptor.errors import ArchiveError, SettingsError, Stopped
 from sculptor.methods.kinds import KINDS, TABLE, make_method
+from sculptor.methods.method import carries_of
 from sculptor.methods.rule import OuterProduct, Rule, Working, num_free
 from sculptor.methods.settings import RULES, AnalyzeSettings, Basis
+from sculptor.numerics.staircase import Constraint
 from sculptor.tasks.opening import OPENED_NAME
 
 CPU64 = Working(torch.device("cpu"), torch.float64)
@@ -274,6 +276,22 @@ def test_the_table_has_every_kind_and_the_command_line_too() -> None:
     for rule, rows in TABLE.items():
         assert set(rows) <= set(get_args(Basis))
         assert AnalyzeSettings(rule=rule).resolved_basis in rows
+
+
+def test_the_table_is_what_methods_take() -> None:
+    needed: dict[str, dict[str, Any]] = {"staircase": {"data": ("rows",)}, "rotation": {"preserve": 0.5}}
+    for rule, rows in TABLE.items():
+        for basis, row in rows.items():
+            told = {} if rule == "staircase" and basis in ("weights", "random") else needed.get(rule, {})
+            method = make_method(AnalyzeSettings(rule=rule, basis=basis, **told))
+            assert carries_of(method) == row.carries
+            for constraint in get_args(Constraint):
+                settings = AnalyzeSettings(rule=rule, basis=basis, constraint=constraint, **told)
+                if constraint in row.constraints:
+                    make_method(settings)
+                else:
+                    with pytest.raises(SettingsError, match="--constraint"):
+                        make_method(settings)
 
 
 def test_the_table_of_the_docs_is_that_of_the_code() -> None:
