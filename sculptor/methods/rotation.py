@@ -41,8 +41,9 @@ from sculptor.numerics.rounding import noise_spectrum
 from sculptor.numerics.staircase import Constraint
 from sculptor.validation import STRICT, AtLeastOne
 
-# Of the learning rate, as that of the other rules: a step turns a matrix by as much of its norm; see docs/rules.md.
-RATE = 0.1
+# Of the learning rate, in the units of other rules: a step turns a matrix by as much of its norm; measured on one model
+# (docs/rules.md).
+RATE = 0.4
 _CONSTRAINT: Constraint = "double"
 
 

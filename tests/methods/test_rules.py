@@ -113,13 +113,10 @@ def check_pair(base: Path, tuned: Path, archive: Path, case: str) -> None:
 
 
 def check_mask(entry: Any, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Frozen entries are byte-identical; the others begin where they were, signs and all."""
+    """Frozen entries are byte-identical."""
     mask = entry.rule.mask(entry.tensors)
     assert torch.equal(before[~mask].view(torch.int32), after[~mask].view(torch.int32))
     assert float((after != before)[mask].float().mean()) > 0.9
-    small = before[mask].abs() > 0.5 * before[mask].abs().max()
-    kept = (after[mask].sign() == before[mask].sign())[small].float().mean()
-    assert float(kept) > 0.7  # of those that |w| in the place of w would make positive, half
 
 
 def check_rotation(entry: Any, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -145,6 +142,17 @@ def check_lowrank(entry: Any, before: torch.Tensor, after: torch.Tensor) -> None
 
 
 PROPERTIES = {"mask": check_mask, "rotation": check_rotation, "lowrank": check_lowrank}
+
+
+@pytest.mark.parametrize("case", ["mask"])
+def test_small_weights_begin_where_they_are_signs_and_all(made: Path, case: str, tmp_path: Path) -> None:
+    trained(made, case, tmp_path / "out", max_steps=2, relative_rate=1e-4)
+    before, after, archive = weights(made / "model"), weights(tmp_path / "out"), sculptor.Archive(made / case)
+    for name, record in archive.items():
+        assert record.base_rms is not None
+        assert float((after[name] - before[name]).abs().max()) < 3e-4 * record.base_rms
+        seen = before[name].abs() > 3e-4 * record.base_rms
+        assert torch.equal(after[name].sign()[seen], before[name].sign()[seen])
 
 
 @pytest.mark.parametrize("case", MAIN)
@@ -369,7 +377,7 @@ def test_a_rank_above_the_inputs_is_refused() -> None:
         (
             "mask",
             {"carry": "merge"},
-            r"--carry merge: an archive with rule mask goes on by accumulate or retake or keep",
+            r"--carry merge: an archive with rule mask goes on by retake or accumulate or keep",
         ),
         (
             "rotation",
