@@ -13,6 +13,7 @@ from .options import (
     overwrite_option,
     quiet_libraries,
     resume_option,
+    tell,
 )
 
 
@@ -83,7 +84,7 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=bars,
-        notice=lambda text: click.echo(text, err=True),
+        notice=tell,
         stop=catch_signals(),
     )
     if plot is not None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import click
 
-from .options import SuggestingGroup
+from .options import SuggestingGroup, speaks
 
 _COMMANDS = {
     "estimate": "estimate",
@@ -22,6 +22,7 @@ _COMMANDS = {
     "demo": "demo",
 }
 _LONGEST = 1200  # characters of an error
+_SHARED = ("analyze", "train", "verify")  # commands that several processes can do together
 
 
 class _LazyGroup(SuggestingGroup):
@@ -64,14 +65,20 @@ def main() -> None:
 
 def run() -> None:
     """Entry point, and the one place where an error that a user can act on becomes one line."""
+    if not speaks():  # the first process tells what all have done
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
+        _check_processes(sys.argv[1:])
         code = main(standalone_mode=False)
+        _leave()
         if sys.stdout is not None:  # closed by whoever asked
             sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         sys.exit(2)
     except click.ClickException as error:
+        if not speaks():
+            sys.exit(error.exit_code)
         context = getattr(error, "ctx", None)
         hint = f"; see `{context.command_path} --help`" if context is not None else ""
         _fail(error.format_message().rstrip(".") + hint, error.exit_code)
@@ -84,9 +91,38 @@ def run() -> None:
         message = _message(error)
         if message is None:
             raise
+        if _is_told(error):
+            _exit(getattr(error, "exit_code", 1))
         _fail(message, getattr(error, "exit_code", 1))
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_processes(arguments: list[str]) -> None:
+    """Refuses a launcher where there is nothing to share: every process would do the whole."""
+    chosen = next((argument for argument in arguments if argument in _COMMANDS), None)
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and chosen is not None and chosen not in _SHARED and not {"-h", "--help"} & set(arguments):
+        raise click.UsageError(
+            f"sculptor {chosen}: {count[:20]} processes (WORLD_SIZE) have nothing to share here; start it without a launcher"
+        )
+
+
+def _leave() -> None:
+    """Ends what several processes have in common, if there are several."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from sculptor.world import leave
+
+        leave()
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether another of several processes says what went wrong."""
+    from sculptor.errors import PeerError, SettingsError
+
+    if isinstance(error, PeerError):
+        return error.told or not speaks()
+    return isinstance(error, SettingsError) and not speaks()  # those are the same in all
 
 
 def _message(error: Exception) -> str | None:
@@ -102,6 +138,12 @@ def _message(error: Exception) -> str | None:
     return None
 
 
+def _exit(code: int) -> NoReturn:
+    """Ends one of several processes at once: it may not wait for others that wait for it."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     if len(line) > _LONGEST:  # of a name that somebody made long
@@ -111,4 +153,6 @@ def _fail(message: str, code: int) -> NoReturn:
         sys.stdout.flush()
     except OSError:  # Python would try once more at its end, and exit with 120
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _exit(code)
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import signal
 import sys
 import threading
@@ -67,6 +68,17 @@ class SuggestingGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def speaks() -> bool:
+    """Whether this process is alone, or the first of several: the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell(text: str) -> None:
+    """A line about what was decided."""
+    if speaks():
+        click.echo(text, err=True)
+
+
 def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
     """Progress on stderr with time left, shown only for what takes over two seconds."""
     from tqdm import tqdm
@@ -82,6 +94,7 @@ def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
         unit_scale=unit == "B",
         leave=False,
         file=sys.stderr,
+        disable=not speaks(),
     )
 
 

@@ -16,6 +16,7 @@ from .options import (
     quiet_libraries,
     resume_option,
     settings_options,
+    tell,
 )
 
 
@@ -71,7 +72,7 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=bars,
-        notice=lambda text: click.echo(text, err=True),
+        notice=tell,
         stop=catch_signals(),
     )
     click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))

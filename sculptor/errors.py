@@ -49,3 +49,11 @@ class Stopped(SculptorError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class PeerError(SculptorError):
+    """Another of the processes that work on one run failed; `told` if it says why itself."""
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

@@ -1,12 +1,36 @@
-"""The processes that work on one run. There is one for now: several are refused before any work."""
+"""The processes that work on one run, started by torchrun, `accelerate launch` or Slurm; alone, everything here is free.
 
-from collections.abc import Sequence
+Work is divided in two ways. In a training step every process takes its part of the rows, and what they find is added up
+(`total`, `add_up`). Elsewhere every process takes its part of the matrices or blocks, and the first one gets all results in
+their order (`in_order`): it alone writes, so files are the same bytes for any number of processes.
+"""
+
+import os
+import pickle
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch import distributed as dist
+
+from sculptor.errors import PeerError, SculptorError, SettingsError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+# Of results on their way to the first process, which wait in host memory.
+_WAITING_BYTES = 4 * 2**30
+# Gradients are added up in pieces of about this size: large enough to be quick, small enough to need little memory.
+_BUCKET_BYTES = 64 * 2**20
+# Some steps take long in one process while the others wait: writing a large checkpoint, sampling.
+_PATIENCE = timedelta(hours=12)
+_END, _FAILED = b"", b"failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +44,285 @@ class World:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank {self.rank} of {self.size} processes")
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part of what all do; the parts of all ranks together are the whole, each item once."""
         return items[self.rank :: self.size] if self.size > 1 else items
 
-    def total(self, number: int) -> int:
-        """The sum over processes."""
-        self._alone()
-        return number
+    def total(self, *numbers: float) -> list[float]:
+        """Sums over processes, exact for integers below 2^53."""
+        if self.size == 1:
+            return list(numbers)
+        return _collectively(lambda: _reduced(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.SUM).tolist())
 
-    def norm(self, norm: Tensor) -> Tensor:
-        """The norm over processes, given that of this one's part."""
-        self._alone()
-        return norm
+    def most(self, number: int) -> int:
+        """The largest of all processes."""
+        if self.size == 1:
+            return number
+        return int(_collectively(lambda: _reduced(torch.tensor([number]), dist.ReduceOp.MAX)))
 
-    def _alone(self) -> None:
-        if self.size > 1:
-            raise NotImplementedError("sums over several processes")
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank, for all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        _collectively(lambda: dist.all_gather_object(found, value, group=_host_group()))
+        return found
+
+    def from_first(self, value: T) -> T:
+        """The first process's value, for all."""
+        if self.size == 1:
+            return value
+        found = [value]
+        _collectively(lambda: dist.broadcast_object_list(found, src=0, group=_host_group()))
+        return found[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.gather(None)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sums of tensors over processes, in place and on their device; the same bits in all processes."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            _collectively(lambda bucket=bucket: _add_bucket(bucket))  # type: ignore[misc]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What has to go well in every process; if it does not in one, it ends in all, and the first that failed tells.
+
+        Raises:
+            PeerError: if it failed in another process only, or in one before this.
+        """
+        failed: BaseException | None = None
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as error:
+            failed = error
+        states = self.gather(failed is not None)
+        if not any(states):
+            return
+        if states.index(True) == self.rank and failed is not None:
+            raise failed
+        raise PeerError("another process of this run failed", told=True) from failed
+
+    def in_order(self, items: Sequence[Item], work: Callable[[Item], Iterable[T]]) -> Iterator[T]:
+        """The results of all items, in their order, for the first process; nothing for the others, which do their part here.
+
+        Args:
+            items: the same in all processes.
+            work: gives the results of an item, one after another; tensors in them on the CPU.
+        """
+        if self.size == 1:
+            for item in items:
+                yield from work(item)
+        elif self.first:
+            for i, item in enumerate(items):
+                yield from work(item) if i % self.size == 0 else _received(i % self.size)
+        else:
+            with _Sender() as sender:
+                try:
+                    for item in self.share(items):
+                        for result in work(item):
+                            sender.send(pickle.dumps(result, protocol=5))
+                        sender.send(_END)
+                except SculptorError:
+                    sender.send(_FAILED)
+                    sender.finish()
+                    raise
+
+
+ALONE = World()
+
+
+def here() -> World:
+    """The processes as they have been set up."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return World()
+
+
+def asked() -> World:
+    """What a launcher says in the environment, before anything is set up.
+
+    Raises:
+        SettingsError: if it contradicts itself.
+    """
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        return World(int(rank), int(size))
+    except ValueError as cause:
+        raise SettingsError(
+            f"RANK {rank[:20]} of WORLD_SIZE {size[:20]}: expected numbers, the first below the second; start it with torchrun "
+            "or accelerate launch"
+        ) from cause
+
+
+def join(on_gpu: bool) -> World:
+    """Sets the processes up that a launcher has started, unless that was done; one process needs nothing.
+
+    Raises:
+        SettingsError: if they cannot be set up.
+    """
+    world = asked()
+    if world.size == 1 or dist.is_initialized():
+        return here()
+    if on_gpu:
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as cause:
+        raise SettingsError(
+            f"{world.size} processes (WORLD_SIZE): cannot be set up ({_line(cause)}); start it with torchrun or accelerate launch"
+        ) from cause
+    return here()
+
+
+def local_rank() -> int:
+    """This process among those of its machine, which have one GPU each."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def leave() -> None:
+    """Undoes `join`."""
+    global _host
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        _host = None
+
+
+_host: Any = None
+
+
+def _host_group() -> Any:
+    """Objects travel between hosts' memories: beside NCCL alone, as another program may have set it up, in a group of their own."""
+    global _host
+    if "gloo" in str(dist.get_backend_config()):
+        return None
+    if _host is None:
+        _host = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _host
+
+
+def _collectively(call: Callable[[], T]) -> T:
+    """Does it; where another process has gone away, says so in one line."""
+    try:
+        return call()
+    except RuntimeError as cause:
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise
+        raise PeerError(
+            f"another process of this run ended ({_line(cause)}); look at what it said, and go on with --resume"
+        ) from cause
+
+
+def _line(cause: BaseException) -> str:
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[0][:120]
+
+
+def _reduced(numbers: Tensor, how: Any) -> Tensor:
+    dist.all_reduce(numbers, op=how, group=_host_group())
+    return numbers
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In order, of one dtype each."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _add_bucket(bucket: list[Tensor]) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0])
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+    torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
+
+
+def _received(rank: int) -> Iterator[Any]:
+    while (content := _receive(rank)) != _END:
+        if content == _FAILED:
+            raise PeerError("another process of this run failed", told=True)
+        yield pickle.loads(content)
+
+
+def _receive(rank: int) -> bytes:
+    size = torch.zeros(1, dtype=torch.int64)
+    _collectively(lambda: dist.recv(size, src=rank, group=_host_group()))
+    content = torch.empty(int(size), dtype=torch.uint8)
+    if content.numel():
+        _collectively(lambda: dist.recv(content, src=rank, group=_host_group()))
+    return content.numpy().tobytes()
+
+
+def _send(content: bytes) -> None:
+    dist.send(torch.tensor([len(content)]), dst=0, group=_host_group())
+    if content:
+        dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), dst=0, group=_host_group())
+
+
+class _Sender:
+    """Sends in a thread, so that work goes on while the first process is busy with its own; what waits is bounded."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._waiting = 0
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "_Sender":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # else this process ends, and with it what the first one waits for
+            self.finish()
+
+    def finish(self) -> None:
+        """Everything is with the first process."""
+        self._queue.put(None)
+        self._thread.join()
+        self._check()
+
+    def send(self, content: bytes) -> None:
+        """Once there is room for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or not self._waiting or self._waiting < _WAITING_BYTES)
+            self._waiting += len(content)
+        self._check()
+        self._queue.put(content)
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise PeerError("another process of this run ended") from self._failed
+
+    def _run(self) -> None:
+        while (content := self._queue.get()) is not None:
+            try:
+                _send(content)
+            except RuntimeError as cause:
+                self._failed = cause
+            with self._changed:
+                self._waiting -= len(content)
+                self._changed.notify_all()
+            if self._failed:
+                return

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from together import Failed, fail_at_work, fail_together, together, world_tour
 
 from sculptor.data.batches import BatchPlan
-from sculptor.world import World
+from sculptor.errors import SettingsError
+from sculptor.world import World, asked
 
 SIZES = (1, 2, 3, 4)
 
@@ -74,12 +76,51 @@ def test_ranks_outside_are_refused(rank: int, size: int) -> None:
         World(rank, size)
 
 
-def test_sums_are_this_process_s_own_or_refused() -> None:
-    norm = torch.tensor(2.0)
-    assert World().total(7) == 7
-    assert World().norm(norm) is norm
-    for world in worlds(3):
-        with pytest.raises(NotImplementedError):
-            world.total(7)
-        with pytest.raises(NotImplementedError):
-            world.norm(norm)
+def test_alone_everything_is_ones_own() -> None:
+    world, tensor = World(), torch.tensor([2.0])
+    assert world.total(7, 0.5) == [7, 0.5]
+    assert world.most(3) == 3
+    assert world.gather("x") == ["x"]
+    assert world.from_first("x") == "x"
+    world.add_up([tensor])
+    assert tensor == 2.0
+    assert list(world.in_order([1, 2], lambda item: [item, -item])) == [1, -1, 2, -2]
+    with pytest.raises(KeyError), world.together():
+        raise KeyError
+
+
+def test_every_process_hears_of_all() -> None:
+    for rank, found in enumerate(together(3, world_tour)):
+        assert found["total"] == [6.0, 0.75]
+        assert found["most"] == 2
+        assert found["gather"] == ["of 0", "of 1", "of 2"]
+        assert found["from_first"] == "of 0"
+        assert found["sums"] == [[[3.0] * 5] * 2, [6] * 3, [[0.0] * 4] * 4, [3.0] * 40]
+        expected = [(item, part) for item in range(7) for part in "ab"] if rank == 0 else []
+        assert found["in_order"] == expected
+        assert found["at_work"] == sorted(range(rank, 7, 3))
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_what_fails_in_one_fails_in_all(failing: int) -> None:
+    with pytest.raises(Failed) as found:
+        together(3, fail_together, failing)
+    for rank, error in enumerate(found.value.errors):
+        assert error is not None
+        assert error[0] == ("DataError" if rank == failing else "PeerError"), rank
+
+
+def test_work_that_fails_elsewhere_is_told_there() -> None:
+    with pytest.raises(Failed) as found:
+        together(2, fail_at_work)
+    first, second = found.value.errors
+    assert first == ("PeerError", "another process of this run failed")
+    assert second == ("DataError", "item 3")
+
+
+def test_a_launcher_that_contradicts_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, size in (("2", "2"), ("x", "2"), ("0", "many")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(SettingsError, match="expected numbers"):
+            asked()

@@ -1,11 +1,12 @@
 """A model's rules, made of evidence or carried on by it, matrix by matrix into an archive."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from sculptor.analysis.evidence import Source, measure_evidence
+from sculptor.analysis.evidence import Source, measure_evidence, plan_passes
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.architecture import Target
@@ -14,6 +15,7 @@ from sculptor.methods.method import Decides, Derived, Evidence, Measures, Method
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
+from sculptor.world import ALONE, World
 
 
 def write_measured(
@@ -24,13 +26,16 @@ def write_measured(
     measures: Measures,
     settings: AnalyzeSettings,
     make: Callable[[Evidence], Derived],
-    writer: ArchiveWriter,
+    writer: ArchiveWriter | None,
     progress: Progress,
     task: int = 0,
     *,
     unreached: list[str] | None = None,
+    world: World = ALONE,
 ) -> None:
     """Measures every matrix that the writer does not have yet, and adds it with its rule; `decide` follows.
+
+    Several processes take some blocks each, all rows of them: the archive is the same, bit for bit.
 
     Args:
         loaded: an unprotected model.
@@ -40,34 +45,65 @@ def write_measured(
         measures: what of them.
         settings: of the analysis.
         make: a method's way from evidence to a rule: new, opened for a task, or carried on.
-        writer: takes the rules.
+        writer: takes the rules; the first process has it.
         progress: makes progress bars.
         task: position in the history that the evidence is of.
         unreached: takes the names of matrices that no row reaches, which are then left out; without it they are given to
             `make` without moments.
+        world: the processes that share the work.
 
     Raises:
         DataError: if the moments are not finite, or no matrix is reached.
     """
     # Whole blocks: an input that several matrices read may be weighed by the gradients of all of them.
-    done = {record.name for record in writer.all_records()}
+    done = world.from_first({record.name for record in writer.all_records()} if writer is not None else set())
     missing = {target.block for target in targets if target.name not in done}
     todo = [target for target in targets if target.block in missing]
     if not todo:
         return
     ends = {target.block: target.name for target in todo}.values()
-    try:
-        for evidence in measure_evidence(loaded, todo, sources, measures, settings, progress, task):
-            if evidence.inputs is None and unreached is not None:
-                unreached.append(evidence.name)
-            elif evidence.name not in done:
-                writer.add(records[evidence.name], make(evidence))
-            if evidence.name in ends:
-                writer.flush()
-    except ValueError as cause:
-        raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
-    if unreached and not writer.all_records():
+    groups, packing = [todo], Packing()
+    if world.size > 1:
+        groups = world.from_first(plan_passes(loaded, todo, sources, measures, settings, world.size))
+
+    def derive(group: Sequence[Target]) -> Iterator[tuple[str, Derived | None]]:
+        try:
+            for evidence in measure_evidence(loaded, group, sources, measures, settings, progress, task):
+                left_out = evidence.name in done or (evidence.inputs is None and unreached is not None)
+                derived = None if left_out else make(evidence)
+                if derived is not None and world.size > 1:
+                    derived = packing.pack(records[evidence.name], derived)
+                yield evidence.name, derived
+        except ValueError as cause:
+            raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
+
+    for name, derived in world.in_order(groups, derive):
+        assert writer is not None
+        if derived is not None:
+            writer.add(records[name], derived)
+        elif name not in done and unreached is not None:
+            unreached.append(name)
+        if name in ends:
+            writer.flush()
+    if unreached and writer is not None and not writer.all_records():
         raise DataError(f"{loaded.checkpoint.path}: calibration failed (no row reaches any matrix); look at --data")
+
+
+class Packing:
+    """Makes rules ready to travel from one process to the first: in host memory, and what matrices share only once."""
+
+    def __init__(self) -> None:
+        self._sent: set[tuple[str, str]] = set()
+
+    def pack(self, record: MatrixRecord, derived: Derived) -> Derived:
+        """The same rule; tensors that went before, which the writer has by then, are empty."""
+        tensors = {}
+        for name, tensor in derived.tensors.items():
+            key = (record.input_group, name)
+            tensors[name] = torch.empty(0) if key in self._sent else tensor.cpu()
+            if name in derived.shared:
+                self._sent.add(key)
+        return replace(derived, tensors=tensors)
 
 
 def decide(writer: ArchiveWriter, method: Method, weights: Sequence[float]) -> None:

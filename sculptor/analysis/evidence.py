@@ -5,6 +5,7 @@ matrix, to the method that makes rules of it.
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,11 +63,7 @@ def measure_evidence(
         task: position in the history that the evidence is of.
     """
     gradients = measures == "gradients"
-    model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    if loaded.stream is not None:
-        model_bytes += loaded.stream.slots.num_bytes
-    copies = min(2, len(sources))  # of one source, and the sum over those before
-    groups = passes(targets, gradients, loaded.device, settings.device_memory, model_bytes, copies)
+    groups = plan_passes(loaded, targets, sources, measures, settings)
     rows = sum(len(source.examples) for source in sources)
     bar = progress(total=rows * len(groups), desc="calibrate", unit="row")
     for chosen in groups:
@@ -103,6 +100,32 @@ def measure_evidence(
                 task=task,
             )
     bar.close()
+
+
+def plan_passes(
+    loaded: LoadedModel,
+    targets: Sequence[Target],
+    sources: Sequence[Source],
+    measures: Measures,
+    settings: AnalyzeSettings,
+    processes: int = 1,
+) -> list[list[Target]]:
+    """Targets by blocks, as many of these at a time as fit; as many passes for every process, where there are blocks enough."""
+    gradients = measures == "gradients"
+    model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    if loaded.stream is not None:
+        model_bytes += loaded.stream.slots.num_bytes
+    copies = min(2, len(sources))  # of one source, and the sum over those before
+    found = passes(targets, gradients, loaded.device, settings.device_memory, model_bytes, copies)
+    if processes == 1:
+        return found
+    blocks: dict[str, list[Target]] = defaultdict(list)
+    for target in targets:
+        blocks[target.block].append(target)
+    units, count = list(blocks.values()), -(-len(found) // processes) * processes
+    bounds = [len(units) * i // count for i in range(count + 1)]
+    parts = [[target for unit in units[a:b] for target in unit] for a, b in itertools.pairwise(bounds)]
+    return [part for part in parts if part]
 
 
 def _add(

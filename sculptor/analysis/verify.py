@@ -12,7 +12,7 @@ beside tensors decides what a user loads is compared in `checkpoint.sameness`.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from sculptor.errors import ArchiveError, VerificationError
 from sculptor.methods.rule import Violation
 from sculptor.numerics.rounding import leak_allowance, peak_allowance, rounding_variance
 from sculptor.progress import Progress, silent
+from sculptor.world import ALONE, World
 
 # The largest leak that passes strictly: a tenth of a percent of the update.
 STRICT_LEAK = 1e-3
@@ -147,8 +148,9 @@ def verify_checkpoints(
     device: torch.device | None = None,
     strict: bool = False,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> Verification:
-    """Checks a tuned checkpoint against its base and an archive of the base.
+    """Checks a tuned checkpoint against its base and an archive of the base; several processes divide the matrices.
 
     With `strict` no leak above 1e-3 passes, whatever rounding explains: it could hide one as large.
 
@@ -160,26 +162,51 @@ def verify_checkpoints(
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
     _check_same_tensors(base, tuned, archive)
-    digests = {name: digest(tuned.matrix(record)) for name, record in archive.items()}
+    parts = world.gather({name: digest(tuned.matrix(archive[name])) for name in world.share(list(archive))})
+    digests = {name: found for part in parts for name, found in part.items()}
     lineage = trace_lineage(tuned, archive, digests)
-    matrices, squares, touched, at_random = [], [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
     device = device or torch.device("cpu")
     bar = progress(total=len(archive), desc="verify", unit="matrix")
-    for name, record in archive.items():
+
+    def measure(name: str) -> Iterator[tuple[LeakMeasure, MatrixVerification]]:
+        record = archive[name]
         before = base.matrix(record)
         stored = tuned.infos[record.tensor].dtype
         dtypes = lineage.dtypes(name, before.dtype, stored)
         measured = measure_leak(before, tuned.finite_matrix(record), archive.read(name), device, dtypes)
-        found = measured.violation
+        declared = _lossless(before.dtype, stored) or lineage.declares(name, stored)
+        yield measured, _judge(record, measured, before, strict, declared)
+
+    measured = []
+    for one in world.in_order(list(archive), measure):
+        measured.append(one)
+        bar.update(1)
+    bar.close()
+    with world.together():
+        verdict = _verdict(base, tuned, archive, lineage, measured, strict) if world.first else None
+    found = world.from_first(verdict)
+    assert found is not None
+    return found
+
+
+def _verdict(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    archive: Archive,
+    lineage: Lineage,
+    measured: Sequence[tuple[LeakMeasure, MatrixVerification]],
+    strict: bool,
+) -> Verification:
+    """What all matrices, and everything that is none, say together."""
+    squares, touched, at_random = [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
+    for one, _ in measured:
+        found = one.violation
         if found.touched is not None and found.touched_at_random is not None:
             touched += found.touched
             at_random += found.touched_at_random
-        for i, value in enumerate((measured.update, found.norm, measured.rounding, found.rounding)):
-            squares[i] += value**2 if measured.update else 0.0
-        declared = _lossless(before.dtype, stored) or lineage.declares(name, stored)
-        matrices.append(_judge(record, measured, before, strict, declared))
-        bar.update(1)
-    bar.close()
+        for i, value in enumerate((one.update, found.norm, one.rounding, found.rounding)):
+            squares[i] += value**2 if one.update else 0.0
+    matrices = tuple(judged for _, judged in measured)
     changed, num_untouched = _compare_rest(base, tuned, archive, lineage)
     found_differences = tuple(differences(base, tuned))
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
@@ -203,7 +230,7 @@ def verify_checkpoints(
         doubt=lineage.doubt if lineage.claimed > 1 or lineage.claimed_open else None,
         strict=strict,
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
-        matrices=tuple(matrices),
+        matrices=matrices,
         kept=1 - touched / at_random if at_random else None,
     )
 

@@ -5,7 +5,8 @@ for gradient checkpointing (else the outermost lists of modules), and names in t
 by transformers' own loading rules. Nothing is ever matched against the path of the checkpoint.
 """
 
-from collections import defaultdict
+import json
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,12 +144,26 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
+_known: OrderedDict[tuple[object, ...], Architecture] = OrderedDict()
+_KNOWN = 8  # a command opens its checkpoint several times, and building the skeleton of a large one takes seconds
+
+
 def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
     """Targets of a checkpoint, checked against what its files hold.
 
     Raises:
         CheckpointError: if the model cannot be built, has no targets, or the files lack some of them.
     """
+    infos = tuple((name, info.dtype, info.shape) for name, info in checkpoint.infos.items())
+    key = (json.dumps(checkpoint.config), infos)
+    if key not in _known:
+        _known[key] = _inspect(checkpoint)
+        while len(_known) > _KNOWN:
+            _known.popitem(last=False)
+    return _known[key]
+
+
+def _inspect(checkpoint: Checkpoint) -> Architecture:
     skeleton = build_skeleton(checkpoint)
     blocks = find_blocks(skeleton)
     tensors = match_names(skeleton, checkpoint)

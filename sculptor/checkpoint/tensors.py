@@ -163,6 +163,13 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+def in_file_order(
+    entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Wide dtypes first: keeps every tensor aligned."""
+    return sorted(entries, key=lambda entry: -entry[1].itemsize)
+
+
 def write_tensors(
     path: Path,
     entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
@@ -181,7 +188,7 @@ def write_tensors(
     Raises:
         OutputError: if the file cannot be written.
     """
-    ordered = sorted(entries, key=lambda entry: -entry[1].itemsize)  # keeps every tensor aligned
+    ordered = in_file_order(entries)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in ordered:

@@ -13,7 +13,7 @@ from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, 
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.tensors import dtype_name, write_tensors
+from sculptor.checkpoint.tensors import dtype_name, in_file_order, write_tensors
 from sculptor.progress import Bar
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
@@ -76,6 +76,11 @@ def _by_slices(source: Checkpoint, name: str, edits: Mapping[int, Edit], dtype: 
     for part in range(source.infos[name].shape[0]):
         old = source.matrix(Slice(name, part))
         yield edits[part](old) if part in edits else old.to(dtype)
+
+
+def written_order(source: Checkpoint, dtype: torch.dtype | None) -> list[str]:
+    """Tensors in the order in which `write_checkpoint` asks for them."""
+    return [name for entries in _plan_shards(source, dtype) for name, _, _ in in_file_order(entries)]
 
 
 def output_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

@@ -8,18 +8,22 @@ from sculptor.data.examples import Example
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss
 from sculptor.progress import Bar
+from sculptor.world import ALONE, World
 
 _MASKING_SEED = 0  # evaluations of a masked model mask the same tokens every time
 
 
 @torch.no_grad()
 def mean_loss(
-    loaded: LoadedModel, examples: Sequence[Example], batch_size: int, bar: Bar | None = None
+    loaded: LoadedModel, examples: Sequence[Example], batch_size: int, bar: Bar | None = None, world: World = ALONE
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats per token, and the number of tokens; the model is left in evaluation mode."""
+    """Mean cross-entropy in nats per token, and the number of tokens; the model is left in evaluation mode.
+
+    Several processes divide the examples, and all get the mean over them.
+    """
     loaded.model.eval()
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
-    total, tokens = 0.0, 0
+    order = world.share(sorted(range(len(examples)), key=lambda i: -examples[i].length))
+    total = tokens = 0.0
     for start in range(0, len(order), batch_size):
         chosen = [examples[i] for i in order[start : start + batch_size]]
         batch = loaded.batch(chosen, _MASKING_SEED)
@@ -28,4 +32,5 @@ def mean_loss(
         tokens += found.num_tokens
         if bar is not None:
             bar.update(len(chosen))
-    return total / tokens, tokens
+    total, tokens = world.total(total, tokens)
+    return total / tokens, int(tokens)

@@ -19,6 +19,7 @@ from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import stream_model
 from sculptor.streaming.weights import Tier
+from sculptor.world import here
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,6 +68,8 @@ def resolve_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+    if here().size > 1 and name.startswith("cuda:"):
+        raise SettingsError(f"--device {name}: several processes have a GPU each; use cuda, or start one process")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

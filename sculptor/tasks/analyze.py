@@ -1,7 +1,7 @@
 """`sculptor.analyze`: a checkpoint in, a subspace archive out; one matrix at a time, or the moments of a few blocks."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 
 from sculptor import __version__
 from sculptor.analysis.cosines import measure_importance, read_examples
-from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.derive import Packing, decide, write_measured
 from sculptor.analysis.evidence import weigh
 from sculptor.analysis.sources import facts_of, read_sources, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
@@ -25,12 +25,12 @@ from sculptor.checkpoint.architecture import (
 )
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.selection import select_targets
-from sculptor.checkpoint.staging import check_apart, commit, staging
+from sculptor.checkpoint.staging import commit
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.data.examples import digest_examples
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.method import Evidence, measures_of
+from sculptor.methods.method import Derived, Evidence, measures_of
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.model.load import check_head, resolve_device
@@ -39,6 +39,7 @@ from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze_report import AnalyzeReport, report_of
 from sculptor.tasks.job import open_model
+from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.training.settings import Offload
 
 
@@ -74,21 +75,30 @@ def analyze(
     settings = settings or AnalyzeSettings()
     kinds = known_kinds(rules)
     make_method(settings, kinds)  # refuses before any work
-    checkpoint = open_checkpoint(model)
-    architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)  # what cannot be trained afterwards is not analyzed
-    targets = select_targets(architecture.targets, settings.targets, settings.exclude)
+    world = join(settings.device)
     device = resolve_device(settings.device)
-    method = make_method(settings, kinds, [target.shape for target in targets])
-    measures = measures_of(method, "derive")
-    calibrated = measures in ("inputs", "gradients")
-    if calibrated and not settings.data:
-        raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
-    sources = read_sources(checkpoint, architecture, settings) if calibrated else []
-    examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()
+    with world.together():
+        checkpoint = open_checkpoint(model)
+        architecture = inspect_architecture(checkpoint)
+        check_head(checkpoint, architecture)  # what cannot be trained afterwards is not analyzed
+        targets = select_targets(architecture.targets, settings.targets, settings.exclude)
+        method = make_method(settings, kinds, [target.shape for target in targets])
+        measures = measures_of(method, "derive")
+        calibrated = measures in ("inputs", "gradients")
+        if calibrated and not settings.data:
+            raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
+        sources = read_sources(checkpoint, architecture, settings) if calibrated else []
+        examples = read_examples(checkpoint, architecture, settings) if measures == "cosines" else ()
     output = Path(output).resolve()
-    check_apart(output, [checkpoint.path, *settings.data, *filter(None, [settings.chat_template])])
-    with staging(output, command="analyze", overwrite=overwrite, resume=resume, worth_keeping=has_progress) as partial:
+    with staged_together(
+        world,
+        output,
+        command="analyze",
+        inputs=[checkpoint.path, *settings.data, *filter(None, [settings.chat_template])],
+        overwrite=overwrite,
+        resume=resume,
+        worth_keeping=has_progress,
+    ) as partial:
         records = {target.name: _new_record(checkpoint, target) for target in targets}
         key = {
             "settings": asdict(settings),
@@ -97,14 +107,20 @@ def analyze(
         }
         if measures != "nothing":  # the rest of the model decides what is measured, too
             key["model"] = checkpoint.digests_beside({target.tensor for target in targets}, progress)
+        check_alike(world, key)
         unreached: list[str] = []
         try:
             with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key, kinds)) as writer:
-                writer.resume()
+                with world.together():
+                    if world.first:
+                        writer.resume()
+                done = world.from_first(set(writer.records))
                 if calibrated:
                     loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
                     with closing(loaded):
-                        sources += sample_sources(loaded, settings, progress)
+                        with world.together():
+                            drawn = sample_sources(loaded, settings, progress) if world.first else []
+                        sources += world.from_first(drawn)
                         write_measured(
                             loaded,
                             records,
@@ -113,56 +129,66 @@ def analyze(
                             measures,
                             settings,
                             method.derive,
-                            writer,
+                            writer if world.first else None,
                             progress,
                             unreached=unreached,
+                            world=world,
                         )
                 else:
                     _check_finite(checkpoint, targets, progress)
                     cosines = measure_importance(
                         checkpoint, architecture, targets, examples, settings.seed, device, progress
                     )
-                    bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(writer.records))
+                    todo = [target for target in targets if target.name not in done]
+                    bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(done))
                     ends = {target.block: target.name for target in targets}.values()
-                    for target in targets:
-                        if target.name not in writer.records:
-                            weight, cosine = weigh(checkpoint, target, device), cosines.get(target.name)
-                            evidence = Evidence(target.name, target.shape, weight, cosine)
-                            writer.add(records[target.name], method.derive(evidence))
-                            bar.update(1)
-                        if target.name in ends:
+
+                    def derive(target: Target) -> Iterator[tuple[str, Derived]]:
+                        weight, cosine = weigh(checkpoint, target, device), cosines.get(target.name)
+                        derived = method.derive(Evidence(target.name, target.shape, weight, cosine))
+                        yield target.name, derived if world.size == 1 else packing.pack(records[target.name], derived)
+
+                    packing = Packing()
+                    for name, derived in world.in_order(todo, derive):
+                        writer.add(records[name], derived)
+                        bar.update(1)
+                        if name in ends:
                             writer.flush()
                     bar.close()
                 weights = tuple(source.weight for source in sources)
-                decide(writer, method, weights)
                 task = TaskRecord(
                     "analysis", "analysis", weights, tuple(map(facts_of, sources)), {"model": Path(model).name}
                 )
-                writer.finish(
-                    Manifest(
-                        created_by=f"sculptor {__version__}",
-                        model_class=architecture.model_class,
-                        base_identity="",
-                        settings=_published(settings),
-                        tasks=(task,),
-                        matrices={
-                            target.name: writer.record(target.name)
-                            for target in targets
-                            if target.name not in unreached
-                        },
-                        tensors={},
-                        files={},
-                        not_targeted=_frozen(architecture, targets, unreached),
-                    ),
-                    keep_progress=True,
-                )
+                with world.together():
+                    if world.first:
+                        decide(writer, method, weights)
+                        writer.finish(
+                            Manifest(
+                                created_by=f"sculptor {__version__}",
+                                model_class=architecture.model_class,
+                                base_identity="",
+                                settings=_published(settings),
+                                tasks=(task,),
+                                matrices={
+                                    target.name: writer.record(target.name)
+                                    for target in targets
+                                    if target.name not in unreached
+                                },
+                                tensors={},
+                                files={},
+                                not_targeted=_frozen(architecture, targets, unreached),
+                            ),
+                            keep_progress=True,
+                        )
         except (CheckpointError, DataError) as error:
-            if not isinstance(error.__cause__, OSError):  # which may go well the next time
+            if world.first and not isinstance(error.__cause__, OSError):  # which may go well the next time
                 forget_progress(partial)  # of an input that has to be another one
             raise
-        commit(partial, output, overwrite=overwrite)
-        with suppress(OutputError):  # the archive is complete all the same
-            forget_progress(output)
+        with world.together():
+            if world.first:
+                commit(partial, output, overwrite=overwrite)
+                with suppress(OutputError):  # the archive is complete all the same
+                    forget_progress(output)
     return report_of(Archive(output, rules=rules), checkpoint)
 
 

@@ -7,25 +7,28 @@ written, and its entry of the next archive added. Rules that go on by what a tas
 import functools
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from sculptor.analysis.derive import Packing
 from sculptor.analysis.verify import measure_leak
+from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint
+from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint, written_order
 from sculptor.edits.merge import Merged
-from sculptor.methods.rule import is_open, num_free
+from sculptor.methods.method import Derived
+from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, cast_to
@@ -34,6 +37,7 @@ from sculptor.tasks.train_record import training_record
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
 from sculptor.training.stepping.updates import Updates, merge_trained
+from sculptor.world import ALONE, World
 
 
 def write_output(
@@ -44,8 +48,11 @@ def write_output(
     output: Path,
     partial: Path,
     progress: Progress,
+    world: World = ALONE,
 ) -> TrainReport:
     """Writes checkpoint, archive, metrics and record of a finished loop into `partial / "output"`.
+
+    Several processes merge and carry on some matrices each; the first one writes.
 
     Raises:
         OutputError: if a file cannot be written.
@@ -53,14 +60,31 @@ def write_output(
     """
     updates.release_model()
     staged = partial / "output"
-    shutil.rmtree(staged, ignore_errors=True)
-    with writing(staged):
-        (staged / "subspaces").mkdir(parents=True)
+    if world.first:
+        shutil.rmtree(staged, ignore_errors=True)
+        with writing(staged):
+            (staged / "subspaces").mkdir(parents=True)
     with closing(NextArchive(job, staged / "subspaces", loaded.device)) as archive:
-        report = _Finish(job, loaded, updates, staged, archive, progress).run(result, output)
-    with writing(staged):
-        shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
-    return report
+        finish = _Finish(job, loaded, updates, staged, archive, progress, world)
+        finish.write()
+        with world.together():
+            report = finish.tell(result, output) if world.first else None
+    with world.together():
+        if world.first:
+            with writing(staged):
+                shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
+    found = world.from_first(report)
+    assert found is not None
+    return found
+
+
+class _Made(NamedTuple):
+    """A matrix as it will be written, its entry of the next archive, and its figures."""
+
+    tensor: Tensor
+    record: MatrixRecord
+    derived: Derived | None
+    report: MatrixReport
 
 
 class _Carried(TypedDict):
@@ -82,21 +106,42 @@ class _Finish:
     staged: Path
     archive: NextArchive
     progress: Progress
+    world: World
 
     def __post_init__(self) -> None:
         self.device = self.loaded.device
         self.saved = cast_to(self.job.settings)
         self.reports: dict[str, MatrixReport] = {}
+        self.opened = _files_of(self.loaded, self.job.architecture, self.updates.extra)
+        self.num_trainable = self.updates.num_trainable
+        self._packing = Packing()
+        self._coming: Iterator[_Made] = iter(())
 
-    def run(self, result: LoopResult, output: Path) -> TrainReport:
-        """Writes everything but the metrics."""
-        job, num_trainable = self.job, self.updates.num_trainable
-        opened = _files_of(self.loaded, job.architecture, self.updates.extra)
-        bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
-        write_checkpoint(job.checkpoint, self.staged, self._edits(opened), dtype=self.saved, bar=bar)
-        bar.close()
-        if self.archive.waiting:
-            self._measure()
+    def write(self) -> None:
+        """The checkpoint, and the archive's tensors."""
+        job = self.job
+        if self.world.size > 1:
+            self._coming = self.world.in_order(self._names(), self._parcel)
+        if self.world.first:
+            bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
+            write_checkpoint(job.checkpoint, self.staged, self._edits(self.opened), dtype=self.saved, bar=bar)
+            bar.close()
+        assert next(self._coming, None) is None  # where others are the first, the work is done here
+        waiting = self.world.from_first(self.archive.waiting)
+        if waiting:
+            self._measure(waiting)
+
+    def _names(self) -> list[str]:
+        """Matrices in the order in which they are written."""
+        parts: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for name, record in self.job.archive.items():
+            parts[record.tensor].append((record.part or 0, name))
+        order = written_order(self.job.checkpoint, self.saved)
+        return [name for tensor in order for _, name in sorted(parts.get(tensor, []))]
+
+    def tell(self, result: LoopResult, output: Path) -> TrainReport:
+        """The archive's manifest and the record."""
+        job, opened = self.job, self.opened
         previous = read_record(job.checkpoint.path)
         report = TrainReport(
             output=output,
@@ -105,7 +150,7 @@ class _Finish:
             num_examples=len(job.encoded.examples),
             num_dropped=job.encoded.num_dropped,
             num_cut=job.encoded.num_cut,
-            num_trainable=num_trainable,
+            num_trainable=self.num_trainable,
             num_protected=sum(record.shape[0] * record.shape[1] for record in job.archive.values())
             - job.archive.num_free,
             carry=self.archive.carry,
@@ -137,17 +182,29 @@ class _Finish:
 
     def _write(self, name: str, weight: Tensor) -> Tensor:
         """The merged matrix, given the base's as stored."""
+        made = self._make(name, weight) if self.world.size == 1 else next(self._coming)
+        assert made.record.name == name
+        self.archive.add(made.record, made.derived)
+        self.reports[name] = made.report
+        return made.tensor
+
+    def _parcel(self, name: str) -> Iterator[_Made]:
+        """A matrix for the first process."""
+        made = self._make(name, self.job.checkpoint.matrix(self.job.archive[name]))
+        if made.derived is not None:
+            made = made._replace(derived=self._packing.pack(made.record, made.derived))
+        yield made
+
+    def _make(self, name: str, weight: Tensor) -> _Made:
         dtype = output_dtype(weight.dtype, self.saved)
         entry = self.job.archive.read(name)
         merged = merge_trained(self.updates, self.job.archive, name, weight, dtype)
         if merged is None:
             merged = Merged(weight.to(dtype), torch.zeros(entry.rule.shape, dtype=torch.float64))
-        self.archive.add(entry, merged)
-        self.reports[name] = self._report(entry, weight, merged)
-        return merged.tensor
+        record, derived = self.archive.make(entry, merged)
+        return _Made(merged.tensor, record, derived, self._report(entry, record, weight, merged))
 
-    def _report(self, entry: Entry, weight: Tensor, merged: Merged) -> MatrixReport:
-        record = self.archive.record(entry.record.name)
+    def _report(self, entry: Entry, record: MatrixRecord, weight: Tensor, merged: Merged) -> MatrixReport:
         measured = measure_leak(weight, merged.tensor, entry, self.device)
         stored = as_out_in(merged.update, record.transposed).cpu()
         norm = float(merged.update.norm())
@@ -159,24 +216,22 @@ class _Finish:
             rounding=measured.violation.rounding / measured.update if measured.update else 0.0,
             update_norm=norm,
             rounding_loss=lost / norm if norm else 0.0,
-            **self._carried(record.name),
+            **self._carried(record.rule),
         )
 
-    def _carried(self, name: str) -> _Carried:
+    def _carried(self, rule: Rule) -> _Carried:
         """What the next archive makes of a matrix."""
-        rule = self.archive.record(name).rule
         outputs, inputs = rule.figures().added.get(self.archive.task, (0, 0))
         return _Carried(
             outputs_added=outputs, inputs_added=inputs, num_free_next=num_free(rule), frozen=not is_open(rule)
         )
 
-    def _measure(self) -> None:
+    def _measure(self, waiting: Mapping[str, MatrixRecord]) -> None:
         """Lets rules go on by what the finished task's rows measure."""
-        waiting = list(self.archive.waiting)
         with closing(self._reload()) as loaded:
-            self.archive.measure(loaded, self.progress)
-        for name in waiting:
-            self.reports[name] = replace(self.reports[name], **self._carried(name))
+            self.archive.measure(loaded, waiting, self.progress, self.world)
+        for name in waiting if self.world.first else ():
+            self.reports[name] = replace(self.reports[name], **self._carried(self.archive.record(name).rule))
 
     def _reload(self) -> LoadedModel:
         """What was written, rounding and all: the archive belongs to that, however the model was trained."""

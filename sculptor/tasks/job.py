@@ -27,6 +27,7 @@ from sculptor.training.protect import refuse_slices
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.stepping.optimizer import optimizer_on_host
+from sculptor.world import ALONE, World
 
 MEMORY_ROWS = 384
 
@@ -183,10 +184,12 @@ def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
     return _plans_of(job, device, default_split(job.settings, rows, device))
 
 
-def split_steps(job: TrainJob, device: torch.device) -> TrainJob:
-    """Decides how steps are split, as far as the settings leave it open; the same on devices of one size."""
+def split_steps(job: TrainJob, device: torch.device, world: World = ALONE) -> TrainJob:
+    """Decides how a process's part of a step is split, as far as the settings leave it open; the same for devices of one size."""
     rows, longest = _sizes(job)
+    rows = -(-rows // world.size)
     split = choose_split(lambda split: _plans_of(job, device, split), job.settings, rows, longest, device)
+    split = world.from_first(split)
     again = split.recompute if device.type == "cuda" else job.settings.checkpoint_activations
     settings = replace(job.settings, micro_batch_size=split.rows, checkpoint_activations=again)
     return replace(job, settings=settings)

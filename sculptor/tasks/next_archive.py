@@ -1,6 +1,6 @@
 """The archive of a training's output: each rule is carried on as its matrix is written, or once the task's rows were measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +11,17 @@ from sculptor.analysis.derive import decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.analysis.sources import spread_rows
 from sculptor.archive.manifest import MatrixRecord, TaskRecord
-from sculptor.archive.store import Entry
+from sculptor.archive.store import Archive, Entry
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.edits.merge import Merged
-from sculptor.methods.method import Carrying, Evidence, carries_of, measures_of
+from sculptor.methods.method import Carrying, Derived, Evidence, carries_of, measures_of
 from sculptor.model.load import LoadedModel
 from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob
+from sculptor.world import World
 
 
 class NextArchive:
@@ -45,40 +46,62 @@ class NextArchive:
         self.waiting: dict[str, MatrixRecord] = {}
         """Matrices whose rules wait for what is to be measured."""
 
-    def add(self, entry: Entry, merged: Merged) -> None:
-        """Takes a matrix as it will be written."""
+    def make(self, entry: Entry, merged: Merged) -> tuple[MatrixRecord, Derived | None]:
+        """What is known of a matrix as it will be written, and its rule carried on, if that is decided by now."""
         record = replace(
             entry.record,
             base_digest=digest(merged.tensor),
             base_dtype=dtype_name(merged.tensor.dtype),
             base_rms=rms(merged.tensor),
         )
-        if not isinstance(self._method, Carrying) or self.carry == "keep":
-            archive = self._job.unopened or self._job.archive  # what one task's rows opened is for that task
-            kept = archive[record.name]
-            self._writer.keep(replace(record, rule=kept.rule, tensors=kept.tensors), archive)
-        elif self._measures != "nothing":
+        if not self._carries:
+            kept = self._kept[record.name]
+            return replace(record, rule=kept.rule, tensors=kept.tensors), None
+        if self._measures != "nothing":
+            return record, None
+        assert isinstance(self._method, Carrying)
+        evidence = Evidence(
+            name=record.name,
+            shape=record.shape,
+            weight=lambda: to_device(merged.tensor, record.transposed, self._device),
+            update=merged.update,
+            task=self.task,
+        )
+        derived = self._method.carry(self.carry, entry, evidence)
+        return replace(record, rule=derived.rule), derived
+
+    def add(self, record: MatrixRecord, derived: Derived | None) -> None:
+        """Takes what `make` gave; a rule that has to be measured waits."""
+        if derived is not None:
+            self._writer.add(record, derived)
+        elif self._carries:
             self.waiting[record.name] = record
         else:
-            evidence = Evidence(
-                name=record.name,
-                shape=record.shape,
-                weight=lambda: to_device(merged.tensor, record.transposed, self._device),
-                update=merged.update,
-                task=self.task,
-            )
-            self._writer.add(record, self._method.carry(self.carry, entry, evidence))
+            self._writer.keep(record, self._kept)
+
+    @property
+    def _kept(self) -> Archive:
+        """As it was given: what one task's rows opened is for that task."""
+        return self._job.unopened or self._job.archive
+
+    @property
+    def _carries(self) -> bool:
+        return isinstance(self._method, Carrying) and self.carry != "keep"
 
     def record(self, name: str) -> MatrixRecord:
         """What is known of a matrix that was added; while it waits, with its rule of before."""
         return self.waiting.get(name) or self._writer.record(name)
 
-    def measure(self, loaded: LoadedModel, progress: Progress) -> None:
+    def measure(
+        self, loaded: LoadedModel, waiting: Mapping[str, MatrixRecord], progress: Progress, world: World
+    ) -> None:
         """Carries on the rules that wait, from a few hundred of the task's rows.
 
         Args:
             loaded: what was written, unprotected.
+            waiting: what is known of their matrices.
             progress: makes progress bars.
+            world: the processes that share the work.
         """
         job, archive, method = self._job, self._job.archive, self._method
         assert isinstance(method, Carrying)
@@ -87,17 +110,19 @@ class NextArchive:
         chosen = spread_rows(job.encoded.examples, job.settings.memory_rows)
         write_measured(
             loaded,
-            self.waiting,
-            [target for target in job.architecture.targets if target.name in self.waiting],
+            waiting,
+            [target for target in job.architecture.targets if target.name in waiting],
             [Source(job.name, chosen, job.settings.memory_weight)],
             self._measures,
             archive.manifest.settings,
             lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
-            self._writer,
+            self._writer if world.first else None,
             progress,
             self.task,
+            world=world,
         )
-        decide(self._writer, method, [*archive.manifest.source_weights, job.settings.memory_weight])
+        if world.first:
+            decide(self._writer, method, [*archive.manifest.source_weights, job.settings.memory_weight])
         self.waiting = {}
 
     def finish(self, rows: int, steps: int, opened: Sequence[str] = ()) -> None:

@@ -15,6 +15,7 @@ from sculptor.checkpoint.staging import writing
 from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, open_model
+from sculptor.world import ALONE, World
 
 OPENED_NAME = "opened"
 
@@ -30,7 +31,9 @@ def reached(evidence: Evidence) -> Evidence:
     return evidence
 
 
-def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Progress) -> TrainJob:
+def open_rules(
+    job: TrainJob, device: torch.device, partial: Path, progress: Progress, world: World = ALONE
+) -> TrainJob:
     """The job with the archive that it is trained with: its own, unless the rules follow the task's rows.
 
     What was made before a run was stopped is taken up again, and stays beside the output: it says what was protected.
@@ -40,13 +43,14 @@ def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Pro
         device: where to measure.
         partial: staging directory of the output.
         progress: makes progress bars.
+        world: the processes that share the work.
     """
     archive, method = job.archive, job.archive.method
     measures = measures_of(method, "open")
     if not isinstance(method, Opens) or measures == "nothing":
         return job
     path = partial / OPENED_NAME
-    if not (path / MANIFEST_NAME).is_file():
+    if not world.from_first((path / MANIFEST_NAME).is_file()):
         with writing(path):
             path.mkdir(exist_ok=True)
         assert job.settings.memory_rows is not None
@@ -54,7 +58,8 @@ def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Pro
         targets = [target for target in job.architecture.targets if target.name in archive]
         settings, task = archive.manifest.settings, len(archive.manifest.tasks)
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
-            writer.resume()
+            if world.first:
+                writer.resume()
             with closing(
                 open_model(job.checkpoint, device, job.architecture, job.settings.offload, progress=progress)
             ) as loaded:
@@ -66,10 +71,13 @@ def open_rules(job: TrainJob, device: torch.device, partial: Path, progress: Pro
                     measures,
                     settings,
                     lambda evidence: method.open(archive.read(evidence.name), reached(evidence)),
-                    writer,
+                    writer if world.first else None,
                     progress,
                     task,
+                    world=world,
                 )
-            decide(writer, method, [*archive.manifest.source_weights, source.weight])
-            writer.finish(archive.manifest)
+            with world.together():
+                if world.first:
+                    decide(writer, method, [*archive.manifest.source_weights, source.weight])
+                    writer.finish(archive.manifest)
     return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)

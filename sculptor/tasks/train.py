@@ -14,7 +14,7 @@ import torch
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import identity
-from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, writing
+from sculptor.checkpoint.staging import commit, partial_path, writing
 from sculptor.data.examples import digest_examples
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
@@ -25,13 +25,16 @@ from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.job import TrainJob, open_job, plans_of, split_steps
 from sculptor.tasks.opening import OPENED_NAME, open_rules
+from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
 from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
+_SPLIT = ("micro_batch_size",)
 _HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
 
 
@@ -74,14 +77,21 @@ def train(
     """
     settings = settings or TrainSettings()
     output = Path(output).resolve()
+    world = join(settings.device)
     device = resolve_device(settings.device)
-    make_accelerator(device)  # refuses several processes before any work
     if settings.eval_every is not None and not eval_data:
         raise SettingsError("--eval-every without effect: there is no --eval-data")
-    job = open_job(model, subspaces, data, eval_data, settings, rules, progress)
+    with world.together():
+        job = open_job(model, subspaces, data, eval_data, settings, rules, progress)
+    check_alike(
+        world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
+    )
     asked = job.settings.checkpoint_activations
-    job = split_steps(job, device)
-    plan, reason = choose(plans_of(job, device), device, job.settings.offload, output, partial_path(output))
+    job = split_steps(job, device, world)
+    with world.together():
+        found = choose(plans_of(job, device), device, job.settings.offload, output, partial_path(output))
+        plan, reason = world.from_first(found)
+        _check_offload(plan.offload, world)
     settings = job.settings if plan.offload == "none" else replace(job.settings, checkpoint_activations=asked)
     placed, unused = _placed(settings, plan.offload)
     if unused:
@@ -89,10 +99,17 @@ def train(
     if not reason.endswith(("as asked", "everything fits")):
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
-    check_apart(output, [job.checkpoint.path, subspaces, *data, *eval_data, *filter(None, [settings.chat_template])])
-    with staging(output, command="train", overwrite=overwrite, resume=resume, worth_keeping=has_state) as partial:
+    with staged_together(
+        world,
+        output,
+        command="train",
+        inputs=[job.checkpoint.path, subspaces, *data, *eval_data, *filter(None, [settings.chat_template])],
+        overwrite=overwrite,
+        resume=resume,
+        worth_keeping=has_state,
+    ) as partial:
         scratch = partial / "scratch"
-        job = open_rules(job, device, partial, progress)
+        job = open_rules(job, device, partial, progress, world)
         loaded, updates = prepare_model(
             job.checkpoint, job.architecture, job.archive, job.settings, list(job.extra), device, scratch, progress
         )
@@ -102,23 +119,41 @@ def train(
                 updates,
                 job.encoded.examples,
                 job.settings,
-                store=StateStore(partial / STATE_NAME, _run_key(job, loaded, progress), updates.fingerprints()),
+                store=StateStore(
+                    partial / STATE_NAME, _run_key(job, loaded, progress), updates.fingerprints(), _split(job, world)
+                ),
                 metrics=partial / "metrics.jsonl",
                 evaluate=_evaluator(loaded, job),
                 stop=stop,
+                world=world,
             )
             result = loop.run(progress)
             del loop
-            report = write_output(job, loaded, updates, result, output, partial, progress)
+            report = write_output(job, loaded, updates, result, output, partial, progress, world)
         finally:
             updates.close()
             shutil.rmtree(scratch, ignore_errors=True)
-        if (partial / OPENED_NAME).is_dir():
-            with writing(output):
-                (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
-        commit(partial / "output", output, overwrite=overwrite)
-        shutil.rmtree(partial, ignore_errors=True)
+        with world.together():
+            if world.first:
+                _place(partial, output, overwrite)
     return report
+
+
+def _place(partial: Path, output: Path, overwrite: bool) -> None:
+    if (partial / OPENED_NAME).is_dir():
+        with writing(output):
+            (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
+    commit(partial / "output", output, overwrite=overwrite)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_offload(offload: Offload, world: World) -> None:
+    """Refuses what several processes cannot do."""
+    if world.size > 1 and offload != "none":
+        raise SettingsError(
+            f"--offload {offload} with {world.size} processes: streamed training runs in one for now; the model has to fit on "
+            "every device, or start one process"
+        )
 
 
 def _placed(settings: TrainSettings, offload: Offload) -> tuple[TrainSettings, list[str]]:
@@ -144,7 +179,7 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
 
     def evaluate() -> float:
         with accelerator.autocast():
-            return mean_loss(loaded, examples, size)[0]
+            return mean_loss(loaded, examples, size, world=here())[0]
 
     return evaluate
 
@@ -152,7 +187,7 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
 def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
     """What has to be the same for a saved state to be taken up."""
     settings = asdict(job.settings)
-    for name in _HOW:
+    for name in (*_HOW, *_SPLIT):
         settings.pop(name)
     examples = [job.encoded.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
@@ -163,8 +198,13 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],
-        "threads": torch.get_num_threads(),
     }
+
+
+def _split(job: TrainJob, world: World) -> dict[str, int]:
+    """How a step is split: decides rounding, and differs with the number of processes."""
+    given = {name: getattr(job.settings, name) for name in _SPLIT}
+    return {"processes": world.size, "threads": torch.get_num_threads(), **given}
 
 
 def _archive_identity(archive: Archive) -> str:

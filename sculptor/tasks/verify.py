@@ -8,6 +8,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.processes import join
 
 
 def verify(
@@ -38,11 +39,10 @@ def verify(
         VerificationError: if it cannot be carried out.
         SculptorError: if an input cannot be read.
     """
+    world = join(device)
+    with world.together():
+        checkpoints = open_checkpoint(base), open_checkpoint(tuned)
+        archive = Archive(subspaces, rules=rules)
     return verify_checkpoints(
-        open_checkpoint(base),
-        open_checkpoint(tuned),
-        Archive(subspaces, rules=rules),
-        device=resolve_device(device),
-        strict=strict,
-        progress=progress,
+        *checkpoints, archive, device=resolve_device(device), strict=strict, progress=progress, world=world
     )

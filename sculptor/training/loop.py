@@ -22,10 +22,10 @@ from sculptor.data.examples import Example
 from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, num_loss_tokens
-from sculptor.progress import Bar, Progress
+from sculptor.progress import Bar, Progress, silent
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
-from sculptor.training.state import Position, StateStore, random_state, set_random_state
+from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state
 from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
 from sculptor.world import World
 
@@ -107,8 +107,8 @@ class TrainingLoop:
         """
         devices = [self.loaded.device.index or 0] if self.loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.settings.seed)
-            return self._run(progress)
+            torch.manual_seed(self.settings.seed + self.world.rank)  # dropout differs where rows do
+            return self._run(progress if self.world.first else silent)
 
     def _run(self, progress: Progress) -> LoopResult:
         self._restore()
@@ -120,7 +120,7 @@ class TrainingLoop:
             done = step + 1
             if self.evaluate is not None and (done % self._eval_every == 0 or done == self.total):
                 self._evaluate(done)
-            signal_number = self.stop()
+            signal_number = self.world.most(self.stop() or 0)
             if done == self.total or signal_number or self._should_save(done):
                 self._save()
             if signal_number and done < self.total:
@@ -154,7 +154,8 @@ class TrainingLoop:
     def _step(self, step: int, bar: Bar, started: float) -> None:
         rows = self.plan.rows(step)
         batches = self._micro_batches(rows, step)
-        total_tokens = self.world.total(sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches))
+        counts = sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches), sum(b.num_tokens for b in batches)
+        total_tokens, tokens = map(int, self.world.total(*counts))
         rate_of = rates_of(self.settings, step, self.total)
         model = self.loaded.model
         if not model.training:  # asked first: it goes through every module
@@ -171,17 +172,18 @@ class TrainingLoop:
                 self.accelerator.backward(share)
             self.updates.end_backward()
             losses.append(share.detach())
-        if self.penalty is not None:
+        if self.penalty is not None and self.world.first:  # once, where gradients add up
             self.accelerator.backward(self.penalty())
         norm = self.updates.clip()
-        loss = sum(float(share) for share in losses)  # only now, since a number waits for the device
+        (loss,) = self.world.total(
+            sum(float(share) for share in losses)
+        )  # only now, since a number waits for the device
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower {self._rate_setting} or look at "
                 "rows of that step"
             )
         self.updates.step(rate_of)
-        tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
         speed = (self.position.tokens + tokens) / seconds
         self.position = replace(
@@ -228,9 +230,13 @@ class TrainingLoop:
         self._log(step=step, eval_loss=loss)
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)
-            self.store.save_best(step, self.updates.parameters())
+            with self.world.together():
+                digests = self.store.save_best(step, self.updates.parameters()) if self.world.first else {}
+            self.store.note_best(step, self.world.from_first(digests))
 
     def _log(self, **values: float) -> None:
+        if not self.world.first:
+            return
         with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
             length = file.tell()
@@ -240,7 +246,8 @@ class TrainingLoop:
         """Where it is due; a twentieth of the time at most goes into it, unless the user says how often."""
         if done % self.settings.steps_between_saves(self.total):
             return False
-        return self.settings.save_every is not None or time.perf_counter() - self._saved_at >= 20 * self._saving
+        due = self.settings.save_every is not None or time.perf_counter() - self._saved_at >= 20 * self._saving
+        return self.world.from_first(due)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -249,10 +256,14 @@ class TrainingLoop:
         self._saving = self._saved_at - started
 
     def _write_state(self) -> None:
-        state, random = self.updates.state(), tensors_of(random_state(self.loaded.device))
-        entries = {**state.entries, **random.entries}
-        read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
-        self.store.save(self.position, Tensors(entries, read))
+        drawn = self.world.gather(random_state(self.loaded.device))
+        with self.world.together():
+            if not self.world.first:
+                return
+            state, random = self.updates.state(), tensors_of(by_rank(drawn))
+            entries = {**state.entries, **random.entries}
+            read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
+            self.store.save(self.position, Tensors(entries, read))
 
     def _restore(self) -> None:
         found = self.store.load()
@@ -260,10 +271,12 @@ class TrainingLoop:
             return
         self.position, saved = found
         self.updates.load(saved, optimizer=True)
-        set_random_state(saved, self.loaded.device)
+        set_random_state(saved, self.loaded.device, self.world.rank)
 
     def _truncate_metrics(self) -> None:
         """Lines of steps that have to be done again go."""
+        if not self.world.first:
+            return
         with writing(self.metrics):
             self.metrics.touch()
             os.truncate(self.metrics, min(self.position.metrics_bytes, self.metrics.stat().st_size))
@@ -273,15 +286,10 @@ def make_accelerator(device: torch.device) -> Any:
     """Device and mixed precision: bf16 autocast on a GPU, float32 on a CPU.
 
     Raises:
-        SettingsError: if there is more than one process.
+        SettingsError: if accelerate is set up otherwise.
     """
     from accelerate import Accelerator
 
-    num_processes = os.environ.get("WORLD_SIZE", "1")  # asked first: Accelerator would wait for the others
-    if num_processes != "1":
-        raise SettingsError(
-            f"{num_processes} processes (WORLD_SIZE): sculptor trains in one for now; start it without a launcher"
-        )
     precision = "bf16" if device.type == "cuda" else "no"
     try:
         return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)

@@ -20,6 +20,7 @@ from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 from sculptor.training.stepping.streamed import StreamedUpdates
 from sculptor.training.stepping.updates import Updates
+from sculptor.world import here
 
 
 def prepare_model(
@@ -114,7 +115,7 @@ def _prepare_resident(
         checkpoint_activations(loaded.model)
     parameters = TrainedParameters(tuple(protected_blocks(loaded.model)), opened)
     peaks = peak_rates(settings, archive, opened)
-    return loaded, ResidentUpdates(parameters, peaks, settings, device)
+    return loaded, ResidentUpdates(parameters, peaks, settings, device, here())
 
 
 def _open_extra(loaded: LoadedModel, extra: Sequence[str]) -> dict[str, nn.Parameter]:

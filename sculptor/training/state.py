@@ -62,11 +62,13 @@ class _State:
         fingerprints: per matrix, numbers that identify its bases.
         position: where the run stands.
         digests: SHA-256 of the bytes of every tensor, and of those of the best parameters, if there are any.
+        split: of the work; decides rounding.
     """
 
     __pydantic_config__ = STRICT
 
     key: Mapping[str, JsonValue]
+    split: Mapping[Name, Count]
     fingerprints: Mapping[Name, tuple[Finite, ...]]
     position: Position
     digests: Mapping[Name, Sha256]
@@ -85,11 +87,19 @@ class StateStore:
         directory: where they are kept.
         key: everything that has to be the same for a state to be taken up.
         fingerprints: per matrix, numbers that identify its bases.
+        split: how the work is split, which only decides rounding; with other `processes`, the rest of it may differ.
     """
 
-    def __init__(self, directory: Path, key: Mapping[str, Any], fingerprints: Mapping[str, list[float]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        key: Mapping[str, Any],
+        fingerprints: Mapping[str, list[float]],
+        split: Mapping[str, int] | None = None,
+    ) -> None:
         self.directory = directory
         self.key = json.loads(json.dumps(key))
+        self.split = {"processes": 1} if split is None else dict(split)
         self.fingerprints: Mapping[str, tuple[float, ...]] = {name: tuple(mark) for name, mark in fingerprints.items()}
         self._best_digests: dict[int, Mapping[str, str]] = {}  # by step
 
@@ -102,7 +112,7 @@ class StateStore:
             staged.mkdir(parents=True)
         digests = _write(staged / "state.safetensors", tensors)
         best = self._best_digests.get(position.best_step or 0, {})
-        state = _State(self.key, self.fingerprints, position, digests, best)
+        state = _State(self.key, self.split, self.fingerprints, position, digests, best)
         content = json.loads(json.dumps(asdict(state)))
         write_json(staged / "state.json", content | {"sha256": sign(content)})
         kept = {target, self._best(position.best_step or 0)}
@@ -117,14 +127,19 @@ class StateStore:
                 else:
                     other.unlink()
 
-    def save_best(self, step: int, tensors: Tensors) -> None:
-        """Keeps the best parameters so far; those before go with the next state."""
+    def save_best(self, step: int, tensors: Tensors) -> Mapping[str, str]:
+        """Keeps the best parameters so far, and gives their digests; those before go with the next state."""
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         staged = self.directory / "best.tmp"
         self._best_digests[step] = _write(staged, tensors)
         with writing(self._best(step)):
             os.replace(staged, self._best(step))
+        return self._best_digests[step]
+
+    def note_best(self, step: int, digests: Mapping[str, str]) -> None:
+        """Learns of parameters that another process has saved."""
+        self._best_digests[step] = digests
 
     def load_best(self, step: int) -> "SavedTensors":
         """The best parameters, of a step that the position names.
@@ -148,7 +163,9 @@ class StateStore:
             return None
         newest = complete[-1]
         state, tensors = self._read(newest)
-        different = key_difference(state.key, self.key)
+        alike = state.split.get("processes") == self.split["processes"]
+        saved, now = (part if alike else {} for part in (state.split, self.split))
+        different = key_difference({**state.key, **saved}, {**self.key, **now})
         if different is not None:
             raise OutputError(f"{newest}: saved by a run with other settings ({different}); use the same or {_REMEDY}")
         if not _same_bases(state.fingerprints, self.fingerprints):
@@ -227,11 +244,25 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """The inverse of `random_state`."""
-    torch.set_rng_state(states["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in states:
-        torch.cuda.set_rng_state(states["random.cuda"], device)
+def by_rank(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of several processes, by names of their own."""
+    return {name + _of_rank(i): value for i, state in enumerate(states) for name, value in state.items()}
+
+
+def set_random_state(states: Mapping[str, Tensor], device: torch.device, rank: int = 0) -> None:
+    """The inverse of `random_state`, for one of several processes; one that was not there before begins anew."""
+    on_cpu, on_gpu = (f"random.{place}{_of_rank(rank)}" for place in ("cpu", "cuda"))
+    fresh = int(states["random.cpu"].long().sum()) + rank
+    if on_cpu in states:
+        torch.set_rng_state(states[on_cpu])
+    else:
+        torch.manual_seed(fresh)
+    if device.type == "cuda" and on_gpu in states:
+        torch.cuda.set_rng_state(states[on_gpu], device)
     elif device.type == "cuda":  # saved by a run on a CPU
         with torch.cuda.device(device):
-            torch.cuda.manual_seed(int(states["random.cpu"].long().sum()))
+            torch.cuda.manual_seed(fresh)
+
+
+def _of_rank(rank: int) -> str:
+    return f".{rank}" if rank else ""

@@ -23,6 +23,8 @@ SHAPES = {
              "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32},
+    "7b-8": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "num_attention_heads": 32,
+             "num_key_value_heads": 32},
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, GROUPED, IDS, SMALL, make_tokenizer, save_checkpoint
+from conftest import FAMILIES, GROUPED, IDS, SMALL, make_tokenizer, save_checkpoint, slowly
 from torch import Tensor
 
 from sculptor.analysis.calibration import Moments, measure_moments
@@ -101,7 +101,7 @@ def watch(model: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [True, *slowly(False)])
 def test_slices_give_the_loss_and_the_gradients_of_the_whole(
     family: str, training: bool, tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, GROUPED, IDS, SMALL, make_tokenizer, save_checkpoint
+from conftest import FAMILIES, GROUPED, IDS, SMALL, make_tokenizer, save_checkpoint, slowly
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -234,7 +234,7 @@ def test_an_observer_sees_the_backward_pass_block_by_block(
     assert stream.observer.log == expected
 
 
-@pytest.mark.parametrize("family", ["deep", "t5", "gpt2", "albert"])
+@pytest.mark.parametrize("family", ["deep", "albert", *slowly("t5", "gpt2")])
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("keep_inputs", [True, False])
 def test_two_slots_give_the_same_numbers(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, save_checkpoint
+from conftest import FAMILIES, save_checkpoint, slowly
 from torch import Tensor, nn
 
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
@@ -79,7 +79,7 @@ def test_the_trial_takes_two_parts_and_not_the_whole_batch(generator: torch.Gene
     assert seen == [(4, 4), (2, 2), (2, 2)]
 
 
-@pytest.mark.parametrize("keep_inputs", [True, False])
+@pytest.mark.parametrize("keep_inputs", [True, *slowly(False)])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_parts_give_the_same_loss_and_gradients(
     family: str, keep_inputs: bool, tmp_path: Path, generator: torch.Generator

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result, save_checkpoint, task_rows, write_rows
+from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.errors import CapacityError, DataError, SettingsError
@@ -107,7 +107,7 @@ def test_an_archive_that_is_kept_measures_nothing(made: Path, basis: str, change
 
 
 @pytest.mark.parametrize("basis", ["weights", "curvature"])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slowly("float32", "float64")])
 def test_keep_leaves_the_archive_as_it_is(
     cli: Callable[..., Result], made: Path, basis: str, dtype: str, tmp_path: Path
 ) -> None:

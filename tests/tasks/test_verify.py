@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Result, save_checkpoint, task_rows, write_rows
+from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
@@ -120,8 +120,8 @@ def test_a_bar_counts_matrices(made: Path) -> None:
     assert all(total == count for total, count in seen.values())
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("preserve", [0.3, 0.7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *slowly("float64")])
+@pytest.mark.parametrize("preserve", [0.3, *slowly(0.7)])
 def test_later_tasks_keep_what_the_first_archive_protects(
     made: Path, dtype: str, preserve: float, tmp_path: Path
 ) -> None:

@@ -37,7 +37,6 @@ from sculptor.training.stepping.optimizer import (
     with_state,
 )
 from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
-from sculptor.world import World
 
 # Tokens that a block sees at a time: more gain nothing, and their activations fill a device.
 PART_TOKENS = {"cuda": 8192}
@@ -74,7 +73,6 @@ class StreamedUpdates(Updates, Observer):
         self.transfers = stream.transfers
         self.device = stream.device
         self.settings = settings
-        self.world = World()
         self.fused = settings.optimizer_mode == "fused"
         self.extra = dict(extra)
         values = list(self.extra.values())
@@ -224,7 +222,6 @@ class StreamedUpdates(Updates, Observer):
         own = [value.grad for value in self.extra.values() if value.grad is not None]
         own_norms = list(map(torch.linalg.vector_norm, own))
         total = torch.linalg.vector_norm(torch.stack([*norms, *own_norms])) if norms or own else torch.zeros(())
-        total = self.world.norm(total)
         divisors: Divisors = None
         limit = 0.0 if self.fused and not own else limit  # its blocks have been updated
         if limit and self.settings.clip_by == "matrix":

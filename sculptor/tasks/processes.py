@@ -1,0 +1,85 @@
+"""A job in several processes: each with its own device, one of them with the output."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sculptor import world as processes
+from sculptor.checkpoint.staging import check_apart, partial_path, staging
+from sculptor.errors import DataError
+from sculptor.world import World
+
+
+def join(device: str) -> World:
+    """Sets up the processes that a launcher has started, each with its own GPU, as a job's device is chosen.
+
+    Raises:
+        SettingsError: if they cannot be set up.
+    """
+    return processes.join(device != "cpu" and torch.cuda.is_available())
+
+
+@contextmanager
+def staged_together(
+    world: World,
+    output: Path,
+    *,
+    command: str,
+    inputs: Iterable[str | Path],
+    overwrite: bool,
+    resume: bool,
+    worth_keeping: Callable[[Path], bool],
+) -> Iterator[Path]:
+    """`staging` by the first process; the others find the directory there, and leave it alone.
+
+    Args:
+        world: all processes.
+        output, command, overwrite, resume, worth_keeping: as for `staging`.
+        inputs: what the run reads, which the output may not be or hold.
+    """
+    if world.size == 1:
+        check_apart(output, inputs)
+        with staging(
+            output, command=command, overwrite=overwrite, resume=resume, worth_keeping=worth_keeping
+        ) as partial:
+            yield partial
+        return
+    staged = staging(output, command=command, overwrite=overwrite, resume=resume, worth_keeping=worth_keeping)
+    with world.together():
+        if world.first:
+            check_apart(output, inputs)
+            staged.__enter__()
+    if not world.first:
+        yield partial_path(output)
+        return
+    try:
+        yield partial_path(output)
+    except BaseException as error:
+        if not staged.__exit__(type(error), error, error.__traceback__):
+            raise
+    else:
+        staged.__exit__(None, None, None)
+
+
+def check_alike(world: World, key: Mapping[str, Any]) -> None:
+    """Refuses processes that work on different things: two machines may hold other files under one path.
+
+    Args:
+        world: all processes.
+        key: digests and settings, by what they are of.
+
+    Raises:
+        DataError: naming what differs.
+    """
+    keys = world.gather(key)
+    with world.together():
+        for rank, other in enumerate(keys) if world.first else ():
+            different = sorted(name for name in key if other[name] != key[name])
+            if different:
+                raise DataError(
+                    f"process {rank} of {world.size} has other inputs than the first ({', '.join(different)}); all of them have to "
+                    "be started with the same options and see the same files"
+                )

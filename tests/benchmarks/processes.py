@@ -1,0 +1,129 @@
+"""Several processes against one: speed of training and of analysis, memory of each process.
+
+    torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --train ARCHIVE [--tokens 16384] [--steps 8]
+    torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --analyze weights --analyze curvature
+
+Run once per number of processes; WORK keeps outputs apart. Rows are random words of full length, every process has the same
+number of tokens in each step. The first three steps are not counted; medians of the others.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import sculptor
+from sculptor.tasks.processes import join
+
+WORDS = [
+    "the",
+    "of",
+    "house",
+    "river",
+    "stone",
+    "music",
+    "winter",
+    "garden",
+    "paper",
+    "light",
+    "bridge",
+    "morning",
+    "silver",
+    "window",
+    "letter",
+    "station",
+]
+
+
+def write_rows(path: Path, count: int, words: int) -> Path:
+    """Rows of text that are cut to full length."""
+    if not path.exists():
+        drawn = random.Random(0)
+        lines = (json.dumps({"text": " ".join(drawn.choices(WORDS, k=words))}) for _ in range(count))
+        path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def train(model: Path, work: Path, archive: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Tokens per second of all processes together, from the run's own metrics."""
+    world = join(options.device)
+    rows = options.tokens // options.length
+    data = write_rows(work / "rows.jsonl", rows * world.size * 2, options.length)
+    output = work / f"tuned-{archive.name}-{world.size}"
+    settings = sculptor.TrainSettings(
+        device=options.device, max_length=options.length, batch_size=rows * world.size, micro_batch_size=options.micro,
+        max_steps=options.steps, offload="none", carry="keep", learning_rate=1e-5, save_every=10**6,
+        checkpoint_activations=options.recompute or None,
+    )  # fmt: skip
+    started = time.perf_counter()
+    report = sculptor.train(model, archive, [data], output, settings, overwrite=True)
+    whole = time.perf_counter() - started
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    seconds = [after["seconds"] - before["seconds"] for before, after in zip(lines[2:], lines[3:], strict=False)]
+    return {
+        "tokens/s": round(lines[-1]["tokens"] / statistics.median(seconds)),
+        "step s": round(statistics.median(seconds), 3),
+        "whole s": round(whole, 1),
+        "losses": [round(line["loss"], 5) for line in lines[:3]],
+        "peak GiB": world.gather(_peak()),
+        "trained": report.num_trainable,
+    }
+
+
+def analyze(model: Path, work: Path, basis: str, options: argparse.Namespace) -> dict[str, object]:
+    """Seconds of a whole analysis."""
+    world = join(options.device)
+    data = work / f"calibration-{options.calibration}.jsonl"
+    if world.first:
+        write_rows(data, options.calibration // options.length, options.length)
+    world.wait()
+    settings = sculptor.AnalyzeSettings(
+        basis=basis, device=options.device, **({} if basis == "weights" else {"data": (str(data),), "max_length": options.length}),
+        **({"preserve": options.preserve} if basis == "weights" else {}),
+    )  # fmt: skip
+    started = time.perf_counter()
+    sculptor.analyze(model, work / f"{basis}-{world.size}", settings, offload="none", overwrite=True)
+    return {"seconds": round(time.perf_counter() - started, 1), "peak GiB": world.gather(_peak())}
+
+
+def _peak() -> float:
+    return round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--train", type=Path, action="append", default=[], help="an archive")
+    parser.add_argument("--analyze", action="append", default=[], help="a basis")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step, per process")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--micro", type=int, help="rows per forward")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--preserve", type=float, default=0.5)
+    parser.add_argument("--calibration", type=int, default=100_000, help="tokens")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    world = join(options.device)
+    jobs = [
+        ("analyze", basis, lambda b=basis: analyze(options.model, options.work, b, options))
+        for basis in options.analyze
+    ]
+    jobs += [("train", a.name, lambda a=a: train(options.model, options.work, a, options)) for a in options.train]
+    for what, name, job in jobs:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        found = job()
+        if world.first:
+            print(json.dumps({"processes": world.size, "job": f"{what} {name}", **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
