@@ -38,8 +38,8 @@ from sculptor.numerics.reflectors import Columns
 from sculptor.numerics.rounding import noise_spectrum
 from sculptor.validation import STRICT, AtLeastOne, Count, Share
 
-# Of the learning rate; first measured on two small models (docs/rules.md).
-RATE = 0.1
+# Of the learning rate; chosen among a few on one small model (docs/rules.md).
+RATE = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from sculptor.methods.weights import ENERGY_SHARE, FREE_SHARE
 from sculptor.numerics.masks import at_random, largest_share, num_words, pack, smallest, unpack
 from sculptor.validation import STRICT, AtLeastOne, Count, NotNegative, Share
 
-# Of the learning rate; first measured on two small models (docs/rules.md).
+# Of the learning rate; chosen among a few on one small model (docs/rules.md).
 RATE = 0.1
 
 
