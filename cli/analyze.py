@@ -15,6 +15,7 @@ from .options import (
     overwrite_option,
     quiet_libraries,
     resume_option,
+    rule_option,
     settings_options,
 )
 
@@ -22,6 +23,7 @@ from .options import (
 @click.command("analyze", cls=SuggestingCommand)
 @click.argument("model")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of the archive.")
+@rule_option
 @settings_options(AnalyzeSettings, skip=("rule",))
 @settings_options(TrainSettings, "offload")
 @resume_option
@@ -34,7 +36,8 @@ def command(
 
     MODEL is a checkpoint directory or a hub name. `--basis curvature` protects what earlier data use, and is the one
     to choose if there are such data, or text of any kind. `weights` is the paper's: it needs no data; without --preserve
-    its share is the adaptive rank, 0.8 everywhere, or by importance if --data is given.
+    its share is the adaptive rank, 0.8 everywhere, or by importance if --data is given. All this is of the default --rule;
+    the others are InfLoRA's, SaRA's and OrthSR's.
 
     \b
     Examples:
@@ -42,6 +45,9 @@ def command(
       sculptor analyze ./model --basis curvature --data self --output ./subspaces
       sculptor analyze ./model --preserve 0.5 --output ./subspaces
       sculptor analyze ./model --data old-task.jsonl --constraint input --output ./subspaces
+      sculptor analyze ./model --rule lowrank --rank 8 --output ./subspaces
+      sculptor analyze ./model --rule mask --free 0.1 --output ./subspaces
+      sculptor analyze ./model --rule rotation --output ./subspaces
     """
     from sculptor.report.json_text import to_json
     from sculptor.report.text import analyze_text

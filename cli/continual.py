@@ -22,11 +22,11 @@ from .options import (
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of report and model.")
 @click.option(
     "--method",
-    type=Choice(["sculptor", "random", "full", "joint", "lora", "olora", "osf"]),
+    type=Choice(["sculptor", "random", "full", "joint", "inflora", "sara", "orthsr", "lora", "olora", "osf"]),
     default="sculptor",
     show_default=True,
-    help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, or (extra "
-    "`baselines`) LoRA, O-LoRA and OSF through PEFT.",
+    help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, InfLoRA, SaRA, "
+    "OrthSR, or (extra `baselines`) LoRA, O-LoRA and OSF through PEFT.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override the plan's value; repeatable."

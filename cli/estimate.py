@@ -7,7 +7,7 @@ import click
 
 from sculptor.planning.settings import EstimateSettings
 
-from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options
+from .options import SuggestingCommand, bars, json_option, quiet_libraries, rule_option, settings_options
 
 
 @click.command("estimate", cls=SuggestingCommand)
@@ -19,7 +19,8 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, sett
     type=click.Path(),
     help="Rows of the task: a file, a folder or a hub name, PLACE[:CONFIG][@SPLIT][:WEIGHT]; repeatable.",
 )
-@settings_options(EstimateSettings)
+@rule_option
+@settings_options(EstimateSettings, skip=("rule",))
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),

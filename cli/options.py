@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
+from sculptor.methods.settings import RULES
 from sculptor.validation import Off
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -182,6 +183,18 @@ def _range(kind: Any, metadata: Iterable[Any]) -> Any:
     if not bounds or kind not in (int, float):
         return kind
     return click.IntRange(**bounds) if kind is int else click.FloatRange(**bounds)
+
+
+def rule_option(command: Command) -> Command:
+    """`--rule`, of sculptor's own kinds."""
+    return click.option(
+        "--rule",
+        type=Choice(RULES),
+        default=RULES[0],
+        show_default=True,
+        help="What may change: everything outside of protected directions, a few directions of each input, the smallest "
+        "entries, or rotations of the outputs.",
+    )(command)
 
 
 def overwrite_option(command: Command) -> Command:

@@ -95,9 +95,18 @@ def test_edit_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monk
     for command in commands.splitlines():
         result = cli(*shlex.split(command)[1:])
         assert result.code == 0, command + result.err
-    assert (
-        "--choose task.jsonl --watch general.txt" in choice
-    )  # needs a model that learned something: test_edit_choice.py
+    # needs a model that learned something: test_edit_choice.py
+    assert "--choose task.jsonl --watch general.txt" in choice
+
+
+def test_rules_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "model")
+    write_rows(tmp_path / "task.jsonl", task_rows())
+    (block,) = blocks("docs/rules.md", "sh")
+    for command in block.splitlines():
+        result = cli(*shlex.split(command)[1:])
+        assert result.code == 0, command + result.err
 
 
 def test_data_examples_are_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field
 
@@ -14,13 +14,19 @@ from sculptor.data.examples import MIN_MAX_LENGTH
 from sculptor.data.reference import locate
 from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.settings import AnalyzeSettings, is_self
+from sculptor.methods.settings import DEFAULT_BLOCK, DEFAULT_ENERGY, DEFAULT_FREE, AnalyzeSettings, is_self
 from sculptor.training.settings import TrainSettings
 from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, Text, Texts, settings
 
 T = TypeVar("T")
-Contender = Literal["sculptor", "random", "full", "joint", "lora", "olora", "osf"]
-CONTENDERS: tuple[Contender, ...] = ("sculptor", "random", "full", "joint", "lora", "olora", "osf")
+Contender = Literal["sculptor", "random", "full", "joint", "inflora", "sara", "orthsr", "lora", "olora", "osf"]
+CONTENDERS: tuple[Contender, ...] = get_args(Contender)
+# Published systems that are rules of sculptor's own, and what of [adapter] they are told.
+RULES_OF: Mapping[Contender, tuple[str, tuple[str, ...]]] = {
+    "inflora": ("lowrank", ("rank", "energy")),
+    "sara": ("mask", ("free",)),
+    "orthsr": ("rotation", ("block_size",)),
+}
 Split = Literal["test", "validation"]
 
 
@@ -38,16 +44,22 @@ class EvaluateSettings:
 
 @settings
 class AdapterSettings:
-    """What the compared methods of PEFT are told."""
+    """What the compared methods are told."""
 
     rank: AtLeastOne = 8
-    """Rank of LoRA and O-LoRA."""
+    """Rank of LoRA, O-LoRA and InfLoRA."""
     alpha: AtLeastOne = 16
     """Their scale."""
     orthogonality: NotNegative = 0.5
     """O-LoRA's lambda: weight of the overlap with the A of earlier tasks."""
     preserve: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """OSF's share of frozen singular directions."""
+    energy: Annotated[float, Field(gt=0, le=1)] = DEFAULT_ENERGY
+    """InfLoRA's threshold: share of a task's inputs that is protected after it."""
+    free: Annotated[float, Field(gt=0, le=1)] = DEFAULT_FREE
+    """SaRA's share of trained entries."""
+    block_size: Annotated[int, Field(ge=2, le=2**31)] = DEFAULT_BLOCK
+    """OrthSR's blocks of outputs."""
 
 
 @settings
@@ -91,7 +103,7 @@ class Plan:
     evaluate: EvaluateSettings
     """How every stage is evaluated."""
     adapter: AdapterSettings
-    """What the compared methods of PEFT are told."""
+    """What the compared methods are told."""
 
     def train_settings(self, task: PlannedTask) -> TrainSettings:
         """The settings of one task."""

@@ -17,7 +17,7 @@ from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import require_peft, train_adapter
 from sculptor.benchmark.inputs import read_inputs
-from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
+from sculptor.benchmark.plan import CONTENDERS, RULES_OF, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore, plain, report_of
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
@@ -27,7 +27,7 @@ from sculptor.data.rows import Row, local_files, names_of
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.settings import AnalyzeSettings
+from sculptor.methods.settings import AnalyzeSettings, Carry
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
@@ -202,7 +202,7 @@ class _Run:
 
     @property
     def _carries(self) -> bool:
-        return self.method in ("sculptor", "random")
+        return self.method in ("sculptor", "random", *RULES_OF)
 
     def _trainings(self) -> list[tuple[str, PlannedTask]]:
         """Name and task of every training."""
@@ -236,15 +236,16 @@ class _Run:
         settings = self.plan.analyze
         if self.method == "sculptor":
             return settings
+        shared = {name: getattr(settings, name) for name in ("seed", "targets", "exclude", "device")}
+        if self.method in RULES_OF:
+            rule, told = RULES_OF[self.method]
+            return AnalyzeSettings(rule=rule, **{name: getattr(self.plan.adapter, name) for name in told}, **shared)
         preserve = 0.0 if self.method != "random" else 0.5 if settings.preserve is None else settings.preserve
         return AnalyzeSettings(
             basis="random" if self.method == "random" else "weights",
             constraint=settings.constraint,
             preserve=preserve,
-            seed=settings.seed,
-            targets=settings.targets,
-            exclude=settings.exclude,
-            device=settings.device,
+            **shared,
         )
 
     def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
@@ -265,9 +266,10 @@ class _Run:
             )
             return
         if self.method != "sculptor":
-            # Plain fine-tuning protects nothing, so there is nothing to carry.
+            # Plain fine-tuning protects nothing, so there is nothing to carry; rules go on in their own way.
             changes: dict[str, Any] = dict.fromkeys(_OF_MOMENTS)
-            settings = replace(settings, carry="accumulate" if self.method == "random" else "retake", **changes)
+            carry: Carry | None = "accumulate" if self.method == "random" else None if self._carries else "retake"
+            settings = replace(settings, carry=carry, **changes)
         archive = archive or self._first_archive(model)
         train(
             model,

@@ -1,20 +1,28 @@
-"""The kinds of rules there are: what archive.json may name, and what makes them. An archive never names an import path."""
+"""The kinds of rules there are: what archive.json may name, and what makes them. An archive never names an import path.
 
-from collections.abc import Callable, Mapping
+`TABLE` says what goes together: of every kind of sculptor's own the bases, and with each of them the constraints and the
+options of an analysis; how rules go on, its method says (`carries`). Everything else is refused by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from sculptor.errors import SettingsError
+from sculptor.methods.lowrank import LowRank, LowRankRule
+from sculptor.methods.mask import Mask, MaskRule
 from sculptor.methods.method import Checks, Method
 from sculptor.methods.moments import Moments
+from sculptor.methods.rotation import Rotation, RotationRule
 from sculptor.methods.rule import Rule
-from sculptor.methods.settings import AnalyzeSettings, Basis
+from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.methods.weights import Weights
-from sculptor.validation import faults
+from sculptor.numerics.staircase import Constraint
+from sculptor.validation import faults, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +40,88 @@ class Kind:
 
 Kinds = Mapping[str, Kind]
 
-_STAIRCASES: Mapping[Basis, Callable[[AnalyzeSettings], Method]] = {
-    "weights": Weights,
-    "random": Weights,
-    "inputs": Moments,
-    "curvature": Moments,
+
+class Row(NamedTuple):
+    """What goes with a kind of rule and a basis.
+
+    Attributes:
+        method: makes such rules.
+        constraints: that can be chosen; others have one, or one that follows from the basis.
+        options: of an analysis, beside those that always are; a method may refuse some of them in some cases.
+    """
+
+    method: Callable[[AnalyzeSettings], Method]
+    constraints: tuple[Constraint, ...]
+    options: frozenset[str]
+
+    @property
+    def carries(self) -> tuple[Carry, ...]:
+        """The ways in which rules go on, the default first."""
+        found: tuple[Carry, ...] = getattr(self.method, "carries", ())
+        return tuple(dict.fromkeys((*found, "keep")))
+
+
+_ALWAYS = frozenset({"rule", "basis", "seed", "targets", "exclude", "device"})
+_ROWS = frozenset({"data", "chat", "chat_template", "calibration_tokens", "max_length", "device_memory"})
+_OWN = frozenset({"free", "rank", "energy", "block_size"})  # of other rules than staircases
+_STAIRCASE = frozenset(field.name for field in fields(AnalyzeSettings)) - _ALWAYS - _OWN
+_ALL: tuple[Constraint, ...] = ("double", "input", "core")
+
+TABLE: Mapping[str, Mapping[Basis, Row]] = {
+    "staircase": {
+        "weights": Row(Weights, _ALL, _STAIRCASE),
+        "inputs": Row(Moments, (), _STAIRCASE),
+        "curvature": Row(Moments, (), _STAIRCASE),
+        "random": Row(Weights, _ALL, _STAIRCASE),
+    },
+    "lowrank": {
+        "inputs": Row(LowRank, (), _ROWS | {"rank", "energy", "dtype"}),
+        "random": Row(LowRank, (), _ROWS | {"rank", "energy", "dtype"}),
+    },
+    "mask": {
+        "weights": Row(Mask, (), frozenset({"free"})),
+        "random": Row(Mask, (), frozenset({"free"})),
+    },
+    "rotation": {
+        "weights": Row(Rotation, (), frozenset({"block_size", "preserve", "dtype"})),
+        "random": Row(Rotation, (), frozenset({"block_size", "preserve", "dtype"})),
+    },
 }
+
+
+def _method_of(settings: AnalyzeSettings) -> Method:
+    """By the table.
+
+    Raises:
+        SettingsError: if the basis, or an option, does not go with the rule.
+    """
+    rows = TABLE[settings.rule]
+    row = rows.get(settings.resolved_basis)
+    if row is None:
+        raise SettingsError(
+            f"--basis {settings.basis} does not go with --rule {settings.rule}: use {' or '.join(rows)}"
+        )
+    idle = settings.given(*(name for name in _STAIRCASE | _OWN if name not in row.options))
+    if idle:
+        raise SettingsError(f"{', '.join(sorted(idle))} without effect with --rule {settings.rule}{_homes(idle)}")
+    return row.method(settings)
+
+
+def _homes(idle: Sequence[str]) -> str:
+    """Which rules have a use for options that are some rule's own."""
+    said = []
+    for name in sorted(_OWN):
+        rules = [rule for rule, rows in TABLE.items() if any(name in row.options for row in rows.values())]
+        if option(name) in idle:
+            said.append(f"{option(name)} goes with {' and '.join(rules)}")
+    return f"; {', '.join(said)}" if said else ""
+
+
 KINDS: Kinds = {
-    "staircase": Kind(StaircaseRule, lambda settings: _STAIRCASES[settings.basis](settings)),
+    "staircase": Kind(StaircaseRule, _method_of),
+    "lowrank": Kind(LowRankRule, _method_of),
+    "mask": Kind(MaskRule, _method_of),
+    "rotation": Kind(RotationRule, _method_of),
 }
 
 

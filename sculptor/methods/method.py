@@ -81,6 +81,7 @@ class Terms(NamedTuple):
         basis: where the rules come from; `constraint` what they forbid.
         share: heading of `Figures.preserved`, `held` of `Figures.held`, and `note` what that is.
         adds: whether shares of several matrices add up by entries (pairs) rather than by matrix (directions).
+        budget: share of entries that was asked to be left free, where one was.
     """
 
     basis: str
@@ -89,6 +90,7 @@ class Terms(NamedTuple):
     held: str
     note: str
     adds: bool
+    budget: float | None = None
 
 
 class Defaults(NamedTuple):
@@ -98,17 +100,19 @@ class Defaults(NamedTuple):
         rate: c of the learning rate (`training/rates.py`): a step's relative size, width and depth taken out.
         soften: strength of the slowing down; None where the rule knows none.
         scaled: whether coordinates are in the units of the matrix, as angles are not.
+        memory_weight: of a task's moments against those of one earlier source; None where moments do not add up.
     """
 
     rate: float
     soften: float | None = None
     scaled: bool = True
+    memory_weight: float | None = None
 
 
 class Method(Protocol):
     """Makes rules; made for the settings of an analysis.
 
-    Some can do more: `Measuring`, `Carrying`, `Checks`, `Opens`, `Decides`, `Grows`.
+    Some can do more: `Measuring`, `Carrying`, `Plans`, `Checks`, `Opens`, `Decides`, `Grows`.
 
     Attributes:
         terms: words for reports.
@@ -135,13 +139,21 @@ class Carrying(Protocol):
     """A method whose rules change with a finished task; those of others are kept.
 
     Attributes:
-        carries: the ways in which rules can go on, the default first; `keep` need not be among them to be possible.
+        carries: the ways in which rules can go on, the default first; `keep` is possible even if it is not among them.
     """
 
     carries: tuple[Carry, ...]
 
     def carry(self, carry: Carry, previous: Previous, evidence: Evidence) -> Derived:
         """The rule after a task, in any way but `keep`."""
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """A method whose rules follow from shapes as far as an estimate has to know them."""
+
+    def plan(self, shape: tuple[int, int]) -> Rule:
+        """The rule that an analysis would give a matrix (m, n)."""
 
 
 @runtime_checkable
@@ -200,4 +212,4 @@ def measures_of(method: Method, step: Step, carry: Carry | None = None) -> Measu
 
 def carries_of(method: Method) -> tuple[Carry, ...]:
     """The ways in which the rules of any method can go on, the default first."""
-    return (*method.carries, "keep") if isinstance(method, Carrying) else ("keep",)
+    return tuple(dict.fromkeys((*method.carries, "keep"))) if isinstance(method, Carrying) else ("keep",)

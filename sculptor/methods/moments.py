@@ -43,24 +43,25 @@ class Moments:
 
     def __init__(self, settings: AnalyzeSettings) -> None:
         self.settings = settings
-        self.gradients = settings.basis == "curvature"
+        self.gradients = settings.resolved_basis == "curvature"
         what = "curvature" if self.gradients else "inputs"
         self.terms = Terms(
-            basis=settings.basis,
+            basis=settings.resolved_basis,
             constraint="staircase" if self.gradients else "input",
             share="frozen pairs",
             held=f"{what} frozen",
             note="curvature frozen: what these pairs have of it" if self.gradients else "inputs frozen: of E||x||^2",
             adds=True,
+            budget=settings.free_budget,
         )
-        self.defaults = Defaults(RATE, 3.0 if self.gradients else 0.0)
+        self.defaults = Defaults(RATE, 3.0 if self.gradients else 0.0, memory_weight=1.0)
         # An input that several matrices read is decomposed once; forgotten with the moment itself.
         self._known: WeakKeyDictionary[Moment, _MeasuredSide] = WeakKeyDictionary()
 
     def check(self, shapes: Sequence[tuple[int, int]] = ()) -> list[str]:
         """What does not go with moments, is missing, or cannot be had of what is stored of matrices of some shapes."""
         settings = self.settings
-        basis = f"with --basis {settings.basis}"
+        basis = f"with --basis {settings.resolved_basis}"
         idle = settings.given("constraint", "preserve", "min_retention", "target_retention")
         wrong = [f"{', '.join(idle)} without effect {basis}: use --budget"] if idle else []
         if not self.gradients:
@@ -74,7 +75,7 @@ class Moments:
             wrong.append(f"--data {twice[0]!r} is given twice")
         if not settings.data:
             wrong.append(
-                f"--basis {settings.basis} needs --data: files to calibrate on, or `--data self` for sampled text"
+                f"--basis {settings.resolved_basis} needs --data: files to calibrate on, or `--data self` for sampled text"
             )
         least = max((self._least_budget(shape) for shape in shapes), default=0.0)
         if settings.free_budget < least - 1e-9:

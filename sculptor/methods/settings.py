@@ -9,6 +9,8 @@ from sculptor.errors import SettingsError
 from sculptor.numerics.staircase import Constraint
 from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, Seed, Share, Texts, option, settings
 
+# Kinds of rules of sculptor's own (`methods/kinds.py` says what they are, and what goes with them).
+RULES = ("staircase", "lowrank", "mask", "rotation")
 Basis = Literal["weights", "inputs", "curvature", "random"]
 Threshold = Literal["matrix", "model"]
 Labels = Literal["true", "sampled"]
@@ -18,6 +20,10 @@ Weighting = Literal["tokens", "gradients"]
 BasisDtype = Literal["float32", "float64", "bfloat16"]
 SELF = "self"  # as a data file: text that the model itself says
 DEFAULT_BUDGET = 0.6
+DEFAULT_FREE = 0.1
+DEFAULT_RANK = 8
+DEFAULT_ENERGY = 0.95
+DEFAULT_BLOCK = 32
 ROW_GROUPS = 7
 
 
@@ -36,14 +42,14 @@ class AnalyzeSettings:
 
     rule: Name = "staircase"
     """Kind of rule: what is forbidden, and how what is left is trained."""
-    basis: Basis = "weights"
+    basis: Basis | None = None
     """Where protected directions come from: the weights' singular vectors, what layers read, what they read and its effect
-    on the loss, or chance (a control)."""
+    on the loss, or chance (a control) [default: inputs with --rule lowrank, else weights]."""
     budget: _Part | None = None
     """inputs, curvature: share of (output, input) pairs left free [default: 0.6]."""
     data: Texts = ()
     """Rows to calibrate on, or `self` for text the model says; with weights, rows that measure importance for the adaptive
-    rank; repeatable."""
+    rank; with --rule lowrank, rows whose inputs are protected from the start; repeatable."""
     chat: bool = False
     """With `--data self`: sample through the chat template."""
     chat_template: Name | None = None
@@ -69,11 +75,20 @@ class AnalyzeSettings:
     constraint: Constraint | None = None
     """weights, random: what an update may not touch: outputs and inputs, inputs, or their core [default: double]."""
     preserve: Share | None = None
-    """weights, random: protect this share of directions in every matrix, 0 to below 1 [default: adaptive rank]."""
+    """weights, random: protect this share of directions in every matrix, 0 to below 1 [default: adaptive rank; 0 with
+    --rule rotation]."""
     min_retention: Share | None = None
     """Adaptive rank: share of the least important matrix [default: 0.1]."""
     target_retention: Share | None = None
     """Adaptive rank: share at mean importance [default: 0.8]."""
+    free: _Part | None = None
+    """mask: share of each matrix's entries that is trained, the smallest ones [default: 0.1]."""
+    rank: AtLeastOne | None = None
+    """lowrank: directions of its inputs that a task may use of each matrix, at most [default: 8]."""
+    energy: _Part | None = None
+    """lowrank: share of what a task reads, in squared norm, that is protected after it [default: 0.95]."""
+    block_size: Annotated[int, Field(ge=2, le=2**31)] | None = None
+    """rotation: outputs that are turned together [default: 32]."""
     seed: Seed = 0
     """Of sampling, masking and random directions."""
     targets: Texts = ()
@@ -95,6 +110,11 @@ class AnalyzeSettings:
         """Those of some options that are not at their defaults."""
         defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
         return [option(name) for name in names if getattr(self, name) != defaults[name]]
+
+    @property
+    def resolved_basis(self) -> Basis:
+        """The basis, or the default of the rule."""
+        return self.basis or ("inputs" if self.rule == "lowrank" else "weights")
 
     @property
     def tokens_per_source(self) -> int:

@@ -59,6 +59,13 @@ class Side:
         """How many columns its tensor has."""
         return self.directions if self.form == "leading" else dim - self.directions
 
+    def restored(self, name: str, tensors: Tensors, dim: int) -> FreeSide:
+        """The completed side, of what `named_tensors` gave."""
+        if f"{name}_columns" in tensors:
+            return Columns(tensors[f"{name}_columns"])
+        shift = self.columns(dim) if self.form == "free" else 0
+        return CompleteBasis(tensors[f"{name}_reflectors"], tensors[f"{name}_triangle"], shift)
+
 
 @dataclass(frozen=True, slots=True)
 class Added:
@@ -212,17 +219,9 @@ class StaircaseRule:
         return StaircaseStack(staircases, replace(self, steps=hull(staircases).steps))
 
     def _space(self, tensors: Tensors) -> FreeSpace:
-        def side(name: str, found: Side | None, dim: int) -> FreeSide | None:
-            if found is None:
-                return None
-            if f"{name}_columns" in tensors:
-                return Columns(tensors[f"{name}_columns"])
-            shift = found.columns(dim) if found.form == "free" else 0
-            return CompleteBasis(tensors[f"{name}_reflectors"], tensors[f"{name}_triangle"], shift)
-
         soft = (tensors["soft_outputs"], tensors["soft_inputs"]) if "soft_outputs" in tensors else None
-        m, n = self.shape
-        return FreeSpace(self.staircase, side("output", self.output, m), side("input", self.input, n), soft)
+        sides = {name: side.restored(name, tensors, dim) for name, side, dim in self._sides()}
+        return FreeSpace(self.staircase, sides.get("output"), sides.get("input"), soft)
 
     def violation(self, tensors: Tensors, weight: Tensor, update: Tensor, variance: Tensor) -> Violation:
         """The frozen part of dW; with moments also tr(G dW C dW^T), all matrices on one scale."""

@@ -1,6 +1,5 @@
 """Protected directions from weights alone, and how they go on by what a task did to the weights."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,8 @@ from sculptor.methods.ranks import adaptive_retention, protected_count
 from sculptor.methods.rule import Rule, Tensors, is_open
 from sculptor.methods.settings import SELF, AnalyzeSettings, Carry
 from sculptor.methods.staircase import Added, Side, StaircaseRule, side_of
-from sculptor.numerics.bases import Basis, extend, store_smaller, stored_columns
+from sculptor.numerics.bases import Basis, extend, most_columns, store_smaller, stored_columns
+from sculptor.numerics.chance import generator_of
 from sculptor.numerics.linalg import singular_subspaces
 from sculptor.numerics.staircase import Constraint, Staircase
 
@@ -76,7 +76,7 @@ def random_directions(weight: Tensor, constraint: Constraint, k: int, seed: str)
     m, n = weight.shape
     if k == 0:
         return analyze_matrix(weight, constraint, 0)
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+    generator = generator_of(seed)
     left, right = (
         torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator))[0].to(weight.device)
         for d in (m, n)
@@ -108,7 +108,7 @@ class Weights:
         self.settings = settings
         self.constraint: Constraint = settings.constraint or "double"
         self.terms = Terms(
-            basis=settings.basis,
+            basis=settings.resolved_basis,
             constraint=self.constraint,
             share="preserved",
             held="energy kept",
@@ -119,7 +119,7 @@ class Weights:
     def check(self, shapes: Sequence[tuple[int, int]] = ()) -> list[str]:
         """What does not go with singular or random directions."""
         settings = self.settings
-        basis = f"with --basis {settings.basis}"
+        basis = f"with --basis {settings.resolved_basis}"
         idle = settings.given(
             "budget", "calibration_tokens", "keep", "row_groups", "threshold", "fisher", "weighting", "device_memory"
         )
@@ -144,6 +144,17 @@ class Weights:
         """Importance for the adaptive rank, where there are rows."""
         return "cosines" if step == "derive" and self.settings.data else "nothing"
 
+    def plan(self, shape: tuple[int, int]) -> Rule:
+        """By the shape alone, with `preserve`."""
+        m, n = shape
+        k = round((self.settings.preserve or 0.0) * min(m, n))
+        staircase = Staircase.of(self.constraint, m, n, k, k)
+
+        def side(told: int, dim: int) -> Side | None:
+            return Side("leading" if stored_columns(dim, k) == k else "free", k) if told else None
+
+        return StaircaseRule(shape, staircase.steps, side(staircase.outputs, m), side(staircase.inputs, n))
+
     def derive(self, evidence: Evidence) -> Derived:
         """As many directions as asked for, or the adaptive rank."""
         settings = self.settings
@@ -153,7 +164,7 @@ class Weights:
             retention = adaptive_retention(cosine, *settings.retention_range)
         k = protected_count(retention, evidence.shape)
         weight = evidence.weight()
-        if settings.basis == "random":
+        if settings.resolved_basis == "random":
             found = random_directions(weight, self.constraint, k, f"{settings.seed} {evidence.name}")
         else:
             found = analyze_matrix(weight, self.constraint, k)
@@ -180,32 +191,20 @@ class Weights:
         outputs, inputs = (side.directions if side is not None else 0 for side in sides.values())
         if carry == "keep":
             return 0
-        added = max(0, most_added(rule.shape, outputs, inputs, self.constraint)) if is_open(rule) else 0
+        free = free_directions(rule.shape, outputs, inputs, self.constraint)
+        added = max(0, most_added(free)) if is_open(rule) else 0
         total = 0
         for (name, side), count, d in zip(sides.items(), (outputs, inputs), rule.shape, strict=True):
             if side is None and ((name == "output" and self.constraint == "input") or not added):
                 continue
             columns = side.columns(d) if side is not None else 0
-            if carry == "retake":  # as many as the analysis took
-                reached = [max(rule.added[0].outputs, rule.added[0].inputs)]
-            else:  # beyond half of the directions, the others are stored
-                reached = [count, min(count + added, max(count, d // 2))]
             size = sizes.get(name, 4)
-            wide = size if carry == "retake" else max(size, 4)  # what is accumulated is not rounded again
-            total += max(0, max(stored_columns(d, k) for k in reached) * wide - columns * size) * d
+            if carry == "retake":  # as many as the analysis took
+                after = stored_columns(d, max(rule.added[0].outputs, rule.added[0].inputs)) * size
+            else:  # what is accumulated is not rounded again
+                after = most_columns(d, count, added) * max(size, 4)
+            total += max(0, after - columns * size) * d
         return total
-
-
-def plan_rule(shape: tuple[int, int], constraint: Constraint, preserve: float) -> StaircaseRule:
-    """The rule that an analysis with `preserve` would give a matrix, by its shape alone."""
-    m, n = shape
-    k = round(preserve * min(m, n))
-    staircase = Staircase.of(constraint, m, n, k, k)
-
-    def side(told: int, dim: int) -> Side | None:
-        return Side("leading" if stored_columns(dim, k) == k else "free", k) if told else None
-
-    return StaircaseRule(shape, staircase.steps, side(staircase.outputs, m), side(staircase.inputs, n))
 
 
 def accumulate(rule: StaircaseRule, tensors: Tensors, update: Tensor, constraint: Constraint, task: int) -> Derived:
@@ -225,7 +224,7 @@ def accumulate(rule: StaircaseRule, tensors: Tensors, update: Tensor, constraint
         for name, side in (("output", rule.output), ("input", rule.input))
     )
     outputs, inputs = _counts(output, input)
-    allowed = most_added(rule.shape, outputs, inputs, constraint)
+    allowed = most_added(free_directions(rule.shape, outputs, inputs, constraint))
     if allowed <= 0:
         return Derived(replace(rule, steps=Staircase.closed(m, n).steps), tensors)
     found = singular_subspaces(update, min(allowed, m, n))
@@ -265,10 +264,14 @@ def _derived(found: MatrixSubspaces, retention: float, importance: float | None,
     return Derived(rule, kept)
 
 
-def most_added(shape: tuple[int, int], outputs: int, inputs: int, constraint: Constraint) -> int:
-    """How many directions a task may add to a matrix (m, n), given those that are protected."""
+def free_directions(shape: tuple[int, int], outputs: int, inputs: int, constraint: Constraint) -> int:
+    """How many directions of a matrix (m, n) are free, given those that are protected."""
     m, n = shape
-    free = n - inputs if constraint == "input" else min(m - outputs, n - inputs)
+    return n - inputs if constraint == "input" else min(m - outputs, n - inputs)
+
+
+def most_added(free: int) -> int:
+    """How many directions a task may add, given how many are free; 0 or less where the last one would go."""
     return min(max(1, int(FREE_SHARE * free)), free - 1)
 
 

@@ -52,6 +52,11 @@ def stored_columns(d: int, k: int) -> int:
     return k if 2 * k <= d else d - k
 
 
+def most_columns(d: int, k: int, added: int) -> int:
+    """The most columns that a single-cut side can take with up to `added` directions more than k."""
+    return max(stored_columns(d, count) for count in (k, min(k + added, max(k, d // 2))))
+
+
 def protected_directions(basis: Basis) -> Tensor:
     """Orthonormal columns (d, k) that span the protected directions, in the stored dtype."""
     if basis.form == "leading":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sculptor.numerics.reflectors import FreeSide
+from sculptor.numerics.reflectors import FreeSide, named_tensors
 from sculptor.numerics.staircase import RowGroup, Staircase, merge_steps
 
 
@@ -168,7 +168,7 @@ class FreeSpace:
         found: dict[str, Tensor] = {}
         for side, part in (("output", self.output), ("input", self.input)):
             if part is not None:
-                found |= {f"{side}_{name}": tensor for name, tensor in part.tensors().items()}
+                found |= named_tensors(side, part)
         if self.softening is not None:
             found |= {"soft_outputs": self.softening[0], "soft_inputs": self.softening[1]}
         return found

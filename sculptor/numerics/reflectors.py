@@ -50,6 +50,11 @@ class CompleteBasis:
         """d."""
         return self.reflectors.shape[-2]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which products are formed."""
+        return self.reflectors.dtype
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "CompleteBasis":
         """The same elsewhere. T is derived anew from Y in float64, so H is orthogonal to rounding in any dtype."""
         dtype = dtype or self.reflectors.dtype
@@ -130,6 +135,11 @@ class Columns:
         return self.columns.shape[-2]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which products are formed."""
+        return self.columns.dtype
+
+    @property
     def start(self) -> int:
         """The first direction."""
         return self.columns.shape[-2] - self.columns.shape[-1]
@@ -160,6 +170,11 @@ class Columns:
 
 
 FreeSide = CompleteBasis | Columns
+
+
+def named_tensors(name: str, side: FreeSide) -> dict[str, Tensor]:
+    """What a side consists of, by names that begin with its own."""
+    return {f"{name}_{part}": tensor for part, tensor in side.tensors().items()}
 
 
 # Results lie in memory as what is turned does, row by row or column by column: on a GPU, copying a large matrix from one

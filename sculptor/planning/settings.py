@@ -5,18 +5,30 @@ from typing import Annotated
 from pydantic import Field
 
 from sculptor.errors import SettingsError
+from sculptor.methods.settings import AnalyzeSettings
 from sculptor.numerics.staircase import Constraint
-from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, settings
+from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, option, settings
+
+_PRESERVE = 0.5
+_OF_ARCHIVES = ("preserve", "constraint", "free", "rank", "block_size")
 
 
 @settings
 class EstimateSettings:
     """What is to be trained, and on what."""
 
-    preserve: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Without an archive: share of directions protected."""
-    constraint: Constraint = "double"
-    """Without an archive: what an update may not touch."""
+    rule: Name = "staircase"
+    """Without an archive: kind of rule."""
+    preserve: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Without an archive: share of directions protected [default: 0.5; 0 with --rule rotation]."""
+    constraint: Constraint | None = None
+    """Without an archive: what an update may not touch [default: double]."""
+    free: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Without an archive: as that of analyze --rule mask."""
+    rank: AtLeastOne | None = None
+    """Without an archive: as that of analyze --rule lowrank."""
+    block_size: Annotated[int, Field(ge=2, le=2**31)] | None = None
+    """Without an archive: as that of analyze --rule rotation."""
     batch_size: AtLeastOne = 32
     """Rows per optimizer step."""
     micro_batch_size: AtLeastOne | None = None
@@ -43,6 +55,19 @@ class EstimateSettings:
     """GB/s between host and GPU, each way [default: measured]."""
     disk: Positive | None = None
     """GB/s of the disk [default: measured]."""
+
+    @property
+    def analysis(self) -> AnalyzeSettings:
+        """What an archive would be made with."""
+        preserve = _PRESERVE if self.preserve is None and self.rule == "staircase" else self.preserve
+        told = {name: getattr(self, name) for name in ("rule", "constraint", "free", "rank", "block_size")}
+        return AnalyzeSettings(**told, preserve=preserve)
+
+    @property
+    def given(self) -> list[str]:
+        """Options about an archive that there is not."""
+        names = [name for name in _OF_ARCHIVES if getattr(self, name) is not None]
+        return [option(name) for name in (["rule"] if self.rule != "staircase" else []) + names]
 
     def __post_init__(self) -> None:
         if self.fused and self.batch_size > (self.micro_batch_size or self.batch_size):

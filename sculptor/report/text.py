@@ -144,8 +144,11 @@ def train_text(report: TrainReport) -> str:
         lines.append("The archive protects what it protected before (--carry keep).")
     elif report.carry == "merge":
         lines.append("The archive holds what the task uses beside what was there before: see inspect.")
-    else:
+    elif added:
         lines.append(f"The archive gained {added:,} directions over {len(report.matrices)} matrices.")
+    else:
+        left = sum(matrix.num_free_next for matrix in report.matrices.values())
+        lines.append(f"The archive leaves {left:,} parameters free for the next task.")
     if report.frozen:
         shown = ", ".join(report.frozen[:_MAX_LISTED]) + (", ..." if len(report.frozen) > _MAX_LISTED else "")
         lines.append(f"Frozen from now on, nothing left free: {len(report.frozen)} matrices ({shown}).")
@@ -160,7 +163,8 @@ def train_text(report: TrainReport) -> str:
 
 def _rate_line(report: TrainReport) -> str:
     if report.relative_rate is not None:
-        return f"Peak learning rate {report.relative_rate:.3g} of each matrix's RMS (--relative-rate)."
+        unit = " of each matrix's RMS" if report.scaled else ""
+        return f"Peak learning rate {report.relative_rate:.3g}{unit} (--relative-rate)."
     return f"Peak learning rate {report.learning_rate:.3g} (--learning-rate)."
 
 

@@ -87,7 +87,7 @@ def report_of(archive: Archive, checkpoint: Checkpoint) -> AnalyzeReport:
         most_directions=max((manifest.tensors[name].shape[1] for name in bases), default=0)
         if manifest.source_weights
         else 0,
-        budget=manifest.settings.free_budget if manifest.source_weights else None,
+        budget=archive.method.terms.budget,
     )
 
 

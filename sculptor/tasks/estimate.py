@@ -13,8 +13,8 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of
 from sculptor.errors import DataError, SettingsError
-from sculptor.methods.kinds import Kinds
-from sculptor.methods.weights import plan_rule
+from sculptor.methods.kinds import Kinds, known_kinds, make_method
+from sculptor.methods.method import Plans
 from sculptor.model.load import check_trainable, resolve_device
 from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, footprints
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
@@ -52,9 +52,8 @@ def estimate(
         SculptorError: if the checkpoint, the archive or the data cannot be used.
     """
     settings = settings or EstimateSettings()
-    assumed = EstimateSettings()
-    if subspaces is not None and (settings.preserve, settings.constraint) != (assumed.preserve, assumed.constraint):
-        raise SettingsError("--preserve and --constraint without effect with --subspaces: the archive says both")
+    if subspaces is not None and settings.given:
+        raise SettingsError(f"{', '.join(settings.given)} without effect with --subspaces: the archive says that")
     checkpoint = open_checkpoint(model)
     architecture = inspect_architecture(checkpoint)
     check_trainable(checkpoint, architecture)
@@ -65,10 +64,7 @@ def estimate(
         archive.check_names(checkpoint)
         matrices = plan_archive(archive, architecture)
     else:
-        matrices = [
-            PlannedMatrix(target, plan_rule(target.shape, settings.constraint, settings.preserve), _names(target))
-            for target in architecture.targets
-        ]
+        matrices = _planned(architecture.targets, settings, rules)
     archive_bytes = 4 * sum(map(_stored_numbers, matrices)) if archive is None else archive.num_bytes
     report, mixture, lengths = None, None, [resolve_max_length(settings.max_length, architecture.max_positions)]
     if as_items(data):
@@ -132,7 +128,9 @@ def estimate(
         host_memory=free_host,
         archive_bytes=archive_bytes,
         analysis_seconds=sum(
-            decomposition_seconds(matrix.target.shape, speeds["eigen"], device.type) for matrix in matrices
+            decomposition_seconds(matrix.target.shape, speeds["eigen"], device.type)
+            for matrix in matrices
+            if matrix.rule.orthonormal & matrix.rule.stored().keys()
         ),
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
         data=report,
@@ -140,8 +138,20 @@ def estimate(
     )
 
 
-def _names(target: Target) -> dict[str, str]:
-    return {side: f"{target.name}.{side}" for side in ("output", "input")}
+def _planned(targets: Sequence[Target], settings: EstimateSettings, rules: Kinds | None) -> list[PlannedMatrix]:
+    """What an analysis would give every matrix.
+
+    Raises:
+        SettingsError: if the rule does not follow from shapes, or something does not go with it.
+    """
+    method = make_method(settings.analysis, known_kinds(rules), [target.shape for target in targets])
+    if not isinstance(method, Plans):
+        raise SettingsError(f"rule {settings.rule} does not follow from shapes: pass --subspaces")
+    planned = [(target, method.plan(target.shape)) for target in targets]
+    return [
+        PlannedMatrix(target, rule, {name: f"{target.name}.{name}" for name in rule.stored()})
+        for target, rule in planned
+    ]
 
 
 def _stored_numbers(matrix: PlannedMatrix) -> int:

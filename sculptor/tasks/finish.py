@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint, written_order
 from sculptor.edits.merge import Merged
 from sculptor.methods.method import Derived
-from sculptor.methods.rule import is_open
+from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, cast_to
@@ -85,6 +85,15 @@ class _Made(NamedTuple):
     record: MatrixRecord
     derived: Derived | None
     report: MatrixReport
+
+
+class _Carried(TypedDict):
+    """Fields of a matrix's report."""
+
+    outputs_added: int
+    inputs_added: int
+    num_free_next: int
+    frozen: bool
 
 
 @dataclass(eq=False)
@@ -150,6 +159,7 @@ class _Finish:
             not_targeted=job.archive.manifest.not_targeted,
             learning_rate=job.settings.learning_rate,
             relative_rate=job.settings.relative_rate,
+            scaled=job.archive.method.defaults.scaled,
             matrices={name: self.reports[name] for name in job.archive},
         )
         self.archive.finish(report.num_examples, result.steps, report.opened)
@@ -200,7 +210,6 @@ class _Finish:
         before, after = (to_device(each, record.transposed, self.device) for each in (weight, merged.tensor))
         norm = float(merged.update.norm())
         lost = float((after - before - merged.update.to(self.device)).norm())
-        outputs, inputs = record.rule.figures().added.get(self.archive.task, (0, 0))
         return MatrixReport(
             role=record.role,
             update=measured.update / (float(before.norm()) or 1.0),
@@ -208,9 +217,14 @@ class _Finish:
             rounding=measured.violation.rounding / measured.update if measured.update else 0.0,
             update_norm=norm,
             rounding_loss=lost / norm if norm else 0.0,
-            outputs_added=outputs,
-            inputs_added=inputs,
-            frozen=not is_open(record.rule),
+            **self._carried(record.rule),
+        )
+
+    def _carried(self, rule: Rule) -> _Carried:
+        """What the next archive makes of a matrix."""
+        outputs, inputs = rule.figures().added.get(self.archive.task, (0, 0))
+        return _Carried(
+            outputs_added=outputs, inputs_added=inputs, num_free_next=num_free(rule), frozen=not is_open(rule)
         )
 
     def _measure(self, waiting: Mapping[str, MatrixRecord]) -> None:
@@ -218,8 +232,7 @@ class _Finish:
         with closing(self._reload()) as loaded:
             self.archive.measure(loaded, waiting, self.progress, self.world)
         for name in waiting if self.world.first else ():
-            frozen = not is_open(self.archive.record(name).rule)
-            self.reports[name] = replace(self.reports[name], frozen=frozen)
+            self.reports[name] = replace(self.reports[name], **self._carried(self.archive.record(name).rule))
 
     def _reload(self) -> LoadedModel:
         """What was written, rounding and all: the archive belongs to that, however the model was trained."""

@@ -45,6 +45,7 @@ class TrainJob:
         name: of the task.
         extra: openly trained parameter of the model -> tensor of the checkpoint.
         placement: where its blocks are, and why.
+        unopened: the archive as it was given, where `archive` was opened for the task.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +59,7 @@ class TrainJob:
     name: str
     extra: Mapping[str, str]
     placement: str = ""
+    unopened: Archive | None = None
 
 
 def open_job(
@@ -129,21 +131,25 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
         SettingsError: if the archive cannot go on like that, or a setting would have no effect.
     """
     method = archive.method
-    basis = f"an archive with basis {method.terms.basis}"
+    rule = archive.manifest.settings.rule
+    basis = f"an archive with {f'basis {method.terms.basis}' if rule == 'staircase' else f'rule {rule}'}"
     carries = carries_of(method)
     carry = settings.carry or carries[0]
     if carry not in carries:
         raise SettingsError(f"--carry {carry}: {basis} goes on by {' or '.join(carries)}")
-    measures = measures_of(method, "carry", carry) != "nothing"
+    carried = measures_of(method, "carry", carry) != "nothing"
+    measures = carried or measures_of(method, "open") != "nothing"
+    weighs = carried and method.defaults.memory_weight is not None
     faults = {
         "--soften": bool(settings.soften) and method.defaults.soften is None,
         "--memory-rows": settings.memory_rows is not None and not measures,
-        "--memory-weight": settings.memory_weight is not None and not measures,
+        "--memory-weight": settings.memory_weight is not None and not weighs,
     }
     idle = [option for option, is_fault in faults.items() if is_fault]
     if idle:
         kept = carry == "keep" and measures_of(method, "carry", carries[0]) != "nothing"
-        how = "goes on by keep" if kept else "has no moments; analyze with --basis inputs or curvature"
+        lacks = "adds up no moments" if measures else "has no moments; analyze with --basis inputs or curvature"
+        how = "goes on by keep" if kept else lacks
         raise SettingsError(f"{', '.join(idle)} without effect: {basis} {how}")
     rate = None if settings.learning_rate is not None else default_relative_rate(archive)
     return replace(
@@ -152,7 +158,7 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
         relative_rate=settings.relative_rate or rate,
         soften=(method.defaults.soften or 0.0) if settings.soften is None else settings.soften,
         memory_rows=settings.memory_rows or MEMORY_ROWS,
-        memory_weight=settings.memory_weight or 1.0,
+        memory_weight=settings.memory_weight or method.defaults.memory_weight or 1.0,
     )
 
 

@@ -11,7 +11,7 @@ from sculptor.analysis.derive import decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.analysis.sources import spread_rows
 from sculptor.archive.manifest import MatrixRecord, TaskRecord
-from sculptor.archive.store import Entry
+from sculptor.archive.store import Archive, Entry
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.tensors import digest, dtype_name
@@ -54,7 +54,10 @@ class NextArchive:
             base_dtype=dtype_name(merged.tensor.dtype),
             base_rms=rms(merged.tensor),
         )
-        if not self._carries or self._measures != "nothing":
+        if not self._carries:
+            kept = self._kept[record.name]
+            return replace(record, rule=kept.rule, tensors=kept.tensors), None
+        if self._measures != "nothing":
             return record, None
         assert isinstance(self._method, Carrying)
         evidence = Evidence(
@@ -74,7 +77,12 @@ class NextArchive:
         elif self._carries:
             self.waiting[record.name] = record
         else:
-            self._writer.keep(record, self._job.archive)
+            self._writer.keep(record, self._kept)
+
+    @property
+    def _kept(self) -> Archive:
+        """As it was given: what one task's rows opened is for that task."""
+        return self._job.unopened or self._job.archive
 
     @property
     def _carries(self) -> bool:

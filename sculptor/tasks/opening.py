@@ -80,4 +80,4 @@ def open_rules(
                 if world.first:
                     decide(writer, method, [*archive.manifest.source_weights, source.weight])
                     writer.finish(archive.manifest)
-    return replace(job, archive=Archive(path, rules=archive.own_kinds))
+    return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)

@@ -21,6 +21,7 @@ class MatrixReport:
         update_norm: ||dW||, before it was rounded.
         rounding_loss: ||W' - (W + dW)|| / ||dW||: the share of the update that rounding ate.
         outputs_added, inputs_added: directions the archive gained.
+        num_free_next: coordinates of the next task.
         frozen: nothing is left free in it.
     """
 
@@ -32,6 +33,7 @@ class MatrixReport:
     rounding_loss: float
     outputs_added: int
     inputs_added: int
+    num_free_next: int
     frozen: bool
 
 
@@ -39,7 +41,8 @@ class MatrixReport:
 class TrainReport:
     """What `train` did; `placement` says where the model's blocks were, and why.
 
-    `opened` was trained without protection by this run, `also_trained` by this or one before.
+    `opened` was trained without protection by this run, `also_trained` by this or one before; `scaled` says whether the relative
+    rate is one of each matrix's size.
     """
 
     output: Path
@@ -56,6 +59,7 @@ class TrainReport:
     not_targeted: tuple[FrozenMatrices, ...]
     learning_rate: float | None
     relative_rate: float | None
+    scaled: bool
     matrices: Mapping[str, MatrixReport]
 
     @property

@@ -7,7 +7,8 @@ left of differences between models goes with width and depth: narrow and shallow
     rate(A) = r max(RMS(W0), floor)        r = c / sqrt(f width depth), c by method
 
 with f the free share over all matrices, width the median of min(m, n), depth the number of blocks, and a floor of a tenth of
-the median RMS, since a matrix of zeros would never move. docs/benchmarks.md has the measurement.
+the median RMS, since a matrix of zeros would never move. docs/benchmarks.md has the measurement. Coordinates in no unit of
+W, as angles are, have rate(A) = c / sqrt(width depth): what share they are of the entries says nothing of their steps.
 """
 
 import statistics
@@ -35,11 +36,12 @@ class Peaks:
 
 def default_relative_rate(archive: Archive) -> float:
     """r, for the rules of an archive."""
+    defaults = archive.method.defaults
     entries = sum(record.shape[0] * record.shape[1] for record in archive.values())
-    free = max(_LEAST_FREE, archive.num_free / entries)
+    free = max(_LEAST_FREE, archive.num_free / entries) if defaults.scaled else 1.0
     width = statistics.median(min(record.shape) for record in archive.values())
     depth = len({record.block for record in archive.values()})
-    return float(archive.method.defaults.rate / (free * width * depth) ** 0.5)
+    return float(defaults.rate / (free * width * depth) ** 0.5)
 
 
 def matrix_scales(archive: Archive) -> dict[str, float]:

@@ -30,7 +30,7 @@ from sculptor.data.batches import Batch
 from sculptor.methods.kinds import make_method
 from sculptor.methods.rule import num_free
 from sculptor.methods.settings import AnalyzeSettings
-from sculptor.methods.weights import plan_rule
+from sculptor.methods.weights import Weights
 from sculptor.model.load import checkpoint_activations, load_model, load_streamed
 from sculptor.model.loss import batch_loss
 from sculptor.planning.footprints import PlannedMatrix, Workload, footprints
@@ -60,7 +60,7 @@ class RandomArchive(Mapping[str, MatrixRecord]):
         self.num_free = sum(num_free(record.rule) for record in self.records.values())
 
     def _record(self, target: Target, preserve: float) -> MatrixRecord:
-        rule = plan_rule(target.shape, "double", preserve)
+        rule = Weights(AnalyzeSettings(preserve=preserve)).plan(target.shape)
         tensors = {"output": f"{target.name} out", "input": target.input_group}
         return MatrixRecord(
             target.tensor, None, target.parameter, target.block, target.index, target.role, target.transposed,

@@ -18,7 +18,7 @@ from sculptor.errors import ArchiveError, SettingsError, Stopped
 from sculptor.methods.method import measures_of
 from sculptor.methods.rule import OuterProduct, Rule, Working, num_free
 
-RULES = {"frozen-rows": frozen_rows.KIND, "mask": mask.KIND, "rotation-2": rotation.KIND}
+RULES = {"frozen-rows": frozen_rows.KIND, "few": mask.KIND, "rotation-2": rotation.KIND}
 CPU64 = Working(torch.device("cpu"), torch.float64)
 
 
@@ -209,7 +209,7 @@ def test_matrices_of_one_shape_are_taken_as_a_stack(
 def test_what_a_rule_leaves_alone_keeps_its_bytes(made: Path, tmp_path: Path) -> None:
     """Also entries that are -0, which adding 0 would turn."""
     base = weights(made / "model")
-    archive = analyzed(made, "mask", tmp_path / "a")
+    archive = analyzed(made, "few", tmp_path / "a")
     sculptor.train(made / "model", tmp_path / "a", [made / "rows.jsonl"], tmp_path / "out", settings(), rules=RULES)
     tuned = weights(tmp_path / "out")
     for name, record in archive.items():
@@ -218,11 +218,11 @@ def test_what_a_rule_leaves_alone_keeps_its_bytes(made: Path, tmp_path: Path) ->
 
 
 def test_a_rule_that_is_not_given_is_named(made: Path, tmp_path: Path) -> None:
-    analyzed(made, "mask", tmp_path / "a")
-    with pytest.raises(ArchiveError, match=r"rule of kind 'mask': expected one of staircase"):
+    analyzed(made, "few", tmp_path / "a")
+    with pytest.raises(ArchiveError, match=r"rule of kind 'few': expected one of lowrank, mask, rotation, staircase"):
         sculptor.Archive(tmp_path / "a")
-    with pytest.raises(SettingsError, match=r"rule 'masks': expected frozen-rows, mask, rotation-2, staircase"):
-        sculptor.analyze(made / "model", tmp_path / "b", sculptor.AnalyzeSettings(rule="masks"), rules=RULES)
+    with pytest.raises(SettingsError, match=r"rule 'fews': expected few, frozen-rows, lowrank, mask, "):
+        sculptor.analyze(made / "model", tmp_path / "b", sculptor.AnalyzeSettings(rule="fews"), rules=RULES)
     with pytest.raises(SettingsError, match=r"'staircase' is a kind of sculptor's own"):
         sculptor.analyze(made / "model", tmp_path / "b", rules={"staircase": mask.KIND})
     content = json.loads((tmp_path / "a" / "archive.json").read_text())

@@ -104,11 +104,24 @@ def test_moments_are_carried_on_together(made: Path, tmp_path: Path) -> None:
     assert sculptor.verify(tmp_path / "two", tmp_path / "two", tmp_path / "two" / "subspaces", **CPU).passed
 
 
+def test_rules_are_opened_together(made: Path, tmp_path: Path) -> None:
+    sculptor.analyze(made / "llama", tmp_path / "archive", AnalyzeSettings(rule="lowrank", rank=4, **CPU))
+    inputs = (made / "llama", tmp_path / "archive", [made / "rows.jsonl"])
+    sculptor.train(*inputs, tmp_path / "one", settings(max_steps=3))
+    together(2, sculptor.train, *inputs, tmp_path / "two", settings(max_steps=3))
+    assert_same_training(made / "llama", tmp_path / "one", tmp_path / "two", 2e-3)
+    assert sculptor.verify(made / "llama", tmp_path / "two", tmp_path / "two" / "opened", **CPU).passed
+    one, two = (sculptor.Archive(tmp_path / name / "subspaces") for name in ("one", "two"))
+    assert [record.rule.shapes for record in one.values()] == [record.rule.shapes for record in two.values()]
+
+
 @pytest.mark.parametrize(
     ("changes", "size"),
     [
         ({"preserve": 0.5}, 2),
         ({"basis": "curvature"}, 3),
+        ({"rule": "lowrank", "basis": "inputs"}, 2),
+        *slowly(({"rule": "mask"}, 2), ({"rule": "rotation", "preserve": 0.4}, 2)),
         *slowly(({"basis": "inputs"}, 2), ({"basis": "curvature"}, 2), ({"preserve": 0.3, "constraint": "core"}, 3)),
         *slowly(
             ({"basis": "curvature", "data": ("self",)}, 2),

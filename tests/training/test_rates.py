@@ -78,18 +78,20 @@ def test_what_is_half_free_has_half_the_squared_step(made: Path, tmp_path: Path)
     assert half**2 * less == pytest.approx(whole**2 * free, rel=1e-12)
 
 
-def test_a_rule_of_few_coordinates_is_no_reason_for_any_rate(made: Path) -> None:
-    archive = Archive(made / "rotation", rules=RULES)
+def test_a_rule_of_few_coordinates_is_no_reason_for_any_rate(made: Path, tmp_path: Path) -> None:
+    analyze(made / "model", tmp_path / "mask", AnalyzeSettings(rule="mask", free=0.002, device="cpu"))
+    archive = Archive(tmp_path / "mask")
     entries = sum(math.prod(record.shape) for record in archive.values())
-    assert archive.num_free / entries > 0.01
-    record = next(iter(archive.values()))
-    few = {name: replace(item, rule=replace(item.rule, shape=(2, item.shape[1]))) for name, item in archive.items()}
-    assert record.rule.shapes
-    archive.manifest = replace(archive.manifest, matrices=few)
-    share = archive.num_free / sum(math.prod(item.shape) for item in archive.values())
-    width = statistics.median(min(item.shape) for item in few.values())
-    expected = 0.2 / math.sqrt(max(0.01, share) * width * 2)
-    assert default_relative_rate(archive) == pytest.approx(expected)
+    width = statistics.median(min(record.shape) for record in archive.values())
+    assert 0 < archive.num_free / entries < 0.01
+    c = archive.method.defaults.rate
+    assert default_relative_rate(archive) == pytest.approx(c / math.sqrt(0.01 * width * 2))
+
+
+def test_what_share_angles_are_of_the_entries_says_nothing(made: Path) -> None:
+    archive = Archive(made / "rotation", rules=RULES)
+    width = statistics.median(min(record.shape) for record in archive.values())
+    assert default_relative_rate(archive) == pytest.approx(1.6 / math.sqrt(width * 2))
 
 
 def test_a_matrix_is_scaled_by_its_rms_and_one_of_zeros_by_a_tenth_of_the_median(made: Path) -> None:

@@ -11,7 +11,7 @@ from sculptor.methods.rule import Figures, Prepared, Violation, dense
 class Mask:
     shape: tuple[int, int]
     free: int
-    kind: str = "mask"
+    kind: str = "few"
     orthonormal = frozenset()
     reads_weight = False
 

@@ -50,7 +50,7 @@ class Rotation:
 class Turns:
     settings: object
     terms = Terms("rotation", "norms", "-", "-", "outputs are rotated two by two", adds=False)
-    defaults = Defaults(rate=0.2, scaled=False)
+    defaults = Defaults(rate=1.6, scaled=False)
 
     def derive(self, evidence):
         return Derived(Rotation(evidence.shape), {})
