@@ -41,7 +41,8 @@ from sculptor.numerics.rounding import noise_spectrum
 from sculptor.numerics.staircase import Constraint
 from sculptor.validation import STRICT, AtLeastOne
 
-# Of the learning rate, in the units of other rules: a step turns a matrix by as much of its norm; chosen among a few on one small model
+# Of the learning rate, in the units of other rules: a step turns a matrix by as much of its norm; chosen among a few
+# on one small model.
 
 # (docs/rules.md).
 RATE = 0.1
