@@ -59,7 +59,9 @@ ColumnNames = Annotated[
     str,
     BeforeValidator(
         lambda value: (
-            ",".join(f"{ours}={theirs}" for ours, theirs in value.items()) if isinstance(value, Mapping) else value
+            ",".join(f"{ours}={theirs}" for ours, theirs in value.items())
+            if isinstance(value, Mapping) and all(isinstance(theirs, str) for theirs in value.values())
+            else value
         )
     ),
     Field(min_length=1, max_length=10_000),
