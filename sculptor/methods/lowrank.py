@@ -7,7 +7,7 @@ A has its rows divided by sqrt 3, as LoRA starts them; here they are of length 1
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -151,6 +151,26 @@ class LowRankRule:
             peak=spectral_norm(off),
             peak_rounding=noise_spectrum(variance),
         )
+
+    def allowed(
+        self,
+        weight: Tensor,
+        tensors: Tensors,
+        update: Tensor,
+        soften: float = 0.0,
+        known: dict[Any, Any] | None = None,
+    ) -> Tensor:
+        """dW along the directions; where these are not known, off the memory."""
+        known = {} if known is None else known
+        if "allowed" not in known:
+            memory = None if self.opened else self._memory(tensors, update.device)
+            outside = None if memory is None else protected_directions(memory)
+            known["allowed"] = self._directions(tensors, update.device) if self.opened else outside
+        directions: Tensor | None = known["allowed"]
+        if directions is None:
+            return update.clone()
+        along = (update @ directions) @ directions.mT
+        return along if self.opened else update - along
 
     def figures(self) -> Figures:
         """The share of inputs that are protected, and what they hold."""

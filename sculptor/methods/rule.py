@@ -176,7 +176,14 @@ def cost_of(rule: Rule, names: Mapping[str, str]) -> Cost:
 class Projectable(Protocol):
     """A rule that says what of a finished update is allowed."""
 
-    def allowed(self, weight: Tensor, tensors: Tensors, update: Tensor, soften: float = 0.0) -> Tensor:
+    def allowed(
+        self,
+        weight: Tensor,
+        tensors: Tensors,
+        update: Tensor,
+        soften: float = 0.0,
+        known: dict[Any, Any] | None = None,
+    ) -> Tensor:
         """What stays of dW (m, n), float64; twice is once. With `soften`, less of what matters, where the rule knows that.
 
         Args:
@@ -184,6 +191,7 @@ class Projectable(Protocol):
             tensors: as stored.
             update: dW, float64.
             soften: how strongly what matters is reduced; 0 for not at all.
+            known: as that of `Working`; what was made for the same tensors before.
         """
 
 

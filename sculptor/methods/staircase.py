@@ -246,11 +246,19 @@ class StaircaseRule:
             touched_at_random=at_random,
         )
 
-    def allowed(self, weight: Tensor, tensors: Tensors, update: Tensor, soften: float = 0.0) -> Tensor:
+    def allowed(
+        self,
+        weight: Tensor,
+        tensors: Tensors,
+        update: Tensor,
+        soften: float = 0.0,
+        known: dict[Any, Any] | None = None,
+    ) -> Tensor:
         """The free pairs of dW, each times 1 / (1 + soften * importance over its mean): the gain of training, twice."""
         if not self.shapes:
             return torch.zeros_like(update)
-        prepared = self.prepare(tensors, Working(update.device, torch.float64, soften)).tensors
+        working = Working(update.device, torch.float64, soften, known={} if known is None else known)
+        prepared = self.prepare(tensors, working).tensors
         return self.update(weight, prepared, self.project(weight, prepared, (), update))
 
     def entry_curvature(self, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
