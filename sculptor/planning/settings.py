@@ -41,6 +41,8 @@ class EstimateSettings:
     """With --data: which columns are which keys of ours: prompt=question,completion=answer."""
     max_rows: AtLeastOne | None = None
     """With --data: rows to use of each, the first ones [default: all]."""
+    gpus: AtLeastOne = 1
+    """Processes that share the rows of a step, each with a GPU of its own; they train resident."""
     fused: bool = False
     """For --optimizer-mode fused."""
     device: Name = "auto"
@@ -70,6 +72,8 @@ class EstimateSettings:
         return [option(name) for name in (["rule"] if self.rule != "staircase" else []) + names]
 
     def __post_init__(self) -> None:
+        if self.fused and self.gpus > 1:
+            raise SettingsError("--fused without effect with --gpus: several processes train resident")
         if self.fused and self.batch_size > (self.micro_batch_size or self.batch_size):
             raise SettingsError(
                 f"--fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} needs the gradients of "

@@ -16,6 +16,7 @@ def estimate_text(found: Estimate) -> str:
         f"{_count(found.num_parameters)} parameters, {_count(found.num_trainable)} of them free; {found.tokens:,} tokens per step, "
         f"micro-batches: {found.micro_batches}.",
         *_data(found),
+        *_processes(found),
         f"{where}: {size(int(found.device_memory))} free; host: {size(int(found.host_memory))} free.",
         "",
         _memory(found),
@@ -50,6 +51,16 @@ def _data(found: Estimate) -> list[str]:
     return [
         f"{found.data.num_examples:,} examples of up to {found.data.longest:,} tokens: {found.steps:,} steps per epoch. Memory is "
         "for the longest."
+    ]
+
+
+def _processes(found: Estimate) -> list[str]:
+    if found.gpus == 1:
+        return []
+    exchanged = size(int(found.exchanged))
+    return [
+        f"{found.gpus} GPUs, each with all matrices and its part of the rows; {exchanged} to and from each a step. Memory is "
+        "that of each."
     ]
 
 

@@ -16,7 +16,7 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Plans
 from sculptor.model.load import check_trainable, resolve_device
-from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, footprints
+from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, added_up, footprints
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
 from sculptor.planning.speeds import decomposition_seconds, measure_speeds
@@ -78,8 +78,9 @@ def estimate(
         raise SettingsError("--columns and --max-rows without effect: there is no --data")
     length = max(lengths)
     batch = settings.batch_size if report is None else min(settings.batch_size, report.num_epoch)
+    share = -(-batch // settings.gpus)  # rows of each process
     work = Workload(
-        batch * length,
+        share * length,
         1,
         settings.fused,
         on_host=device.type == "cuda" and not settings.fused,
@@ -94,19 +95,22 @@ def estimate(
         free_device = free_host
 
     def plans_of(split: Split) -> dict[str, Footprint]:
-        return footprints(checkpoint, architecture, matrices, device, split.workload(work, batch))
+        return footprints(checkpoint, architecture, matrices, device, split.workload(work, share))
 
     mode: OptimizerMode = "fused" if settings.fused else "exact"
     wanted = TrainSettings(
-        batch_size=batch, micro_batch_size=settings.micro_batch_size, optimizer_mode=mode, clip_by="matrix"
+        batch_size=share, micro_batch_size=settings.micro_batch_size, optimizer_mode=mode, clip_by="matrix"
     )
     average = sum(lengths) / len(lengths) if mixture is None else mixture.mean(lengths)
-    split = choose_split(plans_of, wanted, batch, length, device, free_device)
+    split = choose_split(plans_of, wanted, share, length, device, free_device)
     plans = plans_of(split)
-    work = split.workload(replace(work, tokens=round(batch * average)), batch)
+    if settings.gpus > 1:
+        plans = {"none": plans["none"]}
+    work = split.workload(replace(work, tokens=round(share * average)), share)
     works = footprints(checkpoint, architecture, matrices, device, work)
     given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
     speeds, measured = measure_speeds(given, device, here, Path(directory))
+    num_trainable = sum(matrix.num_free for matrix in matrices)
     free_disk = available_disk(Path(directory))
     modes = {
         name: _mode(
@@ -117,9 +121,11 @@ def estimate(
     return Estimate(
         model=str(model),
         num_parameters=sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values()),
-        num_trainable=sum(matrix.num_free for matrix in matrices),
+        num_trainable=num_trainable,
         kind=device.type,
-        tokens=work.tokens,
+        tokens=round(batch * average),
+        gpus=settings.gpus,
+        exchanged=added_up(num_trainable, settings.gpus),
         micro_batches=work.micro_batches,
         modes=modes,
         speeds=speeds,

@@ -42,7 +42,8 @@ class Estimate:
     Attributes:
         model: the checkpoint; `num_parameters` of it, `num_trainable` numbers that training changes.
         kind: cuda or cpu.
-        tokens: per step, on average if there are data; `micro_batches` it is split into.
+        gpus: processes that share a step; each sends and gets `exchanged` bytes in it, and has the memory of `modes`.
+        tokens: per step of all, on average if there are data; `micro_batches` it is split into.
         data: what the rows become, if there are some; then `steps` of an epoch.
         modes: by offload.
         speeds: TFLOP/s and GB/s; `measured` says which were measured here.
@@ -66,5 +67,7 @@ class Estimate:
     archive_bytes: int
     analysis_seconds: float
     chosen: str | None
+    gpus: int = 1
+    exchanged: float = 0.0
     data: DataReport | None = None
     steps: int | None = None

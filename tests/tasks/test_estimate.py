@@ -1,5 +1,6 @@
 """Estimates: arithmetic that matches what is built, and a choice that says why."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -341,3 +342,17 @@ def test_settings_reach_the_plan(tmp_path: Path, change: dict[str, Any], monkeyp
         assert before.loaded - after.loaded == 12 * numbers
     else:  # no gradients leave
         assert before.stored - after.stored == 4 * numbers
+
+
+def test_several_gpus_divide_the_rows(cli: Callable[..., Result], tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    options = ("--gpu-memory", 80, "--tflops", 400, "--link", 50, "--disk", 2, "--batch-size", 64, "--max-length", 64)
+    one, four = (json.loads(cli("estimate", model, *options, "--gpus", n, "--json").out) for n in (1, 4))
+    assert list(one["modes"]) == ["none", "cpu", "disk"]
+    assert list(four["modes"]) == ["none"]
+    assert one["tokens"] == four["tokens"] == 64 * 64
+    assert four["modes"]["none"]["compute"] == pytest.approx(one["modes"]["none"]["compute"] / 4, rel=0.2)
+    assert one["exchanged"] == 0
+    assert four["exchanged"] == 1.5 * 4 * four["num_trainable"]
+    assert "4 GPUs, each with all matrices" in cli("estimate", model, *options, "--gpus", 4).out
+    assert cli("estimate", model, "--gpus", 2, "--fused").code == 2
