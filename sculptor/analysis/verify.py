@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sculptor.analysis.lineage import Lineage, trace_lineage
+from sculptor.analysis.lineage import OPENED, Lineage, trace_lineage
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive, Entry
 from sculptor.checkpoint.orientation import as_out_in, to_device
@@ -155,7 +155,7 @@ def verify_checkpoints(
     With `strict` no leak above 1e-3 passes, whatever rounding explains: it could hide one as large.
 
     Raises:
-        VerificationError: if it cannot be carried out: the archive is not of `base`, or tensors do not match.
+        VerificationError: if it cannot be carried out: the archive is not of `base` or protects nothing, or tensors do not match.
     """
     try:
         archive.check_base(base, progress)
@@ -183,11 +183,26 @@ def verify_checkpoints(
         measured.append(one)
         bar.update(1)
     bar.close()
+    _check_protects(tuned, archive, measured)
     with world.together():
         verdict = _verdict(base, tuned, archive, lineage, measured, strict) if world.first else None
     found = world.from_first(verdict)
     assert found is not None
     return found
+
+
+def _check_protects(
+    tuned: Checkpoint, archive: Archive, measured: Sequence[tuple[LeakMeasure, MatrixVerification]]
+) -> None:
+    """Refuses an archive that forbids nothing: any matrices would pass."""
+    if any(one.violation.num_pairs for one, _ in measured):
+        return
+    opened = tuned.path / OPENED
+    use = opened if (opened / "archive.json").is_file() else "the archive in opened/ beside the output"
+    raise VerificationError(
+        f"{archive.path}: protects nothing in any of its {len(archive)} matrices, so every change would pass; "
+        f"if the task chose its own directions, use {use}"
+    )
 
 
 def _verdict(
