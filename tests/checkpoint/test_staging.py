@@ -46,9 +46,12 @@ def test_what_cannot_be_resumed_is_not_offered_to_be(tmp_path: Path) -> None:
     partial = start(tmp_path / "out")
     (partial / "output").mkdir()
     (partial / "output" / "model.safetensors").write_text("half")
-    with pytest.raises(OutputError, match="left over from a run that did not finish; pass --overwrite to start anew"):
-        with one_pass(tmp_path / "out", command="edit lines", overwrite=False):
-            pass
+    expected = "left over from a run that did not finish; pass --overwrite to start anew"
+    with (
+        pytest.raises(OutputError, match=expected),
+        one_pass(tmp_path / "out", command="edit lines", overwrite=False),
+    ):
+        pass
 
 
 def test_overwrite_replaces_only_at_success(tmp_path: Path) -> None:
