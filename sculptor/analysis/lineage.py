@@ -15,6 +15,7 @@ from sculptor.checkpoint.records import Merge, read_record
 from sculptor.errors import SculptorError
 
 CARRIED = "subspaces"  # where an output has the archive for the next task
+OPENED = "opened"  # and the one that it was trained with, if its rules were chosen by the task's rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ A checkpoint that went through several merges was rounded in each; how many are 
 beside tensors decides what a user loads is compared in `checkpoint.sameness`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sculptor.analysis.lineage import Lineage, trace_lineage
+from sculptor.analysis.leak import LeakMeasure, measure_leak
+from sculptor.analysis.lineage import OPENED, Lineage, trace_lineage
 from sculptor.analysis.roundings import rounds_an_allowed
 from sculptor.archive.manifest import MatrixRecord
-from sculptor.archive.store import Archive, Entry
-from sculptor.checkpoint.orientation import as_out_in, to_device
+from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.errors import ArchiveError, VerificationError
-from sculptor.methods.rule import Violation
-from sculptor.numerics.rounding import leak_allowance, peak_allowance, rounding_variance
+from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
 
@@ -110,37 +108,6 @@ class Verification:
     kept: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LeakMeasure:
-    """One matrix's update: its norm, that of the rounding errors to expect in it, and what the rule says of it."""
-
-    update: float
-    rounding: float
-    violation: Violation
-
-
-def measure_leak(
-    base: Tensor, tuned: Tensor, entry: Entry, device: torch.device, dtypes: Sequence[torch.dtype] | None = None
-) -> LeakMeasure:
-    """Measures one matrix, both given as stored.
-
-    Args:
-        base, tuned: before and after.
-        entry: of the archive.
-        device: where the float64 products run.
-        dtypes: what the tuned one was rounded to, once each.
-    """
-    transposed = entry.record.transposed
-    base64, tuned = to_device(base, transposed, device), tuned.to(device)
-    update64 = to_device(tuned, transposed, device) - base64
-    variance = as_out_in(rounding_variance(tuned, dtypes), transposed)
-    return LeakMeasure(
-        update=float(update64.norm()),
-        rounding=math.sqrt(float(variance.sum())),
-        violation=entry.rule.violation(entry.tensors, base64, update64, variance),
-    )
-
-
 def verify_checkpoints(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -156,7 +123,7 @@ def verify_checkpoints(
     With `strict` no leak above 1e-3 passes, whatever rounding explains: it could hide one as large.
 
     Raises:
-        VerificationError: if it cannot be carried out: the archive is not of `base`, or tensors do not match.
+        VerificationError: if it cannot be carried out: the archive is not of `base` or protects nothing, or tensors do not match.
     """
     try:
         archive.check_base(base, progress)
@@ -188,11 +155,26 @@ def verify_checkpoints(
         measured.append(one)
         bar.update(1)
     bar.close()
+    _check_protects(tuned, archive, measured)
     with world.together():
         verdict = _verdict(base, tuned, archive, lineage, measured, strict) if world.first else None
     found = world.from_first(verdict)
     assert found is not None
     return found
+
+
+def _check_protects(
+    tuned: Checkpoint, archive: Archive, measured: Sequence[tuple[LeakMeasure, MatrixVerification]]
+) -> None:
+    """Refuses an archive that forbids nothing: any matrices would pass."""
+    if any(one.violation.num_pairs for one, _ in measured):
+        return
+    opened = tuned.path / OPENED
+    use = opened if (opened / "archive.json").is_file() else "the archive in opened/ beside the output"
+    raise VerificationError(
+        f"{archive.path}: protects nothing in any of its {len(archive)} matrices, so every change would pass; "
+        f"if the task chose its own directions, use {use}"
+    )
 
 
 def _verdict(

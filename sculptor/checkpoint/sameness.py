@@ -213,25 +213,37 @@ def _short(value: Any) -> str:
 
 
 def _files(checkpoint: Checkpoint) -> set[str]:
-    """What may be loaded: all files but hidden ones, what people read, and outputs of ours in folders; links count."""
+    """What may be loaded: all files but hidden ones, what people read, and outputs of ours in folders; links count.
+
+    In these, and under the names of what people read, weights of other programs count all the same.
+    """
     found = set()
+    ours: list[Path] = []
     for folder, inner, names in os.walk(checkpoint.path, followlinks=True):
         here = Path(folder)
-        depth = len(here.relative_to(checkpoint.path).parts)
-        ours = depth and any((here / name).is_file() for name in ("archive.json", "sculptor.json"))
-        if (ours and not set(here.relative_to(checkpoint.path).parts) & _READ_FOLDERS) or depth > _DEPTH:
+        parts = here.relative_to(checkpoint.path).parts
+        if len(parts) > _DEPTH:
             inner.clear()
             continue
+        if parts and not set(parts) & _READ_FOLDERS and any((here / name).is_file() for name in _OURS):
+            ours.append(here)
+        inside = any(here.is_relative_to(output) for output in ours)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in names:
-            relative = (here / name).relative_to(checkpoint.path).as_posix()
-            for_people = not depth and _FOR_PEOPLE.fullmatch(name)
-            if not name.startswith(".") and not for_people:
-                found.add(relative)
+            by_us = inside and (_is_written(name) or not is_weights(name))
+            for_people = not parts and _FOR_PEOPLE.fullmatch(name) and not is_weights(name)
+            if not name.startswith(".") and not for_people and not by_us:
+                found.add((here / name).relative_to(checkpoint.path).as_posix())
     return found
 
 
+def _is_written(name: str) -> bool:
+    """Whether weights are of a kind that sculptor writes."""
+    return name.endswith((".safetensors", INDEX_NAME))
+
+
 _DEPTH = 3  # links may lead in circles
+_OURS = ("archive.json", "sculptor.json")
 # Read by name, whatever else they hold.
 _READ_FOLDERS = {TEMPLATES, "custom_generate"}
 

@@ -50,7 +50,7 @@ def staging(
     command: str,
     writes: Sequence[str],
     overwrite: bool,
-    resume: bool,
+    resume: bool | None,
     worth_keeping: Callable[[Path], bool],
 ) -> Iterator[Path]:
     """Creates or takes up the staging directory of an output, and yields it.
@@ -63,7 +63,8 @@ def staging(
         command: that makes it; what another one left is not taken up.
         writes: patterns of all names that the command writes there.
         overwrite: allow an existing output (replaced at success only) and discard left-overs.
-        resume: take up what a killed run left; nothing left over means starting from the beginning.
+        resume: take up what a killed run left; nothing left over means starting from the beginning. None where a command
+            has no such option.
         worth_keeping: whether the staging directory holds progress.
 
     Raises:
@@ -98,7 +99,7 @@ def one_pass(output: Path, *, command: str, overwrite: bool) -> Iterator[Path]:
     """`staging` of what is written at once, with nothing to resume: yields the directory that then becomes the output."""
     writes = ("output/*",)
     with staging(
-        output, command=command, writes=writes, overwrite=overwrite, resume=False, worth_keeping=lambda _: False
+        output, command=command, writes=writes, overwrite=overwrite, resume=None, worth_keeping=lambda _: False
     ) as partial:
         staged = partial / "output"
         with writing(staged):
@@ -128,7 +129,7 @@ def _lock(partial: Path) -> FileLock:
         lock.release()
 
 
-def _check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+def _check_output(output: Path, *, overwrite: bool, resume: bool | None) -> None:
     if not output.exists():
         return
     if resume and not overwrite:
@@ -140,7 +141,9 @@ def _check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         raise OutputError(f"{output}: {foreign}, so --overwrite does not touch it; choose another --output")
 
 
-def _check_left_over(partial: Path, command: str, writes: Sequence[str], *, overwrite: bool, resume: bool) -> None:
+def _check_left_over(
+    partial: Path, command: str, writes: Sequence[str], *, overwrite: bool, resume: bool | None
+) -> None:
     found = _in_the_way(partial)
     if found is not None:
         raise OutputError(f"{partial}: {found}; move it or choose another --output")
@@ -153,9 +156,8 @@ def _check_left_over(partial: Path, command: str, writes: Sequence[str], *, over
                 f"{partial}: left by `{other}`, not by `{command}`; choose another --output, or pass --overwrite to discard it"
             )
     if not (overwrite or resume) and any(item.name not in (LOCK_NAME, MARKER_NAME) for item in partial.iterdir()):
-        raise OutputError(
-            f"{partial}: left over from a run that did not finish; pass --resume to go on or --overwrite to start anew"
-        )
+        ways = "--overwrite" if resume is None else "--resume to go on or --overwrite"
+        raise OutputError(f"{partial}: left over from a run that did not finish; pass {ways} to start anew")
     strange = strange_file(partial, writes)
     if strange is not None:
         raise OutputError(

@@ -114,6 +114,8 @@ def _read_table(path: Path, text: str, delimiter: str) -> Found:
                     raise DataError(
                         f"{path}:{line}: {len(cells)} cells, the head has {len(head)}; quote cells with {delimiter!r}"
                     )
+                if [cells[0].removeprefix("\ufeff"), *cells[1:]] == head:
+                    raise DataError(f"{path}:{line}: the head again, as where files are put together; remove the line")
                 yield f"{path}:{line}", dict(zip(head, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as cause:

@@ -139,6 +139,7 @@ def _make_pair(row: Mapping[str, Any], where: str) -> Row:
     if prompt is not None and completion is not None:  # as TRL has conversations
         if "choices" in row:
             raise DataError(f"{where}: 'choices' beside messages; ranking needs 'prompt' as a text")
+        _check_wanted(row, where)
         return _with_references(conversation(row, [*prompt, *completion], where, len(prompt)), row, where)
     if isinstance(row["prompt"], list) and "completion" in row:
         raise DataError(
@@ -152,9 +153,19 @@ def _make_pair(row: Mapping[str, Any], where: str) -> Row:
     if "choices" in row and len(choices) < 2:
         raise DataError(f"{where}: {len(choices)} 'choices'; ranking needs at least 2")
     right = _right(row, choices, references, where)
+    if not choices:
+        _check_wanted(row, where)
     if not right.strip():
         raise DataError(f"{where}: empty completion")
     return CompletionRow(where, text, right, choices, references)
+
+
+def _check_wanted(row: Mapping[str, Any], where: str) -> None:
+    """Refuses what TRL's unpaired preferences call bad: it would be learned."""
+    if row.get("label") is False:
+        raise DataError(
+            f"{where}: 'label' is false, as where a completion is not wanted; remove the row, or the key if it says something else"
+        )
 
 
 def _right(row: Mapping[str, Any], choices: tuple[str, ...], references: tuple[str, ...], where: str) -> str:

@@ -5,10 +5,11 @@ fetched than the rows that are asked for, if their number is given.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sculptor.data.files import Found
-from sculptor.data.reference import Reference
+from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference
 from sculptor.errors import DataError
 
 _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -76,12 +77,29 @@ def _open(datasets: Any, reference: Reference, kind: str | None, bounded: bool) 
         found = datasets.load_from_disk(reference.place)
         return _split_of(found, reference)
     place, config, split = reference.place, reference.config, reference.split
+    if reference.is_local:
+        _check_all_read(datasets, reference)
     sliced = split is not None and "[" in split  # which is not streamed
     if (reference.is_local or bounded) and not sliced:
         return _split_of(datasets.load_dataset(place, config, streaming=True), reference)
     if split is None:
         split = choose_split({name: name for name in datasets.get_dataset_split_names(place, config)}, reference.text)
     return datasets.load_dataset(place, config, split=split)
+
+
+def _check_all_read(datasets: Any, reference: Reference) -> None:
+    """Refuses a folder of which the library takes one kind of files, or those named after a split, and leaves the others."""
+    if reference.config is not None or (reference.path / "README.md").is_file():  # which can say what is read
+        return
+    taken = datasets.load_dataset_builder(reference.place).config.data_files or {}
+    read = {Path(file).resolve() for files in taken.values() for file in files}
+    every = (file for ending in (*TEXT_ENDINGS, *TABLE_ENDINGS) for file in reference.path.rglob(f"*{ending}"))
+    left = sorted(file for file in every if file.resolve() not in read and not file.name.startswith((".", "_")))
+    if read and left:
+        raise DataError(
+            f"{reference.text}: {left[0].relative_to(reference.path)} would not be read beside "
+            f"{min(read).name}: another kind of file, or a name that tells no split; name the files one by one"
+        )
 
 
 def _split_of(found: Any, reference: Reference) -> Any:

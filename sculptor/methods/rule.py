@@ -71,7 +71,7 @@ class Violation(NamedTuple):
         norm: of what is not allowed.
         rounding: its expectation from the rounding errors of what is stored.
         num_pairs: how many independent errors that sums up.
-        peak: spectral norm of what is not allowed; None where the rule does not tell.
+        peak: spectral norm of what is not allowed, or its largest entry; None where the rule does not tell.
         peak_rounding: what rounding errors, which have no direction, can make of it.
         touched: of what the rule weighs, what the update disturbs; None where it weighs nothing.
         touched_at_random: the mean of that over all updates of this norm.

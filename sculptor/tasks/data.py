@@ -1,6 +1,7 @@
 """`sculptor data`: what rows become for a model, before anything is trained on them."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,9 +230,18 @@ def _preview(example: Example, tokenizer: Any, two_sided: bool) -> ExamplePrevie
     ids = example.input_ids
     on = [False] * len(ids) if two_sided else [label != IGNORED for label in example.labels]
     edges = [0, *(i for i in range(1, len(ids)) if on[i] != on[i - 1]), len(ids)]
-    parts = tuple((tokenizer.decode(ids[a:b]), on[a]) for a, b in itertools.pairwise(edges))
-    target = tokenizer.decode(example.labels) if two_sided else None
+    parts = tuple((_text(tokenizer, ids, a, b), on[a]) for a, b in itertools.pairwise(edges))
+    target = _text(tokenizer, example.labels, 0, len(example.labels)) if two_sided else None
     return ExamplePreview(parts, len(ids), _learned(example), target)
+
+
+def _text(tokenizer: Any, ids: Sequence[int], start: int, stop: int) -> str:
+    """What some of the tokens say where they stand: read alone, they lose the space that a word begins with."""
+    before, whole, alone = (
+        str(tokenizer.decode(part, clean_up_tokenization_spaces=False))
+        for part in (ids[:start], ids[:stop], ids[start:stop])
+    )
+    return whole.removeprefix(before) if whole.startswith(before) else alone
 
 
 def _remarks(row: EncodedRow, length: int) -> tuple[str, ...]:

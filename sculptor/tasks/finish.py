@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.analysis.derive import Packing
-from sculptor.analysis.verify import measure_leak
+from sculptor.analysis.leak import measure_leak
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.architecture import Architecture

@@ -8,6 +8,7 @@ import torch
 
 from sculptor.analysis.derive import decide, write_measured
 from sculptor.analysis.evidence import Source
+from sculptor.analysis.lineage import OPENED
 from sculptor.analysis.sources import spread_rows
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter
@@ -16,8 +17,6 @@ from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, open_model
 from sculptor.world import ALONE, World
-
-OPENED_NAME = "opened"
 
 
 def reached(evidence: Evidence) -> Evidence:
@@ -49,7 +48,7 @@ def open_rules(
     measures = measures_of(method, "open")
     if not isinstance(method, Opens) or measures == "nothing":
         return job
-    path = partial / OPENED_NAME
+    path = partial / OPENED
     if not world.from_first((path / MANIFEST_NAME).is_file()):
         with writing(path):
             path.mkdir(exist_ok=True)

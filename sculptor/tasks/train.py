@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sculptor.analysis.lineage import OPENED
 from sculptor.checkpoint.staging import commit, partial_path, writing
 from sculptor.checkpoint.written import discard
 from sculptor.data.examples import digest_examples
@@ -24,7 +25,7 @@ from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.job import TrainJob, open_job, plans_of, split_steps
-from sculptor.tasks.opening import OPENED_NAME, open_rules
+from sculptor.tasks.opening import open_rules
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
@@ -37,7 +38,7 @@ from sculptor.world import World, here
 _SPLIT = ("micro_batch_size",)
 _HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
 # All that is written into the staging directory.
-_WRITES = ("metrics.jsonl", *STATE_FILES, "scratch/*", f"{OPENED_NAME}/*", "output/*")
+_WRITES = ("metrics.jsonl", *STATE_FILES, "scratch/*", f"{OPENED}/*", "output/*")
 
 
 def train(
@@ -146,9 +147,9 @@ def train(
 
 
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
-    if (partial / OPENED_NAME).is_dir():
+    if (partial / OPENED).is_dir():
         with writing(output):
-            (partial / OPENED_NAME).replace(partial / "output" / OPENED_NAME)
+            (partial / OPENED).replace(partial / "output" / OPENED)
     commit(partial / "output", output, overwrite=overwrite)
     discard(partial, _WRITES)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import sculptor
 from sculptor import AnalyzeSettings, Archive, TrainSettings
+from sculptor.analysis.leak import measure_leak
 from sculptor.analysis.roundings import rounds_an_allowed
-from sculptor.analysis.verify import measure_leak
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.reader import open_checkpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sculptor.checkpoint.staging import NotPlacedError, check_apart, commit, partial_path, staging
+from sculptor.checkpoint.staging import NotPlacedError, check_apart, commit, one_pass, partial_path, staging
 from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, list_files
 from sculptor.errors import OutputError
 
@@ -40,6 +40,18 @@ def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
     assert not partial.exists()
     with pytest.raises(OutputError, match="exists already"):
         start(output, resume=True)
+
+
+def test_what_cannot_be_resumed_is_not_offered_to_be(tmp_path: Path) -> None:
+    partial = start(tmp_path / "out")
+    (partial / "output").mkdir()
+    (partial / "output" / "model.safetensors").write_text("half")
+    expected = "left over from a run that did not finish; pass --overwrite to start anew"
+    with (
+        pytest.raises(OutputError, match=expected),
+        one_pass(tmp_path / "out", command="edit lines", overwrite=False),
+    ):
+        pass
 
 
 def test_overwrite_replaces_only_at_success(tmp_path: Path) -> None:

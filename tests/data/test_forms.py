@@ -116,6 +116,8 @@ def test_columns_are_named(tmp_path: Path) -> None:
         ({"prompt": "w1", "references": []}, "'references' is not a list of texts"),
         (PAIR | {"weight": 0.5}, "row has weight 0.5; expected 0 or 1"),
         (PAIR | {"train": "no"}, "row has train no; expected true or false"),
+        (PAIR | {"label": False}, "'label' is false, as where a completion is not wanted"),
+        ({"prompt": TALK[:1], "completion": TALK[1:], "label": False}, "'label' is false"),
         ({"messages": [{"role": "system", "content": "a"}, *TALK], "system": "b"}, "'system' beside a system message"),
         (
             {
@@ -191,6 +193,8 @@ def test_tables_and_arrays_are_the_equal_jsonl(tmp_path: Path) -> None:
         ("a.csv", "prompt,completion\na\n", "a.csv:2: 1 cells, the head has 2"),
         ("a.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'"),
         ("a.csv", 'prompt,completion\n"a,b\n', "no table"),
+        ("a.csv", "prompt,completion\na,b\nprompt,completion\nc,d\n", "a.csv:3: the head again"),
+        ("a.csv", "prompt,completion\na,b\n\ufeffprompt,completion\nc,d\n", "a.csv:3: the head again"),
         ("a.json", "[1, 2]", "a.json: row 1: expected a JSON object, found int"),
         ("a.json", '[{"text": "a"}, {"text": "b", "text": "c"}]', "key 'text' twice"),
         ("a.json", "[]", "no rows"),

@@ -164,6 +164,20 @@ def test_what_cannot_be_read_is_one_line(datasets: Any, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "left"), [(("my_test.jsonl", "good.jsonl"), "good.jsonl"), (("a.jsonl", "b.csv"), "b.csv")]
+)
+def test_a_folder_is_read_whole_or_refused(datasets: Any, tmp_path: Path, names: tuple[str, str], left: str) -> None:
+    """The library alone would take the one that is named like a split, or the kind that most files are of."""
+    for name in names:
+        content = "prompt,completion\na,b\n" if name.endswith("csv") else '{"prompt": "a", "completion": "b"}\n'
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{left} would not be read beside"):
+        read_rows(tmp_path)
+    (tmp_path / left).unlink()
+    assert len(read_rows(tmp_path)) == 1
+
+
 def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")

@@ -10,6 +10,7 @@ from conftest import save_checkpoint, slowly, task_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 import sculptor
+from sculptor.analysis.lineage import OPENED
 from sculptor.benchmark.plan import RULES_OF
 from sculptor.errors import ArchiveError, SettingsError, Stopped
 from sculptor.methods.kinds import KINDS, TABLE, make_method
@@ -17,7 +18,6 @@ from sculptor.methods.method import carries_of
 from sculptor.methods.rule import OuterProduct, Rule, Working, num_free
 from sculptor.methods.settings import RULES, AnalyzeSettings, Basis
 from sculptor.numerics.staircase import Constraint
-from sculptor.tasks.opening import OPENED_NAME
 
 CPU64 = Working(torch.device("cpu"), torch.float64)
 # What an analysis is told; `data` stands for rows.
@@ -102,7 +102,7 @@ def check_pair(base: Path, tuned: Path, archive: Path, case: str) -> None:
     found = sculptor.verify(base, tuned, archive, device="cpu")
     assert found.passed
     assert found.num_changed == found.num_targets == len(sculptor.Archive(archive))
-    opened = tuned / OPENED_NAME
+    opened = tuned / OPENED
     assert opened.is_dir() == (case in OPENING)
     if case in OPENING:
         assert sculptor.verify(base, tuned, opened, device="cpu").passed
@@ -173,7 +173,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(made: Path, case: str, offload: str, 
 def test_verify_sees_what_the_rule_forbids(made: Path, case: str, tmp_path: Path, generator: torch.Generator) -> None:
     trained(made, case, tmp_path / "out", max_steps=2)
     tensors = weights(tmp_path / "out")
-    archive = tmp_path / "out" / OPENED_NAME if case in OPENING else made / case
+    archive = tmp_path / "out" / OPENED if case in OPENING else made / case
     name = list(sculptor.Archive(archive))[1]
     tensors[name] += 0.01 * torch.randn(tensors[name].shape, generator=generator)
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
@@ -187,7 +187,7 @@ def test_bf16_checkpoints_and_transposed_layers(made: Path, case: str, tmp_path:
     save_checkpoint(tmp_path / "gpt2", "gpt2", dtype=torch.bfloat16)
     sculptor.analyze(tmp_path / "gpt2", tmp_path / "a", analysis(case, made))
     sculptor.train(tmp_path / "gpt2", tmp_path / "a", [made / "rows.jsonl"], tmp_path / "t", settings(max_steps=2))
-    archive = tmp_path / "t" / OPENED_NAME if case in OPENING else tmp_path / "a"
+    archive = tmp_path / "t" / OPENED if case in OPENING else tmp_path / "a"
     assert sculptor.verify(tmp_path / "gpt2", tmp_path / "t", archive, device="cpu").passed
 
 
@@ -224,7 +224,7 @@ def entries_of(made: Path, case: str, tmp_path: Path) -> list[Any]:
     path = made / case
     if case in OPENING:
         trained(made, case, tmp_path / "opened", max_steps=1)
-        path = tmp_path / "opened" / OPENED_NAME
+        path = tmp_path / "opened" / OPENED
     archive = sculptor.Archive(path)
     return [archive.read(name) for name in list(archive)[:4]]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import Result, make_tokenizer, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +32,7 @@ def test_rows_are_shown_with_what_carries_loss(cli: Callable[..., Result], tmp_p
     found = preview(model, [file, talk], max_length=16, chat_template=str(tmp_path / "template.jinja"), rows=8)
     assert (found.num_rows, found.num_dropped, found.num_cut, found.num_split) == (8, 1, 1, 1)
     assert found.rows[0].examples[0].parts[-1][1]
-    assert found.rows[7].examples[0].parts == (("w1 w2 <end>", False), ("w3 <end>", True))
+    assert found.rows[7].examples[0].parts == (("w1 w2 <end>", False), (" w3 <end>", True))
     result = cli("data", file, "--model", model, "--max-length", 16, "--rows", 7)
     assert result.code == 0
     assert "»" in result.out
@@ -40,6 +41,28 @@ def test_rows_are_shown_with_what_carries_loss(cli: Callable[..., Result], tmp_p
     assert cli("data", file, "--model", model, "--json").json["num_rows"] == 7
     wrong = cli("data", file, "--model", model, "--chat-template", tmp_path / "template.jinja")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+
+
+def test_the_space_that_a_word_begins_with_is_shown(tmp_path: Path) -> None:
+    """SentencePiece drops it from what is decoded alone, and tidying up others: ` yes` and `yes` are other tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    model = save_checkpoint(tmp_path / "model")
+    letters = ["<unk>", "<end>", "<pad>", "\u2581", *"abcdefghijklmnopqrstuvwxyz'"]
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=True,
+    ).save_pretrained(model)
+    said = [" yes", "yes", " do n't"]
+    found = preview(model, [{"prompt": "is it", "completion": text} for text in said])
+    assert [row.examples[0].parts for row in found.rows] == [
+        (("is it", False), (f"{text}<end>", True)) for text in said
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.analysis.verify import MatrixVerification, Verification
-from sculptor.errors import SculptorError
+from sculptor.errors import SculptorError, VerificationError
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 FAST = TrainSettings(max_steps=6, batch_size=8, learning_rate=1e-2, device="cpu")
@@ -513,3 +513,46 @@ def test_a_pipe_is_not_waited_for(made: Path, tmp_path: Path, file: str) -> None
     os.mkfifo(tuned / file)
     with pytest.raises(SculptorError, match=f"{file}: is no regular file"):
         check(made, tuned)
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/deeper/model.onnx", "license.gguf"])
+def test_weights_do_not_hide_among_what_is_ours_or_for_people(made: Path, tmp_path: Path, name: str) -> None:
+    tuned = attacked(made, tmp_path)
+    (tuned / name).parent.mkdir(parents=True, exist_ok=True)
+    (tuned / name).write_text("x")
+    (tuned / "onnx").mkdir(exist_ok=True)
+    (tuned / "onnx" / "sculptor.json").write_text("{}")
+    assert f"{name} is a second set of weights, which other programs load" in check(made, tuned).differences
+
+
+def test_an_archive_that_protects_nothing_proves_nothing(made: Path, tmp_path: Path) -> None:
+    """The first of --rule lowrank has an empty memory, and forbids no change at all."""
+    base = made / "float32" / "base"
+    analyze(base, tmp_path / "archive", AnalyzeSettings(rule="lowrank", rank=4, device="cpu"))
+    train(base, tmp_path / "archive", [made / "rows.jsonl"], tmp_path / "tuned", FAST)
+    assert verify(base, tmp_path / "tuned", tmp_path / "tuned" / "opened", device="cpu").passed
+    with pytest.raises(VerificationError, match=r"protects nothing in any of its 14 matrices.*tuned/opened$"):
+        verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu")
+
+
+def test_a_frozen_entry_does_not_hide_in_the_rounding_of_all(tmp_path: Path) -> None:
+    """A declared cast moves every frozen entry by half a unit; all of them together could explain one that doubles."""
+    from sculptor.methods.mask import MaskRule
+    from sculptor.numerics.masks import pack
+    from sculptor.numerics.rounding import leak_allowance, peak_allowance, rounding_variance
+
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1024, 1024, generator=generator)
+    free = base.abs() < 0.1
+    rule, tensors = MaskRule((1024, 1024), int(free.sum()), 0.1), {"bits": pack(free)}
+    for frozen_times, expected in ((1.0, True), (1.5, False)):
+        tuned = base + 0.05 * free
+        tuned[0, 0] = base[0, 0] * frozen_times
+        stored = tuned.to(torch.bfloat16)
+        update = stored.double() - base.double()
+        found = rule.violation(tensors, base.double(), update, rounding_variance(stored))
+        size, weight = float(update.norm()), float(base.double().norm())
+        assert found.norm / size <= leak_allowance(found.rounding / size, found.num_pairs)
+        assert found.peak is not None
+        assert found.peak_rounding is not None
+        assert (found.peak <= peak_allowance(size, weight, found.peak_rounding, found.num_pairs)) is expected
