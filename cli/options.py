@@ -12,9 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
-from sculptor.methods.settings import RULES
-from sculptor.validation import Off
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -134,6 +131,8 @@ def settings_options(cls: Any, *names: str, skip: Iterable[str] = ()) -> Callabl
 
 
 def _option(field: Any, hint: Any, text: str) -> Callable[[Command], Command]:
+    from sculptor.validation import Off
+
     kind, metadata = _innermost(hint)
     name = "--" + field.name.replace("_", "-")
     needed = field.default is dataclasses.MISSING
@@ -187,6 +186,8 @@ def _range(kind: Any, metadata: Iterable[Any]) -> Any:
 
 def rule_option(command: Command) -> Command:
     """`--rule`, of sculptor's own kinds."""
+    from sculptor.methods.settings import RULES
+
     return click.option(
         "--rule",
         type=Choice(RULES),

@@ -7,7 +7,10 @@ a name is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sculptor.distribution import NAME
+
 __version__ = "0.1.0"
+__distribution__ = NAME  # by which the command knows this package from another one that is imported as `sculptor`
 
 _HOMES = {
     "AnalyzeSettings": "sculptor.methods.settings",

@@ -28,6 +28,7 @@ from sculptor.checkpoint.written import discard
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Encoded, digest_examples, encode_sources, resolve_max_length
 from sculptor.data.rows import read_sources
+from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.planning.footprints import Footprint, Workload, footprints
@@ -54,7 +55,7 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise SettingsError("this --method needs PEFT: pip install 'sculptor[baselines]'") from None
+        raise SettingsError(f"this --method needs PEFT: {extra('baselines')}") from None
 
 
 def train_adapter(
