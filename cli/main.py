@@ -13,12 +13,21 @@ from .options import SuggestingGroup, speaks
 
 # Name -> module, and what its help begins with, so that listing them imports none.
 _COMMANDS = {
-    "estimate": ("estimate", "Say what training MODEL takes: memory, time per step, sizes, for each way of offloading."),
-    "data": ("data", "Show what the rows of FILES become for a model: tokens, which carry loss, what is dropped, and why."),
+    "estimate": (
+        "estimate",
+        "Say what training MODEL takes: memory, time per step, sizes, for each way of offloading.",
+    ),
+    "data": (
+        "data",
+        "Show what the rows of FILES become for a model: tokens, which carry loss, what is dropped, and why.",
+    ),
     "analyze": ("analyze", "Save the subspaces that carry what MODEL knows, as an archive."),
     "train": ("train", "Teach MODEL a task inside what the archive leaves free."),
     "inspect": ("inspect_archive", "Show what ARCHIVE protects, and what each task added."),
-    "verify": ("verify", "Prove that TUNED left the protected pairs of BASE untouched, and everything else that a user loads."),
+    "verify": (
+        "verify",
+        "Prove that TUNED left the protected pairs of BASE untouched, and everything else that a user loads.",
+    ),
     "evaluate": ("evaluate", "Measure loss, exact match and ranking of MODEL on rows, and tasks of lm-eval."),
     "chat": ("chat", "Talk to MODEL, and to the one it was tuned from beside it."),
     "edit": ("edit", "Make a checkpoint from one or two others, without training."),

@@ -35,7 +35,8 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
 def test_listing_commands_imports_none() -> None:
     heavy = {"torch", "numpy", "pydantic", "transformers", "huggingface_hub", "importlib.metadata"}
     code = (
-        "import sys\nbefore = set(sys.modules)\nimport sculptor_cli.main as m\nsys.argv = ['sculptor', '--help']\ntry: m.run()\nexcept SystemExit: pass\n"
+        "import sys\nbefore = set(sys.modules)\nimport sculptor_cli.main as m\n"
+        "sys.argv = ['sculptor', '--help']\ntry: m.run()\nexcept SystemExit: pass\n"
         f"found = {heavy} & set(sys.modules) - before\nassert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
