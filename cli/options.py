@@ -205,6 +205,21 @@ def overwrite_option(command: Command) -> Command:
     )
 
 
+def push_options(command: Command) -> Command:
+    """`--push-to-hub` and `--public`."""
+    for add in (
+        click.option("--public", is_flag=True, help="With --push-to-hub: for everybody to see."),
+        click.option(
+            "--push-to-hub",
+            metavar="OWNER/NAME",
+            help="Upload the finished output to this repository of the Hugging Face hub, private unless --public; nothing if "
+            "the run fails.",
+        ),
+    ):
+        command = add(command)
+    return command
+
+
 def resume_option(command: Command) -> Command:
     """`--resume`."""
     return click.option(

@@ -37,6 +37,7 @@ _HOMES = {
     "parameter_groups": "sculptor.training.rates",
     "protect": "sculptor.training.protect",
     "prune": "sculptor.tasks.prune",
+    "push": "sculptor.tasks.push",
     "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
@@ -69,6 +70,7 @@ __all__ = [
     "preview",
     "protect",
     "prune",
+    "push",
     "stream",
     "train",
     "verify",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.prune import prune
+    from sculptor.tasks.push import push
     from sculptor.tasks.stream import stream
     from sculptor.tasks.train import train
     from sculptor.tasks.verify import verify

@@ -34,6 +34,7 @@ from sculptor.model.load import LoadedModel, checkpoint_activations, load_model,
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress
+from sculptor.tasks.train_record import published
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
@@ -138,7 +139,7 @@ def train_adapter(
         bar.close()
         if method == "olora":
             _write_earlier(staged, earlier, parameters)
-        record = {"created_by": f"sculptor {__version__}", "method": method, "settings": asdict(settings)}
+        record = {"created_by": f"sculptor {__version__}", "method": method, "settings": published(settings)}
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
         commit(staged, output, overwrite=False)
         discard(partial, _WRITES)
