@@ -77,7 +77,7 @@ def _edit(settings: Any, base: str, tuned: str, options: dict[str, Any], subspac
         report = edit(
             base, tuned, output, settings(**options), subspaces=subspaces, choose=choose, progress=bars, **job
         )
-    click.echo(to_json(report) if as_json else edit_text(report))
+        click.echo(to_json(report) if as_json else edit_text(report))
 
 
 @command.command("lines")
@@ -175,4 +175,4 @@ def prune(
         report = prune(
             model, output, Prune(**settings), subspaces=subspaces, dry_run=dry_run, overwrite=overwrite, progress=bars
         )
-    click.echo(to_json(report) if as_json else prune_text(report))
+        click.echo(to_json(report) if as_json else prune_text(report))

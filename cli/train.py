@@ -86,4 +86,4 @@ def command(
             notice=tell,
             stop=catch_signals(),
         )
-    click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
+        click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))

@@ -96,7 +96,7 @@ def pushing(
 
 def _upload(output: Path, repository: str, public: bool) -> str:
     hub = _hub()
-    hint = f"; the output is complete in {output}: push it with `hf upload {repository} {output}`"
+    hint = f"; the output is complete in {output}: push it with `hf upload --private {repository} {output}`"
     url = _ask(repository, hub.create_repo, repository, private=not public, exist_ok=True, hint=hint)
     _ask(
         repository,
