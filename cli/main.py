@@ -23,7 +23,7 @@ _COMMANDS = {
     ),
     "analyze": ("analyze", "Save the subspaces that carry what MODEL knows, as an archive."),
     "train": ("train", "Teach MODEL a task inside what the archive leaves free."),
-    "inspect": ("inspect_archive", "Show what ARCHIVE protects, and what each task added."),
+    "inspect": ("inspect_archive", "Show what ARCHIVE protects, by role and block, and what each task added."),
     "verify": (
         "verify",
         "Prove that TUNED left the protected pairs of BASE untouched, and everything else that a user loads.",
