@@ -9,7 +9,16 @@ import click
 from sculptor.edits.settings import Choose, Interpolate, Lines, Project, Prune, Threshold
 from sculptor.training.settings import TrainSettings
 
-from .options import SuggestingGroup, bars, json_option, overwrite_option, quiet_libraries, settings_options
+from .options import (
+    SuggestingGroup,
+    bars,
+    json_option,
+    overwrite_option,
+    push_options,
+    quiet_libraries,
+    settings_options,
+    tell,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,6 +42,7 @@ def _output_options(made: Command) -> Command:
     for add in (
         click.option("--output", "-o", type=click.Path(path_type=Path), help="Directory of the edited checkpoint."),
         click.option("--dry-run", is_flag=True, help="Measure by role what would stay, and write nothing."),
+        push_options,
         overwrite_option,
         json_option,
     )[::-1]:
@@ -56,13 +66,18 @@ def _edit(settings: Any, base: str, tuned: str, options: dict[str, Any], subspac
     from sculptor.report.edit import edit_text
     from sculptor.report.json_text import to_json
     from sculptor.tasks.edit import edit
+    from sculptor.tasks.push import pushing
 
     quiet_libraries()
     as_json, output = options.pop("as_json"), options.pop("output")
+    hub = options.pop("push_to_hub"), options.pop("public")
     job = {name: options.pop(name) for name in ("save_dtype", "device", "dry_run", "overwrite")}
     choose = Choose(**{name: options.pop(name) for name in ("choose", "watch", "grid", "max_length", "batch_size")})
-    report = edit(base, tuned, output, settings(**options), subspaces=subspaces, choose=choose, progress=bars, **job)
-    click.echo(to_json(report) if as_json else edit_text(report))
+    with pushing(output, *hub, job["overwrite"], tell):
+        report = edit(
+            base, tuned, output, settings(**options), subspaces=subspaces, choose=choose, progress=bars, **job
+        )
+        click.echo(to_json(report) if as_json else edit_text(report))
 
 
 @command.command("lines")
@@ -135,6 +150,8 @@ def prune(
     subspaces: str | None,
     output: Path | None,
     dry_run: bool,
+    push_to_hub: str | None,
+    public: bool,
     overwrite: bool,
     as_json: bool,
     **settings: Any,
@@ -151,9 +168,11 @@ def prune(
     from sculptor.report.edit import prune_text
     from sculptor.report.json_text import to_json
     from sculptor.tasks.prune import prune
+    from sculptor.tasks.push import pushing
 
     quiet_libraries()
-    report = prune(
-        model, output, Prune(**settings), subspaces=subspaces, dry_run=dry_run, overwrite=overwrite, progress=bars
-    )
-    click.echo(to_json(report) if as_json else prune_text(report))
+    with pushing(output, push_to_hub, public, overwrite, tell):
+        report = prune(
+            model, output, Prune(**settings), subspaces=subspaces, dry_run=dry_run, overwrite=overwrite, progress=bars
+        )
+        click.echo(to_json(report) if as_json else prune_text(report))

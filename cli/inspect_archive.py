@@ -14,16 +14,18 @@ from .options import SuggestingCommand, bars, json_option, overwrite_option, qui
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw spectra and preserved share into this picture file."
 )
+@click.option("--all", "every", is_flag=True, help="Show every matrix, too.")
 @overwrite_option
 @json_option
 def command(
-    archive: str, model: str | None, compare: str | None, plot: Path | None, overwrite: bool, as_json: bool
+    archive: str, model: str | None, compare: str | None, plot: Path | None, every: bool, overwrite: bool, as_json: bool
 ) -> None:
-    """Show what ARCHIVE protects, and what each task added.
+    """Show what ARCHIVE protects, by role and block, and what each task added.
 
     \b
     Examples:
       sculptor inspect ./subspaces
+      sculptor inspect ./subspaces --all
       sculptor inspect ./tuned/subspaces --compare ./subspaces
       sculptor inspect ./subspaces --plot subspaces.png
     """
@@ -33,6 +35,8 @@ def command(
     from sculptor.tasks.inspect_archive import inspect
 
     quiet_libraries()
+    if every and as_json:
+        raise click.UsageError("--all without effect: --json has every matrix")
     if plot is not None:
         require_matplotlib()
         check_picture(plot, overwrite)
@@ -41,6 +45,8 @@ def command(
         from sculptor.archive.store import Archive
 
         plot_archive(Archive(archive), plot)
-    click.echo(to_json(found, basis=found.basis, constraint=found.constraint) if as_json else inspect_text(found))
+    click.echo(
+        to_json(found, basis=found.basis, constraint=found.constraint) if as_json else inspect_text(found, every)
+    )
     if plot is not None:
         click.echo(f"Drew {plot}.", err=True)

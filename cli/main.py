@@ -11,20 +11,31 @@ import click
 
 from .options import SuggestingGroup, speaks
 
+# Name -> module, and what its help begins with, so that listing them imports none.
 _COMMANDS = {
-    "estimate": "estimate",
-    "data": "data",
-    "analyze": "analyze",
-    "train": "train",
-    "inspect": "inspect_archive",
-    "verify": "verify",
-    "evaluate": "evaluate",
-    "chat": "chat",
-    "edit": "edit",
-    "continual": "continual",
-    "convert": "convert",
-    "demo": "demo",
+    "estimate": (
+        "estimate",
+        "Say what training MODEL takes: memory, time per step, sizes, for each way of offloading.",
+    ),
+    "data": (
+        "data",
+        "Show what the rows of FILES become for a model: tokens, which carry loss, what is dropped, and why.",
+    ),
+    "analyze": ("analyze", "Save the subspaces that carry what MODEL knows, as an archive."),
+    "train": ("train", "Teach MODEL a task inside what the archive leaves free."),
+    "inspect": ("inspect_archive", "Show what ARCHIVE protects, by role and block, and what each task added."),
+    "verify": (
+        "verify",
+        "Prove that TUNED left the protected pairs of BASE untouched, and everything else that a user loads.",
+    ),
+    "evaluate": ("evaluate", "Measure loss, exact match and ranking of MODEL on rows, and tasks of lm-eval."),
+    "chat": ("chat", "Talk to MODEL, and to the one it was tuned from beside it."),
+    "edit": ("edit", "Make a checkpoint from one or two others, without training."),
+    "continual": ("continual", "Train the tasks of PLAN in order and evaluate all of them after each."),
+    "convert": ("convert", "Write ARCHIVE, of an earlier version of the format, in today's."),
+    "demo": ("demo", "Show the whole tool on a tiny model made on the spot."),
 }
+_DISTRIBUTION = "sculptor-subspaces"  # told here too: the package that is found may be any
 _LONGEST = 1200  # characters of an error
 _SHARED = ("analyze", "train", "verify")  # commands that several processes can do together
 _QUOTED = 200  # of them, those of one name, path or argument
@@ -39,9 +50,13 @@ class _LazyGroup(SuggestingGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f".{_COMMANDS[cmd_name]}", package=__package__)
+        module = importlib.import_module(f".{_COMMANDS[cmd_name][0]}", package=__package__)
         command: click.Command = module.command
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -73,6 +88,7 @@ def run() -> None:
     if not speaks():  # the first process tells what all have done
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
+        _check_package()
         _check_processes(sys.argv[1:])
         code = main(standalone_mode=False)
         _leave()
@@ -101,6 +117,22 @@ def run() -> None:
         _fail(message, getattr(error, "exit_code", 1))
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_package() -> None:
+    """Refuses to work on another project's package of the same name, or on a mixture of both."""
+    try:
+        import sculptor
+
+        found = getattr(sculptor, "__distribution__", None)
+        place = sculptor.__file__ or "a folder without __init__.py"
+    except Exception as error:  # whatever it needs may not be here
+        found, place = None, f"another package ({_cut(str(error), _QUOTED)})"
+    if found != _DISTRIBUTION:
+        raise click.ClickException(
+            f"`import sculptor` finds {place}, which does not belong to {_DISTRIBUTION}: another project has the same import name; "
+            f"pip uninstall sculptor {_DISTRIBUTION}, then install {_DISTRIBUTION} again, or use a virtual environment for each"
+        )
 
 
 def _check_processes(arguments: list[str]) -> None:

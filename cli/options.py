@@ -12,9 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
-from sculptor.methods.settings import RULES
-from sculptor.validation import Off
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -134,6 +131,8 @@ def settings_options(cls: Any, *names: str, skip: Iterable[str] = ()) -> Callabl
 
 
 def _option(field: Any, hint: Any, text: str) -> Callable[[Command], Command]:
+    from sculptor.validation import Off
+
     kind, metadata = _innermost(hint)
     name = "--" + field.name.replace("_", "-")
     needed = field.default is dataclasses.MISSING
@@ -187,6 +186,8 @@ def _range(kind: Any, metadata: Iterable[Any]) -> Any:
 
 def rule_option(command: Command) -> Command:
     """`--rule`, of sculptor's own kinds."""
+    from sculptor.methods.settings import RULES
+
     return click.option(
         "--rule",
         type=Choice(RULES),
@@ -202,6 +203,21 @@ def overwrite_option(command: Command) -> Command:
     return click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")(
         command
     )
+
+
+def push_options(command: Command) -> Command:
+    """`--push-to-hub` and `--public`."""
+    for add in (
+        click.option("--public", is_flag=True, help="With --push-to-hub: for everybody to see."),
+        click.option(
+            "--push-to-hub",
+            metavar="OWNER/NAME",
+            help="Upload the finished output to this repository of the Hugging Face hub, private unless --public; nothing if "
+            "the run fails.",
+        ),
+    ):
+        command = add(command)
+    return command
 
 
 def resume_option(command: Command) -> Command:

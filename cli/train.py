@@ -13,9 +13,11 @@ from .options import (
     catch_signals,
     json_option,
     overwrite_option,
+    push_options,
     quiet_libraries,
     resume_option,
     settings_options,
+    speaks,
     tell,
 )
 
@@ -37,6 +39,7 @@ from .options import (
     "--eval-data", multiple=True, type=click.Path(), help="Rows whose loss chooses the best parameters; repeatable."
 )
 @settings_options(TrainSettings)
+@push_options
 @resume_option
 @overwrite_option
 @json_option
@@ -46,6 +49,8 @@ def command(
     data: tuple[str, ...],
     output: Path,
     eval_data: tuple[str, ...],
+    push_to_hub: str | None,
+    public: bool,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -63,20 +68,22 @@ def command(
     """
     from sculptor.report.json_text import to_json
     from sculptor.report.text import train_text
+    from sculptor.tasks.push import pushing
     from sculptor.tasks.train import train
 
     quiet_libraries()
-    report = train(
-        model,
-        subspaces,
-        data,
-        output,
-        TrainSettings(**settings),
-        eval_data=eval_data,
-        overwrite=overwrite,
-        resume=resume,
-        progress=bars,
-        notice=tell,
-        stop=catch_signals(),
-    )
-    click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
+    with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
+        report = train(
+            model,
+            subspaces,
+            data,
+            output,
+            TrainSettings(**settings),
+            eval_data=eval_data,
+            overwrite=overwrite,
+            resume=resume,
+            progress=bars,
+            notice=tell,
+            stop=catch_signals(),
+        )
+        click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))

@@ -7,7 +7,10 @@ a name is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sculptor.distribution import NAME
+
 __version__ = "0.1.0"
+__distribution__ = NAME  # by which the command knows this package from another one that is imported as `sculptor`
 
 _HOMES = {
     "AnalyzeSettings": "sculptor.methods.settings",
@@ -34,6 +37,7 @@ _HOMES = {
     "parameter_groups": "sculptor.training.rates",
     "protect": "sculptor.training.protect",
     "prune": "sculptor.tasks.prune",
+    "push": "sculptor.tasks.push",
     "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
@@ -66,6 +70,7 @@ __all__ = [
     "preview",
     "protect",
     "prune",
+    "push",
     "stream",
     "train",
     "verify",
@@ -88,6 +93,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.evaluate import evaluate
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.prune import prune
+    from sculptor.tasks.push import push
     from sculptor.tasks.stream import stream
     from sculptor.tasks.train import train
     from sculptor.tasks.verify import verify

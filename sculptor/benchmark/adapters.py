@@ -28,11 +28,13 @@ from sculptor.checkpoint.written import discard
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Encoded, digest_examples, encode_sources, resolve_max_length
 from sculptor.data.rows import read_sources
+from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress
+from sculptor.tasks.train_record import published
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
@@ -54,7 +56,7 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise SettingsError("this --method needs PEFT: pip install 'sculptor[baselines]'") from None
+        raise SettingsError(f"this --method needs PEFT: {extra('baselines')}") from None
 
 
 def train_adapter(
@@ -137,7 +139,7 @@ def train_adapter(
         bar.close()
         if method == "olora":
             _write_earlier(staged, earlier, parameters)
-        record = {"created_by": f"sculptor {__version__}", "method": method, "settings": asdict(settings)}
+        record = {"created_by": f"sculptor {__version__}", "method": method, "settings": published(settings)}
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
         commit(staged, output, overwrite=False)
         discard(partial, _WRITES)

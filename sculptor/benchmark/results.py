@@ -8,7 +8,10 @@ from typing import Any
 from pydantic import JsonValue
 
 from sculptor.benchmark.plan import Contender, Plan, Split
+from sculptor.checkpoint.reader import find_directory
+from sculptor.data.rows import names_of
 from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
+from sculptor.tasks.card import Card, code, listed
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
 
@@ -108,3 +111,34 @@ def report_of(
 def plain(report: ContinualReport) -> dict[str, Any]:
     """As plain values."""
     return asdict(report) | {"output": str(report.output)}
+
+
+def continual_card(plan: Plan, report: ContinualReport) -> Card:
+    """What the model card of the last checkpoint tells: of all tasks, not of the last alone."""
+    how = "within what a subspace archive leaves free" if report.basis or report.method == "sculptor" else report.method
+    return Card(
+        bases=(find_directory(plan.model),),
+        done=f"taught {listed(report.tasks)}",
+        summary=f"Fine-tuned on {len(report.tasks)} tasks, one after another, {how}; no rows of earlier tasks were kept."
+        if report.method != "joint"
+        else f"Fine-tuned on {len(report.tasks)} tasks at once.",
+        tags=("continual-learning",),
+        figures=_figures(report),
+        data=tuple(name for task in plan.tasks for name in names_of(task.data)),
+    )
+
+
+def _figures(report: ContinualReport) -> list[tuple[str, str]]:
+    scale, unit = (-1, "nats per token") if report.metric == "loss" else (100, "%")
+    what, metrics = report.metric.replace("_", " "), report.metrics
+    first, last = report.matrix[0], report.matrix[-1]
+    rise = [] if report.watch_rise is None else [("rise of the loss on watched text", f"{report.watch_rise:+.4f}")]
+    return [
+        *(
+            (f"{what} of {code(name)}, base and now", f"{scale * before:.3f}, {scale * now:.3f} {unit}")
+            for name, before, now in zip(report.tasks, first, last, strict=True)
+        ),
+        ("average", f"{scale * metrics.average:.3f} {unit}"),
+        *([] if metrics.backward is None else [("backward transfer", f"{abs(scale) * metrics.backward:+.3f}")]),
+        *rise,
+    ]

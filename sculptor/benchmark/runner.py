@@ -18,7 +18,7 @@ from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import require_peft, train_adapter
 from sculptor.benchmark.inputs import read_inputs
 from sculptor.benchmark.plan import CONTENDERS, RULES_OF, Contender, Plan, PlannedTask, Split, read_plan
-from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore, plain, report_of
+from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore, continual_card, plain, report_of
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
@@ -31,6 +31,7 @@ from sculptor.methods.settings import AnalyzeSettings, Carry
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
+from sculptor.tasks.card import write_card
 from sculptor.tasks.job import open_model
 from sculptor.tasks.train import train
 from sculptor.validation import read_file, read_json
@@ -102,9 +103,12 @@ def continual(
         stages = run.run()
         basis = make_method(resolved.analyze, known_kinds(rules)).terms.basis
         report = report_of(resolved, method, basis, split, stages, output)
+        write_card(partial / "model", continual_card(resolved, report))
         write_json(
             partial / REPORT_NAME,
-            {"created_by": f"sculptor {__version__}", "plan": _published(run.key)} | plain(report),
+            {"created_by": f"sculptor {__version__}", "plan": _published(run.key)}
+            | plain(report)
+            | {"output": output.name},
         )
         write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
         commit(partial, output, overwrite=overwrite, writes=_WRITES)

@@ -178,6 +178,15 @@ def is_weights(name: str) -> bool:
     return name.lower().endswith(_WEIGHTS)
 
 
+def published_name(path: Path) -> str:
+    """What records and cards call a directory: its hub name if it lies in the hub's cache, else its own, without folders."""
+    place = path.resolve()
+    store = place.parent.parent.name
+    if place.parent.name == "snapshots" and store.startswith("models--"):
+        return store.removeprefix("models--").replace("--", "/")
+    return place.name
+
+
 def companions(path: Path) -> Iterator[PurePosixPath]:
     """What belongs to a model beside its weights, relative to the directory: configuration, tokenizer, template, licence.
 

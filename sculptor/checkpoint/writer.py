@@ -1,6 +1,8 @@
 """Writing a checkpoint as an edited copy of another: same names, layout and companions, some tensors replaced."""
 
 import functools
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -135,9 +137,15 @@ def _copy_companions(source: Path, directory: Path) -> None:
 
 
 def _write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype | None) -> None:
-    if dtype is None:
-        return
-    name = dtype_name(dtype)
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    # Infinite numbers as they were read: transformers' own files have them.
-    write_json(directory / CONFIG_NAME, config | {key: name}, allow_nan=True)
+    changed = dict(config)
+    place = config.get("_name_or_path")
+    if isinstance(place, str) and (
+        os.path.isabs(place) or place.startswith((".", "~", "\\")) or re.match(r"\w:", place)
+    ):
+        del changed["_name_or_path"]  # where somebody kept it; nothing reads that
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        changed[key] = dtype_name(dtype)
+    if changed != config:
+        # Infinite numbers as they were read: transformers' own files have them.
+        write_json(directory / CONFIG_NAME, changed, allow_nan=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sculptor.data.files import Found
 from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference
+from sculptor.distribution import extra
 from sculptor.errors import DataError
 
 _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -32,7 +33,7 @@ def read_table_rows(reference: Reference, kind: str | None, bounded: bool) -> Fo
     except ImportError:
         raise DataError(
             f"{reference.text}: {_not_here(reference)}read through the datasets library, which is not installed: "
-            "pip install 'sculptor[data]'"
+            f"{extra('data')}"
         ) from None
     datasets.disable_progress_bars()
     try:

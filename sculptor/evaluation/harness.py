@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sculptor.distribution import extra
 from sculptor.errors import DataError, SettingsError
 from sculptor.model.load import LoadedModel
 
@@ -41,7 +42,7 @@ def require_harness() -> Any:
     try:
         import lm_eval
     except ImportError:
-        raise SettingsError("--tasks needs lm-eval: pip install 'sculptor[harness]'") from None
+        raise SettingsError(f"--tasks needs lm-eval: {extra('harness')}") from None
     import datasets
 
     datasets.disable_progress_bars()

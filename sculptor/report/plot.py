@@ -6,6 +6,7 @@ from typing import Any
 from sculptor.archive.store import Archive
 from sculptor.benchmark.results import ContinualReport
 from sculptor.checkpoint.staging import writing
+from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.rule import Directed
 
@@ -19,7 +20,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise SettingsError("--plot needs matplotlib: pip install 'sculptor[plot]'") from None
+        raise SettingsError(f"--plot needs matplotlib: {extra('plot')}") from None
 
 
 def check_picture(path: Path, overwrite: bool) -> None:

@@ -73,17 +73,7 @@ def analyze_text(report: AnalyzeReport) -> str:
 
 def roles_table(roles: Sequence[RoleSummary], terms: Terms) -> str:
     """One line per role and one for all."""
-    rows = [
-        [
-            r.role,
-            str(r.num_matrices),
-            percent(r.preserved),
-            percent(r.energy),
-            f"{r.num_free:,}",
-            percent(r.num_free / r.num_parameters),
-        ]
-        for r in roles
-    ]
+    rows = list(map(_summary_row, roles))
     matrices, free, parameters = (
         sum(values) for values in zip(*((r.num_matrices, r.num_free, r.num_parameters) for r in roles), strict=True)
     )
@@ -93,8 +83,22 @@ def roles_table(roles: Sequence[RoleSummary], terms: Terms) -> str:
     energy = sum(r.energy * r.num_matrices for r in roles) / matrices
     rows.append(["all", str(matrices), percent(preserved), percent(energy), f"{free:,}", percent(free / parameters)])
     note = f"free share: entries of the update that may change; {terms.note}"
-    head = ["role", "matrices", terms.share, terms.held, "free parameters", "free share"]
-    return table(head, rows) + f"\n{note}"
+    return table(_summary_head("role", terms), rows) + f"\n{note}"
+
+
+def _summary_head(first: str, terms: Terms) -> list[str]:
+    return [first, "matrices", terms.share, terms.held, "free parameters", "free share"]
+
+
+def _summary_row(of: RoleSummary) -> list[str]:
+    return [
+        of.role,
+        str(of.num_matrices),
+        percent(of.preserved),
+        percent(of.energy),
+        f"{of.num_free:,}",
+        percent(of.num_free / of.num_parameters),
+    ]
 
 
 def not_targeted_lines(not_targeted: Sequence[FrozenMatrices]) -> list[str]:
@@ -168,8 +172,8 @@ def _rate_line(report: TrainReport) -> str:
     return f"Peak learning rate {report.learning_rate:.3g} (--learning-rate)."
 
 
-def inspect_text(found: Inspection, per_matrix: bool = True) -> str:
-    """What `sculptor inspect` prints."""
+def inspect_text(found: Inspection, every: bool = False) -> str:
+    """What `sculptor inspect` prints; `every`: the matrices, too."""
     head = [
         f"{found.path}: {found.model_class}, basis {found.basis}, constraint {found.constraint}, "
         f"{len(found.matrices)} matrices, {size(found.num_bytes)}",
@@ -180,11 +184,12 @@ def inspect_text(found: Inspection, per_matrix: bool = True) -> str:
         head.append("belongs to the model: every matrix is, byte for byte, the one that was analyzed")
     head += [f"task {i}: {task.name} ({task.kind})" for i, task in enumerate(found.tasks)]
     parts = ["\n".join(head), roles_table(found.roles, found.terms)]
+    parts.append(table(_summary_head("block", found.terms), list(map(_summary_row, found.blocks))))
     parts += [_shares_table(found)] if found.shares else []
     parts += ["\n".join(not_targeted_lines(found.not_targeted))] if found.not_targeted else []
     if found.comparison is not None:
         parts.append(_comparison_table(found))
-    elif per_matrix:
+    if every:
         parts.append(_matrices_table(found))
     return "\n\n".join(parts)
 

@@ -1,9 +1,11 @@
 """What an archive holds, by role, and what `analyze` says of it."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sculptor.archive.manifest import FrozenMatrices, SourceFacts
+from sculptor.archive.manifest import FrozenMatrices, MatrixRecord, SourceFacts
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.methods.method import Terms
@@ -12,9 +14,10 @@ from sculptor.methods.rule import Rule, num_free
 
 @dataclass(frozen=True, slots=True)
 class RoleSummary:
-    """All matrices of one role.
+    """All matrices of one role, or of one block.
 
     Attributes:
+        role: which; of a block, its path in the names of tensors.
         preserved: mean share of protected directions.
         energy: mean share of ||W||^2, or of the curvature, in them.
         num_free: trainable coordinates; `num_parameters` entries of the matrices.
@@ -93,9 +96,24 @@ def report_of(archive: Archive, checkpoint: Checkpoint) -> AnalyzeReport:
 
 def summarize_roles(archive: Archive) -> tuple[RoleSummary, ...]:
     """Per role in the order of the model."""
+    return _summarize(archive, lambda record: record.role)
+
+
+def summarize_blocks(archive: Archive) -> tuple[RoleSummary, ...]:
+    """Per block in the order of the model."""
+    return _summarize(archive, _block_of)
+
+
+def _block_of(record: MatrixRecord) -> str:
+    """Path of the block that a matrix is in: its name as far as the first number, for all blocks are numbered."""
+    found = re.match(r"(.*?\b\d+)\.", record.name)
+    return found[1] if found else record.role
+
+
+def _summarize(archive: Archive, key: Callable[[MatrixRecord], str]) -> tuple[RoleSummary, ...]:
     by_role: dict[str, list[Rule]] = {}
     for record in archive.values():
-        by_role.setdefault(record.role, []).append(record.rule)
+        by_role.setdefault(key(record), []).append(record.rule)
     return tuple(
         RoleSummary(
             role,

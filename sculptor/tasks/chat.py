@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.asking import end_ids, render_question
 from sculptor.data.chat import use_template
@@ -170,7 +171,7 @@ def chat(
             )
         loaded = open_model(checkpoint, place, architecture, offload, progress=progress)
         use_template(loaded.tokenizer, chat_template)
-        name = checkpoint.path.resolve().name
+        name = published_name(checkpoint.path)
         speakers.append(_Speaker(name if name not in [s.name for s in speakers] else f"{name} (base)", loaded))
     session = Chat(speakers, system, max_new_tokens, temperature, max_length)
     if session.plain:

@@ -29,8 +29,9 @@ from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.card import write_card
 from sculptor.tasks.edit_choice import choose_best, open_trial
-from sculptor.tasks.edit_record import Making, edit_record
+from sculptor.tasks.edit_record import Making, edit_card, edit_record
 from sculptor.tasks.edit_report import Choice, EditReport
 from sculptor.training.settings import SaveDtype
 
@@ -162,6 +163,7 @@ class _Job:
         bar.close()
         report = self._report(settings, making, output)
         write_json(staged / RECORD_NAME, edit_record(making, report, self.archive, self.saved, self.facts))
+        write_card(staged, edit_card(making, report, self.archive, self.facts))
         return report
 
     def _pass(self, settings: EditSettings, making: Making) -> EditPass:

@@ -11,12 +11,14 @@ from torch import Tensor
 from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import Checkpoint, identity, part_name
 from sculptor.checkpoint.records import Merge, read_record
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.edits.difference import Edited, Where
 from sculptor.edits.pairs import Pairs
-from sculptor.tasks.edit_report import EditReport, Tally
+from sculptor.tasks.card import Card, code
+from sculptor.tasks.edit_report import EditReport, RoleChange, Tally
 
 
 @dataclass(eq=False)
@@ -47,8 +49,8 @@ class Making:
         found = _adapter_digests(tuned) if isinstance(tuned, Adapter) else self.tuned
         kind = "adapter" if isinstance(tuned, Adapter) else "checkpoint"
         return {
-            "base": {"name": base.path.resolve().name, "identity": identity(self.base)},
-            "tuned": {"name": tuned.path.resolve().name, "kind": kind, "identity": identity(found)},
+            "base": {"name": published_name(base.path), "identity": identity(self.base)},
+            "tuned": {"name": published_name(tuned.path), "kind": kind, "identity": identity(found)},
         }
 
 
@@ -102,3 +104,45 @@ def record_head(command: str) -> dict[str, Any]:
 def archive_facts(archive: Archive) -> dict[str, Any]:
     """An archive by name and digest."""
     return {"name": archive.path.resolve().name, "identity": archive.identity}
+
+
+# What was done with TUNED, for the title.
+_DONE = {
+    "lines": "with a part of the difference to {tuned}, by depth",
+    "interpolate": "on the way to {tuned}",
+    "project": "with what is free of the difference to {tuned}",
+    "threshold": "with the large singular values of the difference to {tuned}",
+}
+
+
+def edit_card(making: Making, report: EditReport, archive: Archive | None, data: Mapping[str, Any]) -> Card:
+    """What the model card of an edit tells."""
+    base, tuned = making.pairs.base, making.pairs.tuned
+    done = _DONE[report.command].format(tuned=code(published_name(tuned.path)))
+    numbers = [(name, f"{value:.4g}") for name, value in report.numbers.items() if isinstance(value, float)]
+    files = [name for each in data.values() for name in each["files"]]
+    return Card(
+        bases=(base.path, tuned.path) if isinstance(tuned, Checkpoint) else (base.path,),
+        done=done,
+        summary=f"Made without training by `sculptor edit {report.command}`: {code(published_name(base.path))} {done}.",
+        tags=("model-editing", "merge"),
+        figures=[*numbers, *_stays(report.all)],
+        data=tuple(files),
+        check="" if archive is None else archive_check(base, archive),
+    )
+
+
+def archive_check(base: Checkpoint, archive: Archive) -> str:
+    """How what was projected onto an archive is verified."""
+    return (
+        f"With `BASE` a copy of {code(published_name(base.path))}, `THIS` this model, and `ARCHIVE` the subspace archive "
+        f"{code(published_name(archive.path))} of it (identity `{archive.identity}`):\n\n"
+        "```sh\nsculptor verify BASE THIS --subspaces ARCHIVE\n```"
+    )
+
+
+def _stays(change: RoleChange) -> list[tuple[str, str]]:
+    return [
+        ("difference between the two", f"{100 * change.difference:.2f} % of the norm of the base"),
+        ("of it in this model", f"{100 * change.stays:.1f} %"),
+    ]

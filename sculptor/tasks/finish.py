@@ -31,9 +31,10 @@ from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
+from sculptor.tasks.card import write_card
 from sculptor.tasks.job import TrainJob, cast_to
 from sculptor.tasks.next_archive import NextArchive
-from sculptor.tasks.train_record import training_record
+from sculptor.tasks.train_record import train_card, training_record
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
 from sculptor.training.stepping.updates import Updates, merge_trained
@@ -164,6 +165,7 @@ class _Finish:
         )
         self.archive.finish(report.num_examples, result.steps, report.opened)
         write_json(self.staged / RECORD_NAME, training_record(job, report, previous.lineage, self.saved))
+        write_card(self.staged, train_card(job, report))
         return report
 
     def _edits(self, opened: Mapping[str, nn.Parameter]) -> dict[str, Edit | Mapping[int, Edit]]:

@@ -13,7 +13,7 @@ from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import Terms
 from sculptor.methods.rule import num_free
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze_report import RoleSummary, summarize_roles
+from sculptor.tasks.analyze_report import RoleSummary, summarize_blocks, summarize_roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class Inspection:
     base_identity: str
     tasks: tuple[TaskRecord, ...]
     roles: tuple[RoleSummary, ...]
+    blocks: tuple[RoleSummary, ...]
     matrices: tuple[MatrixSummary, ...]
     not_targeted: tuple[FrozenMatrices, ...]
     belongs: bool | None
@@ -118,6 +119,7 @@ def inspect(
         base_identity=manifest.base_identity,
         tasks=manifest.tasks,
         roles=summarize_roles(opened),
+        blocks=summarize_blocks(opened),
         matrices=tuple(map(_summary, opened.values())),
         not_targeted=manifest.not_targeted,
         belongs=None if model is None else True,

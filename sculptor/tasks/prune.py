@@ -13,6 +13,7 @@ from torch import Tensor
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Target, inspect_architecture
+from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json
@@ -25,6 +26,7 @@ from sculptor.edits.settings import Prune
 from sculptor.errors import EditError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.progress import Progress, silent
+from sculptor.tasks.card import Card, code, write_card
 from sculptor.tasks.edit_record import archive_facts, record_head
 
 
@@ -157,6 +159,7 @@ class _Pruning:
         bar.close()
         report = self._report(output)
         write_json(staged / RECORD_NAME, self._record(report))
+        write_card(staged, self._card(report))
         return report
 
     def _changes(self) -> dict[str, Change | Mapping[int, Change]]:
@@ -213,9 +216,28 @@ class _Pruning:
             **record_head("edit prune"),
             "settings": asdict(self.settings),
             "method": "EsaCL-style" if self.settings.by == "curvature" else "magnitude",
-            "base": {"name": self.checkpoint.path.resolve().name, "identity": identity(self.digests)},
+            "base": {"name": published_name(self.checkpoint.path), "identity": identity(self.digests)},
             **({} if self.archive is None else {"archive": archive_facts(self.archive)}),
             "lineage": list(map(asdict, before.lineage)),
             "also_trained": list(before.also_trained),
             "roles": [asdict(role) for role in (*report.roles, report.all)],
         }
+
+    def _card(self, report: PruneReport) -> Card:
+        found = report.all
+        by = "magnitude" if report.by == "magnitude" else "the curvature of a subspace archive"
+        curvature = [] if found.curvature is None else [("removed of the curvature", f"{100 * found.curvature:.2f} %")]
+        return Card(
+            bases=(self.checkpoint.path,),
+            done=f"{100 * report.sparsity:.0f} % pruned",
+            summary=f"{code(published_name(self.checkpoint.path))} with the weights set to 0 that matter least, by {by}.",
+            tags=("pruning", "sparse"),
+            figures=[
+                (
+                    "weights that are 0",
+                    f"{found.num_zero:,} of {found.num_parameters:,}, in {found.num_matrices} matrices",
+                ),
+                ("removed of the norm", f"{100 * found.norm:.2f} %"),
+                *curvature,
+            ],
+        )

@@ -9,12 +9,16 @@ import torch
 
 from sculptor import __version__
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import Merge
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
+from sculptor.tasks.card import Card, code, listed
 from sculptor.tasks.job import TrainJob
+from sculptor.tasks.opening import OPENED_NAME
 from sculptor.tasks.train_report import TrainReport
+from sculptor.training.settings import TrainSettings
 
 
 def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None, opened: Sequence[str] = ()) -> Merge:
@@ -25,6 +29,12 @@ def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None
     return Merge({name: record.base_digest for name, record in archive.items()}, dtypes, tuple(opened))
 
 
+def published(settings: TrainSettings) -> dict[str, Any]:
+    """Settings as records have them: names of files without their folders."""
+    template = settings.chat_template
+    return asdict(settings) | {"chat_template": None if template is None else Path(template).name}
+
+
 def training_record(
     job: TrainJob, report: TrainReport, lineage: Sequence[Merge], saved: torch.dtype | None
 ) -> dict[str, Any]:
@@ -33,10 +43,7 @@ def training_record(
     import safetensors
     import transformers
 
-    settings = asdict(job.settings)
     mixture = job.encoded.mixture
-    if job.settings.chat_template is not None:
-        settings["chat_template"] = Path(job.settings.chat_template).name
     return {
         "created_by": f"sculptor {__version__}",
         "versions": {
@@ -46,11 +53,11 @@ def training_record(
             "safetensors": safetensors.__version__,
         },
         "command": "train",
-        "settings": settings,
+        "settings": published(job.settings),
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
         | ({} if mixture is None else asdict(mixture)),
-        "base": {"name": job.checkpoint.path.resolve().name, "identity": job.archive.manifest.base_identity},
+        "base": {"name": published_name(job.checkpoint.path), "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "also_trained": list(report.also_trained),
         "not_targeted": [asdict(item) for item in report.not_targeted],
@@ -61,3 +68,54 @@ def training_record(
         "result": asdict(report.loop),
         "matrices": {name: asdict(matrix) for name, matrix in report.matrices.items()},
     }
+
+
+def train_card(job: TrainJob, report: TrainReport) -> Card:
+    """What the model card of a run tells."""
+    return Card(
+        bases=(job.checkpoint.path,),
+        done=f"taught {listed(job.data)}",
+        summary=f"Fine-tuned on {listed(job.data)}, only within what a subspace archive of the base leaves free: what the archive "
+        "protects of each matrix is as it was, up to rounding.",
+        tags=("continual-learning",),
+        figures=_figures(job, report),
+        data=job.data,
+        rows_digest=job.rows_digest,
+        check=_check(job),
+    )
+
+
+def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
+    loop = report.loop
+    total = report.num_protected + job.archive.num_free
+    best = (
+        [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
+    )
+    opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []
+    return [
+        ("rows", f"{report.num_examples:,}, {report.num_dropped:,} dropped, {report.num_cut:,} cut"),
+        ("steps", f"{loop.steps:,}, {loop.tokens:,} tokens"),
+        ("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f} nats per token"),
+        *best,
+        ("protected share of the matrices", f"{100 * report.num_protected / total:.1f} % of {total:,} parameters"),
+        ("largest leak of a matrix into what is protected", f"{report.max_leak:.1e} of its update"),
+        (
+            "of it beyond what rounding explains",
+            f"{report.unexplained_leak:.1e}" if report.unexplained_leak > 0 else "none",
+        ),
+        *opened,
+    ]
+
+
+def _check(job: TrainJob) -> str:
+    base = code(published_name(job.checkpoint.path))
+    if job.unopened is None:
+        place, archive = "ARCHIVE", f"`ARCHIVE` the subspace archive {code(published_name(job.archive.path))} of it"
+    else:
+        place, archive = f"THIS/{OPENED_NAME}", "the archive that the run opened lies in this model"
+    return (
+        f"With `BASE` a copy of {base}, `THIS` this model, and {archive} (identity `{job.archive.identity}`):\n\n"
+        f"```sh\nsculptor verify BASE THIS --subspaces {place}\n```\n\n"
+        "It measures in the files that nothing protected has moved, and that nothing else has changed. `subspaces/` is the archive "
+        "for the next task."
+    )

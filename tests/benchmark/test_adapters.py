@@ -48,7 +48,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_without_peft_it_is_said_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SettingsError, match=r"this --method needs PEFT: pip install 'sculptor\[baselines\]'"):
+    with pytest.raises(SettingsError, match=r"this --method needs PEFT: pip install 'sculptor-subspaces\[baselines\]'"):
         require_peft()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
 from sculptor import Archive
@@ -85,7 +86,7 @@ def consistent(place: Path, name: str, report: Any, rows: int) -> None:
     """Report, file and scores say the same, and the model is a checkpoint."""
     output = place / name
     written = json.loads((output / "continual.json").read_text())
-    assert {key: written[key] for key in report} == report
+    assert {key: written[key] for key in report} == report | {"output": name}
     assert report["tasks"] == ["first", "second"]
     assert len(report["matrix"]) == len(report["stages"]) == rows
     assert all(len(row) == 2 for row in report["matrix"])
@@ -123,10 +124,26 @@ def figures_of(report: Any) -> Any:
     return {key: value for key, value in report.items() if key not in ("output", "plan", "created_by")}
 
 
+def check_card(place: Path, name: str, report: Any) -> None:
+    """The model's card is of the whole sequence, and nothing says where anything was."""
+    card = place / name / "model" / "README.md"
+    assert metadata_load(card)["base_model"] == "base"
+    text = card.read_text()
+    assert text.partition("---\n\n")[2].startswith("# `base`, taught `first`, `second`\n")
+    scale = -1 if report["metric"] == "loss" else 100
+    for i, task in enumerate(report["tasks"]):
+        first, last = (f"{scale * report['matrix'][row][i]:.3f}" for row in (0, -1))
+        assert f"of `{task}`, base and now | {first}, {last} " in text
+    assert f"{scale * report['metrics']['average']:.3f}" in text
+    written = [file for file in (place / name).rglob("*") if file.is_file()]
+    assert [file.name for file in written if str(place).encode() in file.read_bytes()] == []
+
+
 def test_sculptor_follows_the_plan(cli: Callable[..., Result], place: Path) -> None:
     report = run(cli, place, "out")
     consistent(place, "out", report, 3)
     assert (report["method"], report["basis"], report["split"], report["seed"]) == ("sculptor", "curvature", "test", 0)
+    check_card(place, "out", report)
     assert [stage["name"] for stage in report["stages"]] == ["base", "first", "second"]
     assert report["metric"] == "accuracy"
     archive = Archive(place / "out" / "model" / "subspaces")

@@ -182,6 +182,6 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     for given in (tmp_path / "rows.parquet", tmp_path, "owner/name"):
-        with pytest.raises(DataError, match=r"pip install 'sculptor\[data\]'"):
+        with pytest.raises(DataError, match=r"pip install 'sculptor-subspaces\[data\]'"):
             read_rows(given)
     assert read_rows(write_rows(tmp_path / "rows.jsonl", task_rows(count=2)))

@@ -1,7 +1,7 @@
 """Damaged files of every kind: no traceback, nothing that takes long or much memory, nothing written elsewhere.
 
 Some dozens of cases each by default; `pytest -m slow tests/fuzz` takes 100,000 in all. `bytes.py` beside this does the same guided
-by coverage, with atheris (`pip install 'sculptor[fuzz]'`).
+by coverage, with atheris (`pip install 'sculptor-subspaces[fuzz]'`).
 """
 
 import contextlib

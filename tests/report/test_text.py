@@ -26,6 +26,7 @@ def test_everything_fits_100_columns(cli: Callable[..., Result], made: dict[str,
     outputs = [
         trained,
         cli("inspect", made["archive"]),
+        cli("inspect", made["archive"], "--all"),
         cli("inspect", tmp_path / short / "subspaces", "--compare", made["archive"]),
         cli("verify", made["model"], tmp_path / short, "--subspaces", made["archive"], "--device", "cpu"),
         cli("evaluate", made["model"], "--data", made["data"], "--device", "cpu"),
@@ -44,6 +45,29 @@ def test_verify_json_has_the_promised_keys(cli: Callable[..., Result], made: dic
     assert keys <= verified.keys()
     evaluated = cli("evaluate", made["model"], "--data", made["data"], "--json").json
     assert {"loss", "perplexity", "accuracy", "exact_match", "num_rows", "num_tokens"} <= evaluated.keys()
+
+
+def test_inspect_sums_up_by_role_and_block_and_shows_matrices_when_asked(
+    cli: Callable[..., Result], made: dict[str, Path]
+) -> None:
+    """Of both stacks; what is free adds up to the same."""
+    inspected = cli("inspect", made["archive"], "--json").json
+    blocks = [f"{stack}.block.{i}" for stack in ("encoder", "decoder") for i in (0, 1)]
+    assert [block["role"] for block in inspected["blocks"]] == blocks
+    for key in ("num_matrices", "num_free", "num_parameters"):
+        assert sum(block[key] for block in inspected["blocks"]) == sum(role[key] for role in inspected["roles"])
+    for block in inspected["blocks"]:
+        inside = [each for each in inspected["matrices"] if each["name"].startswith(block["role"] + ".")]
+        assert len(inside) == block["num_matrices"]
+        assert sum(each["preserved"] for each in inside) / len(inside) == pytest.approx(block["preserved"])
+    short, every = cli("inspect", made["archive"]).out, cli("inspect", made["archive"], "--all").out
+    names = [matrix["name"] for matrix in inspected["matrices"]]
+    assert all(f"\n{block} " in short for block in blocks)
+    assert not any(name in short for name in names)
+    assert every.startswith(short.rstrip("\n"))
+    assert all(name in every for name in names)
+    idle = cli("inspect", made["archive"], "--all", "--json")
+    assert (idle.code, "--all without effect" in idle.err) == (2, True)
 
 
 def test_a_picture_is_drawn(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
