@@ -15,6 +15,7 @@ from sculptor.archive.store import Entry
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.edits.merge import Merged, merge_matrix
 from sculptor.methods.rule import Prepared, Rule, Tensors, Working
+from sculptor.training.parallelism import check_copied, check_held, check_whole
 
 
 def _exactly(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -38,7 +39,12 @@ class WeightSource(Protocol):
 
 
 class _Values(nn.ParameterList):
-    """Coordinates: float32, whatever the model is cast to."""
+    """Coordinates: float32, whatever the model is cast to, and whole."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            check_held("coordinates", [value])
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return super()._apply(_exactly(fn), recurse)  # type: ignore[no-untyped-call]
@@ -104,7 +110,16 @@ class Coordinates(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
+        check_copied(self)
         return self.source.weight(self, weight)
+
+    def check(self, weight: Tensor) -> None:
+        """Refuses to fold what is not here as a whole.
+
+        Raises:
+            TrainingError: if other programs have taken parts of it.
+        """
+        check_whole(self.name, weight, self.values, self.rule.shapes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.source.expire(moved=True)
