@@ -26,7 +26,7 @@ _COMMANDS = {
     "demo": "demo",
 }
 _LONGEST = 1200  # characters of an error
-_SHARED = ("analyze", "train", "verify")  # commands that several processes can do together
+_SHARED = ("analyze", "train", "verify", "evaluate", "continual")  # commands that several processes can do together
 _QUOTED = 200  # of them, those of one name, path or argument
 
 

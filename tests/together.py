@@ -98,6 +98,14 @@ def train_until(steps: int, *args: Any, **named: Any) -> Any:
     return sculptor.train(*args, stop=lambda: next(told, None), **named)
 
 
+def continue_until(steps: int, *args: Any, **named: Any) -> Any:
+    """`sculptor.continual`, told to stop after so many steps of training."""
+    import sculptor
+
+    told = iter([*[None] * (steps - 1), 15])
+    return sculptor.continual(*args, stop=lambda: next(told, None), **named)
+
+
 def on_a_small_disk(*args: Any) -> Any:
     """`sculptor.train`, where the first process's disk is full at its first saved state."""
     import resource

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.orientation import as_out_in
@@ -111,7 +112,8 @@ class Coordinates(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
         check_copied(self)
-        return self.source.weight(self, weight)
+        ask = _ask_eagerly if torch.compiler.is_dynamo_compiling() else _ask
+        return ask(self, weight)
 
     def check(self, weight: Tensor) -> None:
         """Refuses to fold what is not here as a whole.
@@ -147,6 +149,14 @@ class Coordinates(nn.Module):
     def fingerprint(self) -> list[float]:
         """Identifies the bases the coordinates belong to, up to rounding."""
         return self._fingerprint
+
+
+def _ask(coordinates: Coordinates, weight: Tensor) -> Tensor:
+    return coordinates.source.weight(coordinates, weight)
+
+
+# `torch.compile` would trace the fold of every matrix for itself, and what decides whether to fold again.
+_ask_eagerly = _disable_dynamo(_ask)
 
 
 def folded_weight(

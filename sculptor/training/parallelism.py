@@ -14,7 +14,13 @@ from sculptor.errors import TrainingError
 
 _INSTEAD = "leave parameters whole (DistributedDataParallel, ZeRO 1 or 2), or run `sculptor train` in several processes"
 # What wraps a model, by the name of its class.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine", "OptimizedModule")
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "DataParallel",
+    "DeepSpeedEngine",
+    "OptimizedModule",
+)
 # Where DistributedDataParallel looks for names that it leaves alone.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -96,7 +102,7 @@ def check_added_up(model: nn.Module, parameter: nn.Parameter) -> None:
     Raises:
         TrainingError: if it does not know the coordinates.
     """
-    active = DistributedDataParallel._get_active_ddp_module()
+    active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if active is None:
         return
     known = [each for each in active._module_parameters if each is parameter]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
 
 from sculptor.archive.store import Archive
@@ -113,6 +114,7 @@ def protect(
     return model
 
 
+@_disable_dynamo
 def _look(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) -> None:
     """A forward pass of the model begins: other programs may have done something to it since."""
     check_copied(model)
@@ -122,7 +124,9 @@ def _look(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) ->
 
 
 def _buffers(matrices: Sequence[ProtectedMatrix]) -> list[str]:
-    return [f"{matrix.path}.parametrizations.weight.0.{name}" for matrix in matrices for name in matrix.coordinates.tensors]
+    return [
+        f"{matrix.path}.parametrizations.weight.0.{name}" for matrix in matrices for name in matrix.coordinates.tensors
+    ]
 
 
 def attach_coordinates(
@@ -159,6 +163,7 @@ def attach_coordinates(
     return model
 
 
+@_disable_dynamo
 def _begin_pass(stacks: Sequence[Stack], model: nn.Module, inputs: Any) -> None:
     """A forward pass of the model begins: an optimizer may have stepped."""
     for stack in stacks:
