@@ -185,3 +185,9 @@ def flattened(model: Path, archive: Path) -> None:
     found = FullyShardedDataParallel(protected(model, archive), device_id=torch.device("cpu"), use_orig_params=True)
     ids = torch.ones(2, 5, dtype=torch.int64)
     found(input_ids=ids, labels=ids).loss.backward()
+
+
+def run_script(code: str, directory: Path) -> None:
+    """A script as it stands, in a directory."""
+    os.chdir(directory)
+    exec(compile(code, "script", "exec"), {})
