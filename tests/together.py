@@ -152,6 +152,7 @@ def world_tour() -> dict[str, Any]:
         "most": world.most(world.rank),
         "gather": world.gather(f"of {world.rank}"),
         "from_first": world.from_first(f"of {world.rank}"),
+        "once": world.once(lambda: f"done by {world.rank}"),
         "sums": [tensor.tolist() for tensor in tensors],
         "in_order": list(world.in_order(range(7), work)),
         "at_work": done,
@@ -168,6 +169,16 @@ def fail_together(failing: int) -> None:
     with world.together():
         if world.rank == failing:
             raise DataError("here")
+
+
+def fail_once() -> None:
+    from sculptor.errors import DataError
+    from sculptor.world import join
+
+    def fail() -> None:
+        raise DataError("here")
+
+    join(on_gpu=False).once(fail)
 
 
 def fail_at_work() -> None:
