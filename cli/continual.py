@@ -13,6 +13,7 @@ from .options import (
     overwrite_option,
     quiet_libraries,
     resume_option,
+    speaks,
     tell,
 )
 
@@ -87,8 +88,8 @@ def command(
         notice=tell,
         stop=catch_signals(),
     )
-    if plot is not None:
+    if plot is not None and speaks():
         plot_matrix(report, plot)
     click.echo(to_json(report) if as_json else continual_text(report))
     if plot is not None:
-        click.echo(f"Drew {plot}.", err=True)
+        tell(f"Drew {plot}.")

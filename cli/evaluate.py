@@ -7,7 +7,7 @@ import click
 
 from sculptor.training.settings import TrainSettings
 
-from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options
+from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options, tell
 
 
 @click.command("evaluate", cls=SuggestingCommand)
@@ -77,7 +77,7 @@ def command(
         tasks=[name.strip() for listed in tasks for name in listed.split(",") if name.strip()],
         labels=labels or None,
         progress=bars,
-        notice=lambda text: click.echo(text, err=True),
+        notice=tell,
         **options,
     )
     click.echo(to_json(result) if as_json else evaluate_text(result))

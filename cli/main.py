@@ -37,7 +37,7 @@ _COMMANDS = {
 }
 _DISTRIBUTION = "sculptor-subspaces"  # told here too: the package that is found may be any
 _LONGEST = 1200  # characters of an error
-_SHARED = ("analyze", "train", "verify")  # commands that several processes can do together
+_SHARED = ("analyze", "train", "verify", "evaluate", "continual")  # commands that several processes can do together
 _QUOTED = 200  # of them, those of one name, path or argument
 
 

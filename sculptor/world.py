@@ -113,6 +113,19 @@ class World:
             raise failed
         raise PeerError("another process of this run failed", told=True) from failed
 
+    def once(self, call: Callable[[], T]) -> T:
+        """What the first process makes of a call that the others leave to it; if it fails, it ends in all.
+
+        Raises:
+            PeerError: if it failed, for the others.
+        """
+        found: Any = None
+        with self.together():
+            if self.first:
+                found = call()
+        result: T = self.from_first(found)
+        return result
+
     def in_order(self, items: Sequence[Item], work: Callable[[Item], Iterable[T]]) -> Iterator[T]:
         """The results of all items, in their order, for the first process; nothing for the others, which do their part here.
 

@@ -47,6 +47,19 @@ def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (tmp_path / name / "model.safetensors").is_file()
 
 
+def test_the_loop_of_several_processes_runs(tmp_path: Path) -> None:
+    from guests import run_script
+    from together import together
+
+    from sculptor import AnalyzeSettings, analyze, verify
+
+    save_checkpoint(tmp_path / "model")
+    analyze(tmp_path / "model", tmp_path / "subspaces", AnalyzeSettings(preserve=0.5, device="cpu"))
+    (code,) = blocks("docs/several-gpus.md", "python")
+    together(2, run_script, code, tmp_path)
+    assert verify(tmp_path / "model", tmp_path / "by-hand", tmp_path / "subspaces", device="cpu").passed
+
+
 def test_the_rule_of_the_page_is_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rule, use = blocks("docs/add-a-method.md", "python")[:2]
     assert rule == (ROOT / "tests" / "methods" / "toys" / "frozen_rows.py").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from together import Failed, fail_at_work, fail_together, together, world_tour
+from together import Failed, fail_at_work, fail_once, fail_together, together, world_tour
 
 from sculptor.data.batches import BatchPlan
 from sculptor.errors import SettingsError
@@ -82,6 +82,7 @@ def test_alone_everything_is_ones_own() -> None:
     assert world.most(3) == 3
     assert world.gather("x") == ["x"]
     assert world.from_first("x") == "x"
+    assert world.once(lambda: "x") == "x"
     world.add_up([tensor])
     assert tensor == 2.0
     assert list(world.in_order([1, 2], lambda item: [item, -item])) == [1, -1, 2, -2]
@@ -95,6 +96,7 @@ def test_every_process_hears_of_all() -> None:
         assert found["most"] == 2
         assert found["gather"] == ["of 0", "of 1", "of 2"]
         assert found["from_first"] == "of 0"
+        assert found["once"] == "done by 0"
         assert found["sums"] == [[[3.0] * 5] * 2, [6] * 3, [[0.0] * 4] * 4, [3.0] * 40]
         expected = [(item, part) for item in range(7) for part in "ab"] if rank == 0 else []
         assert found["in_order"] == expected
@@ -108,6 +110,12 @@ def test_what_fails_in_one_fails_in_all(failing: int) -> None:
     for rank, error in enumerate(found.value.errors):
         assert error is not None
         assert error[0] == ("DataError" if rank == failing else "PeerError"), rank
+
+
+def test_what_the_first_fails_at_fails_in_all() -> None:
+    with pytest.raises(Failed) as found:
+        together(2, fail_once)
+    assert [error and error[0] for error in found.value.errors] == ["DataError", "PeerError"]
 
 
 def test_work_that_fails_elsewhere_is_told_there() -> None:

@@ -98,6 +98,14 @@ def train_until(steps: int, *args: Any, **named: Any) -> Any:
     return sculptor.train(*args, stop=lambda: next(told, None), **named)
 
 
+def continue_until(steps: int, *args: Any, **named: Any) -> Any:
+    """`sculptor.continual`, told to stop after so many steps of training."""
+    import sculptor
+
+    told = iter([*[None] * (steps - 1), 15])
+    return sculptor.continual(*args, stop=lambda: next(told, None), **named)
+
+
 def on_a_small_disk(*args: Any) -> Any:
     """`sculptor.train`, where the first process's disk is full at its first saved state."""
     import resource
@@ -144,6 +152,7 @@ def world_tour() -> dict[str, Any]:
         "most": world.most(world.rank),
         "gather": world.gather(f"of {world.rank}"),
         "from_first": world.from_first(f"of {world.rank}"),
+        "once": world.once(lambda: f"done by {world.rank}"),
         "sums": [tensor.tolist() for tensor in tensors],
         "in_order": list(world.in_order(range(7), work)),
         "at_work": done,
@@ -160,6 +169,16 @@ def fail_together(failing: int) -> None:
     with world.together():
         if world.rank == failing:
             raise DataError("here")
+
+
+def fail_once() -> None:
+    from sculptor.errors import DataError
+    from sculptor.world import join
+
+    def fail() -> None:
+        raise DataError("here")
+
+    join(on_gpu=False).once(fail)
 
 
 def fail_at_work() -> None:

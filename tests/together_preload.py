@@ -6,6 +6,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.llama.tokenization_llama  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
 
+import sculptor.benchmark.runner
 import sculptor.tasks.analyze
 import sculptor.tasks.evaluate
 import sculptor.tasks.train

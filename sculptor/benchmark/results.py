@@ -14,6 +14,10 @@ from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
 from sculptor.tasks.card import Card, code, listed
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
+# Keys of a plan whose values are paths.
+_PATHS = ("model", "chat_template")
+_DATA = ("data", "test", "validation", "watch")
+
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
@@ -142,3 +146,26 @@ def _figures(report: ContinualReport) -> list[tuple[str, str]]:
         *([] if metrics.backward is None else [("backward transfer", f"{abs(scale) * metrics.backward:+.3f}")]),
         *rise,
     ]
+
+
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of what differs, as `section.name`."""
+    names = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            names += [f"{name}.{inner}" for inner in value if old.get(inner) != value[inner]]
+        elif old != value:
+            names.append(name)
+    return sorted(names)
+
+
+def published(value: Any, name: str = "") -> Any:
+    """What a report says of a plan: names of files, no folders."""
+    if isinstance(value, dict):
+        return {key: published(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [published(item, name) for item in value]
+    if name in _DATA and isinstance(value, str):
+        return names_of(value)[0]
+    return Path(value).name if name in _PATHS and isinstance(value, str) else value

@@ -4,6 +4,7 @@ Everything is staged in `<output>.partial`: one directory per task while it is t
 a row per task. A run that was killed goes on behind the last complete row, inside a task at its last saved state.
 """
 
+import functools
 import json
 import shutil
 import time
@@ -18,12 +19,22 @@ from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import require_peft, train_adapter
 from sculptor.benchmark.inputs import read_inputs
 from sculptor.benchmark.plan import CONTENDERS, RULES_OF, Contender, Plan, PlannedTask, Split, read_plan
-from sculptor.benchmark.results import ContinualReport, Scores, Stage, TaskScore, continual_card, plain, report_of
+from sculptor.benchmark.results import (
+    ContinualReport,
+    Scores,
+    Stage,
+    TaskScore,
+    continual_card,
+    different,
+    plain,
+    published,
+    report_of,
+)
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.checkpoint.staging import check_apart, commit, partial_path, staging, write_json, writing
+from sculptor.checkpoint.staging import commit, partial_path, write_json, writing
 from sculptor.data.chat import use_template
-from sculptor.data.rows import Row, local_files, names_of
+from sculptor.data.rows import Row, local_files
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -33,16 +44,15 @@ from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.card import write_card
 from sculptor.tasks.job import open_model
+from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.train import train
 from sculptor.validation import read_file, read_json
+from sculptor.world import World
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
 # All that is written into the staging directory; tasks are numbered.
 _WRITES = (REPORT_NAME, SCORES_NAME, "sculptor.json", "model/*", "archive/*", "archive.partial/*", "[0-9]*-*/*")
-# Keys of a plan whose values are paths.
-_PATHS = ("model", "chat_template")
-_DATA = ("data", "test", "validation", "watch")
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 _OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
@@ -87,61 +97,51 @@ def continual(
     if method not in CONTENDERS:
         raise SettingsError(f"--method {method}: expected one of {', '.join(CONTENDERS)}")
     resolved = read_plan(plan, overrides, rules)
+    world = join(resolved.train.device)
     if seed is not None:
         resolved = replace(
             resolved, analyze=replace(resolved.analyze, seed=seed), train=replace(resolved.train, seed=seed)
         )
     if method in ("lora", "olora", "osf"):
         require_peft()
+        if world.size > 1:
+            raise SettingsError(
+                f"--method {method} with {world.size} processes: PEFT's methods run in one; start it alone"
+            )
     output = Path(output).resolve()
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
-    check_apart(output, [plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])])
-    with staging(
-        output, command="continual", writes=_WRITES, overwrite=overwrite, resume=resume, worth_keeping=_has_scores
+    with staged_together(
+        world,
+        output,
+        command="continual",
+        writes=_WRITES,
+        inputs=[plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])],
+        overwrite=overwrite,
+        resume=resume,
+        worth_keeping=_has_scores,
     ) as partial:
-        run = _Run(resolved, method, split, partial, progress, notice, stop, rules)
+        with world.together():
+            run = _Run(resolved, method, split, partial, progress, notice, stop, rules, world)
+        check_alike(world, run.key)
         stages = run.run()
         basis = make_method(resolved.analyze, known_kinds(rules)).terms.basis
         report = report_of(resolved, method, basis, split, stages, output)
-        write_card(partial / "model", continual_card(resolved, report))
-        write_json(
-            partial / REPORT_NAME,
-            {"created_by": f"sculptor {__version__}", "plan": _published(run.key)}
-            | plain(report)
-            | {"output": output.name},
-        )
-        write_json(partial / "sculptor.json", {"created_by": f"sculptor {__version__}", "command": "continual"})
-        commit(partial, output, overwrite=overwrite, writes=_WRITES)
-    with suppress(OSError):
-        (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
+        world.once(lambda: _place(report, resolved, run.key, partial, output, overwrite))
     return report
 
 
-def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of what differs, as `section.name`."""
-    names = []
-    for name, value in now.items():
-        old = before.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            names += [f"{name}.{inner}" for inner in value if old.get(inner) != value[inner]]
-        elif old != value:
-            names.append(name)
-    return sorted(names)
-
-
-def _published(value: Any, name: str = "") -> Any:
-    """What a report says of a plan: names of files, no folders."""
-    if isinstance(value, dict):
-        return {key: _published(item, key) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_published(item, name) for item in value]
-    if name in _DATA and isinstance(value, str):
-        return names_of(value)[0]
-    return Path(value).name if name in _PATHS and isinstance(value, str) else value
-
-
-def _digest_model(model: str) -> str:
-    return identity(open_checkpoint(model).digests_beside(()))
+def _place(
+    report: ContinualReport, plan: Plan, key: Mapping[str, Any], partial: Path, output: Path, overwrite: bool
+) -> None:
+    write_card(partial / "model", continual_card(plan, report))
+    made_by = {"created_by": f"sculptor {__version__}"}
+    write_json(
+        partial / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name}
+    )
+    write_json(partial / "sculptor.json", made_by | {"command": "continual"})
+    commit(partial, output, overwrite=overwrite, writes=_WRITES)
+    with suppress(OSError):
+        (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
 
 
 def _has_scores(partial: Path) -> bool:
@@ -161,7 +161,9 @@ class _Run:
         notice: Callable[[str], object],
         stop: Callable[[], int | None],
         rules: Kinds | None,
+        world: World,
     ) -> None:
+        self.world = world
         self.rules = rules if method == "sculptor" else None
         self.plan = plan
         self.method = method
@@ -171,12 +173,15 @@ class _Run:
         self.stop = stop
         self.inputs = read_inputs(plan, split)  # before the first task is trained
         own = {"method": method, "split": split, "version": __version__, "evaluated rows": self.inputs.evaluated_digest}
-        own |= {"model files": _digest_model(plan.model), "data files": self.inputs.trained_digest}
+        own |= {
+            "model files": identity(open_checkpoint(plan.model).digests_beside(())),
+            "data files": self.inputs.trained_digest,
+        }
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
 
     def run(self) -> list[Stage]:
-        self._restore()
+        self.stages = self.world.once(self._restored)
         given = [f"train.{name}" for name in _OF_MOMENTS if getattr(self.plan.train, name) is not None]
         if given and self.method != "sculptor":
             self.notice(f"without effect with --method {self.method}: {', '.join(given)}")
@@ -194,15 +199,19 @@ class _Run:
                 self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started)
                 bar.update(1)
             if i > 1:
-                shutil.rmtree(self.partial / f"{i - 1:02d}-{steps[i - 2][0]}", ignore_errors=True)
+                before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
+                self.world.once(functools.partial(shutil.rmtree, before, ignore_errors=True))
             model, archive = str(target), target / "subspaces" if self._carries else None
         bar.close()
+        self.world.once(lambda: self._keep_last(Path(model)))
+        return self.stages
+
+    def _keep_last(self, model: Path) -> None:
         shutil.rmtree(self.partial / "archive", ignore_errors=True)
-        if Path(model).exists():  # else a run that was killed after this had put it there
+        if model.exists():  # else a run that was killed after this had put it there
             shutil.rmtree(self.partial / "model", ignore_errors=True)
             with writing(self.partial / "model"):
-                Path(model).rename(self.partial / "model")
-        return self.stages
+                model.rename(self.partial / "model")
 
     @property
     def _carries(self) -> bool:
@@ -223,8 +232,8 @@ class _Run:
         """The archive of the base, or one that frees everything."""
         path = self.partial / "archive"
         if not self._carries:
-            shutil.rmtree(path, ignore_errors=True)  # of the task before
-        if not path.exists():
+            self.world.once(lambda: shutil.rmtree(path, ignore_errors=True))  # of the task before
+        if not self.world.once(path.exists):
             analyze(
                 model,
                 path,
@@ -253,8 +262,8 @@ class _Run:
         )
 
     def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
-        if target.is_dir():  # complete; the run was killed before it was evaluated
-            shutil.rmtree(partial_path(target), ignore_errors=True)
+        if self.world.once(target.is_dir):  # complete; the run was killed before it was evaluated
+            self.world.once(lambda: shutil.rmtree(partial_path(target), ignore_errors=True))
             return
         settings = self.plan.train_settings(task)
         if self.method in ("lora", "olora", "osf"):
@@ -291,10 +300,11 @@ class _Run:
     def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
         options = self.plan.evaluate
-        checkpoint = open_checkpoint(model)
         device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
-        loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
-        use_template(loaded.tokenizer, self.plan.train.chat_template)
+        with self.world.together():
+            checkpoint = open_checkpoint(model)
+            loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
+            use_template(loaded.tokenizer, self.plan.train.chat_template)
 
         def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
             return evaluate_rows(
@@ -305,6 +315,7 @@ class _Run:
                 options.batch_size,
                 generation=Generation(exact_match=None if options.exact_match else False),
                 progress=self.progress,
+                world=self.world,
             )
 
         def loss_of(found: Evaluation) -> float:
@@ -320,10 +331,11 @@ class _Run:
         tokens = sum(found.num_tokens for found in watched.values())
         total = sum(loss_of(found) * found.num_tokens for found in watched.values()) / tokens if watched else None
         each = {text: loss_of(found) for text, found in watched.items()}
-        self.stages.append(Stage(name, scores, total, archive_bytes, seconds, each))
-        write_json(self.partial / SCORES_NAME, {"key": self.key, "stages": [asdict(stage) for stage in self.stages]})
+        self.stages.append(self.world.from_first(Stage(name, scores, total, archive_bytes, seconds, each)))
+        noted = {"key": self.key, "stages": [asdict(stage) for stage in self.stages]}
+        self.world.once(lambda: write_json(self.partial / SCORES_NAME, noted))
 
-    def _restore(self) -> None:
+    def _restored(self) -> list[Stage]:
         """Rows of a run that was killed.
 
         Raises:
@@ -331,12 +343,10 @@ class _Run:
         """
         path = self.partial / SCORES_NAME
         if not path.is_file():
-            return
+            return []
         remedy = "pass --overwrite to start anew"
         found = read_json(Scores, read_file(path, OutputError, remedy), path, OutputError, remedy)
         if found.key != self.key:
-            different = _different(found.key, self.key)
-            raise OutputError(
-                f"{path}: left by a run of another plan ({', '.join(different)}); use the same or {remedy}"
-            )
-        self.stages += found.stages
+            names = ", ".join(different(found.key, self.key))
+            raise OutputError(f"{path}: left by a run of another plan ({names}); use the same or {remedy}")
+        return list(found.stages)

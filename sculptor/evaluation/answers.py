@@ -12,6 +12,7 @@ from sculptor.errors import DataError
 from sculptor.evaluation.readers import Reader, open_reader
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar
+from sculptor.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,13 @@ def stops_of(loaded: LoadedModel) -> frozenset[int]:
 
 @torch.no_grad()
 def answer_rows(
-    loaded: LoadedModel, rows: Sequence[MessagesRow], max_length: int, max_new: int | None, batch_size: int, bar: Bar
+    loaded: LoadedModel,
+    rows: Sequence[MessagesRow],
+    max_length: int,
+    max_new: int | None,
+    batch_size: int,
+    bar: Bar,
+    world: World = ALONE,
 ) -> list[Answer]:
     """Greedy answers to the last turn of conversations, in the order of `rows`.
 
@@ -53,6 +60,7 @@ def answer_rows(
         max_new: tokens of an answer; default those of the longest that is expected.
         batch_size: rows per forward.
         bar: counts rows.
+        world: the processes that divide the rows; all get all answers.
 
     Raises:
         DataError: if no room is left for prompts.
@@ -67,7 +75,7 @@ def answer_rows(
         )
     prompts = [cut_middle(question.ids, max_length - count) for question in asked]
     stops = stops_of(loaded)
-    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    order = world.share(sorted(range(len(rows)), key=lambda i: -len(prompts[i])))
     found: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -77,6 +85,7 @@ def answer_rows(
             exact = answer_part(said) in asked[i].expected
             found[i] = Answer(rows[i].where, asked[i].text, asked[i].expected[0], said, exact)
         bar.update(len(chosen))
+    found = {i: answer for part in world.gather(found) for i, answer in part.items()}
     return [found[i] for i in range(len(rows))]
 
 

@@ -20,6 +20,7 @@ from sculptor.evaluation.answers import greedy, stops_of
 from sculptor.evaluation.readers import Reader, open_reader
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar
+from sculptor.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,12 @@ def score_rows(
     bar: Bar,
     generate: bool = True,
     max_new: int | None = None,
+    world: World = ALONE,
 ) -> list[RowScore]:
     """Scores rows in batches of prompts of similar length; results are in the order of `rows`.
 
     `generate=False` leaves out the greedy continuation, which takes longest; it has `max_new` tokens at most, by default those
-    of the longest answer.
+    of the longest answer. Several processes divide the rows, and all get all results.
 
     Raises:
         DataError: if a completion or label does not fit.
@@ -88,7 +90,7 @@ def score_rows(
         if not prompt:
             raise DataError(f"{row.where}: prompt is empty after tokenisation")
     stops = stops_of(loaded) if generate else ()
-    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    order = world.share(sorted(range(len(rows)), key=lambda i: -len(prompts[i])))
     results: dict[int, RowScore] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -108,6 +110,7 @@ def score_rows(
                 said=said,
             )
         bar.update(len(chosen))
+    results = {i: score for part in world.gather(results) for i, score in part.items()}
     return [results[i] for i in range(len(rows))]
 
 

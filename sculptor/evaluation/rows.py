@@ -14,6 +14,7 @@ from sculptor.evaluation.loss import mean_loss
 from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
+from sculptor.world import ALONE, World
 
 # With more distinct completions than this, they are answers, not labels.
 MAX_IMPLIED_LABELS = 32
@@ -86,6 +87,7 @@ def evaluate_rows(
     *,
     generation: Generation,
     progress: Progress,
+    world: World = ALONE,
 ) -> Evaluation:
     """Measures rows of one kind; pairs of prompt and completion by ranking labels or choices, too.
 
@@ -97,6 +99,7 @@ def evaluate_rows(
         batch_size: rows per forward.
         generation: what to generate.
         progress: makes progress bars.
+        world: the processes that divide the rows; all get the same figures.
 
     Raises:
         SettingsError: if the labels lack a completion, or a setting would have no effect.
@@ -111,8 +114,8 @@ def evaluate_rows(
         if choosing:
             _check_one_kind(choosing, len(rows), "have choices")
         ranked = None if choosing else _labels(pairs, labels)
-        return _evaluate_pairs(loaded, pairs, ranked, length, batch_size, generation, progress)
-    found = _evaluate_loss(loaded, rows, length, batch_size, progress)
+        return _evaluate_pairs(loaded, pairs, ranked, length, batch_size, generation, progress, world)
+    found = _evaluate_loss(loaded, rows, length, batch_size, progress, world)
     asked = bool(generation.exact_match) or generation.show > 0
     if not asked:
         return found
@@ -121,8 +124,8 @@ def evaluate_rows(
         raise SettingsError("--exact-match and --show without effect: nothing is answered in 'text' rows")
     _check_one_kind(len(talked), len(rows), "are conversations")
     answered = talked if generation.exact_match else talked[: generation.show]
-    bar = progress(total=len(answered), desc="answer", unit="row")
-    answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar)
+    bar = progress(total=len(world.share(answered)), desc="answer", unit="row")
+    answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar, world)
     bar.close()
     exact = sum(answer.exact for answer in answers) / len(answers) if generation.exact_match else None
     return replace(found, exact_match=exact, answers=tuple(answers[: generation.show]))
@@ -174,11 +177,11 @@ def _labels(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple
 
 
 def _evaluate_loss(
-    loaded: LoadedModel, rows: Sequence[Row], length: int, batch_size: int, progress: Progress
+    loaded: LoadedModel, rows: Sequence[Row], length: int, batch_size: int, progress: Progress, world: World
 ) -> Evaluation:
     encoded = encode(rows, loaded.tokenizer, loaded.kind, length, loaded.architecture.vocab_size)
-    bar = progress(total=len(encoded.examples), desc="evaluate", unit="row")
-    loss, tokens = mean_loss(loaded, encoded.examples, batch_size, bar)
+    bar = progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")
+    loss, tokens = mean_loss(loaded, encoded.examples, batch_size, bar, world)
     bar.close()
     return Evaluation(loss, math.exp(min(loss, 700.0)), None, None, len(rows), tokens, None)
 
@@ -191,13 +194,13 @@ def _evaluate_pairs(
     batch_size: int,
     generation: Generation,
     progress: Progress,
+    world: World,
 ) -> Evaluation:
     choosing = bool(rows[0].choices)
     exact = generation.exact_match if generation.exact_match is not None else not choosing
-    bar = progress(total=len(rows), desc="evaluate", unit="row")
-    scores = score_rows(
-        loaded, rows, labels or (), length, batch_size, bar, exact or generation.show > 0, generation.max_new_tokens
-    )
+    bar = progress(total=len(world.share(rows)), desc="evaluate", unit="row")
+    asked = exact or generation.show > 0
+    scores = score_rows(loaded, rows, labels or (), length, batch_size, bar, asked, generation.max_new_tokens, world)
     bar.close()
     tokens = sum(score.num_tokens for score in scores)
     loss = sum(score.loss for score in scores) / tokens

@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from sculptor.checkpoint.architecture import inspect_architecture
-from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.data.chat import check_use, use_template
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
-from sculptor.data.rows import Data, as_items, names_of
+from sculptor.data.rows import Data, as_items, digest_rows, names_of
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
 from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, Watched, evaluate_rows, read_evaluation_rows
 from sculptor.model.load import check_head, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.job import open_model
+from sculptor.tasks.processes import check_alike, join
 from sculptor.training.settings import Offload
 
 
@@ -84,28 +85,45 @@ def evaluate(
             and (include_path is not None or num_fewshot is not None or chat),
         }
     )
-    checkpoint = open_checkpoint(model)
-    rows = read_evaluation_rows(given, labels, columns, max_rows, notice) if given else []
-    texts = [read_evaluation_rows([item], None, columns, max_rows, notice, all_renamed=not given) for item in watched]
-    if not tasks:
-        check_use([*rows, *(row for text in texts for row in text)], chat_template)
-    manager = check_tasks(tasks, None if include_path is None else Path(include_path)) if tasks else None
-    architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)
-    length = resolve_max_length(max_length, architecture.max_positions)
-    loaded = open_model(
-        checkpoint, resolve_device(device), architecture, offload, tokens=batch_size * length, progress=progress
-    )
+    world = join(device)
+    if tasks and world.size > 1:
+        raise SettingsError(f"--tasks with {world.size} processes: lm-eval runs in one; start it without a launcher")
+    with world.together():
+        checkpoint = open_checkpoint(model)
+        rows = read_evaluation_rows(given, labels, columns, max_rows, notice) if given else []
+        texts = [
+            read_evaluation_rows([item], None, columns, max_rows, notice, all_renamed=not given) for item in watched
+        ]
+        read = [*rows, *(row for text in texts for row in text)]
+        if not tasks:
+            check_use(read, chat_template)
+        manager = check_tasks(tasks, None if include_path is None else Path(include_path)) if tasks else None
+        architecture = inspect_architecture(checkpoint)
+        check_head(checkpoint, architecture)
+        length = resolve_max_length(max_length, architecture.max_positions)
+        where = resolve_device(device)
+        loaded = open_model(checkpoint, where, architecture, offload, tokens=batch_size * length, progress=progress)
+    if world.size > 1:
+        check_alike(world, {"rows": digest_rows(read), "model": identity(checkpoint.digests_beside((), progress))})
     generation = Generation(exact_match, max_new_tokens, show)
     with closing(loaded):
         use_template(loaded.tokenizer, chat_template)
         found = NOTHING
         if rows:
-            found = evaluate_rows(loaded, rows, labels, length, batch_size, generation=generation, progress=progress)
+            found = evaluate_rows(
+                loaded, rows, labels, length, batch_size, generation=generation, progress=progress, world=world
+            )
         alone = []
         for name, text in zip(names_of(watched), texts, strict=True):
             one = evaluate_rows(
-                loaded, text, None, length, batch_size, generation=Generation(exact_match=False), progress=progress
+                loaded,
+                text,
+                None,
+                length,
+                batch_size,
+                generation=Generation(exact_match=False),
+                progress=progress,
+                world=world,
             )
             assert one.loss is not None
             assert one.perplexity is not None

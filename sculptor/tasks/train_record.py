@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sculptor import __version__
+from sculptor.analysis.lineage import OPENED
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import Checkpoint
@@ -16,7 +17,6 @@ from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.tasks.card import Card, code, listed
 from sculptor.tasks.job import TrainJob
-from sculptor.tasks.opening import OPENED_NAME
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
 
@@ -112,7 +112,7 @@ def _check(job: TrainJob) -> str:
     if job.unopened is None:
         place, archive = "ARCHIVE", f"`ARCHIVE` the subspace archive {code(published_name(job.archive.path))} of it"
     else:
-        place, archive = f"THIS/{OPENED_NAME}", "the archive that the run opened lies in this model"
+        place, archive = f"THIS/{OPENED}", "the archive that the run opened lies in this model"
     return (
         f"With `BASE` a copy of {base}, `THIS` this model, and {archive} (identity `{job.archive.identity}`):\n\n"
         f"```sh\nsculptor verify BASE THIS --subspaces {place}\n```\n\n"

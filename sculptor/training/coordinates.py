@@ -10,11 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.edits.merge import Merged, merge_matrix
 from sculptor.methods.rule import Prepared, Rule, Tensors, Working
+from sculptor.training.parallelism import check_copied, check_held, check_whole
 
 
 def _exactly(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -38,7 +40,12 @@ class WeightSource(Protocol):
 
 
 class _Values(nn.ParameterList):
-    """Coordinates: float32, whatever the model is cast to."""
+    """Coordinates: float32, whatever the model is cast to, and whole."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            check_held("coordinates", [value])
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return super()._apply(_exactly(fn), recurse)  # type: ignore[no-untyped-call]
@@ -104,7 +111,17 @@ class Coordinates(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
-        return self.source.weight(self, weight)
+        check_copied(self)
+        ask = _ask_eagerly if torch.compiler.is_dynamo_compiling() else _ask
+        return ask(self, weight)
+
+    def check(self, weight: Tensor) -> None:
+        """Refuses to fold what is not here as a whole.
+
+        Raises:
+            TrainingError: if other programs have taken parts of it.
+        """
+        check_whole(self.name, weight, self.values, self.rule.shapes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.source.expire(moved=True)
@@ -132,6 +149,14 @@ class Coordinates(nn.Module):
     def fingerprint(self) -> list[float]:
         """Identifies the bases the coordinates belong to, up to rounding."""
         return self._fingerprint
+
+
+def _ask(coordinates: Coordinates, weight: Tensor) -> Tensor:
+    return coordinates.source.weight(coordinates, weight)
+
+
+# `torch.compile` would trace the fold of every matrix for itself, and what decides whether to fold again.
+_ask_eagerly = _disable_dynamo(_ask)
 
 
 def folded_weight(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
 
 from sculptor.archive.store import Archive
@@ -17,6 +18,14 @@ from sculptor.checkpoint.tensors import digest
 from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds
 from sculptor.training.coordinates import Coordinates
+from sculptor.training.parallelism import (
+    check_added_up,
+    check_copied,
+    check_held,
+    check_unwrapped,
+    heed_in_broadcasts,
+    ignore_in_broadcasts,
+)
 from sculptor.training.rates import default_relative_rate, matrix_scales
 from sculptor.training.stack import FoldMode, Member, Stack, make_stacks
 
@@ -66,7 +75,8 @@ def protect(
     """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
 
     They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
-    The model's outputs are unchanged until they are.
+    The model's outputs are unchanged until they are. Wrap it in DistributedDataParallel afterwards; what shards parameters is
+    refused.
 
     Args:
         model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
@@ -83,17 +93,40 @@ def protect(
     Raises:
         ArchiveError: if the archive does not belong to the model, or the model is protected already.
         CapacityError: if no matrix has a free direction left.
+        TrainingError: if the model is wrapped, sharded or offloaded already.
     """
+    check_unwrapped(model)
     archive = archive if isinstance(archive, Archive) else Archive(archive, rules=rules)
     if protected_matrices(model):
         raise ArchiveError("the model is protected already; call sculptor.merge(model) first")
     parameters = find_parameters(model, archive)
+    for name, parameter in parameters.items():
+        check_held(name, [model.get_parameter(parameter)])
     for check in (_check_shape, _check_bytes):  # what says most first
         for name, parameter in parameters.items():
             check(archive, name, model.get_parameter(parameter))
     for name, parameter in parameters.items():
         archive.note_rms(name, model.get_parameter(parameter))
-    return attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=soften)
+    attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=soften)
+    matrices = protected_matrices(model)
+    model.register_forward_pre_hook(functools.partial(_look, matrices))
+    ignore_in_broadcasts(model, _buffers(matrices))
+    return model
+
+
+@_disable_dynamo
+def _look(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) -> None:
+    """A forward pass of the model begins: other programs may have done something to it since."""
+    check_copied(model)
+    for matrix in matrices:
+        matrix.coordinates.check(matrix.pristine)
+    check_added_up(model, matrices[0].coordinates.values[0])
+
+
+def _buffers(matrices: Sequence[ProtectedMatrix]) -> list[str]:
+    return [
+        f"{matrix.path}.parametrizations.weight.0.{name}" for matrix in matrices for name in matrix.coordinates.tensors
+    ]
 
 
 def attach_coordinates(
@@ -130,6 +163,7 @@ def attach_coordinates(
     return model
 
 
+@_disable_dynamo
 def _begin_pass(stacks: Sequence[Stack], model: nn.Module, inputs: Any) -> None:
     """A forward pass of the model begins: an optimizer may have stepped."""
     for stack in stacks:
@@ -244,12 +278,22 @@ def merge(model: Any) -> Any:
     if not matrices:
         raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
     for matrix in matrices:
+        matrix.coordinates.check(matrix.pristine)
+    for module in model.modules():  # it may be wrapped
+        _unhook(module)
+    for matrix in matrices:
         merged = matrix.coordinates.merged(matrix.pristine).tensor
         _restore(matrix.module)
         weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
         weight.data = merged
         weight.requires_grad_(False)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, functools.partial) and hook.func is _begin_pass:
-            del model._forward_pre_hooks[key]
     return model
+
+
+def _unhook(module: nn.Module) -> None:
+    """Undoes what `protect` leaves beside the coordinates."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func in (_begin_pass, _look):
+            del module._forward_pre_hooks[key]
+            if hook.func is _look:
+                heed_in_broadcasts(module, _buffers(hook.args[0]))

@@ -131,6 +131,8 @@ class Stack:
     def _fold(self) -> None:
         """From pristine W0."""
         self.expire()
+        for member in self.members:
+            member.coordinates.check(member.pristine)
         tf32 = float32_products(self.members[0].pristine.device, tf32=True)
         with torch.inference_mode(False), torch.no_grad(), tf32:
             self._folded = self._weights()
