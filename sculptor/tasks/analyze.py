@@ -99,7 +99,7 @@ def analyze(
         if calibrated:
             settings = fill_in(settings, checkpoint, architecture, device)
             items = items or settings.data
-        tell_choice(given, settings, checkpoint, targets, device, notice)
+        tell_choice(given, settings, checkpoint, targets, notice)
         sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
         examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
     output = Path(output).resolve()

@@ -11,14 +11,11 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SELF, AnalyzeSettings
 from sculptor.model.load import load_tokenizer
-from sculptor.planning.speeds import decomposition_seconds, measure_speeds
 
 # Tokens times parameters on a CPU, and bounds of the tokens: what two cores sample and measure in a few minutes.
 _CPU_WORK = 5e11
 _CPU_TOKENS = (2000, 30_000)
 _CPU_LENGTH = 256  # of sampled sequences: on a CPU a step takes about the same for few rows as for many
-# Of the speed of large matrix products, what sampling and measuring reach; measured on two cores and three models.
-_EFFICIENCY = 0.35
 
 _PROTECTED = {
     "weights": "protects the largest singular values, which needs no data and keeps general ability no better than chance does",
@@ -37,6 +34,8 @@ def fill_in(
         SettingsError: if there are no data, and the model cannot sample any.
     """
     if not settings.data:
+        if settings.rule != RULES[0]:
+            raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
         if architecture.kind != "causal":
             raise SettingsError(
                 f"{checkpoint.path}: only a causal model can sample text to calibrate on; give --data, or --basis weights, which "
@@ -68,7 +67,6 @@ def tell_choice(
     settings: AnalyzeSettings,
     checkpoint: Checkpoint,
     targets: Sequence[Target],
-    device: torch.device,
     notice: Callable[[str], object],
 ) -> None:
     """Says what was chosen where nothing was given, as the options that ask for it, and what that takes.
@@ -76,7 +74,6 @@ def tell_choice(
     Args:
         given: by the user, `settings` what became of it.
         checkpoint, targets: what is analyzed.
-        device: where.
         notice: told one line, or two.
     """
     basis, own = settings.resolved_basis, bool(settings.data) and not given.data
@@ -94,24 +91,18 @@ def tell_choice(
     text = ", of text that the model says" if own else ""
     text += " through its chat template" if settings.chat else ""
     notice(f"chosen: {' '.join(chosen)}: {_PROTECTED[basis]}{text}")
-    notice(_cost_line(settings, checkpoint, targets, device))
+    notice(_cost_line(settings, checkpoint, targets))
 
 
-def _cost_line(
-    settings: AnalyzeSettings, checkpoint: Checkpoint, targets: Sequence[Target], device: torch.device
-) -> str:
-    """How long measuring takes, by what the machine does in a second now."""
-    speeds, _ = measure_speeds({"tflops": None, "link": 1.0, "disk": 1.0}, device, True, checkpoint.path)
+def _cost_line(settings: AnalyzeSettings, checkpoint: Checkpoint, targets: Sequence[Target]) -> str:
+    """What is computed; how long that takes, a machine that others use cannot say beforehand."""
     tokens = settings.calibration_tokens or CALIBRATION_TOKENS
     gradients = settings.resolved_basis == "curvature"
     groups = {target.input_group: target.shape[1] for target in targets}
     sides = [*groups.values(), *((target.shape[0] for target in targets) if gradients else ())]
-    # Forward, again for the backward pass, and that twice; outer products of every side
+    # Forward, backward, and forward again for it; outer products of every side
     per_token = (8 if gradients else 2) * num_parameters(checkpoint) + 2 * sum(d * d for d in sides)
-    seconds = tokens * per_token / (1e12 * speeds["tflops"] * _EFFICIENCY)
-    seconds += sum(decomposition_seconds((d, d), speeds["eigen"], device.type) for d in sides)
-    return f"about {_duration(seconds)} for {tokens:,} tokens on this machine; fewer --calibration-tokens take less"
-
-
-def _duration(seconds: float) -> str:
-    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} minutes"
+    return (
+        f"it takes {tokens:,} tokens ({tokens * per_token / 1e12:.1f} TFLOP) and {len(sides)} eigendecompositions of up to "
+        f"{max(sides, default=0):,} rows; fewer --calibration-tokens take less"
+    )

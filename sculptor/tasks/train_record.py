@@ -26,7 +26,7 @@ def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None
 
 
 def training_record(
-    job: TrainJob, report: TrainReport, lineage: Sequence[Merge], saved: torch.dtype | None
+    job: TrainJob, report: TrainReport, lineage: Sequence[Merge], saved: torch.dtype | None, *, analyzed: bool
 ) -> dict[str, Any]:
     """The record of a run, its lineage longer by one merge."""
     import accelerate
@@ -52,6 +52,7 @@ def training_record(
         | ({} if mixture is None else asdict(mixture)),
         "base": {"name": job.checkpoint.path.resolve().name, "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
+        "analyzed": analyzed,  # whether the archive that protected it was made for it, and lies beside it
         "also_trained": list(report.also_trained),
         "not_targeted": [asdict(item) for item in report.not_targeted],
         "frozen": list(report.frozen),
