@@ -17,6 +17,7 @@ from .options import (
     resume_option,
     rule_option,
     settings_options,
+    tell,
 )
 
 
@@ -34,15 +35,15 @@ def command(
 ) -> None:
     """Save the subspaces that carry what MODEL knows, as an archive.
 
-    MODEL is a checkpoint directory or a hub name. `--basis curvature` protects what earlier data use, and is the one
-    to choose if there are such data, or text of any kind. `weights` is the paper's: it needs no data; without --preserve
-    its share is the adaptive rank, 0.8 everywhere, or by importance if --data is given. All this is of the default --rule;
-    the others are InfLoRA's, SaRA's and OrthSR's.
+    MODEL is a checkpoint directory or a hub name. By default, what the loss depends on is protected (`--basis curvature`):
+    on --data, which is what the model should stay good at, or else on text that the model says by itself. `weights` is the
+    paper's: it needs no data; without --preserve its share is the adaptive rank, 0.8 everywhere, or by importance if --data
+    is given. All this is of the default --rule; the others are InfLoRA's, SaRA's and OrthSR's.
 
     \b
     Examples:
-      sculptor analyze ./model --basis curvature --data general.txt --output ./subspaces
-      sculptor analyze ./model --basis curvature --data self --output ./subspaces
+      sculptor analyze ./model --output ./subspaces
+      sculptor analyze ./model --data general.txt --data self --output ./subspaces
       sculptor analyze ./model --preserve 0.5 --output ./subspaces
       sculptor analyze ./model --data old-task.jsonl --constraint input --output ./subspaces
       sculptor analyze ./model --rule lowrank --rank 8 --output ./subspaces
@@ -62,6 +63,6 @@ def command(
         overwrite=overwrite,
         resume=resume,
         progress=bars,
-        notice=lambda text: click.echo(text, err=True),
+        notice=tell,
     )
     click.echo(to_json(report, basis=report.basis, constraint=report.constraint) if as_json else analyze_text(report))

@@ -24,7 +24,11 @@ from .options import (
 
 @click.command("train", cls=SuggestingCommand)
 @click.argument("model")
-@click.option("--subspaces", required=True, type=click.Path(), help="Subspace archive of MODEL.")
+@click.option(
+    "--subspaces",
+    type=click.Path(),
+    help="Subspace archive of MODEL [default: MODEL is analyzed first, as by `sculptor analyze`].",
+)
 @click.option(
     "--data",
     multiple=True,
@@ -38,6 +42,13 @@ from .options import (
 @click.option(
     "--eval-data", multiple=True, type=click.Path(), help="Rows whose loss chooses the best parameters; repeatable."
 )
+@click.option(
+    "--protect-data",
+    multiple=True,
+    type=click.Path(),
+    help="Without --subspaces: rows or text that MODEL should stay good at, or `self`; repeatable [default: self, text that "
+    "MODEL says].",
+)
 @settings_options(TrainSettings)
 @push_options
 @resume_option
@@ -45,12 +56,13 @@ from .options import (
 @json_option
 def command(
     model: str,
-    subspaces: str,
+    subspaces: str | None,
     data: tuple[str, ...],
     output: Path,
     eval_data: tuple[str, ...],
     push_to_hub: str | None,
     public: bool,
+    protect_data: tuple[str, ...],
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -58,11 +70,13 @@ def command(
 ) -> None:
     """Teach MODEL a task inside what the archive leaves free.
 
-    Writes a plain Hugging Face checkpoint, with the archive for the next task in its folder subspaces/.
+    Writes a plain Hugging Face checkpoint, with the archive for the next task in its folder subspaces/. Without --subspaces
+    MODEL is analyzed first; that archive stays in the folder analyzed/, and is the one for `sculptor verify`.
     SIGTERM and Ctrl-C save the state and exit; --resume goes on bit for bit.
 
     \b
     Examples:
+      sculptor train ./model --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned --resume
     """
@@ -80,6 +94,7 @@ def command(
             output,
             TrainSettings(**settings),
             eval_data=eval_data,
+            protect_data=protect_data,
             overwrite=overwrite,
             resume=resume,
             progress=bars,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, PlainValidator, ValidationInfo
@@ -13,7 +13,7 @@ from sculptor.errors import ArchiveError
 from sculptor.methods.kinds import KINDS, Kinds, make_method, parse_rule
 from sculptor.methods.method import Method
 from sculptor.methods.rule import Rule
-from sculptor.methods.settings import AnalyzeSettings
+from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.validation import (
     STRICT,
     Count,
@@ -251,6 +251,8 @@ class Manifest:
         for key in ("format", "version"):
             content.pop(key, None)
         manifest = read_json(cls, json.dumps(content), path, ArchiveError, REMEDY, kinds=kinds)
+        if manifest.settings.rule == RULES[0] and manifest.settings.basis is None:  # the default, when it was written
+            manifest = replace(manifest, settings=replace(manifest.settings, basis="weights"))
         try:
             manifest.check()
         except ValueError as cause:

@@ -38,7 +38,7 @@ from sculptor.data.rows import Row, local_files
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.settings import AnalyzeSettings, Carry
+from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
@@ -254,12 +254,8 @@ class _Run:
             rule, told = RULES_OF[self.method]
             return AnalyzeSettings(rule=rule, **{name: getattr(self.plan.adapter, name) for name in told}, **shared)
         preserve = 0.0 if self.method != "random" else 0.5 if settings.preserve is None else settings.preserve
-        return AnalyzeSettings(
-            basis="random" if self.method == "random" else "weights",
-            constraint=settings.constraint,
-            preserve=preserve,
-            **shared,
-        )
+        basis: Basis = "random" if self.method == "random" else "weights"
+        return AnalyzeSettings(basis=basis, constraint=settings.constraint, preserve=preserve, **shared)
 
     def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
         if self.world.once(target.is_dir):  # complete; the run was killed before it was evaluated

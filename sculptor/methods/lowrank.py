@@ -237,7 +237,7 @@ class LowRank:
         wrong = [
             f"--data {item!r} is given twice" for item in sorted(set(settings.data)) if settings.data.count(item) > 1
         ]
-        idle = [] if settings.data else settings.given("calibration_tokens", "max_length", "chat_template")
+        idle = [] if settings.data else settings.given("calibration_tokens", "chat", "max_length", "chat_template")
         wrong += [f"{', '.join(idle)} without effect: there is no --data"] if idle else []
         least = min((shape[1] for shape in shapes), default=self.rank)
         return wrong + ([f"--rank {self.rank}: a matrix has {least} inputs"] if self.rank > least else [])

@@ -73,10 +73,6 @@ class Moments:
         twice = sorted({item for item in settings.data if settings.data.count(item) > 1})
         if twice:
             wrong.append(f"--data {twice[0]!r} is given twice")
-        if not settings.data:
-            wrong.append(
-                f"--basis {settings.resolved_basis} needs --data: files to calibrate on, or `--data self` for sampled text"
-            )
         least = max((self._least_budget(shape) for shape in shapes), default=0.0)
         if settings.free_budget < least - 1e-9:
             wrong.append(

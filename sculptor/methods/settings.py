@@ -25,6 +25,8 @@ DEFAULT_RANK = 8
 DEFAULT_ENERGY = 0.95
 DEFAULT_BLOCK = 32
 ROW_GROUPS = 7
+CALIBRATION_TOKENS = 100_000  # unless told otherwise; `analysis/defaults.py` says how many on a CPU
+_OF_WEIGHTS = ("constraint", "preserve", "min_retention", "target_retention")
 
 
 def is_self(data: str) -> bool:
@@ -44,12 +46,14 @@ class AnalyzeSettings:
     """Kind of rule: what is forbidden, and how what is left is trained."""
     basis: Basis | None = None
     """Where protected directions come from: the weights' singular vectors, what layers read, what they read and its effect
-    on the loss, or chance (a control) [default: inputs with --rule lowrank, else weights]."""
+    on the loss, or chance (a control) [default: inputs with --rule lowrank, weights with the other rules and with
+    --preserve, --constraint, --min-retention or --target-retention, else curvature]."""
     budget: _Part | None = None
     """inputs, curvature: share of (output, input) pairs left free [default: 0.6]."""
     data: Texts = ()
-    """Rows to calibrate on, or `self` for text the model says; with weights, rows that measure importance for the adaptive
-    rank; with --rule lowrank, rows whose inputs are protected from the start; repeatable."""
+    """Rows to calibrate on, or `self` for text the model says [default: self, with --chat where there is a chat template];
+    with weights, rows that measure importance for the adaptive rank; with --rule lowrank, rows whose inputs are protected
+    from the start; repeatable."""
     chat: bool = False
     """With `--data self`: sample through the chat template."""
     chat_template: Name | None = None
@@ -58,10 +62,11 @@ class AnalyzeSettings:
     """Which columns of the data are which keys of ours: prompt=question,completion=answer."""
     max_rows: AtLeastOne | None = None
     """Rows to use of each of the data, the first ones [default: all]."""
-    calibration_tokens: AtLeastOne = 100_000
-    """Tokens to calibrate on, over all files."""
+    calibration_tokens: AtLeastOne | None = None
+    """Tokens to calibrate on, over all files [default: 100000; on a CPU 5e11 over the model's parameters, between
+    2000 and 30000]."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
-    """Longest sequence in tokens [default: 1024 or the model's limit]."""
+    """Longest sequence in tokens [default: 1024 or the model's limit; on a CPU 256 of text sampled unasked]."""
     keep: _Part = 0.5
     """Share of each moment's directions that is stored."""
     row_groups: Annotated[int, Field(ge=1, le=32)] = ROW_GROUPS
@@ -103,7 +108,7 @@ class AnalyzeSettings:
     """inputs, curvature: GB to stay within, by reading the rows more often [default: what is free on a GPU, 8 on a CPU]."""
 
     def __post_init__(self) -> None:
-        if self.chat and not any(map(is_self, self.data)):
+        if self.chat and self.data and not any(map(is_self, self.data)):
             raise SettingsError("--chat without effect: it samples conversations for --data self")
 
     def given(self, *names: str) -> list[str]:
@@ -113,13 +118,17 @@ class AnalyzeSettings:
 
     @property
     def resolved_basis(self) -> Basis:
-        """The basis, or the default of the rule."""
-        return self.basis or ("inputs" if self.rule == "lowrank" else "weights")
+        """The basis, or the default: of the rule, and of options that are for the weights' directions alone."""
+        if self.basis is not None:
+            return self.basis
+        if self.rule == "lowrank":
+            return "inputs"
+        return "weights" if self.rule != RULES[0] or self.given(*_OF_WEIGHTS) else "curvature"
 
     @property
     def tokens_per_source(self) -> int:
         """The part of the calibration tokens that each file, or sampled text, has."""
-        return -(-self.calibration_tokens // max(1, len(self.data)))
+        return -(-(self.calibration_tokens or CALIBRATION_TOKENS) // max(1, len(self.data)))
 
     @property
     def free_budget(self) -> float:

@@ -121,7 +121,15 @@ class Weights:
         settings = self.settings
         basis = f"with --basis {settings.resolved_basis}"
         idle = settings.given(
-            "budget", "calibration_tokens", "keep", "row_groups", "threshold", "fisher", "weighting", "device_memory"
+            "budget",
+            "chat",
+            "calibration_tokens",
+            "keep",
+            "row_groups",
+            "threshold",
+            "fisher",
+            "weighting",
+            "device_memory",
         )
         wrong = [f"{', '.join(idle)} without effect {basis}; use inputs or curvature"] if idle else []
         if settings.max_length is not None and not settings.data:

@@ -52,7 +52,9 @@ def sample_examples(
         for _ in range(_MAX_ROUNDS):
             if total >= num_tokens - 1:  # one token is no sequence
                 break
-            rows = max(1, min(most, -(-(num_tokens - total) // max_length)))
+            # Conversations end long before the longest: as many as the mean of those so far asks for.
+            likely = max(2, total // len(found)) if chat and found else max_length
+            rows = max(1, min(most, -(-(num_tokens - total) // likely)))
             sampled = _converse(loaded, rows, max_length) if chat else _speak(loaded, rows, start, max_length)
             for example in sampled:
                 kept = min(example.length, num_tokens - total)

@@ -33,13 +33,14 @@ from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence, measures_of
-from sculptor.methods.settings import AnalyzeSettings
+from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.model.load import check_trainable, resolve_device
 from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze_report import AnalyzeReport, report_of
+from sculptor.tasks.defaults import fill_in, tell_choice
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.training.settings import Offload
@@ -63,13 +64,13 @@ def analyze(
     Args:
         model: a checkpoint directory or hub name.
         output: the archive's directory.
-        settings: what to protect; the default is the weights' directions with the paper's adaptive rank.
+        settings: what to protect; the default is what the model says by itself uses (curvature).
         data: in the place of the settings' data, also a `Dataset` or any iterable of dicts; see `train`.
         offload: with calibration, where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         overwrite: replace an existing archive, at success.
         resume: take up what a killed run left.
         progress: makes progress bars.
-        notice: told, in a line, what form of data was recognised.
+        notice: told, in a line, what was chosen, what it takes, and what form of data was recognised.
         rules: kinds of rules beside sculptor's own.
 
     Returns:
@@ -82,7 +83,7 @@ def analyze(
     if data is not None and settings.data:
         raise SettingsError("data twice: as an argument and in the settings; give one of the two")
     items = as_items(settings.data if data is None else data)
-    settings = replace(settings, data=tuple(map(_named, items)))
+    settings = given = replace(settings, data=tuple(map(_named, items)))
     kinds = known_kinds(rules)
     make_method(settings, kinds)  # refuses before any work
     world = join(settings.device)
@@ -95,8 +96,10 @@ def analyze(
         method = make_method(settings, kinds, [target.shape for target in targets])
         measures = measures_of(method, "derive")
         calibrated = measures in ("inputs", "gradients")
-        if calibrated and not settings.data:
-            raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
+        if calibrated:
+            settings = fill_in(settings, checkpoint, architecture, device)
+            items = items or list(settings.data)
+        tell_choice(given, settings, checkpoint, targets, notice)
         sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
         examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
     output = Path(output).resolve()
@@ -218,7 +221,8 @@ def _frozen(
 def _published(settings: AnalyzeSettings) -> AnalyzeSettings:
     """Settings as an archive keeps them: names of files, no folders."""
     template = settings.chat_template and Path(settings.chat_template).name
-    return replace(settings, data=names_of(settings.data), chat_template=template)
+    basis = settings.resolved_basis if settings.rule in RULES else settings.basis
+    return replace(settings, basis=basis, data=names_of(settings.data), chat_template=template)
 
 
 def _named(item: Item) -> str:

@@ -32,6 +32,7 @@ from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.card import write_card
+from sculptor.tasks.first_archive import ANALYZED_NAME
 from sculptor.tasks.job import TrainJob, cast_to
 from sculptor.tasks.next_archive import NextArchive
 from sculptor.tasks.train_record import train_card, training_record
@@ -164,7 +165,9 @@ class _Finish:
             matrices={name: self.reports[name] for name in job.archive},
         )
         self.archive.finish(report.num_examples, result.steps, report.opened)
-        write_json(self.staged / RECORD_NAME, training_record(job, report, previous.lineage, self.saved))
+        analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
+        record = training_record(job, report, previous.lineage, self.saved, analyzed=analyzed)
+        write_json(self.staged / RECORD_NAME, record)
         write_card(self.staged, train_card(job, report))
         return report
 

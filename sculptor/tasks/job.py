@@ -62,6 +62,28 @@ class TrainJob:
     unopened: Archive | None = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Rows:
+    """What is trained on, and what chooses the best parameters; as in `TrainJob`."""
+
+    encoded: Encoded
+    evaluation: Encoded | None
+    digest: str
+
+
+def open_base(model: str | Path) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint that is trained.
+
+    Raises:
+        SculptorError: if it cannot be.
+    """
+    checkpoint = open_checkpoint(model)
+    architecture = inspect_architecture(checkpoint)
+    check_head(checkpoint, architecture)
+    read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
+    return checkpoint, architecture
+
+
 def open_job(
     model: str | Path,
     subspaces: str | Path,
@@ -71,25 +93,52 @@ def open_job(
     rules: Kinds | None,
     progress: Progress,
     notice: Callable[[str], object] = lambda _: None,
+    rows: Rows | None = None,
 ) -> TrainJob:
-    """Opens and checks everything that a training reads, before any work.
+    """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
     """
-    checkpoint = open_checkpoint(model)
-    architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)
-    read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
+    checkpoint, architecture = open_base(model)
     archive = Archive(subspaces, rules=rules)
     refuse_slices(archive)
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
     settings = resolve_settings(settings, archive)  # refuses before any work
     archive.check_base(checkpoint, progress)
-    tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
-    assert settings.max_length is not None
+    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice)
+    items = as_items(data)
+    return TrainJob(
+        checkpoint,
+        architecture,
+        archive,
+        settings,
+        names_of(items),
+        rows.digest,
+        rows.encoded,
+        rows.evaluation,
+        task_name(items[0]),
+        _select_extra(architecture, archive, settings.also_train),
+    )
+
+
+def read_task(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    data: Data,
+    eval_data: Data,
+    settings: TrainSettings,
+    notice: Callable[[str], object] = lambda _: None,
+) -> Rows:
+    """The rows of a task as tokens.
+
+    Raises:
+        SculptorError: if there are none, or they cannot be used.
+    """
+    tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
+    max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     items = as_items(data)
     if not items:
         raise DataError("no data: pass at least one file")
@@ -97,26 +146,14 @@ def open_job(
     sources = read_sources(items, settings.max_rows, settings.columns, notice)
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
-    encoded = encode_sources(sources, tokenizer, kind, settings.max_length, size)
+    encoded = encode_sources(sources, tokenizer, kind, max_length, size)
     if encoded.mixture is not None:
         notice(_epoch_line(sources, encoded.mixture))
     evaluation = None
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
-        evaluation = encode(eval_rows, tokenizer, kind, settings.max_length, size)
-    extra = _select_extra(architecture, archive, settings.also_train)
-    return TrainJob(
-        checkpoint,
-        architecture,
-        archive,
-        settings,
-        names_of(items),
-        digest_rows([*rows, *eval_rows]),
-        encoded,
-        evaluation,
-        task_name(items[0]),
-        extra,
-    )
+        evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
+    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]))
 
 
 def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:
@@ -157,8 +194,8 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
         carry=carry,
         relative_rate=settings.relative_rate or rate,
         soften=(method.defaults.soften or 0.0) if settings.soften is None else settings.soften,
-        memory_rows=settings.memory_rows or MEMORY_ROWS,
-        memory_weight=settings.memory_weight or method.defaults.memory_weight or 1.0,
+        memory_rows=(settings.memory_rows or MEMORY_ROWS) if measures else None,
+        memory_weight=(settings.memory_weight or method.defaults.memory_weight) if weighs else None,
     )
 
 

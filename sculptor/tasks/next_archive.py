@@ -106,13 +106,13 @@ class NextArchive:
         job, archive, method = self._job, self._job.archive, self._method
         assert isinstance(method, Carrying)
         assert job.settings.memory_rows is not None
-        assert job.settings.memory_weight is not None
+        weight = job.settings.memory_weight or 1.0
         chosen = spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows)
         write_measured(
             loaded,
             waiting,
             [target for target in job.architecture.targets if target.name in waiting],
-            [Source(job.name, chosen, job.settings.memory_weight)],
+            [Source(job.name, chosen, weight)],
             self._measures,
             archive.manifest.settings,
             lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
@@ -122,7 +122,7 @@ class NextArchive:
             world=world,
         )
         if world.first:
-            decide(self._writer, method, [*archive.manifest.source_weights, job.settings.memory_weight])
+            decide(self._writer, method, [*archive.manifest.source_weights, weight])
         self.waiting = {}
 
     def finish(self, rows: int, steps: int, opened: Sequence[str] = ()) -> None:

@@ -4,6 +4,7 @@ Everything is staged in `<output>.partial`: saved states and metrics while the l
 in its folder `output`, which a rename puts in its place.
 """
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -24,7 +25,8 @@ from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
-from sculptor.tasks.job import TrainJob, open_job, plans_of, split_steps
+from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
+from sculptor.tasks.job import TrainJob, open_base, open_job, plans_of, read_task, split_steps
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.train_report import TrainReport
@@ -38,17 +40,22 @@ from sculptor.world import World, here
 _SPLIT = ("micro_batch_size",)
 _HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
 # All that is written into the staging directory.
-_WRITES = ("metrics.jsonl", *STATE_FILES, "scratch/*", f"{OPENED}/*", "output/*")
+_OWN = (ANALYZED_NAME, OPENED)  # archives made on the way, which go along
+_WRITES = (
+    *("metrics.jsonl", *STATE_FILES, "scratch/*", f"{ANALYZED_NAME}.partial/*", "output/*"),
+    *(f"{name}/*" for name in _OWN),
+)
 
 
 def train(
     model: str | Path,
-    subspaces: str | Path,
+    subspaces: str | Path | None,
     data: Data,
     output: str | Path,
     settings: TrainSettings | None = None,
     *,
     eval_data: Data = (),
+    protect_data: Data = (),
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -60,12 +67,14 @@ def train(
 
     Args:
         model: the checkpoint directory or hub name.
-        subspaces: its subspace archive.
+        subspaces: its subspace archive; without one the model is analyzed first, and the archive stays in the output as
+            `analyzed/`.
         data: of the task, one or several: files, folders or hub names (`PLACE[:CONFIG][@SPLIT][:WEIGHT]`), a `Dataset` or
             any iterable of dicts, or pairs of these and a weight.
         output: directory of the merged checkpoint, with the updated archive in `subspaces/`.
         settings: how to train.
         eval_data: likewise, rows whose loss chooses the best parameters of the run.
+        protect_data: for that analysis, what the model should stay good at [default: what it says by itself].
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
@@ -85,8 +94,23 @@ def train(
     device = resolve_device(settings.device)
     if settings.eval_every is not None and not as_items(eval_data):
         raise SettingsError("--eval-every without effect: there is no --eval-data")
+    read: list[str | Path] = [*local_files(data), *local_files(eval_data), *filter(None, [settings.chat_template])]
+    staged = functools.partial(
+        staged_together, world, output, command="train", writes=_WRITES, overwrite=overwrite, worth_keeping=_is_begun
+    )
+    rows, given = None, subspaces
+    if subspaces is None:
+        with world.together():
+            checkpoint, architecture = open_base(model)
+            rows = read_task(checkpoint, architecture, data, eval_data, settings, notice)
+        read += local_files(protect_data)
+        with staged(inputs=[checkpoint.path, *read], resume=resume) as partial:
+            analyze_first(model, partial, protect_data, settings, progress, notice, rules)
+        subspaces, resume = partial_path(output) / ANALYZED_NAME, True
+    elif as_items(protect_data):
+        raise SettingsError("--protect-data without effect: --subspaces says what is protected")
     with world.together():
-        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice)
+        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice, rows)
     check_alike(
         world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     )
@@ -103,17 +127,8 @@ def train(
     if not reason.endswith(("as asked", "everything fits")):
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
-    read = [*local_files(data), *local_files(eval_data), *filter(None, [settings.chat_template])]
-    with staged_together(
-        world,
-        output,
-        command="train",
-        writes=_WRITES,
-        inputs=[job.checkpoint.path, subspaces, *read],
-        overwrite=overwrite,
-        resume=resume,
-        worth_keeping=has_state,
-    ) as partial:
+    read += [job.checkpoint.path, *([] if given is None else [given])]
+    with staged(inputs=read, resume=resume) as partial:
         scratch = partial / "scratch"
         job = open_rules(job, device, partial, progress, world)
         loaded, updates = prepare_model(
@@ -146,10 +161,16 @@ def train(
     return report
 
 
+def _is_begun(partial: Path) -> bool:
+    """Whether something was made that a later run can use."""
+    return has_state(partial) or has_archive(partial)
+
+
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
-    if (partial / OPENED).is_dir():
-        with writing(output):
-            (partial / OPENED).replace(partial / "output" / OPENED)
+    for name in _OWN:
+        if (partial / name).is_dir():
+            with writing(output):
+                (partial / name).replace(partial / "output" / name)
     commit(partial / "output", output, overwrite=overwrite)
     discard(partial, _WRITES)
 

@@ -36,7 +36,7 @@ def published(settings: TrainSettings) -> dict[str, Any]:
 
 
 def training_record(
-    job: TrainJob, report: TrainReport, lineage: Sequence[Merge], saved: torch.dtype | None
+    job: TrainJob, report: TrainReport, lineage: Sequence[Merge], saved: torch.dtype | None, *, analyzed: bool
 ) -> dict[str, Any]:
     """The record of a run, its lineage longer by one merge."""
     import accelerate
@@ -59,6 +59,7 @@ def training_record(
         | ({} if mixture is None else asdict(mixture)),
         "base": {"name": published_name(job.checkpoint.path), "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
+        "analyzed": analyzed,  # whether the archive that protected it was made for it, and lies beside it
         "also_trained": list(report.also_trained),
         "not_targeted": [asdict(item) for item in report.not_targeted],
         "frozen": list(report.frozen),

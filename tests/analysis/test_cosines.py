@@ -54,8 +54,8 @@ def test_cosines_equal_a_plain_computation(tmp_path: Path, family: str) -> None:
 def test_data_changes_ranks_and_none_means_the_target(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "m")
     data = write_rows(tmp_path / "d.jsonl", task_rows())
-    analyze(path, tmp_path / "plain", AnalyzeSettings(device="cpu"))
-    analyze(path, tmp_path / "adaptive", AnalyzeSettings(device="cpu", data=(str(data),)))
+    analyze(path, tmp_path / "plain", AnalyzeSettings(basis="weights", device="cpu"))
+    analyze(path, tmp_path / "adaptive", AnalyzeSettings(basis="weights", device="cpu", data=(str(data),)))
     plain, adaptive = Archive(tmp_path / "plain"), Archive(tmp_path / "adaptive")
     assert all(rule.retention == 0.8 and rule.importance is None for rule in rules(plain))
     assert all(rule.figures().preserved == int(0.8 * min(rule.shape)) / min(rule.shape) for rule in rules(plain))

@@ -13,6 +13,8 @@ from sculptor.validation import read_json
 
 CURVATURE: dict[str, Any] = {"basis": "curvature", "data": ("rows.jsonl",)}
 INPUTS: dict[str, Any] = {"basis": "inputs", "data": ("rows.jsonl",)}
+FOR_WEIGHTS = {"preserve", "constraint", "min_retention", "target_retention"}
+WEIGHTS: dict[str, Any] = {"basis": "weights"}
 RANDOM: dict[str, Any] = {"basis": "random", "preserve": 0.5}
 
 
@@ -37,8 +39,6 @@ RANDOM: dict[str, Any] = {"basis": "random", "preserve": 0.5}
         (CURVATURE | {"seed": 2**31}, "--seed 2147483648: expected at most"),
         ({"basis": "fisher"}, "--basis fisher: expected 'weights', 'inputs', 'curvature' or 'random'"),
         # Moments: what goes with ranks only.
-        ({"basis": "curvature"}, "--basis curvature needs --data"),
-        ({"basis": "inputs"}, "--basis inputs needs --data"),
         (CURVATURE | {"preserve": 0.5}, "--preserve without effect with --basis curvature: use --budget"),
         (INPUTS | {"preserve": 0.5}, "--preserve without effect with --basis inputs: use --budget"),
         (CURVATURE | {"preserve": 0.0}, "--preserve without effect"),
@@ -51,22 +51,24 @@ RANDOM: dict[str, Any] = {"basis": "random", "preserve": 0.5}
         (INPUTS | {"fisher": "sampled"}, "--fisher without effect with --basis inputs"),
         (INPUTS | {"weighting": "gradients"}, "--weighting without effect with --basis inputs"),
         # Ranks: what goes with moments only.
-        ({"budget": 0.5}, "--budget without effect with --basis weights; use inputs or curvature"),
+        (WEIGHTS | {"budget": 0.5}, "--budget without effect with --basis weights; use inputs or curvature"),
         (RANDOM | {"budget": 0.5}, "--budget without effect with --basis random"),
-        ({"keep": 0.7}, "--keep without effect with --basis weights"),
-        ({"row_groups": 3}, "--row-groups without effect with --basis weights"),
-        ({"threshold": "model"}, "--threshold without effect with --basis weights"),
-        ({"fisher": "sampled"}, "--fisher without effect with --basis weights"),
-        ({"weighting": "gradients"}, "--weighting without effect with --basis weights"),
-        ({"calibration_tokens": 1000}, "--calibration-tokens without effect with --basis weights"),
-        ({"device_memory": 4.0}, "--device-memory without effect with --basis weights"),
-        ({"data": ("self",)}, "--data self without effect with --basis weights"),
+        (WEIGHTS | {"keep": 0.7}, "--keep without effect with --basis weights"),
+        (WEIGHTS | {"row_groups": 3}, "--row-groups without effect with --basis weights"),
+        (WEIGHTS | {"threshold": "model"}, "--threshold without effect with --basis weights"),
+        (WEIGHTS | {"fisher": "sampled"}, "--fisher without effect with --basis weights"),
+        (WEIGHTS | {"weighting": "gradients"}, "--weighting without effect with --basis weights"),
+        (WEIGHTS | {"calibration_tokens": 1000}, "--calibration-tokens without effect with --basis weights"),
+        (WEIGHTS | {"device_memory": 4.0}, "--device-memory without effect with --basis weights"),
+        (WEIGHTS | {"data": ("self",)}, "--data self without effect with --basis weights"),
         ({"basis": "random", "data": ("self",)}, "--data self without effect with --basis random"),
         (RANDOM | {"data": ("rows.jsonl",)}, "--data without effect: --preserve fixes the rank"),
         ({"preserve": 0.5, "target_retention": 0.7}, "--target-retention without effect"),
         # Sampled text.
         (CURVATURE | {"chat": True}, "--chat without effect: it samples conversations for --data self"),
-        ({"chat": True}, "--chat without effect"),
+        (WEIGHTS | {"chat": True}, "--chat without effect with --basis weights"),
+        # Options of the weights' directions choose these.
+        ({"preserve": 0.5, "budget": 0.5}, "--budget without effect with --basis weights"),
         (CURVATURE | {"data": ("self", "rows.jsonl", "self")}, "--data 'self' is given twice"),
     ],
 )
@@ -84,7 +86,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         assert option in str(caught.value)
     with pytest.raises(SettingsError) as caught:
         make_method(AnalyzeSettings(basis="inputs", preserve=0.5, row_groups=3))
-    for option in ("--preserve", "--row-groups", "--data"):
+    for option in ("--preserve", "--row-groups"):
         assert option in str(caught.value)
 
 
@@ -110,6 +112,9 @@ def test_unknown_words_are_refused(wrong: dict[str, Any]) -> None:
     "right",
     [
         {},
+        {"chat": True},
+        {"budget": 0.5},
+        WEIGHTS,
         {"preserve": 0.0},
         {"data": ("rows.jsonl",), "min_retention": 0.2},
         RANDOM,
@@ -122,7 +127,9 @@ def test_unknown_words_are_refused(wrong: dict[str, Any]) -> None:
 )
 def test_what_fits_is_taken_and_survives_the_manifest(right: dict[str, Any]) -> None:
     settings = AnalyzeSettings(**right)
-    assert make_method(settings).terms.basis == right.get("basis", "weights")
+    assert make_method(settings).terms.basis == right.get(
+        "basis", "weights" if FOR_WEIGHTS & set(right) else "curvature"
+    )
     text = dumps(asdict(settings))  # type: ignore[call-overload]
     assert read_json(AnalyzeSettings, text, "archive.json", SettingsError, "") == settings
     assert settings.free_budget == right.get("budget", 0.6)

@@ -30,7 +30,7 @@ def test_everything_fits_100_columns(cli: Callable[..., Result], made: dict[str,
         cli("inspect", tmp_path / short / "subspaces", "--compare", made["archive"]),
         cli("verify", made["model"], tmp_path / short, "--subspaces", made["archive"], "--device", "cpu"),
         cli("evaluate", made["model"], "--data", made["data"], "--device", "cpu"),
-        cli("analyze", made["model"], "-o", tmp_path / "again", "--device", "cpu"),
+        cli("analyze", made["model"], "-o", tmp_path / "again", "--basis", "weights", "--device", "cpu"),
     ]
     for found in outputs:
         assert found.code == 0, found.err

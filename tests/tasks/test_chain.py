@@ -83,7 +83,9 @@ def test_two_tasks_in_a_row(cli: Callable[..., Result], tmp_path: Path, family: 
 def test_retake_and_adaptive_rank(cli: Callable[..., Result], tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
     data = write_rows(tmp_path / "task.jsonl", task_rows())
-    assert cli("analyze", model, "-o", tmp_path / "a", "--data", data, "--device", "cpu").code == 0
+    assert (
+        cli("analyze", model, "-o", tmp_path / "a", "--basis", "weights", "--data", data, "--device", "cpu").code == 0
+    )
     trained = cli(
         "train", model, "--subspaces", tmp_path / "a", "--data", data, "-o", tmp_path / "b", "--carry", "retake", *TRAIN
     )

@@ -273,7 +273,9 @@ def test_every_mode_refuses_what_cannot_be_told(
     }
     if "tokenizer" not in change.__name__:
         runs |= {
-            "analyze": lambda: sculptor.analyze(model, tmp_path / "out", sculptor.AnalyzeSettings(device="cpu")),
+            "analyze": lambda: sculptor.analyze(
+                model, tmp_path / "out", sculptor.AnalyzeSettings(basis="weights", device="cpu")
+            ),
             "verify": lambda: sculptor.verify(sound, model, tmp_path / "subspaces", device="cpu"),
         }
     for what, run in runs.items():
@@ -324,7 +326,7 @@ def test_a_link_to_what_is_not_of_the_model_is_refused(tmp_path: Path, name: str
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(target)
     with pytest.raises(CheckpointError, match=f"{name} is a link to {target}, .*put the file itself in its place"):
-        sculptor.analyze(model, tmp_path / "out", sculptor.AnalyzeSettings(device="cpu"))
+        sculptor.analyze(model, tmp_path / "out", sculptor.AnalyzeSettings(basis="weights", device="cpu"))
     assert not (tmp_path / "out").exists()
 
 

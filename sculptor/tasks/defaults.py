@@ -1,0 +1,108 @@
+"""What an analysis that nobody told measures: curvature, of what the model says by itself, on as many tokens as a machine bears."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from sculptor.checkpoint.architecture import Architecture, Target
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.errors import SettingsError
+from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SELF, AnalyzeSettings
+from sculptor.model.load import load_tokenizer
+
+# Tokens times parameters on a CPU, and bounds of the tokens: what two cores sample and measure in a few minutes.
+_CPU_WORK = 5e11
+_CPU_TOKENS = (2000, 30_000)
+_CPU_LENGTH = 256  # of sampled sequences: on a CPU a step takes about the same for few rows as for many
+
+_PROTECTED = {
+    "weights": "protects the largest singular values, which needs no data and keeps general ability no better than chance does",
+    "inputs": "protects what layers read",
+    "curvature": "protects what the loss depends on",
+    "random": "protects by chance",
+}
+
+
+def fill_in(
+    settings: AnalyzeSettings, checkpoint: Checkpoint, architecture: Architecture, device: torch.device
+) -> AnalyzeSettings:
+    """The settings of an analysis that measures rows, with data and a number of tokens; what is given stays.
+
+    Raises:
+        SettingsError: if there are no data, and the model cannot sample any.
+    """
+    if not settings.data:
+        if settings.rule != RULES[0]:
+            raise SettingsError(f"rule {settings.rule} measures rows: pass data, files to calibrate on or self")
+        if architecture.kind != "causal":
+            raise SettingsError(
+                f"{checkpoint.path}: only a causal model can sample text to calibrate on; give --data, or --basis weights, which "
+                "needs none"
+            )
+        tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
+        length = _CPU_LENGTH if device.type == "cpu" and settings.max_length is None else settings.max_length
+        length = None if length is None else min(length, architecture.max_positions or length)
+        chat = settings.chat or bool(tokenizer.chat_template)
+        settings = replace(settings, data=(SELF,), chat=chat, max_length=length)
+    return replace(settings, calibration_tokens=settings.calibration_tokens or tokens_for(checkpoint, device))
+
+
+def tokens_for(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Calibration tokens unless told otherwise: 100,000; on a CPU 5e11 over the model's parameters, 2,000 to 30,000."""
+    if device.type != "cpu":
+        return CALIBRATION_TOKENS
+    least, most = _CPU_TOKENS
+    return int(min(max(_CPU_WORK / num_parameters(checkpoint) // 100 * 100, least), most))
+
+
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """Numbers in the files."""
+    return sum(prod(info.shape) for info in checkpoint.infos.values())
+
+
+def tell_choice(
+    given: AnalyzeSettings,
+    settings: AnalyzeSettings,
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    notice: Callable[[str], object],
+) -> None:
+    """Says what was chosen where nothing was given, as the options that ask for it, and what that takes.
+
+    Args:
+        given: by the user, `settings` what became of it.
+        checkpoint, targets: what is analyzed.
+        notice: told one line, or two.
+    """
+    basis, own = settings.resolved_basis, bool(settings.data) and not given.data
+    chosen = [] if given.basis or given.rule != RULES[0] else [f"--basis {basis}"]
+    chosen += [f"--data {SELF}"] if own else []
+    chosen += ["--chat"] if settings.chat and not given.chat else []
+    if not chosen:
+        return
+    chosen += [f"--max-length {settings.max_length}"] if settings.max_length != given.max_length else []
+    if settings.calibration_tokens is None:
+        notice(f"chosen: {' '.join(chosen)}: {_PROTECTED[basis]}")
+        return
+    if given.calibration_tokens is None:
+        chosen.append(f"--calibration-tokens {settings.calibration_tokens}")
+    text = ", of text that the model says" if own else ""
+    text += " through its chat template" if settings.chat else ""
+    notice(f"chosen: {' '.join(chosen)}: {_PROTECTED[basis]}{text}")
+    notice(_cost_line(settings, checkpoint, targets))
+
+
+def _cost_line(settings: AnalyzeSettings, checkpoint: Checkpoint, targets: Sequence[Target]) -> str:
+    """What is computed; how long that takes, a machine that others use cannot say beforehand."""
+    tokens = settings.calibration_tokens or CALIBRATION_TOKENS
+    gradients = settings.resolved_basis == "curvature"
+    groups = {target.input_group: target.shape[1] for target in targets}
+    sides = [*groups.values(), *((target.shape[0] for target in targets) if gradients else ())]
+    # Forward, backward, and forward again for it; outer products of every side
+    per_token = (8 if gradients else 2) * num_parameters(checkpoint) + 2 * sum(d * d for d in sides)
+    return (
+        f"it takes {tokens:,} tokens ({tokens * per_token / 1e12:.1f} TFLOP) and {len(sides)} eigendecompositions of up to "
+        f"{max(sides, default=0):,} rows; fewer --calibration-tokens take less"
+    )
