@@ -155,9 +155,11 @@ def verify_checkpoints(
         measured.append(one)
         bar.update(1)
     bar.close()
-    _check_protects(tuned, archive, measured)
+    verdict = None
     with world.together():
-        verdict = _verdict(base, tuned, archive, lineage, measured, strict) if world.first else None
+        if world.first:
+            _check_protects(tuned, archive, measured)
+            verdict = _verdict(base, tuned, archive, lineage, measured, strict)
     found = world.from_first(verdict)
     assert found is not None
     return found

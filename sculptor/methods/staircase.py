@@ -341,7 +341,6 @@ def _mean(values: Tensor) -> float:
 
 
 def _cosines(rows: Tensor) -> Tensor:
-    """(tasks, tasks)."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     return unit @ unit.T
 

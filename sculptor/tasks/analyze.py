@@ -99,7 +99,6 @@ def analyze(
         if calibrated:
             settings = fill_in(settings, checkpoint, architecture, device)
             items = items or list(settings.data)
-        tell_choice(given, settings, checkpoint, targets, notice)
         sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
         examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
     output = Path(output).resolve()
@@ -113,6 +112,7 @@ def analyze(
         resume=resume,
         worth_keeping=has_progress,
     ) as partial:
+        tell_choice(given, settings, checkpoint, targets, notice)
         records = _new_records(checkpoint, targets, progress)
         key = {
             "settings": asdict(settings),

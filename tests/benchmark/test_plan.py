@@ -203,7 +203,6 @@ def test_one_general_text_may_stand_without_a_list(place: Path) -> None:
         ("analyze.budget=all", ("plan.toml [analyze]", "budget all: expected a number")),
         ("analyze.budget=2", ("plan.toml [analyze]", "budget 2: expected at most 1")),
         ("analyze.preserve=0.5", ("plan.toml [analyze]", "--preserve without effect")),
-        ("analyze.data=[]", ("plan.toml [analyze]", "--basis curvature needs --data")),
         ("analyze.basis=fisher", ("plan.toml [analyze]", "basis fisher: expected")),
     ],
 )

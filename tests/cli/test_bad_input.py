@@ -59,7 +59,8 @@ def test_nan_weights_name_the_tensor(cli: Callable[..., Result], made: dict[str,
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name][1, 1] = float("inf")
     save_file(tensors, file, metadata={"format": "pt"})
-    one_line(cli("analyze", made["model"], "-o", made["out"], "--device", "cpu"), name, "NaN or infinite")
+    analyze = ("analyze", made["model"], "-o", made["out"], "--basis", "weights", "--device", "cpu")
+    one_line(cli(*analyze), name, "NaN or infinite")
     nothing_finished(made["out"])
 
 
@@ -156,7 +157,7 @@ def test_misspelling_suggests_the_nearest(cli: Callable[..., Result], made: dict
     one_line(cli(*analyze, "--constraint", "dubble"), "Did you mean 'double'?", code=2)
     one_line(cli(*analyze, "--rule", "masks"), "Did you mean 'mask'?", code=2)
     one_line(cli("anlyze"), "Did you mean 'analyze'?", code=2)
-    one_line(cli("train", "x"), "--subspaces", code=2)
+    one_line(cli("train", "x"), "--data", code=2)
     one_line(cli(*analyze, "--preserve", "half"), "half", code=2)
 
 
