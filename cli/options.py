@@ -76,6 +76,9 @@ def tell(text: str) -> None:
         click.echo(text, err=True)
 
 
+SHOWN_AFTER = 2.0  # seconds that go without a bar
+
+
 def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
     """Progress on stderr with time left, shown only for what takes over two seconds."""
     from tqdm import tqdm
@@ -85,7 +88,7 @@ def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
         desc=desc,
         unit=unit,
         initial=initial,
-        delay=2,
+        delay=SHOWN_AFTER,
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
         unit_scale=unit == "B",
