@@ -1,5 +1,6 @@
 """Fine-tunes that somebody else made: a checkpoint with every tensor moved, and LoRA adapters as PEFT saves them."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ def save_adapter(base: Path, path: Path, scale: float = 0.1, **settings: Any) ->
     import transformers
 
     cls = getattr(transformers, transformers.AutoConfig.from_pretrained(base).architectures[0])
-    model = peft.get_peft_model(
-        cls.from_pretrained(base, dtype=torch.float32), peft.LoraConfig(**({"r": 4} | settings))
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
+        model = peft.get_peft_model(
+            cls.from_pretrained(base, dtype=torch.float32), peft.LoraConfig(**({"r": 4} | settings))
+        )
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
