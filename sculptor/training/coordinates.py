@@ -83,10 +83,11 @@ class Coordinates(nn.Module):
             entry, weight.device, compute_dtype or weight.dtype, soften, {} if known is None else known
         )
         self._fingerprint = prepared.fingerprint
+        self._shapes = self.rule.shapes  # asked for in every forward pass, and made anew each time
         for name, tensor in prepared.tensors.items():
             self.register_buffer(name, tensor, persistent=False)  # moves with the model; never saved
         self.values = _Values(
-            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device)) for shape in self.rule.shapes
+            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device)) for shape in self._shapes
         )
 
     @property
@@ -121,7 +122,7 @@ class Coordinates(nn.Module):
         Raises:
             TrainingError: if other programs have taken parts of it.
         """
-        check_whole(self.name, weight, self.values, self.rule.shapes)
+        check_whole(self.name, weight, self.values, self._shapes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.source.expire(moved=True)

@@ -55,6 +55,8 @@ def check_held(name: str, tensors: Iterable[Tensor]) -> None:
 
 
 def _fault(tensor: Tensor) -> str | None:
+    if type(tensor) is nn.Parameter and not tensor.is_meta and "ds_id" not in tensor.__dict__:
+        return None  # nearly always, and this is asked of every matrix in every forward pass
     if hasattr(tensor, "device_mesh"):
         return f"sharded by FSDP2 or tensor parallelism, and matrices are folded whole; {_INSTEAD}"
     if hasattr(tensor, "ds_id"):
@@ -64,7 +66,7 @@ def _fault(tensor: Tensor) -> str | None:
     return None
 
 
-def check_whole(name: str, pristine: Tensor, values: nn.ParameterList, shapes: Iterable[Sequence[int]]) -> None:
+def check_whole(name: str, pristine: Tensor, values: nn.ParameterList, shapes: Sequence[Sequence[int]]) -> None:
     """Refuses to fold a matrix of which this process does not hold everything, or not always.
 
     Args:
@@ -78,8 +80,10 @@ def check_whole(name: str, pristine: Tensor, values: nn.ParameterList, shapes: I
     """
     held = list(values._parameters.values())
     check_held(name, [pristine, *(value for value in held if value is not None)])
-    found = [None if value is None else tuple(value.shape) for value in held]
-    if "_is_fsdp_managed_module" in values.__dict__ or found != [tuple(shape) for shape in shapes]:
+    same = len(held) == len(shapes) and all(
+        value is not None and value.shape == shape for value, shape in zip(held, shapes, strict=True)
+    )
+    if "_is_fsdp_managed_module" in values.__dict__ or not same:
         raise TrainingError(f"{name}: sharded by FSDP1, and matrices are folded whole; {_INSTEAD}")
 
 
