@@ -7,6 +7,7 @@ from typing import Any
 from sculptor.data.columns import parsed
 from sculptor.data.row_types import MessagesRow
 from sculptor.errors import DataError
+from sculptor.validation import each_key_once
 
 # Arguments of a template that are not the row's to give.
 _OWN_OPTIONS = frozenset(
@@ -19,20 +20,6 @@ _SPEAKERS = {
     "model": "assistant", "bot": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool",
     "function_call": "assistant",
 }  # fmt: skip
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are told apart: of two values, which is meant?
-
-    Raises:
-        ValueError: naming the key.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {short(twice)} twice")
-    return found
 
 
 def short(key: object) -> str:
@@ -79,7 +66,7 @@ def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     tools = row.get("tools") or []
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools, object_pairs_hook=unique_keys)
+            tools = json.loads(tools, object_pairs_hook=each_key_once)
         except (ValueError, RecursionError) as cause:
             what = f"has {cause}" if "twice" in str(cause) else "is text that is no JSON"
             raise DataError(f"{where}: 'tools' {what}") from None
@@ -135,7 +122,7 @@ def _spoken(given: Any, where: str) -> dict[str, Any]:
 def _call(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A turn that is a call, which ShareGPT's relatives write as JSON."""
     try:
-        found = json.loads(message["content"], object_pairs_hook=unique_keys)
+        found = json.loads(message["content"], object_pairs_hook=each_key_once)
     except (TypeError, ValueError, RecursionError) as cause:
         what = f" ({cause})" if "twice" in str(cause) else ""
         raise DataError(f"{where} is a function_call whose value is no JSON{what}") from None
@@ -174,7 +161,7 @@ def _check_arguments(calls: Any, where: str) -> None:
         arguments = inner.get("arguments") if isinstance(inner, dict) else None
         if isinstance(arguments, str):
             try:
-                json.loads(arguments, object_pairs_hook=unique_keys)
+                json.loads(arguments, object_pairs_hook=each_key_once)
             except (ValueError, RecursionError) as cause:
                 if "twice" in str(cause):
                     raise DataError(f"{where} has a call with {cause} in its arguments") from None

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sculptor.data.conversations import unique_keys
 from sculptor.errors import DataError
+from sculptor.validation import each_key_once
 
 Found = Iterator[tuple[str, Any]]  # where, and what stands there
 _PACKED = {
@@ -52,7 +52,7 @@ def parse_json(text: str, where: str) -> Any:
         DataError: if it is broken, has a key twice, or half a character.
     """
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except json.JSONDecodeError as cause:
         raise DataError(f"{where}: broken JSON ({cause.msg} at column {cause.colno})") from cause
     except RecursionError:
