@@ -81,10 +81,6 @@ class World:
         _collectively(lambda: dist.broadcast_object_list(found, src=0, group=_host_group()))
         return found[0]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.gather(None)
-
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Sums of tensors over processes, in place and on their device; the same bits in all processes."""
         if self.size == 1:

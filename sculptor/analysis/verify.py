@@ -155,14 +155,7 @@ def verify_checkpoints(
         measured.append(one)
         bar.update(1)
     bar.close()
-    verdict = None
-    with world.together():
-        if world.first:
-            _check_protects(tuned, archive, measured)
-            verdict = _verdict(base, tuned, archive, lineage, measured, strict)
-    found = world.from_first(verdict)
-    assert found is not None
-    return found
+    return world.once(lambda: _verdict(base, tuned, archive, lineage, measured, strict))
 
 
 def _check_protects(
@@ -188,6 +181,7 @@ def _verdict(
     strict: bool,
 ) -> Verification:
     """What all matrices, and everything that is none, say together."""
+    _check_protects(tuned, archive, measured)
     squares, touched, at_random = [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
     for one, _ in measured:
         found = one.violation

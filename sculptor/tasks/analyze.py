@@ -125,16 +125,11 @@ def analyze(
         unreached: list[str] = []
         try:
             with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key, kinds)) as writer:
-                with world.together():
-                    if world.first:
-                        writer.resume()
-                done = world.from_first(set(writer.records))
+                done = world.once(lambda: _taken_up(writer))
                 if calibrated:
                     loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
                     with closing(loaded):
-                        with world.together():
-                            drawn = sample_sources(loaded, settings, items, progress) if world.first else []
-                        sources += world.from_first(drawn)
+                        sources += world.once(lambda: sample_sources(loaded, settings, items, progress))
                         write_measured(
                             loaded,
                             records,
@@ -173,37 +168,47 @@ def analyze(
                 task = TaskRecord(
                     "analysis", "analysis", weights, tuple(map(facts_of, sources)), {"model": Path(model).name}
                 )
-                with world.together():
-                    if world.first:
-                        decide(writer, method, weights)
-                        writer.finish(
-                            Manifest(
-                                created_by=f"sculptor {__version__}",
-                                model_class=architecture.model_class,
-                                base_identity="",
-                                settings=_published(settings),
-                                tasks=(task,),
-                                matrices={
-                                    target.name: writer.record(target.name)
-                                    for target in targets
-                                    if target.name not in unreached
-                                },
-                                tensors={},
-                                files={},
-                                not_targeted=_frozen(architecture, targets, unreached),
-                            ),
-                            keep_progress=True,
-                        )
+
+                def finish() -> None:
+                    decide(writer, method, weights)
+                    writer.finish(
+                        Manifest(
+                            created_by=f"sculptor {__version__}",
+                            model_class=architecture.model_class,
+                            base_identity="",
+                            settings=_published(settings),
+                            tasks=(task,),
+                            matrices={
+                                target.name: writer.record(target.name)
+                                for target in targets
+                                if target.name not in unreached
+                            },
+                            tensors={},
+                            files={},
+                            not_targeted=_frozen(architecture, targets, unreached),
+                        ),
+                        keep_progress=True,
+                    )
+
+                world.once(finish)
         except (CheckpointError, DataError) as error:
             if world.first and not isinstance(error.__cause__, OSError):  # which may go well the next time
                 forget_progress(partial)  # of an input that has to be another one
             raise
-        with world.together():
-            if world.first:
-                commit(partial, output, overwrite=overwrite, writes=ARCHIVE_FILES)
-                with suppress(OutputError):  # the archive is complete all the same
-                    forget_progress(output)
+        world.once(lambda: _place(partial, output, overwrite))
     return report_of(Archive(output, rules=rules), checkpoint)
+
+
+def _taken_up(writer: ArchiveWriter) -> set[str]:
+    """Names of the matrices that a run before has made."""
+    writer.resume()
+    return set(writer.records)
+
+
+def _place(partial: Path, output: Path, overwrite: bool) -> None:
+    commit(partial, output, overwrite=overwrite, writes=ARCHIVE_FILES)
+    with suppress(OutputError):  # the archive is complete all the same
+        forget_progress(output)
 
 
 def _frozen(

@@ -62,22 +62,24 @@ def write_output(
     """
     updates.release_model()
     staged = partial / "output"
-    if world.first:
-        shutil.rmtree(staged, ignore_errors=True)
-        with writing(staged):
-            (staged / "subspaces").mkdir(parents=True)
+    world.once(lambda: _make_anew(staged))
     with closing(NextArchive(job, staged / "subspaces", loaded.device)) as archive:
         finish = _Finish(job, loaded, updates, staged, archive, progress, world)
         finish.write()
-        with world.together():
-            report = finish.tell(result, output) if world.first else None
-    with world.together():
-        if world.first:
-            with writing(staged):
-                shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
-    found = world.from_first(report)
-    assert found is not None
-    return found
+        report = world.once(lambda: finish.tell(result, output))
+    world.once(lambda: _copy_metrics(partial, staged))
+    return report
+
+
+def _make_anew(staged: Path) -> None:
+    shutil.rmtree(staged, ignore_errors=True)
+    with writing(staged):
+        (staged / "subspaces").mkdir(parents=True)
+
+
+def _copy_metrics(partial: Path, staged: Path) -> None:
+    with writing(staged):
+        shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
 
 
 class _Made(NamedTuple):

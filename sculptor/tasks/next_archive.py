@@ -121,8 +121,7 @@ class NextArchive:
             self.task,
             world=world,
         )
-        if world.first:
-            decide(self._writer, method, [*archive.manifest.source_weights, weight])
+        world.once(lambda: decide(self._writer, method, [*archive.manifest.source_weights, weight]))
         self.waiting = {}
 
     def finish(self, rows: int, steps: int, opened: Sequence[str] = ()) -> None:

@@ -57,8 +57,7 @@ def open_rules(
         targets = [target for target in job.architecture.targets if target.name in archive]
         settings, task = archive.manifest.settings, len(archive.manifest.tasks)
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
-            if world.first:
-                writer.resume()
+            world.once(writer.resume)
             with closing(
                 open_model(job.checkpoint, device, job.architecture, job.settings.offload, progress=progress)
             ) as loaded:
@@ -75,8 +74,6 @@ def open_rules(
                     task,
                     world=world,
                 )
-            with world.together():
-                if world.first:
-                    decide(writer, method, [*archive.manifest.source_weights, source.weight])
-                    writer.finish(archive.manifest)
+            world.once(lambda: decide(writer, method, [*archive.manifest.source_weights, source.weight]))
+            world.once(lambda: writer.finish(archive.manifest))
     return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)

@@ -1,14 +1,14 @@
 """A job in several processes: each with its own device, one of them with the output."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sculptor import world as processes
-from sculptor.checkpoint.staging import check_apart, partial_path, staging
+from sculptor.checkpoint.staging import check_apart, staging
 from sculptor.errors import DataError
 from sculptor.world import World
 
@@ -41,28 +41,22 @@ def staged_together(
         output, command, writes, overwrite, resume, worth_keeping: as for `staging`.
         inputs: what the run reads, which the output may not be or hold.
     """
-    staged = staging(
-        output, command=command, writes=writes, overwrite=overwrite, resume=resume, worth_keeping=worth_keeping
-    )
-    if world.size == 1:
-        check_apart(output, inputs)
-        with staged as partial:
-            yield partial
-        return
-    with world.together():
-        if world.first:
+    with ExitStack() as stack:
+
+        def enter() -> Path:
             check_apart(output, inputs)
-            staged.__enter__()
-    if not world.first:
-        yield partial_path(output)
-        return
-    try:
-        yield partial_path(output)
-    except BaseException as error:
-        if not staged.__exit__(type(error), error, error.__traceback__):
-            raise
-    else:
-        staged.__exit__(None, None, None)
+            return stack.enter_context(
+                staging(
+                    output,
+                    command=command,
+                    writes=writes,
+                    overwrite=overwrite,
+                    resume=resume,
+                    worth_keeping=worth_keeping,
+                )
+            )
+
+        yield world.once(enter)
 
 
 def check_alike(world: World, key: Mapping[str, Any]) -> None:

@@ -155,9 +155,7 @@ def train(
         finally:
             updates.close()
             shutil.rmtree(scratch, ignore_errors=True)
-        with world.together():
-            if world.first:
-                _place(partial, output, overwrite)
+        world.once(lambda: _place(partial, output, overwrite))
     return report
 
 

@@ -233,9 +233,8 @@ class TrainingLoop:
         self._log(step=step, eval_loss=loss)
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)
-            with self.world.together():
-                digests = self.store.save_best(step, self.updates.parameters()) if self.world.first else {}
-            self.store.note_best(step, self.world.from_first(digests))
+            digests = self.world.once(lambda: self.store.save_best(step, self.updates.parameters()))
+            self.store.note_best(step, digests)
 
     def _log(self, **values: float) -> None:
         if not self.world.first:
@@ -259,14 +258,11 @@ class TrainingLoop:
         self._saving = self._saved_at - started
 
     def _write_state(self) -> None:
-        drawn = self.world.gather(random_state(self.loaded.device))
-        with self.world.together():
-            if not self.world.first:
-                return
-            state, random = self.updates.state(), tensors_of(by_rank(drawn))
-            entries = {**state.entries, **random.entries}
-            read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
-            self.store.save(self.position, Tensors(entries, read))
+        random = tensors_of(by_rank(self.world.gather(random_state(self.loaded.device))))
+        state = self.updates.state()
+        entries = {**state.entries, **random.entries}
+        read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
+        self.world.once(lambda: self.store.save(self.position, Tensors(entries, read)))
 
     def _restore(self) -> None:
         found = self.store.load()

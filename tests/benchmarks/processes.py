@@ -79,9 +79,7 @@ def analyze(model: Path, work: Path, basis: str, options: argparse.Namespace) ->
     """Seconds of a whole analysis."""
     world = join(options.device)
     data = work / f"calibration-{options.calibration}.jsonl"
-    if world.first:
-        write_rows(data, options.calibration // options.length, options.length)
-    world.wait()
+    world.once(lambda: write_rows(data, options.calibration // options.length, options.length))
     settings = sculptor.AnalyzeSettings(
         basis=basis, device=options.device, **({} if basis == "weights" else {"data": (str(data),), "max_length": options.length}),
         **({"preserve": options.preserve} if basis == "weights" else {}),
