@@ -8,7 +8,6 @@ alternating projections, over-relaxed).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +42,11 @@ def rounds_an_allowed(
     reach = sum((ulp(tuned, dtype) for dtype in dtypes or [tuned.dtype]), start=torch.zeros_like(update)) / 2
     lowest, highest = update - reach, update + reach
     limit = _LEFT * float(reach.norm())
-    known: dict[Any, Any] = {}
-    found = rule.allowed(weight, entry.tensors, update, known=known)
+    project = rule.projection(weight, entry.tensors)
+    found = project(update)
     for _ in range(_ROUNDS):
         inside = found.clamp(lowest, highest)
         if float((found - inside).norm()) <= limit:
             return True
-        found += _RELAXATION * (rule.allowed(weight, entry.tensors, inside, known=known) - found)
+        found += _RELAXATION * (project(inside) - found)
     return False

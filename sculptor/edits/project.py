@@ -39,7 +39,7 @@ def project(entry: Entry, base: Tensor, difference: Tensor, soft: float = 0.0) -
         )
     weight64 = to_device(base, record.transposed, device)
     update64 = to_device(difference, record.transposed, device)
-    return as_out_in(entry.rule.allowed(weight64, entry.tensors, update64, soft), record.transposed)
+    return as_out_in(entry.rule.projection(weight64, entry.tensors, soft)(update64), record.transposed)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -5,9 +5,9 @@ new task's inputs use most of what M leaves free, measured before its first step
 A has its rows divided by sqrt 3, as LoRA starts them; here they are of length 1, and the learning rate says the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -152,25 +152,16 @@ class LowRankRule:
             peak_rounding=noise_spectrum(variance),
         )
 
-    def allowed(
-        self,
-        weight: Tensor,
-        tensors: Tensors,
-        update: Tensor,
-        soften: float = 0.0,
-        known: dict[Any, Any] | None = None,
-    ) -> Tensor:
-        """dW along the directions; where these are not known, off the memory."""
-        known = {} if known is None else known
-        if "allowed" not in known:
-            memory = None if self.opened else self._memory(tensors, update.device)
-            outside = None if memory is None else protected_directions(memory)
-            known["allowed"] = self._directions(tensors, update.device) if self.opened else outside
-        directions: Tensor | None = known["allowed"]
-        if directions is None:
-            return update.clone()
-        along = (update @ directions) @ directions.mT
-        return along if self.opened else update - along
+    def projection(self, weight: Tensor, tensors: Tensors, soften: float = 0.0) -> Callable[[Tensor], Tensor]:
+        """On the directions; where these are not known, off the memory."""
+        if self.opened:
+            directions = self._directions(tensors, weight.device)
+            return lambda update: (update @ directions) @ directions.mT
+        memory = self._memory(tensors, weight.device)
+        if memory is None:
+            return torch.clone
+        protected = protected_directions(memory)
+        return lambda update: update - (update @ protected) @ protected.mT
 
     def figures(self) -> Figures:
         """The share of inputs that are protected, and what they hold."""

@@ -6,7 +6,7 @@ beside it and handed to its functions by name. `update` and `project` take a lea
 W0 (..., m, n), with tensors and coordinates of the same leading sizes. `Stackable` is for rules that differ in their facts.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -176,22 +176,13 @@ def cost_of(rule: Rule, names: Mapping[str, str]) -> Cost:
 class Projectable(Protocol):
     """A rule that says what of a finished update is allowed."""
 
-    def allowed(
-        self,
-        weight: Tensor,
-        tensors: Tensors,
-        update: Tensor,
-        soften: float = 0.0,
-        known: dict[Any, Any] | None = None,
-    ) -> Tensor:
-        """What stays of dW (m, n), float64; twice is once. With `soften`, less of what matters, where the rule knows that.
+    def projection(self, weight: Tensor, tensors: Tensors, soften: float = 0.0) -> Callable[[Tensor], Tensor]:
+        """What gives the part of dW (m, n), float64, that stays; twice is once. With `soften`, less of what matters.
 
         Args:
-            weight: W0 (m, n), float64.
+            weight: W0 (m, n), float64, on the device of the updates.
             tensors: as stored.
-            update: dW, float64.
-            soften: how strongly what matters is reduced; 0 for not at all.
-            known: as that of `Working`; what was made for the same tensors before.
+            soften: how strongly what matters is reduced, where the rule knows that; 0 for not at all.
         """
 
 

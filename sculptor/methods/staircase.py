@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -246,20 +246,12 @@ class StaircaseRule:
             touched_at_random=at_random,
         )
 
-    def allowed(
-        self,
-        weight: Tensor,
-        tensors: Tensors,
-        update: Tensor,
-        soften: float = 0.0,
-        known: dict[Any, Any] | None = None,
-    ) -> Tensor:
-        """The free pairs of dW, each times 1 / (1 + soften * importance over its mean): the gain of training, twice."""
+    def projection(self, weight: Tensor, tensors: Tensors, soften: float = 0.0) -> Callable[[Tensor], Tensor]:
+        """On the free pairs, each times 1 / (1 + soften * importance over its mean): the gain of training, twice."""
         if not self.shapes:
-            return torch.zeros_like(update)
-        working = Working(update.device, torch.float64, soften, known={} if known is None else known)
-        prepared = self.prepare(tensors, working).tensors
-        return self.update(weight, prepared, self.project(weight, prepared, (), update))
+            return torch.zeros_like
+        prepared = self.prepare(tensors, Working(weight.device, torch.float64, soften)).tensors
+        return lambda update: self.update(weight, prepared, self.project(weight, prepared, (), update))
 
     def entry_curvature(self, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
         """The diagonals of G and C."""

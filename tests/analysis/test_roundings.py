@@ -46,9 +46,8 @@ def rounded(made: Path, size: float, rank: int, generator: torch.Generator) -> T
     weight, entry = matrix(made)
     m, n = weight.shape
     a = torch.randn(m, rank, generator=generator, dtype=torch.float64) * torch.randn(m, 1, generator=generator).exp()
-    update = entry.rule.allowed(  # type: ignore[attr-defined]
-        weight.double(), entry.tensors, a @ torch.randn(rank, n, generator=generator, dtype=torch.float64)
-    )
+    project = entry.rule.projection(weight.double(), entry.tensors)  # type: ignore[attr-defined]
+    update = project(a @ torch.randn(rank, n, generator=generator, dtype=torch.float64))
     unit = weight.double().abs().mean() * 2**-8
     return (weight.double() + update * size * unit / update.abs().mean()).to(torch.bfloat16)
 

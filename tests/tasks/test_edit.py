@@ -357,9 +357,10 @@ def test_rules_that_somebody_else_made(made: Path, tmp_path: Path) -> None:
 
     @dataclass(frozen=True)
     class Allowing(FrozenRows):
-        def allowed(self, weight: Any, tensors: Any, update: torch.Tensor, soften: float = 0.0) -> torch.Tensor:
-            kept = update.clone()
-            kept[: self.count] = 0
+        def projection(self, weight: Any, tensors: Any, soften: float = 0.0) -> Any:
+            def kept(update: torch.Tensor) -> torch.Tensor:
+                return torch.cat([torch.zeros_like(update[: self.count]), update[self.count :]])
+
             return kept
 
     class Method(FirstRows):
