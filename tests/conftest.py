@@ -171,6 +171,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+COMMANDS = (
+    "estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "chat", "edit", "continual", "convert", "demo",
+)  # fmt: skip
+
+
+def losses_of_a_plain_loop(model: Any) -> list[float]:
+    """What somebody's own loop sees of a protected model."""
+    import sculptor
+
+    optimizer = torch.optim.AdamW(sculptor.parameter_groups(model))
+    ids = torch.arange(4, 40).view(4, 9)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs `sculptor ARGUMENTS` in this process."""

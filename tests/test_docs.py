@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import Result, save_checkpoint, task_rows, write_rows
+from conftest import COMMANDS, Result, save_checkpoint, task_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -157,23 +157,7 @@ def test_commands_on_data_and_evaluation_are_real(
     exec(compile(code, "docs/evaluate.md", "exec"), {})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "estimate",
-        "data",
-        "analyze",
-        "train",
-        "inspect",
-        "verify",
-        "evaluate",
-        "chat",
-        "edit",
-        "continual",
-        "convert",
-        "demo",
-    ],
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     from sculptor_cli.main import main
 

@@ -7,22 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Result
-
-COMMANDS = [
-    "estimate",
-    "data",
-    "analyze",
-    "train",
-    "inspect",
-    "verify",
-    "evaluate",
-    "chat",
-    "edit",
-    "continual",
-    "convert",
-    "demo",
-]
+from conftest import COMMANDS, Result
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["edit", "lines", "--help"]])

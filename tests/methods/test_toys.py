@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_checkpoint, task_rows, write_rows
+from conftest import losses_of_a_plain_loop, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -119,15 +119,7 @@ def test_a_loop_of_ones_own(made: Path, kind: str, tmp_path: Path) -> None:
     analyzed(made, kind, tmp_path / "a")
     model = AutoModelForCausalLM.from_pretrained(made / "model")
     sculptor.protect(model, tmp_path / "a", rules=RULES)
-    optimizer = torch.optim.AdamW(sculptor.parameter_groups(model))
-    ids = torch.arange(4, 40).view(4, 9)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    losses = losses_of_a_plain_loop(model)
     assert losses[-1] < losses[0]
     sculptor.merge(model).save_pretrained(tmp_path / "merged")
     assert sculptor.verify(made / "model", tmp_path / "merged", tmp_path / "a", device="cpu", rules=RULES).passed
