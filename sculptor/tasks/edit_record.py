@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from sculptor.checkpoint.directory import published_name
@@ -19,6 +18,7 @@ from sculptor.edits.difference import Edited, Where
 from sculptor.edits.pairs import Pairs
 from sculptor.tasks.card import Card, code
 from sculptor.tasks.edit_report import EditReport, RoleChange, Tally
+from sculptor.tasks.record import record_head
 
 
 @dataclass(eq=False)
@@ -86,19 +86,6 @@ def edit_record(
         "roles": [asdict(role) for role in (*report.roles, report.all)],
         **({} if report.choice is None else {"choice": asdict(report.choice) | dict(data)}),
     }
-
-
-def record_head(command: str) -> dict[str, Any]:
-    """Program, versions and command."""
-    import safetensors
-    import transformers
-
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-    return {"created_by": f"sculptor {__version__}", "versions": versions, "command": command}
 
 
 def archive_facts(archive: Archive) -> dict[str, Any]:

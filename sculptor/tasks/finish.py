@@ -170,7 +170,7 @@ class _Finish:
         analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
         record = training_record(job, report, previous.lineage, self.saved, analyzed=analyzed)
         write_json(self.staged / RECORD_NAME, record)
-        write_card(self.staged, train_card(job, report))
+        write_card(self.staged, train_card(job, report, analyzed=analyzed))
         return report
 
     def _edits(self, opened: Mapping[str, nn.Parameter]) -> dict[str, Edit | Mapping[int, Edit]]:

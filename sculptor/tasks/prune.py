@@ -27,7 +27,8 @@ from sculptor.errors import EditError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.progress import Progress, silent
 from sculptor.tasks.card import Card, code, write_card
-from sculptor.tasks.edit_record import archive_facts, record_head
+from sculptor.tasks.edit_record import archive_facts
+from sculptor.tasks.record import record_head
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sculptor import __version__
 from sculptor.analysis.lineage import OPENED
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.directory import published_name
@@ -16,7 +15,9 @@ from sculptor.checkpoint.records import Merge
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.tasks.card import Card, code, listed
+from sculptor.tasks.first_archive import ANALYZED_NAME
 from sculptor.tasks.job import TrainJob
+from sculptor.tasks.record import record_head
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
 
@@ -40,19 +41,10 @@ def training_record(
 ) -> dict[str, Any]:
     """The record of a run, its lineage longer by one merge."""
     import accelerate
-    import safetensors
-    import transformers
 
     mixture = job.encoded.mixture
     return {
-        "created_by": f"sculptor {__version__}",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "command": "train",
+        **record_head("train", accelerate=accelerate.__version__),
         "settings": published(job.settings),
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
@@ -71,7 +63,7 @@ def training_record(
     }
 
 
-def train_card(job: TrainJob, report: TrainReport) -> Card:
+def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
     """What the model card of a run tells."""
     return Card(
         bases=(job.checkpoint.path,),
@@ -82,7 +74,7 @@ def train_card(job: TrainJob, report: TrainReport) -> Card:
         figures=_figures(job, report),
         data=job.data,
         rows_digest=job.rows_digest,
-        check=_check(job),
+        check=_check(job, analyzed),
     )
 
 
@@ -108,9 +100,11 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     ]
 
 
-def _check(job: TrainJob) -> str:
+def _check(job: TrainJob, analyzed: bool) -> str:
     base = code(published_name(job.checkpoint.path))
-    if job.unopened is None:
+    if job.unopened is None and analyzed:
+        place, archive = f"THIS/{ANALYZED_NAME}", "the archive that was made for it lies in this model"
+    elif job.unopened is None:
         place, archive = "ARCHIVE", f"`ARCHIVE` the subspace archive {code(published_name(job.archive.path))} of it"
     else:
         place, archive = f"THIS/{OPENED}", "the archive that the run opened lies in this model"

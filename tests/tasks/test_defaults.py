@@ -102,6 +102,7 @@ def test_training_without_an_archive(cli: Callable[..., Result], tmp_path: Path)
     assert found.code == 0, found.err
     assert "chosen: --basis curvature --data self" in found.err
     assert json.loads((tmp_path / "out" / "sculptor.json").read_text())["analyzed"] is True
+    assert "sculptor verify BASE THIS --subspaces THIS/analyzed" in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "out.partial").exists()
     assert verify(model, tmp_path / "out", tmp_path / "out" / "analyzed", device="cpu").passed
     # The same by hand.
