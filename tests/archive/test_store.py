@@ -206,3 +206,19 @@ def test_a_full_disk_is_one_line(tmp_path: Path, small_disk: None) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         save_tensors({"a": torch.zeros(1 << 20)}, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("as_basis", [False, True])
+def test_what_changes_after_it_was_checked_is_noticed(path: Path, as_basis: bool) -> None:
+    """A training reads a tensor several times, and hashes it again only if its file was written to."""
+    archive = Archive(path)
+    name, stored = next(iter(archive.manifest.tensors.items()))
+    read = archive.basis if as_basis else archive.tensor
+    before = read(name)
+    assert torch.equal(read(name), before)
+    file = path / stored.file
+    content = bytearray(file.read_bytes())
+    content[archive._infos[name].offset] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArchiveError, match="has changed since it was written"):
+        read(name)
