@@ -51,8 +51,9 @@ def main() -> None:
         try:
             sculptor.train(options.model, options.out / "subspaces", [options.train], tuned, settings)
             loss = sculptor.evaluate(tuned, [options.validation], device=options.device, batch_size=64).loss
-        except SculptorError:  # a rate that diverges has no loss
+        except SculptorError as error:  # a rate that diverges has no loss; what else it may be is said
             loss = float("inf")
+            print(f"{rate or 'default'}: {error}", flush=True)
         shutil.rmtree(tuned, ignore_errors=True)
         losses.setdefault(rate, []).append(loss)
         line = {"model": options.model.name, "basis": options.basis, "seed": seed, "rate": rate or "default"}
