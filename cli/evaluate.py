@@ -7,7 +7,18 @@ import click
 
 from sculptor.training.settings import TrainSettings
 
-from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options, tell
+from .options import (
+    SuggestingCommand,
+    bars,
+    check_overwrite,
+    html_option,
+    json_option,
+    overwrite_option,
+    quiet_libraries,
+    settings_options,
+    speaks,
+    tell,
+)
 
 
 @click.command("evaluate", cls=SuggestingCommand)
@@ -44,6 +55,8 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, sett
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
 @settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device", "offload")
+@html_option
+@overwrite_option
 @json_option
 def command(
     model: str,
@@ -51,6 +64,8 @@ def command(
     watch: tuple[str, ...],
     tasks: tuple[str, ...],
     labels: tuple[str, ...],
+    html: Path | None,
+    overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -66,10 +81,15 @@ def command(
       sculptor evaluate ./tuned --tasks my_task,arc_easy --include-path ./tasks
     """
     from sculptor.report.evaluate import evaluate_text
+    from sculptor.report.html.evaluate import evaluate_page
+    from sculptor.report.html.page import check_page, write_page
     from sculptor.report.json_text import to_json
     from sculptor.tasks.evaluate import evaluate
 
     quiet_libraries()
+    check_overwrite(html, overwrite)
+    if html is not None:
+        check_page(html, overwrite)
     result = evaluate(
         model,
         data,
@@ -81,3 +101,6 @@ def command(
         **options,
     )
     click.echo(to_json(result) if as_json else evaluate_text(result))
+    if html is not None and speaks():
+        write_page(html, evaluate_page(result, model), overwrite)
+        tell(f"Wrote {html}.")

@@ -11,6 +11,7 @@ from .options import (
     SuggestingCommand,
     bars,
     catch_signals,
+    html_option,
     json_option,
     overwrite_option,
     push_options,
@@ -51,6 +52,7 @@ from .options import (
 )
 @settings_options(TrainSettings)
 @push_options
+@html_option
 @resume_option
 @overwrite_option
 @json_option
@@ -63,6 +65,7 @@ def command(
     push_to_hub: str | None,
     public: bool,
     protect_data: tuple[str, ...],
+    html: Path | None,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -80,12 +83,16 @@ def command(
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned --resume
     """
+    from sculptor.report.html.page import check_page, write_page
+    from sculptor.report.html.train import train_page
     from sculptor.report.json_text import to_json
     from sculptor.report.text import train_text
     from sculptor.tasks.push import pushing
     from sculptor.tasks.train import train
 
     quiet_libraries()
+    if html is not None:
+        check_page(html, overwrite, output)
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
             model,
@@ -102,3 +109,6 @@ def command(
             stop=catch_signals(),
         )
         click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
+        if html is not None and speaks():
+            write_page(html, train_page(report), overwrite)
+            tell(f"Wrote {html}.")

@@ -1,0 +1,149 @@
+"""Heat maps: tables whose cells have a colour beside their number, so that nobody needs to see colours."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sculptor.report.html.page import Markup, element, scrolled
+from sculptor.report.html.style import STEPS
+from sculptor.tasks.analyze_report import block_of
+
+_MOST_NAMED = 8
+
+
+class Head(NamedTuple):
+    """Of a row or a column: what stands there, and its whole name."""
+
+    short: str
+    whole: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: its number.
+        level: from 0 to 1, where on the scale; None for no colour.
+        title: the whole story.
+        bad: it must not be so.
+        own: it stands out, by a frame.
+    """
+
+    text: str
+    level: float | None
+    title: str
+    bad: bool = False
+    own: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A figure of one matrix: `value` None where there is none, `told` in words."""
+
+    name: str
+    role: str
+    value: float | None
+    told: str
+    bad: bool = False
+
+
+def heat_map(
+    caption: str,
+    explained: str,
+    columns: Sequence[Head],
+    rows: Iterable[tuple[Head, Sequence[Cell | None]]],
+    ends: tuple[str, str],
+    corner: str,
+) -> Markup:
+    """A table with colours.
+
+    Args:
+        caption: what is shown, and `explained` how.
+        columns: their heads.
+        rows: heads and cells, None for an empty one.
+        ends: what the palest and the strongest colour stand for.
+        corner: what the rows are.
+    """
+    heads = [element("th", element("span", head.short), scope="col", title=head.whole) for head in columns]
+    body = [
+        element("tr", element("th", head.short, scope="row", title=head.whole), list(map(_cell, cells)))
+        for head, cells in rows
+    ]
+    first = element("th", element("span", corner), scope="col", class_="corner")
+    whole = element("table", element("thead", element("tr", first, heads)), element("tbody", body), class_="heat")
+    return element(
+        "figure",
+        element("figcaption", element("b", caption), element("small", explained)),
+        scrolled(whole, caption),
+        _legend(ends),
+    )
+
+
+def by_block_and_role(
+    caption: str,
+    explained: str,
+    spots: Sequence[Spot],
+    show: Callable[[float], str],
+    level: Callable[[float], float],
+    ends: tuple[str, str],
+    *,
+    largest: bool = False,
+) -> Markup:
+    """A heat map of matrices; several in one cell (experts) are shown by their mean, or by the largest."""
+    found: dict[tuple[str, str], list[Spot]] = {}
+    for spot in spots:
+        found.setdefault((block_of(spot.name, spot.role), spot.role), []).append(spot)
+    blocks = list(dict.fromkeys(block for block, _ in found))
+    roles = list(dict.fromkeys(role for _, role in found))
+
+    def cell(block: str, role: str) -> Cell | None:
+        inside = found.get((block, role))
+        return None if inside is None else _together(inside, show, level, largest)
+
+    if any(len(inside) > 1 for inside in found.values()):
+        explained += f" Of several matrices in a cell: {'the largest' if largest else 'the mean'}."
+    rows = [(Head(_number(block, blocks), block), [cell(block, role) for role in roles]) for block in blocks]
+    return heat_map(caption, explained, [Head(_last(role, roles), role) for role in roles], rows, ends, "block")
+
+
+def _together(
+    spots: Sequence[Spot], show: Callable[[float], str], level: Callable[[float], float], largest: bool
+) -> Cell:
+    values = [spot.value for spot in spots if spot.value is not None]
+    told = [f"{spot.name}: {spot.told}" for spot in sorted(spots, key=lambda spot: not spot.bad)]
+    if len(spots) > 1 and values:
+        told.insert(0, f"{len(spots)} matrices, from {show(min(values))} to {show(max(values))}")
+    if len(told) > _MOST_NAMED:
+        told[_MOST_NAMED:] = [f"and {len(told) - _MOST_NAMED} more"]
+    title, bad = "\n".join(told), any(spot.bad for spot in spots)
+    if not values:
+        return Cell("✗" if bad else "–", None, title, bad)
+    value = max(values) if largest else sum(values) / len(values)
+    return Cell(show(value) + (" ✗" if bad else ""), level(value), title, bad)
+
+
+def _cell(cell: Cell | None) -> Markup:
+    if cell is None:
+        return element("td")
+    kind = "none" if cell.level is None else f"h{round(min(1.0, max(0.0, cell.level)) * (STEPS - 1))}"
+    marks = [kind, *(["bad"] if cell.bad else []), *(["own"] if cell.own else [])]
+    return element("td", cell.text, class_=" ".join(marks), title=cell.title)
+
+
+def _legend(ends: tuple[str, str]) -> Markup:
+    ramp = element("span", [element("i", class_=f"h{i}") for i in range(STEPS)], class_="ramp", aria_hidden="true")
+    return element("p", ends[0], ramp, ends[1], class_="legend")
+
+
+def _last(role: str, roles: Sequence[str]) -> str:
+    """A role without its path, where that tells it from the others."""
+    last = role.rpartition(".")[2]
+    return last if [other.rpartition(".")[2] for other in roles].count(last) == 1 else role
+
+
+def _number(block: str, blocks: Sequence[str]) -> str:
+    """A block's number alone, where all have one path."""
+    path, _, last = block.rpartition(".")
+    same = last.isdigit() and all(other.rpartition(".")[0] == path for other in blocks)
+    return last if same else block
