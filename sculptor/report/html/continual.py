@@ -7,6 +7,7 @@ from sculptor.report.continual import method_of, metrics_text, score_text, unit_
 from sculptor.report.html.curves import Curve, chart
 from sculptor.report.html.heat import Cell, Head, heat_map
 from sculptor.report.html.page import Child, Markup, element, page, section, table, tiles
+from sculptor.report.text import size
 
 _MEANINGS = {
     "AA": "average in the end",
@@ -40,13 +41,13 @@ def _tiles(report: ContinualReport) -> list[tuple[str, str, str | None]]:
 def _matrix(report: ContinualReport) -> Markup:
     values = [value for row in report.matrix for value in row]
     low, high = (min(values), max(values)) if report.metric == "loss" else (0.0, 1.0)
-    heads = [Head(name, name) for name in report.tasks]
+    heads = [Head.of(name) for name in report.tasks]
     rows = []
     for stage, scores in zip(report.stages, report.matrix, strict=True):
         cells = [
             _score(report, stage, task, value, low, high) for task, value in zip(report.tasks, scores, strict=True)
         ]
-        rows.append((Head(stage.name, stage.name), cells))
+        rows.append((Head.of(stage.name), cells))
     return heat_map(
         unit_of(report),
         "A row per stage, a column per task; framed: the task that was just learned.",
@@ -82,10 +83,11 @@ def _stages(report: ContinualReport) -> Markup:
     rows = [
         [
             stage.name,
-            *(score_text(report, value) for value in scores),
             *(f"{stage.watched[name]:.3f}" for name in watched),
             f"{stage.seconds:.0f}",
+            "–" if stage.archive_bytes is None else size(stage.archive_bytes),
         ]
-        for stage, scores in zip(report.stages, report.matrix, strict=True)
+        for stage in report.stages
     ]
-    return table(["after", *report.tasks, *(Path(name).name for name in watched), "seconds"], rows, "stages")
+    head = ["after", *(f"loss on {Path(name).name}" for name in watched), "seconds of training", "archive"]
+    return table(head, rows, "stages")

@@ -68,7 +68,7 @@ def chart(
         element("figcaption", element("b", title), element("small", explained)),
         plot,
         element("p", key, class_="legend") if len(curves) > 1 else None,
-        [_values(curve, x_name, show) for curve in curves],
+        [_values(curve, x_name, show) for curve in curves if len(curve.points) > 1],
     )
 
 

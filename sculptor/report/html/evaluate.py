@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
-from sculptor.checkpoint.directory import published_name
 from sculptor.evaluation.answers import Answer
 from sculptor.evaluation.rows import Evaluation
 from sculptor.report.evaluate import measures_rows, tasks_rows, watched_rows
-from sculptor.report.html.page import Markup, element, page, section, table, tiles
+from sculptor.report.html.page import Markup, element, page, place_name, section, table, tiles
 
 
 def evaluate_page(result: Evaluation, model: str) -> str:
     """What `sculptor evaluate --html` writes."""
     return page(
         "evaluate",
-        published_name(Path(model)),
+        place_name(model),
         tiles((row[0], row[1], None) for row in measures_rows(result)) if result.loss is not None else None,
         section("Watched texts", table(*watched_rows(result), "watched texts")) if result.watched else None,
         section("Tasks of lm-eval", table(*tasks_rows(result), "tasks")) if result.tasks else None,

@@ -64,4 +64,4 @@ def _hundredths(value: float) -> str:
 def _ratio(value: float) -> str:
     if value == float("inf"):
         return "∞"
-    return f"{value:.2f}" if value < 100 else f"{value:.0e}"
+    return f"{value:.2f}" if value < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")

@@ -9,6 +9,7 @@ from sculptor.report.html.style import STEPS
 from sculptor.tasks.analyze_report import block_of
 
 _MOST_NAMED = 8
+_LONGEST = 18  # characters of a head
 
 
 class Head(NamedTuple):
@@ -16,6 +17,12 @@ class Head(NamedTuple):
 
     short: str
     whole: str
+
+    @classmethod
+    def of(cls, name: str) -> "Head":
+        """A name, without its middle where it is long: names often differ at their ends."""
+        long = len(name) > _LONGEST
+        return cls(f"{name[: _LONGEST // 2 - 1]}…{name[-_LONGEST // 2 :]}" if long else name, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +127,7 @@ def _together(
     if not values:
         return Cell("✗" if bad else "–", None, title, bad)
     value = max(values) if largest else sum(values) / len(values)
-    return Cell(show(value) + (" ✗" if bad else ""), level(value), title, bad)
+    return Cell(("✗" if bad else "") + show(value), level(value), title, bad)
 
 
 def _cell(cell: Cell | None) -> Markup:

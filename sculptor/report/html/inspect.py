@@ -1,13 +1,24 @@
 """The page of `inspect`: how much is protected where, and what that looks like in a few matrices."""
 
 from sculptor.archive.store import Archive
-from sculptor.checkpoint.directory import published_name
 from sculptor.methods.rule import Directed, Spectrum
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.report.html.curves import Curve, chart, staircase
 from sculptor.report.html.figures import share_map
 from sculptor.report.html.heat import Cell, Head, heat_map
-from sculptor.report.html.page import Child, Markup, details, element, listed, note, page, section, table, tiles
+from sculptor.report.html.page import (
+    Child,
+    Markup,
+    details,
+    element,
+    listed,
+    note,
+    page,
+    place_name,
+    section,
+    table,
+    tiles,
+)
 from sculptor.report.plot import middles
 from sculptor.report.text import (
     COMPARISON_LEGEND,
@@ -22,6 +33,10 @@ from sculptor.report.text import (
 from sculptor.tasks.inspect_archive import Inspection
 
 _MOST_DRAWN = 12
+_LEGEND = (
+    "Curves: how much each direction carries. Areas: which pairs of an output and an input direction are frozen, a row per output "
+    "direction, both in order of importance."
+)
 _LEAST_DRAWN = 1e-6  # of the largest value of a spectrum
 
 
@@ -32,24 +47,23 @@ def inspect_page(found: Inspection, archive: Archive) -> str:
     frozen = not_targeted_lines(found.not_targeted)
     return page(
         "inspect",
-        published_name(found.path),
+        place_name(found.path),
         element(
             "p", f"What the archive protects of {found.model_class}; written by {found.created_by}.", class_="soft"
         ),
         tiles(_tiles(found)),
-        _history(found),
         section(
             "How much is protected",
             element(
                 "div",
                 share_map(
                     terms.share.capitalize(),
-                    f"{terms.note.capitalize()}.",
+                    "Of each matrix.",
                     [(*who, matrix.preserved) for who, matrix in zip(every, found.matrices, strict=True)],
                 ),
                 share_map(
                     terms.held.capitalize(),
-                    "What the protected part holds of it.",
+                    "Of each matrix, what the protected part holds.",
                     [(*who, matrix.energy) for who, matrix in zip(every, found.matrices, strict=True)],
                 ),
                 share_map(
@@ -60,10 +74,11 @@ def inspect_page(found: Inspection, archive: Archive) -> str:
                 class_="grid",
             ),
             table(*roles_rows(found.roles, terms), "by role"),
+            note(f"free share: entries of the update that may change; {terms.note}"),
             details("By block", table(*blocks_rows(found), "by block")),
             details("Every matrix", table(*matrices_rows(found), "every matrix")),
         ),
-        section("Tasks", _tasks(found)) if found.shares else None,
+        section("Tasks", _history(found), _tasks(found) if found.shares else None),
         section("One matrix of each role, from the middle of the model", _examples(archive)),
         section("Against the other archive", table(*comparison_rows(found), "compared"), note(COMPARISON_LEGEND))
         if found.comparison
@@ -89,7 +104,7 @@ def _history(found: Inspection) -> Markup:
 
 
 def _tasks(found: Inspection) -> Child:
-    heads = [Head(f"{i} {share.name}", f"{i} {share.name}") for i, share in enumerate(found.shares)]
+    heads = [Head.of(f"{i} {share.name}") for i, share in enumerate(found.shares)]
     rows = [
         [head.whole, percent(share.protected), percent(share.own)]
         for head, share in zip(heads, found.shares, strict=True)
@@ -102,7 +117,9 @@ def _tasks(found: Inspection) -> Child:
     return [
         table(["task", "protected", "part"], rows, "tasks"),
         note("protected: of the task's own curvature; part: of all that is protected"),
-        heat_map(
+        None
+        if len(heads) == 1
+        else heat_map(
             "Overlap of tasks", "1 for the same directions, 0 for none in common.", heads, overlaps, ("0", "1"), "task"
         ),
     ]
@@ -112,22 +129,22 @@ def _examples(archive: Archive) -> Child:
     drawn: list[Child] = []
     for role, name in list(middles(archive).items())[:_MOST_DRAWN]:
         entry = archive.read(name)
-        title = f"{role} ({name})" if name != role else name
         found = entry.rule.spectrum_of(entry.tensors) if isinstance(entry.rule, Directed) else None
         if found is not None and float(found.values[0]) > 0:
-            drawn.append(_spectrum(title, found))
+            drawn.append(_spectrum(role, name, found))
         if isinstance(entry.rule, StaircaseRule):
             frozen = 1 - entry.rule.staircase.num_free / (entry.rule.shape[0] * entry.rule.shape[1])
-            told = f"{percent(frozen)} of the pairs are frozen (coloured): of each output direction, the leading inputs"
-            drawn.append(staircase(title, told, entry.rule.staircase))
-    return element("div", drawn, class_="grid small") if drawn else element("p", "Its rules tell no directions apart.")
+            drawn.append(staircase(role, f"{name}: {percent(frozen)} of all pairs are frozen", entry.rule.staircase))
+    if not drawn:
+        return element("p", "Its rules tell no directions apart.")
+    return [note(_LEGEND), element("div", drawn, class_="grid small")]
 
 
-def _spectrum(title: str, found: Spectrum) -> Markup:
+def _spectrum(role: str, name: str, found: Spectrum) -> Markup:
     relative = (found.values / found.values[0]).tolist()
     count = min(len(relative), found.protected)
     curves = [Curve(found.what.lower(), [(i + 1.0, max(value, _LEAST_DRAWN)) for i, value in enumerate(relative)])]
     if count:
         curves.append(Curve("last protected", [(float(count), max(relative[count - 1], _LEAST_DRAWN))], dots=True))
-    told = f"{found.what}, relative to the first; {count:,} of {found.dim:,} directions protected"
-    return chart(title, told, curves, "direction", lambda value: f"{value:.2e}", log=True)
+    told = f"{name}: {found.what.lower()}, relative to the first; {count:,} of {found.dim:,} directions protected"
+    return chart(role, told, curves, "direction", lambda value: f"{value:.2e}", log=True)

@@ -11,9 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from sculptor import __version__
+from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.staging import writing
 from sculptor.errors import OutputError, SettingsError
 from sculptor.report.html.style import STYLE
+from sculptor.tasks.card import is_hub_name
 
 _VOID = ("meta", "br")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -75,13 +77,20 @@ def page(command: str, what: str, *sections: Child) -> str:
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
+def place_name(place: str | Path) -> str:
+    """What a page calls a directory or a hub name: nobody's folders."""
+    if not os.path.exists(place) and is_hub_name(str(place)):
+        return str(place)
+    return published_name(Path(place))
+
+
 def section(heading: str, *children: Child) -> Markup:
     """A part of a page, under its heading."""
     return element("section", element("h2", heading), children)
 
 
-def note(text: str) -> Markup:
-    """What has to be known to read what is above it."""
+def note(*text: Child) -> Markup:
+    """What has to be known to read what is beside it."""
     return element("p", text, class_="note")
 
 

@@ -84,7 +84,7 @@ h3{font-size:.95rem;margin:0 0 6px;overflow-wrap:anywhere}
 p{margin:6px 0;max-width:80ch;overflow-wrap:anywhere}
 .soft,figcaption small,.note{color:var(--soft)}
 .note{font-size:.85rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:16px 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:10px;margin:16px 0;padding:0}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px;min-width:0}
 .tiles dt{font-size:.8rem;color:var(--soft)}
 .tiles dd{margin:0;font-size:1.15rem;font-weight:600;line-height:1.35;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
@@ -109,7 +109,9 @@ figcaption small{display:block;font-size:.8rem;line-height:1.4}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 .plain th,.plain td{padding:3px 10px 3px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-.plain th:first-child,.plain td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:9em}
+.plain th:first-child,.plain td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:12em;max-width:28em}
+.plain tbody th{font-weight:500}
+.grid+.scroll{margin-top:18px}
 .plain thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}
 .plain.words td{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top}
 .heat{font-size:.75rem;border-collapse:separate;border-spacing:1px}
@@ -117,7 +119,8 @@ table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-num
 .heat td.none{color:var(--soft)}
 .heat td.bad{background:var(--bad);color:var(--on);font-weight:700}
 .heat td.own{outline:2px solid var(--second);outline-offset:-2px}
-.heat tbody th{font-weight:400;text-align:right;padding:0 6px 0 0;max-width:10em;overflow:hidden;text-overflow:ellipsis;
+.heat tbody th{font-weight:400;position:sticky;left:0;background:var(--page);text-align:right;
+padding:0 6px 0 0;max-width:10em;overflow:hidden;text-overflow:ellipsis;
 white-space:nowrap}
 .heat thead th{font-weight:400;vertical-align:bottom;height:1px;padding:0 0 4px}
 .heat thead th span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:11em;overflow:hidden;text-overflow:ellipsis;
@@ -140,6 +143,7 @@ svg *{vector-effect:non-scaling-stroke}
 .rule{stroke:var(--line);stroke-width:1}
 .dot{stroke:var(--second);stroke-width:8;stroke-linecap:round}
 .frozen{fill:var(--accent)}
+pre{font:12px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;margin:8px 0}
 details{margin:8px 0}
 summary{cursor:pointer;color:var(--accent);font-size:.85rem}
 .answers{display:grid;gap:14px}

@@ -35,8 +35,9 @@ def train_page(report: TrainReport) -> str:
         element("p", f"Taught {', '.join(record['data']['files'])}.", class_="soft"),
         tiles(_tiles(report, changed)),
         note(
-            "The leak was measured on the tensors that were written. `sculptor verify` judges it again from the files, and "
-            "everything else that a user loads."
+            "The leak was measured on the tensors that were written. ",
+            element("code", "sculptor verify"),
+            " judges it again from the files, and everything else that a user loads.",
         ),
         section("The run", _curves(list(map(json.loads, lines)))),
         section(
@@ -47,7 +48,7 @@ def train_page(report: TrainReport) -> str:
                 leak_map([leak_spot(name, m.role, m.update, m.leak, m.rounding) for name, m in matrices]),
                 share_map(
                     "Protected from now on",
-                    f"{kept.method.terms.share} in the archive for the next task.",
+                    f"{kept.method.terms.share.capitalize()} in the archive for the next task.",
                     [(name, kept[name].role, kept[name].rule.figures().preserved) for name in kept],
                 ),
                 class_="grid",
@@ -71,7 +72,11 @@ def _tiles(report: TrainReport, changed: bool) -> list[tuple[str, str, str | Non
         found.append(("Kept", f"step {loop.best_step:,}", f"evaluation loss {loop.best_loss:.4f}"))
     if changed:
         found += [
-            ("Leak", f"{max(0.0, report.unexplained_leak):.1e}", "of the update, beyond what rounding explains"),
+            (
+                "Leak",
+                f"{report.unexplained_leak:.1e}" if report.unexplained_leak > 0 else "none",
+                "of the update, beyond what rounding explains",
+            ),
             ("Largest leak", f"{report.max_leak:.1e}", "of a matrix's update, rounding and all"),
             ("Removed by rounding", percent(report.rounding_loss), "of the update"),
         ]
@@ -92,7 +97,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Child:
     evaluated = series.pop("eval_loss", [])
     pictures: list[Child] = []
     for name, points in series.items():
-        title, unit = _TITLES.get(name, (name.replace("_", " "), "of each step"))
+        title, unit = _TITLES.get(name, (name.replace("_", " ").capitalize(), "as it was logged"))
         curves = [Curve(title.lower(), points)]
         if name == "loss" and evaluated:
             curves.append(Curve("evaluation", evaluated, dots=True))

@@ -1,22 +1,33 @@
 """The page of `verify`: whether it passed, in large, by which checks, and the leak of every matrix."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sculptor.analysis.verify import Verification
-from sculptor.checkpoint.directory import published_name
 from sculptor.report.html.figures import leak_map, leak_spot, update_map
 from sculptor.report.html.heat import Spot
-from sculptor.report.html.page import Child, Markup, details, element, listed, note, page, section, table, tiles
+from sculptor.report.html.page import (
+    Child,
+    Markup,
+    details,
+    element,
+    listed,
+    note,
+    page,
+    place_name,
+    scrolled,
+    section,
+    table,
+    tiles,
+)
 from sculptor.report.text import percent
-from sculptor.report.verify import VERIFY_HEAD, holds_when, verdict_of, verify_row
+from sculptor.report.verify import VERIFY_HEAD, holds_when, verdict_of, verify_row, verify_text
 
 _MOST_LISTED = 500
 
 
 def verify_page(result: Verification, base: str, tuned: str, subspaces: str) -> str:
     """What `sculptor verify --html` writes."""
-    names = [published_name(Path(place)) for place in (base, tuned, subspaces)]
+    names = [place_name(place) for place in (base, tuned, subspaces)]
     return page(
         "verify",
         f"{names[1]} against {names[0]}",
@@ -38,6 +49,7 @@ def verify_page(result: Verification, base: str, tuned: str, subspaces: str) -> 
             note(holds_when(result)),
             _matrices(result),
         ),
+        details("As the command prints it", scrolled(element("pre", verify_text(result)), "text")),
     )
 
 
