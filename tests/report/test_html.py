@@ -32,6 +32,7 @@ from sculptor.report.text import percent
 
 BAD = "</style></title></script><script>alert(\"1\")</script><img src=x onerror='a()'>&amp;\x00\u202e\udcff"
 SHOWN = BAD.replace("\x00", "\\x00").replace("\u202e", "\\u202e").replace("\udcff", "\\udcff")
+SCARY = "<script>alert(1)&\"'.jsonl"
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "main", "header", "footer", "section", "article", "figure"),
     *("figcaption", "details", "summary", "h1", "h2", "h3", "p", "div", "span", "small", "strong", "b", "i", "code", "pre"),
@@ -97,8 +98,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two stacks and its archive, rows in a file with a name to be afraid of."""
     path = tmp_path_factory.mktemp("html")
     save_checkpoint(path / "model", "t5")
-    analyze(path / "model", path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
-    write_rows(path / "<script>alert(1)&\"'.jsonl", task_rows())
+    analyze(path / "model", path / "subspaces", AnalyzeSettings(preserve=0.5, device="cpu"))
+    for name in ("task.jsonl", SCARY):
+        write_rows(path / name, task_rows())
     return path
 
 
@@ -133,22 +135,24 @@ def sequence(num_tasks: int, metric: str = "accuracy") -> ContinualReport:
     )  # fmt: skip
 
 
-def test_every_command_writes_a_page_of_its_figures(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
-    model, archive, data = made / "model", made / "archive", made / "<script>alert(1)&\"'.jsonl"
+def test_commands_of_the_page_write_pages_of_their_figures(
+    cli: Callable[..., Result], made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    page_text = (Path(__file__).parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page_text, re.M | re.S)
+    commands = {line.split()[1]: line.split()[2:] for line in block.splitlines()}
+    assert list(commands) == ["inspect", "train", "verify", "evaluate"]
 
-    def run(*arguments: object) -> tuple[Any, Read]:
-        path = tmp_path / f"{arguments[0]}.html"
-        found = cli(*arguments, "--html", path, "--json")
-        assert (found.code, found.err) == (0, f"Wrote {path}.\n")
-        read = looked_at(path)
-        assert str(tmp_path) not in read.text + "".join(read.titles)  # nobody's folders
+    def run(name: str, *more: object) -> tuple[Any, Read]:
+        found = cli(name, *commands[name], *more, "--json")
+        assert (found.code, found.err) == (0, f"Wrote {commands[name][-1]}.\n")
+        read = looked_at(Path(commands[name][-1]))
+        assert str(made) not in read.text + "".join(read.titles)  # nobody's folders
         return found.json, read
 
-    report, seen = run(
-        "train", model, "--subspaces", archive, "--data", data, "--eval-data", data, "-o", tmp_path / "tuned",
-        "--max-steps", 3, "--device", "cpu",
-    )  # fmt: skip
-    metrics = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    report, seen = run("train", "--data", made / SCARY, "--max-steps", 3, "--device", "cpu")
+    metrics = [json.loads(line) for line in Path("tuned/metrics.jsonl").read_text().splitlines()]
     losses = [[f"{line['step']}", f"{line['loss']:.4g}"] for line in metrics if "loss" in line]
     assert len(losses) == 3
     assert all(row in seen.rows for row in losses)
@@ -157,18 +161,20 @@ def test_every_command_writes_a_page_of_its_figures(cli: Callable[..., Result], 
         row = next(row for row in seen.rows if row[0] == name and len(row) == 6)
         assert row[1:4] == [f"{matrix['update']:.1e}", f"{matrix['leak']:.2e}", f"{matrix['rounding']:.2e}"]
         assert any(name in title and f"{matrix['leak']:.2e}" in title for title in seen.titles)
-    assert data.name in seen.text
+    assert SCARY in seen.text
     assert ["--max-steps", "3"] in seen.rows
-    assert {"encoder.block.0", "decoder.block.1"} <= {row[0] for row in seen.rows}
+    assert "Size of the update: decoder.block" in seen.said
+    assert ["block", "q", "k", "v", "o", "wi", "wo"] in seen.rows
+    assert any(row[1:3] == ["SelfAttention.q", "SelfAttention.k"] and "EncDecAttention.q" in row for row in seen.rows)
 
-    report, seen = run("verify", model, tmp_path / "tuned", "--subspaces", archive, "--device", "cpu")
+    report, seen = run("verify", "--device", "cpu")
     assert "PASSED" in seen.said
     assert "bad" not in seen.classes
     for matrix in report["matrices"]:
         row = [matrix["name"], f"{matrix['update']:.1e}", f"{matrix['leak']:.2e}", f"{matrix['rounding']:.2e}"]
         assert any(found[:4] == row for found in seen.rows)
 
-    report, seen = run("inspect", tmp_path / "tuned" / "subspaces", "--compare", archive)
+    report, seen = run("inspect", "--compare", "tuned/subspaces")
     for each in (*report["roles"], *report["blocks"]):
         assert any(
             row[:3] == [each["role"], str(each["num_matrices"]), percent(each["preserved"])] for row in seen.rows
@@ -178,10 +184,10 @@ def test_every_command_writes_a_page_of_its_figures(cli: Callable[..., Result], 
     assert "frozen" in seen.classes
     assert "curve" in seen.classes
 
-    report, seen = run("evaluate", model, "--data", data, "--watch", data, "--show", 1, "--device", "cpu")
+    report, seen = run("evaluate", "--watch", made / SCARY, "--device", "cpu")
     assert f"{report['loss']:.4f}" in seen.said
     assert report["answers"][0]["prompt"] in seen.said
-    assert [data.name, f"{report['watched'][0]['loss']:.4f}"] in [row[:2] for row in seen.rows]
+    assert [SCARY, f"{report['watched'][1]['loss']:.4f}"] in [row[:2] for row in seen.rows]
 
 
 def test_places_that_cannot_be_are_refused_before_any_work(
@@ -189,9 +195,9 @@ def test_places_that_cannot_be_are_refused_before_any_work(
 ) -> None:
     taken, out = tmp_path / "taken.html", tmp_path / "out"
     taken.write_text("precious")
-    train = ("train", made / "model", "--subspaces", made / "archive", "--data", "none.jsonl", "-o", out)
-    verify = ("verify", made / "model", made / "model", "--subspaces", made / "archive")
-    inspect, evaluate = ("inspect", made / "archive"), ("evaluate", made / "model", "--data", "none.jsonl")
+    train = ("train", made / "model", "--subspaces", made / "subspaces", "--data", "none.jsonl", "-o", out)
+    verify = ("verify", made / "model", made / "model", "--subspaces", made / "subspaces")
+    inspect, evaluate = ("inspect", made / "subspaces"), ("evaluate", made / "model", "--data", "none.jsonl")
     continual = ("continual", "none.toml", "-o", out)
     for command in (train, verify, inspect, evaluate, continual):
         for place, told in (

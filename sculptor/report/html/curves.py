@@ -147,8 +147,13 @@ def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Round numbers between both."""
     if log:
-        powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
-        return [10.0**power for power in powers][:: max(1, len(powers) // 4)] or [low, high]
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high) + 1e-9) + 1)
+        for factors in (1,), (1, 3), (1, 2, 5):
+            found = [factor * 10.0**power for power in powers for factor in factors]
+            ticks = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+            if len(ticks) > 2:
+                break
+        return ticks[:: max(1, len(ticks) // 4)] or [low, high]
     rough = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * (1 - 1e-9))

@@ -18,7 +18,7 @@ def leak_spot(name: str, role: str, update: float, leak: float, rounding: float,
     return Spot(name, role, leak / rounding if rounding else (float("inf") if leak else 0.0), told, not holds)
 
 
-def leak_map(spots: list[Spot]) -> Markup:
+def leak_map(spots: list[Spot]) -> list[Markup]:
     """Leak against what rounding explains."""
     return by_block_and_role(
         "Leak against what rounding explains",
@@ -31,7 +31,7 @@ def leak_map(spots: list[Spot]) -> Markup:
     )
 
 
-def update_map(spots: list[Spot]) -> Markup:
+def update_map(spots: list[Spot]) -> list[Markup]:
     """Size of the updates."""
     most = max((spot.value or 0.0 for spot in spots), default=0.0)
     return by_block_and_role(
@@ -44,7 +44,7 @@ def update_map(spots: list[Spot]) -> Markup:
     )
 
 
-def share_map(caption: str, explained: str, shares: Iterable[tuple[str, str, float]]) -> Markup:
+def share_map(caption: str, explained: str, shares: Iterable[tuple[str, str, float]]) -> list[Markup]:
     """Shares from 0 to 1 of matrices, given by name and role."""
     return by_block_and_role(
         caption,
@@ -58,7 +58,7 @@ def share_map(caption: str, explained: str, shares: Iterable[tuple[str, str, flo
 
 def _hundredths(value: float) -> str:
     share = 100 * value
-    return "0" if not share else f"{share:.1f}" if share >= 0.1 else f"{share:.0e}"
+    return "0" if not share else f"{share:.1f}" if share >= 1 else f"{share:.2f}" if share >= 0.01 else f"{share:.0e}"
 
 
 def _ratio(value: float) -> str:

@@ -9,7 +9,7 @@ from sculptor.report.html.style import STEPS
 from sculptor.tasks.analyze_report import block_of
 
 _MOST_NAMED = 8
-_LONGEST = 18  # characters of a head
+_LONGEST = 14  # characters of a head
 
 
 class Head(NamedTuple):
@@ -96,22 +96,29 @@ def by_block_and_role(
     ends: tuple[str, str],
     *,
     largest: bool = False,
-) -> Markup:
-    """A heat map of matrices; several in one cell (experts) are shown by their mean, or by the largest."""
-    found: dict[tuple[str, str], list[Spot]] = {}
+) -> list[Markup]:
+    """Heat maps of matrices, one for each stack of blocks; several in one cell (experts) show their mean, or the largest."""
+    stacks: dict[str, dict[str, dict[str, list[Spot]]]] = {}
     for spot in spots:
-        found.setdefault((block_of(spot.name, spot.role), spot.role), []).append(spot)
-    blocks = list(dict.fromkeys(block for block, _ in found))
-    roles = list(dict.fromkeys(role for _, role in found))
-
-    def cell(block: str, role: str) -> Cell | None:
-        inside = found.get((block, role))
-        return None if inside is None else _together(inside, show, level, largest)
-
-    if any(len(inside) > 1 for inside in found.values()):
-        explained += f" Of several matrices in a cell: {'the largest' if largest else 'the mean'}."
-    rows = [(Head(_number(block, blocks), block), [cell(block, role) for role in roles]) for block in blocks]
-    return heat_map(caption, explained, [Head(_last(role, roles), role) for role in roles], rows, ends, "block")
+        block = block_of(spot.name, spot.role)
+        stack = block.rpartition(".")[0] if block.rpartition(".")[2].isdigit() else ""
+        stacks.setdefault(stack, {}).setdefault(block, {}).setdefault(spot.role, []).append(spot)
+    maps = []
+    for stack, blocks in stacks.items():
+        told = explained
+        if any(len(inside) > 1 for cells in blocks.values() for inside in cells.values()):
+            told += f" Of several matrices in a cell: {'the largest' if largest else 'the mean'}."
+        roles = list(dict.fromkeys(role for cells in blocks.values() for role in cells))
+        rows = [
+            (
+                Head(block.removeprefix(f"{stack}."), block),
+                [_together(cells[role], show, level, largest) if role in cells else None for role in roles],
+            )
+            for block, cells in blocks.items()
+        ]
+        heads = [Head(_shortest(role, roles), role) for role in roles]
+        maps.append(heat_map(f"{caption}: {stack}" if len(stacks) > 1 else caption, told, heads, rows, ends, "block"))
+    return maps
 
 
 def _together(
@@ -143,14 +150,10 @@ def _legend(ends: tuple[str, str]) -> Markup:
     return element("p", ends[0], ramp, ends[1], class_="legend")
 
 
-def _last(role: str, roles: Sequence[str]) -> str:
-    """A role without its path, where that tells it from the others."""
-    last = role.rpartition(".")[2]
-    return last if [other.rpartition(".")[2] for other in roles].count(last) == 1 else role
-
-
-def _number(block: str, blocks: Sequence[str]) -> str:
-    """A block's number alone, where all have one path."""
-    path, _, last = block.rpartition(".")
-    same = last.isdigit() and all(other.rpartition(".")[0] == path for other in blocks)
-    return last if same else block
+def _shortest(role: str, roles: Sequence[str]) -> str:
+    """The end of a role's path that tells it from the others."""
+    parts = role.split(".")
+    ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next(
+        (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in roles if other != role)), role
+    )

@@ -84,10 +84,10 @@ h3{font-size:.95rem;margin:0 0 6px;overflow-wrap:anywhere}
 p{margin:6px 0;max-width:80ch;overflow-wrap:anywhere}
 .soft,figcaption small,.note{color:var(--soft)}
 .note{font-size:.85rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:10px;margin:16px 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:16px 0;padding:0}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px;min-width:0}
 .tiles dt{font-size:.8rem;color:var(--soft)}
-.tiles dd{margin:0;font-size:1.15rem;font-weight:600;line-height:1.35;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+.tiles dd{margin:0;font-size:1.05rem;font-weight:600;line-height:1.35;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 .tiles dd small{display:block;font-size:.8rem;font-weight:400;color:var(--soft)}
 .verdict{border-radius:10px;padding:14px 18px;margin:16px 0;color:var(--on)}
 .verdict strong{font-size:2rem;line-height:1.2;display:block}
@@ -154,7 +154,7 @@ summary{cursor:pointer;color:var(--accent);font-size:.85rem}
 footer{margin-top:40px;color:var(--soft);font-size:.8rem}
 code{font:.9em ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 @media(max-width:480px){main{padding:14px 12px 40px}.heat{font-size:.7rem}.heat td{padding:3px 2px;min-width:2.7em}
-.heat tbody th{max-width:6.5em}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.verdict strong{font-size:1.7rem}}
+.heat tbody th{max-width:9em}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.verdict strong{font-size:1.7rem}}
 """
 
 STYLE = f"{_COLOURS}{_shades(False)}{_LAYOUT}@media(prefers-color-scheme:dark){{{_NIGHT}{_shades(True)}}}"
