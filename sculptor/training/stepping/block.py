@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.orientation import as_out_in
+from sculptor.checkpoint.windows import Window
 from sculptor.errors import CapacityError, SettingsError
 from sculptor.methods.rule import Tensors
 from sculptor.streaming.blocks import BlockStream
@@ -77,6 +78,11 @@ class StreamedMatrix:
     def name(self) -> str:
         """Of the matrix."""
         return self.record.name
+
+    @property
+    def window(self) -> Window:
+        """Where in the parameter it is."""
+        return self.record.window
 
     @property
     def num_coordinate_bytes(self) -> int:
@@ -180,6 +186,20 @@ class StreamedBlock:
         """Whether gradients of this step wait."""
         return any(matrix.touched for matrix in self.matrices)
 
+    def made(self, layout: Layout) -> tuple[set[str], bool]:
+        """Parameters of the block that an update makes as a whole, and whether there are others that it makes in part."""
+        rest = {
+            matrix.parameter_name: torch.Size(layout[matrix.parameter_name].shape).numel() for matrix in self.matrices
+        }
+        for matrix in self.matrices:
+            rest[matrix.parameter_name] -= torch.Size(matrix.record.rule.shape).numel()
+        whole = {name for name, numbers in rest.items() if not numbers}
+        return whole, len(whole) < len(rest)
+
+    def last_of(self) -> dict[str, int]:
+        """The last matrix of each parameter, by position."""
+        return {matrix.parameter_name: k for k, matrix in enumerate(self.matrices)}
+
     def touched(self) -> frozenset[str]:
         """The matrices that a gradient has reached in this step."""
         return frozenset(matrix.name for matrix in self.matrices if matrix.touched)
@@ -261,7 +281,7 @@ def prepare_block(
             bases[key] = unique.setdefault(tensor.data_ptr(), (str(len(unique)), tensor))[0]
         keys = [f"{name}.A{i}" for i in range(len(record.rule.shapes))]
         parameter = stream.parameters[index][parameter_name]
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(record.window.is_whole)  # stacked matrices have gradients of their own
         coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
         entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
         info = stream.weights.files.checkpoint.info_of(record)

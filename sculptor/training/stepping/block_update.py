@@ -79,7 +79,7 @@ class BlockUpdater:
         touched = due.touched if due is not None else frozenset()
         bases = self.bases.enter(block)
         self._divisors_ready.wait()
-        ahead = len(self._ring) > 1
+        ahead, last = len(self._ring) > 1, found.last_of()
         loads = [self._bring(found, 0, stepping, gradients is None)]
         for k, matrix in enumerate(found.matrices):
             if ahead and k + 1 < len(found.matrices):
@@ -91,7 +91,7 @@ class BlockUpdater:
                 if gradients is not None:
                     views |= matrix.gradient_views(gradients.memory[matrix.gradient_start :])
                 matrix.step(views, due.rate_of, chosen(divisors or self._divisors, matrix.name))
-            target = self.stream.layouts[block].view(slot.memory, matrix.parameter_name)
+            target = matrix.window.of(self.stream.layouts[block].view(slot.memory, matrix.parameter_name))
             with float32_products(self.device, tf32=True):
                 target.copy_(matrix.fold(found.tensors(matrix, bases.memory), views, target.dtype))
             done = self.transfers.mark()
@@ -100,10 +100,11 @@ class BlockUpdater:
                 stored = self.transfers.store(partial(matrix.store_state, found, ring.memory), [done])
                 found.state.written = stored
                 ring.uses["store"] = stored
-            region = self.stream.weights.region(block)
-            store = partial(self.stream.weights.store, block, slot.memory, matrix.parameter_name)
-            region.written = self.transfers.store(store, [done])
-            slot.uses["store"] = region.written
+            if k == last[matrix.parameter_name]:
+                region = self.stream.weights.region(block)
+                store = partial(self.stream.weights.store, block, slot.memory, matrix.parameter_name)
+                region.written = self.transfers.store(store, [done])
+                slot.uses["store"] = region.written
             if not ahead and k + 1 < len(found.matrices):
                 loads.append(self._bring(found, k + 1, stepping, gradients is None))
         done = self.transfers.mark()
