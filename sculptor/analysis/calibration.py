@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sculptor.analysis.expert_rows import watch_experts
 from sculptor.checkpoint.architecture import Target, find_blocks
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED, Example
@@ -129,7 +130,13 @@ def measure_moments(
     model = loaded.model
     model.eval()
     find_head(model, loaded.kind)  # tried on a token once, which is not to be measured
-    handles = [handle for target in targets for handle in recorder.watch(model.get_submodule(target.module), target)]
+    handles: list[Any] = [
+        handle
+        for target in targets
+        if target.window.is_whole
+        for handle in recorder.watch(model.get_submodule(target.module), target)
+    ]
+    handles += watch_experts(model, targets, recorder)
     restore = _recompute_blocks(loaded, recorder) if gradients else lambda: None
     try:
         for batch in _batches(loaded, examples, seed):
@@ -224,16 +231,27 @@ class _Recorder:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.masks is None:
                 return
-            group = target.input_group
-            if not self.weighted:  # else the gradients' hooks count it
-                counted = self._counted(_first_input(args, kwargs))
-                _add_outer(self.sums.inputs, group, counted)
-                self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + counted.shape[0]
-            self.calls += 1
-            if not self.gradients and self.calls == self.calls_per_forward:
-                raise _EnoughError
+            if not self.weighted:
+                self.add_input(target.input_group, self._counted(_first_input(args, kwargs)))
+            self.call_counted()
 
         return hook
+
+    @property
+    def is_recording(self) -> bool:
+        return self.masks is not None
+
+    def call_counted(self) -> None:
+        """One of the calls of a forward is over."""
+        self.calls += 1
+        if not self.gradients and self.calls == self.calls_per_forward:
+            raise _EnoughError
+
+    def add_input(self, group: str, rows: Tensor) -> None:
+        """Inputs that are no padding; if they are weighted, the gradients' hooks count them."""
+        if rows.shape[0] and not self.weighted:
+            _add_outer(self.sums.inputs, group, rows)
+            self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + rows.shape[0]
 
     def _watch_output(self, target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -253,16 +271,30 @@ class _Recorder:
         def hook(gradient: Tensor) -> None:
             # Padding has no part in the loss, so its gradients are zero and need no mask.
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            _add_outer(self.sums.outputs, target.name, rows)
-            self.num_gradients[target.name] += self._num_counted(rows.shape[0])
-            if x is not None:
-                group = target.input_group
-                weights = rows.to(torch.float32).square().sum(dim=1)
-                _add_outer(self.sums.inputs, group, x.reshape(-1, x.shape[-1]), weights)
-                # On the device: a number here would wait for the GPU once per matrix and batch.
-                self.weight_sums[group] = self.weight_sums.get(group, 0.0) + weights.sum().to(torch.float64)
+            self.add_gradient(target, rows, x)
+            self.count_gradients(target, rows.shape[0])
 
         return hook
+
+    def add_gradient(self, target: Target, rows: Tensor, x: Tensor | None) -> None:
+        """Gradients of a matrix's outputs, and its inputs if these are weighted by them."""
+        _add_outer(self.sums.outputs, target.name, rows)
+        if x is not None and self.weighted:
+            group = target.input_group
+            weights = rows.to(torch.float32).square().sum(dim=1)
+            _add_outer(self.sums.inputs, group, x.reshape(-1, x.shape[-1]), weights)
+            # On the device: a number here would wait for the GPU once per matrix and batch.
+            self.weight_sums[group] = self.weight_sums.get(group, 0.0) + weights.sum().to(torch.float64)
+
+    def count_gradients(self, target: Target, num_tokens: int) -> None:
+        """How many tokens its gradients are a mean over."""
+        self.num_gradients[target.name] += self._num_counted(num_tokens)
+
+    def real_tokens(self, num_tokens: int) -> Tensor | None:
+        """Which of a batch's tokens are no padding (tokens,); None if all are."""
+        assert self.masks is not None
+        mask = next((mask for mask in self.masks if mask.real.numel() == num_tokens), None)
+        return None if mask is None or mask.count == num_tokens else mask.real.reshape(-1)
 
     def _counted(self, x: Tensor) -> Tensor:
         """The rows (tokens, d) of an input that are no padding."""
@@ -322,9 +354,9 @@ def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Ite
 
 def _batch_tokens(loaded: LoadedModel) -> int:
     """Tokens whose activations fit: block boundaries, the inside of one block twice, logits and their gradient."""
-    widths: dict[str, int] = defaultdict(int)
+    widths: dict[str, float] = defaultdict(float)
     for target in loaded.architecture.targets:
-        widths[target.block] += sum(target.shape)
+        widths[target.block] += target.width
     size = 2 if loaded.device.type == "cuda" else 4
     hidden = loaded.model.get_input_embeddings().weight.shape[1]
     per_token = size * (hidden * len(widths) + 2 * max(widths.values())) + 12 * loaded.architecture.vocab_size

@@ -67,6 +67,16 @@ class Target:
         """Path of the module that owns the parameter."""
         return self.parameter.rpartition(".")[0]
 
+    @property
+    def width(self) -> float:
+        """Numbers that a token reads and writes there, on average."""
+        return sum(self.shape) * self.share
+
+    @property
+    def leaf(self) -> str:
+        """What the parameter is called there."""
+        return self.parameter.rpartition(".")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class NotTargeted:

@@ -31,6 +31,10 @@ class Window:
         found = tensor if self.part is None else tensor[self.part]
         return found if self.rows is None else found[self.rows[0] : self.rows[1]]
 
+    def outputs(self, rows: Tensor) -> Tensor:
+        """What the matrix wrote (t, m), of what its slice did."""
+        return rows if self.rows is None else rows[:, self.rows[0] : self.rows[1]]
+
     def shape(self, slice_shape: tuple[int, int]) -> tuple[int, int]:
         """(m, n) of the matrix, in a slice of some (m, n)."""
         return slice_shape if self.rows is None else (self.rows[1] - self.rows[0], slice_shape[1])

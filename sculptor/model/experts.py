@@ -16,10 +16,11 @@ from sculptor.checkpoint.orientation import as_out_in
 
 
 class Rows(NamedTuple):
-    """What an expert's matrix reads: inputs (t, n), and which of the batch's tokens they are of (t,)."""
+    """What an expert's matrix reads: inputs (t, n), which of the batch's tokens they are of (t,), and how many these are."""
 
     inputs: Tensor
     tokens: Tensor
+    num_tokens: int
 
 
 # Gives what a matrix makes of its rows, (t, m), without a bias: module, parameter in it, expert, rows.
@@ -63,7 +64,7 @@ def run_experts(module: Any, by: Multiply, hidden: Tensor, chosen: Tensor, weigh
     for expert, count in enumerate(counts):
         if count:
             own = tokens[start : start + count]
-            found.append(_run(module, by, expert, Rows(hidden[own], own)))
+            found.append(_run(module, by, expert, Rows(hidden[own], own, len(hidden))))
         start += count
     outputs = torch.cat(found)
     if getattr(module, "has_post_expert_norm", False):
@@ -77,7 +78,7 @@ def run_experts(module: Any, by: Multiply, hidden: Tensor, chosen: Tensor, weigh
 def _run(module: Any, by: Multiply, expert: int, rows: Rows) -> Tensor:
     first = _with_bias(module, "gate_up_proj" if module.has_gate else "up_proj", expert, by, rows)
     inner = module._apply_gate(first) if module.has_gate else module.act_fn(first)
-    return _with_bias(module, "down_proj", expert, by, Rows(inner, rows.tokens))
+    return _with_bias(module, "down_proj", expert, by, rows._replace(inputs=inner))
 
 
 def _with_bias(module: Any, leaf: str, expert: int, by: Multiply, rows: Rows) -> Tensor:
