@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sculptor.analysis.expert_rows import watch_experts
+from sculptor.analysis.padded import ACTIVATION_BYTES, Mask, find_masks, make_batches
 from sculptor.checkpoint.architecture import Target, find_blocks
-from sculptor.data.batches import Batch
-from sculptor.data.examples import IGNORED, Example
+from sculptor.data.examples import Example
 from sculptor.methods.settings import Labels, Weighting
 from sculptor.model.head import find_head
 from sculptor.model.load import LoadedModel
@@ -28,9 +28,6 @@ from sculptor.numerics.precision import float32_products
 from sculptor.progress import Bar
 from sculptor.streaming.parts import without_cache
 
-# Tokens of one forward: as many as this leaves room for, within bounds.
-_ACTIVATION_BYTES = {"cuda": 2e9, "cpu": 5e8}
-_BATCH_TOKENS = (256, 8192)
 # Of the memory that model, activations and eigensolver leave, what the moments of one pass take.
 _SHARE = 0.9
 # GB to stay within on a CPU unless told otherwise, and what the process has before any tensor.
@@ -79,7 +76,7 @@ def passes(
         available = 1e9 * (device_memory or 0) - model_bytes
     else:
         available = 1e9 * ((device_memory or _CPU_MEMORY) - _CPU_RUNTIME) - model_bytes
-    budget = _SHARE * (available - max(decomposition, _ACTIVATION_BYTES[device.type]))
+    budget = _SHARE * (available - max(decomposition, ACTIVATION_BYTES[device.type]))
     blocks: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         blocks[target.block].append(target)
@@ -139,12 +136,12 @@ def measure_moments(
     handles += watch_experts(model, targets, recorder)
     restore = _recompute_blocks(loaded, recorder) if gradients else lambda: None
     try:
-        for batch in _batches(loaded, examples, seed):
+        for batch in make_batches(loaded, examples, seed):
             if gradients and labels == "sampled":
                 recorder.masks = None
                 with torch.no_grad():
                     batch = sample_labels(model, batch, loaded.kind, generator)
-            recorder.masks = _masks(batch, loaded)
+            recorder.masks = find_masks(batch, loaded)
             recorder.calls = 0
             with torch.set_grad_enabled(gradients), suppress(_EnoughError):
                 found = batch_loss(model, batch, loaded.kind)
@@ -202,7 +199,7 @@ class _Recorder:
     def __init__(self, targets: Sequence[Target], gradients: bool, weighting: Weighting) -> None:
         self.gradients = gradients
         self.weighted = gradients and weighting == "gradients"
-        self.masks: list[_Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
+        self.masks: list[Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
         self.sums = Moments()
         self.leaders = {target.input_group: target.name for target in reversed(targets)}
         self.calls = 0  # inputs read in the forward under way
@@ -334,46 +331,3 @@ def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor 
     left32 = rows32 if weights is None else rows32 * weights[:, None]
     with float32_products(rows.device, tf32=rows.dtype == torch.bfloat16 and weights is None):
         sums[key].addmm_(left32.T, rows32)
-
-
-def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Iterator[Batch]:
-    """Examples of similar length together, as many as activations leave room for; longest first."""
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
-    room = _batch_tokens(loaded)
-    start = 0
-    while start < len(order):
-        size = max(1, room // max(1, examples[order[start]].length))
-        chosen = [examples[i] for i in order[start : start + size]]
-        batch = loaded.batch(chosen, seed)
-        if loaded.kind == "seq2seq" and batch.labels.shape == batch.input_ids.shape:
-            # Encoder and decoder states are told apart by their length.
-            batch = Batch(batch.input_ids, batch.attention_mask, nn.functional.pad(batch.labels, (0, 1), value=IGNORED))
-        yield batch.to(loaded.device)
-        start += size
-
-
-def _batch_tokens(loaded: LoadedModel) -> int:
-    """Tokens whose activations fit: block boundaries, the inside of one block twice, logits and their gradient."""
-    widths: dict[str, float] = defaultdict(float)
-    for target in loaded.architecture.targets:
-        widths[target.block] += target.width
-    size = 2 if loaded.device.type == "cuda" else 4
-    hidden = loaded.model.get_input_embeddings().weight.shape[1]
-    per_token = size * (hidden * len(widths) + 2 * max(widths.values())) + 12 * loaded.architecture.vocab_size
-    room = _ACTIVATION_BYTES[loaded.device.type] / per_token
-    return int(min(max(room, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Mask:
-    """Which tokens (B, T) are no padding, and how many."""
-
-    real: Tensor
-    count: int
-
-
-def _masks(batch: Batch, loaded: LoadedModel) -> list[_Mask]:
-    masks = [batch.attention_mask.bool()]
-    if loaded.kind == "seq2seq":
-        masks.append(batch.labels != IGNORED)
-    return [_Mask(mask, int(mask.sum())) for mask in masks]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.architecture import Target
-from sculptor.model.experts import Rows, give_back, multiply, take_over
+from sculptor.model.experts import Rows, multiply, take_over
 
 
 class Recorder(Protocol):
@@ -43,20 +43,18 @@ class WatchedExperts:
     """One module of experts, until it is removed."""
 
     def __init__(self, module: Any, targets: Sequence[Target], recorder: Recorder) -> None:
-        self._module = module
         self._targets = targets
         self._recorder = recorder
         self._inside: dict[tuple[str, int], list[Target]] = defaultdict(list)
         for target in targets:
             assert target.window.part is not None
-            self._inside[target.leaf, target.window.part].append(target)
-        take_over(module, self._product)
-        self._handle = module.register_forward_hook(self._called)
+            self._inside[target.parameter.rpartition(".")[2], target.window.part].append(target)
+        self._handles = [take_over(module, self._product), module.register_forward_hook(self._called)]
 
     def remove(self) -> None:
         """Leaves the module as it was."""
-        self._handle.remove()
-        give_back(self._module)
+        for handle in self._handles:
+            handle.remove()
 
     def _called(self, _: Any, args: tuple[Tensor, ...], __: Any) -> None:
         if self._recorder.is_recording:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
-from sculptor.checkpoint.directory import WRAPPERS
+from sculptor.checkpoint.directory import wrapper_hint
 from sculptor.checkpoint.experts import StackedParameter, expert_role, find_routers, find_stacked, find_windows
 from sculptor.checkpoint.linear import linear_maps, max_positions, vocab_size
 from sculptor.checkpoint.names import Conversion, find_converted, match_names
@@ -71,11 +71,6 @@ class Target:
     def width(self) -> float:
         """Numbers that a token reads and writes there, on average."""
         return sum(self.shape) * self.share
-
-    @property
-    def leaf(self) -> str:
-        """What the parameter is called there."""
-        return self.parameter.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +195,7 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: the files hold {len(linear) - len(missing)} of the {len(linear)} matrices that "
-            f"{type(skeleton).__name__} has; first missing {missing[0]}{_wrapped(checkpoint)}"
+            f"{type(skeleton).__name__} has; first missing {missing[0]}{wrapper_hint(checkpoint)}"
         )
     leaders = input_leaders(skeleton, linear)
     maps = [_target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()]
@@ -217,14 +212,6 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
         max_positions=max_positions(skeleton),
         vocab_size=vocab_size(checkpoint, skeleton),
     )
-
-
-def _wrapped(checkpoint: Checkpoint) -> str:
-    """A hint, where another program's wrapper has lengthened the names."""
-    for prefix, remedy in WRAPPERS.items():
-        if any(name.startswith(prefix) for name in checkpoint):
-            return f"; names begin with {prefix!r}, of {remedy} instead"
-    return ""
 
 
 def _kind(skeleton: Any) -> Kind:

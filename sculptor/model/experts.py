@@ -37,14 +37,20 @@ def product(rows: Rows, weight: Tensor, transposed: bool) -> Tensor:
     return nn.functional.linear(rows.inputs.to(weight.dtype), as_out_in(weight, transposed))
 
 
-def take_over(module: nn.Module, by: Multiply) -> None:
+class TakenOver(NamedTuple):
+    """A module of experts that runs here."""
+
+    module: nn.Module
+
+    def remove(self) -> None:
+        """It runs as transformers has it again."""
+        del self.module.forward
+
+
+def take_over(module: nn.Module, by: Multiply) -> TakenOver:
     """Has a module of experts run here, with products by `by`."""
     module.forward = partial(run_experts, module, by)
-
-
-def give_back(module: nn.Module) -> None:
-    """Undoes `take_over`."""
-    del module.forward
+    return TakenOver(module)
 
 
 def run_experts(module: Any, by: Multiply, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

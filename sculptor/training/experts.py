@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.checkpoint.windows import Window
-from sculptor.model.experts import Rows, product, take_over
+from sculptor.model.experts import Rows, TakenOver, product, take_over
 
 
 class Piece(NamedTuple):
@@ -28,7 +28,7 @@ def leaf_of(record: MatrixRecord) -> str:
     return record.parameter.rpartition(".")[2]
 
 
-def run_in_pieces(module: Any, asked: Iterable[tuple[MatrixRecord, Callable[[Tensor], Tensor]]]) -> None:
+def run_in_pieces(module: Any, asked: Iterable[tuple[MatrixRecord, Callable[[Tensor], Tensor]]]) -> TakenOver:
     """Has a module of experts ask for some matrices' weights when it runs; the others are used as they are."""
     found: dict[tuple[str, int], list[Piece]] = defaultdict(list)
     for record, ask in asked:
@@ -36,7 +36,7 @@ def run_in_pieces(module: Any, asked: Iterable[tuple[MatrixRecord, Callable[[Ten
         found[leaf_of(record), record.window.part].append(Piece(record.window, ask))
     for pieces in found.values():
         pieces.sort(key=lambda piece: piece.window.rows or (0, 0))
-    take_over(module, partial(_multiply, dict(found)))
+    return take_over(module, partial(_multiply, dict(found)))
 
 
 def _multiply(pieces: Pieces, module: Any, leaf: str, expert: int, rows: Rows) -> Tensor:

@@ -18,7 +18,7 @@ from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.windows import Window
 from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds
-from sculptor.model.experts import give_back
+from sculptor.model.experts import TakenOver
 from sculptor.training.coordinates import Coordinates
 from sculptor.training.experts import run_in_pieces
 from sculptor.training.parallelism import (
@@ -274,7 +274,7 @@ def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
 def _restore(module: nn.Module, matrices: Sequence[ProtectedMatrix]) -> None:
     """Gives a module its plain weight back; torch's own way takes the weight from copies of the module too."""
     if not matrices[0].coordinates.record.window.is_whole:
-        give_back(module)
+        TakenOver(module).remove()
         del module._modules[_EXPERTS]
         return
     parametrizations = module.parametrizations

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.orientation import as_out_in
-from sculptor.checkpoint.windows import Window
 from sculptor.errors import CapacityError, SettingsError
 from sculptor.methods.rule import Tensors
 from sculptor.streaming.blocks import BlockStream
@@ -78,11 +77,6 @@ class StreamedMatrix:
     def name(self) -> str:
         """Of the matrix."""
         return self.record.name
-
-    @property
-    def window(self) -> Window:
-        """Where in the parameter it is."""
-        return self.record.window
 
     @property
     def num_coordinate_bytes(self) -> int:
@@ -185,20 +179,6 @@ class StreamedBlock:
     def has_gradients(self) -> bool:
         """Whether gradients of this step wait."""
         return any(matrix.touched for matrix in self.matrices)
-
-    def made(self, layout: Layout) -> tuple[set[str], bool]:
-        """Parameters of the block that an update makes as a whole, and whether there are others that it makes in part."""
-        rest = {
-            matrix.parameter_name: torch.Size(layout[matrix.parameter_name].shape).numel() for matrix in self.matrices
-        }
-        for matrix in self.matrices:
-            rest[matrix.parameter_name] -= torch.Size(matrix.record.rule.shape).numel()
-        whole = {name for name, numbers in rest.items() if not numbers}
-        return whole, len(whole) < len(rest)
-
-    def last_of(self) -> dict[str, int]:
-        """The last matrix of each parameter, by position."""
-        return {matrix.parameter_name: k for k, matrix in enumerate(self.matrices)}
 
     def touched(self) -> frozenset[str]:
         """The matrices that a gradient has reached in this step."""

@@ -7,7 +7,6 @@ so a block is updated when it is next fetched for a forward pass, into the very 
 everything is brought up to date before it is saved. With `fused`, a block is updated as soon as it is finished.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,18 +16,17 @@ from torch import Tensor, nn
 
 from sculptor.archive.store import Archive
 from sculptor.errors import TrainingError
-from sculptor.model.experts import give_back
 from sculptor.numerics.precision import float32_products
 from sculptor.streaming.blocks import BlockStream, Observer
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket
-from sculptor.training.experts import run_in_pieces, tap
 from sculptor.training.protect import find_parameters
 from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix, check_owners, prepare_block
-from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, on_cpu
+from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, made_by, on_cpu
+from sculptor.training.stepping.gradients import listen
 from sculptor.training.stepping.optimizer import (
     MOMENTS,
     divisor,
@@ -86,13 +84,12 @@ class StreamedUpdates(Updates, Observer):
         where = torch.device("cpu") if on_host else self.device
         self.blocks: dict[int, StreamedBlock] = {}
         self._hooks: list[Any] = []
-        self._experts: list[Any] = []  # modules that run their matrices one by one
         self._resident = [p for p in model.parameters() if p.numel() and not any(p is value for value in values)]
         for i, found in enumerate(stream.parameters):
             names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
             if names:
                 self.blocks[i] = prepare_block(i, stream, archive, names, peaks, settings, where)
-                self._listen(model, i)
+                self._hooks += listen(model, self.blocks[i].matrices, partial(self._collect, i), self.device)
             tick(1)
         self._owners = {matrix.name: i for i, block in self.blocks.items() for matrix in block.matrices}
         check_owners(archive, self._owners)
@@ -107,27 +104,13 @@ class StreamedUpdates(Updates, Observer):
         if not getattr(model.config, "output_router_logits", False):  # a router's loss is over the whole batch
             stream.part_tokens = PART_TOKENS.get(self.device.type)
 
-    def _listen(self, model: Any, block: int) -> None:
-        """Has the gradients of a block's matrices come here as they appear."""
-        stacked: dict[str, list[StreamedMatrix]] = defaultdict(list)
-        for matrix in self.blocks[block].matrices:
-            if matrix.window.is_whole:
-                register: Any = matrix.parameter.register_post_accumulate_grad_hook
-                self._hooks.append(register(partial(self._take, block, matrix)))
-            else:
-                stacked[matrix.parameter_name.rpartition(".")[0]].append(matrix)
-        for path, matrices in stacked.items():
-            self._experts.append(model.get_submodule(path))
-            taps = [tap(partial(self._collect, block, matrix), self.device) for matrix in matrices]
-            run_in_pieces(self._experts[-1], zip((matrix.record for matrix in matrices), taps, strict=True))
-
     # The passing of blocks
 
     def fill(self, block: int, slot: Slot) -> list[Ticket] | None:
         if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
         layout = self.stream.layouts[block]
-        ours, partly = found.made(layout)
+        ours, partly = made_by(found, layout)
         rest = [name for name in layout if name not in ours]
         uses = [*slot.taken(), *([self.stream.weights.written(block)] if partly else [])]
         loaded = self.transfers.load(lambda: self.stream.weights.load(block, slot.memory, rest), uses)
@@ -154,12 +137,6 @@ class StreamedUpdates(Updates, Observer):
         slot = self._gradients.enter(block)
         for ticket in slot.taken():  # it is written to, so what reads it has to be over
             ticket.wait()
-
-    def _take(self, block: int, matrix: StreamedMatrix, parameter: Tensor) -> None:
-        """The gradient of a parameter has appeared."""
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        self._collect(block, matrix, gradient)
 
     def _collect(self, block: int, matrix: StreamedMatrix, gradient: Tensor) -> None:
         """A full-size gradient has appeared: only its coordinates are kept."""
@@ -362,9 +339,6 @@ class StreamedUpdates(Updates, Observer):
         for handle in self._hooks:  # they hold what holds them, past any collector
             handle.remove()
         self._hooks.clear()
-        for module in self._experts:
-            give_back(module)
-        self._experts.clear()
         part: Any
         for part in (self.stream, self._updater, self._gradients, *self.blocks.values()):
             part.close()
