@@ -83,7 +83,7 @@ def measure_cosines(
     by_block: dict[str, list[str]] = defaultdict(list)
     handles = []
     for target in targets:
-        if target.shape[0] == target.shape[1]:
+        if target.window.is_whole and target.shape[0] == target.shape[1]:
             module = model.get_submodule(target.module)
             handles.append(module.register_forward_hook(record([target.name]), with_kwargs=True))
         else:

@@ -235,3 +235,11 @@ def check_links(path: Path) -> None:
                 f"{path}: {item.relative_to(path)} is a link to {item.resolve()}, and an output would carry what is there; "
                 "put the file itself in its place (cp -L)"
             )
+
+
+def wrapper_hint(names: Iterable[str]) -> str:
+    """A hint, where another program's wrapper has lengthened the names."""
+    for prefix, remedy in WRAPPERS.items():
+        if any(name.startswith(prefix) for name in names):
+            return f"; names begin with {prefix!r}, of {remedy} instead"
+    return ""

@@ -4,15 +4,16 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, companions
-from sculptor.checkpoint.reader import Checkpoint, Slice
+from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import dtype_name, in_file_order, write_tensors
@@ -21,6 +22,7 @@ from sculptor.progress import Bar
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 # What makes a new tensor, or slice of one, from the old.
 Edit = Callable[[Tensor], Tensor]
+P = TypeVar("P", bound=Placed)
 # Written by sculptor itself; never copied from a base that is itself an output.
 _OUTPUT_MARKS = (RECORD_NAME, "archive.json", "model*.safetensors")
 _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
@@ -67,6 +69,18 @@ def write_checkpoint(
         _write_index(directory, names, shards)
     _copy_companions(source.path, directory)
     _write_config(source.config, directory, dtype)
+
+
+def edits_of(places: Iterable[P], make: Callable[[P], Edit]) -> dict[str, Edit | Mapping[int, Edit]]:
+    """What makes new tensors, of an edit for each of some matrices, which may be slices of one tensor."""
+    whole: dict[str, Edit] = {}
+    parts: dict[str, dict[int, Edit]] = defaultdict(dict)
+    for place in places:
+        if place.part is None:
+            whole[place.tensor] = make(place)
+        else:
+            parts[place.tensor][place.part] = make(place)
+    return {**whole, **parts}
 
 
 def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:

@@ -122,9 +122,9 @@ class _Sizes:
         self.kind = device.type
         self.work = work
         self.size = 2 if device.type == "cuda" else 4  # of a trained weight, and of a basis, on the device
-        widths: dict[str, int] = {}
+        widths: dict[str, float] = {}
         for target in architecture.targets:
-            widths[target.block] = widths.get(target.block, 0) + sum(target.shape)
+            widths[target.block] = widths.get(target.block, 0.0) + target.width
         self.num_blocks = len(widths)
         by_block: dict[str, list[PlannedMatrix]] = {block: [] for block in widths}
         for matrix in matrices:
@@ -175,7 +175,8 @@ class _Sizes:
         per_token = self.size * hidden * self.num_blocks
         self.inputs, self.inputs_of_step = per_token * micro, float(per_token * work.tokens)
         self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
-        forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
+        used = sum(t.shape[0] * t.shape[1] * t.share for t in architecture.targets)
+        forward = 2 * (used + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
         self.operations = 4 * forward  # forward, again, and twice as much backward
         self.operations_at_once = (4 if work.recompute else 3) * forward
         per_fold = sum(cost_of(m.rule, m.names).operations for m in matrices)

@@ -16,6 +16,7 @@ from sculptor.checkpoint.names import Conversion
 from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.tensors import read_bytes
+from sculptor.checkpoint.windows import Window
 from sculptor.errors import CheckpointError
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import FileRegion, HostRegion, Region
@@ -39,6 +40,7 @@ class TensorFiles:
         self._staging = staging
         self._open: dict[str, int] = {}
         self._seen: set[str] = set()
+        self._windows: dict[str, dict[str, Window] | None] = {}
 
     def fill(self, parameter: str, into: Tensor) -> None:
         """Fills a contiguous tensor of the device or of the host with one parameter.
@@ -48,7 +50,7 @@ class TensorFiles:
         """
         source = self.sources[parameter]
         if isinstance(source, Conversion):
-            into.copy_(source.make(self.checkpoint.__getitem__)[parameter])
+            self._convert(source, parameter, into)
         else:
             self.read(Slice(source), into)
         if parameter not in self._seen:
@@ -58,6 +60,19 @@ class TensorFiles:
                     f"{self.checkpoint.path}: {parameter} has NaN or infinite values; use a checkpoint from before the "
                     "training diverged"
                 )
+
+    def _convert(self, source: Conversion, parameter: str, into: Tensor) -> None:
+        """Matrix by matrix, where each has a place of its own."""
+        if parameter not in self._windows:
+            self._windows[parameter] = source.windows(
+                {name: info.shape for name, info in self.checkpoint.infos.items()}
+            )
+        windows = self._windows[parameter]
+        if windows is None:
+            into.copy_(source.make(self.checkpoint.__getitem__)[parameter])
+            return
+        for name, window in windows.items():
+            self.read(Slice(name), window.of(into))
 
     def read(self, place: Placed, into: Tensor) -> None:
         """Fills a contiguous tensor with a tensor of the checkpoint, or a slice of one, in its own dtype or another."""

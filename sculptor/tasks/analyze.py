@@ -120,7 +120,9 @@ def analyze(
             "base": identity({name: record.base_digest for name, record in records.items()}),
         }
         if measures != "nothing":  # the rest of the model decides what is measured, too
-            key["model"] = checkpoint.digests_beside({target.tensor for target in targets}, progress)
+            key["model"] = checkpoint.digests_beside(
+                {target.tensor for target in targets if target.part is None}, progress
+            )
         check_alike(world, key)
         unreached: list[str] = []
         try:
@@ -272,4 +274,5 @@ def _new_record(checkpoint: Checkpoint, target: Target) -> MatrixRecord:
         base_digest=digest(weight),
         base_rms=rms(weight),
         rule=StaircaseRule(target.shape, Staircase.closed(*target.shape).steps),
+        window=target.window,
     )

@@ -25,7 +25,7 @@ from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint, written_order
+from sculptor.checkpoint.writer import Edit, edits_of, output_dtype, write_checkpoint, written_order
 from sculptor.edits.merge import Merged
 from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
@@ -175,17 +175,9 @@ class _Finish:
 
     def _edits(self, opened: Mapping[str, nn.Parameter]) -> dict[str, Edit | Mapping[int, Edit]]:
         """What makes the new tensors: merged matrices, and openly trained parameters."""
-        edits: dict[str, Edit | Mapping[int, Edit]] = {
-            name: functools.partial(_cast_like, value, self.saved) for name, value in opened.items()
-        }
-        parts: dict[str, dict[int, Edit]] = defaultdict(dict)
-        for name, record in self.job.archive.items():
-            edit = functools.partial(self._write, name)
-            if record.part is None:
-                edits[record.tensor] = edit
-            else:
-                parts[record.tensor][record.part] = edit
-        return {**edits, **parts}
+        edits = {name: functools.partial(_cast_like, value, self.saved) for name, value in opened.items()}
+        matrices = edits_of(self.job.archive.values(), lambda record: functools.partial(self._write, record.name))
+        return {**edits, **matrices}
 
     def _write(self, name: str, weight: Tensor) -> Tensor:
         """The merged matrix, given the base's as stored."""

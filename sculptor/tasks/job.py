@@ -24,7 +24,6 @@ from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, output_bytes, plan_archive
 from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.progress import Progress, silent
-from sculptor.training.protect import refuse_slices
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.stepping.optimizer import optimizer_on_host
@@ -102,7 +101,6 @@ def open_job(
     """
     checkpoint, architecture = open_base(model)
     archive = Archive(subspaces, rules=rules)
-    refuse_slices(archive)
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
     settings = resolve_settings(settings, archive)  # refuses before any work

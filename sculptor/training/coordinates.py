@@ -110,6 +110,16 @@ class Coordinates(nn.Module):
         """The parameters A; a list of torch's own takes its time, and this is asked in every forward pass."""
         return list(self.values._parameters.values())  # type: ignore[arg-type]
 
+    def original(self, module: nn.Module) -> nn.Parameter:
+        """The parameter of a protected module that W0 is, or is a part of."""
+        if self.record.window.is_whole:
+            return module.parametrizations.weight.original  # type: ignore[union-attr,return-value]
+        return module.get_parameter(self.record.parameter.rpartition(".")[2])
+
+    def pristine(self, module: nn.Module) -> Tensor:
+        """W0, as the protected module stores it."""
+        return self.record.window.of(self.original(module))
+
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
         check_copied(self)

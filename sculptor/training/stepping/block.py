@@ -261,7 +261,7 @@ def prepare_block(
             bases[key] = unique.setdefault(tensor.data_ptr(), (str(len(unique)), tensor))[0]
         keys = [f"{name}.A{i}" for i in range(len(record.rule.shapes))]
         parameter = stream.parameters[index][parameter_name]
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(record.window.is_whole)  # stacked matrices have gradients of their own
         coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
         entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
         info = stream.weights.files.checkpoint.info_of(record)

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 
 from sculptor.numerics.precision import float32_products
 from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import HostRegion
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket
@@ -79,7 +81,7 @@ class BlockUpdater:
         touched = due.touched if due is not None else frozenset()
         bases = self.bases.enter(block)
         self._divisors_ready.wait()
-        ahead = len(self._ring) > 1
+        ahead, last = len(self._ring) > 1, _last_of(found)
         loads = [self._bring(found, 0, stepping, gradients is None)]
         for k, matrix in enumerate(found.matrices):
             if ahead and k + 1 < len(found.matrices):
@@ -91,7 +93,7 @@ class BlockUpdater:
                 if gradients is not None:
                     views |= matrix.gradient_views(gradients.memory[matrix.gradient_start :])
                 matrix.step(views, due.rate_of, chosen(divisors or self._divisors, matrix.name))
-            target = self.stream.layouts[block].view(slot.memory, matrix.parameter_name)
+            target = matrix.record.window.of(self.stream.layouts[block].view(slot.memory, matrix.parameter_name))
             with float32_products(self.device, tf32=True):
                 target.copy_(matrix.fold(found.tensors(matrix, bases.memory), views, target.dtype))
             done = self.transfers.mark()
@@ -100,10 +102,11 @@ class BlockUpdater:
                 stored = self.transfers.store(partial(matrix.store_state, found, ring.memory), [done])
                 found.state.written = stored
                 ring.uses["store"] = stored
-            region = self.stream.weights.region(block)
-            store = partial(self.stream.weights.store, block, slot.memory, matrix.parameter_name)
-            region.written = self.transfers.store(store, [done])
-            slot.uses["store"] = region.written
+            if k == last[matrix.parameter_name]:
+                region = self.stream.weights.region(block)
+                store = partial(self.stream.weights.store, block, slot.memory, matrix.parameter_name)
+                region.written = self.transfers.store(store, [done])
+                slot.uses["store"] = region.written
             if not ahead and k + 1 < len(found.matrices):
                 loads.append(self._bring(found, k + 1, stepping, gradients is None))
         done = self.transfers.mark()
@@ -187,3 +190,17 @@ def on_cpu(divisors: Divisors) -> Divisors:
     if divisors is None or isinstance(divisors, Tensor):
         return divisors if divisors is None else divisors.cpu()
     return {name: value.cpu() for name, value in divisors.items()}
+
+
+def made_by(block: StreamedBlock, layout: Layout) -> tuple[set[str], bool]:
+    """Parameters of a block that an update makes as a whole, and whether there are others that it makes in part."""
+    rest = {matrix.parameter_name: prod(layout[matrix.parameter_name].shape) for matrix in block.matrices}
+    for matrix in block.matrices:
+        rest[matrix.parameter_name] -= prod(matrix.record.shape)
+    whole = {name for name, numbers in rest.items() if not numbers}
+    return whole, len(whole) < len(rest)
+
+
+def _last_of(block: StreamedBlock) -> dict[str, int]:
+    """The last matrix of each parameter, by position."""
+    return {matrix.parameter_name: k for k, matrix in enumerate(block.matrices)}

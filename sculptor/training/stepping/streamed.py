@@ -25,7 +25,8 @@ from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix, check_owners, prepare_block
-from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, on_cpu
+from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, made_by, on_cpu
+from sculptor.training.stepping.gradients import listen
 from sculptor.training.stepping.optimizer import (
     MOMENTS,
     divisor,
@@ -88,9 +89,7 @@ class StreamedUpdates(Updates, Observer):
             names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
             if names:
                 self.blocks[i] = prepare_block(i, stream, archive, names, peaks, settings, where)
-                for matrix in self.blocks[i].matrices:
-                    register: Any = matrix.parameter.register_post_accumulate_grad_hook
-                    self._hooks.append(register(partial(self._collect, i, matrix)))
+                self._hooks += listen(model, self.blocks[i].matrices, partial(self._collect, i), self.device)
             tick(1)
         self._owners = {matrix.name: i for i, block in self.blocks.items() for matrix in block.matrices}
         check_owners(archive, self._owners)
@@ -110,12 +109,13 @@ class StreamedUpdates(Updates, Observer):
     def fill(self, block: int, slot: Slot) -> list[Ticket] | None:
         if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
-        ours = {matrix.parameter_name for matrix in found.matrices}
-        rest = [name for name in self.stream.layouts[block] if name not in ours]
-        uses = slot.taken()
+        layout = self.stream.layouts[block]
+        ours, partly = made_by(found, layout)
+        rest = [name for name in layout if name not in ours]
+        uses = [*slot.taken(), *([self.stream.weights.written(block)] if partly else [])]
         loaded = self.transfers.load(lambda: self.stream.weights.load(block, slot.memory, rest), uses)
         with self.transfers.lane("update"):
-            for ticket in uses:
+            for ticket in [*uses, *([loaded] if partly else [])]:
                 ticket.wait()
             updated = self._updater.update(block, slot, found.due)
         found.stage, found.due = Stage.CURRENT, None
@@ -138,14 +138,12 @@ class StreamedUpdates(Updates, Observer):
         for ticket in slot.taken():  # it is written to, so what reads it has to be over
             ticket.wait()
 
-    def _collect(self, block: int, matrix: StreamedMatrix, parameter: Tensor) -> None:
+    def _collect(self, block: int, matrix: StreamedMatrix, gradient: Tensor) -> None:
         """A full-size gradient has appeared: only its coordinates are kept."""
         found = self.blocks[block]
         if found.stage is not Stage.OPEN:
             raise RuntimeError(f"{matrix.name}: its gradient appeared after its block was finished")
-        gradient, parameter.grad = parameter.grad, None
         bases, slot = self._updater.bases.find(block), self._gradients.find(block)
-        assert gradient is not None
         assert bases is not None
         assert slot is not None
         views = self._bring(found, matrix) if matrix.record.rule.reads_weight else {}
