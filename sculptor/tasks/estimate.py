@@ -16,7 +16,8 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Plans
 from sculptor.model.load import check_trainable, resolve_device
-from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, added_up, footprints
+from sculptor.planning.footprints import Footprint, Workload, added_up, footprints
+from sculptor.planning.matrices import PlannedMatrix
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
 from sculptor.planning.speeds import decomposition_seconds, measure_speeds

@@ -14,9 +14,12 @@ from sculptor.checkpoint.staging import writing
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, load_streamed
 from sculptor.progress import Progress
+from sculptor.streaming.build import Divide
+from sculptor.streaming.owners import Owners, choose_owners
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import peak_rates
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.prepare import held_bytes
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 from sculptor.training.stepping.streamed import StreamedUpdates
 from sculptor.training.stepping.updates import Updates
@@ -33,7 +36,7 @@ def prepare_model(
     scratch: Path,
     progress: Progress,
 ) -> tuple[LoadedModel, Updates]:
-    """The model with its protected matrices and what else is trained, as the settings' `offload` says.
+    """The model with its protected matrices and what else is trained, as the settings' `offload` and `parallel` say.
 
     Args:
         checkpoint: where the weights are, `architecture` of it.
@@ -46,22 +49,44 @@ def prepare_model(
     """
     with writing(scratch):
         shutil.rmtree(scratch, ignore_errors=True)
-    if settings.offload == "none":
+    divided = settings.parallel == "shard"
+    if settings.offload == "none" and not divided:
         return _prepare_resident(checkpoint, architecture, archive, settings, extra, device)
     assert settings.offload != "auto"
     keep = None if settings.offload_inputs is None else not settings.offload_inputs
+    on_device = settings.offload == "none"
     loaded = load_streamed(
         checkpoint,
         device,
-        settings.offload,
+        "device" if settings.offload == "none" else settings.offload,
         architecture,
         scratch=scratch,
         trained=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
-        keep_inputs=keep,
+        keep_inputs=True if on_device else keep,
         progress=progress,
+        divide=_divide(checkpoint, architecture, archive, device) if divided else None,
     )
     return loaded, streamed_updates(loaded, archive, _open_extra(loaded, extra), settings, progress)
+
+
+def _divide(checkpoint: Checkpoint, architecture: Architecture, archive: Archive, device: torch.device) -> Divide:
+    """Owners among all processes, so that each holds about as much as the others."""
+    open_names = set(archive.open_names)
+    beside = {
+        target.parameter: held_bytes(
+            archive[target.name].rule, archive[target.name].tensors, checkpoint.info_of(target).num_bytes, device.type
+        )
+        for target in architecture.targets
+        if target.name in open_names
+    }
+    world = here()
+
+    def divide(blocks: Sequence[Mapping[str, int]]) -> Owners:
+        held = [{name: size + beside.get(name, 0.0) for name, size in block.items()} for block in blocks]
+        return Owners(world, choose_owners(held, world.size))
+
+    return divide
 
 
 def trained_dtypes(architecture: Architecture, archive: Archive, device: torch.device) -> dict[str, torch.dtype]:

@@ -41,9 +41,10 @@ class BlockUpdater:
         self.blocks = blocks
         self.host = host
         self.bases = Slots(
-            count, max(block.bases_layout.num_bytes for block in blocks.values()), self.device, self._load_bases
+            count, max((b.bases_layout.num_bytes for b in blocks.values()), default=0), self.device, self._load_bases
         )
-        size = max(matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
+        sizes = (matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
+        size = max(sizes, default=0)
         self._ring = [Slot(size, self.device) for _ in range(count)]
         self._divisors: Divisors = None
         self._divisors_ready = self.transfers.mark()
