@@ -212,11 +212,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def local_size() -> int:
-    """Processes of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-
-
 def leave() -> None:
     """Undoes `join`."""
     global _host

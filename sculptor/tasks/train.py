@@ -26,15 +26,16 @@ from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
-from sculptor.tasks.job import TrainJob, choose_parallel, open_base, open_job, plans_of, read_task, split_steps
+from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
 from sculptor.tasks.opening import open_rules
-from sculptor.tasks.processes import check_alike, join, staged_together
+from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
+from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
 from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
-from sculptor.world import World, here, local_size
+from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
@@ -134,7 +135,7 @@ def train(
             job.settings.offload,
             output,
             partial_path(output),
-            sharing=local_size() if divided else 1,
+            sharing=on_this_machine() if divided else 1,
         )
     plan, reason = world.from_first(found)
     resident = plan.offload == "none" and not divided

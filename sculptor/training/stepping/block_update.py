@@ -183,6 +183,29 @@ def by_matrix(blocks: Sequence[StreamedBlock], limit: float) -> dict[str, Tensor
     }
 
 
+def clip_own(
+    blocks: Sequence[StreamedBlock],
+    own: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    total: Tensor,
+    limit: float,
+    apart: bool,
+) -> Tensor | dict[str, Tensor]:
+    """Divides gradients that are on the device, and says what those of blocks are to be divided by.
+
+    Args:
+        blocks: whose gradients wait.
+        own: gradients of openly trained parameters, with these `norms`.
+        total: norm of all.
+        limit: the largest norm.
+        apart: whether each matrix and parameter is clipped by itself.
+    """
+    whole = divisor(total, limit)
+    for gradient, norm in zip(own, norms, strict=True):
+        gradient.div_(divisor(norm, limit) if apart else whole)
+    return by_matrix(blocks, limit) if apart else whole
+
+
 def on_cpu(divisors: Divisors) -> Divisors:
     """The same in host memory; waits for the device."""
     if divisors is None or isinstance(divisors, Tensor):

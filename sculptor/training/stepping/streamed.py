@@ -29,11 +29,10 @@ from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
-from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, on_cpu
+from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, clip_own, on_cpu
 from sculptor.training.stepping.full_gradients import FullGradients
 from sculptor.training.stepping.optimizer import (
     add_up_gradients,
-    divisor,
     extra_groups,
     make_optimizer,
     optimizer_on_host,
@@ -99,7 +98,7 @@ class StreamedUpdates(Updates, Observer):
                 parameter: Any = stream.parameters[i][name].requires_grad_(True)
                 collect = partial(self._collect, i, name, matrices.get(name))
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-        count = 2 if self.device.type == "cuda" else 1
+        count = stream.slots.count
         self._full = None if owners is None else FullGradients(stream, owners, self._trained, count)
         self._host = HostOptimizer(self.blocks) if on_host else None
         size = max((block.gradient_layout.num_bytes for block in self.blocks.values()), default=0)
@@ -260,21 +259,13 @@ class StreamedUpdates(Updates, Observer):
             for matrix in (matrix for block in self.blocks.values() for matrix in block.matrices):
                 matrix.touched = matrix.parameter_name in reached
         self._collected.wait()
-        limit = self.settings.clip
         norms = [norm for block in self.blocks.values() for norm in block.norms.values()]
         own = [value.grad for value in self.extra.values() if value.grad is not None]
         own_norms = list(map(torch.linalg.vector_norm, own))
         total = self._norm(norms, own_norms)
-        divisors: Divisors = None
-        limit = 0.0 if self.fused and not own else limit  # its blocks have been updated
-        if limit and self.settings.clip_by == "matrix":
-            divisors = by_matrix(list(self.blocks.values()), limit)
-            for gradient, norm in zip(own, own_norms, strict=True):
-                gradient.div_(divisor(norm, limit))
-        elif limit:
-            divisors = divisor(total, limit)
-            for gradient in own:
-                gradient.div_(divisors)
+        limit = 0.0 if self.fused and not own else self.settings.clip  # its blocks have been updated
+        apart = self.settings.clip_by == "matrix"
+        divisors = clip_own(list(self.blocks.values()), own, own_norms, total, limit, apart) if limit else None
         self._updater.clip_with(divisors)
         if self._host is not None:
             self._host_divisors = on_cpu(divisors)
@@ -342,11 +333,9 @@ class StreamedUpdates(Updates, Observer):
 
     def release_model(self) -> None:
         self.flush()
-        self.stream.slots.close()
-        self._updater.close()
-        self._gradients.close()
-        if self._full is not None:
-            self._full.close()
+        part: Any
+        for part in (self.stream.slots, self._updater, self._gradients, *([self._full] if self._full else [])):
+            part.close()
         for parameter in self._resident:
             parameter.data = parameter.data.new_empty(0)
 
