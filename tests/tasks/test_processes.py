@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import IDS, SMALL, save_checkpoint, slowly, task_rows, write_rows
+from conftest import FAMILIES, IDS, SMALL, save_checkpoint, slowly, task_rows, write_rows
 from safetensors.torch import load_file
 from together import (
     Failed,
@@ -180,7 +180,7 @@ def test_verification_is_that_of_one_process(made: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_what_is_fetched_ahead_changes_nothing(made: Path, tmp_path: Path) -> None:
-    """As on a GPU, and with a block that some processes leave out: all of them fetch the same all the same."""
+    """As on a GPU."""
     inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
     watched = {"eval_data": [made / "rows.jsonl"]}
     for changes in ({}, {"offload": "cpu", "offload_inputs": True, "optimizer_on": "host"}):
@@ -194,11 +194,12 @@ def test_what_is_fetched_ahead_changes_nothing(made: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [sculptor.train, train_ahead])
-def test_layers_that_are_dropped_stop_nobody(run: Any, tmp_path: Path) -> None:
+def test_layers_that_are_dropped_stop_nobody(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.OPTConfig(
         **(SMALL | {"num_hidden_layers": 4}), ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5, **IDS
     )
-    model = save_checkpoint(tmp_path / "model", transformers.OPTForCausalLM(config))
+    monkeypatch.setitem(FAMILIES, "dropping", lambda: transformers.OPTForCausalLM(config))
+    model = save_checkpoint(tmp_path / "model", "dropping")
     rows = write_rows(tmp_path / "rows.jsonl", task_rows())
     sculptor.analyze(model, tmp_path / "archive", AnalyzeSettings(preserve=0.5, **CPU))
     chosen = settings(parallel="shard", batch_size=3, micro_batch_size=1)
