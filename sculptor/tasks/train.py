@@ -123,7 +123,7 @@ def train(
     check_alike(
         world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     )
-    asked = job.settings.checkpoint_activations
+    asked, wanted = job.settings.checkpoint_activations, job.settings.parallel
     with world.together():
         job = choose_parallel(job, device, world)
     divided = job.settings.parallel == "shard"
@@ -141,11 +141,12 @@ def train(
     resident = plan.offload == "none" and not divided
     settings = job.settings if resident else replace(job.settings, checkpoint_activations=asked)
     placed, unused = _placed(settings, plan.offload, divided)
-    if world.size > 1:
-        reason += f"; --parallel {placed.parallel}"
     if unused:
         reason += f"; without effect there: {', '.join(unused)}"
-    if not reason.endswith(("as asked", "everything fits")):
+    quiet = reason.endswith(("as asked", "everything fits")) and (settings.parallel == wanted or not divided)
+    if world.size > 1:
+        reason += f"; --parallel {settings.parallel}"
+    if not quiet:
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
     read += [job.checkpoint.path, *([] if given is None else [given])]
