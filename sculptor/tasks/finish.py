@@ -125,7 +125,9 @@ class _Finish:
         """The checkpoint, and the archive's tensors."""
         job = self.job
         if self.world.size > 1:
-            self._coming = self.world.in_order(self._names(), self._parcel)
+            names = self._names()
+            owners = [self.updates.owners.get(name, i % self.world.size) for i, name in enumerate(names)]
+            self._coming = self.world.in_order(names, self._parcel, owners)
         if self.world.first:
             bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
             write_checkpoint(job.checkpoint, self.staged, self._edits(self.opened), dtype=self.saved, bar=bar)
@@ -238,7 +240,9 @@ class _Finish:
         merged, stream = open_checkpoint(self.staged), self.loaded.stream
         self.updates.close()
         if stream is not None:
-            return load_streamed(merged, self.device, stream.weights.scratch.tier, progress=self.progress)
+            tier = stream.weights.scratch.tier
+            # Every process reads all of it: what was divided is in nobody's memory as a whole.
+            return load_streamed(merged, self.device, "disk" if stream.divided else tier, progress=self.progress)
         for value in (*self.loaded.model.parameters(), *self.loaded.model.buffers()):
             value.data = value.data.new_empty(0)  # the moments need the room
         if self.device.type == "cuda":

@@ -3,7 +3,6 @@
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
 import torch
@@ -20,14 +19,11 @@ from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
-from sculptor.planning.footprints import Footprint, Workload, footprints
-from sculptor.planning.placement import choose, output_bytes, plan_archive
-from sculptor.planning.splits import Split, choose_split, default_split
+from sculptor.planning.footprints import Workload, footprints
+from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
-from sculptor.training.stepping.optimizer import optimizer_on_host
-from sculptor.world import ALONE, World
 
 MEMORY_ROWS = 384
 
@@ -221,51 +217,6 @@ def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequen
 def cast_to(settings: TrainSettings) -> torch.dtype | None:
     """Dtype of every tensor of the merged checkpoint; None if each keeps its own."""
     return None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
-
-
-def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
-    """What each way of training would take."""
-    rows, _ = _sizes(job)
-    return _plans_of(job, device, default_split(job.settings, rows, device))
-
-
-def split_steps(job: TrainJob, device: torch.device, world: World = ALONE) -> TrainJob:
-    """Decides how a process's part of a step is split, as far as the settings leave it open; the same for devices of one size."""
-    rows, longest = _sizes(job)
-    rows = -(-rows // world.size)
-    split = choose_split(lambda split: _plans_of(job, device, split), job.settings, rows, longest, device)
-    split = world.from_first(split)
-    again = split.recompute if device.type == "cuda" else job.settings.checkpoint_activations
-    settings = replace(job.settings, micro_batch_size=split.rows, checkpoint_activations=again)
-    return replace(job, settings=settings)
-
-
-def _sizes(job: TrainJob) -> tuple[int, int]:
-    """Rows of a step, and tokens of the longest."""
-    examples = job.encoded.examples
-    longest = max((example.length for example in examples), default=1)
-    return min(job.settings.batch_size, max(1, job.encoded.num_epoch)), longest
-
-
-def _plans_of(job: TrainJob, device: torch.device, split: Split) -> dict[str, Footprint]:
-    settings = job.settings
-    rows, longest = _sizes(job)
-    assert settings.carry is not None
-    steps = settings.total_steps(-(-job.encoded.num_epoch // rows))
-    work = Workload(
-        tokens=rows * longest,
-        micro_batches=1,
-        fused=settings.optimizer_mode == "fused",
-        keep_inputs=settings.offload_inputs is False,
-        on_host=optimizer_on_host(settings, "cpu", device),
-        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
-        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
-        saves=-(-steps // settings.steps_between_saves(steps)),
-        evaluates=job.evaluation is not None,
-        row=longest,
-    )
-    matrices = plan_archive(job.archive, job.architecture)
-    return footprints(job.checkpoint, job.architecture, matrices, device, split.workload(work, rows))
 
 
 def open_model(

@@ -58,9 +58,9 @@ def open_rules(
         settings, task = archive.manifest.settings, len(archive.manifest.tasks)
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
             world.once(writer.resume)
-            with closing(
-                open_model(job.checkpoint, device, job.architecture, job.settings.offload, progress=progress)
-            ) as loaded:
+            # Every process reads all of it: what is to be divided is in nobody's memory as a whole.
+            offload = "disk" if job.settings.parallel == "shard" else job.settings.offload
+            with closing(open_model(job.checkpoint, device, job.architecture, offload, progress=progress)) as loaded:
                 write_measured(
                     loaded,
                     dict(archive),

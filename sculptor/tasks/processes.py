@@ -1,5 +1,6 @@
 """A job in several processes: each with its own device, one of them with the output."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,11 @@ def join(device: str) -> World:
         SettingsError: if they cannot be set up.
     """
     return processes.join(device != "cpu" and torch.cuda.is_available())
+
+
+def on_this_machine() -> int:
+    """How many of the processes share this machine's memory, as launchers say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 @contextmanager

@@ -26,9 +26,10 @@ from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
-from sculptor.tasks.job import TrainJob, open_base, open_job, plans_of, read_task, split_steps
+from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
 from sculptor.tasks.opening import open_rules
-from sculptor.tasks.processes import check_alike, join, staged_together
+from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
+from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
@@ -38,7 +39,15 @@ from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
-_HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
+_HOW = (
+    "save_every",
+    "offload",
+    "parallel",
+    "offload_inputs",
+    "optimizer_on",
+    "optimizer_mode",
+    "checkpoint_activations",
+)
 # All that is written into the staging directory.
 _OWN = (ANALYZED_NAME, OPENED)  # archives made on the way, which go along
 _WRITES = (
@@ -114,17 +123,30 @@ def train(
     check_alike(
         world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     )
-    asked = job.settings.checkpoint_activations
+    asked, wanted = job.settings.checkpoint_activations, job.settings.parallel
+    with world.together():
+        job = choose_parallel(job, device, world)
+    divided = job.settings.parallel == "shard"
     job = split_steps(job, device, world)
     with world.together():
-        found = choose(plans_of(job, device), device, job.settings.offload, output, partial_path(output))
-        plan, reason = world.from_first(found)
-        _check_offload(plan.offload, world)
-    settings = job.settings if plan.offload == "none" else replace(job.settings, checkpoint_activations=asked)
-    placed, unused = _placed(settings, plan.offload)
+        found = choose(
+            plans_of(job, device, world),
+            device,
+            job.settings.offload,
+            output,
+            partial_path(output),
+            sharing=on_this_machine() if divided else 1,
+        )
+    plan, reason = world.from_first(found)
+    resident = plan.offload == "none" and not divided
+    settings = job.settings if resident else replace(job.settings, checkpoint_activations=asked)
+    placed, unused = _placed(settings, plan.offload, divided)
     if unused:
         reason += f"; without effect there: {', '.join(unused)}"
-    if not reason.endswith(("as asked", "everything fits")):
+    quiet = reason.endswith(("as asked", "everything fits")) and (settings.parallel == wanted or not divided)
+    if world.size > 1:
+        reason += f"; --parallel {settings.parallel}"
+    if not quiet:
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
     read += [job.checkpoint.path, *([] if given is None else [given])]
@@ -173,23 +195,14 @@ def _place(partial: Path, output: Path, overwrite: bool) -> None:
     discard(partial, _WRITES)
 
 
-def _check_offload(offload: Offload, world: World) -> None:
-    """Refuses what several processes cannot do."""
-    if world.size > 1 and offload != "none":
-        raise SettingsError(
-            f"--offload {offload} with {world.size} processes: streamed training runs in one for now; the model has to fit on "
-            "every device, or start one process"
-        )
-
-
-def _placed(settings: TrainSettings, offload: Offload) -> tuple[TrainSettings, list[str]]:
+def _placed(settings: TrainSettings, offload: Offload, divided: bool) -> tuple[TrainSettings, list[str]]:
     """The settings for where `auto` put the model, and the options that have no effect there."""
-    resident = offload == "none"
+    waits, resident = offload != "none", offload == "none" and not divided
     # By name: whether it matters there, the option, and the values that ask for what is done anyway, default first.
     concerns: dict[str, tuple[bool, str, tuple[Any, Any]]] = {
         "optimizer_on": (offload == "cpu", "--optimizer-on", ("auto", "device")),
-        "optimizer_mode": (not resident, "--optimizer-mode fused", ("exact", "exact")),
-        "offload_inputs": (not resident, "--offload-inputs", (None, False)),
+        "optimizer_mode": (waits, "--optimizer-mode fused", ("exact", "exact")),
+        "offload_inputs": (waits, "--offload-inputs", (None, False)),
         "checkpoint_activations": (resident, "--keep-activations", (None, True)),
     }
     idle = {name: (option, same) for name, (matters, option, same) in concerns.items() if not matters}

@@ -28,12 +28,17 @@ def leaf_of(record: MatrixRecord) -> str:
     return record.parameter.rpartition(".")[2]
 
 
-def run_in_pieces(module: Any, asked: Iterable[tuple[MatrixRecord, Callable[[Tensor], Tensor]]]) -> TakenOver:
-    """Has a module of experts ask for some matrices' weights when it runs; the others are used as they are."""
+def run_in_pieces(module: Any, asked: Iterable[tuple[str, Window, Callable[[Tensor], Tensor]]]) -> TakenOver:
+    """Has a module of experts ask for some matrices' weights when it runs; the others are used as they are.
+
+    Args:
+        module: of experts.
+        asked: the parameter in it, the window of it that is a matrix, and what gives the weight.
+    """
     found: dict[tuple[str, int], list[Piece]] = defaultdict(list)
-    for record, ask in asked:
-        assert record.window.part is not None
-        found[leaf_of(record), record.window.part].append(Piece(record.window, ask))
+    for leaf, window, ask in asked:
+        assert window.part is not None
+        found[leaf, window.part].append(Piece(window, ask))
     for pieces in found.values():
         pieces.sort(key=lambda piece: piece.window.rows or (0, 0))
     return take_over(module, partial(_multiply, dict(found)))

@@ -4,6 +4,7 @@ The loss of a step is the mean over all its tokens, whatever the split into micr
 before the first backward. The norm that is clipped is that of the trained parameters' gradients.
 """
 
+import functools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from sculptor.model.loss import batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
-from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state
+from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
 from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
 from sculptor.world import World
 
@@ -159,6 +160,7 @@ class TrainingLoop:
         batches = self._micro_batches(rows, step)
         counts = sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches), sum(b.num_tokens for b in batches)
         total_tokens, tokens = map(int, self.world.total(*counts))
+        passes = self.world.most(len(batches))
         rate_of = rates_of(self.settings, step, self.total)
         model = self.loaded.model
         if not model.training:  # asked first: it goes through every module
@@ -175,6 +177,9 @@ class TrainingLoop:
                 self.accelerator.backward(share)
             self.updates.end_backward()
             losses.append(share.detach())
+        for _ in range(passes - len(batches)):  # of other processes, which have more rows
+            self.updates.begin(rate_of)
+            self.updates.end_backward()
         if self.penalty is not None and self.world.first:  # once, where gradients add up
             self.accelerator.backward(self.penalty())
         norm = self.updates.clip()
@@ -233,8 +238,8 @@ class TrainingLoop:
         self._log(step=step, eval_loss=loss)
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)
-            digests = self.world.once(lambda: self.store.save_best(step, self.updates.parameters()))
-            self.store.note_best(step, digests)
+            save = functools.partial(self.store.save_best, step)
+            self.store.note_best(step, write_together(self.world, self.updates.parameters(), save))
 
     def _log(self, **values: float) -> None:
         if not self.world.first:
@@ -262,7 +267,7 @@ class TrainingLoop:
         state = self.updates.state()
         entries = {**state.entries, **random.entries}
         read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
-        self.world.once(lambda: self.store.save(self.position, Tensors(entries, read)))
+        write_together(self.world, Tensors(entries, read), functools.partial(self.store.save, self.position))
 
     def _restore(self) -> None:
         found = self.store.load()

@@ -20,7 +20,7 @@ from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.experts import TakenOver
 from sculptor.training.coordinates import Coordinates
-from sculptor.training.experts import run_in_pieces
+from sculptor.training.experts import leaf_of, run_in_pieces
 from sculptor.training.parallelism import (
     check_added_up,
     check_copied,
@@ -170,7 +170,7 @@ def attach_coordinates(
         else:
             _experts_in(module).append(coordinates)
     for module in dict.fromkeys(module for module, coordinates in prepared if not coordinates.record.window.is_whole):
-        run_in_pieces(module, [(coordinates.record, coordinates) for coordinates in _experts_in(module)])
+        run_in_pieces(module, [(leaf_of(own.record), own.record.window, own) for own in _experts_in(module)])
     stacks = make_stacks((Member(module, coordinates) for module, coordinates in prepared), fold)
     if fold == "automatic":
         model.register_forward_pre_hook(functools.partial(_begin_pass, stacks))

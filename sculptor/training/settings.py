@@ -14,6 +14,7 @@ ClipBy = Literal["model", "matrix"]
 OptimizerMode = Literal["exact", "fused"]
 OptimizerOn = Literal["auto", "host", "device"]
 Offload = Literal["none", "cpu", "disk", "auto"]
+Parallel = Literal["auto", "replicate", "shard"]
 # Rows per forward where nothing else decides.
 MICRO_ROWS = 8
 
@@ -45,6 +46,8 @@ class TrainSettings:
     """Clip all trained parameters together, or each matrix by itself."""
     offload: Offload = "auto"
     """Where blocks wait that are not being computed: all stay on the device, host memory, disk, or what fits."""
+    parallel: Parallel = "auto"
+    """In several processes: each holds everything, or its share of weights, bases and state [auto: everything where it fits]."""
     optimizer_mode: OptimizerMode = "exact"
     """With offloading: fused updates blocks within the backward pass; needs one micro-batch per step, and --clip-by matrix
     or --clip 0."""

@@ -1,6 +1,7 @@
 """A checkpoint made ready for training: resident, or streamed from host memory or disk."""
 
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from sculptor.checkpoint.staging import writing
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, load_streamed
 from sculptor.progress import Progress
+from sculptor.streaming.build import Divide
+from sculptor.streaming.owners import Owners, choose_owners
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import peak_rates
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.prepare import held_bytes
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 from sculptor.training.stepping.streamed import StreamedUpdates
 from sculptor.training.stepping.updates import Updates
@@ -33,7 +37,7 @@ def prepare_model(
     scratch: Path,
     progress: Progress,
 ) -> tuple[LoadedModel, Updates]:
-    """The model with its protected matrices and what else is trained, as the settings' `offload` says.
+    """The model with its protected matrices and what else is trained, as the settings' `offload` and `parallel` say.
 
     Args:
         checkpoint: where the weights are, `architecture` of it.
@@ -46,22 +50,42 @@ def prepare_model(
     """
     with writing(scratch):
         shutil.rmtree(scratch, ignore_errors=True)
-    if settings.offload == "none":
+    divided = settings.parallel == "shard"
+    if settings.offload == "none" and not divided:
         return _prepare_resident(checkpoint, architecture, archive, settings, extra, device)
     assert settings.offload != "auto"
     keep = None if settings.offload_inputs is None else not settings.offload_inputs
+    on_device = settings.offload == "none"
     loaded = load_streamed(
         checkpoint,
         device,
-        settings.offload,
+        "device" if settings.offload == "none" else settings.offload,
         architecture,
         scratch=scratch,
         trained=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
-        keep_inputs=keep,
+        keep_inputs=True if on_device else keep,
         progress=progress,
+        divide=_divide(checkpoint, architecture, archive, device) if divided else None,
     )
     return loaded, streamed_updates(loaded, archive, _open_extra(loaded, extra), settings, progress)
+
+
+def _divide(checkpoint: Checkpoint, architecture: Architecture, archive: Archive, device: torch.device) -> Divide:
+    """Owners among all processes, so that each holds about as much as the others."""
+    open_names = set(archive.open_names)
+    beside: dict[str, float] = defaultdict(float)
+    for target in architecture.targets:
+        if target.name in open_names:
+            record, size = archive[target.name], checkpoint.info_of(target).num_bytes
+            beside[target.parameter] += held_bytes(record.rule, record.tensors, size, device.type)
+    world = here()
+
+    def divide(blocks: Sequence[Mapping[str, int]]) -> Owners:
+        held = [{name: size + beside[name] for name, size in block.items()} for block in blocks]
+        return Owners(world, choose_owners(held, world.size))
+
+    return divide
 
 
 def trained_dtypes(architecture: Architecture, archive: Archive, device: torch.device) -> dict[str, torch.dtype]:

@@ -7,21 +7,24 @@ before it is removed. Coordinates mean nothing in other bases, so a fingerprint 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from sculptor.checkpoint.staging import key_difference, write_json, writing
-from sculptor.checkpoint.tensors import digest, read_header, read_known, write_tensors
+from sculptor.checkpoint.tensors import digest, in_file_order, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError
 from sculptor.training.stepping.updates import Tensors
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Sha256, parse, read_file, read_json, sign
+from sculptor.world import World
+
+T = TypeVar("T")
 
 STATE_NAME = "state"
 STATE_FILES = (f"{STATE_NAME}/step-*", f"{STATE_NAME}/best*")  # all that is written, seen from the run's directory
@@ -231,6 +234,35 @@ def _write(path: Path, tensors: Tensors) -> dict[str, str]:
 
     write_tensors(path, [(name, *entry) for name, entry in tensors.entries.items()], read, {})
     return digests
+
+
+def write_together(world: World, tensors: Tensors, write: Callable[[Tensors], T]) -> T:
+    """Writes a file of the tensors of all processes, by the first; those that it lacks come to it one at a time.
+
+    Args:
+        world: the processes.
+        tensors: that this one has; what several have is taken from the first of them.
+        write: reads all of them, in the order of a file.
+
+    Returns:
+        What `write` made, in all processes.
+    """
+    if world.size == 1:
+        return write(tensors)
+    everything = list(enumerate(world.gather(dict(tensors.entries))))
+    found = {name: (rank, entry) for rank, of in reversed(everything) for name, entry in of.items()}
+    names = [name for name, *_ in in_file_order([(name, *entry) for name, (_, entry) in found.items()])]
+    coming = world.in_order(names, lambda name: [tensors.read(name)], [found[name][0] for name in names])
+    made: Any = None
+    with world.together():
+        try:
+            if world.first:
+                made = write(Tensors({name: found[name][1] for name in names}, lambda _: next(coming)))
+        finally:
+            for _ in coming:  # what is under way: of the others, all of theirs
+                pass
+    result: T = world.from_first(made)
+    return result
 
 
 def _same_bases(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> bool:

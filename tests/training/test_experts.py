@@ -19,7 +19,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import ArchiveError
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.model.experts import multiply, run_experts
-from sculptor.training.experts import run_in_pieces, tap
+from sculptor.training.experts import leaf_of, run_in_pieces, tap
 from sculptor.training.protect import protected_matrices
 from sculptor.validation import sign
 
@@ -71,7 +71,8 @@ def test_each_matrix_has_the_gradient_of_its_window(family: str, tmp_path: Path,
     got: dict[str, Tensor] = {}
     asked = [r for r in records if r is not left_out]
     handle = run_in_pieces(
-        module, [(r, tap(lambda g, r=r: got.update({r.name: g}), torch.device("cpu"))) for r in asked]
+        module,
+        [(leaf_of(r), r.window, tap(lambda g, r=r: got.update({r.name: g}), torch.device("cpu"))) for r in asked],
     )
     module(hidden, chosen, weights).square().sum().backward()
     handle.remove()

@@ -43,9 +43,10 @@ class BlockUpdater:
         self.blocks = blocks
         self.host = host
         self.bases = Slots(
-            count, max(block.bases_layout.num_bytes for block in blocks.values()), self.device, self._load_bases
+            count, max((b.bases_layout.num_bytes for b in blocks.values()), default=0), self.device, self._load_bases
         )
-        size = max(matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
+        sizes = (matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
+        size = max(sizes, default=0)
         self._ring = [Slot(size, self.device) for _ in range(count)]
         self._divisors: Divisors = None
         self._divisors_ready = self.transfers.mark()
@@ -183,6 +184,29 @@ def by_matrix(blocks: Sequence[StreamedBlock], limit: float) -> dict[str, Tensor
         for matrix in block.matrices
         if matrix.touched
     }
+
+
+def clip_own(
+    blocks: Sequence[StreamedBlock],
+    own: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    total: Tensor,
+    limit: float,
+    apart: bool,
+) -> Tensor | dict[str, Tensor]:
+    """Divides gradients that are on the device, and says what those of blocks are to be divided by.
+
+    Args:
+        blocks: whose gradients wait.
+        own: gradients of openly trained parameters, with these `norms`.
+        total: norm of all.
+        limit: the largest norm.
+        apart: whether each matrix and parameter is clipped by itself.
+    """
+    whole = divisor(total, limit)
+    for gradient, norm in zip(own, norms, strict=True):
+        gradient.div_(divisor(norm, limit) if apart else whole)
+    return by_matrix(blocks, limit) if apart else whole
 
 
 def on_cpu(divisors: Divisors) -> Divisors:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,12 @@ class Updates(ABC):
     Attributes:
         extra: openly trained parameters of the model, by name.
         settings: resolved settings.
+        owners: of matrices, which alone have their coordinates; empty where every process has all.
     """
 
     extra: dict[str, nn.Parameter]
     settings: TrainSettings
+    owners: Mapping[str, int] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -47,7 +50,7 @@ class Updates(ABC):
 
     @abstractmethod
     def end_backward(self) -> None:
-        """It is over."""
+        """It is over; or this process had no rows for it."""
 
     @abstractmethod
     def clip(self) -> float:
@@ -75,7 +78,7 @@ class Updates(ABC):
 
     @abstractmethod
     def coordinates(self, name: str) -> list[Tensor] | None:
-        """The coordinates of a matrix, on the device; None if it has none."""
+        """The coordinates of a matrix, on the device; None if it has none here."""
 
     def release_model(self) -> None:  # noqa: B027 - nothing that could go before the end
         """Training is over: gives back what only a forward pass needs, not the trained values."""
