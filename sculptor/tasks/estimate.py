@@ -28,7 +28,6 @@ from sculptor.tasks.data import preview_rows
 from sculptor.tasks.estimate_report import Estimate, Mode
 from sculptor.training.settings import OptimizerMode, TrainSettings
 
-
 _GPUS_OF_A_MACHINE = 8  # which share its host memory
 
 
