@@ -83,6 +83,7 @@ def train_adapter(
             ("weight_decay", settings.weight_decay),
             ("also_train", settings.also_train),
             ("offload", settings.offload in ("cpu", "disk")),
+            ("parallel", settings.parallel != "auto"),
             ("optimizer_mode", settings.optimizer_mode != "exact"),
         )
         if given

@@ -63,7 +63,7 @@ def _processes(found: Estimate) -> list[str]:
     if found.gpus == 1:
         return []
     holding = " (replicate), or its share of them (shard)" if len(found.modes) > 2 else ""
-    holding = ", which they divide," if "replicate" not in found.modes else holding
+    holding = ", which they divide" if "replicate" not in found.modes else holding
     return [
         f"{found.gpus} GPUs, each with its part of the rows and all matrices{holding}. Memory and bytes are those of the "
         "process with most."

@@ -28,6 +28,8 @@ from sculptor.tasks.data import preview_rows
 from sculptor.tasks.estimate_report import Estimate, Mode
 from sculptor.training.settings import OptimizerMode, TrainSettings
 
+_GPUS_OF_A_MACHINE = 8  # which share its host memory
+
 
 def estimate(
     model: str | Path,
@@ -104,7 +106,8 @@ def estimate(
         return _ways(settings, take, work, num_trainable)
 
     def lacking(plan: Footprint) -> list[Shortage]:
-        return shortages(plan, device.type, free_device, free_host, free_disk)
+        sharing = min(settings.gpus, _GPUS_OF_A_MACHINE) if plan.shares else 1
+        return shortages(plan, device.type, free_device, free_host / sharing, free_disk)
 
     def split_of(wanted: TrainSettings) -> Split:
         """That of the first way that fits."""
