@@ -172,7 +172,8 @@ def _inject(
     """Puts adapters into the model and returns their parameters, float32."""
     import peft
 
-    modules = [target.module for target in loaded.architecture.targets]
+    # Adapters are for modules; stacked experts, which are none, have no adapter.
+    modules = [target.module for target in loaded.architecture.targets if target.window.is_whole]
     config: Any
     if method == "osf":
         config = peft.OSFConfig(target_modules=modules, effective_rank=adapter.preserve)
@@ -197,7 +198,7 @@ def _merged(
     model: nn.Module, architecture: Architecture, saved: torch.dtype | None
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """For each tensor of the checkpoint what adds its adapter, when it is written."""
-    by_module = {target.module: target.name for target in architecture.targets}
+    by_module = {target.module: target.name for target in architecture.targets if target.window.is_whole}
     return {
         by_module[path]: functools.partial(_add_delta, module, saved)
         for path, module in model.named_modules()
