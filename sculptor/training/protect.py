@@ -27,6 +27,7 @@ from sculptor.training.parallelism import (
     ignore_in_broadcasts,
 )
 from sculptor.training.rates import default_relative_rate, matrix_scales
+from sculptor.training.saved import save_as_before, save_plain
 from sculptor.training.stack import FoldMode, Member, Stack, make_stacks
 
 
@@ -76,7 +77,7 @@ def protect(
 
     They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
     The model's outputs are unchanged until they are. Wrap it in DistributedDataParallel afterwards; what shards parameters is
-    refused.
+    refused. What is saved in between loads as a plain model, too (`saved.py`).
 
     Args:
         model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
@@ -111,6 +112,7 @@ def protect(
     matrices = protected_matrices(model)
     model.register_forward_pre_hook(functools.partial(_look, matrices))
     ignore_in_broadcasts(model, _buffers(matrices))
+    save_plain(model, protected_matrices)
     return model
 
 
@@ -292,6 +294,7 @@ def merge(model: Any) -> Any:
 
 def _unhook(module: nn.Module) -> None:
     """Undoes what `protect` leaves beside the coordinates."""
+    save_as_before(module)
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, functools.partial) and hook.func in (_begin_pass, _look):
             del module._forward_pre_hooks[key]
