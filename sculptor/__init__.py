@@ -22,6 +22,7 @@ _HOMES = {
     "Lines": "sculptor.edits.settings",
     "Project": "sculptor.edits.settings",
     "Prune": "sculptor.edits.settings",
+    "SculptorCallback": "sculptor.tasks.callback",
     "SculptorError": "sculptor.errors",
     "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
@@ -53,6 +54,7 @@ __all__ = [
     "Lines",
     "Project",
     "Prune",
+    "SculptorCallback",
     "SculptorError",
     "Threshold",
     "TrainSettings",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from sculptor.methods.settings import AnalyzeSettings
     from sculptor.planning.settings import EstimateSettings
     from sculptor.tasks.analyze import analyze
+    from sculptor.tasks.callback import SculptorCallback
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,8 @@ class TrainJob:
         extra: openly trained parameter of the model -> tensor of the checkpoint.
         placement: where its blocks are, and why.
         unopened: the archive as it was given, where `archive` was opened for the task.
+        rows_elsewhere: how many rows another program trained on, where `encoded` has only those that are measured.
+        trainer: that program and its settings, if any.
     """
 
     checkpoint: Checkpoint
@@ -53,13 +56,20 @@ class TrainJob:
     archive: Archive
     settings: TrainSettings
     data: tuple[str, ...]
-    rows_digest: str
+    rows_digest: str | None
     encoded: Encoded
     evaluation: Encoded | None
     name: str
     extra: Mapping[str, str]
     placement: str = ""
     unopened: Archive | None = None
+    rows_elsewhere: int | None = None
+    trainer: Mapping[str, Any] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were trained on."""
+        return len(self.encoded.examples) if self.rows_elsewhere is None else self.rows_elsewhere
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,7 +78,7 @@ class Rows:
 
     encoded: Encoded
     evaluation: Encoded | None
-    digest: str
+    digest: str | None
 
 
 def open_base(model: str | Path) -> tuple[Checkpoint, Architecture]:

@@ -154,6 +154,7 @@ def attach_coordinates(
         read = functools.partial(archive.read, name)
         coordinates = Coordinates(read, weight, compute_dtype, known, soften)
         coordinates.relative_rate, coordinates.scale = rate, scales[name]
+        coordinates.archive = archive.identity
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
