@@ -203,6 +203,27 @@ def rule_option(command: Command) -> Command:
     )(command)
 
 
+def adapter_option(command: Command) -> Command:
+    """`--merge-adapter`."""
+    return click.option(
+        "--merge-adapter",
+        type=click.Path(),
+        metavar="DIR",
+        help="MODEL is a LoRA adapter: merge it into the base that it names, write that checkpoint to DIR, and go on with it.",
+    )(command)
+
+
+def merged(model: str, directory: str | None, device: str) -> str:
+    """MODEL, or what merging it gives."""
+    if directory is None:
+        return model
+    from sculptor.tasks.adapter import merge_adapter
+
+    made = merge_adapter(model, directory, device=device, progress=bars)
+    tell(f"merged {model} into its base: {made}; that is MODEL from now on")
+    return str(made)
+
+
 def overwrite_option(command: Command) -> Command:
     """`--overwrite`."""
     return click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")(

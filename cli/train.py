@@ -9,9 +9,11 @@ from sculptor.training.settings import TrainSettings
 
 from .options import (
     SuggestingCommand,
+    adapter_option,
     bars,
     catch_signals,
     json_option,
+    merged,
     overwrite_option,
     push_options,
     quiet_libraries,
@@ -50,12 +52,14 @@ from .options import (
     "MODEL says].",
 )
 @settings_options(TrainSettings)
+@adapter_option
 @push_options
 @resume_option
 @overwrite_option
 @json_option
 def command(
     model: str,
+    merge_adapter: str | None,
     subspaces: str | None,
     data: tuple[str, ...],
     output: Path,
@@ -88,7 +92,7 @@ def command(
     quiet_libraries()
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
-            model,
+            merged(model, merge_adapter, settings["device"]),
             subspaces,
             data,
             output,
