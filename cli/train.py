@@ -8,6 +8,7 @@ import click
 from sculptor.training.settings import TrainSettings
 
 from .options import (
+    Choice,
     SuggestingCommand,
     adapter_option,
     bars,
@@ -52,6 +53,12 @@ from .options import (
     "MODEL says].",
 )
 @settings_options(TrainSettings)
+@click.option(
+    "--report-to",
+    multiple=True,
+    type=Choice(["tensorboard", "wandb", "mlflow", "trackio"]),
+    help="Show loss, rate, gradient norm and speed there, too; files go to the folder runs/ beside OUTPUT; repeatable.",
+)
 @adapter_option
 @push_options
 @resume_option
@@ -67,6 +74,7 @@ def command(
     push_to_hub: str | None,
     public: bool,
     protect_data: tuple[str, ...],
+    report_to: tuple[str, ...],
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -99,6 +107,7 @@ def command(
             TrainSettings(**settings),
             eval_data=eval_data,
             protect_data=protect_data,
+            report_to=report_to,  # type: ignore[arg-type]
             overwrite=overwrite,
             resume=resume,
             progress=bars,
