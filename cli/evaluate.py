@@ -52,7 +52,7 @@ from .options import (
 @click.option("--show", type=click.IntRange(0), default=0, help="Show what is answered to the first rows, so many.")
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
-@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device", "offload")
+@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "attn_implementation", "device", "offload")
 @adapter_option
 @json_option
 def command(

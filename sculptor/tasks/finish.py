@@ -243,7 +243,7 @@ class _Finish:
 
     def _reload(self) -> LoadedModel:
         """What was written, rounding and all: the archive belongs to that, however the model was trained."""
-        merged, stream = open_checkpoint(self.staged), self.loaded.stream
+        merged, stream = open_checkpoint(self.staged, self.job.settings.attn_implementation), self.loaded.stream
         if self.updates.goes_on:
             return open_model(merged, self.device, self.job.architecture, "auto", progress=self.progress)
         self.updates.close()

@@ -11,6 +11,7 @@ import torch
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.data.chat import check_use
@@ -81,13 +82,14 @@ class Rows:
     digest: str | None
 
 
-def open_base(model: str | Path) -> tuple[Checkpoint, Architecture]:
-    """The checkpoint that is trained.
+def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint that is trained, with which attention.
 
     Raises:
         SculptorError: if it cannot be.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, attn_implementation)
+    check_attention(checkpoint)
     architecture = inspect_architecture(checkpoint)
     check_head(checkpoint, architecture)
     read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
@@ -110,7 +112,7 @@ def open_job(
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
     """
-    checkpoint, architecture = open_base(model)
+    checkpoint, architecture = open_base(model, settings.attn_implementation)
     archive = Archive(subspaces, rules=rules)
     refuse_slices(archive)
     if not archive.open_names:

@@ -105,7 +105,7 @@ def train(
     rows, given = None, subspaces
     if subspaces is None:
         with world.together():
-            checkpoint, architecture = open_base(model)
+            checkpoint, architecture = open_base(model, settings.attn_implementation)
             rows = read_task(checkpoint, architecture, data, eval_data, settings, notice)
         read += local_files(protect_data)
         with staged(inputs=[checkpoint.path, *read], resume=resume) as partial:

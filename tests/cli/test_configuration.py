@@ -51,7 +51,10 @@ def parsed(name: str, *arguments: object) -> dict[str, Any]:
     """What a command's function would be called with."""
     import click
 
-    command, parent = the_command(name), click.Context(the_command(""), info_name="sculptor")
+    command, parent = (
+        the_command(name),
+        click.Context(the_command(""), info_name="sculptor", help_option_names=["-h", "--help"]),
+    )
     for word in name.split():
         parent = click.Context(command, info_name=word, parent=parent)
     found: dict[str, Any] = parent.params
