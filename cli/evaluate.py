@@ -7,7 +7,16 @@ import click
 
 from sculptor.training.settings import TrainSettings
 
-from .options import SuggestingCommand, bars, json_option, quiet_libraries, settings_options, tell
+from .options import (
+    SuggestingCommand,
+    adapter_option,
+    bars,
+    json_option,
+    merged,
+    quiet_libraries,
+    settings_options,
+    tell,
+)
 
 
 @click.command("evaluate", cls=SuggestingCommand)
@@ -43,10 +52,12 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, sett
 @click.option("--show", type=click.IntRange(0), default=0, help="Show what is answered to the first rows, so many.")
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
-@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device", "offload")
+@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "attn_implementation", "device", "offload")
+@adapter_option
 @json_option
 def command(
     model: str,
+    merge_adapter: str | None,
     data: tuple[str, ...],
     watch: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -71,7 +82,7 @@ def command(
 
     quiet_libraries()
     result = evaluate(
-        model,
+        merged(model, merge_adapter, options["device"]),
         data,
         watch=watch,
         tasks=[name.strip() for listed in tasks for name in listed.split(",") if name.strip()],

@@ -1,7 +1,6 @@
 """What commands share: near-miss suggestions, progress bars and common options."""
 
 import dataclasses
-import difflib
 import os
 import signal
 import sys
@@ -12,17 +11,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
+from .configuration import check_complete, config_option
+from .nearest import nearest
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 # What the same thing is called elsewhere.
 _OTHER_NAMES = {"--lr": "--learning-rate", "--out": "--output", "--archive": "--subspaces", "--dataset": "--data"}
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean X?`, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 class Choice(click.Choice[str]):
@@ -36,11 +32,15 @@ class Choice(click.Choice[str]):
 
 
 class SuggestingCommand(click.Command):
-    """A command that suggests the nearest option."""
+    """A command that suggests the nearest option, and reads options from a file."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(config_option())
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             known = [name for parameter in self.params for name in parameter.opts]
             if error.option_name in _OTHER_NAMES and _OTHER_NAMES[error.option_name] in known:
@@ -49,6 +49,8 @@ class SuggestingCommand(click.Command):
             raise click.UsageError(
                 f"No such option: {error.option_name}.{nearest(error.option_name, known)}", ctx
             ) from None
+        check_complete(ctx)
+        return rest
 
 
 class SuggestingGroup(click.Group):
@@ -199,6 +201,27 @@ def rule_option(command: Command) -> Command:
         help="What may change: everything outside of protected directions, a few directions of each input, the smallest "
         "entries, or rotations of the outputs.",
     )(command)
+
+
+def adapter_option(command: Command) -> Command:
+    """`--merge-adapter`."""
+    return click.option(
+        "--merge-adapter",
+        type=click.Path(),
+        metavar="DIR",
+        help="MODEL is a LoRA adapter: merge it into the base that it names, write that checkpoint to DIR, and go on with it.",
+    )(command)
+
+
+def merged(model: str, directory: str | None, device: str) -> str:
+    """MODEL, or what merging it gives."""
+    if directory is None:
+        return model
+    from sculptor.tasks.adapter import merge_adapter
+
+    made = merge_adapter(model, directory, device=device, progress=bars)
+    tell(f"merged {model} into its base: {made}; that is MODEL from now on")
+    return str(made)
 
 
 def overwrite_option(command: Command) -> Command:

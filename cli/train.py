@@ -8,10 +8,13 @@ import click
 from sculptor.training.settings import TrainSettings
 
 from .options import (
+    Choice,
     SuggestingCommand,
+    adapter_option,
     bars,
     catch_signals,
     json_option,
+    merged,
     overwrite_option,
     push_options,
     quiet_libraries,
@@ -50,12 +53,20 @@ from .options import (
     "MODEL says].",
 )
 @settings_options(TrainSettings)
+@click.option(
+    "--report-to",
+    multiple=True,
+    type=Choice(["tensorboard", "wandb", "mlflow", "trackio"]),
+    help="Show loss, rate, gradient norm and speed there, too; files go to the folder runs/ beside OUTPUT; repeatable.",
+)
+@adapter_option
 @push_options
 @resume_option
 @overwrite_option
 @json_option
 def command(
     model: str,
+    merge_adapter: str | None,
     subspaces: str | None,
     data: tuple[str, ...],
     output: Path,
@@ -63,6 +74,7 @@ def command(
     push_to_hub: str | None,
     public: bool,
     protect_data: tuple[str, ...],
+    report_to: tuple[str, ...],
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -88,13 +100,14 @@ def command(
     quiet_libraries()
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
-            model,
+            merged(model, merge_adapter, settings["device"]),
             subspaces,
             data,
             output,
             TrainSettings(**settings),
             eval_data=eval_data,
             protect_data=protect_data,
+            report_to=report_to,  # type: ignore[arg-type]
             overwrite=overwrite,
             resume=resume,
             progress=bars,

@@ -22,6 +22,7 @@ _HOMES = {
     "Lines": "sculptor.edits.settings",
     "Project": "sculptor.edits.settings",
     "Prune": "sculptor.edits.settings",
+    "SculptorCallback": "sculptor.tasks.callback",
     "SculptorError": "sculptor.errors",
     "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
@@ -34,6 +35,7 @@ _HOMES = {
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
     "merge": "sculptor.training.protect",
+    "merge_adapter": "sculptor.tasks.adapter",
     "parameter_groups": "sculptor.training.rates",
     "protect": "sculptor.training.protect",
     "prune": "sculptor.tasks.prune",
@@ -53,6 +55,7 @@ __all__ = [
     "Lines",
     "Project",
     "Prune",
+    "SculptorCallback",
     "SculptorError",
     "Threshold",
     "TrainSettings",
@@ -66,6 +69,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "merge",
+    "merge_adapter",
     "parameter_groups",
     "preview",
     "protect",
@@ -84,7 +88,9 @@ if TYPE_CHECKING:
     from sculptor.methods.kinds import Kind
     from sculptor.methods.settings import AnalyzeSettings
     from sculptor.planning.settings import EstimateSettings
+    from sculptor.tasks.adapter import merge_adapter
     from sculptor.tasks.analyze import analyze
+    from sculptor.tasks.callback import SculptorCallback
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview

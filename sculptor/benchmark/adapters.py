@@ -90,7 +90,7 @@ def train_adapter(
     ]
     if unused:
         raise SettingsError(f"[train] {', '.join(unused)} without effect with --method {method}; leave it out")
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, settings.attn_implementation)
     architecture = inspect_architecture(checkpoint)
     device = resolve_device(settings.device)
     settings = replace(

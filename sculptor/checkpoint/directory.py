@@ -79,8 +79,8 @@ def read_config(path: Path) -> dict[str, Any]:
     adapters = sorted(name for name in names if name.startswith(("adapter_config.json", "adapter_model.")))
     if adapters and SINGLE_NAME not in names and INDEX_NAME not in names:
         raise CheckpointError(
-            f"{path}: an adapter ({adapters[0]}), no full model; merge it first: "
-            "PeftModel.from_pretrained(BASE, DIR).merge_and_unload().save_pretrained(OUT)"
+            f"{path}: an adapter ({adapters[0]}), no full model; merge it first: analyze, train and evaluate do with "
+            f"--merge-adapter DIR, others take what `sculptor edit interpolate BASE {path} --alpha 1 --output DIR` writes"
         )
     if adapters:
         raise CheckpointError(

@@ -104,6 +104,8 @@ class AnalyzeSettings:
     """Dtype of the stored bases; what is stored is what is protected."""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Name | None = None
+    """With data: attention of the model: eager, sdpa, flash_attention_2, ... [default: transformers' choice]."""
     device_memory: Positive | None = None
     """inputs, curvature: GB to stay within, by reading the rows more often [default: what is free on a GPU, 8 on a CPU]."""
 

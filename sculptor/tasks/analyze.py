@@ -24,6 +24,7 @@ from sculptor.checkpoint.architecture import (
     Target,
     inspect_architecture,
 )
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import commit
@@ -89,12 +90,15 @@ def analyze(
     world = join(settings.device)
     device = resolve_device(settings.device)
     with world.together():
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, settings.attn_implementation)
+        check_attention(checkpoint)
         architecture = inspect_architecture(checkpoint)
         check_trainable(checkpoint, architecture)
         targets = select_targets(architecture.targets, settings.targets, settings.exclude)
         method = make_method(settings, kinds, [target.shape for target in targets])
         measures = measures_of(method, "derive")
+        if measures == "nothing" and settings.attn_implementation is not None:
+            raise SettingsError("--attn-implementation without effect: the model is not run, only its weights are read")
         calibrated = measures in ("inputs", "gradients")
         if calibrated:
             settings = fill_in(settings, checkpoint, architecture, device)

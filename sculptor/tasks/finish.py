@@ -33,19 +33,19 @@ from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.card import write_card
 from sculptor.tasks.first_archive import ANALYZED_NAME
-from sculptor.tasks.job import TrainJob, cast_to
+from sculptor.tasks.job import TrainJob, cast_to, open_model
 from sculptor.tasks.next_archive import NextArchive
 from sculptor.tasks.train_record import train_card, training_record
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
-from sculptor.training.stepping.updates import Updates, merge_trained
+from sculptor.training.stepping.updates import Trained, merge_trained
 from sculptor.world import ALONE, World
 
 
 def write_output(
     job: TrainJob,
     loaded: LoadedModel,
-    updates: Updates,
+    updates: Trained,
     result: LoopResult,
     output: Path,
     partial: Path,
@@ -106,7 +106,7 @@ class _Finish:
 
     job: TrainJob
     loaded: LoadedModel
-    updates: Updates
+    updates: Trained
     staged: Path
     archive: NextArchive
     progress: Progress
@@ -153,7 +153,7 @@ class _Finish:
             output=output,
             loop=result,
             placement=job.placement,
-            num_examples=len(job.encoded.examples),
+            num_examples=job.num_rows,
             num_dropped=job.encoded.num_dropped,
             num_cut=job.encoded.num_cut,
             num_trainable=self.num_trainable,
@@ -237,7 +237,9 @@ class _Finish:
 
     def _reload(self) -> LoadedModel:
         """What was written, rounding and all: the archive belongs to that, however the model was trained."""
-        merged, stream = open_checkpoint(self.staged), self.loaded.stream
+        merged, stream = open_checkpoint(self.staged, self.job.settings.attn_implementation), self.loaded.stream
+        if self.updates.goes_on:
+            return open_model(merged, self.device, self.job.architecture, "auto", progress=self.progress)
         self.updates.close()
         if stream is not None:
             tier = stream.weights.scratch.tier

@@ -4,11 +4,13 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.data.chat import check_use
@@ -41,6 +43,8 @@ class TrainJob:
         extra: openly trained parameter of the model -> tensor of the checkpoint.
         placement: where its blocks are, and why.
         unopened: the archive as it was given, where `archive` was opened for the task.
+        rows_elsewhere: how many rows another program trained on, where `encoded` has only those that are measured.
+        trainer: that program and its settings, if any.
     """
 
     checkpoint: Checkpoint
@@ -48,13 +52,20 @@ class TrainJob:
     archive: Archive
     settings: TrainSettings
     data: tuple[str, ...]
-    rows_digest: str
+    rows_digest: str | None
     encoded: Encoded
     evaluation: Encoded | None
     name: str
     extra: Mapping[str, str]
     placement: str = ""
     unopened: Archive | None = None
+    rows_elsewhere: int | None = None
+    trainer: Mapping[str, Any] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were trained on."""
+        return len(self.encoded.examples) if self.rows_elsewhere is None else self.rows_elsewhere
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,16 +74,17 @@ class Rows:
 
     encoded: Encoded
     evaluation: Encoded | None
-    digest: str
+    digest: str | None
 
 
-def open_base(model: str | Path) -> tuple[Checkpoint, Architecture]:
-    """The checkpoint that is trained.
+def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint that is trained, with which attention.
 
     Raises:
         SculptorError: if it cannot be.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, attn_implementation)
+    check_attention(checkpoint)
     architecture = inspect_architecture(checkpoint)
     check_head(checkpoint, architecture)
     read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
@@ -95,7 +107,7 @@ def open_job(
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
     """
-    checkpoint, architecture = open_base(model)
+    checkpoint, architecture = open_base(model, settings.attn_implementation)
     archive = Archive(subspaces, rules=rules)
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")

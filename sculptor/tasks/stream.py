@@ -13,6 +13,7 @@ from torch import Tensor
 from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
@@ -32,7 +33,7 @@ from sculptor.training.stepping.updates import merge_trained
 
 _USED = {
     "offload", "learning_rate", "relative_rate", "weight_decay", "clip", "clip_by", "soften", "optimizer_mode", "optimizer_on",
-    "offload_inputs", "device", "batch_size", "micro_batch_size",
+    "offload_inputs", "device", "batch_size", "micro_batch_size", "attn_implementation",
 }  # fmt: skip
 
 
@@ -95,7 +96,8 @@ class StreamedModel:
         _check(settings, directory)
         self.archive = archive if isinstance(archive, Archive) else Archive(archive, rules=rules)
         self.settings = resolve_settings(settings, self.archive)
-        self.checkpoint = open_checkpoint(model)
+        self.checkpoint = open_checkpoint(model, settings.attn_implementation)
+        check_attention(self.checkpoint)
         self.archive.check_base(self.checkpoint, progress)
         architecture = inspect_architecture(self.checkpoint)
         device = resolve_device(settings.device)

@@ -6,7 +6,7 @@ in its folder `output`, which a rename puts in its place.
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
 from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
+from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
@@ -65,6 +66,7 @@ def train(
     *,
     eval_data: Data = (),
     protect_data: Data = (),
+    report_to: Sequence[Tracker] = (),
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -84,6 +86,7 @@ def train(
         settings: how to train.
         eval_data: likewise, rows whose loss chooses the best parameters of the run.
         protect_data: for that analysis, what the model should stay good at [default: what it says by itself].
+        report_to: experiment trackers, through accelerate; what they write as files goes to the folder `runs` beside the output.
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
@@ -98,6 +101,7 @@ def train(
         SculptorError: if an input or the output cannot be used, or the run cannot go on.
     """
     settings = settings or TrainSettings()
+    check_trackers(report_to)
     output = Path(output).resolve()
     world = join(settings.device)
     device = resolve_device(settings.device)
@@ -110,7 +114,7 @@ def train(
     rows, given = None, subspaces
     if subspaces is None:
         with world.together():
-            checkpoint, architecture = open_base(model)
+            checkpoint, architecture = open_base(model, settings.attn_implementation)
             rows = read_task(checkpoint, architecture, data, eval_data, settings, notice)
         read += local_files(protect_data)
         with staged(inputs=[checkpoint.path, *read], resume=resume) as partial:
@@ -152,6 +156,7 @@ def train(
     read += [job.checkpoint.path, *([] if given is None else [given])]
     with staged(inputs=read, resume=resume) as partial:
         scratch = partial / "scratch"
+        trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None
         job = open_rules(job, device, partial, progress, world)
         loaded, updates = prepare_model(
             job.checkpoint, job.architecture, job.archive, job.settings, list(job.extra), device, scratch, progress
@@ -170,12 +175,15 @@ def train(
                 stop=stop,
                 world=world,
                 mixture=job.encoded.mixture,
+                report=(lambda _: None) if trackers is None else trackers.log,
             )
             result = loop.run(progress)
             del loop
             report = write_output(job, loaded, updates, result, output, partial, progress, world)
         finally:
             updates.close()
+            if trackers is not None:
+                trackers.close()
             shutil.rmtree(scratch, ignore_errors=True)
         world.once(lambda: _place(partial, output, overwrite))
     return report

@@ -1,5 +1,6 @@
 """sculptor.json of a trained checkpoint: how it came about."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,9 @@ from sculptor.tasks.job import TrainJob
 from sculptor.tasks.record import record_head
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
+
+# What an output depends on that another program's training ended with.
+_OF_OUTPUT = ("carry", "memory_rows", "memory_weight", "soften", "save_dtype")
 
 
 def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None, opened: Sequence[str] = ()) -> Merge:
@@ -44,8 +48,11 @@ def training_record(
 
     mixture = job.encoded.mixture
     return {
-        **record_head("train", accelerate=accelerate.__version__),
-        "settings": published(job.settings),
+        **record_head("train" if job.trainer is None else "trainer", accelerate=accelerate.__version__),
+        "settings": published(job.settings)
+        if job.trainer is None
+        else {name: getattr(job.settings, name) for name in _OF_OUTPUT},
+        **({} if job.trainer is None else {"trainer": dict(job.trainer)}),
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
         | ({} if mixture is None else asdict(mixture)),
@@ -58,7 +65,7 @@ def training_record(
         "examples": {"rows": report.num_examples, "dropped": report.num_dropped, "cut": report.num_cut},
         "num_trainable": report.num_trainable,
         "rose": report.rose,
-        "result": asdict(report.loop),
+        "result": {name: None if value != value else value for name, value in asdict(report.loop).items()},
         "matrices": {name: asdict(matrix) for name, matrix in report.matrices.items()},
     }
 
@@ -81,14 +88,17 @@ def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
 def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     loop = report.loop
     total = report.num_protected + job.archive.num_free
+    unit = " nats per token" if job.trainer is None else ""  # others have losses of their own
     best = (
         [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
     )
+    losses = [("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f}{unit}")]
+    losses = [] if math.isnan(loop.last_loss) else losses
     opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []
     return [
         ("rows", f"{report.num_examples:,}, {report.num_dropped:,} dropped, {report.num_cut:,} cut"),
-        ("steps", f"{loop.steps:,}, {loop.tokens:,} tokens"),
-        ("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f} nats per token"),
+        ("steps", f"{loop.steps:,}" + (f", {loop.tokens:,} tokens" if loop.tokens else "")),
+        *losses,
         *best,
         ("protected share of the matrices", f"{100 * report.num_protected / total:.1f} % of {total:,} parameters"),
         ("largest leak of a matrix into what is protected", f"{report.max_leak:.1e} of its update"),

@@ -59,10 +59,12 @@ class Coordinates(nn.Module):
         values: the parameters A, float32.
         compute_dtype: of the folded weight; None for that of W0.
         source: hands out the folded weight: the stack that the matrix is in.
+        archive: identity of the archive that they come from.
         relative_rate, scale: the learning rate that suits the archive's rules, over the size of W0, and that size.
     """
 
     source: "WeightSource"
+    archive: str = ""
 
     def __init__(
         self,

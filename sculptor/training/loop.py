@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class TrainingLoop:
         stop: polled after every step; a signal number ends the run after its state is saved.
         mixture: which part of an epoch comes from which examples; None if it is all of them.
         world: the processes that share a step.
+        report: told every line of the metrics, in the first process.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class TrainingLoop:
         stop: Callable[[], int | None] = lambda: None,
         mixture: Mixture | None = None,
         world: World | None = None,
+        report: Callable[[Mapping[str, float]], object] = lambda _: None,
     ) -> None:
         self.loaded = loaded
         self.updates = updates
@@ -95,6 +97,7 @@ class TrainingLoop:
         self.evaluate = evaluate
         self.stop = stop
         self.world = world or World()
+        self.report = report
         lengths = [example.length for example in examples]
         self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world, mixture)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
@@ -248,6 +251,7 @@ class TrainingLoop:
             file.write(json.dumps(values) + "\n")
             length = file.tell()
         self.position = replace(self.position, metrics_bytes=length)
+        self.report(values)
 
     def _should_save(self, done: int) -> bool:
         """Where it is due; a twentieth of the time at most goes into it, unless the user says how often."""
@@ -286,8 +290,8 @@ class TrainingLoop:
             os.truncate(self.metrics, min(self.position.metrics_bytes, self.metrics.stat().st_size))
 
 
-def make_accelerator(device: torch.device) -> Any:
-    """Device and mixed precision: bf16 autocast on a GPU, float32 on a CPU.
+def make_accelerator(device: torch.device, **more: Any) -> Any:
+    """Device and mixed precision: bf16 autocast on a GPU, float32 on a CPU; `more` is for accelerate.
 
     Raises:
         SettingsError: if accelerate is set up otherwise.
@@ -296,7 +300,7 @@ def make_accelerator(device: torch.device) -> Any:
 
     precision = "bf16" if device.type == "cuda" else "no"
     try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False, **more)
     except ValueError as cause:  # accelerate keeps one state per process
         raise SettingsError(
             f"accelerate is set up in this process for another device or precision than {device.type} and {precision}; "

@@ -30,6 +30,7 @@ from sculptor.training.parallelism import (
     ignore_in_broadcasts,
 )
 from sculptor.training.rates import default_relative_rate, matrix_scales
+from sculptor.training.saved import save_as_before, save_plain
 from sculptor.training.stack import FoldMode, Member, Stack, make_stacks
 
 # Where a module that holds stacked matrices has their coordinates.
@@ -87,7 +88,7 @@ def protect(
 
     They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
     The model's outputs are unchanged until they are. Wrap it in DistributedDataParallel afterwards; what shards parameters is
-    refused.
+    refused. What is saved in between loads as a plain model, too (`saved.py`).
 
     Args:
         model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
@@ -123,6 +124,7 @@ def protect(
     matrices = protected_matrices(model)
     model.register_forward_pre_hook(functools.partial(_look, matrices))
     ignore_in_broadcasts(model, _buffers(matrices))
+    save_plain(model, protected_matrices)
     return model
 
 
@@ -161,6 +163,7 @@ def attach_coordinates(
         read = functools.partial(archive.read, name)
         coordinates = Coordinates(read, weight, compute_dtype, known, soften)
         coordinates.relative_rate, coordinates.scale = rate, scales[name]
+        coordinates.archive = archive.identity
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
@@ -338,6 +341,7 @@ def _by_module(matrices: Sequence[ProtectedMatrix]) -> dict[nn.Module, list[Prot
 
 def _unhook(module: nn.Module) -> None:
     """Undoes what `protect` leaves beside the coordinates."""
+    save_as_before(module)
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, functools.partial) and hook.func in (_begin_pass, _look):
             del module._forward_pre_hooks[key]

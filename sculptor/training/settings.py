@@ -73,6 +73,8 @@ class TrainSettings:
     """Decides order, masking and dropout."""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Name | None = None
+    """Attention of the model: eager, sdpa, flash_attention_2, ... [default: transformers' choice]."""
     save_dtype: SaveDtype = "keep"
     """Dtype of the merged checkpoint."""
     carry: Carry | None = None

@@ -22,18 +22,20 @@ class Tensors:
     read: Callable[[str], Tensor]
 
 
-class Updates(ABC):
-    """The trained parameters, by name (coordinates are `<matrix>.A<i>`), and their optimizer.
+class Trained(ABC):
+    """What a training leaves, whoever stepped: what is asked of it when its output is written.
 
     Attributes:
         extra: openly trained parameters of the model, by name.
         settings: resolved settings.
         owners: of matrices, which alone have their coordinates; empty where every process has all.
+        goes_on: whether the model is still needed when the output is written.
     """
 
     extra: dict[str, nn.Parameter]
     settings: TrainSettings
     owners: Mapping[str, int] = MappingProxyType({})
+    goes_on = False
 
     @property
     @abstractmethod
@@ -43,6 +45,20 @@ class Updates(ABC):
     @abstractmethod
     def fingerprints(self) -> dict[str, list[float]]:
         """Of the bases of every matrix: coordinates mean nothing in others."""
+
+    @abstractmethod
+    def coordinates(self, name: str) -> list[Tensor] | None:
+        """The coordinates of a matrix, on the device; None if it has none here."""
+
+    def release_model(self) -> None:  # noqa: B027 - nothing that could go before the end
+        """Training is over: gives back what only a forward pass needs, not the trained values."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to do where nothing waits elsewhere
+        """Gives back the memory of everything; the parameters are gone."""
+
+
+class Updates(Trained):
+    """The trained parameters, by name (coordinates are `<matrix>.A<i>`), and their optimizer."""
 
     @abstractmethod
     def begin(self, rate_of: RateOf) -> None:
@@ -76,16 +92,6 @@ class Updates(ABC):
     def load(self, saved: Mapping[str, Tensor], *, optimizer: bool) -> None:
         """Puts back what `parameters`, or with `optimizer` what `state` gave."""
 
-    @abstractmethod
-    def coordinates(self, name: str) -> list[Tensor] | None:
-        """The coordinates of a matrix, on the device; None if it has none here."""
-
-    def release_model(self) -> None:  # noqa: B027 - nothing that could go before the end
-        """Training is over: gives back what only a forward pass needs, not the trained values."""
-
-    def close(self) -> None:  # noqa: B027 - nothing to do where nothing waits elsewhere
-        """Gives back the memory of everything; the parameters are gone."""
-
 
 def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
     """Tensors that are all there."""
@@ -95,7 +101,7 @@ def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
     )
 
 
-def merge_trained(updates: Updates, entry: Entry, weight: Tensor, dtype: torch.dtype) -> Merged | None:
+def merge_trained(updates: Trained, entry: Entry, weight: Tensor, dtype: torch.dtype) -> Merged | None:
     """A matrix as training leaves it, the tensor to save on the CPU; None if it was not trained.
 
     Args:
