@@ -5,7 +5,6 @@ in its folder `output`, which a rename puts in its place.
 """
 
 import functools
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from sculptor.analysis.lineage import OPENED
 from sculptor.checkpoint.staging import commit, partial_path, writing
-from sculptor.checkpoint.written import discard
+from sculptor.checkpoint.written import discard, remove
 from sculptor.data.examples import digest_examples
 from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
@@ -33,18 +32,13 @@ from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
-from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
+from sculptor.training.state import STATE_NAME, StateStore, has_state
 from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
 _HOW = ("save_every", "offload", "offload_inputs", "optimizer_on", "optimizer_mode", "checkpoint_activations")
-# All that is written into the staging directory.
 _OWN = (ANALYZED_NAME, OPENED)  # archives made on the way, which go along
-_WRITES = (
-    *("metrics.jsonl", *STATE_FILES, "scratch/*", f"{ANALYZED_NAME}.partial/*", "output/*"),
-    *(f"{name}/*" for name in _OWN),
-)
 
 
 def train(
@@ -96,7 +90,7 @@ def train(
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     read: list[str | Path] = [*local_files(data), *local_files(eval_data), *filter(None, [settings.chat_template])]
     staged = functools.partial(
-        staged_together, world, output, command="train", writes=_WRITES, overwrite=overwrite, worth_keeping=_is_begun
+        staged_together, world, output, command="train", overwrite=overwrite, worth_keeping=_is_begun
     )
     rows, given = None, subspaces
     if subspaces is None:
@@ -154,7 +148,7 @@ def train(
             report = write_output(job, loaded, updates, result, output, partial, progress, world)
         finally:
             updates.close()
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove(scratch)
         world.once(lambda: _place(partial, output, overwrite))
     return report
 
@@ -167,10 +161,10 @@ def _is_begun(partial: Path) -> bool:
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
     for name in _OWN:
         if (partial / name).is_dir():
-            with writing(output):
+            with writing(partial / "output" / name):
                 (partial / name).replace(partial / "output" / name)
     commit(partial / "output", output, overwrite=overwrite)
-    discard(partial, _WRITES)
+    discard(partial)
 
 
 def _check_offload(offload: Offload, world: World) -> None:

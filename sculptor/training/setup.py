@@ -1,6 +1,5 @@
 """A checkpoint made ready for training: resident, or streamed from host memory or disk."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import nn
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.written import remove
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, load_streamed
 from sculptor.progress import Progress
@@ -44,8 +43,7 @@ def prepare_model(
         scratch: directory for what waits on disk; emptied.
         progress: makes progress bars.
     """
-    with writing(scratch):
-        shutil.rmtree(scratch, ignore_errors=True)
+    remove(scratch)
     if settings.offload == "none":
         return _prepare_resident(checkpoint, architecture, archive, settings, extra, device)
     assert settings.offload != "auto"
