@@ -10,7 +10,6 @@ from sculptor.training.settings import TrainSettings
 from .options import (
     SuggestingCommand,
     bars,
-    catch_signals,
     json_option,
     overwrite_option,
     push_options,
@@ -80,6 +79,7 @@ def command(
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned --resume
     """
+    from sculptor.interruption import asked_to_stop
     from sculptor.report.json_text import to_json
     from sculptor.report.text import train_text
     from sculptor.tasks.push import pushing
@@ -99,6 +99,6 @@ def command(
             resume=resume,
             progress=bars,
             notice=tell,
-            stop=catch_signals(),
+            stop=asked_to_stop,
         )
         click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))

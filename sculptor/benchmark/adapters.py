@@ -29,6 +29,7 @@ from sculptor.data.examples import Encoded, digest_examples, encode_sources, res
 from sculptor.data.rows import read_sources
 from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
+from sculptor.interruption import signals_wait
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.splits import Split, choose_split
@@ -123,7 +124,8 @@ def train_adapter(
             stop=stop,
             mixture=encoded.mixture,
         )
-        result = loop.run(progress)
+        with signals_wait():
+            result = loop.run(progress)
         staged = partial / "output"
         remove(staged)
         with writing(staged):

@@ -27,6 +27,7 @@ from sculptor.checkpoint.written import (
     strange_file,
 )
 from sculptor.errors import OutputError
+from sculptor.interruption import Interrupted, signals_wait
 
 
 class NotPlacedError(OutputError):
@@ -96,9 +97,14 @@ def staging(
                 empty(partial)
             begin(partial, command)
         yield partial
+    except NotPlacedError as error:
+        raise NotPlacedError(f"{error}{'' if resume is None else ', or pass --resume'}") from error.__cause__
     except BaseException as error:
-        if not isinstance(error, NotPlacedError) and not worth_keeping(partial):
-            discard(partial)
+        with signals_wait():
+            if not worth_keeping(partial):
+                discard(partial)
+            elif isinstance(error, Interrupted) and resume is not None:
+                error.kept = partial
         raise
     finally:
         lock.release()
@@ -194,16 +200,17 @@ def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
     """
     try:
         write_json(staged / MARKER_NAME, {"files": list_files(staged)})
-        if output.exists():
-            _check_output(output, overwrite=overwrite, resume=False)
-            _replace(staged, output)
-        else:
-            staged.rename(output)
+        with signals_wait():
+            if output.exists():
+                _check_output(output, overwrite=overwrite, resume=False)
+                _replace(staged, output)
+            else:
+                staged.rename(output)
     except (OSError, OutputError) as cause:
         reason = (cause.strerror or str(cause)) if isinstance(cause, OSError) else str(cause)
         raise NotPlacedError(
             f"{output}: cannot be put in place ({reason}); what was there still is, and the new one is complete in {staged}: "
-            "move it yourself, or pass --resume"
+            "move it yourself"
         ) from cause
     with suppress(OSError):  # only now: until here nobody else could take the place; it is complete all the same
         (output / LOCK_NAME).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from sculptor.data.examples import digest_examples
 from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
+from sculptor.interruption import signals_wait
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.planning.placement import choose
@@ -143,7 +144,8 @@ def train(
                 world=world,
                 mixture=job.encoded.mixture,
             )
-            result = loop.run(progress)
+            with signals_wait():  # the loop asks after every step, and saves its state first
+                result = loop.run(progress)
             del loop
             report = write_output(job, loaded, updates, result, output, partial, progress, world)
         finally:

@@ -13,10 +13,9 @@ from sculptor.checkpoint.staging import (
     one_pass,
     partial_path,
     staging,
-    write_json,
     writing,
 )
-from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint, remove
+from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint
 from sculptor.errors import OutputError
 
 
@@ -161,9 +160,7 @@ def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypa
 
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match=r"No space left.*complete in .*out.partial"),
-        staging(
-            output, command="analyze", overwrite=True, resume=False, worth_keeping=lambda _: False
-        ) as partial,
+        staging(output, command="analyze", overwrite=True, resume=False, worth_keeping=lambda _: False) as partial,
     ):
         put(partial / "sculptor.json", "new")
         monkeypatch.setattr(Path, "rename", failing)
@@ -177,9 +174,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match="exists already"),
-        staging(
-            output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False
-        ) as partial,
+        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial,
     ):
         (partial / "work").write_text("ours")
         output.mkdir()
@@ -199,9 +194,7 @@ def test_the_lock_is_held_until_the_place_is_taken(tmp_path: Path, monkeypatch: 
         seen.append(rename(self, target))
         return seen[0]
 
-    with staging(
-        output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False
-    ) as partial:
+    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial:
         put(partial / "work")
         monkeypatch.setattr(Path, "rename", watched)
         commit(partial, output, overwrite=False)
@@ -225,9 +218,7 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_place(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with staging(
-        output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: True
-    ) as partial:
+    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: True) as partial:
         put(partial / "work")
         for resume in (True, False):
             with pytest.raises(OutputError, match="another run is writing there"):
@@ -285,7 +276,9 @@ def test_scores_of_somebody_else_are_kept(tmp_path: Path, content: str, ours_too
     assert (output / "scores.json").read_text() == content
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "thesis/a.tex", "work.bak", "output/notes.txt", "state/step-00000001/best.txt"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "thesis/a.tex", "work.bak", "output/notes.txt", "state/step-00000001/best.txt"]
+)
 @pytest.mark.parametrize("resume", [True, False])
 def test_what_came_to_lie_in_a_staging_directory_is_refused_and_kept(tmp_path: Path, name: str, resume: bool) -> None:
     partial = start(tmp_path / "out")
