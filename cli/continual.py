@@ -8,7 +8,6 @@ from .options import (
     Choice,
     SuggestingCommand,
     bars,
-    catch_signals,
     json_option,
     overwrite_option,
     quiet_libraries,
@@ -67,6 +66,7 @@ def command(
       sculptor continual plan.toml --output ./plain --method full --set train.learning_rate=3e-4
     """
     from sculptor.benchmark.runner import continual
+    from sculptor.interruption import asked_to_stop
     from sculptor.report.continual import continual_text
     from sculptor.report.json_text import to_json
     from sculptor.report.plot import check_picture, plot_matrix, require_matplotlib
@@ -86,7 +86,7 @@ def command(
         resume=resume,
         progress=bars,
         notice=tell,
-        stop=catch_signals(),
+        stop=asked_to_stop,
     )
     if plot is not None and speaks():
         plot_matrix(report, plot)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -251,17 +249,3 @@ def resume_option(command: Command) -> Command:
     return click.option(
         "--resume", is_flag=True, help="Go on with what a killed run left; starts anew if there is nothing."
     )(command)
-
-
-def catch_signals() -> Any:
-    """Remembers SIGTERM and Ctrl-C for the loop to see; a second one ends the process at once."""
-    seen: list[int] = []
-
-    def remember(number: int, _: object) -> None:
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, remember)
-    return lambda: seen[0] if seen else None

@@ -12,7 +12,6 @@ from .options import (
     SuggestingCommand,
     adapter_option,
     bars,
-    catch_signals,
     json_option,
     merged,
     overwrite_option,
@@ -92,6 +91,7 @@ def command(
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned --resume
     """
+    from sculptor.interruption import asked_to_stop
     from sculptor.report.json_text import to_json
     from sculptor.report.text import train_text
     from sculptor.tasks.push import pushing
@@ -112,6 +112,6 @@ def command(
             resume=resume,
             progress=bars,
             notice=tell,
-            stop=catch_signals(),
+            stop=asked_to_stop,
         )
         click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))

@@ -241,7 +241,7 @@ def _collectively(call: Callable[[], T]) -> T:
         if isinstance(cause, torch.OutOfMemoryError):
             raise
         raise PeerError(
-            f"another process of this run ended ({_line(cause)}); look at what it said, and go on with --resume"
+            f"another process of this run ended ({_line(cause)}); look at what it said, and start the run again"
         ) from cause
 
 

@@ -6,7 +6,6 @@ a row per task. A run that was killed goes on behind the last complete row, insi
 
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +32,7 @@ from sculptor.benchmark.results import (
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import commit, partial_path, write_json, writing
+from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.data.rows import Row, local_files
 from sculptor.errors import OutputError, SettingsError
@@ -51,8 +51,6 @@ from sculptor.world import World
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
-# All that is written into the staging directory; tasks are numbered.
-_WRITES = (REPORT_NAME, SCORES_NAME, "sculptor.json", "model/*", "archive/*", "archive.partial/*", "[0-9]*-*/*")
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 _OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
@@ -114,7 +112,6 @@ def continual(
         world,
         output,
         command="continual",
-        writes=_WRITES,
         inputs=[plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])],
         overwrite=overwrite,
         resume=resume,
@@ -139,7 +136,7 @@ def _place(
         partial / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name}
     )
     write_json(partial / "sculptor.json", made_by | {"command": "continual"})
-    commit(partial, output, overwrite=overwrite, writes=_WRITES)
+    commit(partial, output, overwrite=overwrite)
     with suppress(OSError):
         (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
 
@@ -200,16 +197,16 @@ class _Run:
                 bar.update(1)
             if i > 1:
                 before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
-                self.world.once(functools.partial(shutil.rmtree, before, ignore_errors=True))
+                self.world.once(functools.partial(remove, before))
             model, archive = str(target), target / "subspaces" if self._carries else None
         bar.close()
         self.world.once(lambda: self._keep_last(Path(model)))
         return self.stages
 
     def _keep_last(self, model: Path) -> None:
-        shutil.rmtree(self.partial / "archive", ignore_errors=True)
+        remove(self.partial / "archive")
         if model.exists():  # else a run that was killed after this had put it there
-            shutil.rmtree(self.partial / "model", ignore_errors=True)
+            remove(self.partial / "model")
             with writing(self.partial / "model"):
                 model.rename(self.partial / "model")
 
@@ -232,7 +229,7 @@ class _Run:
         """The archive of the base, or one that frees everything."""
         path = self.partial / "archive"
         if not self._carries:
-            self.world.once(lambda: shutil.rmtree(path, ignore_errors=True))  # of the task before
+            self.world.once(lambda: remove(path))  # of the task before
         if not self.world.once(path.exists):
             analyze(
                 model,
@@ -259,7 +256,7 @@ class _Run:
 
     def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
         if self.world.once(target.is_dir):  # complete; the run was killed before it was evaluated
-            self.world.once(lambda: shutil.rmtree(partial_path(target), ignore_errors=True))
+            self.world.once(lambda: remove(partial_path(target)))
             return
         settings = self.plan.train_settings(task)
         if self.method in ("lora", "olora", "osf"):

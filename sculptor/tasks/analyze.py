@@ -16,7 +16,7 @@ from sculptor.analysis.evidence import weigh
 from sculptor.analysis.sources import calibration_sources, facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
-from sculptor.archive.writer import ARCHIVE_FILES, ArchiveWriter, forget_progress, has_progress
+from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
 from sculptor.checkpoint.architecture import (
     NO_ROW,
     Architecture,
@@ -110,7 +110,6 @@ def analyze(
         world,
         output,
         command="analyze",
-        writes=ARCHIVE_FILES,
         inputs=[checkpoint.path, *local_files(items), *filter(None, [settings.chat_template])],
         overwrite=overwrite,
         resume=resume,
@@ -212,7 +211,7 @@ def _taken_up(writer: ArchiveWriter) -> set[str]:
 
 
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
-    commit(partial, output, overwrite=overwrite, writes=ARCHIVE_FILES)
+    commit(partial, output, overwrite=overwrite)
     with suppress(OutputError):  # the archive is complete all the same
         forget_progress(output)
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from sculptor.analysis.verify import Verification, verify_checkpoints
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.checkpoint.staging import check_apart, commit, staging
+from sculptor.checkpoint.staging import check_apart, commit, staging, writing
 from sculptor.checkpoint.written import discard
 from sculptor.data.collated import collated_examples
 from sculptor.data.examples import Encoded, resolve_max_length
@@ -40,7 +40,6 @@ from sculptor.training.settings import SaveDtype, TrainSettings
 from sculptor.training.stepping.updates import Trained
 from sculptor.world import here
 
-_WRITES = ("metrics.jsonl", "output/*")
 # Of a trainer's arguments, what a record tells.
 _TOLD = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -177,14 +176,14 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             staging(
                 output,
                 command="trainer",
-                writes=_WRITES,
                 overwrite=overwrite,
                 resume=None,
                 worth_keeping=lambda _: False,
             ) as partial,
         ):
             lines = "".join(json.dumps(entry, default=str) + "\n" for entry in history)
-            (partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            with writing(partial / "metrics.jsonl"):
+                (partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
             result = _result(state, history, time.perf_counter() - self._began)
             self.report = write_output(job, loaded, trained, result, output, partial, self.progress)
             made = open_checkpoint(partial / "output")
@@ -193,7 +192,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             )
             _demand(self.verification, output)
             commit(partial / "output", output, overwrite=overwrite)
-            discard(partial, _WRITES)
+            discard(partial)
         leak = self.verification.leak
         state.log_history.append({"sculptor_leak": leak, "step": state.global_step, "epoch": state.epoch})
         self.notice(

@@ -8,7 +8,7 @@ from pathlib import Path
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.data.chat import check_use, use_template
+from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, as_items, digest_rows, names_of
@@ -112,6 +112,7 @@ def evaluate(
     generation = Generation(exact_match, max_new_tokens, show)
     with closing(loaded):
         use_template(loaded.tokenizer, chat_template)
+        tell_unread("rows", read, loaded.tokenizer, notice)
         found = NOTHING
         if rows:
             found = evaluate_rows(

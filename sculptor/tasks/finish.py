@@ -26,6 +26,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.writer import Edit, edits_of, output_dtype, write_checkpoint, written_order
+from sculptor.checkpoint.written import remove
 from sculptor.edits.merge import Merged
 from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
@@ -72,13 +73,13 @@ def write_output(
 
 
 def _make_anew(staged: Path) -> None:
-    shutil.rmtree(staged, ignore_errors=True)
+    remove(staged)
     with writing(staged):
-        (staged / "subspaces").mkdir(parents=True)
+        (staged / "subspaces").mkdir(parents=True, exist_ok=True)
 
 
 def _copy_metrics(partial: Path, staged: Path) -> None:
-    with writing(staged):
+    with writing(staged / "metrics.jsonl"):
         shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
 
 

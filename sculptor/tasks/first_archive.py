@@ -62,7 +62,7 @@ def analyze_first(
             offload=settings.offload,
             resume=True,
             progress=progress,
-            notice=notice,
+            notice=lambda text: notice(f"as by `sculptor analyze`: {text}"),
             rules=rules,
         )
         return

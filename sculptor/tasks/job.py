@@ -13,7 +13,7 @@ from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
-from sculptor.data.chat import check_use
+from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.mixture import Mixture
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
@@ -153,6 +153,8 @@ def read_task(
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
+    for source in sources:
+        tell_unread(source.name, source.rows, tokenizer, notice)
     if encoded.mixture is not None:
         notice(_epoch_line(sources, encoded.mixture))
     evaluation = None

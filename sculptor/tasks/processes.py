@@ -1,7 +1,7 @@
 """A job in several processes: each with its own device, one of them with the output."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ def staged_together(
     output: Path,
     *,
     command: str,
-    writes: Sequence[str],
     inputs: Iterable[str | Path],
     overwrite: bool,
     resume: bool,
@@ -44,7 +43,7 @@ def staged_together(
 
     Args:
         world: all processes.
-        output, command, writes, overwrite, resume, worth_keeping: as for `staging`.
+        output, command, overwrite, resume, worth_keeping: as for `staging`.
         inputs: what the run reads, which the output may not be or hold.
     """
     with ExitStack() as stack:
@@ -55,7 +54,6 @@ def staged_together(
                 staging(
                     output,
                     command=command,
-                    writes=writes,
                     overwrite=overwrite,
                     resume=resume,
                     worth_keeping=worth_keeping,

@@ -5,7 +5,6 @@ in its folder `output`, which a rename puts in its place.
 """
 
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,11 +14,12 @@ import torch
 
 from sculptor.analysis.lineage import OPENED
 from sculptor.checkpoint.staging import commit, partial_path, writing
-from sculptor.checkpoint.written import discard
+from sculptor.checkpoint.written import discard, remove
 from sculptor.data.examples import digest_examples
 from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
+from sculptor.interruption import signals_wait
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.planning.placement import choose
@@ -35,7 +35,7 @@ from sculptor.tasks.train_report import TrainReport
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
-from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
+from sculptor.training.state import STATE_NAME, StateStore, has_state
 from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
@@ -49,12 +49,7 @@ _HOW = (
     "optimizer_mode",
     "checkpoint_activations",
 )
-# All that is written into the staging directory.
 _OWN = (ANALYZED_NAME, OPENED)  # archives made on the way, which go along
-_WRITES = (
-    *("metrics.jsonl", *STATE_FILES, "scratch/*", f"{ANALYZED_NAME}.partial/*", "output/*"),
-    *(f"{name}/*" for name in _OWN),
-)
 
 
 def train(
@@ -109,7 +104,7 @@ def train(
         raise SettingsError("--eval-every without effect: there is no --eval-data")
     read: list[str | Path] = [*local_files(data), *local_files(eval_data), *filter(None, [settings.chat_template])]
     staged = functools.partial(
-        staged_together, world, output, command="train", writes=_WRITES, overwrite=overwrite, worth_keeping=_is_begun
+        staged_together, world, output, command="train", overwrite=overwrite, worth_keeping=_is_begun
     )
     rows, given = None, subspaces
     if subspaces is None:
@@ -177,14 +172,15 @@ def train(
                 mixture=job.encoded.mixture,
                 report=(lambda _: None) if trackers is None else trackers.log,
             )
-            result = loop.run(progress)
+            with signals_wait():  # the loop asks after every step, and saves its state first
+                result = loop.run(progress)
             del loop
             report = write_output(job, loaded, updates, result, output, partial, progress, world)
         finally:
             updates.close()
             if trackers is not None:
                 trackers.close()
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove(scratch)
         world.once(lambda: _place(partial, output, overwrite))
     return report
 
@@ -197,10 +193,10 @@ def _is_begun(partial: Path) -> bool:
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
     for name in _OWN:
         if (partial / name).is_dir():
-            with writing(output):
+            with writing(partial / "output" / name):
                 (partial / name).replace(partial / "output" / name)
     commit(partial / "output", output, overwrite=overwrite)
-    discard(partial, _WRITES)
+    discard(partial)
 
 
 def _placed(settings: TrainSettings, offload: Offload, divided: bool) -> tuple[TrainSettings, list[str]]:

@@ -1,6 +1,5 @@
 """A checkpoint made ready for training: resident, or streamed from host memory or disk."""
 
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import nn
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.written import remove
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, load_streamed
 from sculptor.progress import Progress
@@ -48,8 +47,7 @@ def prepare_model(
         scratch: directory for what waits on disk; emptied.
         progress: makes progress bars.
     """
-    with writing(scratch):
-        shutil.rmtree(scratch, ignore_errors=True)
+    remove(scratch)
     divided = settings.parallel == "shard"
     if settings.offload == "none" and not divided:
         return _prepare_resident(checkpoint, architecture, archive, settings, extra, device)

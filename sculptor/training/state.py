@@ -6,8 +6,8 @@ before it is removed. Coordinates mean nothing in other bases, so a fingerprint 
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,9 @@ from sculptor.world import World
 T = TypeVar("T")
 
 STATE_NAME = "state"
-STATE_FILES = (f"{STATE_NAME}/step-*", f"{STATE_NAME}/best*")  # all that is written, seen from the run's directory
+# All that is written, in the run's directory and in a state.
+_STATES = ("step-????????", "step-????????.tmp", "best-????????.safetensors", "best.tmp")
+_IN_A_STATE = ("state*.safetensors", "state.json", "state.json.tmp")
 _REMEDY = "pass --overwrite to start anew"
 
 
@@ -112,8 +114,8 @@ class StateStore:
         target = self.directory / f"step-{position.step:08d}"
         staged = target.with_name(target.name + ".tmp")
         with writing(staged):
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
+            _remove(staged)
+            staged.mkdir(parents=True, exist_ok=True)
         digests = _write(staged / "state.safetensors", tensors)
         best = self._best_digests.get(position.best_step or 0, {})
         state = _State(self.key, self.split, self.fingerprints, position, digests, best)
@@ -121,15 +123,12 @@ class StateStore:
         write_json(staged / "state.json", content | {"sha256": sign(content)})
         kept = {target, self._best(position.best_step or 0)}
         with writing(target):
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             os.replace(staged, target)
-            for other in self.directory.iterdir():
-                if other in kept or not other.name.startswith(("step-", "best")):
-                    continue
-                if other.is_dir():
-                    shutil.rmtree(other)
-                else:
-                    other.unlink()
+            for pattern in _STATES:
+                for other in self.directory.glob(pattern):
+                    if other not in kept:
+                        _remove(other)
 
     def save_best(self, step: int, tensors: Tensors) -> Mapping[str, str]:
         """Keeps the best parameters so far, and gives their digests; those before go with the next state."""
@@ -221,6 +220,18 @@ class SavedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._infos)
+
+
+def _remove(path: Path) -> None:
+    """Removes a state, or parameters; what else came to lie in it stays."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for pattern in _IN_A_STATE:
+        for file in path.glob(pattern):
+            file.unlink()
+    with suppress(OSError):
+        path.rmdir()
 
 
 def _write(path: Path, tensors: Tensors) -> dict[str, str]:
