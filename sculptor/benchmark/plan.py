@@ -182,6 +182,10 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
         "adapter": _settings(AdapterSettings, _section(content, "adapter", path), f"{path} [adapter]"),
     }
     plan = _settings(Plan, parts, str(path))
+    if plan.train.add_tokens:
+        raise SettingsError(
+            f"{path} [train]: add_tokens would be added by every task; make such a model first, by one `sculptor train`"
+        )
     try:
         make_method(plan.analyze, known_kinds(rules))
     except SettingsError as error:

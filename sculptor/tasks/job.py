@@ -12,6 +12,7 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
+from sculptor.checkpoint.vocabulary import Growth
 from sculptor.data.chat import check_use
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.mixture import Mixture
@@ -24,6 +25,7 @@ from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, output_bytes, plan_archive
 from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.progress import Progress, silent
+from sculptor.tasks.new_tokens import grow_tokenizer
 from sculptor.training.protect import refuse_slices
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
@@ -46,6 +48,8 @@ class TrainJob:
         extra: openly trained parameter of the model -> tensor of the checkpoint.
         placement: where its blocks are, and why.
         unopened: the archive as it was given, where `archive` was opened for the task.
+        growth: its new tokens, if any.
+        ungrown: the checkpoint as it was given, where `checkpoint` has got them.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +64,13 @@ class TrainJob:
     extra: Mapping[str, str]
     placement: str = ""
     unopened: Archive | None = None
+    growth: Growth | None = None
+    ungrown: Checkpoint | None = None
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint as it was given."""
+        return self.ungrown or self.checkpoint
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,6 +80,7 @@ class Rows:
     encoded: Encoded
     evaluation: Encoded | None
     digest: str
+    growth: Growth | None = None
 
 
 def open_base(model: str | Path) -> tuple[Checkpoint, Architecture]:
@@ -109,6 +121,7 @@ def open_job(
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice)
+    settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
     items = as_items(data)
     return TrainJob(
         checkpoint,
@@ -121,6 +134,7 @@ def open_job(
         rows.evaluation,
         task_name(items[0]),
         _select_extra(architecture, archive, settings.also_train),
+        growth=rows.growth,
     )
 
 
@@ -138,11 +152,12 @@ def read_task(
         SculptorError: if there are none, or they cannot be used.
     """
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
+    growth = grow_tokenizer(tokenizer, checkpoint, settings.add_tokens)
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     items = as_items(data)
     if not items:
         raise DataError("no data: pass at least one file")
-    kind, size = architecture.kind, architecture.vocab_size
+    kind, size = architecture.kind, growth.after if growth else architecture.vocab_size
     sources = read_sources(items, settings.max_rows, settings.columns, notice)
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
@@ -153,7 +168,7 @@ def read_task(
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
-    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]))
+    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth)
 
 
 def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:
@@ -225,6 +240,13 @@ def cast_to(settings: TrainSettings) -> torch.dtype | None:
     return None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
 
 
+def _num_new(job: TrainJob) -> int:
+    """New rows in numbers that are trained, the gradients of the wholes that they are part of counted in: a quarter at most."""
+    growth = job.growth
+    sizes = [prod(job.base.infos[name].shape) for name in growth.names] if growth else []
+    return sum(size * len(growth.tokens) // growth.before + size // 4 for size in sizes) if growth else 0
+
+
 def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
     """What each way of training would take."""
     rows, _ = _sizes(job)
@@ -260,7 +282,7 @@ def _plans_of(job: TrainJob, device: torch.device, split: Split) -> dict[str, Fo
         fused=settings.optimizer_mode == "fused",
         keep_inputs=settings.offload_inputs is False,
         on_host=optimizer_on_host(settings, "cpu", device),
-        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
+        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())) + _num_new(job),
         written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
         saves=-(-steps // settings.steps_between_saves(steps)),
         evaluates=job.evaluation is not None,

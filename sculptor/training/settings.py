@@ -66,6 +66,9 @@ class TrainSettings:
     """Which columns of the data are which keys of ours: prompt=question,completion=answer."""
     also_train: Texts = ()
     """Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."""
+    add_tokens: Texts = ()
+    """A new token, or a file with one a line: tokenizer, embedding and head get rows for them, which are trained freely;
+    repeatable."""
     seed: Seed = 0
     """Decides order, masking and dropout."""
     device: Name = "auto"
