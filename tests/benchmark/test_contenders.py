@@ -13,10 +13,12 @@ import torch
 import transformers
 from conftest import Result, make_tokenizer, save_checkpoint, slowly, task_rows, write_rows
 from safetensors.torch import load_file
+from together import together
 
 from sculptor import AnalyzeSettings, analyze, train
 from sculptor.benchmark.contenders import data_of, settings_of, update_norm
 from sculptor.benchmark.plan import Contender, Plan, read_plan
+from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
 
 RATE, STEPS = 1e-2, 3
@@ -194,6 +196,19 @@ def test_rescaled_has_the_norms_of_another_run(place: Path, tmp_path: Path, cli:
     assert_same_update(start, weights(tmp_path / "out" / "model"), expected)
     published = json.loads((tmp_path / "out" / "continual.json").read_text())["plan"]["adapter"]["like"]
     assert published == "ours", "no folders"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["interpolate", "replay"])
+def test_several_processes_do_the_same(place: Path, tmp_path: Path, method: Contender) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.replace("micro_batch_size = 64", "micro_batch_size = 8"))
+    for name in ("base", "first.jsonl", "second.jsonl"):
+        (tmp_path / name).symlink_to(place / name)
+    continual(plan, tmp_path / "one", method=method)
+    together(2, continual, plan, tmp_path / "two", method=method)
+    one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
 def test_the_norm_of_an_update(place: Path, tmp_path: Path) -> None:
