@@ -16,16 +16,22 @@ from .options import (
     tell,
 )
 
+_METHODS = [
+    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
+    "lora", "olora", "osf",
+]  # fmt: skip
+
 
 @click.command("continual", cls=SuggestingCommand)
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of report and model.")
 @click.option(
     "--method",
-    type=Choice(["sculptor", "random", "full", "joint", "inflora", "sara", "orthsr", "lora", "olora", "osf"]),
+    type=Choice(_METHODS),
     default="sculptor",
     show_default=True,
-    help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, InfLoRA, SaRA, "
+    help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, plain with "
+    "replay, l2, interpolate (WiSE-FT), eaft (entropy-weighted) or rescaled to the norm of another run, InfLoRA, SaRA, "
     "OrthSR, or (extra `baselines`) LoRA, O-LoRA and OSF through PEFT.",
 )
 @click.option(

@@ -6,7 +6,9 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +36,7 @@ def write_checkpoint(
     replace: Mapping[str, Edit | Mapping[int, Edit]],
     *,
     dtype: torch.dtype | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     bar: Bar | None = None,
 ) -> None:
     """Copies a checkpoint shard by shard, one tensor in memory, editing some of its tensors on the way.
@@ -44,13 +47,14 @@ def write_checkpoint(
         replace: per tensor name, what makes the new tensor from the old one (same shape, right dtype), or that for some
             slices of its first dimension, which then go through memory one by one.
         dtype: dtype of every floating-point tensor; None keeps each as it is.
+        shapes: of tensors that are replaced by some of another shape.
         bar: advanced by the bytes of the source.
 
     Raises:
         OutputError: if a file cannot be written.
         CheckpointError: if a source tensor cannot be read.
     """
-    shards = _plan_shards(source, dtype)
+    shards = _plan_shards(source, dtype, shapes or {})
     names = [SINGLE_NAME] if len(shards) == 1 else _shard_names(len(shards))
     metadata = source.metadata or {"format": "pt"}
     for file, entries in zip(names, shards, strict=True):
@@ -104,7 +108,9 @@ def output_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and source.is_floating_point else source
 
 
-def _plan_shards(source: Checkpoint, dtype: torch.dtype | None) -> list[list[Entry]]:
+def _plan_shards(
+    source: Checkpoint, dtype: torch.dtype | None, shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> list[list[Entry]]:
     """The source's shards; one that a wider dtype makes larger than the largest of them is split."""
     sizes = dict.fromkeys(source.files, 0)
     for info in source.infos.values():
@@ -117,12 +123,12 @@ def _plan_shards(source: Checkpoint, dtype: torch.dtype | None) -> list[list[Ent
         for name, info in source.infos.items():
             if info.file != file:
                 continue
-            out = output_dtype(info.dtype, dtype)
-            size = info.num_bytes // info.dtype.itemsize * out.itemsize
+            out, shape = output_dtype(info.dtype, dtype), shapes.get(name, info.shape)
+            size = prod(shape) * out.itemsize
             if limit is not None and current and current_bytes + size > limit:
                 shards.append(current)
                 current, current_bytes = [], 0
-            current.append((name, out, info.shape))
+            current.append((name, out, shape))
             current_bytes += size
         shards.append(current)
     return shards

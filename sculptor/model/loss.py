@@ -16,6 +16,7 @@ from sculptor.checkpoint.architecture import Kind
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
 from sculptor.model.head import Head, find_head
+from sculptor.numerics.entropy import entropy_weights
 
 # Logits that exist at a time, in elements.
 SLICE = {"cuda": 2**25, "cpu": 2**23}
@@ -40,13 +41,14 @@ def num_loss_tokens(batch: Batch, kind: Kind) -> int:
     return int((_read_labels(batch, kind) != IGNORED).sum())
 
 
-def batch_loss(model: Any, batch: Batch, kind: Kind) -> BatchLoss:
+def batch_loss(model: Any, batch: Batch, kind: Kind, *, by_entropy: bool = False) -> BatchLoss:
     """Cross-entropy of a batch that is on the model's device.
 
     Args:
         model: a transformers model with a language-modelling head.
         batch: padded on the right.
         kind: how its labels are to be read.
+        by_entropy: weight each token by the entropy of its prediction (`numerics.entropy`).
     """
     all_labels = _read_labels(batch, kind)
     wanted = all_labels != IGNORED
@@ -55,23 +57,26 @@ def batch_loss(model: Any, batch: Batch, kind: Kind) -> BatchLoss:
     head = find_head(model, kind) if labels.numel() > rows else None
     if head is None:
         outputs, logits, _ = _predict(model, batch, kind)
-        return BatchLoss(_sum(logits, labels), labels.numel(), _auxiliary(model, outputs))
+        return BatchLoss(_sum(logits, labels, by_entropy), labels.numel(), _auxiliary(model, outputs))
     with head.kept_out() as kept:
         outputs = model(**_inputs(model, batch, kind))
     hidden = kept[0][:, : wanted.shape[1]][wanted]
     parts = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
-    total = torch.stack([_slice_loss(head, part, chosen) for part, chosen in parts]).sum()
+    total = torch.stack([_slice_loss(head, part, chosen, by_entropy) for part, chosen in parts]).sum()
     return BatchLoss(total, labels.numel(), _auxiliary(model, outputs))
 
 
-def _sum(logits: Tensor, labels: Tensor) -> Tensor:
+def _sum(logits: Tensor, labels: Tensor, by_entropy: bool) -> Tensor:
+    if by_entropy:
+        each = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        return (entropy_weights(logits) * each).sum()
     return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def _slice_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+def _slice_loss(head: Head, hidden: Tensor, labels: Tensor, by_entropy: bool) -> Tensor:
     if not torch.is_grad_enabled():
-        return _sum(head.logits(hidden), labels)
-    found: Tensor = checkpoint(lambda h: _sum(head.logits(h), labels), hidden, use_reentrant=False)
+        return _sum(head.logits(hidden), labels, by_entropy)
+    found: Tensor = checkpoint(lambda h: _sum(head.logits(h), labels, by_entropy), hidden, use_reentrant=False)
     return found
 
 

@@ -134,6 +134,9 @@ def train_text(report: TrainReport) -> str:
     lines.append(f"{report.placement}.")
     if loop.best_step is not None and loop.best_loss is not None:
         lines.append(f"Kept step {loop.best_step}, evaluation loss {loop.best_loss:.4f}.")
+    if report.new_tokens:
+        shown = ", ".join(map(repr, report.new_tokens[:_MAX_LISTED]))
+        lines.append(f"New tokens, whose rows were trained: {len(report.new_tokens)} ({shown}).")
     if report.also_trained:
         lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")
     if any(matrix.update for matrix in report.matrices.values()):

@@ -25,6 +25,7 @@ from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
+from sculptor.checkpoint.vocabulary import Growth
 from sculptor.checkpoint.writer import Edit, edits_of, output_dtype, write_checkpoint, written_order
 from sculptor.checkpoint.written import remove
 from sculptor.edits.merge import Merged
@@ -39,6 +40,7 @@ from sculptor.tasks.next_archive import NextArchive
 from sculptor.tasks.train_record import train_card, training_record
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
+from sculptor.training.rows import row_owners, rows_name
 from sculptor.training.stepping.updates import Trained, merge_trained
 from sculptor.world import ALONE, World
 
@@ -118,6 +120,7 @@ class _Finish:
         self.saved = cast_to(self.job.settings)
         self.reports: dict[str, MatrixReport] = {}
         self.opened = _files_of(self.loaded, self.job.architecture, self.updates.extra)
+        self.new_rows = _row_edits(self.loaded, self.job.growth, self.updates.extra, self.saved)
         self.num_trainable = self.updates.num_trainable
         self._packing = Packing()
         self._coming: Iterator[_Made] = iter(())
@@ -168,6 +171,7 @@ class _Finish:
             relative_rate=job.settings.relative_rate,
             scaled=job.archive.method.defaults.scaled,
             matrices={name: self.reports[name] for name in job.archive},
+            new_tokens=job.growth.tokens if job.growth else (),
         )
         self.archive.finish(report.num_examples, result.steps, report.opened)
         analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
@@ -180,7 +184,7 @@ class _Finish:
         """What makes the new tensors: merged matrices, and openly trained parameters."""
         edits = {name: functools.partial(_cast_like, value, self.saved) for name, value in opened.items()}
         matrices = edits_of(self.job.archive.values(), lambda record: functools.partial(self._write, record.name))
-        return {**edits, **matrices}
+        return {**edits, **self.new_rows, **matrices}
 
     def _write(self, name: str, weight: Tensor) -> Tensor:
         """The merged matrix, given the base's as stored."""
@@ -264,6 +268,28 @@ def _files_of(
         for parameter, name in architecture.tensors.items()
         if parameter in known and id(known[parameter]) in trained
     }
+
+
+def _row_edits(
+    loaded: LoadedModel, growth: Growth | None, extra: Mapping[str, nn.Parameter], saved: torch.dtype | None
+) -> dict[str, Edit]:
+    """Tensor of the checkpoint -> what puts its trained new rows in."""
+    if growth is None:
+        return {}
+    found = {names: rows_name(parameter, growth) for parameter, names in row_owners(loaded.model, growth).items()}
+    return {
+        tensor: functools.partial(_with_rows, extra[name], growth, saved)
+        for names, name in found.items()
+        if name in extra  # else it was trained as a whole
+        for tensor in names
+    }
+
+
+def _with_rows(values: Tensor, growth: Growth, saved: torch.dtype | None, tensor: Tensor) -> Tensor:
+    """A tensor of the base with new rows in the place of those they started from."""
+    made = tensor.to(output_dtype(tensor.dtype, saved), copy=True)
+    made[growth.start : growth.stop] = values.detach().cpu().to(made.dtype)
+    return made
 
 
 def _cast_like(value: Tensor, saved: torch.dtype | None, tensor: Tensor) -> Tensor:

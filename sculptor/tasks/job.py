@@ -13,6 +13,7 @@ from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
+from sculptor.checkpoint.vocabulary import Growth
 from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.mixture import Mixture
@@ -24,6 +25,7 @@ from sculptor.model.load import LoadedModel, check_head, load_model, load_stream
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
+from sculptor.tasks.new_tokens import grow_tokenizer
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
 
@@ -45,6 +47,8 @@ class TrainJob:
         unopened: the archive as it was given, where `archive` was opened for the task.
         rows_elsewhere: how many rows another program trained on, where `encoded` has only those that are measured.
         trainer: that program and its settings, if any.
+        growth: its new tokens, if any.
+        ungrown: the checkpoint as it was given, where `checkpoint` has got them.
     """
 
     checkpoint: Checkpoint
@@ -62,10 +66,18 @@ class TrainJob:
     rows_elsewhere: int | None = None
     trainer: Mapping[str, Any] | None = None
 
+    growth: Growth | None = None
+    ungrown: Checkpoint | None = None
+
     @property
     def num_rows(self) -> int:
         """Rows that were trained on."""
         return len(self.encoded.examples) if self.rows_elsewhere is None else self.rows_elsewhere
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint as it was given."""
+        return self.ungrown or self.checkpoint
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,6 +87,7 @@ class Rows:
     encoded: Encoded
     evaluation: Encoded | None
     digest: str | None
+    growth: Growth | None = None
 
 
 def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
@@ -115,6 +128,7 @@ def open_job(
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice)
+    settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
     items = as_items(data)
     return TrainJob(
         checkpoint,
@@ -127,6 +141,7 @@ def open_job(
         rows.evaluation,
         task_name(items[0]),
         _select_extra(architecture, archive, settings.also_train),
+        growth=rows.growth,
     )
 
 
@@ -144,11 +159,12 @@ def read_task(
         SculptorError: if there are none, or they cannot be used.
     """
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
+    growth = grow_tokenizer(tokenizer, checkpoint, settings.add_tokens)
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     items = as_items(data)
     if not items:
         raise DataError("no data: pass at least one file")
-    kind, size = architecture.kind, architecture.vocab_size
+    kind, size = architecture.kind, growth.after if growth else architecture.vocab_size
     sources = read_sources(items, settings.max_rows, settings.columns, notice)
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
@@ -161,7 +177,7 @@ def read_task(
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
-    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]))
+    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth)
 
 
 def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:

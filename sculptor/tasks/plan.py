@@ -79,6 +79,13 @@ def split_steps(job: TrainJob, device: torch.device, world: World = ALONE) -> Tr
     return replace(job, settings=settings)
 
 
+def _num_new(job: TrainJob) -> int:
+    """New rows in numbers that are trained, the gradients of the wholes that they are part of counted in: a quarter at most."""
+    growth = job.growth
+    sizes = [prod(job.base.infos[name].shape) for name in growth.names] if growth else []
+    return sum(size * len(growth.tokens) // growth.before + size // 4 for size in sizes) if growth else 0
+
+
 def _sizes(job: TrainJob) -> tuple[int, int]:
     """Rows of a step, and tokens of the longest."""
     examples = job.encoded.examples
@@ -103,7 +110,7 @@ def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> di
         fused=settings.optimizer_mode == "fused",
         keep_inputs=settings.offload_inputs is False,
         on_host=optimizer_on_host(settings, "cpu", device),
-        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
+        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())) + _num_new(job),
         written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
         saves=-(-steps // settings.steps_between_saves(steps)),
         evaluates=job.evaluation is not None,

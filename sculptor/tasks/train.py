@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sculptor.analysis.lineage import OPENED
+from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.staging import commit, partial_path, writing
 from sculptor.checkpoint.written import discard, remove
 from sculptor.data.examples import digest_examples
@@ -27,6 +28,7 @@ from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
 from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
+from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
 from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
@@ -152,10 +154,12 @@ def train(
     with staged(inputs=read, resume=resume) as partial:
         scratch = partial / "scratch"
         trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None
+        job = _grown(job, partial, progress, world)
         job = open_rules(job, device, partial, progress, world)
         loaded, updates = prepare_model(
-            job.checkpoint, job.architecture, job.archive, job.settings, list(job.extra), device, scratch, progress
-        )
+            job.checkpoint, job.architecture, job.archive, job.settings, list(job.extra), device, scratch, progress,
+            job.growth,
+        )  # fmt: skip
         try:
             loop = TrainingLoop(
                 loaded,
@@ -183,6 +187,17 @@ def train(
             remove(scratch)
         world.once(lambda: _place(partial, output, overwrite))
     return report
+
+
+def _grown(job: TrainJob, partial: Path, progress: Progress, world: World) -> TrainJob:
+    """The job on a base that has rows for the new tokens."""
+    growth = job.growth
+    if growth is None:
+        return job
+    world.once(lambda: write_grown_base(job.checkpoint, growth, partial, progress))
+    with world.together():
+        grown = open_grown(job.checkpoint, growth, partial)
+        return replace(job, checkpoint=grown, architecture=inspect_architecture(grown), ungrown=job.checkpoint)
 
 
 def _is_begun(partial: Path) -> bool:

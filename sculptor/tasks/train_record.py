@@ -56,7 +56,7 @@ def training_record(
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
         | ({} if mixture is None else asdict(mixture)),
-        "base": {"name": published_name(job.checkpoint.path), "identity": job.archive.manifest.base_identity},
+        "base": {"name": published_name(job.base.path), "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "analyzed": analyzed,  # whether the archive that protected it was made for it, and lies beside it
         "also_trained": list(report.also_trained),
@@ -73,7 +73,7 @@ def training_record(
 def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
     """What the model card of a run tells."""
     return Card(
-        bases=(job.checkpoint.path,),
+        bases=(job.base.path,),
         done=f"taught {listed(job.data)}",
         summary=f"Fine-tuned on {listed(job.data)}, only within what a subspace archive of the base leaves free: what the archive "
         "protects of each matrix is as it was, up to rounding.",
@@ -100,6 +100,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
         ("steps", f"{loop.steps:,}" + (f", {loop.tokens:,} tokens" if loop.tokens else "")),
         *losses,
         *best,
+        *([("new tokens", listed([code(token) for token in report.new_tokens]))] if report.new_tokens else []),
         ("protected share of the matrices", f"{100 * report.num_protected / total:.1f} % of {total:,} parameters"),
         ("largest leak of a matrix into what is protected", f"{report.max_leak:.1e} of its update"),
         (
@@ -111,7 +112,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
 
 
 def _check(job: TrainJob, analyzed: bool) -> str:
-    base = code(published_name(job.checkpoint.path))
+    base = code(published_name(job.base.path))
     if job.unopened is None and analyzed:
         place, archive = f"THIS/{ANALYZED_NAME}", "the archive that was made for it lies in this model"
     elif job.unopened is None:

@@ -42,7 +42,7 @@ class TrainReport:
     """What `train` did; `placement` says where the model's blocks were, and why.
 
     `opened` was trained without protection by this run, `also_trained` by this or one before; `scaled` says whether the relative
-    rate is one of each matrix's size.
+    rate is one of each matrix's size; `new_tokens` are those that the run added.
     """
 
     output: Path
@@ -61,6 +61,7 @@ class TrainReport:
     relative_rate: float | None
     scaled: bool
     matrices: Mapping[str, MatrixReport]
+    new_tokens: tuple[str, ...] = ()
 
     @property
     def max_leak(self) -> float:

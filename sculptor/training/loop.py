@@ -172,7 +172,12 @@ class TrainingLoop:
         for batch in batches:
             self.updates.begin(rate_of)
             with self.accelerator.autocast():
-                found = batch_loss(model, batch.to(self.loaded.device), self.loaded.kind)
+                found = batch_loss(
+                    model,
+                    batch.to(self.loaded.device),
+                    self.loaded.kind,
+                    by_entropy=self.settings.token_weights == "entropy",
+                )
             share = found.total / total_tokens
             if found.auxiliary is not None:
                 share = share + found.auxiliary * (found.num_tokens / total_tokens)

@@ -10,6 +10,7 @@ from sculptor.validation import AtLeastOne, ColumnNames, Name, NotNegative, Off,
 
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
+TokenWeights = Literal["same", "entropy"]
 ClipBy = Literal["model", "matrix"]
 OptimizerMode = Literal["exact", "fused"]
 OptimizerOn = Literal["auto", "host", "device"]
@@ -40,6 +41,9 @@ class TrainSettings:
     """Share (below 1) or number of steps with rising learning rate."""
     schedule: Schedule = "cosine"
     """Fall of the learning rate after the warm-up."""
+    token_weights: TokenWeights = "same"
+    """Weight of each token's loss: the same, or the normalised entropy of the model's prediction over its 20 likeliest tokens
+    (EAFT), by which what it contradicts with confidence is learned least."""
     clip: NotNegative = 1.0
     """Largest norm of the trainable gradient; 0 for none."""
     clip_by: ClipBy = "model"
@@ -69,6 +73,9 @@ class TrainSettings:
     """Which columns of the data are which keys of ours: prompt=question,completion=answer."""
     also_train: Texts = ()
     """Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."""
+    add_tokens: Texts = ()
+    """A new token, or a file with one a line: tokenizer, embedding and head get rows for them, which are trained freely;
+    repeatable."""
     seed: Seed = 0
     """Decides order, masking and dropout."""
     device: Name = "auto"
