@@ -12,7 +12,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
+from sculptor.archive.manifest import SECTIONS, Manifest, MatrixRecord, Section, StoredTensor
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import key_difference, write_json, writing
@@ -24,7 +24,8 @@ from sculptor.methods.method import Derived
 from sculptor.validation import STRICT, FileName, Name, read_file, read_json
 
 PROGRESS_NAME = "progress.json"
-ARCHIVE_FILES = (MANIFEST_NAME, PROGRESS_NAME, "subspaces-*.safetensors")  # all that is written
+# All that is written.
+ARCHIVE_FILES = (MANIFEST_NAME, PROGRESS_NAME, "subspaces-*.safetensors", *(f"{name}.*" for name in sorted(SECTIONS)))
 # Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.
 # Small, because analysis promises little memory.
 MAX_SHARD_BYTES = 256 * 2**20
@@ -152,6 +153,17 @@ class ArchiveWriter:
         with writing(self.directory / file):
             (self.directory / file).write_bytes(content)
         self._sections[name] = Section(file, len(content), hashlib.sha256(content).hexdigest())
+
+    def keep_sections(self, archive: Archive) -> None:
+        """Takes the optional parts of another archive, byte for byte.
+
+        Raises:
+            ArchiveError: if they have changed since they were written.
+        """
+        for name, part in archive.manifest.sections.items():
+            content = archive.section(name)
+            assert content is not None
+            self.add_section(name, content, Path(part.file).suffix)
 
     def update(self, record: MatrixRecord) -> None:
         """Replaces the facts of a matrix that was added; its tensors stay."""

@@ -91,6 +91,11 @@ def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generat
     return Batch(batch.input_ids, batch.attention_mask, labels)
 
 
+def predictions(model: Any, batch: Batch, kind: Kind) -> Tensor:
+    """Logits (tokens with loss, vocabulary) of a batch that is on the model's device, row by row."""
+    return _predict(model, batch, kind)[1]
+
+
 def _read_labels(batch: Batch, kind: Kind) -> Tensor:
     """Labels in the place of the logits that predict them: a decoder predicts the next token."""
     return batch.labels[:, 1:] if kind == "causal" else batch.labels
