@@ -26,10 +26,10 @@ from sculptor.progress import Progress
 SECTION = "samples"
 SUFFIX = ".safetensors"
 FILE = SECTION + SUFFIX
-# Together some 60 sequences and at most a megabyte; docs/harm.md has how far the bound is from the whole with so many tokens.
+# Some 50 sequences and one or two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
 TOKENS = 6144
 LENGTH = 128
-KEPT = 16
+KEPT = 64
 ROWS = 8  # at a time, when they are measured
 _FIELDS = {"input_ids": (torch.int32, 1), "has_loss": (torch.bool, 1), "lengths": (torch.int32, 1),
            "top_ids": (torch.int32, 2), "log_probabilities": (torch.float32, 2)}  # fmt: skip
