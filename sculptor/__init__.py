@@ -31,6 +31,7 @@ _HOMES = {
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
+    "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
     "merge": "sculptor.training.protect",
@@ -64,6 +65,7 @@ __all__ = [
     "edit",
     "estimate",
     "evaluate",
+    "harm",
     "inspect",
     "merge",
     "parameter_groups",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.edit import edit
     from sculptor.tasks.estimate import estimate
     from sculptor.tasks.evaluate import evaluate
+    from sculptor.tasks.harm import harm
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.prune import prune
     from sculptor.tasks.push import push

@@ -26,6 +26,7 @@ from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.errors import ArchiveError, VerificationError
+from sculptor.model.harm import Harm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
@@ -85,6 +86,7 @@ class Verification:
         cast: dtype everything was cast to, None if dtypes are the same.
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
+        harm: to what the first base says by itself, where that was asked for.
     """
 
     passed: bool
@@ -106,6 +108,7 @@ class Verification:
     cast: str | None
     matrices: tuple[MatrixVerification, ...]
     kept: float | None = None
+    harm: Harm | None = None
 
 
 def verify_checkpoints(

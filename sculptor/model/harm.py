@@ -76,6 +76,6 @@ def measure_harm(
 def sample_losses(model: Any, samples: Sequence[Sample], device: torch.device, pad_id: int = 0) -> Tensor:
     """The sum of KL(base || new) over each sample's tokens (rows,), float64; carries the graph where there is one."""
     batch = collate([sample.example for sample in samples], pad_id).to(device)
-    base = Truncated(*(torch.cat([getattr(each.base, name) for each in samples]).to(device) for name in Truncated._fields))
+    base = Truncated(*(torch.cat(parts).to(device) for parts in zip(*(each.base for each in samples), strict=True)))
     found = truncated_divergence(base, predictions(model, batch, "causal")).double()
-    return torch.stack([part.sum() for part in found.split([len(sample.base.ids) for sample in samples])])
+    return torch.stack([part.sum() for part in torch.split(found, [len(each.base.ids) for each in samples])])

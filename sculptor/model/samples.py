@@ -26,9 +26,9 @@ from sculptor.progress import Progress
 SECTION = "samples"
 SUFFIX = ".safetensors"
 FILE = SECTION + SUFFIX
-# Some 50 sequences and one or two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
-TOKENS = 6144
-LENGTH = 128
+# Some 128 sequences and two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
+TOKENS = 8192
+LENGTH = 64
 KEPT = 64
 ROWS = 8  # at a time, when they are measured
 _FIELDS = {"input_ids": (torch.int32, 1), "has_loss": (torch.bool, 1), "lengths": (torch.int32, 1),
@@ -90,7 +90,7 @@ def describe(loaded: LoadedModel, examples: Sequence[Example]) -> Samples:
         batch = collate(chosen, loaded.pad_id).to(loaded.device)
         known = truncate(predictions(loaded.model, batch, "causal"), KEPT)
         counts = list(map(num_predicted, chosen))
-        parts = zip(chosen, known.ids.cpu().split(counts), known.log_probabilities.cpu().split(counts), strict=True)
+        parts = zip(chosen, *(torch.split(each.cpu(), counts) for each in known), strict=True)
         found += [Sample(example, Truncated(ids, values)) for example, ids, values in parts]
     return Samples(tuple(found))
 
@@ -104,7 +104,7 @@ def kept_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Prog
     """An archive's section; None and the reason where the model has none to give."""
     try:
         return write_samples(draw_samples(loaded, max_length, seed, progress)), ""
-    except (CheckpointError, DataError) as cause:  # of a model that cannot sample, or says nothing: an archive is one without
+    except (CheckpointError, DataError) as cause:  # it says nothing: an archive is one without samples, too
         return None, str(cause)
 
 
@@ -118,7 +118,8 @@ def write_samples(samples: Samples) -> bytes:
         "top_ids": torch.cat([sample.base.ids for sample in samples.all]),
         "log_probabilities": torch.cat([sample.base.log_probabilities for sample in samples.all]),
     }
-    return save(tensors)
+    content: bytes = save(tensors)
+    return content
 
 
 def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | None:
@@ -146,7 +147,7 @@ def _parse(tensors: Mapping[str, Tensor], vocab_size: int | None) -> Iterator[Sa
     _check(tensors, vocab_size)
     lengths = tensors["lengths"].tolist()
     at = 0
-    for ids, on in zip(tensors["input_ids"].split(lengths), tensors["has_loss"].split(lengths), strict=True):
+    for ids, on in zip(*(torch.split(tensors[name], lengths) for name in ("input_ids", "has_loss")), strict=True):
         tokens = tuple(ids.tolist())
         example = Example(tokens, tuple(t if loss else IGNORED for t, loss in zip(tokens, on.tolist(), strict=True)))
         count = num_predicted(example)
@@ -182,4 +183,3 @@ def _check(tensors: Mapping[str, Tensor], vocab_size: int | None) -> None:
         raise ValueError(f"ids from {least} to {largest}, the model has {vocab_size} embeddings")
     if not bool((values <= 1e-3).all()) or not bool(((values.exp().sum(dim=-1) - 1).abs() < 1e-3).all()):
         raise ValueError("probabilities that do not add up to 1")
-

@@ -210,7 +210,9 @@ def analyze(
 def _check_samples(settings: AnalyzeSettings, checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Refuses to keep samples of what says nothing."""
     if settings.samples and architecture.kind != "causal":
-        raise SettingsError(f"--samples: {checkpoint.path} is no causal model, and only those can sample text; leave it out")
+        raise SettingsError(
+            f"--samples: {checkpoint.path} is no causal model, and only those can sample text; leave it out"
+        )
 
 
 def _keep_samples(

@@ -22,6 +22,7 @@ from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import LoadedModel, resolve_device
+from sculptor.model.samples import SECTION
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
@@ -30,10 +31,12 @@ from sculptor.tasks.job import TrainJob, open_base, open_job, plans_of, read_tas
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.train_report import TrainReport
+from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
 from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
+from sculptor.training.stepping.updates import Updates
 from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
@@ -145,6 +148,7 @@ def train(
                 ),
                 metrics=partial / "metrics.jsonl",
                 evaluate=_evaluator(loaded, job),
+                harm=_harm_control(loaded, updates, job, world),
                 stop=stop,
                 world=world,
                 mixture=job.encoded.mixture,
@@ -210,6 +214,14 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
     return evaluate
 
 
+def _harm_control(loaded: LoadedModel, updates: Updates, job: TrainJob, world: World) -> HarmControl | None:
+    if job.samples is None:
+        return None
+    settings, autocast = job.settings, make_accelerator(loaded.device).autocast
+    assert settings.harm_every is not None
+    return HarmControl(loaded, updates, job.samples, settings.harm_every, settings.max_harm, autocast, world)
+
+
 def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
     """What has to be the same for a saved state to be taken up."""
     settings = asdict(job.settings)
@@ -220,9 +232,11 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
     if job.encoded.mixture is not None:
         settings["mixture"] = asdict(job.encoded.mixture)
+    samples = job.archive.manifest.sections.get(SECTION)
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": job.archive.identity,
+        "samples": None if samples is None else samples.sha256,
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],

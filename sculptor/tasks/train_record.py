@@ -21,6 +21,8 @@ from sculptor.tasks.record import record_head
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
 
+HARM = "harm, KL(base || this) on samples of the first base that no step depended on"
+
 
 def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None, opened: Sequence[str] = ()) -> Merge:
     """The rounding that writing a checkpoint's merged matrices is, and what was trained openly before."""
@@ -84,6 +86,9 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     best = (
         [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
     )
+    harm = (
+        [] if loop.harm is None else [(HARM, f"{loop.harm.nats:.4f} ± {loop.harm.error:.4f} nats per token, at least")]
+    )
     opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []
     return [
         ("rows", f"{report.num_examples:,}, {report.num_dropped:,} dropped, {report.num_cut:,} cut"),
@@ -96,6 +101,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
             "of it beyond what rounding explains",
             f"{report.unexplained_leak:.1e}" if report.unexplained_leak > 0 else "none",
         ),
+        *harm,
         *opened,
     ]
 

@@ -21,9 +21,11 @@ from sculptor.data.batches import Batch, BatchPlan
 from sculptor.data.examples import Example
 from sculptor.data.mixture import Mixture
 from sculptor.errors import SettingsError, Stopped, TrainingError
+from sculptor.model.harm import Harm
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
+from sculptor.training.harm import HarmControl
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state
@@ -41,6 +43,8 @@ class LoopResult:
         best_step: the step whose parameters are kept, None without evaluation.
         best_loss: its evaluation loss.
         tokens: tokens read, padding excluded; `seconds` spent, both over all parts of a resumed run.
+        harm: of what is kept, on samples of the base that no step depended on; `steering_harm` on those that steer, both
+            None without samples.
     """
 
     steps: int
@@ -50,6 +54,8 @@ class LoopResult:
     best_loss: float | None
     tokens: int
     seconds: float
+    harm: Harm | None = None
+    steering_harm: float | None = None
 
 
 class TrainingLoop:
@@ -67,6 +73,7 @@ class TrainingLoop:
         stop: polled after every step; a signal number ends the run after its state is saved.
         mixture: which part of an epoch comes from which examples; None if it is all of them.
         world: the processes that share a step.
+        harm: measures harm, and keeps it below a limit; None without samples.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class TrainingLoop:
         stop: Callable[[], int | None] = lambda: None,
         mixture: Mixture | None = None,
         world: World | None = None,
+        harm: HarmControl | None = None,
     ) -> None:
         self.loaded = loaded
         self.updates = updates
@@ -94,6 +102,7 @@ class TrainingLoop:
         self.evaluate = evaluate
         self.stop = stop
         self.world = world or World()
+        self.harm = harm
         lengths = [example.length for example in examples]
         self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world, mixture)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
@@ -121,7 +130,10 @@ class TrainingLoop:
         for step in range(self.position.step, self.total):
             self._step(step, bar, started)
             done = step + 1
-            if self.evaluate is not None and (done % self._eval_every == 0 or done == self.total):
+            evaluates = self.evaluate is not None and (done % self._eval_every == 0 or done == self.total)
+            if self.harm is not None and self.harm.due(done, self.total, evaluates):
+                self._check_harm(self.harm, done)
+            if evaluates:
                 self._evaluate(done)
             signal_number = self.world.most(self.stop() or 0)
             if done == self.total or signal_number or self._should_save(done):
@@ -140,6 +152,7 @@ class TrainingLoop:
             self.updates.load(self.store.load_best(position.best_step), optimizer=False)
         assert position.first_loss is not None
         assert position.last_loss is not None
+        steering, harm = self.harm.final() if self.harm is not None else (None, None)
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,
@@ -148,6 +161,8 @@ class TrainingLoop:
             best_loss=position.best_loss,
             tokens=position.tokens,
             seconds=position.seconds,
+            harm=harm,
+            steering_harm=steering,
         )
 
     @property
@@ -197,7 +212,8 @@ class TrainingLoop:
             tokens=self.position.tokens + tokens,
             seconds=seconds,
         )
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
+        harm = "" if self.position.harm is None else f"harm {self.position.harm:.2g}, "
+        bar.set_postfix_str(f"loss {loss:.3f}, {harm}{speed:,.0f} tok/s", refresh=False)
         bar.update(1)
         epoch = round((step + 1) / self.plan.steps_per_epoch, 4)
         name, peak = self._rate
@@ -224,6 +240,14 @@ class TrainingLoop:
             self.loaded.batch([self.examples[row] for row in rows[start : start + size]], seed)
             for start in range(0, len(rows), size)
         ]
+
+    def _check_harm(self, control: HarmControl, step: int) -> None:
+        found = control.check()
+        if not math.isfinite(found.harm):
+            raise TrainingError(f"harm {found.harm} after step {step}: not finite; lower {self._rate_setting}")
+        self.position = replace(self.position, harm=found.harm)
+        limited = {} if control.limit is None else {"harm_scale": found.scale}
+        self._log(step=step, harm=found.harm, **limited)
 
     def _evaluate(self, step: int) -> None:
         assert self.evaluate is not None

@@ -21,7 +21,18 @@ from sculptor.checkpoint.tensors import digest, read_header, read_known, write_t
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError
 from sculptor.training.stepping.updates import Tensors
-from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Sha256, parse, read_file, read_json, sign
+from sculptor.validation import (
+    STRICT,
+    Count,
+    Finite,
+    Name,
+    NotNegative,
+    Sha256,
+    parse,
+    read_file,
+    read_json,
+    sign,
+)
 
 STATE_NAME = "state"
 STATE_FILES = (f"{STATE_NAME}/step-*", f"{STATE_NAME}/best*")  # all that is written, seen from the run's directory
@@ -40,6 +51,7 @@ class Position:
         first_loss: training loss of the first step, `last_loss` of the last one done.
         tokens: tokens read so far.
         seconds: time spent in the loop so far.
+        harm: on the steering samples, when it was measured last.
     """
 
     __pydantic_config__ = STRICT
@@ -52,6 +64,7 @@ class Position:
     last_loss: Finite | None = None
     tokens: Count = 0
     seconds: NotNegative = 0.0
+    harm: Finite | None = None
 
 
 @dataclass(frozen=True, slots=True)

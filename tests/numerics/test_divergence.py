@@ -63,7 +63,11 @@ def test_logits_far_out_stay_finite() -> None:
         math.log(2 / 3) - math.log(2))], rel=1e-5)  # fmt: skip
     assert bool(divergence(base, new).isfinite().all())
     impossible = torch.tensor([[1.0, 2.0, -torch.inf]])
-    assert float(divergence(impossible, impossible)) == float(truncated_divergence(truncate(impossible, 2), impossible)) == 0
+    assert (
+        float(divergence(impossible, impossible))
+        == float(truncated_divergence(truncate(impossible, 2), impossible))
+        == 0
+    )
 
 
 def test_it_is_the_same_every_time(generator: torch.Generator) -> None:
