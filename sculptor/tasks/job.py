@@ -20,12 +20,12 @@ from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
-from sculptor.model.samples import Samples, read_samples
+from sculptor.model.samples import Samples
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, output_bytes, plan_archive
 from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.progress import Progress, silent
-from sculptor.training.harm import steps_between
+from sculptor.tasks.harm import measured_every, samples_for
 from sculptor.training.protect import refuse_slices
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
@@ -33,8 +33,6 @@ from sculptor.training.stepping.optimizer import optimizer_on_host
 from sculptor.world import ALONE, World
 
 MEMORY_ROWS = 384
-# Of harm in a run that keeps it below a limit, at least.
-MEASUREMENTS = 20
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -112,13 +110,13 @@ def open_job(
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
     settings = resolve_settings(settings, archive)  # refuses before any work
-    samples = _samples_of(archive, architecture, settings)
+    samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice)
     items = as_items(data)
     if samples is not None:
-        settings = replace(settings, harm_every=settings.harm_every or _harm_every(settings, rows.encoded, samples))
+        settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, rows.encoded, samples))
     return TrainJob(
         checkpoint,
         architecture,
@@ -132,34 +130,6 @@ def open_job(
         _select_extra(architecture, archive, settings.also_train),
         samples=samples,
     )
-
-
-def _samples_of(archive: Archive, architecture: Architecture, settings: TrainSettings) -> Samples | None:
-    """The samples that harm is measured on.
-
-    Raises:
-        SettingsError: if there are none, and something is asked for that needs them.
-    """
-    samples = read_samples(archive, architecture.vocab_size) if architecture.kind == "causal" else None
-    asked = {"--max-harm": settings.max_harm, "--harm-every": settings.harm_every}
-    needing = [option for option, value in asked.items() if value is not None]
-    if samples is None and needing:
-        raise SettingsError(
-            f"{', '.join(needing)}: {archive.path} keeps no samples of the model; analyze with --samples"
-        )
-    return samples
-
-
-def _harm_every(settings: TrainSettings, encoded: Encoded, samples: Samples) -> int:
-    """Steps between measurements, unless it is said; a function of the data, so that every run has the same."""
-    lengths = [example.length for example in encoded.examples]
-    mean = sum(lengths) / len(lengths) if encoded.mixture is None else encoded.mixture.mean(lengths)
-    rows = min(settings.batch_size, max(1, encoded.num_epoch))
-    every = steps_between(sum(sample.example.length for sample in samples.steering), mean * rows)
-    if settings.max_harm is None:
-        return every
-    total = settings.total_steps(-(-encoded.num_epoch // rows))
-    return min(every, max(1, total // MEASUREMENTS))
 
 
 def read_task(

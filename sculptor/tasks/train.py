@@ -31,6 +31,7 @@ from sculptor.tasks.job import TrainJob, open_base, open_job, plans_of, read_tas
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.train_report import TrainReport
+from sculptor.training.base import BaseWeights
 from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
@@ -122,7 +123,7 @@ def train(
     with world.together():
         found = choose(plans_of(job, device), device, job.settings.offload, output, partial_path(output))
         plan, reason = world.from_first(found)
-        _check_offload(plan.offload, world)
+        _check_offload(plan.offload, world, job.settings)
     settings = job.settings if plan.offload == "none" else replace(job.settings, checkpoint_activations=asked)
     placed, unused = _placed(settings, plan.offload)
     if unused:
@@ -149,6 +150,7 @@ def train(
                 metrics=partial / "metrics.jsonl",
                 evaluate=_evaluator(loaded, job),
                 harm=_harm_control(loaded, updates, job, world),
+                as_base=None if job.settings.kl_weight is None else BaseWeights(loaded.model, updates.extra),
                 stop=stop,
                 world=world,
                 mixture=job.encoded.mixture,
@@ -177,8 +179,13 @@ def _place(partial: Path, output: Path, overwrite: bool) -> None:
     discard(partial, _WRITES)
 
 
-def _check_offload(offload: Offload, world: World) -> None:
-    """Refuses what several processes cannot do."""
+def _check_offload(offload: Offload, world: World, settings: TrainSettings) -> None:
+    """Refuses what several processes cannot do, or a streamed model."""
+    if offload != "none" and settings.kl_weight is not None:
+        raise SettingsError(
+            f"--kl-weight with --offload {offload}: the base's forward needs all of the model on the device; leave it out, or let "
+            "the model fit (--max-harm goes with offloading)"
+        )
     if world.size > 1 and offload != "none":
         raise SettingsError(
             f"--offload {offload} with {world.size} processes: streamed training runs in one for now; the model has to fit on "

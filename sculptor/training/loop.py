@@ -23,7 +23,7 @@ from sculptor.data.mixture import Mixture
 from sculptor.errors import SettingsError, Stopped, TrainingError
 from sculptor.model.harm import Harm
 from sculptor.model.load import LoadedModel
-from sculptor.model.loss import batch_loss, num_loss_tokens
+from sculptor.model.loss import AsBase, batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
 from sculptor.training.harm import HarmControl
 from sculptor.training.schedule import rates_of
@@ -74,6 +74,7 @@ class TrainingLoop:
         mixture: which part of an epoch comes from which examples; None if it is all of them.
         world: the processes that share a step.
         harm: measures harm, and keeps it below a limit; None without samples.
+        as_base: makes the model its base, for a KL term on the rows' own tokens; None without one.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class TrainingLoop:
         mixture: Mixture | None = None,
         world: World | None = None,
         harm: HarmControl | None = None,
+        as_base: AsBase | None = None,
     ) -> None:
         self.loaded = loaded
         self.updates = updates
@@ -103,6 +105,7 @@ class TrainingLoop:
         self.stop = stop
         self.world = world or World()
         self.harm = harm
+        self.as_base = as_base
         lengths = [example.length for example in examples]
         self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world, mixture)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
@@ -179,23 +182,27 @@ class TrainingLoop:
         if not model.training:  # asked first: it goes through every module
             model.train()
         losses: list[Tensor] = []
+        apart: list[Tensor] = []
         for batch in batches:
             self.updates.begin(rate_of)
             with self.accelerator.autocast():
-                found = batch_loss(model, batch.to(self.loaded.device), self.loaded.kind)
+                found = batch_loss(model, batch.to(self.loaded.device), self.loaded.kind, self.as_base)
             share = found.total / total_tokens
             if found.auxiliary is not None:
                 share = share + found.auxiliary * (found.num_tokens / total_tokens)
+            losses.append(share.detach())
+            if found.divergence is not None:
+                assert self.settings.kl_weight is not None
+                apart.append(found.divergence.detach() / total_tokens)
+                share = share + self.settings.kl_weight * (found.divergence / total_tokens)
             if share.requires_grad:  # layer dropping may leave out everything that is trained
                 self.accelerator.backward(share)
             self.updates.end_backward()
-            losses.append(share.detach())
         if self.penalty is not None and self.world.first:  # once, where gradients add up
             self.accelerator.backward(self.penalty())
         norm = self.updates.clip()
-        (loss,) = self.world.total(
-            sum(float(share) for share in losses)
-        )  # only now, since a number waits for the device
+        # Only now, since a number waits for the device.
+        loss, kl = self.world.total(sum(map(float, losses)), sum(map(float, apart)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower {self._rate_setting} or look at "
@@ -218,6 +225,7 @@ class TrainingLoop:
         epoch = round((step + 1) / self.plan.steps_per_epoch, 4)
         name, peak = self._rate
         rate = {name: rate_of(peak)}
+        rate |= {} if self.as_base is None else {"kl": kl}
         self._log(step=step + 1, epoch=epoch, loss=loss, **rate, grad_norm=norm, tokens=tokens, seconds=seconds)
 
     @property
