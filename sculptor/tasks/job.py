@@ -15,6 +15,7 @@ from sculptor.checkpoint.records import read_record
 from sculptor.data.chat import check_use
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.mixture import Mixture
+from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
@@ -26,6 +27,7 @@ from sculptor.planning.placement import choose, output_bytes, plan_archive
 from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.progress import Progress, silent
 from sculptor.tasks.harm import measured_every, samples_for
+from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.protect import refuse_slices
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
@@ -49,6 +51,7 @@ class TrainJob:
         placement: where its blocks are, and why.
         unopened: the archive as it was given, where `archive` was opened for the task.
         samples: of the first base, that harm is measured on; None if the archive has none.
+        replays: what is mixed into the task's rows.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +67,12 @@ class TrainJob:
     placement: str = ""
     unopened: Archive | None = None
     samples: Samples | None = None
+    replays: tuple[Replay, ...] = ()
+
+    @property
+    def trained(self) -> Encoded:
+        """What steps are made of: the task's rows, and what is mixed in."""
+        return with_replay(self.encoded, self.replays)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -73,6 +82,7 @@ class Rows:
     encoded: Encoded
     evaluation: Encoded | None
     digest: str
+    replays: tuple[Replay, ...] = ()
 
 
 def open_base(model: str | Path) -> tuple[Checkpoint, Architecture]:
@@ -98,6 +108,7 @@ def open_job(
     progress: Progress,
     notice: Callable[[str], object] = lambda _: None,
     rows: Rows | None = None,
+    replay: Data = (),
 ) -> TrainJob:
     """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
 
@@ -113,11 +124,10 @@ def open_job(
     samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
-    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice)
+    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
+    replays = fill_in_samples(rows.replays, samples)
     items = as_items(data)
-    if samples is not None:
-        settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, rows.encoded, samples))
-    return TrainJob(
+    job = TrainJob(
         checkpoint,
         architecture,
         archive,
@@ -129,7 +139,23 @@ def open_job(
         task_name(items[0]),
         _select_extra(architecture, archive, settings.also_train),
         samples=samples,
+        replays=replays,
     )
+    trained = job.trained
+    if replays:
+        notice(_replay_line(job, trained))
+    if samples is None:
+        return job
+    every = settings.harm_every or measured_every(settings, trained, samples)
+    return replace(job, settings=replace(settings, harm_every=every))
+
+
+def _replay_line(job: TrainJob, trained: Encoded) -> str:
+    assert trained.mixture is not None
+    counts = trained.mixture.counts[-len(job.replays) :]
+    parts = zip(counts, job.replays, strict=True)
+    mixed = ", ".join(f"{count:,} from {replay.name} ({len(replay.examples):,} rows)" for count, replay in parts)
+    return f"an epoch takes {job.encoded.num_epoch:,} rows of the task and mixes in {mixed}"
 
 
 def read_task(
@@ -139,6 +165,7 @@ def read_task(
     eval_data: Data,
     settings: TrainSettings,
     notice: Callable[[str], object] = lambda _: None,
+    replay: Data = (),
 ) -> Rows:
     """The rows of a task as tokens.
 
@@ -161,7 +188,8 @@ def read_task(
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
-    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]))
+    replays = read_replay(replay, tokenizer, architecture, max_length, settings, notice)
+    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), replays)
 
 
 def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:
@@ -252,16 +280,16 @@ def split_steps(job: TrainJob, device: torch.device, world: World = ALONE) -> Tr
 
 def _sizes(job: TrainJob) -> tuple[int, int]:
     """Rows of a step, and tokens of the longest."""
-    examples = job.encoded.examples
-    longest = max((example.length for example in examples), default=1)
-    return min(job.settings.batch_size, max(1, job.encoded.num_epoch)), longest
+    trained = job.trained
+    longest = max((example.length for example in trained.examples), default=1)
+    return min(job.settings.batch_size, max(1, trained.num_epoch)), longest
 
 
 def _plans_of(job: TrainJob, device: torch.device, split: Split) -> dict[str, Footprint]:
     settings = job.settings
     rows, longest = _sizes(job)
     assert settings.carry is not None
-    steps = settings.total_steps(-(-job.encoded.num_epoch // rows))
+    steps = settings.total_steps(-(-job.trained.num_epoch // rows))
     work = Workload(
         tokens=rows * longest,
         micro_batches=1,

@@ -21,6 +21,7 @@ from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
 from sculptor.methods.kinds import Kinds
+from sculptor.methods.settings import is_self
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.samples import SECTION
 from sculptor.planning.placement import choose
@@ -60,6 +61,7 @@ def train(
     *,
     eval_data: Data = (),
     protect_data: Data = (),
+    replay: Data = (),
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -79,6 +81,8 @@ def train(
         settings: how to train.
         eval_data: likewise, rows whose loss chooses the best parameters of the run.
         protect_data: for that analysis, what the model should stay good at [default: what it says by itself].
+        replay: mixed into the task's rows: data as above whose weight is their share of an epoch [default: 0.1 each], or `self`,
+            the archive's own samples.
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
@@ -98,7 +102,9 @@ def train(
     device = resolve_device(settings.device)
     if settings.eval_every is not None and not as_items(eval_data):
         raise SettingsError("--eval-every without effect: there is no --eval-data")
-    read: list[str | Path] = [*local_files(data), *local_files(eval_data), *filter(None, [settings.chat_template])]
+    replayed = [item for item in as_items(replay) if not (isinstance(item, str) and is_self(item))]
+    read: list[str | Path] = [*local_files(data), *local_files(eval_data), *local_files(replayed)]
+    read += filter(None, [settings.chat_template])
     staged = functools.partial(
         staged_together, world, output, command="train", writes=_WRITES, overwrite=overwrite, worth_keeping=_is_begun
     )
@@ -106,7 +112,7 @@ def train(
     if subspaces is None:
         with world.together():
             checkpoint, architecture = open_base(model)
-            rows = read_task(checkpoint, architecture, data, eval_data, settings, notice)
+            rows = read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
         read += local_files(protect_data)
         with staged(inputs=[checkpoint.path, *read], resume=resume) as partial:
             analyze_first(model, partial, protect_data, settings, progress, notice, rules)
@@ -114,7 +120,7 @@ def train(
     elif as_items(protect_data):
         raise SettingsError("--protect-data without effect: --subspaces says what is protected")
     with world.together():
-        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice, rows)
+        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice, rows, replay)
     check_alike(
         world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     )
@@ -139,10 +145,11 @@ def train(
             job.checkpoint, job.architecture, job.archive, job.settings, list(job.extra), device, scratch, progress
         )
         try:
+            trained = job.trained
             loop = TrainingLoop(
                 loaded,
                 updates,
-                job.encoded.examples,
+                trained.examples,
                 job.settings,
                 store=StateStore(
                     partial / STATE_NAME, _run_key(job, loaded, progress), updates.fingerprints(), _split(job, world)
@@ -153,7 +160,7 @@ def train(
                 as_base=None if job.settings.kl_weight is None else BaseWeights(loaded.model, updates.extra),
                 stop=stop,
                 world=world,
-                mixture=job.encoded.mixture,
+                mixture=trained.mixture,
             )
             result = loop.run(progress)
             del loop
@@ -234,11 +241,12 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     settings = asdict(job.settings)
     for name in (*_HOW, *_SPLIT):
         settings.pop(name)
-    examples = [job.encoded.examples, job.evaluation.examples if job.evaluation else ()]
+    trained = job.trained
+    examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    if job.encoded.mixture is not None:
-        settings["mixture"] = asdict(job.encoded.mixture)
+    if trained.mixture is not None:
+        settings["mixture"] = asdict(trained.mixture)
     samples = job.archive.manifest.sections.get(SECTION)
     return settings | {
         "base": job.archive.manifest.base_identity,

@@ -50,7 +50,8 @@ def training_record(
         "settings": published(job.settings),
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
-        | ({} if mixture is None else asdict(mixture)),
+        | ({} if mixture is None else asdict(mixture))
+        | ({"replay": [{"name": each.name, "share": each.share} for each in job.replays]} if job.replays else {}),
         "base": {"name": published_name(job.checkpoint.path), "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "analyzed": analyzed,  # whether the archive that protected it was made for it, and lies beside it
