@@ -17,6 +17,11 @@ import pytest
 import torch
 import transformers
 
+import sculptor.model.samples
+
+# Archives are made by the hundred here: a few samples each will do.
+sculptor.model.samples.TOKENS, sculptor.model.samples.LENGTH = 256, 16
+
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
