@@ -109,7 +109,7 @@ class HarmControl:
     def check(self) -> Checked:
         """Measures, and scales the update back where harm is above the limit."""
         harm = self._measure(self._samples.steering).nats
-        if self.limit is None or not harm > self.limit:
+        if self.limit is None or not self.limit < harm < math.inf:
             return Checked(harm, 1.0)
         scale, harm = largest_scale(self._harm_at(), harm, self.limit)
         return Checked(harm, scale)

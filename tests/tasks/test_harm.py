@@ -172,3 +172,21 @@ def test_damaged_samples_are_refused(made: Path, tmp_path: Path) -> None:
         read_samples(Archive(tmp_path / "0"), 64)
     with pytest.raises(SettingsError, match="reporting or steering"):
         sculptor.harm(torch.nn.Linear(1, 1), made / "archive", samples="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_several_processes_keep_the_limit_of_one(made: Path, tmp_path: Path) -> None:
+    from together import together
+
+    settings = replace(HOT, max_harm=0.02, harm_every=2, also_train=("norm",), kl_weight=0.5)
+    inputs = (made / "model", made / "archive", [made / "rows.jsonl"])
+    one = train(*inputs, tmp_path / "one", settings)
+    found = together(2, train, *inputs, tmp_path / "two", settings)
+    assert found[0] == found[1]
+    assert found[0].loop.steering_harm == pytest.approx(one.loop.steering_harm, rel=0.05)
+    assert found[0].loop.steering_harm <= 0.02
+    first, second = (lines(tmp_path / name, "harm") for name in ("one", "two"))
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    assert [line["harm_scale"] < 1 for line in first] == [line["harm_scale"] < 1 for line in second]
+    kl = [lines(tmp_path / name, "kl")[-1]["kl"] for name in ("one", "two")]
+    assert kl[0] == pytest.approx(kl[1], rel=0.05)
