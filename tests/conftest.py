@@ -13,14 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny, and tests run side by side: more threads, also of commands that tests start, only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import few_samples  # noqa: F401
 import pytest
 import torch
 import transformers
-
-import sculptor.model.samples
-
-# Archives are made by the hundred here: a few samples each will do.
-sculptor.model.samples.TOKENS, sculptor.model.samples.LENGTH = 256, 16
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
