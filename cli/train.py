@@ -51,6 +51,13 @@ from .options import (
     help="Without --subspaces: rows or text that MODEL should stay good at, or `self`; repeatable [default: self, text that "
     "MODEL says].",
 )
+@click.option(
+    "--replay",
+    multiple=True,
+    type=click.Path(),
+    help="Mixed into the task's rows: PLACE[:CONFIG][@SPLIT][:SHARE of an epoch], 0.1 by default; or self[:SHARE], the archive's "
+    "own samples; repeatable.",
+)
 @settings_options(TrainSettings)
 @click.option(
     "--report-to",
@@ -73,6 +80,7 @@ def command(
     push_to_hub: str | None,
     public: bool,
     protect_data: tuple[str, ...],
+    replay: tuple[str, ...],
     report_to: tuple[str, ...],
     resume: bool,
     overwrite: bool,
@@ -90,6 +98,8 @@ def command(
       sculptor train ./model --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned --resume
+      sculptor train ./model --data task.jsonl --max-harm 0.02 --output ./tuned
+      sculptor train ./model --data task.jsonl --replay general.txt:0.1 --output ./tuned
     """
     from sculptor.interruption import asked_to_stop
     from sculptor.report.json_text import to_json
@@ -107,6 +117,7 @@ def command(
             TrainSettings(**settings),
             eval_data=eval_data,
             protect_data=protect_data,
+            replay=replay,
             report_to=report_to,  # type: ignore[arg-type]
             overwrite=overwrite,
             resume=resume,

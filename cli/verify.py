@@ -17,8 +17,13 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, sett
 @click.option(
     "--strict", is_flag=True, help="Refuse a leak above 1e-3 that only rounding explains: it could hide one as large."
 )
+@click.option(
+    "--harm",
+    is_flag=True,
+    help="Run TUNED, too, and measure harm on the archive's samples: KL(first base || TUNED), a lower bound. Decides nothing.",
+)
 @json_option
-def command(base: str, tuned: str, subspaces: str, device: str, strict: bool, as_json: bool) -> None:
+def command(base: str, tuned: str, subspaces: str, device: str, strict: bool, harm: bool, as_json: bool) -> None:
     """Prove that TUNED left the protected pairs of BASE untouched, and everything else that a user loads.
 
     Judged from tensors, configuration and tokenizer. What TUNED's own record says may explain a leak, never excuse it: further
@@ -38,7 +43,7 @@ def command(base: str, tuned: str, subspaces: str, device: str, strict: bool, as
 
     quiet_libraries()
     try:
-        result = verify(base, tuned, subspaces, device=device, strict=strict, progress=bars)
+        result = verify(base, tuned, subspaces, device=device, strict=strict, harm=harm, progress=bars)
     except SculptorError as error:
         error.exit_code = 2  # whatever the reason: 1 says that the check was made and failed
         raise

@@ -32,6 +32,7 @@ _HOMES = {
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
+    "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
     "merge": "sculptor.training.protect",
@@ -67,6 +68,7 @@ __all__ = [
     "edit",
     "estimate",
     "evaluate",
+    "harm",
     "inspect",
     "merge",
     "merge_adapter",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.edit import edit
     from sculptor.tasks.estimate import estimate
     from sculptor.tasks.evaluate import evaluate
+    from sculptor.tasks.harm import harm
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.prune import prune
     from sculptor.tasks.push import push

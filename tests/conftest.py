@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny, and tests run side by side: more threads, also of commands that tests start, only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import few_samples  # noqa: F401
 import pytest
 import torch
 import transformers

@@ -27,6 +27,7 @@ from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.checkpoint.vocabulary import Growth, find_growth
 from sculptor.errors import ArchiveError, VerificationError
+from sculptor.model.harm import Harm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
@@ -88,6 +89,7 @@ class Verification:
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
+        harm: to what the first base says by itself, where that was asked for.
     """
 
     passed: bool
@@ -110,6 +112,7 @@ class Verification:
     matrices: tuple[MatrixVerification, ...]
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
+    harm: Harm | None = None
 
 
 def verify_checkpoints(

@@ -152,6 +152,17 @@ class ArchiveWriter:
             (self.directory / file).write_bytes(content)
         self._sections[name] = Section(file, len(content), hashlib.sha256(content).hexdigest())
 
+    def keep_sections(self, archive: Archive) -> None:
+        """Takes the optional parts of another archive, byte for byte.
+
+        Raises:
+            ArchiveError: if they have changed since they were written.
+        """
+        for name, part in archive.manifest.sections.items():
+            content = archive.section(name)
+            assert content is not None
+            self.add_section(name, content, Path(part.file).suffix)
+
     def update(self, record: MatrixRecord) -> None:
         """Replaces the facts of a matrix that was added; its tensors stay."""
         self._wait()

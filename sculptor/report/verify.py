@@ -1,7 +1,7 @@
 """What `verify` found, as text."""
 
 from sculptor.analysis.verify import MatrixVerification, Verification
-from sculptor.report.text import percent, table
+from sculptor.report.text import harm_lines, percent, table
 
 _MAX_LISTED = 8
 
@@ -28,6 +28,7 @@ def verify_text(result: Verification) -> str:
         lines.append(
             f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
         )
+    lines += harm_lines(result.harm)
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]

@@ -29,14 +29,15 @@ from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import commit
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
-from sculptor.data.examples import digest_examples
+from sculptor.data.examples import digest_examples, resolve_max_length
 from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence, measures_of
 from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.methods.staircase import StaircaseRule
-from sculptor.model.load import check_trainable, resolve_device
+from sculptor.model.load import LoadedModel, check_trainable, resolve_device
+from sculptor.model.samples import SECTION, SUFFIX, kept_samples
 from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
@@ -45,6 +46,7 @@ from sculptor.tasks.defaults import fill_in, tell_choice
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.training.settings import Offload
+from sculptor.world import World
 
 
 def analyze(
@@ -94,6 +96,7 @@ def analyze(
         check_attention(checkpoint)
         architecture = inspect_architecture(checkpoint)
         check_trainable(checkpoint, architecture)
+        _check_samples(settings, checkpoint, architecture)
         targets = select_targets(architecture.targets, settings.targets, settings.exclude)
         method = make_method(settings, kinds, [target.shape for target in targets])
         measures = measures_of(method, "derive")
@@ -148,6 +151,7 @@ def analyze(
                             unreached=unreached,
                             world=world,
                         )
+                        _keep_samples(writer, loaded, settings, world, progress, notice)
                 else:
                     _check_finite(checkpoint, targets, progress)
                     cosines = measure_importance(
@@ -169,6 +173,10 @@ def analyze(
                         if name in ends:
                             writer.flush()
                     bar.close()
+                    if settings.samples:
+                        loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
+                        with closing(loaded):
+                            _keep_samples(writer, loaded, settings, world, progress, notice)
                 weights = tuple(source.weight for source in sources)
                 task = TaskRecord(
                     "analysis", "analysis", weights, tuple(map(facts_of, sources)), {"model": Path(model).name}
@@ -202,6 +210,35 @@ def analyze(
             raise
         world.once(lambda: _place(partial, output, overwrite))
     return report_of(Archive(output, rules=rules), checkpoint)
+
+
+def _check_samples(settings: AnalyzeSettings, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Refuses to keep samples of what says nothing."""
+    if settings.samples and architecture.kind != "causal":
+        raise SettingsError(
+            f"--samples: {checkpoint.path} is no causal model, and only those can sample text; leave it out"
+        )
+
+
+def _keep_samples(
+    writer: ArchiveWriter,
+    loaded: LoadedModel,
+    settings: AnalyzeSettings,
+    world: World,
+    progress: Progress,
+    notice: Callable[[str], object],
+) -> None:
+    """Adds the section of samples, unless it is not wanted, or nobody asked and the model has none to give."""
+    if settings.samples is False or (loaded.kind != "causal" and not settings.samples):
+        return
+    max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
+    content, reason = world.once(lambda: kept_samples(loaded, max_length, settings.seed, progress))
+    if content is None and settings.samples:
+        raise DataError(f"--samples: {reason}")
+    if content is None:
+        notice(f"no samples kept, so harm cannot be measured: {reason}")
+    elif world.first:
+        writer.add_section(SECTION, content, SUFFIX)
 
 
 def _taken_up(writer: ArchiveWriter) -> set[str]:

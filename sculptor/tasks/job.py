@@ -17,15 +17,19 @@ from sculptor.checkpoint.vocabulary import Growth
 from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.mixture import Mixture
+from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
+from sculptor.model.samples import Samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
+from sculptor.tasks.harm import measured_every, samples_for
 from sculptor.tasks.new_tokens import grow_tokenizer
+from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
 
@@ -49,6 +53,8 @@ class TrainJob:
         trainer: that program and its settings, if any.
         growth: its new tokens, if any.
         ungrown: the checkpoint as it was given, where `checkpoint` has got them.
+        samples: of the first base, that harm is measured on; None if the archive has none.
+        replays: what is mixed into the task's rows.
     """
 
     checkpoint: Checkpoint
@@ -65,9 +71,10 @@ class TrainJob:
     unopened: Archive | None = None
     rows_elsewhere: int | None = None
     trainer: Mapping[str, Any] | None = None
-
     growth: Growth | None = None
     ungrown: Checkpoint | None = None
+    samples: Samples | None = None
+    replays: tuple[Replay, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -79,6 +86,11 @@ class TrainJob:
         """The checkpoint as it was given."""
         return self.ungrown or self.checkpoint
 
+    @property
+    def trained(self) -> Encoded:
+        """What steps are made of: the task's rows, and what is mixed in."""
+        return with_replay(self.encoded, self.replays)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Rows:
@@ -88,6 +100,7 @@ class Rows:
     evaluation: Encoded | None
     digest: str | None
     growth: Growth | None = None
+    replays: tuple[Replay, ...] = ()
 
 
 def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
@@ -114,6 +127,7 @@ def open_job(
     progress: Progress,
     notice: Callable[[str], object] = lambda _: None,
     rows: Rows | None = None,
+    replay: Data = (),
 ) -> TrainJob:
     """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
 
@@ -125,12 +139,14 @@ def open_job(
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
     settings = resolve_settings(settings, archive)  # refuses before any work
+    samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
-    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice)
+    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
     settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
+    replays = fill_in_samples(rows.replays, samples)
     items = as_items(data)
-    return TrainJob(
+    job = TrainJob(
         checkpoint,
         architecture,
         archive,
@@ -142,7 +158,24 @@ def open_job(
         task_name(items[0]),
         _select_extra(architecture, archive, settings.also_train),
         growth=rows.growth,
+        samples=samples,
+        replays=replays,
     )
+    trained = job.trained
+    if replays:
+        notice(_replay_line(job, trained))
+    if samples is None:
+        return job
+    every = settings.harm_every or measured_every(settings, trained, samples)
+    return replace(job, settings=replace(settings, harm_every=every))
+
+
+def _replay_line(job: TrainJob, trained: Encoded) -> str:
+    assert trained.mixture is not None
+    counts = trained.mixture.counts[-len(job.replays) :]
+    parts = zip(counts, job.replays, strict=True)
+    mixed = ", ".join(f"{count:,} from {replay.name} ({len(replay.examples):,} rows)" for count, replay in parts)
+    return f"an epoch takes {job.encoded.num_epoch:,} rows of the task and mixes in {mixed}"
 
 
 def read_task(
@@ -152,6 +185,7 @@ def read_task(
     eval_data: Data,
     settings: TrainSettings,
     notice: Callable[[str], object] = lambda _: None,
+    replay: Data = (),
 ) -> Rows:
     """The rows of a task as tokens.
 
@@ -177,7 +211,8 @@ def read_task(
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
-    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth)
+    replays = read_replay(replay, tokenizer, architecture, max_length, settings, notice)
+    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth, replays)
 
 
 def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:

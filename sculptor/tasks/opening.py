@@ -19,6 +19,11 @@ from sculptor.tasks.job import TrainJob, open_model
 from sculptor.world import ALONE, World
 
 
+def _finish(writer: ArchiveWriter, archive: Archive) -> None:
+    writer.keep_sections(archive)
+    writer.finish(archive.manifest)
+
+
 def reached(evidence: Evidence) -> Evidence:
     """Refuses to open a rule by rows that do not reach its matrix.
 
@@ -75,5 +80,5 @@ def open_rules(
                     world=world,
                 )
             world.once(lambda: decide(writer, method, [*archive.manifest.source_weights, source.weight]))
-            world.once(lambda: writer.finish(archive.manifest))
+            world.once(lambda: _finish(writer, archive))
     return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)

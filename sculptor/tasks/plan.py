@@ -88,9 +88,9 @@ def _num_new(job: TrainJob) -> int:
 
 def _sizes(job: TrainJob) -> tuple[int, int]:
     """Rows of a step, and tokens of the longest."""
-    examples = job.encoded.examples
-    longest = max((example.length for example in examples), default=1)
-    return min(job.settings.batch_size, max(1, job.encoded.num_epoch)), longest
+    trained = job.trained
+    longest = max((example.length for example in trained.examples), default=1)
+    return min(job.settings.batch_size, max(1, trained.num_epoch)), longest
 
 
 def _plans_of(job: TrainJob, device: torch.device, split: Split, world: World) -> dict[str, Footprint]:
@@ -103,7 +103,7 @@ def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> di
     settings = job.settings
     rows, longest = _sizes(job)
     assert settings.carry is not None
-    steps = settings.total_steps(-(-job.encoded.num_epoch // rows))
+    steps = settings.total_steps(-(-job.trained.num_epoch // rows))
     work = Workload(
         tokens=rows * longest,
         micro_batches=1,

@@ -22,7 +22,9 @@ from sculptor.errors import SettingsError
 from sculptor.evaluation.loss import mean_loss
 from sculptor.interruption import signals_wait
 from sculptor.methods.kinds import Kinds
+from sculptor.methods.settings import is_self
 from sculptor.model.load import LoadedModel, resolve_device
+from sculptor.model.samples import SECTION
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
@@ -34,10 +36,13 @@ from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
 from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
 from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
 from sculptor.tasks.train_report import TrainReport
+from sculptor.training.base import BaseWeights
+from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
 from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.training.stepping.updates import Updates
 from sculptor.world import World, here
 
 # Settings that decide how a run is done, not what comes out.
@@ -64,6 +69,7 @@ def train(
     eval_data: Data = (),
     protect_data: Data = (),
     report_to: Sequence[Tracker] = (),
+    replay: Data = (),
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -84,6 +90,8 @@ def train(
         eval_data: likewise, rows whose loss chooses the best parameters of the run.
         protect_data: for that analysis, what the model should stay good at [default: what it says by itself].
         report_to: experiment trackers, through accelerate; what they write as files goes to the folder `runs` beside the output.
+        replay: mixed into the task's rows: data as above whose weight is their share of an epoch [default: 0.1 each], or `self`,
+            the archive's own samples.
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
@@ -104,7 +112,9 @@ def train(
     device = resolve_device(settings.device)
     if settings.eval_every is not None and not as_items(eval_data):
         raise SettingsError("--eval-every without effect: there is no --eval-data")
-    read: list[str | Path] = [*local_files(data), *local_files(eval_data), *filter(None, [settings.chat_template])]
+    replayed = [item for item in as_items(replay) if not (isinstance(item, str) and is_self(item))]
+    read: list[str | Path] = [*local_files(data), *local_files(eval_data), *local_files(replayed)]
+    read += filter(None, [settings.chat_template])
     staged = functools.partial(
         staged_together, world, output, command="train", overwrite=overwrite, worth_keeping=_is_begun
     )
@@ -112,7 +122,7 @@ def train(
     if subspaces is None:
         with world.together():
             checkpoint, architecture = open_base(model, settings.attn_implementation)
-            rows = read_task(checkpoint, architecture, data, eval_data, settings, notice)
+            rows = read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
         read += local_files(protect_data)
         with staged(inputs=[checkpoint.path, *read], resume=resume) as partial:
             analyze_first(model, partial, protect_data, settings, progress, notice, rules)
@@ -120,7 +130,7 @@ def train(
     elif as_items(protect_data):
         raise SettingsError("--protect-data without effect: --subspaces says what is protected")
     with world.together():
-        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice, rows)
+        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice, rows, replay)
     check_alike(
         world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     )
@@ -140,6 +150,7 @@ def train(
         )
     plan, reason = world.from_first(found)
     resident = plan.offload == "none" and not divided
+    _check_resident(job.settings, resident)
     settings = job.settings if resident else replace(job.settings, checkpoint_activations=asked)
     placed, unused = _placed(settings, plan.offload, divided)
     if unused:
@@ -161,19 +172,22 @@ def train(
             job.growth,
         )  # fmt: skip
         try:
+            trained = job.trained
             loop = TrainingLoop(
                 loaded,
                 updates,
-                job.encoded.examples,
+                trained.examples,
                 job.settings,
                 store=StateStore(
                     partial / STATE_NAME, _run_key(job, loaded, progress), updates.fingerprints(), _split(job, world)
                 ),
                 metrics=partial / "metrics.jsonl",
                 evaluate=_evaluator(loaded, job),
+                harm=_harm_control(loaded, updates, job, world),
+                as_base=None if job.settings.kl_weight is None else BaseWeights(loaded.model, updates.extra),
                 stop=stop,
                 world=world,
-                mixture=job.encoded.mixture,
+                mixture=trained.mixture,
                 report=(lambda _: None) if trackers is None else trackers.log,
             )
             with signals_wait():  # the loop asks after every step, and saves its state first
@@ -214,6 +228,15 @@ def _place(partial: Path, output: Path, overwrite: bool) -> None:
     discard(partial)
 
 
+def _check_resident(settings: TrainSettings, resident: bool) -> None:
+    """Refuses what needs all of the model on the device."""
+    if settings.kl_weight is not None and not resident:
+        raise SettingsError(
+            "--kl-weight: the base's forward needs all of the model on one device; leave it out, or use --offload none and "
+            "--parallel replicate (--max-harm goes with offloading)"
+        )
+
+
 def _placed(settings: TrainSettings, offload: Offload, divided: bool) -> tuple[TrainSettings, list[str]]:
     """The settings for where `auto` put the model, and the options that have no effect there."""
     waits, resident = offload != "none", offload == "none" and not divided
@@ -242,19 +265,30 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
     return evaluate
 
 
+def _harm_control(loaded: LoadedModel, updates: Updates, job: TrainJob, world: World) -> HarmControl | None:
+    if job.samples is None:
+        return None
+    settings, autocast = job.settings, make_accelerator(loaded.device).autocast
+    assert settings.harm_every is not None
+    return HarmControl(loaded, updates, job.samples, settings.harm_every, settings.max_harm, autocast, world)
+
+
 def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
     """What has to be the same for a saved state to be taken up."""
     settings = asdict(job.settings)
     for name in (*_HOW, *_SPLIT):
         settings.pop(name)
-    examples = [job.encoded.examples, job.evaluation.examples if job.evaluation else ()]
+    trained = job.trained
+    examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    if job.encoded.mixture is not None:
-        settings["mixture"] = asdict(job.encoded.mixture)
+    if trained.mixture is not None:
+        settings["mixture"] = asdict(trained.mixture)
+    samples = job.archive.manifest.sections.get(SECTION)
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": job.archive.identity,
+        "samples": None if samples is None else samples.sha256,
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],

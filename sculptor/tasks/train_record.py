@@ -24,6 +24,7 @@ from sculptor.training.settings import TrainSettings
 
 # What an output depends on that another program's training ended with.
 _OF_OUTPUT = ("carry", "memory_rows", "memory_weight", "soften", "save_dtype")
+HARM = "harm, KL(base || this) on samples of the first base that no step depended on"
 
 
 def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None, opened: Sequence[str] = ()) -> Merge:
@@ -55,7 +56,8 @@ def training_record(
         **({} if job.trainer is None else {"trainer": dict(job.trainer)}),
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
-        | ({} if mixture is None else asdict(mixture)),
+        | ({} if mixture is None else asdict(mixture))
+        | ({"replay": [{"name": each.name, "share": each.share} for each in job.replays]} if job.replays else {}),
         "base": {"name": published_name(job.base.path), "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "analyzed": analyzed,  # whether the archive that protected it was made for it, and lies beside it
@@ -94,6 +96,9 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     )
     losses = [("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f}{unit}")]
     losses = [] if math.isnan(loop.last_loss) else losses
+    harm = (
+        [] if loop.harm is None else [(HARM, f"{loop.harm.nats:.4f} ± {loop.harm.error:.4f} nats per token, at least")]
+    )
     opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []
     return [
         ("rows", f"{report.num_examples:,}, {report.num_dropped:,} dropped, {report.num_cut:,} cut"),
@@ -107,6 +112,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
             "of it beyond what rounding explains",
             f"{report.unexplained_leak:.1e}" if report.unexplained_leak > 0 else "none",
         ),
+        *harm,
         *opened,
     ]
 

@@ -60,6 +60,7 @@ class Coordinates(nn.Module):
         compute_dtype: of the folded weight; None for that of W0.
         source: hands out the folded weight: the stack that the matrix is in.
         archive: identity of the archive that they come from.
+        off: hand out W0: the model is the base for now.
         relative_rate, scale: the learning rate that suits the archive's rules, over the size of W0, and that size.
     """
 
@@ -79,6 +80,7 @@ class Coordinates(nn.Module):
         self.record = entry.record
         self.compute_dtype = compute_dtype
         self.soften = soften
+        self.off = False
         self.relative_rate = self.scale = 1.0
         self._read = read
         prepared = prepare_training(
@@ -125,6 +127,8 @@ class Coordinates(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
         check_copied(self)
+        if self.off:
+            return weight.to(self.compute_dtype or weight.dtype)
         ask = _ask_eagerly if torch.compiler.is_dynamo_compiling() else _ask
         return ask(self, weight)
 

@@ -22,9 +22,11 @@ from sculptor.data.batches import Batch, BatchPlan
 from sculptor.data.examples import Example
 from sculptor.data.mixture import Mixture
 from sculptor.errors import SettingsError, Stopped, TrainingError
+from sculptor.model.harm import Harm
 from sculptor.model.load import LoadedModel
-from sculptor.model.loss import batch_loss, num_loss_tokens
+from sculptor.model.loss import AsBase, batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
+from sculptor.training.harm import HarmControl
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
@@ -42,6 +44,8 @@ class LoopResult:
         best_step: the step whose parameters are kept, None without evaluation.
         best_loss: its evaluation loss.
         tokens: tokens read, padding excluded; `seconds` spent, both over all parts of a resumed run.
+        harm: of what is kept, on samples of the base that no step depended on; `steering_harm` on those that steer, both
+            None without samples.
     """
 
     steps: int
@@ -51,6 +55,8 @@ class LoopResult:
     best_loss: float | None
     tokens: int
     seconds: float
+    harm: Harm | None = None
+    steering_harm: float | None = None
 
 
 class TrainingLoop:
@@ -69,6 +75,8 @@ class TrainingLoop:
         mixture: which part of an epoch comes from which examples; None if it is all of them.
         world: the processes that share a step.
         report: told every line of the metrics, in the first process.
+        harm: measures harm, and keeps it below a limit; None without samples.
+        as_base: makes the model its base, for a KL term on the rows' own tokens; None without one.
     """
 
     def __init__(
@@ -86,6 +94,8 @@ class TrainingLoop:
         mixture: Mixture | None = None,
         world: World | None = None,
         report: Callable[[Mapping[str, float]], object] = lambda _: None,
+        harm: HarmControl | None = None,
+        as_base: AsBase | None = None,
     ) -> None:
         self.loaded = loaded
         self.updates = updates
@@ -98,6 +108,8 @@ class TrainingLoop:
         self.stop = stop
         self.world = world or World()
         self.report = report
+        self.harm = harm
+        self.as_base = as_base
         lengths = [example.length for example in examples]
         self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world, mixture)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
@@ -125,7 +137,10 @@ class TrainingLoop:
         for step in range(self.position.step, self.total):
             self._step(step, bar, started)
             done = step + 1
-            if self.evaluate is not None and (done % self._eval_every == 0 or done == self.total):
+            evaluates = self.evaluate is not None and (done % self._eval_every == 0 or done == self.total)
+            if self.harm is not None and self.harm.due(done, self.total, evaluates):
+                self._check_harm(self.harm, done)
+            if evaluates:
                 self._evaluate(done)
             signal_number = self.world.most(self.stop() or 0)
             if done == self.total or signal_number or self._should_save(done):
@@ -144,6 +159,7 @@ class TrainingLoop:
             self.updates.load(self.store.load_best(position.best_step), optimizer=False)
         assert position.first_loss is not None
         assert position.last_loss is not None
+        steering, harm = self.harm.final() if self.harm is not None else (None, None)
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,
@@ -152,6 +168,8 @@ class TrainingLoop:
             best_loss=position.best_loss,
             tokens=position.tokens,
             seconds=position.seconds,
+            harm=harm,
+            steering_harm=steering,
         )
 
     @property
@@ -169,6 +187,7 @@ class TrainingLoop:
         if not model.training:  # asked first: it goes through every module
             model.train()
         losses: list[Tensor] = []
+        apart: list[Tensor] = []
         for batch in batches:
             self.updates.begin(rate_of)
             with self.accelerator.autocast():
@@ -177,23 +196,27 @@ class TrainingLoop:
                     batch.to(self.loaded.device),
                     self.loaded.kind,
                     by_entropy=self.settings.token_weights == "entropy",
+                    as_base=self.as_base,
                 )
             share = found.total / total_tokens
             if found.auxiliary is not None:
                 share = share + found.auxiliary * (found.num_tokens / total_tokens)
+            losses.append(share.detach())
+            if found.divergence is not None:
+                assert self.settings.kl_weight is not None
+                apart.append(found.divergence.detach() / total_tokens)
+                share = share + self.settings.kl_weight * (found.divergence / total_tokens)
             if share.requires_grad:  # layer dropping may leave out everything that is trained
                 self.accelerator.backward(share)
             self.updates.end_backward()
-            losses.append(share.detach())
         for _ in range(passes - len(batches)):  # of other processes, which have more rows
             self.updates.begin(rate_of)
             self.updates.end_backward()
         if self.penalty is not None and self.world.first:  # once, where gradients add up
             self.accelerator.backward(self.penalty())
         norm = self.updates.clip()
-        (loss,) = self.world.total(
-            sum(float(share) for share in losses)
-        )  # only now, since a number waits for the device
+        # Only now, since a number waits for the device.
+        loss, kl = self.world.total(sum(map(float, losses)), sum(map(float, apart)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower {self._rate_setting} or look at "
@@ -210,11 +233,13 @@ class TrainingLoop:
             tokens=self.position.tokens + tokens,
             seconds=seconds,
         )
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
+        harm = "" if self.position.harm is None else f"harm {self.position.harm:.2g}, "
+        bar.set_postfix_str(f"loss {loss:.3f}, {harm}{speed:,.0f} tok/s", refresh=False)
         bar.update(1)
         epoch = round((step + 1) / self.plan.steps_per_epoch, 4)
         name, peak = self._rate
         rate = {name: rate_of(peak)}
+        rate |= {} if self.as_base is None else {"kl": kl}
         self._log(step=step + 1, epoch=epoch, loss=loss, **rate, grad_norm=norm, tokens=tokens, seconds=seconds)
 
     @property
@@ -237,6 +262,14 @@ class TrainingLoop:
             self.loaded.batch([self.examples[row] for row in rows[start : start + size]], seed)
             for start in range(0, len(rows), size)
         ]
+
+    def _check_harm(self, control: HarmControl, step: int) -> None:
+        found = control.check()
+        if not math.isfinite(found.harm):
+            raise TrainingError(f"harm {found.harm} after step {step}: not finite; lower {self._rate_setting}")
+        self.position = replace(self.position, harm=found.harm)
+        limited = {} if control.limit is None else {"harm_scale": found.scale}
+        self._log(step=step, harm=found.harm, **limited)
 
     def _evaluate(self, step: int) -> None:
         assert self.evaluate is not None

@@ -97,6 +97,13 @@ class TrainSettings:
     """Steps between saved states [default: a tenth of the run, at most 500, and a twentieth of the time at most]."""
     eval_every: AtLeastOne | None = None
     """Steps between evaluations [default: a fifth of the run]."""
+    kl_weight: Positive | None = None
+    """Adds KL_WEIGHT * KL(base || new) on the rows' own tokens to the loss, for one more forward a step; not with offloading."""
+    max_harm: Positive | None = None
+    """Largest harm, as KL(base || new) in nats a token on what the model says by itself; updates that do more are scaled back
+    [default: only measured]."""
+    harm_every: AtLeastOne | None = None
+    """Steps between measurements of harm [default: a twentieth of the time; with --max-harm a twentieth of the run, too]."""
 
     def __post_init__(self) -> None:
         resident, fused = self.offload == "none", self.optimizer_mode == "fused"

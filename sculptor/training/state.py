@@ -45,6 +45,7 @@ class Position:
         first_loss: training loss of the first step, `last_loss` of the last one done.
         tokens: tokens read so far.
         seconds: time spent in the loop so far.
+        harm: on the steering samples, when it was measured last.
     """
 
     __pydantic_config__ = STRICT
@@ -57,6 +58,7 @@ class Position:
     last_loss: Finite | None = None
     tokens: Count = 0
     seconds: NotNegative = 0.0
+    harm: Finite | None = None
 
 
 @dataclass(frozen=True, slots=True)

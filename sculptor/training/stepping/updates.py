@@ -1,7 +1,7 @@
 """What the loop asks of an optimizer, wherever parameters and gradients are: `resident.py` and `streamed.py` answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -91,6 +91,32 @@ class Updates(Trained):
     @abstractmethod
     def load(self, saved: Mapping[str, Tensor], *, optimizer: bool) -> None:
         """Puts back what `parameters`, or with `optimizer` what `state` gave."""
+
+    def scale(self, factor: float, base: Mapping[str, Tensor]) -> None:
+        """Scales the update of everything: coordinates, and openly trained parameters as far as they are from `base`."""
+        now = self.parameters()
+        self.load(_Scaled(now, factor, base), optimizer=False)
+
+
+class _Scaled(Mapping[str, Tensor]):
+    """Tensors moved towards those of a base, or 0, one at a time."""
+
+    def __init__(self, tensors: Tensors, factor: float, base: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._factor = factor
+        self._base = base
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._tensors.read(name)
+        if name not in self._base:
+            return value * self._factor
+        return self._base[name] + (value - self._base[name]) * self._factor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors.entries)
+
+    def __len__(self) -> int:
+        return len(self._tensors.entries)
 
 
 def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
