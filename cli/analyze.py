@@ -10,8 +10,10 @@ from sculptor.training.settings import TrainSettings
 
 from .options import (
     SuggestingCommand,
+    adapter_option,
     bars,
     json_option,
+    merged,
     overwrite_option,
     quiet_libraries,
     resume_option,
@@ -27,11 +29,19 @@ from .options import (
 @rule_option
 @settings_options(AnalyzeSettings, skip=("rule",))
 @settings_options(TrainSettings, "offload")
+@adapter_option
 @resume_option
 @overwrite_option
 @json_option
 def command(
-    model: str, output: Path, offload: Any, resume: bool, overwrite: bool, as_json: bool, **settings: Any
+    model: str,
+    output: Path,
+    merge_adapter: str | None,
+    offload: Any,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Save the subspaces that carry what MODEL knows, as an archive.
 
@@ -56,7 +66,7 @@ def command(
 
     quiet_libraries()
     report = analyze(
-        model,
+        merged(model, merge_adapter, settings["device"]),
         output,
         AnalyzeSettings(**settings),
         offload=offload,

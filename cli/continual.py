@@ -8,7 +8,6 @@ from .options import (
     Choice,
     SuggestingCommand,
     bars,
-    catch_signals,
     html_option,
     json_option,
     overwrite_option,
@@ -18,16 +17,22 @@ from .options import (
     tell,
 )
 
+_METHODS = [
+    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
+    "lora", "olora", "osf",
+]  # fmt: skip
+
 
 @click.command("continual", cls=SuggestingCommand)
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of report and model.")
 @click.option(
     "--method",
-    type=Choice(["sculptor", "random", "full", "joint", "inflora", "sara", "orthsr", "lora", "olora", "osf"]),
+    type=Choice(_METHODS),
     default="sculptor",
     show_default=True,
-    help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, InfLoRA, SaRA, "
+    help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, plain with "
+    "replay, l2, interpolate (WiSE-FT), eaft (entropy-weighted) or rescaled to the norm of another run, InfLoRA, SaRA, "
     "OrthSR, or (extra `baselines`) LoRA, O-LoRA and OSF through PEFT.",
 )
 @click.option(
@@ -70,6 +75,7 @@ def command(
       sculptor continual plan.toml --output ./plain --method full --set train.learning_rate=3e-4
     """
     from sculptor.benchmark.runner import continual
+    from sculptor.interruption import asked_to_stop
     from sculptor.report.continual import continual_text
     from sculptor.report.html.continual import continual_page
     from sculptor.report.html.page import check_page, write_page
@@ -93,7 +99,7 @@ def command(
         resume=resume,
         progress=bars,
         notice=tell,
-        stop=catch_signals(),
+        stop=asked_to_stop,
     )
     if plot is not None and speaks():
         plot_matrix(report, plot)

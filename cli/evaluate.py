@@ -9,10 +9,12 @@ from sculptor.training.settings import TrainSettings
 
 from .options import (
     SuggestingCommand,
+    adapter_option,
     bars,
     check_overwrite,
     html_option,
     json_option,
+    merged,
     overwrite_option,
     quiet_libraries,
     settings_options,
@@ -54,12 +56,14 @@ from .options import (
 @click.option("--show", type=click.IntRange(0), default=0, help="Show what is answered to the first rows, so many.")
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
-@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device", "offload")
+@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "attn_implementation", "device", "offload")
+@adapter_option
 @html_option
 @overwrite_option
 @json_option
 def command(
     model: str,
+    merge_adapter: str | None,
     data: tuple[str, ...],
     watch: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -91,7 +95,7 @@ def command(
     if html is not None:
         check_page(html, overwrite)
     result = evaluate(
-        model,
+        merged(model, merge_adapter, options["device"]),
         data,
         watch=watch,
         tasks=[name.strip() for listed in tasks for name in listed.split(",") if name.strip()],

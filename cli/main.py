@@ -90,7 +90,7 @@ def run() -> None:
     try:
         _check_package()
         _check_processes(sys.argv[1:])
-        code = main(standalone_mode=False)
+        code = _interruptible()
         _leave()
         if sys.stdout is not None:  # closed by whoever asked
             sys.stdout.flush()
@@ -117,6 +117,22 @@ def run() -> None:
         _fail(message, getattr(error, "exit_code", 1))
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interruptible() -> object:
+    """The command; a signal that ends it leaves nothing behind but what can be taken up. `chat` has its own keys."""
+    from sculptor.interruption import Interrupted, catch_signals, release_signals
+
+    if next((argument for argument in sys.argv[1:] if argument in _COMMANDS), None) != "chat":
+        catch_signals()
+    try:
+        return main(standalone_mode=False)
+    except Interrupted as error:
+        if not speaks():
+            _exit(128 + error.number)
+        _fail(str(error), 128 + error.number)
+    finally:
+        release_signals()
 
 
 def _check_package() -> None:
@@ -167,12 +183,50 @@ def _message(error: Exception) -> str | None:
     from sculptor.errors import SculptorError
 
     if isinstance(error, SculptorError):
-        return str(error)
+        return _in_a_plan(str(error)) if "continual" in sys.argv[1:2] else str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {error.strerror or error}; free some space or choose another place"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "out of memory; use a smaller --micro-batch-size or --max-length, --offload cpu or disk, or another --device"
+        return f"out of memory; {_remedy_for_memory(options_of(sys.argv[1:]))}"
     return None
+
+
+def options_of(arguments: Sequence[str]) -> frozenset[str]:
+    """The options of the command that is asked for."""
+    command: click.Command | None = main
+    for argument in arguments:
+        if isinstance(command, click.Group) and not argument.startswith("-"):
+            command = command.get_command(click.Context(command), argument)
+    found = command.params if command is not None else []
+    return frozenset(name for option in found for name in (*option.opts, *option.secondary_opts))
+
+
+def _remedy_for_memory(options: frozenset[str]) -> str:
+    """What of a command's options takes less memory."""
+    smaller = [name for name in ("--micro-batch-size", "--batch-size", "--max-length") if name in options]
+    ways = [f"a smaller {' or '.join(smaller)}"] if smaller else []
+    ways += ["--offload cpu or disk"] if "--offload" in options else []
+    ways += ["another --device"] if "--device" in options else []
+    return f"use {', or '.join(ways)}" if ways else "use a machine with more, or end what else runs there"
+
+
+def _in_a_plan(line: str) -> str:
+    """A message with the options of other commands as a plan calls them."""
+    from sculptor.methods.settings import AnalyzeSettings
+    from sculptor.training.settings import TrainSettings
+
+    known = options_of(sys.argv[1:])
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found[0][2:].replace("-", "_")
+        for section, settings in (("train", TrainSettings), ("analyze", AnalyzeSettings)):
+            if found[0] not in known and name in settings.__dataclass_fields__:
+                return f"[{section}] {name}"
+        return found[0]
+
+    parts = line.split("`")  # every second one is a command in full
+    parts[::2] = [re.sub(r"(?<![\w-])--[a-z][a-z-]*[a-z]", renamed, part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _exit(code: int) -> NoReturn:

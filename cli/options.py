@@ -1,11 +1,8 @@
 """What commands share: near-miss suggestions, progress bars and common options."""
 
 import dataclasses
-import difflib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
@@ -13,17 +10,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
+from .configuration import check_complete, config_option
+from .nearest import nearest
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 # What the same thing is called elsewhere.
 _OTHER_NAMES = {"--lr": "--learning-rate", "--out": "--output", "--archive": "--subspaces", "--dataset": "--data"}
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean X?`, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 class Choice(click.Choice[str]):
@@ -37,11 +31,15 @@ class Choice(click.Choice[str]):
 
 
 class SuggestingCommand(click.Command):
-    """A command that suggests the nearest option."""
+    """A command that suggests the nearest option, and reads options from a file."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(config_option())
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             known = [name for parameter in self.params for name in parameter.opts]
             if error.option_name in _OTHER_NAMES and _OTHER_NAMES[error.option_name] in known:
@@ -50,6 +48,8 @@ class SuggestingCommand(click.Command):
             raise click.UsageError(
                 f"No such option: {error.option_name}.{nearest(error.option_name, known)}", ctx
             ) from None
+        check_complete(ctx)
+        return rest
 
 
 class SuggestingGroup(click.Group):
@@ -202,6 +202,27 @@ def rule_option(command: Command) -> Command:
     )(command)
 
 
+def adapter_option(command: Command) -> Command:
+    """`--merge-adapter`."""
+    return click.option(
+        "--merge-adapter",
+        type=click.Path(),
+        metavar="DIR",
+        help="MODEL is a LoRA adapter: merge it into the base that it names, write that checkpoint to DIR, and go on with it.",
+    )(command)
+
+
+def merged(model: str, directory: str | None, device: str) -> str:
+    """MODEL, or what merging it gives."""
+    if directory is None:
+        return model
+    from sculptor.tasks.adapter import merge_adapter
+
+    made = merge_adapter(model, directory, device=device, progress=bars)
+    tell(f"merged {model} into its base: {made}; that is MODEL from now on")
+    return str(made)
+
+
 def overwrite_option(command: Command) -> Command:
     """`--overwrite`."""
     return click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")(
@@ -242,17 +263,3 @@ def resume_option(command: Command) -> Command:
     return click.option(
         "--resume", is_flag=True, help="Go on with what a killed run left; starts anew if there is nothing."
     )(command)
-
-
-def catch_signals() -> Any:
-    """Remembers SIGTERM and Ctrl-C for the loop to see; a second one ends the process at once."""
-    seen: list[int] = []
-
-    def remember(number: int, _: object) -> None:
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, remember)
-    return lambda: seen[0] if seen else None

@@ -8,11 +8,13 @@ import click
 from sculptor.training.settings import TrainSettings
 
 from .options import (
+    Choice,
     SuggestingCommand,
+    adapter_option,
     bars,
-    catch_signals,
     html_option,
     json_option,
+    merged,
     overwrite_option,
     push_options,
     quiet_libraries,
@@ -50,7 +52,21 @@ from .options import (
     help="Without --subspaces: rows or text that MODEL should stay good at, or `self`; repeatable [default: self, text that "
     "MODEL says].",
 )
+@click.option(
+    "--replay",
+    multiple=True,
+    type=click.Path(),
+    help="Mixed into the task's rows: PLACE[:CONFIG][@SPLIT][:SHARE of an epoch], 0.1 by default; or self[:SHARE], the archive's "
+    "own samples; repeatable.",
+)
 @settings_options(TrainSettings)
+@click.option(
+    "--report-to",
+    multiple=True,
+    type=Choice(["tensorboard", "wandb", "mlflow", "trackio"]),
+    help="Show loss, rate, gradient norm and speed there, too; files go to the folder runs/ beside OUTPUT; repeatable.",
+)
+@adapter_option
 @push_options
 @html_option
 @resume_option
@@ -58,6 +74,7 @@ from .options import (
 @json_option
 def command(
     model: str,
+    merge_adapter: str | None,
     subspaces: str | None,
     data: tuple[str, ...],
     output: Path,
@@ -65,6 +82,8 @@ def command(
     push_to_hub: str | None,
     public: bool,
     protect_data: tuple[str, ...],
+    replay: tuple[str, ...],
+    report_to: tuple[str, ...],
     html: Path | None,
     resume: bool,
     overwrite: bool,
@@ -82,7 +101,10 @@ def command(
       sculptor train ./model --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned
       sculptor train ./model --subspaces ./subspaces --data task.jsonl --output ./tuned --resume
+      sculptor train ./model --data task.jsonl --max-harm 0.02 --output ./tuned
+      sculptor train ./model --data task.jsonl --replay general.txt:0.1 --output ./tuned
     """
+    from sculptor.interruption import asked_to_stop
     from sculptor.report.html.page import check_page, write_page
     from sculptor.report.html.train import train_page
     from sculptor.report.json_text import to_json
@@ -95,18 +117,20 @@ def command(
         check_page(html, overwrite, output)
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
-            model,
+            merged(model, merge_adapter, settings["device"]),
             subspaces,
             data,
             output,
             TrainSettings(**settings),
             eval_data=eval_data,
             protect_data=protect_data,
+            replay=replay,
+            report_to=report_to,  # type: ignore[arg-type]
             overwrite=overwrite,
             resume=resume,
             progress=bars,
             notice=tell,
-            stop=catch_signals(),
+            stop=asked_to_stop,
         )
         click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
         if html is not None and speaks():

@@ -29,6 +29,11 @@ from .options import (
 @click.option(
     "--strict", is_flag=True, help="Refuse a leak above 1e-3 that only rounding explains: it could hide one as large."
 )
+@click.option(
+    "--harm",
+    is_flag=True,
+    help="Run TUNED, too, and measure harm on the archive's samples: KL(first base || TUNED), a lower bound. Decides nothing.",
+)
 @html_option
 @overwrite_option
 @json_option
@@ -38,6 +43,7 @@ def command(
     subspaces: str,
     device: str,
     strict: bool,
+    harm: bool,
     html: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -66,7 +72,7 @@ def command(
     try:
         if html is not None:
             check_page(html, overwrite)
-        result = verify(base, tuned, subspaces, device=device, strict=strict, progress=bars)
+        result = verify(base, tuned, subspaces, device=device, strict=strict, harm=harm, progress=bars)
         click.echo(to_json(result) if as_json else verify_text(result))
         if html is not None and speaks():
             write_page(html, verify_page(result, base, tuned, subspaces), overwrite)

@@ -22,6 +22,7 @@ _HOMES = {
     "Lines": "sculptor.edits.settings",
     "Project": "sculptor.edits.settings",
     "Prune": "sculptor.edits.settings",
+    "SculptorCallback": "sculptor.tasks.callback",
     "SculptorError": "sculptor.errors",
     "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
@@ -31,9 +32,11 @@ _HOMES = {
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
+    "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
     "merge": "sculptor.training.protect",
+    "merge_adapter": "sculptor.tasks.adapter",
     "parameter_groups": "sculptor.training.rates",
     "protect": "sculptor.training.protect",
     "prune": "sculptor.tasks.prune",
@@ -53,6 +56,7 @@ __all__ = [
     "Lines",
     "Project",
     "Prune",
+    "SculptorCallback",
     "SculptorError",
     "Threshold",
     "TrainSettings",
@@ -64,8 +68,10 @@ __all__ = [
     "edit",
     "estimate",
     "evaluate",
+    "harm",
     "inspect",
     "merge",
+    "merge_adapter",
     "parameter_groups",
     "preview",
     "protect",
@@ -84,13 +90,16 @@ if TYPE_CHECKING:
     from sculptor.methods.kinds import Kind
     from sculptor.methods.settings import AnalyzeSettings
     from sculptor.planning.settings import EstimateSettings
+    from sculptor.tasks.adapter import merge_adapter
     from sculptor.tasks.analyze import analyze
+    from sculptor.tasks.callback import SculptorCallback
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview
     from sculptor.tasks.edit import edit
     from sculptor.tasks.estimate import estimate
     from sculptor.tasks.evaluate import evaluate
+    from sculptor.tasks.harm import harm
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.prune import prune
     from sculptor.tasks.push import push

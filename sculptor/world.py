@@ -1,8 +1,9 @@
 """The processes that work on one run, started by torchrun, `accelerate launch` or Slurm; alone, everything here is free.
 
 Work is divided in two ways. In a training step every process takes its part of the rows, and what they find is added up
-(`total`, `add_up`). Elsewhere every process takes its part of the matrices or blocks, and the first one gets all results in
-their order (`in_order`): it alone writes, so files are the same bytes for any number of processes.
+(`total`, `add_up`), or added up at one of them (`add_up_at`), which shows the others what it makes of it (`show`). Elsewhere
+every process takes its part of the matrices or blocks, and the first one gets all results in their order (`in_order`): it
+alone writes, so files are the same bytes for any number of processes.
 """
 
 import os
@@ -88,6 +89,14 @@ class World:
         for bucket in _buckets(tensors):
             _collectively(lambda bucket=bucket: _add_bucket(bucket))  # type: ignore[misc]
 
+    def add_up_at(self, owner: int, tensor: Tensor) -> None:
+        """The sum of a tensor over processes, in place, at one of them; at the others it means nothing any more."""
+        _collectively(lambda: dist.reduce(tensor, dst=owner))
+
+    def show(self, owner: int, tensor: Tensor) -> None:
+        """One process's tensor, in place, for all."""
+        _collectively(lambda: dist.broadcast(tensor, src=owner))
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What has to go well in every process; if it does not in one, it ends in all, and the first that failed tells.
@@ -122,23 +131,27 @@ class World:
         result: T = self.from_first(found)
         return result
 
-    def in_order(self, items: Sequence[Item], work: Callable[[Item], Iterable[T]]) -> Iterator[T]:
+    def in_order(
+        self, items: Sequence[Item], work: Callable[[Item], Iterable[T]], owners: Sequence[int] | None = None
+    ) -> Iterator[T]:
         """The results of all items, in their order, for the first process; nothing for the others, which do their part here.
 
         Args:
             items: the same in all processes.
             work: gives the results of an item, one after another; tensors in them on the CPU.
+            owners: the process that does each item; default by turns.
         """
+        owners = [i % self.size for i in range(len(items))] if owners is None else owners
         if self.size == 1:
             for item in items:
                 yield from work(item)
         elif self.first:
-            for i, item in enumerate(items):
-                yield from work(item) if i % self.size == 0 else _received(i % self.size)
+            for item, owner in zip(items, owners, strict=True):
+                yield from work(item) if owner == 0 else _received(owner)
         else:
             with _Sender() as sender:
                 try:
-                    for item in self.share(items):
+                    for item in (item for item, owner in zip(items, owners, strict=True) if owner == self.rank):
                         for result in work(item):
                             sender.send(pickle.dumps(result, protocol=5))
                         sender.send(_END)
@@ -228,7 +241,7 @@ def _collectively(call: Callable[[], T]) -> T:
         if isinstance(cause, torch.OutOfMemoryError):
             raise
         raise PeerError(
-            f"another process of this run ended ({_line(cause)}); look at what it said, and go on with --resume"
+            f"another process of this run ended ({_line(cause)}); look at what it said, and start the run again"
         ) from cause
 
 

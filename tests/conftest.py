@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny, and tests run side by side: more threads, also of commands that tests start, only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import few_samples  # noqa: F401
 import pytest
 import torch
 import transformers
@@ -192,6 +194,24 @@ def losses_of_a_plain_loop(model: Any) -> list[float]:
     return losses
 
 
+def unknown_options(said: str, arguments: Sequence[str]) -> set[str]:
+    """Options that a message names and its command has not, unless it was asked for, or is said of another command."""
+    import click
+    from sculptor_cli.main import main
+
+    command: click.Command | None = main
+    for argument in arguments:
+        if isinstance(command, click.Group) and not argument.startswith("-"):
+            command = command.get_command(click.Context(command), argument)
+    if command is None:
+        return set()
+    known = {"--help", *(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))}
+    given = {argument.partition("=")[0] for argument in arguments}
+    # Lines of other programs, or of another command of ours.
+    own = re.sub(r"as by `sculptor.*|`[^`]*`", "", said)
+    return {name for name in re.findall(r"(?<![\w-])--[a-z][a-z-]+", own) if name not in known | given}
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs `sculptor ARGUMENTS` in this process."""
@@ -208,6 +228,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         for number, handler in handlers.items():
             signal.signal(number, handler)
         captured = capsys.readouterr()
+        assert not unknown_options(captured.err, list(map(str, arguments)))
         return Result(int(stopped.value.code or 0), captured.out, captured.err)
 
     return run_command

@@ -115,7 +115,7 @@ def tiny(model_type: str, class_name: str, limit: int = 3_000_000) -> Any:
 # Families that the tests run through everything, by kind.
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "causal": (
-        "apertus", "arcee", "bamba", "bart", "bloom", "cohere", "cohere2", "deepseek_v4", "diffllama", "ernie4_5",
+        "apertus", "arcee", "bamba", "bart", "bloom", "cohere", "cohere2", "deepseek_v3", "deepseek_v4", "diffllama", "ernie4_5",
         "exaone4", "falcon", "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4",
         "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
         "hunyuan_v1_dense", "internlm3", "jamba", "jetmoe", "lfm2", "llama", "mamba", "mamba2", "ministral", "mistral",

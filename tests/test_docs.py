@@ -122,6 +122,18 @@ def test_rules_commands_are_real(cli: Callable[..., Result], tmp_path: Path, mon
         assert result.code == 0, command + result.err
 
 
+def test_new_token_commands_are_real(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "model")
+    write_rows(tmp_path / "task.jsonl", [row | {"completion": "<topic>" + row["completion"]} for row in task_rows()])
+    assert cli("analyze", "model", "--preserve", 0.5, "--output", "subspaces").code == 0
+    for command in blocks("docs/new-tokens.md", "sh")[0].splitlines():
+        result = cli(*shlex.split(command)[1:])
+        assert result.code == 0, command + result.err
+
+
 def test_data_examples_are_read(tmp_path: Path) -> None:
     from sculptor.data.rows import read_rows
 

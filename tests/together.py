@@ -106,7 +106,38 @@ def continue_until(steps: int, *args: Any, **named: Any) -> Any:
     return sculptor.continual(*args, stop=lambda: next(told, None), **named)
 
 
-def on_a_small_disk(*args: Any) -> Any:
+def train_ahead(*args: Any, **named: Any) -> Any:
+    """`sculptor.train`, fetching ahead as on a GPU: of everything that passes through, the next beside the current."""
+    import sculptor
+    from sculptor.streaming.slots import Slots
+    from sculptor.training.stepping.block_update import BlockUpdater
+
+    slots, updater = Slots.__init__, BlockUpdater.__init__
+    Slots.__init__ = lambda self, count, *rest: slots(self, 2, *rest)  # type: ignore[method-assign]
+    BlockUpdater.__init__ = lambda self, a, b, count, *rest: updater(self, a, b, 2, *rest)  # type: ignore[method-assign]
+    return sculptor.train(*args, **named)
+
+
+def held_bytes(*args: Any, **named: Any) -> tuple[int, int, int]:
+    """What a process has of a divided model while it trains: bytes of slots, of weights, and of coordinates and moments."""
+    import sculptor
+    from sculptor.training.stepping.streamed import StreamedUpdates
+
+    found: list[tuple[int, int, int]] = []
+    step = StreamedUpdates.step
+
+    def look(self: Any, rate_of: Any) -> None:
+        weights = sum(region.memory.numel() for region in self.stream.weights._regions.values())
+        state = sum(block.state.memory.numel() for block in self.blocks.values())
+        found.append((self.stream.slots.num_bytes, weights, state))
+        step(self, rate_of)
+
+    StreamedUpdates.step = look  # type: ignore[method-assign]
+    sculptor.train(*args, **named)
+    return found[0]
+
+
+def on_a_small_disk(*args: Any, **named: Any) -> Any:
     """`sculptor.train`, where the first process's disk is full at its first saved state."""
     import resource
 

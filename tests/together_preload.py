@@ -1,6 +1,7 @@
 """Imported once by the process that the others are forked from."""
 
 import accelerate  # noqa: F401
+import few_samples  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.llama.tokenization_llama  # noqa: F401

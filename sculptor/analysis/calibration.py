@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sculptor.analysis.expert_rows import watch_experts
+from sculptor.analysis.padded import ACTIVATION_BYTES, Mask, find_masks, make_batches
 from sculptor.checkpoint.architecture import Target, find_blocks
-from sculptor.data.batches import Batch
-from sculptor.data.examples import IGNORED, Example
+from sculptor.data.examples import Example
 from sculptor.methods.settings import Labels, Weighting
 from sculptor.model.head import find_head
 from sculptor.model.load import LoadedModel
@@ -27,9 +28,6 @@ from sculptor.numerics.precision import float32_products
 from sculptor.progress import Bar
 from sculptor.streaming.parts import without_cache
 
-# Tokens of one forward: as many as this leaves room for, within bounds.
-_ACTIVATION_BYTES = {"cuda": 2e9, "cpu": 5e8}
-_BATCH_TOKENS = (256, 8192)
 # Of the memory that model, activations and eigensolver leave, what the moments of one pass take.
 _SHARE = 0.9
 # GB to stay within on a CPU unless told otherwise, and what the process has before any tensor.
@@ -78,7 +76,7 @@ def passes(
         available = 1e9 * (device_memory or 0) - model_bytes
     else:
         available = 1e9 * ((device_memory or _CPU_MEMORY) - _CPU_RUNTIME) - model_bytes
-    budget = _SHARE * (available - max(decomposition, _ACTIVATION_BYTES[device.type]))
+    budget = _SHARE * (available - max(decomposition, ACTIVATION_BYTES[device.type]))
     blocks: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         blocks[target.block].append(target)
@@ -129,15 +127,21 @@ def measure_moments(
     model = loaded.model
     model.eval()
     find_head(model, loaded.kind)  # tried on a token once, which is not to be measured
-    handles = [handle for target in targets for handle in recorder.watch(model.get_submodule(target.module), target)]
+    handles: list[Any] = [
+        handle
+        for target in targets
+        if target.window.is_whole
+        for handle in recorder.watch(model.get_submodule(target.module), target)
+    ]
+    handles += watch_experts(model, targets, recorder)
     restore = _recompute_blocks(loaded, recorder) if gradients else lambda: None
     try:
-        for batch in _batches(loaded, examples, seed):
+        for batch in make_batches(loaded, examples, seed):
             if gradients and labels == "sampled":
                 recorder.masks = None
                 with torch.no_grad():
                     batch = sample_labels(model, batch, loaded.kind, generator)
-            recorder.masks = _masks(batch, loaded)
+            recorder.masks = find_masks(batch, loaded)
             recorder.calls = 0
             with torch.set_grad_enabled(gradients), suppress(_EnoughError):
                 found = batch_loss(model, batch, loaded.kind)
@@ -195,7 +199,7 @@ class _Recorder:
     def __init__(self, targets: Sequence[Target], gradients: bool, weighting: Weighting) -> None:
         self.gradients = gradients
         self.weighted = gradients and weighting == "gradients"
-        self.masks: list[_Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
+        self.masks: list[Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
         self.sums = Moments()
         self.leaders = {target.input_group: target.name for target in reversed(targets)}
         self.calls = 0  # inputs read in the forward under way
@@ -224,16 +228,27 @@ class _Recorder:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.masks is None:
                 return
-            group = target.input_group
-            if not self.weighted:  # else the gradients' hooks count it
-                counted = self._counted(_first_input(args, kwargs))
-                _add_outer(self.sums.inputs, group, counted)
-                self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + counted.shape[0]
-            self.calls += 1
-            if not self.gradients and self.calls == self.calls_per_forward:
-                raise _EnoughError
+            if not self.weighted:
+                self.add_input(target.input_group, self._counted(_first_input(args, kwargs)))
+            self.call_counted()
 
         return hook
+
+    @property
+    def is_recording(self) -> bool:
+        return self.masks is not None
+
+    def call_counted(self) -> None:
+        """One of the calls of a forward is over."""
+        self.calls += 1
+        if not self.gradients and self.calls == self.calls_per_forward:
+            raise _EnoughError
+
+    def add_input(self, group: str, rows: Tensor) -> None:
+        """Inputs that are no padding; if they are weighted, the gradients' hooks count them."""
+        if rows.shape[0] and not self.weighted:
+            _add_outer(self.sums.inputs, group, rows)
+            self.sums.num_tokens[group] = self.sums.num_tokens.get(group, 0.0) + rows.shape[0]
 
     def _watch_output(self, target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -253,16 +268,30 @@ class _Recorder:
         def hook(gradient: Tensor) -> None:
             # Padding has no part in the loss, so its gradients are zero and need no mask.
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            _add_outer(self.sums.outputs, target.name, rows)
-            self.num_gradients[target.name] += self._num_counted(rows.shape[0])
-            if x is not None:
-                group = target.input_group
-                weights = rows.to(torch.float32).square().sum(dim=1)
-                _add_outer(self.sums.inputs, group, x.reshape(-1, x.shape[-1]), weights)
-                # On the device: a number here would wait for the GPU once per matrix and batch.
-                self.weight_sums[group] = self.weight_sums.get(group, 0.0) + weights.sum().to(torch.float64)
+            self.add_gradient(target, rows, x)
+            self.count_gradients(target, rows.shape[0])
 
         return hook
+
+    def add_gradient(self, target: Target, rows: Tensor, x: Tensor | None) -> None:
+        """Gradients of a matrix's outputs, and its inputs if these are weighted by them."""
+        _add_outer(self.sums.outputs, target.name, rows)
+        if x is not None and self.weighted:
+            group = target.input_group
+            weights = rows.to(torch.float32).square().sum(dim=1)
+            _add_outer(self.sums.inputs, group, x.reshape(-1, x.shape[-1]), weights)
+            # On the device: a number here would wait for the GPU once per matrix and batch.
+            self.weight_sums[group] = self.weight_sums.get(group, 0.0) + weights.sum().to(torch.float64)
+
+    def count_gradients(self, target: Target, num_tokens: int) -> None:
+        """How many tokens its gradients are a mean over."""
+        self.num_gradients[target.name] += self._num_counted(num_tokens)
+
+    def real_tokens(self, num_tokens: int) -> Tensor | None:
+        """Which of a batch's tokens are no padding (tokens,); None if all are."""
+        assert self.masks is not None
+        mask = next((mask for mask in self.masks if mask.real.numel() == num_tokens), None)
+        return None if mask is None or mask.count == num_tokens else mask.real.reshape(-1)
 
     def _counted(self, x: Tensor) -> Tensor:
         """The rows (tokens, d) of an input that are no padding."""
@@ -302,46 +331,3 @@ def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor 
     left32 = rows32 if weights is None else rows32 * weights[:, None]
     with float32_products(rows.device, tf32=rows.dtype == torch.bfloat16 and weights is None):
         sums[key].addmm_(left32.T, rows32)
-
-
-def _batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Iterator[Batch]:
-    """Examples of similar length together, as many as activations leave room for; longest first."""
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
-    room = _batch_tokens(loaded)
-    start = 0
-    while start < len(order):
-        size = max(1, room // max(1, examples[order[start]].length))
-        chosen = [examples[i] for i in order[start : start + size]]
-        batch = loaded.batch(chosen, seed)
-        if loaded.kind == "seq2seq" and batch.labels.shape == batch.input_ids.shape:
-            # Encoder and decoder states are told apart by their length.
-            batch = Batch(batch.input_ids, batch.attention_mask, nn.functional.pad(batch.labels, (0, 1), value=IGNORED))
-        yield batch.to(loaded.device)
-        start += size
-
-
-def _batch_tokens(loaded: LoadedModel) -> int:
-    """Tokens whose activations fit: block boundaries, the inside of one block twice, logits and their gradient."""
-    widths: dict[str, int] = defaultdict(int)
-    for target in loaded.architecture.targets:
-        widths[target.block] += sum(target.shape)
-    size = 2 if loaded.device.type == "cuda" else 4
-    hidden = loaded.model.get_input_embeddings().weight.shape[1]
-    per_token = size * (hidden * len(widths) + 2 * max(widths.values())) + 12 * loaded.architecture.vocab_size
-    room = _ACTIVATION_BYTES[loaded.device.type] / per_token
-    return int(min(max(room, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Mask:
-    """Which tokens (B, T) are no padding, and how many."""
-
-    real: Tensor
-    count: int
-
-
-def _masks(batch: Batch, loaded: LoadedModel) -> list[_Mask]:
-    masks = [batch.attention_mask.bool()]
-    if loaded.kind == "seq2seq":
-        masks.append(batch.labels != IGNORED)
-    return [_Mask(mask, int(mask.sum())) for mask in masks]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.data.chat import check_use
+from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Example, encode_sources, resolve_max_length
 from sculptor.data.rows import Data, Notice, read_sources
 from sculptor.methods.ranks import normalize_importance
@@ -31,6 +31,8 @@ def read_examples(
     sources = read_sources(data, settings.max_rows, settings.columns, notice)
     check_use([row for source in sources for row in source.rows], settings.chat_template)
     encoded = encode_sources(sources, tokenizer, architecture.kind, max_length, architecture.vocab_size)
+    for source in sources:
+        tell_unread(source.name, source.rows, tokenizer, notice)
     found = encoded.of_an_epoch(settings.seed)
     return found[:: max(1, -(-len(found) // _MAX_ROWS))]
 
@@ -83,7 +85,7 @@ def measure_cosines(
     by_block: dict[str, list[str]] = defaultdict(list)
     handles = []
     for target in targets:
-        if target.shape[0] == target.shape[1]:
+        if target.window.is_whole and target.shape[0] == target.shape[1]:
             module = model.get_submodule(target.module)
             handles.append(module.register_forward_hook(record([target.name]), with_kwargs=True))
         else:

@@ -6,7 +6,7 @@ from sculptor.analysis.evidence import Source
 from sculptor.archive.manifest import SourceFacts
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.data.chat import check_use, use_template
+from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
 from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sources, weight_of
 from sculptor.errors import SettingsError
@@ -37,6 +37,7 @@ def calibration_sources(
     sources = []
     for source in read:
         found = encode(source.rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
+        tell_unread(source.name, source.rows, tokenizer, notice)
         weight = 1.0 if scale is None or source.weight is None else source.weight * scale
         sources.append(Source(source.name, spread(found, settings.tokens_per_source), weight))
     return sources

@@ -25,7 +25,9 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
+from sculptor.checkpoint.vocabulary import Growth, find_growth
 from sculptor.errors import ArchiveError, VerificationError
+from sculptor.model.harm import Harm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
@@ -34,6 +36,7 @@ from sculptor.world import ALONE, World
 STRICT_LEAK = 1e-3
 # Of ||W||, what may move of protected pairs, whatever explains it: ten times what rounding to bf16 does.
 MOST_MOVED = 2e-2
+_PIECE = 8192  # rows of a large tensor that are compared at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ class Verification:
         cast: dtype everything was cast to, None if dtypes are the same.
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
+        new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
+        harm: to what the first base says by itself, where that was asked for.
     """
 
     passed: bool
@@ -106,6 +111,8 @@ class Verification:
     cast: str | None
     matrices: tuple[MatrixVerification, ...]
     kept: float | None = None
+    new_tokens: tuple[str, ...] = ()
+    harm: Harm | None = None
 
 
 def verify_checkpoints(
@@ -129,7 +136,8 @@ def verify_checkpoints(
         archive.check_base(base, progress)
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
-    _check_same_tensors(base, tuned, archive)
+    growth = find_growth(base, tuned)
+    _check_same_tensors(base, tuned, archive, growth)
     own = world.share(list(archive))
     parts = world.gather(dict(zip(own, in_threads(lambda name: digest(tuned.matrix(archive[name])), own), strict=True)))
     digests = {name: found for part in parts for name, found in part.items()}
@@ -155,7 +163,7 @@ def verify_checkpoints(
         measured.append(one)
         bar.update(1)
     bar.close()
-    return world.once(lambda: _verdict(base, tuned, archive, lineage, measured, strict))
+    return world.once(lambda: _verdict(base, tuned, archive, lineage, measured, strict, growth))
 
 
 def _check_protects(
@@ -179,6 +187,7 @@ def _verdict(
     lineage: Lineage,
     measured: Sequence[tuple[LeakMeasure, MatrixVerification]],
     strict: bool,
+    growth: Growth | None,
 ) -> Verification:
     """What all matrices, and everything that is none, say together."""
     _check_protects(tuned, archive, measured)
@@ -191,8 +200,8 @@ def _verdict(
         for i, value in enumerate((one.update, found.norm, one.rounding, found.rounding)):
             squares[i] += value**2 if one.update else 0.0
     matrices = tuple(judged for _, judged in measured)
-    changed, num_untouched = _compare_rest(base, tuned, archive, lineage)
-    found_differences = tuple(differences(base, tuned))
+    changed, num_untouched = _compare_rest(base, tuned, archive, lineage, growth)
+    found_differences = tuple(differences(base, tuned, growth))
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
     cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
@@ -216,6 +225,7 @@ def _verdict(
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=matrices,
         kept=1 - touched / at_random if at_random else None,
+        new_tokens=growth.tokens if growth else (),
     )
 
 
@@ -260,7 +270,7 @@ def _judge(
     )
 
 
-def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -> None:
+def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None) -> None:
     missing = sorted(set(base.infos) - set(tuned.infos))
     added = sorted(set(tuned.infos) - set(base.infos))
     if missing or added:
@@ -273,17 +283,20 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive) -
         if not dtype.is_floating_point:
             raise VerificationError(f"{tuned.path}: {record.tensor} holds {dtype}; expected floating point")
     for name, info in base.infos.items():
-        if tuned.infos[name].shape != info.shape:
+        shape = (growth.after, *info.shape[1:]) if growth and name in growth.names else info.shape
+        if tuned.infos[name].shape != shape:
             raise VerificationError(
                 f"{tuned.path}: {name} has shape {list(tuned.infos[name].shape)}, {list(info.shape)} in {base.path}"
             )
 
 
-def _compare_rest(base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage: Lineage) -> tuple[list[str], int]:
+def _compare_rest(
+    base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage: Lineage, growth: Growth | None
+) -> tuple[list[str], int]:
     """Names outside the archive that differ from what they have to be, and how many were compared byte for byte.
 
     Of a tensor some slices of which are in the archive, the others are compared. A cast is allowed where it loses nothing,
-    or where everything was cast alike and a merge declares it.
+    or where everything was cast alike and a merge declares it. Of a tensor with rows for new tokens, all others are compared.
     """
     parts: dict[str, set[int | None]] = defaultdict(set)
     for record in archive.values():
@@ -295,8 +308,20 @@ def _compare_rest(base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage
         rest += [Slice(name, i) for i in range(info.shape[0]) if i not in parts[name]] if parts[name] else [Slice(name)]
     stored = {info.dtype for info in tuned.infos.values() if info.dtype.is_floating_point}
     declared = {dtype for dtype in stored if len(stored) == 1 and dtype_name(dtype) in lineage.written}
-    changed = [of.name for of in rest if not _same(base.matrix(of), tuned.matrix(of), declared)]
+    grown = growth.names if growth else frozenset()
+    changed = [
+        of.name for of in rest if of.tensor not in grown and not _same(base.matrix(of), tuned.matrix(of), declared)
+    ]
+    if growth is not None:
+        changed += [of.tensor for of in rest if of.tensor in grown and not _grew(base, tuned, of, growth, declared)]
     return changed + _unfit(base, tuned, lineage, declared), len(rest)
+
+
+def _grew(base: Checkpoint, tuned: Checkpoint, of: Slice, growth: Growth, declared: Collection[torch.dtype]) -> bool:
+    """Whether all old rows are as they were; new ones may have any value, if it is a number."""
+    tuned.check_finite(of, tuned.rows(of.tensor, growth.start, growth.stop))
+    pieces = ((i, min(i + _PIECE, stop)) for start, stop in growth.old_rows() for i in range(start, stop, _PIECE))
+    return all(_same(base.rows(of.tensor, *piece), tuned.rows(of.tensor, *piece), declared) for piece in pieces)
 
 
 def _unfit(base: Checkpoint, tuned: Checkpoint, lineage: Lineage, declared: Collection[torch.dtype]) -> list[str]:

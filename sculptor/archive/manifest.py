@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, PlainValidator, ValidationInfo
 
 from sculptor.archive.version2 import upgrade
 from sculptor.checkpoint.reader import part_name
+from sculptor.checkpoint.windows import WHOLE, Window
 from sculptor.errors import ArchiveError
 from sculptor.methods.kinds import KINDS, Kinds, make_method, parse_rule
 from sculptor.methods.method import Method
@@ -53,6 +54,7 @@ class MatrixRecord:
             its entries is None in archives of version 2.
         rule: what may change in it, with its shape.
         tensors: stored tensor by the rule's own name for it; matrices that read the same input may share one.
+        window: where in the parameter it is.
     """
 
     __pydantic_config__ = STRICT
@@ -70,6 +72,7 @@ class MatrixRecord:
     base_rms: NotNegative | None
     rule: Annotated[Rule, PlainValidator(_rule)]
     tensors: Mapping[Name, Name] = field(default_factory=dict)
+    window: Window = WHOLE
 
     @property
     def name(self) -> str:

@@ -24,7 +24,6 @@ from sculptor.methods.method import Derived
 from sculptor.validation import STRICT, FileName, Name, read_file, read_json
 
 PROGRESS_NAME = "progress.json"
-ARCHIVE_FILES = (MANIFEST_NAME, PROGRESS_NAME, "subspaces-*.safetensors")  # all that is written
 # Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.
 # Small, because analysis promises little memory.
 MAX_SHARD_BYTES = 256 * 2**20
@@ -107,7 +106,7 @@ class ArchiveWriter:
             self._shared = set(self.tensors)
             self._noted = {name: asdict(record) for name, record in self.records.items()}
             self._noted_tensors = {name: asdict(tensor) for name, tensor in self.tensors.items()}
-        empty(self.directory, ARCHIVE_FILES, kept=(*self._shards, PROGRESS_NAME) if self._shards else ())
+        empty(self.directory, kept=(*self._shards, PROGRESS_NAME) if self._shards else ())
 
     def add(self, record: MatrixRecord, derived: Derived) -> None:
         """Takes one matrix with its rule and tensors; its decision may follow later."""
@@ -152,6 +151,17 @@ class ArchiveWriter:
         with writing(self.directory / file):
             (self.directory / file).write_bytes(content)
         self._sections[name] = Section(file, len(content), hashlib.sha256(content).hexdigest())
+
+    def keep_sections(self, archive: Archive) -> None:
+        """Takes the optional parts of another archive, byte for byte.
+
+        Raises:
+            ArchiveError: if they have changed since they were written.
+        """
+        for name, part in archive.manifest.sections.items():
+            content = archive.section(name)
+            assert content is not None
+            self.add_section(name, content, Path(part.file).suffix)
 
     def update(self, record: MatrixRecord) -> None:
         """Replaces the facts of a matrix that was added; its tensors stay."""

@@ -6,7 +6,6 @@ version of the paper that sculptor implements.
 """
 
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,12 +23,13 @@ from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import commit, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_tensor
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
-from sculptor.checkpoint.written import discard
+from sculptor.checkpoint.written import discard, remove
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Encoded, digest_examples, encode_sources, resolve_max_length
 from sculptor.data.rows import read_sources
 from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
+from sculptor.interruption import signals_wait
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.splits import Split, choose_split
@@ -38,13 +38,12 @@ from sculptor.tasks.train_record import published
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
-from sculptor.training.state import STATE_FILES, STATE_NAME, StateStore, has_state
+from sculptor.training.state import STATE_NAME, StateStore, has_state
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 
 _ADAPTER = "default"
 _RATE = 5e-4  # unless the plan says; adapters start from nothing, so there is no size to be relative to
 _EARLIER = "earlier_adapters.safetensors"
-_WRITES = ("metrics.jsonl", *STATE_FILES, "output/*")  # all that is written into the staging directory
 
 
 def require_peft() -> None:
@@ -83,13 +82,14 @@ def train_adapter(
             ("weight_decay", settings.weight_decay),
             ("also_train", settings.also_train),
             ("offload", settings.offload in ("cpu", "disk")),
+            ("parallel", settings.parallel != "auto"),
             ("optimizer_mode", settings.optimizer_mode != "exact"),
         )
         if given
     ]
     if unused:
         raise SettingsError(f"[train] {', '.join(unused)} without effect with --method {method}; leave it out")
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, settings.attn_implementation)
     architecture = inspect_architecture(checkpoint)
     device = resolve_device(settings.device)
     settings = replace(
@@ -98,9 +98,7 @@ def train_adapter(
         learning_rate=settings.learning_rate or _RATE,
     )
     assert settings.max_length is not None
-    with staging(
-        output, command="continual task", writes=_WRITES, overwrite=False, resume=True, worth_keeping=has_state
-    ) as partial:
+    with staging(output, command="continual task", overwrite=False, resume=True, worth_keeping=has_state) as partial:
         loaded = load_model(checkpoint, device, architecture)
         use_template(loaded.tokenizer, settings.chat_template)
         sources = read_sources(data, settings.max_rows, settings.columns)
@@ -127,11 +125,12 @@ def train_adapter(
             stop=stop,
             mixture=encoded.mixture,
         )
-        result = loop.run(progress)
+        with signals_wait():
+            result = loop.run(progress)
         staged = partial / "output"
-        shutil.rmtree(staged, ignore_errors=True)
+        remove(staged)
         with writing(staged):
-            staged.mkdir(parents=True)
+            staged.mkdir(exist_ok=True)
         saved = None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
         replacements = _merged(loaded.model, architecture, saved)
         bar = progress(total=checkpoint.num_bytes, desc="write", unit="B")
@@ -142,7 +141,7 @@ def train_adapter(
         record = {"created_by": f"sculptor {__version__}", "method": method, "settings": published(settings)}
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
         commit(staged, output, overwrite=False)
-        discard(partial, _WRITES)
+        discard(partial)
 
 
 def _split(
@@ -171,7 +170,8 @@ def _inject(
     """Puts adapters into the model and returns their parameters, float32."""
     import peft
 
-    modules = [target.module for target in loaded.architecture.targets]
+    # Adapters are for modules; stacked experts, which are none, have no adapter.
+    modules = [target.module for target in loaded.architecture.targets if target.window.is_whole]
     config: Any
     if method == "osf":
         config = peft.OSFConfig(target_modules=modules, effective_rank=adapter.preserve)
@@ -196,7 +196,7 @@ def _merged(
     model: nn.Module, architecture: Architecture, saved: torch.dtype | None
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """For each tensor of the checkpoint what adds its adapter, when it is written."""
-    by_module = {target.module: target.name for target in architecture.targets}
+    by_module = {target.module: target.name for target in architecture.targets if target.window.is_whole}
     return {
         by_module[path]: functools.partial(_add_delta, module, saved)
         for path, module in model.named_modules()

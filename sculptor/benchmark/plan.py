@@ -16,10 +16,13 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.settings import DEFAULT_BLOCK, DEFAULT_ENERGY, DEFAULT_FREE, AnalyzeSettings, is_self
 from sculptor.training.settings import TrainSettings
-from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, Text, Texts, settings
+from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, Share, Text, Texts, settings
 
 T = TypeVar("T")
-Contender = Literal["sculptor", "random", "full", "joint", "inflora", "sara", "orthsr", "lora", "olora", "osf"]
+Contender = Literal[
+    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
+    "lora", "olora", "osf",
+]  # fmt: skip
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
 # Published systems that are rules of sculptor's own, and what of [adapter] they are told.
 RULES_OF: Mapping[Contender, tuple[str, tuple[str, ...]]] = {
@@ -60,6 +63,14 @@ class AdapterSettings:
     """SaRA's share of trained entries."""
     block_size: Annotated[int, Field(ge=2, le=2**31)] = DEFAULT_BLOCK
     """OrthSR's blocks of outputs."""
+    replay: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of every epoch of replay that are rows of earlier tasks."""
+    decay: Positive = 100.0
+    """l2's pull towards where the task began, as weight decay of the update."""
+    keep: Share = 0.5
+    """Share of what a task changed that interpolate keeps."""
+    like: Text | None = None
+    """Output of the run whose updates' norms rescaled takes."""
 
 
 @settings
@@ -172,6 +183,9 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
     if "data" in analyze:
         files = _strings(analyze["data"], f"{path} [analyze]: data")
         analyze["data"] = tuple(item if is_self(item) else locate(item, place) for item in files)
+    adapter = _section(content, "adapter", path)
+    if isinstance(adapter.get("like"), str):
+        adapter["like"] = _locate(adapter["like"], place)
     parts = {
         "model": _locate(content["model"], place),
         "tasks": parsed,
@@ -179,9 +193,13 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
         "analyze": _settings(AnalyzeSettings, analyze, f"{path} [analyze]"),
         "train": _settings(TrainSettings, _section(content, "train", path), f"{path} [train]"),
         "evaluate": _settings(EvaluateSettings, _section(content, "evaluate", path), f"{path} [evaluate]"),
-        "adapter": _settings(AdapterSettings, _section(content, "adapter", path), f"{path} [adapter]"),
+        "adapter": _settings(AdapterSettings, adapter, f"{path} [adapter]"),
     }
     plan = _settings(Plan, parts, str(path))
+    if plan.train.add_tokens:
+        raise SettingsError(
+            f"{path} [train]: add_tokens would be added by every task; make such a model first, by one `sculptor train`"
+        )
     try:
         make_method(plan.analyze, known_kinds(rules))
     except SettingsError as error:

@@ -15,7 +15,7 @@ from sculptor.tasks.card import Card, code, listed
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
 # Keys of a plan whose values are paths.
-_PATHS = ("model", "chat_template")
+_PATHS = ("model", "chat_template", "like")
 _DATA = ("data", "test", "validation", "watch")
 
 
@@ -40,6 +40,7 @@ class Stage:
         watch_loss: mean loss per token on all watched texts, None without; `watched` that of each.
         archive_bytes: size of the archive for the next task, None without.
         seconds: training and carrying the archive on.
+        update: norm of everything that the training changed, None for the base.
     """
 
     __pydantic_config__ = STRICT
@@ -50,6 +51,7 @@ class Stage:
     archive_bytes: Count | None
     seconds: NotNegative
     watched: Mapping[Name, Finite] = field(default_factory=dict)
+    update: NotNegative | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,11 @@ def plain(report: ContinualReport) -> dict[str, Any]:
 def continual_card(plan: Plan, report: ContinualReport) -> Card:
     """What the model card of the last checkpoint tells: of all tasks, not of the last alone."""
     how = "within what a subspace archive leaves free" if report.basis or report.method == "sculptor" else report.method
+    kept = "no rows of earlier tasks were kept" if report.method != "replay" else "with rows of earlier ones mixed in"
     return Card(
         bases=(find_directory(plan.model),),
         done=f"taught {listed(report.tasks)}",
-        summary=f"Fine-tuned on {len(report.tasks)} tasks, one after another, {how}; no rows of earlier tasks were kept."
+        summary=f"Fine-tuned on {len(report.tasks)} tasks, one after another, {how}; {kept}."
         if report.method != "joint"
         else f"Fine-tuned on {len(report.tasks)} tasks at once.",
         tags=("continual-learning",),

@@ -6,7 +6,6 @@ a row per task. A run that was killed goes on behind the last complete row, insi
 
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +16,17 @@ from typing import Any
 from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import require_peft, train_adapter
+from sculptor.benchmark.contenders import (
+    OF_MOMENTS,
+    SHRUNK,
+    analysis_of,
+    check_contender,
+    data_of,
+    settings_of,
+    shrink,
+    update_norm,
+    whole_path,
+)
 from sculptor.benchmark.inputs import read_inputs
 from sculptor.benchmark.plan import CONTENDERS, RULES_OF, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import (
@@ -33,12 +43,12 @@ from sculptor.benchmark.results import (
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import commit, partial_path, write_json, writing
+from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.data.rows import Row, local_files
 from sculptor.errors import OutputError, SettingsError
 from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
@@ -51,8 +61,6 @@ from sculptor.world import World
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
-# All that is written into the staging directory; tasks are numbered.
-_WRITES = (REPORT_NAME, SCORES_NAME, "sculptor.json", "model/*", "archive/*", "archive.partial/*", "[0-9]*-*/*")
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 _OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
@@ -102,6 +110,7 @@ def continual(
         resolved = replace(
             resolved, analyze=replace(resolved.analyze, seed=seed), train=replace(resolved.train, seed=seed)
         )
+    check_contender(resolved, method)
     if method in ("lora", "olora", "osf"):
         require_peft()
         if world.size > 1:
@@ -114,7 +123,6 @@ def continual(
         world,
         output,
         command="continual",
-        writes=_WRITES,
         inputs=[plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])],
         overwrite=overwrite,
         resume=resume,
@@ -139,7 +147,7 @@ def _place(
         partial / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name}
     )
     write_json(partial / "sculptor.json", made_by | {"command": "continual"})
-    commit(partial, output, overwrite=overwrite, writes=_WRITES)
+    commit(partial, output, overwrite=overwrite)
     with suppress(OSError):
         (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
 
@@ -182,7 +190,7 @@ class _Run:
 
     def run(self) -> list[Stage]:
         self.stages = self.world.once(self._restored)
-        given = [f"train.{name}" for name in _OF_MOMENTS if getattr(self.plan.train, name) is not None]
+        given = [f"train.{name}" for name in OF_MOMENTS if getattr(self.plan.train, name) is not None]
         if given and self.method != "sculptor":
             self.notice(f"without effect with --method {self.method}: {', '.join(given)}")
         steps = self._trainings()
@@ -196,20 +204,20 @@ class _Run:
                 started = time.perf_counter()
                 self._train(task, model, archive, target)
                 archive_bytes = Archive(target / "subspaces", rules=self.rules).num_bytes if self._carries else None
-                self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started)
+                self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started, model)
                 bar.update(1)
             if i > 1:
                 before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
-                self.world.once(functools.partial(shutil.rmtree, before, ignore_errors=True))
+                self.world.once(functools.partial(remove, before))
             model, archive = str(target), target / "subspaces" if self._carries else None
         bar.close()
         self.world.once(lambda: self._keep_last(Path(model)))
         return self.stages
 
     def _keep_last(self, model: Path) -> None:
-        shutil.rmtree(self.partial / "archive", ignore_errors=True)
+        remove(self.partial / "archive")
         if model.exists():  # else a run that was killed after this had put it there
-            shutil.rmtree(self.partial / "model", ignore_errors=True)
+            remove(self.partial / "model")
             with writing(self.partial / "model"):
                 model.rename(self.partial / "model")
 
@@ -222,8 +230,6 @@ class _Run:
         tasks = self.plan.tasks
         if self.method != "joint":
             return [(task.name, task) for task in tasks]
-        if len({task.columns for task in tasks}) > 1:
-            raise SettingsError("--method joint: tasks with different columns cannot be read together")
         files = tuple(file for task in tasks for file in task.data)
         together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=())
         return [("joint", together)]
@@ -232,12 +238,12 @@ class _Run:
         """The archive of the base, or one that frees everything."""
         path = self.partial / "archive"
         if not self._carries:
-            self.world.once(lambda: shutil.rmtree(path, ignore_errors=True))  # of the task before
+            self.world.once(lambda: remove(path))  # of the task before
         if not self.world.once(path.exists):
             analyze(
                 model,
                 path,
-                self._analysis(),
+                analysis_of(self.plan, self.method),
                 offload=self.plan.train.offload,
                 resume=True,
                 progress=self.progress,
@@ -245,47 +251,38 @@ class _Run:
             )
         return path
 
-    def _analysis(self) -> AnalyzeSettings:
-        settings = self.plan.analyze
-        if self.method == "sculptor":
-            return settings
-        shared = {name: getattr(settings, name) for name in ("seed", "targets", "exclude", "device")}
-        if self.method in RULES_OF:
-            rule, told = RULES_OF[self.method]
-            return AnalyzeSettings(rule=rule, **{name: getattr(self.plan.adapter, name) for name in told}, **shared)
-        preserve = 0.0 if self.method != "random" else 0.5 if settings.preserve is None else settings.preserve
-        basis: Basis = "random" if self.method == "random" else "weights"
-        return AnalyzeSettings(basis=basis, constraint=settings.constraint, preserve=preserve, **shared)
-
     def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
         if self.world.once(target.is_dir):  # complete; the run was killed before it was evaluated
-            self.world.once(lambda: shutil.rmtree(partial_path(target), ignore_errors=True))
+            for left in (partial_path(target), whole_path(target)):
+                self.world.once(functools.partial(remove, left))
             return
-        settings = self.plan.train_settings(task)
         if self.method in ("lora", "olora", "osf"):
             train_adapter(
                 model,
                 task.data,
                 target,
-                settings,
+                self.plan.train_settings(task),
                 self.plan.adapter,
                 self.method,
                 progress=self.progress,
                 stop=self.stop,
             )
             return
-        if self.method != "sculptor":
-            # Plain fine-tuning protects nothing, so there is nothing to carry; rules go on in their own way.
-            changes: dict[str, Any] = dict.fromkeys(_OF_MOMENTS)
-            carry: Carry | None = "accumulate" if self.method == "random" else None if self._carries else "retake"
-            settings = replace(settings, carry=carry, **changes)
-        archive = archive or self._first_archive(model)
+        trained = whole_path(target) if self.method in SHRUNK else target
+        if not self.world.once(trained.is_dir):  # else the run was killed after it
+            self._train_inside(task, model, archive, trained)
+        if trained != target:
+            self.world.once(lambda: shrink(self.plan, self.method, task.name, model, trained, target, self.progress))
+            self.world.once(functools.partial(remove, trained))
+
+    def _train_inside(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
+        """By an archive, if only one that protects nothing."""
         train(
             model,
-            archive,
-            task.data,
+            archive or self._first_archive(model),
+            data_of(self.plan, self.method, task),
             target,
-            settings,
+            settings_of(self.plan, self.method, task),
             resume=True,
             progress=self.progress,
             notice=lambda text: self.notice(f"{task.name}: {text}"),
@@ -293,7 +290,9 @@ class _Run:
             rules=self.rules,
         )
 
-    def _finish_stage(self, name: str, model: str, archive_bytes: int | None, seconds: float) -> None:
+    def _finish_stage(
+        self, name: str, model: str, archive_bytes: int | None, seconds: float, before: str | None = None
+    ) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
         options = self.plan.evaluate
         device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
@@ -327,7 +326,9 @@ class _Run:
         tokens = sum(found.num_tokens for found in watched.values())
         total = sum(loss_of(found) * found.num_tokens for found in watched.values()) / tokens if watched else None
         each = {text: loss_of(found) for text, found in watched.items()}
-        self.stages.append(self.world.from_first(Stage(name, scores, total, archive_bytes, seconds, each)))
+        update = None if before is None else self.world.once(lambda: update_norm(open_checkpoint(before), checkpoint))
+        stage = Stage(name, scores, total, archive_bytes, seconds, each, update)
+        self.stages.append(self.world.from_first(stage))
         noted = {"key": self.key, "stages": [asdict(stage) for stage in self.stages]}
         self.world.once(lambda: write_json(self.partial / SCORES_NAME, noted))
 

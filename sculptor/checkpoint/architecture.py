@@ -15,10 +15,13 @@ import torch
 from torch import nn
 
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
-from sculptor.checkpoint.directory import WRAPPERS
-from sculptor.checkpoint.names import find_converted, match_names
+from sculptor.checkpoint.directory import wrapper_hint
+from sculptor.checkpoint.experts import StackedParameter, expert_role, find_routers, find_stacked, find_windows
+from sculptor.checkpoint.linear import linear_maps, max_positions, vocab_size
+from sculptor.checkpoint.names import Conversion, find_converted, match_names
 from sculptor.checkpoint.reader import Checkpoint, part_name
 from sculptor.checkpoint.sharing import input_leaders, reached_parameters
+from sculptor.checkpoint.windows import WHOLE, Window
 from sculptor.errors import CheckpointError
 
 Kind = Literal["causal", "seq2seq", "masked", "headless"]
@@ -38,6 +41,8 @@ class Target:
         shape: (m, n) = (out, in), whatever the orientation.
         transposed: stored as (in, out), as GPT-2's Conv1D does.
         input_group: the same for matrices that read the same input.
+        window: where in the parameter it is.
+        share: of the tokens, how many reach it on average.
     """
 
     tensor: str
@@ -49,6 +54,8 @@ class Target:
     transposed: bool
     input_group: str
     part: int | None = None
+    window: Window = WHOLE
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -59,6 +66,11 @@ class Target:
     def module(self) -> str:
         """Path of the module that owns the parameter."""
         return self.parameter.rpartition(".")[0]
+
+    @property
+    def width(self) -> float:
+        """Numbers that a token reads and writes there, on average."""
+        return sum(self.shape) * self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,7 @@ OUTSIDE = "outside of the repeated blocks"
 NO_ROW = "no calibration row reaches it"
 SHARED = "one weight of several modules"
 CONVERTED = "split or joined when it is loaded"
+ROUTER = "it sends tokens to experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,64 +179,39 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
     skeleton = build_skeleton(checkpoint)
     blocks = find_blocks(skeleton)
     tensors = match_names(skeleton, checkpoint)
-    reasons = _reasons(skeleton, _linear_maps(blocks), tensors, checkpoint)
-    linear = {module: block for module, block in _linear_maps(blocks).items() if module not in reasons}
-    if not linear:
+    converted = find_converted(skeleton, checkpoint)
+    stacked = find_stacked(blocks)
+    reasons = _reasons(skeleton, linear_maps(blocks), stacked, tensors, converted)
+    linear = {module: block for module, block in linear_maps(blocks).items() if module not in reasons}
+    stacks = {name.rpartition(".")[0] for name in blocks}
+    experts = [
+        target
+        for parameter, found in stacked.items()
+        for target in _expert_targets(checkpoint, parameter, found, tensors, converted, len(stacks) > 1)
+    ]
+    if not linear and not experts:
         raise CheckpointError(f"{checkpoint.path}: {type(skeleton).__name__} has no linear maps in repeated blocks")
     missing = [f"{module}.weight" for module in linear if f"{module}.weight" not in tensors]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: the files hold {len(linear) - len(missing)} of the {len(linear)} matrices that "
-            f"{type(skeleton).__name__} has; first missing {missing[0]}{_wrapped(checkpoint)}"
+            f"{type(skeleton).__name__} has; first missing {missing[0]}{wrapper_hint(checkpoint)}"
         )
-    stacks = {name.rpartition(".")[0] for name in blocks}
     leaders = input_leaders(skeleton, linear)
-    targets = tuple(
-        _target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()
-    )
+    maps = [_target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()]
+    order = {block: i for i, block in enumerate(blocks)}
+    targets = tuple(sorted([*maps, *experts], key=lambda target: order[target.block]))
     _check_shapes(checkpoint, targets)
     return Architecture(
         model_class=type(skeleton).__name__,
         kind=_kind(skeleton),
         targets=targets,
-        not_targeted=_not_targeted(skeleton, blocks, linear, reasons),
+        not_targeted=_not_targeted(skeleton, blocks, {target.parameter for target in targets}, reasons),
         tensors=tensors,
         parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
-        max_positions=_max_positions(skeleton),
-        vocab_size=_vocab_size(checkpoint, skeleton),
+        max_positions=max_positions(skeleton),
+        vocab_size=vocab_size(checkpoint, skeleton),
     )
-
-
-def _vocab_size(checkpoint: Checkpoint, skeleton: Any) -> int:
-    try:
-        return int(skeleton.get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError) as cause:  # it sees pictures, or has several entrances
-        raise CheckpointError(
-            f"{checkpoint.path}: {type(skeleton).__name__} has no embedding of tokens; expected a language model"
-        ) from cause
-
-
-def _wrapped(checkpoint: Checkpoint) -> str:
-    """A hint, where another program's wrapper has lengthened the names."""
-    for prefix, remedy in WRAPPERS.items():
-        if any(name.startswith(prefix) for name in checkpoint):
-            return f"; names begin with {prefix!r}, of {remedy} instead"
-    return ""
-
-
-def _max_positions(skeleton: Any) -> int | None:
-    """What the configuration says, less what a table of positions reserves for padding (RoBERTa)."""
-    config = skeleton.config
-    if hasattr(config, "relative_attention_num_buckets"):  # T5
-        return None
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
-    if not isinstance(limit, int) or limit <= 0:  # XLNet says -1
-        return None
-    for name, module in skeleton.named_modules():
-        reserved = getattr(module, "padding_idx", None)
-        if "position" in name and isinstance(module, nn.Embedding) and reserved is not None:
-            limit = min(limit, module.num_embeddings - reserved - 1)
-    return limit
 
 
 def _kind(skeleton: Any) -> Kind:
@@ -234,31 +222,6 @@ def _kind(skeleton: Any) -> Kind:
     if type(skeleton).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "masked"
     return "causal" if skeleton.can_generate() else "headless"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear map: a router may be a subclass that gives more than a tensor."""
-    from transformers.pytorch_utils import Conv1D
-
-    if not isinstance(module, nn.Linear | Conv1D):
-        return False
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    try:
-        width = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-        return isinstance(module(torch.zeros(1, 1, width, device=module.weight.device)), torch.Tensor)
-    except Exception:  # it takes more than one input
-        return False
-
-
-def _linear_maps(blocks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Module path -> path of its block."""
-    return {
-        f"{block}.{path}": block
-        for block, module in blocks.items()
-        for path, child in module.named_modules()
-        if path and _is_linear(child)
-    }
 
 
 def role_of(module: str, block: str, several_stacks: bool) -> str:
@@ -290,6 +253,34 @@ def _target(
     )
 
 
+def _expert_targets(
+    checkpoint: Checkpoint,
+    parameter: str,
+    stacked: StackedParameter,
+    tensors: Mapping[str, str],
+    converted: Mapping[str, Conversion],
+    several: bool,
+) -> list[Target]:
+    """The matrices of a stack of experts."""
+    index = stacked.block.rpartition(".")[2]
+    return [
+        Target(
+            tensor=found.tensor,
+            parameter=parameter,
+            block=stacked.block,
+            index=int(index) if index.isdigit() else 0,
+            role=role_of(expert_role(parameter, found.tensor, window), stacked.block, several),
+            shape=window.shape(stacked.shape),
+            transposed=stacked.transposed,
+            input_group=part_name(parameter, window.part),
+            part=found.part,
+            window=window,
+            share=stacked.share,
+        )
+        for found, window in find_windows(checkpoint, parameter, stacked, tensors, converted).items()
+    ]
+
+
 def _check_shapes(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
     for target in targets:
         info = checkpoint.info_of(target)
@@ -303,18 +294,24 @@ def _check_shapes(checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
 
 
 def _reasons(
-    skeleton: nn.Module, linear: Mapping[str, str], tensors: Mapping[str, str], checkpoint: Checkpoint
+    skeleton: nn.Module,
+    linear: Mapping[str, str],
+    stacked: Mapping[str, StackedParameter],
+    tensors: Mapping[str, str],
+    converted: Mapping[str, Conversion],
 ) -> dict[str, str]:
-    """Linear maps that no rule can be for, and why."""
+    """Modules and stacks of experts that no rule can be for, and why."""
     reached = reached_parameters(skeleton)
-    converted = find_converted(skeleton, checkpoint)
     owners: dict[int, set[int]] = defaultdict(set)
     for module in linear:
         child = skeleton.get_submodule(module)
         owners[id(child.weight)].add(id(child))
-    found = {}
+    found = {name.removesuffix(".weight"): ROUTER for name in find_routers(skeleton, stacked)}
+    found |= {name: CONVERTED for name in stacked if name in converted}
     for module in linear:
         name = f"{module}.weight"
+        if module in found:
+            continue
         if len(owners[id(skeleton.get_submodule(module).weight)]) > 1:
             found[module] = SHARED
         elif name not in tensors and name in converted:
@@ -325,14 +322,14 @@ def _reasons(
 
 
 def _not_targeted(
-    skeleton: nn.Module, blocks: Mapping[str, nn.Module], linear: Mapping[str, str], reasons: Mapping[str, str]
+    skeleton: nn.Module, blocks: Mapping[str, nn.Module], targeted: set[str], reasons: Mapping[str, str]
 ) -> tuple[NotTargeted, ...]:
     """Everything else of two and more dimensions below a numbered path, with its reason."""
     sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
     seen = set()
     for path, parameter in skeleton.named_parameters():
         module = path.removesuffix(".weight")
-        if parameter.ndim < 2 or module in linear or id(parameter) in seen:
+        if parameter.ndim < 2 or path in targeted or id(parameter) in seen:
             continue
         seen.add(id(parameter))
         block = next((name for name in blocks if path.startswith(name + ".")), None)

@@ -4,8 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.errors import CheckpointError
+from sculptor.errors import CheckpointError, SettingsError
 
 # Settings that say how many modules there are.
 _COUNT = re.compile(r"(num|^n)_.*(layers?|experts?|blocks?)$|layers$|^depths?$")
@@ -61,7 +63,27 @@ def load_config(checkpoint: Checkpoint) -> Any:
         for switch in ("use_cache", "output_attentions", "output_hidden_states"):
             if getattr(part, switch, False):
                 setattr(part, switch, False)
+    if checkpoint.attn_implementation is not None:
+        config._attn_implementation = checkpoint.attn_implementation
     return config
+
+
+def check_attention(checkpoint: Checkpoint) -> None:
+    """Asks the model whether it has the attention that was chosen, without weights and before any work.
+
+    Raises:
+        SettingsError: if it has not, or this machine has not.
+    """
+    name = checkpoint.attn_implementation
+    if name is None:
+        return
+    config = load_config(checkpoint)
+    try:
+        with torch.device("meta"):
+            model_class(checkpoint.config, checkpoint.path)(config)
+    except Exception as cause:  # of transformers, and of packages that it asks for
+        reason = reason_of(cause).replace("`", "").replace('attn_implementation="', '"')
+        raise SettingsError(f"--attn-implementation {name}: not to be had for this model ({reason})") from cause
 
 
 def reason_of(cause: BaseException, limit: int = 200) -> str:

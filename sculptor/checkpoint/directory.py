@@ -79,8 +79,8 @@ def read_config(path: Path) -> dict[str, Any]:
     adapters = sorted(name for name in names if name.startswith(("adapter_config.json", "adapter_model.")))
     if adapters and SINGLE_NAME not in names and INDEX_NAME not in names:
         raise CheckpointError(
-            f"{path}: an adapter ({adapters[0]}), no full model; merge it first: "
-            "PeftModel.from_pretrained(BASE, DIR).merge_and_unload().save_pretrained(OUT)"
+            f"{path}: an adapter ({adapters[0]}), no full model; merge it first: analyze, train and evaluate do with "
+            f"--merge-adapter DIR, others take what `sculptor edit interpolate BASE {path} --alpha 1 --output DIR` writes"
         )
     if adapters:
         raise CheckpointError(
@@ -235,3 +235,11 @@ def check_links(path: Path) -> None:
                 f"{path}: {item.relative_to(path)} is a link to {item.resolve()}, and an output would carry what is there; "
                 "put the file itself in its place (cp -L)"
             )
+
+
+def wrapper_hint(names: Iterable[str]) -> str:
+    """A hint, where another program's wrapper has lengthened the names."""
+    for prefix, remedy in WRAPPERS.items():
+        if any(name.startswith(prefix) for name in names):
+            return f"; names begin with {prefix!r}, of {remedy} instead"
+    return ""

@@ -1,13 +1,15 @@
 """Names in the files matched to parameters of the model, by the rules transformers itself loads with."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sculptor.checkpoint.windows import Window
 from sculptor.errors import CheckpointError
 
 
@@ -27,6 +29,34 @@ class Conversion:
             converter.add_tensor(self.parameter, name, pattern, read(name))
         made = converter.convert(self.parameter, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def windows(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Window] | None:
+        """Where in the parameter each tensor goes; None if loading does more than to lay matrices beside each other.
+
+        Tried on small matrices of numbers, so that nothing of transformers' rules is assumed.
+
+        Args:
+            shapes: of the tensors.
+        """
+        number = {name: i for i, (name, _) in enumerate(self.sources)}
+        made = self.make(lambda name: torch.arange(6).view(2, 3) + 6 * number[name]).get(self.parameter)
+        if made is None or made.ndim != 3 or made.numel() != 6 * len(number):
+            return None
+        parts = made.reshape(made.shape[0], -1, 6)
+        order = (parts[..., 0] // 6).tolist()
+        if not torch.equal(parts, torch.arange(6) + 6 * torch.tensor(order)[..., None]):
+            return None
+        names, found = list(number), {}
+        for part, group in enumerate(order):
+            start = 0
+            for i in group:
+                stop = start + shapes[names[i]][0]
+                found[names[i]] = Window(part, None if len(group) == 1 else (start, stop))
+                start = stop
+        stacked = tuple(self.model.get_parameter(self.parameter).shape)
+        sizes = {len(shapes[name]) == 2 and (len(order), *shapes[name][1:]) for name in names}
+        rows = {sum(shapes[names[i]][0] for i in group) for group in order}
+        return found if sizes == {(stacked[0], *stacked[2:])} and rows == {stacked[1]} else None
 
 
 def match_names(model: Any, names: Iterable[str]) -> dict[str, str]:

@@ -60,6 +60,8 @@ class Checkpoint(Mapping[str, Tensor]):
         CheckpointError: if the directory, its configuration or one of its shards is missing or damaged.
     """
 
+    attn_implementation: str | None = None
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
@@ -190,13 +192,19 @@ class Checkpoint(Mapping[str, Tensor]):
         return sum(info.num_bytes for info in self.infos.values())
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(model: str | Path, attn_implementation: str | None = None) -> Checkpoint:
     """Opens a local directory, or fetches a hub name into the hub's cache first.
+
+    Args:
+        model: directory or hub name.
+        attn_implementation: which attention its model is to be built with, wherever it is [default: transformers' choice].
 
     Raises:
         CheckpointError: if there is no such directory or hub model, or it cannot be used.
     """
-    return Checkpoint(find_directory(model))
+    checkpoint = Checkpoint(find_directory(model))
+    checkpoint.attn_implementation = attn_implementation
+    return checkpoint
 
 
 def find_directory(model: str | Path) -> Path:

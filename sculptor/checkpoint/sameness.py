@@ -10,6 +10,7 @@ from typing import Any
 from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, TEMPLATES, companions, is_weights, second_weights
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name, read_header
+from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
 from sculptor.errors import CheckpointError
 from sculptor.validation import each_key_once, read_file
 
@@ -28,15 +29,16 @@ _TOKENIZER = re.compile(
 )
 
 
-def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+def differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None) -> list[str]:
     """Everything beside tensors that would make another model or tokenizer of `tuned`, one line each.
 
-    May differ: the dtype, if it is that of the tensors, the version of transformers, and what only people read.
+    May differ: the dtype, if it is that of the tensors, the version of transformers, and what only people read; with
+    `growth`, which was found in the files, the new tokens' entries and the size of the vocabulary.
 
     Raises:
         CheckpointError: if a file cannot be read.
     """
-    found = [f"config.json: {what}" for what in _config_differences(base, tuned)]
+    found = [f"config.json: {what}" for what in _config_differences(base, tuned, growth)]
     found += _weight_differences(base, tuned)
     every = _files(tuned)
     before, now = ({name for name in names if not is_weights(name)} for names in (_files(base), every))
@@ -49,7 +51,7 @@ def differences(base: Checkpoint, tuned: Checkpoint) -> list[str]:
             # Code, secrets and links are never carried along; where no tokenizer can be loaded, it is no other one.
             if name in carried and (other_tokenizer or not _TOKENIZER.match(name)):
                 found.append(f"{name} is missing")
-        elif not _same_content(base.path / name, tuned.path / name):
+        elif not (growth and name == TOKENIZER_NAME) and not _same_content(base.path / name, tuned.path / name):
             found.append(f"{name} differs")
     extra = second_weights(tuned.path, tuned.files, every)
     if extra is not None:
@@ -95,8 +97,9 @@ def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def _config_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
-    before, now = base.config, tuned.config
+def _config_differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None) -> Iterator[str]:
+    grown = growth.config if growth else dict
+    before, now = grown(base.config), tuned.config
     stored = {dtype_name(info.dtype) for info in tuned.infos.values() if info.dtype.is_floating_point}
     same = all(tuned.infos[name].dtype == info.dtype for name, info in base.infos.items() if name in tuned.infos)
     # Without a name, the tensors' own is taken.
@@ -117,6 +120,7 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
         _without(of.config if isinstance(found, str) else found)
         for of, found in zip((base, tuned), loaded, strict=True)
     )
+    read = grown(read)
     yield from _settings(read, read_now)
     yield from _unread(_without(before), _without(now), read, read_now)
     versions = [config.get("transformers_version") for config in (before, now)]

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,21 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, empty, list_files, not_ours, strange_file
+from sculptor.checkpoint.written import (
+    LOCK_NAME,
+    MARKER_NAME,
+    STAGED_SUFFIX,
+    begin,
+    begun_by,
+    discard,
+    empty,
+    list_files,
+    not_ours,
+    note,
+    strange_file,
+)
 from sculptor.errors import OutputError
+from sculptor.interruption import Interrupted, signals_wait
 
 
 class NotPlacedError(OutputError):
@@ -23,7 +36,7 @@ class NotPlacedError(OutputError):
 
 def partial_path(output: Path) -> Path:
     """Where an output is staged."""
-    return output.with_name(output.name + ".partial")
+    return output.with_name(output.name + STAGED_SUFFIX)
 
 
 def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
@@ -48,7 +61,6 @@ def staging(
     output: Path,
     *,
     command: str,
-    writes: Sequence[str],
     overwrite: bool,
     resume: bool | None,
     worth_keeping: Callable[[Path], bool],
@@ -61,7 +73,6 @@ def staging(
     Args:
         output: the directory to be made.
         command: that makes it; what another one left is not taken up.
-        writes: patterns of all names that the command writes there.
         overwrite: allow an existing output (replaced at success only) and discard left-overs.
         resume: take up what a killed run left; nothing left over means starting from the beginning. None where a command
             has no such option.
@@ -71,24 +82,29 @@ def staging(
         OutputError: if the output exists, something is left over, or the place cannot be written.
     """
     partial = partial_path(output)
-    if output.name.endswith(".partial"):
+    if output.name.endswith(STAGED_SUFFIX):
         raise OutputError(
             f"{output}: names that end in .partial are those of unfinished outputs; choose another --output"
         )
     with writing(output):
         _check_output(output, overwrite=overwrite, resume=resume)
-        _check_left_over(partial, command, writes, overwrite=overwrite, resume=resume)
+        _check_left_over(partial, command, overwrite=overwrite, resume=resume)
         lock = _lock(partial)
     try:
         _check_output(output, overwrite=overwrite, resume=resume)  # another run may have finished since
         with writing(partial):
-            (partial / MARKER_NAME).write_text(command)
             if not resume:
-                empty(partial, writes)
+                empty(partial)
+            begin(partial, command)
         yield partial
+    except NotPlacedError as error:
+        raise NotPlacedError(f"{error}{'' if resume is None else ', or pass --resume'}") from error.__cause__
     except BaseException as error:
-        if not isinstance(error, NotPlacedError) and not worth_keeping(partial):
-            discard(partial, writes)
+        with signals_wait():
+            if not worth_keeping(partial):
+                discard(partial)
+            elif isinstance(error, Interrupted) and resume is not None:
+                error.kept = partial
         raise
     finally:
         lock.release()
@@ -97,16 +113,13 @@ def staging(
 @contextmanager
 def one_pass(output: Path, *, command: str, overwrite: bool) -> Iterator[Path]:
     """`staging` of what is written at once, with nothing to resume: yields the directory that then becomes the output."""
-    writes = ("output/*",)
-    with staging(
-        output, command=command, writes=writes, overwrite=overwrite, resume=None, worth_keeping=lambda _: False
-    ) as partial:
+    with staging(output, command=command, overwrite=overwrite, resume=None, worth_keeping=lambda _: False) as partial:
         staged = partial / "output"
         with writing(staged):
             staged.mkdir()
         yield staged
         commit(staged, output, overwrite=overwrite)
-        discard(partial, writes)
+        discard(partial)
 
 
 def _lock(partial: Path) -> FileLock:
@@ -141,28 +154,25 @@ def _check_output(output: Path, *, overwrite: bool, resume: bool | None) -> None
         raise OutputError(f"{output}: {foreign}, so --overwrite does not touch it; choose another --output")
 
 
-def _check_left_over(
-    partial: Path, command: str, writes: Sequence[str], *, overwrite: bool, resume: bool | None
-) -> None:
+def _check_left_over(partial: Path, command: str, *, overwrite: bool, resume: bool | None) -> None:
     found = _in_the_way(partial)
     if found is not None:
         raise OutputError(f"{partial}: {found}; move it or choose another --output")
     if not partial.exists():
         return
-    with suppress(OSError):
-        other = (partial / MARKER_NAME).read_text()
-        if resume and not overwrite and other not in ("", command) and not other.startswith("{"):
-            raise OutputError(
-                f"{partial}: left by `{other}`, not by `{command}`; choose another --output, or pass --overwrite to discard it"
-            )
+    other = begun_by(partial)
+    if resume and not overwrite and other not in ("", command):
+        raise OutputError(
+            f"{partial}: left by `{other}`, not by `{command}`; choose another --output, or pass --overwrite to discard it"
+        )
     if not (overwrite or resume) and any(item.name not in (LOCK_NAME, MARKER_NAME) for item in partial.iterdir()):
         ways = "--overwrite" if resume is None else "--resume to go on or --overwrite"
         raise OutputError(f"{partial}: left over from a run that did not finish; pass {ways} to start anew")
-    strange = strange_file(partial, writes)
+    strange = strange_file(partial)
     if strange is not None:
         raise OutputError(
-            f"{partial}: an output is staged there, and {strange} is nothing that `{command}` writes; "
-            "move it or choose another --output"
+            f"{partial}: an output is staged there, and {strange} is nothing that sculptor wrote; move it or choose another "
+            "--output"
         )
 
 
@@ -177,30 +187,30 @@ def _in_the_way(partial: Path) -> str | None:
     return None
 
 
-def commit(staged: Path, output: Path, *, overwrite: bool, writes: Sequence[str] = ("*",)) -> None:
+def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
     """Puts a complete staged directory in the place of the output; an old one goes only once the new one is there.
 
     Args:
         staged: the directory.
         output: its place.
         overwrite: allow an output of ours there.
-        writes: patterns of what was written into it, where others could have put something beside.
 
     Raises:
         NotPlacedError: if that fails; the old output is then where it was, and the new one where it was staged.
     """
     try:
-        write_json(staged / MARKER_NAME, {"files": list_files(staged, writes)})
-        if output.exists():
-            _check_output(output, overwrite=overwrite, resume=False)
-            _replace(staged, output)
-        else:
-            staged.rename(output)
+        write_json(staged / MARKER_NAME, {"files": list_files(staged)})
+        with signals_wait():
+            if output.exists():
+                _check_output(output, overwrite=overwrite, resume=False)
+                _replace(staged, output)
+            else:
+                staged.rename(output)
     except (OSError, OutputError) as cause:
         reason = (cause.strerror or str(cause)) if isinstance(cause, OSError) else str(cause)
         raise NotPlacedError(
             f"{output}: cannot be put in place ({reason}); what was there still is, and the new one is complete in {staged}: "
-            "move it yourself, or pass --resume"
+            "move it yourself"
         ) from cause
     with suppress(OSError):  # only now: until here nobody else could take the place; it is complete all the same
         (output / LOCK_NAME).unlink(missing_ok=True)
@@ -219,7 +229,8 @@ def _replace(staged: Path, output: Path) -> None:
         (old / output.name).rename(output)
         old.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if not_ours(old / output.name) is None:  # looked at once more: nobody puts anything there now
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # Inputs are told by digests, which say nothing to a reader.
@@ -253,8 +264,9 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failed write into one line that names the place."""
+    """Around making a file, or what is in a directory: notes it as ours, and a failure becomes one line that names it."""
     try:
+        note(path)
         yield
     except SafetensorError as cause:  # the library reports a full disk as its own error
         raise OutputError(f"{path}: cannot write ({cause}); free some space or choose another place") from cause

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sculptor.checkpoint.written import note
 from sculptor.errors import OutputError, SculptorError
 from sculptor.validation import each_key_once
 
@@ -210,6 +211,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     try:
+        note(path)
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(text)))
             file.write(text)

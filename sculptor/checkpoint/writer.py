@@ -4,15 +4,18 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, companions
-from sculptor.checkpoint.reader import Checkpoint, Slice
+from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import dtype_name, in_file_order, write_tensors
@@ -21,6 +24,7 @@ from sculptor.progress import Bar
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 # What makes a new tensor, or slice of one, from the old.
 Edit = Callable[[Tensor], Tensor]
+P = TypeVar("P", bound=Placed)
 # Written by sculptor itself; never copied from a base that is itself an output.
 _OUTPUT_MARKS = (RECORD_NAME, "archive.json", "model*.safetensors")
 _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
@@ -32,6 +36,7 @@ def write_checkpoint(
     replace: Mapping[str, Edit | Mapping[int, Edit]],
     *,
     dtype: torch.dtype | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     bar: Bar | None = None,
 ) -> None:
     """Copies a checkpoint shard by shard, one tensor in memory, editing some of its tensors on the way.
@@ -42,13 +47,14 @@ def write_checkpoint(
         replace: per tensor name, what makes the new tensor from the old one (same shape, right dtype), or that for some
             slices of its first dimension, which then go through memory one by one.
         dtype: dtype of every floating-point tensor; None keeps each as it is.
+        shapes: of tensors that are replaced by some of another shape.
         bar: advanced by the bytes of the source.
 
     Raises:
         OutputError: if a file cannot be written.
         CheckpointError: if a source tensor cannot be read.
     """
-    shards = _plan_shards(source, dtype)
+    shards = _plan_shards(source, dtype, shapes or {})
     names = [SINGLE_NAME] if len(shards) == 1 else _shard_names(len(shards))
     metadata = source.metadata or {"format": "pt"}
     for file, entries in zip(names, shards, strict=True):
@@ -67,6 +73,18 @@ def write_checkpoint(
         _write_index(directory, names, shards)
     _copy_companions(source.path, directory)
     _write_config(source.config, directory, dtype)
+
+
+def edits_of(places: Iterable[P], make: Callable[[P], Edit]) -> dict[str, Edit | Mapping[int, Edit]]:
+    """What makes new tensors, of an edit for each of some matrices, which may be slices of one tensor."""
+    whole: dict[str, Edit] = {}
+    parts: dict[str, dict[int, Edit]] = defaultdict(dict)
+    for place in places:
+        if place.part is None:
+            whole[place.tensor] = make(place)
+        else:
+            parts[place.tensor][place.part] = make(place)
+    return {**whole, **parts}
 
 
 def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
@@ -90,7 +108,9 @@ def output_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and source.is_floating_point else source
 
 
-def _plan_shards(source: Checkpoint, dtype: torch.dtype | None) -> list[list[Entry]]:
+def _plan_shards(
+    source: Checkpoint, dtype: torch.dtype | None, shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> list[list[Entry]]:
     """The source's shards; one that a wider dtype makes larger than the largest of them is split."""
     sizes = dict.fromkeys(source.files, 0)
     for info in source.infos.values():
@@ -103,12 +123,12 @@ def _plan_shards(source: Checkpoint, dtype: torch.dtype | None) -> list[list[Ent
         for name, info in source.infos.items():
             if info.file != file:
                 continue
-            out = output_dtype(info.dtype, dtype)
-            size = info.num_bytes // info.dtype.itemsize * out.itemsize
+            out, shape = output_dtype(info.dtype, dtype), shapes.get(name, info.shape)
+            size = prod(shape) * out.itemsize
             if limit is not None and current and current_bytes + size > limit:
                 shards.append(current)
                 current, current_bytes = [], 0
-            current.append((name, out, info.shape))
+            current.append((name, out, shape))
             current_bytes += size
         shards.append(current)
     return shards

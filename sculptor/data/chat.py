@@ -4,10 +4,12 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sculptor.data.forms import listed_keys
 from sculptor.data.left_out import THOUGHTS, Message, refuse_left_out, says, silent_keys
 from sculptor.data.row_types import MessagesRow, Row
 from sculptor.errors import DataError, SettingsError
@@ -55,10 +57,25 @@ def use_template(tokenizer: Any, chosen: str | None) -> None:
     tokenizer.chat_template = text
 
 
-def unread_keys(row: MessagesRow, tokenizer: Any) -> tuple[str, ...]:
-    """Keys of messages that the chat template does nothing with, by the role of their messages."""
-    conversation = _Conversation(row, tokenizer)
-    return silent_keys(conversation.messages, conversation._try)
+def unread_keys(rows: Iterable[Row], tokenizer: Any) -> dict[str, int]:
+    """Keys of messages that the chat template does nothing with, and of how many rows; each set of keys is tried once."""
+    tried: dict[tuple[str, ...], tuple[str, ...]] = {}
+    found: Counter[str] = Counter()
+    for row in rows if tokenizer.chat_template else ():
+        if isinstance(row, MessagesRow):
+            keys = tuple(sorted({key for message in row.messages for key in message}))
+            if keys not in tried:
+                conversation = _Conversation(row, tokenizer)
+                tried[keys] = silent_keys(conversation.messages, conversation._try)
+            found.update(tried[keys])
+    return dict(sorted(found.items()))
+
+
+def tell_unread(name: str, rows: Iterable[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:
+    """Names keys of messages that the chat template does nothing with, if there are any, in one line."""
+    found = unread_keys(rows, tokenizer)
+    if found:
+        notice(f"{name}: not read by the chat template, in messages: {listed_keys(found)}")
 
 
 def check_use(rows: Iterable[Row], chosen: str | None) -> None:

@@ -112,6 +112,12 @@ def _listed(row: Mapping[str, Any]) -> str:
     return f"{keys} and {len(row) - _SHOWN} more" if len(row) > _SHOWN else keys
 
 
+def listed_keys(counts: Mapping[str, int]) -> str:
+    """Keys with how many rows have them; the first few."""
+    keys = ", ".join(f"{short(key)} of {counts[key]:,} rows" for key in list(counts)[:_SHOWN])
+    return f"{keys} and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else keys
+
+
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(row[key], str):
         raise DataError(f"{where}: {key!r} is {type(row[key]).__name__}; expected a string")

@@ -10,7 +10,7 @@ from typing import Any
 
 from sculptor.data.columns import Columns, parse_columns
 from sculptor.data.files import Found, is_parquet, read_file_rows
-from sculptor.data.forms import EXPECTED, recognise
+from sculptor.data.forms import EXPECTED, listed_keys, recognise
 from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference, parse_reference
 from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow, digest_rows, settle
 from sculptor.data.tables import choose_split, dataset_rows, read_table_rows
@@ -37,7 +37,7 @@ class DataSource:
         weight: relative share of the rows of an epoch; None if the rows are simply put together.
         forms: how many rows had which form; `recognised` those forms that are not our own.
         num_off: rows that say that they are not trained.
-        unread: keys that nothing looks at.
+        unread: keys that nothing looks at, and how many rows have each.
     """
 
     name: str
@@ -46,12 +46,14 @@ class DataSource:
     forms: Mapping[str, int]
     recognised: tuple[str, ...]
     num_off: int
-    unread: tuple[str, ...]
+    unread: Mapping[str, int]
 
     @property
     def says(self) -> str | None:
         """A line on what was decided about it; None if there was nothing to decide."""
         parts = [f"{self.forms[form]:,} rows read as {form}" for form in self.recognised]
+        if self.unread:
+            parts.append(f"not read: {listed_keys(self.unread)}")
         if self.num_off:
             parts.append(f"{self.num_off:,} rows left out by their own weight")
         return f"{self.name}: {'; '.join(parts)}" if parts else None
@@ -233,7 +235,7 @@ def _read(item: _Opened, max_rows: int | None, columns: Columns, seen: set[str])
     rows: list[Row] = []
     forms: Counter[str] = Counter()
     recognised: dict[str, None] = {}
-    unread: set[str] = set()
+    unread: Counter[str] = Counter()
     num_off = 0
     wanted = set(columns.values())
     for where, given in itertools.islice(item.rows(max_rows is not None), max_rows):
@@ -251,7 +253,7 @@ def _read(item: _Opened, max_rows: int | None, columns: Columns, seen: set[str])
         left = f"; {num_off} are left out by their own weight" if num_off else ""
         raise DataError(f"{item.name}: no rows{left}; expected {EXPECTED}")
     return DataSource(
-        item.published, tuple(rows), item.weight, dict(forms), tuple(recognised), num_off, tuple(sorted(unread))
+        item.published, tuple(rows), item.weight, dict(forms), tuple(recognised), num_off, dict(sorted(unread.items()))
     )
 
 

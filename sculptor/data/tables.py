@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sculptor.data.files import Found
+from sculptor.data.files import Found, read_file_rows
 from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference
 from sculptor.distribution import extra
 from sculptor.errors import DataError
@@ -37,6 +37,11 @@ def read_table_rows(reference: Reference, kind: str | None, bounded: bool) -> Fo
         ) from None
     datasets.disable_progress_bars()
     try:
+        texts = _text_files(datasets, reference) if kind is None and reference.is_local else ()
+        if texts:  # as if they were named one by one: the library guesses types, and what an empty cell means
+            for file in texts:
+                yield from read_file_rows(file)
+            return
         found = _open(datasets, reference, kind, bounded)
         yield from dataset_rows(found, reference.text)
     except DataError:
@@ -78,14 +83,25 @@ def _open(datasets: Any, reference: Reference, kind: str | None, bounded: bool) 
         found = datasets.load_from_disk(reference.place)
         return _split_of(found, reference)
     place, config, split = reference.place, reference.config, reference.split
-    if reference.is_local:
-        _check_all_read(datasets, reference)
     sliced = split is not None and "[" in split  # which is not streamed
     if (reference.is_local or bounded) and not sliced:
         return _split_of(datasets.load_dataset(place, config, streaming=True), reference)
     if split is None:
         split = choose_split({name: name for name in datasets.get_dataset_split_names(place, config)}, reference.text)
     return datasets.load_dataset(place, config, split=split)
+
+
+def _text_files(datasets: Any, reference: Reference) -> list[Path]:
+    """The files of a split of a folder, as the library chooses them; none if some are no text, or are told how to be read."""
+    if any((reference.path / name).is_file() for name in _SAVED):
+        return []
+    _check_all_read(datasets, reference)
+    config = datasets.load_dataset_builder(reference.place, reference.config).config
+    told = [getattr(config, name, None) for name in ("features", "column_names", "skiprows", "field")]
+    if not config.data_files or any(told) or (reference.split is not None and "[" in reference.split):
+        return []
+    files = [Path(file) for file in _split_of(config.data_files, reference)]
+    return files if all(file.suffix.lower() in TEXT_ENDINGS for file in files) else []
 
 
 def _check_all_read(datasets: Any, reference: Reference) -> None:

@@ -24,7 +24,11 @@ def mean_loss(
     loaded.model.eval()
     order = world.share(sorted(range(len(examples)), key=lambda i: -examples[i].length))
     total = tokens = 0.0
-    for start in range(0, len(order), batch_size):
+    passes = world.most(-(-len(order) // batch_size))
+    for start in range(0, passes * batch_size, batch_size):
+        if start >= len(order):  # rows of other processes, which have more
+            loaded.pass_by()
+            continue
         chosen = [examples[i] for i in order[start : start + batch_size]]
         batch = loaded.batch(chosen, _MASKING_SEED)
         found = batch_loss(loaded.model, batch.to(loaded.device), loaded.kind)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from sculptor.errors import SettingsError
 from sculptor.numerics.staircase import Constraint
-from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, Seed, Share, Texts, option, settings
+from sculptor.validation import AtLeastOne, ColumnNames, Name, Off, Positive, Seed, Share, Texts, option, settings
 
 # Kinds of rules of sculptor's own (`methods/kinds.py` says what they are, and what goes with them).
 RULES = ("staircase", "lowrank", "mask", "rotation")
@@ -94,6 +94,9 @@ class AnalyzeSettings:
     """lowrank: share of what a task reads, in squared norm, that is protected after it [default: 0.95]."""
     block_size: Annotated[int, Field(ge=2, le=2**31)] | None = None
     """rotation: outputs that are turned together [default: 32]."""
+    samples: Annotated[bool | None, Off("no-samples")] = None
+    """Keep some of the model's own words and what it predicts there, which `train` and `verify` measure harm on [default:
+    where the model is run anyway, and can sample]."""
     seed: Seed = 0
     """Of sampling, masking and random directions."""
     targets: Texts = ()
@@ -104,6 +107,8 @@ class AnalyzeSettings:
     """Dtype of the stored bases; what is stored is what is protected."""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Name | None = None
+    """With data: attention of the model: eager, sdpa, flash_attention_2, ... [default: transformers' choice]."""
     device_memory: Positive | None = None
     """inputs, curvature: GB to stay within, by reading the rows more often [default: what is free on a GPU, 8 on a CPU]."""
 

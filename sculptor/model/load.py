@@ -17,7 +17,7 @@ from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.model.probe import check_model, check_text_alone
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
-from sculptor.streaming.build import stream_model
+from sculptor.streaming.build import Divide, stream_model
 from sculptor.streaming.weights import Tier
 from sculptor.world import here
 
@@ -51,6 +51,11 @@ class LoadedModel:
         # Attention on a GPU is planned anew for every shape, which takes longer than some padding.
         widths = Widths(64, self.architecture.max_positions) if self.device.type == "cuda" else EXACT
         return make_batch(examples, self.kind, self.pad_id, self.tokenizer.mask_token_id, vocab_size, seed, widths)
+
+    def pass_by(self) -> None:
+        """Does this process's part of a forward pass without gradients that others have rows for."""
+        if self.stream is not None:
+            self.stream.end_pass(training=False)
 
     def close(self) -> None:
         """Gives back what its blocks take elsewhere; a streamed model cannot be used any more."""
@@ -128,6 +133,7 @@ def load_streamed(
     resident: frozenset[str] = frozenset(),
     keep_inputs: bool | None = None,
     progress: Progress = silent,
+    divide: Divide | None = None,
 ) -> LoadedModel:
     """`load_model` for a model of which one block at a time is on the device.
 
@@ -141,6 +147,7 @@ def load_streamed(
         resident: parameters of blocks that stay on the device.
         keep_inputs: whether activation checkpoints stay on the device; default on a CPU only.
         progress: makes progress bars.
+        divide: as for `stream_model`.
 
     Raises:
         CheckpointError: if weights are missing, or there is no tokenizer.
@@ -159,6 +166,7 @@ def load_streamed(
             resident=resident,
             keep_inputs=keep_inputs,
             progress=progress,
+            divide=divide,
         )
     except MemoryError as cause:
         raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause

@@ -6,6 +6,8 @@ through the model's own head in slices (`sculptor.model.head`), each made again 
 """
 
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,11 @@ from sculptor.checkpoint.architecture import Kind
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
 from sculptor.model.head import Head, find_head
+from sculptor.numerics.divergence import divergence
+from sculptor.numerics.entropy import entropy_weights
 
+# Makes a model compute with its base's weights for as long as it is entered.
+AsBase = Callable[[], AbstractContextManager[object]]
 # Logits that exist at a time, in elements.
 SLICE = {"cuda": 2**25, "cpu": 2**23}
 
@@ -28,11 +34,13 @@ class BatchLoss(NamedTuple):
         total: summed cross-entropy, in nats, float32; carries the graph.
         num_tokens: how many tokens it is summed over.
         auxiliary: the model's own extra loss (a router's), already weighted, or None.
+        divergence: summed KL(base || new), in nats, with the graph; None unless it was asked for.
     """
 
     total: Tensor
     num_tokens: int
     auxiliary: Tensor | None
+    divergence: Tensor | None = None
 
 
 def num_loss_tokens(batch: Batch, kind: Kind) -> int:
@@ -40,38 +48,69 @@ def num_loss_tokens(batch: Batch, kind: Kind) -> int:
     return int((_read_labels(batch, kind) != IGNORED).sum())
 
 
-def batch_loss(model: Any, batch: Batch, kind: Kind) -> BatchLoss:
-    """Cross-entropy of a batch that is on the model's device.
+def batch_loss(
+    model: Any, batch: Batch, kind: Kind, *, by_entropy: bool = False, as_base: AsBase | None = None
+) -> BatchLoss:
+    """Cross-entropy of a batch that is on the model's device; with `as_base` KL(base || new) on the same tokens, too.
 
     Args:
         model: a transformers model with a language-modelling head.
         batch: padded on the right.
         kind: how its labels are to be read.
+        by_entropy: weight each token by the entropy of its prediction (`numerics.entropy`).
+        as_base: takes one more forward, without gradients, of the same model with the base's weights.
     """
     all_labels = _read_labels(batch, kind)
     wanted = all_labels != IGNORED
     labels = all_labels[wanted]
     rows = max(1, SLICE[labels.device.type] // int(model.get_input_embeddings().weight.shape[0]))
     head = find_head(model, kind) if labels.numel() > rows else None
+
+    def read() -> tuple[Any, Tensor]:
+        """The model's outputs, and of every token with loss its logits, or what a head makes them of."""
+        if head is None:
+            return _predict(model, batch, kind)[:2]
+        with head.kept_out() as kept:
+            outputs = model(**_inputs(model, batch, kind))
+        return outputs, kept[0][:, : wanted.shape[1]][wanted]
+
+    known = None
+    if as_base is not None:
+        with torch.no_grad(), as_base():
+            known = read()[1]
+    outputs, found = read()
     if head is None:
-        outputs, logits, _ = _predict(model, batch, kind)
-        return BatchLoss(_sum(logits, labels), labels.numel(), _auxiliary(model, outputs))
-    with head.kept_out() as kept:
-        outputs = model(**_inputs(model, batch, kind))
-    hidden = kept[0][:, : wanted.shape[1]][wanted]
-    parts = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
-    total = torch.stack([_slice_loss(head, part, chosen) for part, chosen in parts]).sum()
-    return BatchLoss(total, labels.numel(), _auxiliary(model, outputs))
+        sums = _sums(found, labels, known, by_entropy)
+    else:
+        parts = [torch.split(each, rows) for each in (found, labels, *([] if known is None else [known]))]
+        slices = [_slice_sums(head, as_base, by_entropy, *part) for part in zip(*parts, strict=True)]
+        sums = torch.stack(slices).sum(dim=0)
+    apart = sums[1] if as_base is not None else None
+    return BatchLoss(sums[0], labels.numel(), _auxiliary(model, outputs), apart)
 
 
-def _sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+def _sums(logits: Tensor, labels: Tensor, known: Tensor | None, by_entropy: bool) -> Tensor:
+    """Over some tokens: cross-entropy and, where the base's logits are known, KL(base || new)."""
+    each = nn.functional.cross_entropy(logits.float(), labels, reduction="none" if by_entropy else "sum")
+    total = (entropy_weights(logits) * each).sum() if by_entropy else each
+    return torch.stack([total] if known is None else [total, divergence(known, logits).sum()])
 
 
-def _slice_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+def _slice_sums(
+    head: Head, as_base: AsBase | None, by_entropy: bool, hidden: Tensor, labels: Tensor, before: Tensor | None = None
+) -> Tensor:
+    """`_sums` of hidden states; `before` are the base's."""
+
+    def sums(hidden: Tensor) -> Tensor:
+        known = None
+        if before is not None and as_base is not None:
+            with torch.no_grad(), as_base():
+                known = head.logits(before)
+        return _sums(head.logits(hidden), labels, known, by_entropy)
+
     if not torch.is_grad_enabled():
-        return _sum(head.logits(hidden), labels)
-    found: Tensor = checkpoint(lambda h: _sum(head.logits(h), labels), hidden, use_reentrant=False)
+        return sums(hidden)
+    found: Tensor = checkpoint(sums, hidden, use_reentrant=False)
     return found
 
 
@@ -89,6 +128,11 @@ def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generat
     labels = batch.labels.clone()
     _read_labels(Batch(batch.input_ids, batch.attention_mask, labels), kind)[wanted] = drawn  # a view of them
     return Batch(batch.input_ids, batch.attention_mask, labels)
+
+
+def predictions(model: Any, batch: Batch, kind: Kind) -> Tensor:
+    """Logits (tokens with loss, vocabulary) of a batch that is on the model's device, row by row."""
+    return _predict(model, batch, kind)[1]
 
 
 def _read_labels(batch: Batch, kind: Kind) -> Tensor:

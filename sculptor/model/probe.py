@@ -9,7 +9,7 @@ from sculptor.checkpoint.configuration import reason_of
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
-from sculptor.errors import CheckpointError
+from sculptor.errors import CheckpointError, SculptorError
 from sculptor.model.loss import logits_of
 
 _LENGTH, _CHANGED = 8, 3
@@ -49,7 +49,7 @@ def check_model(
             alone = logits_of(
                 model, Batch(ids[2:, :-_CHANGED], mask[2:, :-_CHANGED], ids[2:, :-_CHANGED]), kind
             ).float()
-    except CheckpointError:
+    except SculptorError:
         raise
     except torch.OutOfMemoryError:
         raise

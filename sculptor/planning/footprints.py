@@ -3,16 +3,20 @@
 Every figure follows from shapes and rules; activations are estimated from the widths of a block.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from sculptor.checkpoint.architecture import Architecture, Target
+from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.methods.rule import Rule, cost_of, num_free
+from sculptor.methods.rule import cost_of
 from sculptor.model.loss import SLICE
-from sculptor.streaming.weights import STAGING_BYTES, Tier
+from sculptor.planning.matrices import PlannedMatrix
+from sculptor.planning.shares import Share, shares
+from sculptor.streaming.weights import STAGING_BYTES
 from sculptor.training.settings import Offload
 from sculptor.training.stepping.streamed import PART_TOKENS
 
@@ -24,28 +28,20 @@ _HOST_RUNTIME = 2.1e9
 _ACTIVATIONS = 1.6
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedMatrix:
-    """One target, its rule, and the names of the rule's stored tensors, which matrices may share."""
-
-    target: Target
-    rule: Rule
-    names: Mapping[str, str]
-
-    @property
-    def num_entries(self) -> int:
-        """Of the matrix."""
-        return self.target.shape[0] * self.target.shape[1]
-
-    @property
-    def num_free(self) -> int:
-        """Its coordinates."""
-        return num_free(self.rule)
-
-
-def added_up(num_trainable: int, processes: int) -> float:
-    """Bytes that each of several processes sends, and gets, in a step: float32 gradients of the coordinates, added up in a ring."""
+def added_up(num_trainable: float, processes: int) -> float:
+    """Bytes that each of several processes sends, and gets, in a step: float32 gradients of what all hold, added up in a ring."""
     return 2 * (processes - 1) / processes * 4 * num_trainable
+
+
+def shown(weights: float, trained: float, micro_batches: int, processes: int) -> float:
+    """Bytes that a process gets of others in a step, or sends, if the model is divided: blocks twice, full-size gradients once.
+
+    Args:
+        weights: bytes of all blocks, of which `trained` belong to matrices that are.
+        micro_batches: of a step.
+        processes: how many divide them.
+    """
+    return micro_batches * (2 * weights + trained) * (processes - 1) / processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +54,8 @@ class Footprint:
         operations: floating-point operations of a step, of which `folding` for projections and folds.
         loaded, stored: bytes that go to the device and come back in a step.
         read, written: bytes of files in a step.
+        exchanged: bytes that come from other processes in a step.
+        shares: what each process holds of matrices, by rank, where they are divided.
     """
 
     offload: Offload
@@ -70,6 +68,8 @@ class Footprint:
     stored: float = 0.0
     read: float = 0.0
     written: float = 0.0
+    exchanged: float = 0.0
+    shares: Sequence[Share] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Workload:
     `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
     `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
     its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the
-    longest row, which is never split, and `micro_rows` the most rows of a micro-batch.
+    longest row, which is never split, `micro_rows` the most rows of a micro-batch, and `processes` how many divide the model.
     """
 
     tokens: int
@@ -94,6 +94,7 @@ class Workload:
     evaluates: bool = False
     row: int = 0
     micro_rows: int = 0
+    processes: int = 1
 
 
 def footprints(
@@ -103,8 +104,10 @@ def footprints(
     device: torch.device,
     work: Workload,
 ) -> dict[str, Footprint]:
-    """By offload: none, cpu, disk."""
+    """By offload: none, cpu, disk; where several processes divide the model: none, cpu."""
     sizes = _Sizes(checkpoint, architecture, matrices, device, work)
+    if work.processes > 1:
+        return {"none": sizes.divided("none"), "cpu": sizes.divided("cpu")}
     return {"none": sizes.resident(), "cpu": sizes.streamed("cpu"), "disk": sizes.streamed("disk")}
 
 
@@ -122,10 +125,19 @@ class _Sizes:
         self.kind = device.type
         self.work = work
         self.size = 2 if device.type == "cuda" else 4  # of a trained weight, and of a basis, on the device
-        widths: dict[str, int] = {}
+        widths: dict[str, float] = {}
         for target in architecture.targets:
-            widths[target.block] = widths.get(target.block, 0) + sum(target.shape)
+            widths[target.block] = widths.get(target.block, 0.0) + target.width
         self.num_blocks = len(widths)
+        self.matrices: dict[str, list[PlannedMatrix]] = defaultdict(list)
+        for matrix in matrices:
+            if matrix.num_free:
+                self.matrices[matrix.target.parameter].append(matrix)
+        self.inside_blocks: dict[str, dict[str, float]] = {block: defaultdict(float) for block in widths}
+        for target in architecture.targets:
+            trained = target.parameter in self.matrices
+            width = self.size if trained or device.type == "cpu" else checkpoint.info_of(target).dtype.itemsize
+            self.inside_blocks[target.block][target.parameter] += float(width * target.shape[0] * target.shape[1])
         by_block: dict[str, list[PlannedMatrix]] = {block: [] for block in widths}
         for matrix in matrices:
             by_block[matrix.target.block].append(matrix)
@@ -175,7 +187,8 @@ class _Sizes:
         per_token = self.size * hidden * self.num_blocks
         self.inputs, self.inputs_of_step = per_token * micro, float(per_token * work.tokens)
         self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
-        forward = 2 * (in_targets + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
+        used = sum(t.shape[0] * t.shape[1] * t.share for t in architecture.targets)
+        forward = 2 * (used + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
         self.operations = 4 * forward  # forward, again, and twice as much backward
         self.operations_at_once = (4 if work.recompute else 3) * forward
         per_fold = sum(cost_of(m.rule, m.names).operations for m in matrices)
@@ -210,7 +223,47 @@ class _Sizes:
         host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
         return Footprint("none", device, host, self.files(), self.operations_at_once, self.folding)
 
-    def streamed(self, tier: Tier) -> Footprint:
+    def divided(self, offload: Literal["none", "cpu"]) -> Footprint:
+        """Of the process that holds most; what it holds of matrices is on the device, or in host memory."""
+        slots, count = 2 if self.kind == "cuda" else 1, self.work.processes
+        rest = self.rest_size * self.rest_in_blocks / max(1, self.num_blocks)
+        blocks = {path: {**found, "others": rest} for path, found in self.inside_blocks.items()}
+        parts = shares(blocks, self.matrices, self.file_size, self.kind, count)
+        most = max(parts, key=lambda share: share.num_bytes)
+        trained = [sum(size for p, size in block.items() if p in self.matrices) for block in blocks.values()]
+        held = {
+            "weights": most.weights,
+            "pristine weights": most.pristine,
+            "bases": most.bases,
+            "coordinates, gradients, AdamW": most.state,
+        }
+        alone = self.streamed("cpu")
+        own = ("blocks", "embedding, head, norms", "activations", "work space", "openly trained")
+        device = {name: alone.device[name] for name in own if name in alone.device} | {
+            "gradients of blocks": slots * max(trained, default=0.0),
+            "bases and updates on their way": slots * most.block_bases + alone.device["coordinates, gradients, AdamW"],
+        }
+        host = {"copies": 2.0 * STAGING_BYTES[self.kind]}
+        if offload == "none":
+            device = held | device | {"activations": self.inside_part + self.loss + self.inputs}
+        else:
+            host = {name: size for name, size in alone.host.items() if name not in held} | held
+        weights = sum(sum(block.values()) for block in blocks.values())
+        exchanged = shown(weights, sum(trained), self.work.micro_batches, count) + added_up(self.work.num_extra, count)
+        return Footprint(
+            offload,
+            device,
+            host,
+            self.files(),
+            alone.operations,
+            alone.folding / count,
+            loaded=alone.loaded / count if offload == "cpu" else 0.0,
+            stored=alone.stored / count if offload == "cpu" else 0.0,
+            exchanged=exchanged,
+            shares=parts,
+        )
+
+    def streamed(self, tier: Literal["cpu", "disk"]) -> Footprint:
         slots = 2 if self.kind == "cuda" else 1
         keep = self.work.keep_inputs or self.kind == "cpu"
         on_host = self.work.on_host and tier == "cpu"

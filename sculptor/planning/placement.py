@@ -12,7 +12,8 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
 from sculptor.methods.method import Grows
 from sculptor.methods.settings import Carry
-from sculptor.planning.footprints import Footprint, PlannedMatrix
+from sculptor.planning.footprints import Footprint
+from sculptor.planning.matrices import PlannedMatrix
 from sculptor.training.settings import Offload
 
 # Of the memory that is free, what a plan may take.
@@ -140,7 +141,12 @@ def shortages(plan: Footprint, kind: str, free_device: float, free_host: float, 
 
 
 def choose(
-    found: dict[str, Footprint], device: torch.device, asked: Offload, disk: Path, replaced: Path | None = None
+    found: dict[str, Footprint],
+    device: torch.device,
+    asked: Offload,
+    disk: Path,
+    replaced: Path | None = None,
+    sharing: int = 1,
 ) -> tuple[Footprint, str]:
     """The first way that fits, or the one that was asked for; and why, in a line.
 
@@ -150,17 +156,19 @@ def choose(
         asked: `auto` to choose.
         disk: a path on the disk that files would go to.
         replaced: what a killed run left there, which goes first.
+        sharing: how many processes have the host's memory between them.
 
     Raises:
         SettingsError: if the host's memory, or the disk, does not suffice for what was asked or for any.
     """
     free_device, free_host = available_memory(device)
+    free_host /= sharing
     free_disk = available_disk(disk)
     if replaced is not None:  # blocks, since files may have holes
         free_disk += sum(file.stat().st_blocks * 512 for file in replaced.rglob("*") if file.is_file())
     reasons: list[str] = []
     lacking: dict[str, list[Shortage]] = {}
-    for name in _TIERS if asked == "auto" else (asked,):
+    for name in [tier for tier in _TIERS if tier in found] if asked == "auto" else (asked,):
         plan = found[name]
         short = shortages(plan, device.type, free_device, free_host, free_disk)
         doubts: list[Shortage] = []

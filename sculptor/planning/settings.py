@@ -7,6 +7,7 @@ from pydantic import Field
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.numerics.staircase import Constraint
+from sculptor.training.settings import Parallel
 from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, option, settings
 
 _PRESERVE = 0.5
@@ -42,7 +43,9 @@ class EstimateSettings:
     max_rows: AtLeastOne | None = None
     """With --data: rows to use of each, the first ones [default: all]."""
     gpus: AtLeastOne = 1
-    """Processes that share the rows of a step, each with a GPU of its own; they train resident."""
+    """Processes that share the rows of a step, each with a GPU of its own."""
+    parallel: Parallel = "auto"
+    """With --gpus: as that of train [auto: shows both, and picks as train does]."""
     fused: bool = False
     """For --optimizer-mode fused."""
     device: Name = "auto"
@@ -73,7 +76,9 @@ class EstimateSettings:
 
     def __post_init__(self) -> None:
         if self.fused and self.gpus > 1:
-            raise SettingsError("--fused without effect with --gpus: several processes train resident")
+            raise SettingsError("--fused without effect with --gpus: several processes update exactly")
+        if self.parallel != "auto" and self.gpus == 1:
+            raise SettingsError(f"--parallel {self.parallel} without effect with one process; give --gpus")
         if self.fused and self.batch_size > (self.micro_batch_size or self.batch_size):
             raise SettingsError(
                 f"--fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} needs the gradients of "

@@ -83,7 +83,9 @@ def choose_split(
     for tier in tiers:
         for split in found:
             if tier == "none" or split.recompute:  # streamed blocks are always computed again
-                plan = plans_of(split)[tier]
+                plan = plans_of(split).get(tier)
+                if plan is None:  # not in several processes
+                    continue
                 activations = plan.device.get("activations", 0.0)
                 if sum(plan.device.values()) + (_MARGIN - 1) * activations <= SHARE * memory:
                     return split

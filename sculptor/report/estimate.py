@@ -1,11 +1,14 @@
 """What `sculptor estimate` prints."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from sculptor.planning.placement import remedy
+from sculptor.planning.shares import Share
 from sculptor.report.data import data_text
 from sculptor.report.text import size, table
 from sculptor.tasks.estimate_report import Estimate
+
+_RANKS = 8  # columns of a table that are read
 
 
 def estimate_text(found: Estimate) -> str:
@@ -20,6 +23,7 @@ def estimate_text(found: Estimate) -> str:
         f"{where}: {size(int(found.device_memory))} free; host: {size(int(found.host_memory))} free.",
         "",
         _memory(found),
+        *_shares(found),
         "",
         _times(found),
         "",
@@ -36,8 +40,9 @@ def estimate_text(found: Estimate) -> str:
         lines += [f"  {name} needs {', '.join(map(str, short))}" for name, short in lacking.items()]
     else:
         mode = found.modes[found.chosen]
+        option = "--offload" if found.gpus == 1 else "--parallel"
         lines.append(
-            f"Verdict: --offload auto picks {found.chosen}; at most {found.tokens / mode.step:,.0f} tokens/s, bound by "
+            f"Verdict: {option} auto picks {found.chosen}; at most {found.tokens / mode.step:,.0f} tokens/s, bound by "
             f"{mode.bound}."
         )
     if found.data is not None:
@@ -57,11 +62,30 @@ def _data(found: Estimate) -> list[str]:
 def _processes(found: Estimate) -> list[str]:
     if found.gpus == 1:
         return []
-    exchanged = size(int(found.exchanged))
+    holding = " (replicate), or its share of them (shard)" if len(found.modes) > 2 else ""
+    holding = ", which they divide" if "replicate" not in found.modes else holding
     return [
-        f"{found.gpus} GPUs, each with all matrices and its part of the rows; {exchanged} to and from each a step. Memory is "
-        "that of each."
+        f"{found.gpus} GPUs, each with its part of the rows and all matrices{holding}. Memory and bytes are those of the "
+        "process with most."
     ]
+
+
+def _shares(found: Estimate) -> list[str]:
+    """What each process holds of matrices, where that is divided; of many, the least and the most."""
+    divided = next((mode.plan.shares for mode in found.modes.values() if mode.plan.shares), ())
+    if not divided:
+        return []
+    ranked = sorted(range(len(divided)), key=lambda rank: divided[rank].num_bytes)
+    shown = range(len(divided)) if len(divided) <= _RANKS else (ranked[0], ranked[-1])
+    parts: dict[str, Callable[[Share], float]] = {
+        "weights": lambda share: share.weights,
+        "pristine weights": lambda share: share.pristine,
+        "bases": lambda share: share.bases,
+        "coordinates, gradients, AdamW": lambda share: share.state,
+        "in all": lambda share: share.num_bytes,
+    }
+    rows = [[name, *(size(int(of(divided[rank]))) for rank in shown)] for name, of in parts.items()]
+    return ["", table(["held by rank, divided", *map(str, shown)], rows)]
 
 
 def _count(number: int) -> str:
@@ -91,6 +115,7 @@ def _times(found: Estimate) -> str:
     rows = [
         ["compute", *(f"{mode.compute:.2f} s" for mode in modes)],
         ["link", *(f"{mode.link:.2f} s" if mode.link else "-" for mode in modes)],
+        *([["bytes from others", *(size(int(mode.plan.exchanged)) for mode in modes)]] if found.gpus > 1 else []),
         ["disk", *(f"{mode.disk:.2f} s" if mode.disk else "-" for mode in modes)],
         ["step, at least", *(f"{mode.step:.2f} s" for mode in modes)],
         ["tokens/s, at most", *(f"{found.tokens / mode.step:,.0f}" for mode in modes)],

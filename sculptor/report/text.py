@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sculptor.archive.manifest import FrozenMatrices
 from sculptor.methods.method import Terms
+from sculptor.model.harm import Harm
 from sculptor.tasks.analyze_report import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.inspect_archive import Inspection
@@ -146,6 +147,10 @@ def train_text(report: TrainReport) -> str:
     lines.append(f"{report.placement}.")
     if loop.best_step is not None and loop.best_loss is not None:
         lines.append(f"Kept step {loop.best_step}, evaluation loss {loop.best_loss:.4f}.")
+    if report.new_tokens:
+        shown = ", ".join(map(repr, report.new_tokens[:_MAX_LISTED]))
+        lines.append(f"New tokens, whose rows were trained: {len(report.new_tokens)} ({shown}).")
+    lines += harm_lines(loop.harm, loop.steering_harm, report.max_harm)
     if report.also_trained:
         lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")
     if any(matrix.update for matrix in report.matrices.values()):
@@ -175,6 +180,17 @@ def train_text(report: TrainReport) -> str:
             f"{'--learning-rate' if report.relative_rate is None else '--relative-rate'}."
         )
     return "\n".join(lines)
+
+
+def harm_lines(harm: Harm | None, steering: float | None = None, limit: float | None = None) -> list[str]:
+    """What a model lost of its first base's own predictions."""
+    if harm is None:
+        return []
+    found = f"{harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || new) at least, on {harm.num_samples} samples"
+    lines = [f"Harm to what the first base says by itself: {found}."]
+    if steering is not None and limit is not None:
+        lines.append(f"On the samples that steered it: {steering:.4f}, of {limit:g} allowed (--max-harm).")
+    return lines
 
 
 def _rate_line(report: TrainReport) -> str:

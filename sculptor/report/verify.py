@@ -1,7 +1,7 @@
 """What `verify` found, as text."""
 
 from sculptor.analysis.verify import MatrixVerification, Verification
-from sculptor.report.text import percent, table
+from sculptor.report.text import harm_lines, percent, table
 
 _MAX_LISTED = 8
 VERIFY_HEAD = ("matrix", "update", "leak", "rounding explains", "removed", "holds")
@@ -29,9 +29,16 @@ def verify_text(result: Verification) -> str:
         lines.append(
             f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
         )
+    lines += harm_lines(result.harm)
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
+    if result.new_tokens:
+        named = ", ".join(map(repr, result.new_tokens[:_MAX_LISTED]))
+        more = ", ..." if len(result.new_tokens) > _MAX_LISTED else ""
+        lines.append(
+            f"new tokens, whose rows are free: {len(result.new_tokens)} ({named}{more}); old rows are compared"
+        )
     if result.also_trained:
         lines.append(
             f"trained without protection, by record and archive: {', '.join(result.also_trained[:_MAX_LISTED])}"

@@ -5,6 +5,10 @@ memory, points the parameters there, starts to fill the other slot with what com
 inside our own non-reentrant checkpoint, so the same happens again in the backward pass, last block first; a block is
 finished there when the one before it begins. Parameters stay the same objects: only their `.data` moves between a slot
 and nothing. Waiting is done by the device, on events.
+
+Where several processes divide the parameters, each shows the others its part of a block as it is fetched. So all of them fetch
+the same blocks in the same order, whatever they make of them: what one process leaves out, a block that its rows skip or a
+whole pass for which it has no rows, it passes by.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sculptor.errors import TrainingError
 from sculptor.streaming.inputs import InputStore
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.parts import Call, is_norm, join, parts_work, split_call, split_paths, without_cache
@@ -85,6 +90,9 @@ class BlockStream:
         self._order = list(range(len(self.paths)))  # blocks by call, as the last forward made them
         self._calls = 0  # in the forward under way
         self._backward: tuple[int, int] | None = None  # the block whose gradients are appearing, and its call
+        self.divided = weights.owners is not None
+        self._passed = 0  # blocks that the forward pass has come by, where all processes have to
+        self._left = len(self.paths)  # blocks that the backward pass has not come by
         self.part_tokens: int | None = None
         self._parts_work: dict[tuple[Any, ...], bool] = {}  # by kind of call, as far as tried
         self._hook = model.register_forward_pre_hook(lambda *_: self._begin())
@@ -102,7 +110,8 @@ class BlockStream:
         return self.weights.layouts
 
     def _begin(self) -> None:
-        self._calls = 0
+        self._calls = self._passed = 0
+        self._left = len(self.paths)
         if torch.is_grad_enabled() and self._backward is not None:  # a backward pass that broke off
             self._empty(self._backward[0])
             self._backward = None
@@ -184,6 +193,8 @@ class BlockStream:
     @contextmanager
     def _present(self, index: int, call: int) -> Iterator[None]:
         """A block's parameters are on the device; what comes next is on its way."""
+        if self.divided:
+            self._come_to(index)
         slot = self._enter(index)
         try:
             yield
@@ -191,10 +202,54 @@ class BlockStream:
             slot.uses["compute"] = self.transfers.mark()
             self._empty(index)
         # Only now that the device has this block to run: fetching the next one may have to wait for the host.
-        if call + 1 < len(self._order):
-            self.slots.fetch_ahead(self._order[call + 1])
+        after = self._next(index, call)
+        if self._passed == len(self.paths) and not torch.is_grad_enabled():
+            self._passed = 0  # nothing follows
+        if after is not None:
+            self.slots.fetch_ahead(after)
         elif torch.is_grad_enabled():
             self.observer.block_expected(index)
+
+    def _next(self, index: int, call: int) -> int | None:
+        """What the forward pass fetches after a block."""
+        if self.divided:
+            return index + 1 if index + 1 < len(self.paths) else None
+        return self._order[call + 1] if call + 1 < len(self._order) else None
+
+    def _come_to(self, index: int) -> None:
+        """Passes by the blocks before one that the forward pass leaves out."""
+        if index < self._passed - 1 or self._left < len(self.paths):
+            raise TrainingError(
+                f"{self.paths[index]} comes out of turn in a forward pass; it cannot be divided, use --parallel replicate"
+            )
+        for skipped in range(self._passed, index):
+            with self._present(skipped, -1):
+                pass
+        self._passed = index + 1
+
+    def end_pass(self, training: bool) -> None:
+        """This process is done with a pass, if it had rows for it at all; comes by what it has left out."""
+        self.end_backward()
+        if not self.divided:
+            return
+        with torch.set_grad_enabled(training):
+            self._come_through()
+        if training:
+            self._turn_past(-1)
+            self.end_backward()
+        self._passed, self._left = 0, len(self.paths)
+
+    def _come_through(self) -> None:
+        """Passes by the blocks that the forward pass leaves out at its end."""
+        if self._passed < len(self.paths):
+            with self._present(len(self.paths) - 1, -1):
+                pass
+
+    def _turn_past(self, index: int) -> None:
+        """Passes by the blocks after one that the backward pass leaves out."""
+        self._come_through()
+        for skipped in range(self._left - 1, index, -1):
+            self._turn_to(skipped, skipped - 1 if skipped else None, None)
 
     @contextmanager
     def _again(self, index: int, before: int | None, call: int) -> Iterator[None]:
@@ -202,18 +257,26 @@ class BlockStream:
         if self._backward != (index, call):  # else another part of its batch
             if self._backward is None:  # whoever calls backward need not say when it is over
                 torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
-            self.end_backward()
-            self._enter(index)
-            self._backward = index, call
-            self.observer.block_begun(index)
-            if before is not None:
-                # Weights last: after a fused update their slot is the last to be free, and the lane waits behind them.
-                if self._inputs is not None:
-                    self._inputs.fetch(call - 1)
-                self.observer.block_expected(before)
-                self.slots.fetch_ahead(before)
+            if self.divided:
+                before = index - 1 if index else None
+                self._turn_past(index)
+            self._turn_to(index, before, call)
         with self.recompute():
             yield
+
+    def _turn_to(self, index: int, before: int | None, call: int | None) -> None:
+        """The backward pass comes to a block; None for `call` where it only passes by."""
+        self.end_backward()
+        self._enter(index)
+        self._backward = index, -1 if call is None else call
+        self._left = index
+        self.observer.block_begun(index)
+        if before is not None:
+            # Weights last: after a fused update their slot is the last to be free, and the lane waits behind them.
+            if self._inputs is not None and call is not None:
+                self._inputs.fetch(call - 1)
+            self.observer.block_expected(before)
+            self.slots.fetch_ahead(before)
 
     def end_backward(self) -> None:
         """The backward pass is over, or goes on with another block."""
@@ -239,10 +302,12 @@ class BlockStream:
 
     def _fill(self, index: int, slot: Slot) -> list[Ticket]:
         found = self.observer.fill(index, slot)
-        if found is not None:
+        if found is None:
+            after = [*slot.taken(), self.weights.written(index)]
+            found = [self.transfers.load(lambda: self.weights.load(index, slot.memory), after)]
+        if (owners := self.weights.owners) is None:
             return found
-        after = [*slot.taken(), self.weights.written(index)]
-        return [self.transfers.load(lambda: self.weights.load(index, slot.memory), after)]
+        return [self.transfers.load(lambda: owners.show(index, self.layouts[index], slot.memory), found)]
 
     def close(self) -> None:
         """Gives the blocks and norms their own `forward` back, and the memory. Their parameters hold nothing then."""

@@ -2,12 +2,12 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sculptor.checkpoint.architecture import Architecture, find_blocks
 from sculptor.checkpoint.configuration import load_config, model_class
@@ -17,8 +17,11 @@ from sculptor.errors import CheckpointError
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.layout import Layout
+from sculptor.streaming.owners import Owners
 from sculptor.streaming.transfers import Transfers, return_freed_memory
 from sculptor.streaming.weights import BlockWeights, Scratch, TensorFiles, Tier
+
+Divide = Callable[[Sequence[Mapping[str, int]]], Owners]
 
 _PIECE = 64 * 2**20  # bytes of a large tensor that are looked at at once
 
@@ -34,6 +37,7 @@ def stream_model(
     resident: frozenset[str] = frozenset(),
     keep_inputs: bool | None = None,
     progress: Progress = silent,
+    divide: Divide | None = None,
 ) -> tuple[Any, BlockStream]:
     """A model in evaluation mode, without gradients, and the stream of its blocks.
 
@@ -49,6 +53,8 @@ def stream_model(
         resident: parameters of blocks that stay on the device.
         keep_inputs: whether activation checkpoints stay on the device; default on a CPU only.
         progress: makes progress bars.
+        divide: chooses owners among several processes, from the bytes of each block's parameters; default each process has
+            all of them.
 
     Raises:
         CheckpointError: if parameters are not in the files.
@@ -99,19 +105,18 @@ def stream_model(
             model.get_submodule(path)._parameters[leaf] = new
         shapes[known[0]] = tuple(shape)
     _make_at_load(model, made, dtype, device)
+    sizes = [{name: _num_bytes(parameter, shapes[name]) for name, parameter in of.items()} for of in streamed.values()]
+    held = None if divide is None else divide(sizes)
     changed = set(compute_dtypes or {})
-    layouts = [
-        Layout(
-            (name, parameter.dtype, shapes[name])
-            # What training changes comes last and together.
-            for name, parameter in sorted(found.items(), key=lambda item: item[0] in changed)
-        )
-        for found in streamed.values()
-    ]
+    layouts = []
+    for i, found in enumerate(streamed.values()):
+        # What one process owns comes together, and of that what training changes last.
+        of = {name: (0 if held is None else held.order(i, name), name in changed) for name in found}
+        layouts.append(Layout((name, found[name].dtype, shapes[name]) for name in sorted(found, key=of.__getitem__)))
     _move_buffers(model, checkpoint, architecture, device)
-    total = sum(layout.num_bytes for layout in layouts)
-    bar = progress(total=total, desc="load", unit="B") if tier == "cpu" else None
-    weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore)
+    total = sum(size for i, of in enumerate(sizes) for name, size in of.items() if held is None or held.mine(i, name))
+    bar = progress(total=total, desc="load", unit="B") if home.in_memory else None
+    weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore, held)
     if bar is not None:
         bar.close()
     stream = BlockStream(
@@ -124,6 +129,10 @@ def stream_model(
         keep_inputs=device.type == "cpu" if keep_inputs is None else keep_inputs,
     )
     return model.eval(), stream
+
+
+def _num_bytes(parameter: Tensor, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * parameter.dtype.itemsize
 
 
 def _ignore(_: int) -> None:

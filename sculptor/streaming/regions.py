@@ -1,4 +1,4 @@
-"""Where tensors wait while they are not on the device: host memory, or a file."""
+"""Where tensors wait while they are not in a slot: host memory, a file, or other memory of the device."""
 
 import contextlib
 import os
@@ -34,11 +34,10 @@ class Region(ABC):
         """Gives back what it holds."""
 
 
-class HostRegion(Region):
-    """In host memory, pinned if the device is a GPU."""
+class MemoryRegion(Region):
+    """In memory, as bytes; new ones are 0."""
 
-    def __init__(self, num_bytes: int, pinned: bool) -> None:
-        self.memory = host_memory(num_bytes, pinned)
+    memory: Tensor
 
     def load(self, into: Tensor, start: int) -> None:
         into.copy_(self.memory[start : start + into.numel()], non_blocking=True)
@@ -47,8 +46,29 @@ class HostRegion(Region):
         self.memory[start : start + source.numel()].copy_(source, non_blocking=True)
 
     def close(self) -> None:
-        free_host_memory(self.memory)
         self.memory = torch.empty(0, dtype=torch.uint8)
+
+
+class DeviceRegion(MemoryRegion):
+    """In memory of the device itself."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+    def load(self, into: Tensor, start: int) -> None:
+        source = self.memory[start : start + into.numel()]
+        into.copy_(source, non_blocking=into.device == source.device)  # the host would not know when it is there
+
+
+class HostRegion(MemoryRegion):
+    """In host memory, pinned if the device is a GPU."""
+
+    def __init__(self, num_bytes: int, pinned: bool) -> None:
+        self.memory = host_memory(num_bytes, pinned)
+
+    def close(self) -> None:
+        free_host_memory(self.memory)
+        super().close()
 
 
 class FileRegion(Region):

@@ -58,6 +58,11 @@ class Slots:
         self.most = 0
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._slots)
+
+    @property
     def num_bytes(self) -> int:
         """Of all slots."""
         return sum(slot.memory.numel() for slot in self._slots)

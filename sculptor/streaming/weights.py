@@ -1,7 +1,8 @@
 """The parameters of a model's blocks, as the device wants them, while they are not there.
 
-`host`: one region of host memory per block. `disk`: straight from the checkpoint's own files, block by block, and from
-a scratch file once a block has been changed.
+`cpu`: one region of host memory per block. `disk`: straight from the checkpoint's own files, block by block, and from
+a scratch file once a block has been changed. `device`: on the device after all, but only what this process owns of each block,
+as in host memory too where several processes divide the model.
 """
 
 import os
@@ -16,12 +17,14 @@ from sculptor.checkpoint.names import Conversion
 from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.tensors import read_bytes
+from sculptor.checkpoint.windows import Window
 from sculptor.errors import CheckpointError
 from sculptor.streaming.layout import Layout
-from sculptor.streaming.regions import FileRegion, HostRegion, Region
+from sculptor.streaming.owners import Owners
+from sculptor.streaming.regions import DeviceRegion, FileRegion, HostRegion, MemoryRegion, Region
 from sculptor.streaming.transfers import DONE, Staging, Ticket
 
-Tier = Literal["cpu", "disk"]
+Tier = Literal["cpu", "disk", "device"]
 STAGING_BYTES = {"cuda": 64 * 2**20, "cpu": 8 * 2**20}
 
 
@@ -39,6 +42,7 @@ class TensorFiles:
         self._staging = staging
         self._open: dict[str, int] = {}
         self._seen: set[str] = set()
+        self._windows: dict[str, dict[str, Window] | None] = {}
 
     def fill(self, parameter: str, into: Tensor) -> None:
         """Fills a contiguous tensor of the device or of the host with one parameter.
@@ -48,7 +52,7 @@ class TensorFiles:
         """
         source = self.sources[parameter]
         if isinstance(source, Conversion):
-            into.copy_(source.make(self.checkpoint.__getitem__)[parameter])
+            self._convert(source, parameter, into)
         else:
             self.read(Slice(source), into)
         if parameter not in self._seen:
@@ -58,6 +62,19 @@ class TensorFiles:
                     f"{self.checkpoint.path}: {parameter} has NaN or infinite values; use a checkpoint from before the "
                     "training diverged"
                 )
+
+    def _convert(self, source: Conversion, parameter: str, into: Tensor) -> None:
+        """Matrix by matrix, where each has a place of its own."""
+        if parameter not in self._windows:
+            self._windows[parameter] = source.windows(
+                {name: info.shape for name, info in self.checkpoint.infos.items()}
+            )
+        windows = self._windows[parameter]
+        if windows is None:
+            into.copy_(source.make(self.checkpoint.__getitem__)[parameter])
+            return
+        for name, window in windows.items():
+            self.read(Slice(name), window.of(into))
 
     def read(self, place: Placed, into: Tensor) -> None:
         """Fills a contiguous tensor with a tensor of the checkpoint, or a slice of one, in its own dtype or another."""
@@ -100,7 +117,8 @@ class BlockWeights:
         files: where they come from.
         layouts: of the parameters of each block, as the device holds them.
         scratch: makes room for them, and for what changes.
-        tick: called with bytes read, while the host's memory is filled.
+        tick: called with bytes read, while memory is filled.
+        owners: of parameters, where several processes divide them; each holds and loads its own.
     """
 
     def __init__(
@@ -109,24 +127,35 @@ class BlockWeights:
         layouts: Sequence[Layout],
         scratch: "Scratch",
         tick: Callable[[int], object] = lambda _: None,
+        owners: Owners | None = None,
     ) -> None:
         self.files = files
         self.layouts = layouts
         self.scratch = scratch
+        self.owners = owners
+        whole = [(0, layout.num_bytes) for layout in layouts]
+        self._parts = whole if owners is None else [owners.my_part(i, layout) for i, layout in enumerate(layouts)]
         self._regions: dict[int, Region] = {}
         self._changed: set[tuple[int, str]] = set()
-        if scratch.tier == "cpu":
-            for i, layout in enumerate(layouts):
-                region = HostRegion(layout.num_bytes, scratch.pinned)
-                for name in layout:
-                    files.fill(name, layout.view(region.memory, name))
-                self._regions[i] = region
-                tick(layout.num_bytes)
+        if scratch.in_memory:
+            for i, (start, stop) in enumerate(self._parts):
+                region = self._regions[i] = scratch.region(f"weights-{i}", stop - start)
+                assert isinstance(region, MemoryRegion)
+                for name in self.names(i):
+                    place = layouts[i][name]
+                    view = region.memory[place.start - start : place.stop - start].view(place.dtype).view(place.shape)
+                    files.fill(name, view)
+                tick(stop - start)
+
+    def names(self, block: int) -> list[str]:
+        """The parameters of a block that are held here."""
+        return [name for name in self.layouts[block] if self.owners is None or self.owners.mine(block, name)]
 
     def region(self, block: int) -> Region:
         """Where changed parameters of a block are kept."""
         if block not in self._regions:
-            self._regions[block] = self.scratch.region(f"weights-{block}", self.layouts[block].num_bytes)
+            start, stop = self._parts[block]
+            self._regions[block] = self.scratch.region(f"weights-{block}", stop - start)
         return self._regions[block]
 
     def written(self, block: int) -> Ticket:
@@ -134,22 +163,23 @@ class BlockWeights:
         return self._regions[block].written if block in self._regions else DONE
 
     def load(self, block: int, memory: Tensor, names: Sequence[str] | None = None) -> None:
-        """Fills device memory laid out like the block, all of it or some parameters, on the current stream."""
+        """Fills device memory laid out like the block, all that is held here or some of it, on the current stream."""
         layout = self.layouts[block]
-        if names is None and self.scratch.tier == "cpu":
-            self._regions[block].load(memory[: layout.num_bytes], 0)
+        start, stop = self._parts[block]
+        if names is None and self.scratch.in_memory:
+            self._regions[block].load(memory[start:stop], 0)
             return
-        for name in layout if names is None else names:
+        for name in self.names(block) if names is None else names:
             place = layout[name]
-            if self.scratch.tier == "cpu" or (block, name) in self._changed:
-                self._regions[block].load(memory[place.start : place.stop], place.start)
+            if self.scratch.in_memory or (block, name) in self._changed:
+                self._regions[block].load(memory[place.start : place.stop], place.start - start)
             else:
                 self.files.fill(name, layout.view(memory, name))
 
     def store(self, block: int, memory: Tensor, name: str) -> None:
         """Keeps one parameter of a block that is in device memory, on the current stream."""
         place = self.layouts[block][name]
-        self.region(block).store(memory[place.start : place.stop], place.start)
+        self.region(block).store(memory[place.start : place.stop], place.start - self._parts[block][0])
         self._changed.add((block, name))
 
     def close(self) -> None:
@@ -162,15 +192,21 @@ class BlockWeights:
 
 
 class Scratch:
-    """Makes regions: files in a directory in the disk tier, else host memory."""
+    """Makes regions: files in a directory in the disk tier, else memory of the host or the device."""
 
     def __init__(self, tier: Tier, directory: Path | None, device: torch.device) -> None:
         self.tier = tier
         self.directory = directory
+        self.device = device
         self.pinned = device.type == "cuda"
         size = STAGING_BYTES[device.type]
         self.reading = Staging(device, size)
         self.writing = Staging(device, size) if tier == "disk" else self.reading
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether everything waits in memory, none of it in files."""
+        return self.tier != "disk"
 
     def close(self) -> None:
         """Gives back what files are read and written through."""
@@ -181,6 +217,8 @@ class Scratch:
         """Room for some bytes."""
         if self.tier == "cpu":
             return HostRegion(num_bytes, self.pinned)
+        if self.tier == "device":
+            return DeviceRegion(num_bytes, self.device)
         assert self.directory is not None
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)

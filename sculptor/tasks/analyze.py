@@ -16,7 +16,7 @@ from sculptor.analysis.evidence import weigh
 from sculptor.analysis.sources import calibration_sources, facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
-from sculptor.archive.writer import ARCHIVE_FILES, ArchiveWriter, forget_progress, has_progress
+from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
 from sculptor.checkpoint.architecture import (
     NO_ROW,
     Architecture,
@@ -24,18 +24,20 @@ from sculptor.checkpoint.architecture import (
     Target,
     inspect_architecture,
 )
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.staging import commit
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
-from sculptor.data.examples import digest_examples
+from sculptor.data.examples import digest_examples, resolve_max_length
 from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence, measures_of
 from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.methods.staircase import StaircaseRule
-from sculptor.model.load import check_trainable, resolve_device
+from sculptor.model.load import LoadedModel, check_trainable, resolve_device
+from sculptor.model.samples import SECTION, SUFFIX, kept_samples
 from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
@@ -44,6 +46,7 @@ from sculptor.tasks.defaults import fill_in, tell_choice
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.training.settings import Offload
+from sculptor.world import World
 
 
 def analyze(
@@ -89,12 +92,16 @@ def analyze(
     world = join(settings.device)
     device = resolve_device(settings.device)
     with world.together():
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, settings.attn_implementation)
+        check_attention(checkpoint)
         architecture = inspect_architecture(checkpoint)
         check_trainable(checkpoint, architecture)
+        _check_samples(settings, checkpoint, architecture)
         targets = select_targets(architecture.targets, settings.targets, settings.exclude)
         method = make_method(settings, kinds, [target.shape for target in targets])
         measures = measures_of(method, "derive")
+        if measures == "nothing" and settings.attn_implementation is not None:
+            raise SettingsError("--attn-implementation without effect: the model is not run, only its weights are read")
         calibrated = measures in ("inputs", "gradients")
         if calibrated:
             settings = fill_in(settings, checkpoint, architecture, device)
@@ -106,7 +113,6 @@ def analyze(
         world,
         output,
         command="analyze",
-        writes=ARCHIVE_FILES,
         inputs=[checkpoint.path, *local_files(items), *filter(None, [settings.chat_template])],
         overwrite=overwrite,
         resume=resume,
@@ -120,7 +126,9 @@ def analyze(
             "base": identity({name: record.base_digest for name, record in records.items()}),
         }
         if measures != "nothing":  # the rest of the model decides what is measured, too
-            key["model"] = checkpoint.digests_beside({target.tensor for target in targets}, progress)
+            key["model"] = checkpoint.digests_beside(
+                {target.tensor for target in targets if target.part is None}, progress
+            )
         check_alike(world, key)
         unreached: list[str] = []
         try:
@@ -143,6 +151,7 @@ def analyze(
                             unreached=unreached,
                             world=world,
                         )
+                        _keep_samples(writer, loaded, settings, world, progress, notice)
                 else:
                     _check_finite(checkpoint, targets, progress)
                     cosines = measure_importance(
@@ -164,6 +173,10 @@ def analyze(
                         if name in ends:
                             writer.flush()
                     bar.close()
+                    if settings.samples:
+                        loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
+                        with closing(loaded):
+                            _keep_samples(writer, loaded, settings, world, progress, notice)
                 weights = tuple(source.weight for source in sources)
                 task = TaskRecord(
                     "analysis", "analysis", weights, tuple(map(facts_of, sources)), {"model": Path(model).name}
@@ -199,6 +212,35 @@ def analyze(
     return report_of(Archive(output, rules=rules), checkpoint)
 
 
+def _check_samples(settings: AnalyzeSettings, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Refuses to keep samples of what says nothing."""
+    if settings.samples and architecture.kind != "causal":
+        raise SettingsError(
+            f"--samples: {checkpoint.path} is no causal model, and only those can sample text; leave it out"
+        )
+
+
+def _keep_samples(
+    writer: ArchiveWriter,
+    loaded: LoadedModel,
+    settings: AnalyzeSettings,
+    world: World,
+    progress: Progress,
+    notice: Callable[[str], object],
+) -> None:
+    """Adds the section of samples, unless it is not wanted, or nobody asked and the model has none to give."""
+    if settings.samples is False or (loaded.kind != "causal" and not settings.samples):
+        return
+    max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
+    content, reason = world.once(lambda: kept_samples(loaded, max_length, settings.seed, progress))
+    if content is None and settings.samples:
+        raise DataError(f"--samples: {reason}")
+    if content is None:
+        notice(f"no samples kept, so harm cannot be measured: {reason}")
+    elif world.first:
+        writer.add_section(SECTION, content, SUFFIX)
+
+
 def _taken_up(writer: ArchiveWriter) -> set[str]:
     """Names of the matrices that a run before has made."""
     writer.resume()
@@ -206,7 +248,7 @@ def _taken_up(writer: ArchiveWriter) -> set[str]:
 
 
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
-    commit(partial, output, overwrite=overwrite, writes=ARCHIVE_FILES)
+    commit(partial, output, overwrite=overwrite)
     with suppress(OutputError):  # the archive is complete all the same
         forget_progress(output)
 
@@ -272,4 +314,5 @@ def _new_record(checkpoint: Checkpoint, target: Target) -> MatrixRecord:
         base_digest=digest(weight),
         base_rms=rms(weight),
         rule=StaircaseRule(target.shape, Staircase.closed(*target.shape).steps),
+        window=target.window,
     )

@@ -72,7 +72,7 @@ def write_card(staged: Path, card: Card) -> None:
         OutputError: if it cannot be written.
     """
     bases = [_read_base(path) for path in card.bases]
-    with writing(staged):
+    with writing(staged / CARD_NAME):
         for other in staged.iterdir():
             if other.name.lower() == CARD_NAME.lower():
                 other.unlink()

@@ -36,11 +36,8 @@ def convert(
     opened, checkpoint = Archive(archive, rules=rules), open_checkpoint(model)
     check_apart(output, [opened.path, checkpoint.path])
     opened.check_base(checkpoint, progress)
-    writes = (MANIFEST_NAME, *opened.manifest.files, *(section.file for section in opened.manifest.sections.values()))
-    with staging(
-        output, command="convert", writes=writes, overwrite=overwrite, resume=False, worth_keeping=lambda _: False
-    ) as partial:
-        files = writes[1:]
+    files = (*opened.manifest.files, *(section.file for section in opened.manifest.sections.values()))
+    with staging(output, command="convert", overwrite=overwrite, resume=None, worth_keeping=lambda _: False) as partial:
         bar = progress(total=len(files), desc="copy", unit="file")
         for name in files:
             with writing(partial / name):
@@ -48,5 +45,5 @@ def convert(
             bar.update(1)
         bar.close()
         write_json(partial / MANIFEST_NAME, opened.manifest.to_json())
-        commit(partial, output, overwrite=overwrite, writes=writes)
+        commit(partial, output, overwrite=overwrite)
     return Archive(output, rules=rules)

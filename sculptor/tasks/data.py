@@ -12,7 +12,7 @@ from sculptor.data.chat import check_use, unread_keys
 from sculptor.data.columns import Columns
 from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, mixture_of, resolve_max_length
 from sculptor.data.mixture import Mixture
-from sculptor.data.rows import Data, DataSource, MessagesRow, as_items, read_sources
+from sculptor.data.rows import Data, DataSource, as_items, read_sources
 from sculptor.errors import DataError
 from sculptor.model.load import check_trainable, load_tokenizer
 from sculptor.progress import Progress, silent
@@ -183,7 +183,9 @@ def preview_rows(
         num_epoch=sum(counts),
         longest=max((example.length for example in examples), default=0),
         max_length=length,
-        sources=tuple(map(_describe, sources, _unread(sources, tokenizer), parts, counts)),
+        sources=tuple(
+            map(_describe, sources, (unread_keys(source.rows, tokenizer) for source in sources), parts, counts)
+        ),
         rows=tuple(
             RowPreview(
                 row.where, tuple(_preview(each, tokenizer, two_sided) for each in made.examples), _remarks(made, length)
@@ -200,25 +202,9 @@ def _divide(encoded: list[EncodedRow], sources: list[DataSource]) -> list[int]:
     return [sum(len(next(rows).examples) for _ in source.rows) for source in sources]
 
 
-def _unread(sources: list[DataSource], tokenizer: Any) -> list[list[str]]:
-    """Keys of messages that the chat template does nothing with, of each of the data; each set of keys is tried once."""
-    tried: dict[tuple[str, ...], tuple[str, ...]] = {}
-    found = []
-    for source in sources:
-        names: set[str] = set()
-        for row in source.rows:
-            if isinstance(row, MessagesRow) and tokenizer.chat_template:
-                keys = tuple(sorted({key for message in row.messages for key in message}))
-                if keys not in tried:
-                    tried[keys] = unread_keys(row, tokenizer)
-                names.update(f"{key} of messages" for key in tried[keys])
-        found.append(sorted(names))
-    return found
-
-
-def _describe(source: DataSource, of_messages: list[str], num_examples: int, num_epoch: int) -> SourcePreview:
+def _describe(source: DataSource, of_messages: dict[str, int], num_examples: int, num_epoch: int) -> SourcePreview:
     form = "; ".join(f"{count:,} x {form}" if len(source.forms) > 1 else form for form, count in source.forms.items())
-    unread = (*source.unread, *of_messages)
+    unread = (*source.unread, *(f"{key} of messages" for key in of_messages))
     return SourcePreview(source.name, len(source.rows), source.num_off, form, unread, num_examples, num_epoch)
 
 

@@ -67,7 +67,7 @@ def _pretrain(model: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], p
     for step in range(_PRETRAIN_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = _PRETRAIN_RATE * min(1.0, (step + 1) / 20, (_PRETRAIN_STEPS - step) / 50)
-        total, num_tokens, _ = batch_loss(model, batch, "causal")
+        total, num_tokens, *_ = batch_loss(model, batch, "causal")
         loss = total / num_tokens
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

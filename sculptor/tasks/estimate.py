@@ -1,6 +1,7 @@
 """`sculptor.estimate`: what training a checkpoint would take, for each way of offloading, before anything starts."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,7 +17,8 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Plans
 from sculptor.model.load import check_trainable, resolve_device
-from sculptor.planning.footprints import Footprint, PlannedMatrix, Workload, added_up, footprints
+from sculptor.planning.footprints import Footprint, Workload, added_up, footprints
+from sculptor.planning.matrices import PlannedMatrix
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
 from sculptor.planning.speeds import decomposition_seconds, measure_speeds
@@ -25,6 +27,8 @@ from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
 from sculptor.tasks.estimate_report import Estimate, Mode
 from sculptor.training.settings import OptimizerMode, TrainSettings
+
+_GPUS_OF_A_MACHINE = 8  # which share its host memory
 
 
 def estimate(
@@ -88,36 +92,51 @@ def estimate(
         saves=2,
         row=length,
     )
+    num_trainable = sum(matrix.num_free for matrix in matrices)
     free_device, free_host = available_memory(device if here else torch.device("cpu"))
     free_device = 1e9 * settings.gpu_memory if settings.gpu_memory is not None else free_device
     free_host = 1e9 * settings.host_memory if settings.host_memory is not None else free_host
     if device.type == "cpu":
         free_device = free_host
 
-    def plans_of(split: Split) -> dict[str, Footprint]:
-        return footprints(checkpoint, architecture, matrices, device, split.workload(work, share))
+    free_disk = available_disk(Path(directory))
+
+    def plans_for(work: Workload) -> dict[str, Footprint]:
+        take = functools.partial(footprints, checkpoint, architecture, matrices, device)
+        return _ways(settings, take, work, num_trainable)
+
+    def lacking(plan: Footprint) -> list[Shortage]:
+        sharing = min(settings.gpus, _GPUS_OF_A_MACHINE) if plan.shares else 1
+        return shortages(plan, device.type, free_device, free_host / sharing, free_disk)
+
+    def split_of(wanted: TrainSettings) -> Split:
+        """That of the first way that fits."""
+        names = list(plans_for(work)) if settings.gpus > 1 else []
+        for name in names:
+
+            def ways(split: Split, name: str = name) -> dict[str, Footprint]:
+                return {"none": plans_for(split.workload(work, share))[name]}
+
+            again = replace(wanted, checkpoint_activations=None if name == "replicate" else True)
+            split = choose_split(ways, again, share, length, device, free_device)
+            if name == names[-1] or not lacking(ways(split)["none"]):
+                return split
+        return choose_split(
+            lambda split: plans_for(split.workload(work, share)), wanted, share, length, device, free_device
+        )
 
     mode: OptimizerMode = "fused" if settings.fused else "exact"
     wanted = TrainSettings(
         batch_size=share, micro_batch_size=settings.micro_batch_size, optimizer_mode=mode, clip_by="matrix"
     )
     average = sum(lengths) / len(lengths) if mixture is None else mixture.mean(lengths)
-    split = choose_split(plans_of, wanted, share, length, device, free_device)
-    plans = plans_of(split)
-    if settings.gpus > 1:
-        plans = {"none": plans["none"]}
+    split = split_of(wanted)
+    plans = plans_for(split.workload(work, share))
     work = split.workload(replace(work, tokens=round(share * average)), share)
-    works = footprints(checkpoint, architecture, matrices, device, work)
+    works = plans_for(work)
     given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
     speeds, measured = measure_speeds(given, device, here, Path(directory))
-    num_trainable = sum(matrix.num_free for matrix in matrices)
-    free_disk = available_disk(Path(directory))
-    modes = {
-        name: _mode(
-            plan, works[name], speeds, device.type, shortages(plan, device.type, free_device, free_host, free_disk)
-        )
-        for name, plan in plans.items()
-    }
+    modes = {name: _mode(plan, works[name], speeds, device.type, lacking(plan)) for name, plan in plans.items()}
     return Estimate(
         model=str(model),
         num_parameters=sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values()),
@@ -125,7 +144,6 @@ def estimate(
         kind=device.type,
         tokens=round(batch * average),
         gpus=settings.gpus,
-        exchanged=added_up(num_trainable, settings.gpus),
         micro_batches=work.micro_batches,
         modes=modes,
         speeds=speeds,
@@ -142,6 +160,25 @@ def estimate(
         data=report,
         steps=None if report is None else -(-report.num_epoch // batch),
     )
+
+
+def _ways(
+    settings: EstimateSettings,
+    plan: Callable[[Workload], dict[str, Footprint]],
+    work: Workload,
+    num_trained: int,
+) -> dict[str, Footprint]:
+    """By name: of one process by `--offload`, of several by `--parallel`, and by `--offload` where the model is divided."""
+    if settings.gpus == 1:
+        return plan(work)
+    found: dict[str, Footprint] = {}
+    if settings.parallel != "shard":
+        alone = plan(work)["none"]
+        found["replicate"] = replace(alone, exchanged=added_up(num_trained, settings.gpus))
+    if settings.parallel != "replicate":
+        divided = plan(replace(work, processes=settings.gpus))
+        found |= {"shard": divided["none"], "shard, cpu": divided["cpu"]}
+    return found
 
 
 def _planned(targets: Sequence[Target], settings: EstimateSettings, rules: Kinds | None) -> list[PlannedMatrix]:

@@ -42,10 +42,10 @@ class Estimate:
     Attributes:
         model: the checkpoint; `num_parameters` of it, `num_trainable` numbers that training changes.
         kind: cuda or cpu.
-        gpus: processes that share a step; each sends and gets `exchanged` bytes in it, and has the memory of `modes`.
+        gpus: processes that share a step; `modes` is what each of them takes at most, `exchanged` bytes included.
         tokens: per step of all, on average if there are data; `micro_batches` it is split into.
         data: what the rows become, if there are some; then `steps` of an epoch.
-        modes: by offload.
+        modes: by offload; of several processes by what each holds.
         speeds: TFLOP/s and GB/s; `measured` says which were measured here.
         device_memory, host_memory: bytes that are free.
         archive_bytes: size of the archive.
@@ -68,6 +68,5 @@ class Estimate:
     analysis_seconds: float
     chosen: str | None
     gpus: int = 1
-    exchanged: float = 0.0
     data: DataReport | None = None
     steps: int | None = None

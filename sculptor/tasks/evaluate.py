@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.data.chat import check_use, use_template
+from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, as_items, digest_rows, names_of
@@ -39,6 +40,7 @@ def evaluate(
     max_length: int | None = None,
     chat_template: str | None = None,
     batch_size: int = 16,
+    attn_implementation: str | None = None,
     device: str = "auto",
     offload: Offload = "auto",
     progress: Progress = silent,
@@ -63,6 +65,7 @@ def evaluate(
         max_length: longest sequence in tokens; default 1024 or the model's limit.
         chat_template: for conversations: name of one of the tokenizer's templates, or a file; default its own.
         batch_size: rows per forward.
+        attn_implementation: eager, sdpa, ...; default transformers' choice.
         device: auto, cpu, cuda or cuda:N.
         offload: where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         progress: makes progress bars.
@@ -89,7 +92,8 @@ def evaluate(
     if tasks and world.size > 1:
         raise SettingsError(f"--tasks with {world.size} processes: lm-eval runs in one; start it without a launcher")
     with world.together():
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, attn_implementation)
+        check_attention(checkpoint)
         rows = read_evaluation_rows(given, labels, columns, max_rows, notice) if given else []
         texts = [
             read_evaluation_rows([item], None, columns, max_rows, notice, all_renamed=not given) for item in watched
@@ -108,6 +112,7 @@ def evaluate(
     generation = Generation(exact_match, max_new_tokens, show)
     with closing(loaded):
         use_template(loaded.tokenizer, chat_template)
+        tell_unread("rows", read, loaded.tokenizer, notice)
         found = NOTHING
         if rows:
             found = evaluate_rows(

@@ -25,7 +25,9 @@ from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
-from sculptor.checkpoint.writer import Edit, output_dtype, write_checkpoint, written_order
+from sculptor.checkpoint.vocabulary import Growth
+from sculptor.checkpoint.writer import Edit, edits_of, output_dtype, write_checkpoint, written_order
+from sculptor.checkpoint.written import remove
 from sculptor.edits.merge import Merged
 from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
@@ -33,19 +35,20 @@ from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
 from sculptor.tasks.card import write_card
 from sculptor.tasks.first_archive import ANALYZED_NAME
-from sculptor.tasks.job import TrainJob, cast_to
+from sculptor.tasks.job import TrainJob, cast_to, open_model
 from sculptor.tasks.next_archive import NextArchive
 from sculptor.tasks.train_record import train_card, training_record
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
-from sculptor.training.stepping.updates import Updates, merge_trained
+from sculptor.training.rows import row_owners, rows_name
+from sculptor.training.stepping.updates import Trained, merge_trained
 from sculptor.world import ALONE, World
 
 
 def write_output(
     job: TrainJob,
     loaded: LoadedModel,
-    updates: Updates,
+    updates: Trained,
     result: LoopResult,
     output: Path,
     partial: Path,
@@ -72,13 +75,13 @@ def write_output(
 
 
 def _make_anew(staged: Path) -> None:
-    shutil.rmtree(staged, ignore_errors=True)
+    remove(staged)
     with writing(staged):
-        (staged / "subspaces").mkdir(parents=True)
+        (staged / "subspaces").mkdir(parents=True, exist_ok=True)
 
 
 def _copy_metrics(partial: Path, staged: Path) -> None:
-    with writing(staged):
+    with writing(staged / "metrics.jsonl"):
         shutil.copyfile(partial / "metrics.jsonl", staged / "metrics.jsonl")
 
 
@@ -106,7 +109,7 @@ class _Finish:
 
     job: TrainJob
     loaded: LoadedModel
-    updates: Updates
+    updates: Trained
     staged: Path
     archive: NextArchive
     progress: Progress
@@ -117,6 +120,7 @@ class _Finish:
         self.saved = cast_to(self.job.settings)
         self.reports: dict[str, MatrixReport] = {}
         self.opened = _files_of(self.loaded, self.job.architecture, self.updates.extra)
+        self.new_rows = _row_edits(self.loaded, self.job.growth, self.updates.extra, self.saved)
         self.num_trainable = self.updates.num_trainable
         self._packing = Packing()
         self._coming: Iterator[_Made] = iter(())
@@ -125,7 +129,9 @@ class _Finish:
         """The checkpoint, and the archive's tensors."""
         job = self.job
         if self.world.size > 1:
-            self._coming = self.world.in_order(self._names(), self._parcel)
+            names = self._names()
+            owners = [self.updates.owners.get(name, i % self.world.size) for i, name in enumerate(names)]
+            self._coming = self.world.in_order(names, self._parcel, owners)
         if self.world.first:
             bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
             write_checkpoint(job.checkpoint, self.staged, self._edits(self.opened), dtype=self.saved, bar=bar)
@@ -151,7 +157,7 @@ class _Finish:
             output=output,
             loop=result,
             placement=job.placement,
-            num_examples=len(job.encoded.examples),
+            num_examples=job.num_rows,
             num_dropped=job.encoded.num_dropped,
             num_cut=job.encoded.num_cut,
             num_trainable=self.num_trainable,
@@ -164,7 +170,9 @@ class _Finish:
             learning_rate=job.settings.learning_rate,
             relative_rate=job.settings.relative_rate,
             scaled=job.archive.method.defaults.scaled,
+            max_harm=job.settings.max_harm,
             matrices={name: self.reports[name] for name in job.archive},
+            new_tokens=job.growth.tokens if job.growth else (),
         )
         self.archive.finish(report.num_examples, result.steps, report.opened)
         analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
@@ -175,17 +183,9 @@ class _Finish:
 
     def _edits(self, opened: Mapping[str, nn.Parameter]) -> dict[str, Edit | Mapping[int, Edit]]:
         """What makes the new tensors: merged matrices, and openly trained parameters."""
-        edits: dict[str, Edit | Mapping[int, Edit]] = {
-            name: functools.partial(_cast_like, value, self.saved) for name, value in opened.items()
-        }
-        parts: dict[str, dict[int, Edit]] = defaultdict(dict)
-        for name, record in self.job.archive.items():
-            edit = functools.partial(self._write, name)
-            if record.part is None:
-                edits[record.tensor] = edit
-            else:
-                parts[record.tensor][record.part] = edit
-        return {**edits, **parts}
+        edits = {name: functools.partial(_cast_like, value, self.saved) for name, value in opened.items()}
+        matrices = edits_of(self.job.archive.values(), lambda record: functools.partial(self._write, record.name))
+        return {**edits, **self.new_rows, **matrices}
 
     def _write(self, name: str, weight: Tensor) -> Tensor:
         """The merged matrix, given the base's as stored."""
@@ -243,10 +243,14 @@ class _Finish:
 
     def _reload(self) -> LoadedModel:
         """What was written, rounding and all: the archive belongs to that, however the model was trained."""
-        merged, stream = open_checkpoint(self.staged), self.loaded.stream
+        merged, stream = open_checkpoint(self.staged, self.job.settings.attn_implementation), self.loaded.stream
+        if self.updates.goes_on:
+            return open_model(merged, self.device, self.job.architecture, "auto", progress=self.progress)
         self.updates.close()
         if stream is not None:
-            return load_streamed(merged, self.device, stream.weights.scratch.tier, progress=self.progress)
+            tier = stream.weights.scratch.tier
+            # Every process reads all of it: what was divided is in nobody's memory as a whole.
+            return load_streamed(merged, self.device, "disk" if stream.divided else tier, progress=self.progress)
         for value in (*self.loaded.model.parameters(), *self.loaded.model.buffers()):
             value.data = value.data.new_empty(0)  # the moments need the room
         if self.device.type == "cuda":
@@ -265,6 +269,28 @@ def _files_of(
         for parameter, name in architecture.tensors.items()
         if parameter in known and id(known[parameter]) in trained
     }
+
+
+def _row_edits(
+    loaded: LoadedModel, growth: Growth | None, extra: Mapping[str, nn.Parameter], saved: torch.dtype | None
+) -> dict[str, Edit]:
+    """Tensor of the checkpoint -> what puts its trained new rows in."""
+    if growth is None:
+        return {}
+    found = {names: rows_name(parameter, growth) for parameter, names in row_owners(loaded.model, growth).items()}
+    return {
+        tensor: functools.partial(_with_rows, extra[name], growth, saved)
+        for names, name in found.items()
+        if name in extra  # else it was trained as a whole
+        for tensor in names
+    }
+
+
+def _with_rows(values: Tensor, growth: Growth, saved: torch.dtype | None, tensor: Tensor) -> Tensor:
+    """A tensor of the base with new rows in the place of those they started from."""
+    made = tensor.to(output_dtype(tensor.dtype, saved), copy=True)
+    made[growth.start : growth.stop] = values.detach().cpu().to(made.dtype)
+    return made
 
 
 def _cast_like(value: Tensor, saved: torch.dtype | None, tensor: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ def analyze_first(
         SculptorError: if the model cannot be analyzed, or what is there was made of other data.
     """
     path, items = staged / ANALYZED_NAME, as_items(data)
-    asked = AnalyzeSettings(device=settings.device, seed=settings.seed)
+    asked = AnalyzeSettings(
+        device=settings.device, seed=settings.seed, attn_implementation=settings.attn_implementation
+    )
     if not items:
         check_samples(model)
     if not (path / MANIFEST_NAME).is_file():
@@ -60,7 +62,7 @@ def analyze_first(
             offload=settings.offload,
             resume=True,
             progress=progress,
-            notice=notice,
+            notice=lambda text: notice(f"as by `sculptor analyze`: {text}"),
             rules=rules,
         )
         return

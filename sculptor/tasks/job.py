@@ -3,32 +3,35 @@
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
-from sculptor.data.chat import check_use
+from sculptor.checkpoint.vocabulary import Growth
+from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.mixture import Mixture
+from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import CapacityError, DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
-from sculptor.planning.footprints import Footprint, Workload, footprints
-from sculptor.planning.placement import choose, output_bytes, plan_archive
-from sculptor.planning.splits import Split, choose_split, default_split
+from sculptor.model.samples import Samples
+from sculptor.planning.footprints import Workload, footprints
+from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
-from sculptor.training.protect import refuse_slices
+from sculptor.tasks.harm import measured_every, samples_for
+from sculptor.tasks.new_tokens import grow_tokenizer
+from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
-from sculptor.training.stepping.optimizer import optimizer_on_host
-from sculptor.world import ALONE, World
 
 MEMORY_ROWS = 384
 
@@ -46,6 +49,12 @@ class TrainJob:
         extra: openly trained parameter of the model -> tensor of the checkpoint.
         placement: where its blocks are, and why.
         unopened: the archive as it was given, where `archive` was opened for the task.
+        rows_elsewhere: how many rows another program trained on, where `encoded` has only those that are measured.
+        trainer: that program and its settings, if any.
+        growth: its new tokens, if any.
+        ungrown: the checkpoint as it was given, where `checkpoint` has got them.
+        samples: of the first base, that harm is measured on; None if the archive has none.
+        replays: what is mixed into the task's rows.
     """
 
     checkpoint: Checkpoint
@@ -53,13 +62,34 @@ class TrainJob:
     archive: Archive
     settings: TrainSettings
     data: tuple[str, ...]
-    rows_digest: str
+    rows_digest: str | None
     encoded: Encoded
     evaluation: Encoded | None
     name: str
     extra: Mapping[str, str]
     placement: str = ""
     unopened: Archive | None = None
+    rows_elsewhere: int | None = None
+    trainer: Mapping[str, Any] | None = None
+    growth: Growth | None = None
+    ungrown: Checkpoint | None = None
+    samples: Samples | None = None
+    replays: tuple[Replay, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were trained on."""
+        return len(self.encoded.examples) if self.rows_elsewhere is None else self.rows_elsewhere
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint as it was given."""
+        return self.ungrown or self.checkpoint
+
+    @property
+    def trained(self) -> Encoded:
+        """What steps are made of: the task's rows, and what is mixed in."""
+        return with_replay(self.encoded, self.replays)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,16 +98,19 @@ class Rows:
 
     encoded: Encoded
     evaluation: Encoded | None
-    digest: str
+    digest: str | None
+    growth: Growth | None = None
+    replays: tuple[Replay, ...] = ()
 
 
-def open_base(model: str | Path) -> tuple[Checkpoint, Architecture]:
-    """The checkpoint that is trained.
+def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint that is trained, with which attention.
 
     Raises:
         SculptorError: if it cannot be.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, attn_implementation)
+    check_attention(checkpoint)
     architecture = inspect_architecture(checkpoint)
     check_head(checkpoint, architecture)
     read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
@@ -94,23 +127,26 @@ def open_job(
     progress: Progress,
     notice: Callable[[str], object] = lambda _: None,
     rows: Rows | None = None,
+    replay: Data = (),
 ) -> TrainJob:
     """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
     """
-    checkpoint, architecture = open_base(model)
+    checkpoint, architecture = open_base(model, settings.attn_implementation)
     archive = Archive(subspaces, rules=rules)
-    refuse_slices(archive)
     if not archive.open_names:
         raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
     settings = resolve_settings(settings, archive)  # refuses before any work
+    samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
-    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice)
+    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
+    settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
+    replays = fill_in_samples(rows.replays, samples)
     items = as_items(data)
-    return TrainJob(
+    job = TrainJob(
         checkpoint,
         architecture,
         archive,
@@ -121,7 +157,25 @@ def open_job(
         rows.evaluation,
         task_name(items[0]),
         _select_extra(architecture, archive, settings.also_train),
+        growth=rows.growth,
+        samples=samples,
+        replays=replays,
     )
+    trained = job.trained
+    if replays:
+        notice(_replay_line(job, trained))
+    if samples is None:
+        return job
+    every = settings.harm_every or measured_every(settings, trained, samples)
+    return replace(job, settings=replace(settings, harm_every=every))
+
+
+def _replay_line(job: TrainJob, trained: Encoded) -> str:
+    assert trained.mixture is not None
+    counts = trained.mixture.counts[-len(job.replays) :]
+    parts = zip(counts, job.replays, strict=True)
+    mixed = ", ".join(f"{count:,} from {replay.name} ({len(replay.examples):,} rows)" for count, replay in parts)
+    return f"an epoch takes {job.encoded.num_epoch:,} rows of the task and mixes in {mixed}"
 
 
 def read_task(
@@ -131,6 +185,7 @@ def read_task(
     eval_data: Data,
     settings: TrainSettings,
     notice: Callable[[str], object] = lambda _: None,
+    replay: Data = (),
 ) -> Rows:
     """The rows of a task as tokens.
 
@@ -138,22 +193,26 @@ def read_task(
         SculptorError: if there are none, or they cannot be used.
     """
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
+    growth = grow_tokenizer(tokenizer, checkpoint, settings.add_tokens)
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     items = as_items(data)
     if not items:
         raise DataError("no data: pass at least one file")
-    kind, size = architecture.kind, architecture.vocab_size
+    kind, size = architecture.kind, growth.after if growth else architecture.vocab_size
     sources = read_sources(items, settings.max_rows, settings.columns, notice)
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
+    for source in sources:
+        tell_unread(source.name, source.rows, tokenizer, notice)
     if encoded.mixture is not None:
         notice(_epoch_line(sources, encoded.mixture))
     evaluation = None
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
-    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]))
+    replays = read_replay(replay, tokenizer, architecture, max_length, settings, notice)
+    return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth, replays)
 
 
 def _epoch_line(sources: Sequence[DataSource], mixture: Mixture) -> str:
@@ -223,51 +282,6 @@ def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequen
 def cast_to(settings: TrainSettings) -> torch.dtype | None:
     """Dtype of every tensor of the merged checkpoint; None if each keeps its own."""
     return None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
-
-
-def plans_of(job: TrainJob, device: torch.device) -> dict[str, Footprint]:
-    """What each way of training would take."""
-    rows, _ = _sizes(job)
-    return _plans_of(job, device, default_split(job.settings, rows, device))
-
-
-def split_steps(job: TrainJob, device: torch.device, world: World = ALONE) -> TrainJob:
-    """Decides how a process's part of a step is split, as far as the settings leave it open; the same for devices of one size."""
-    rows, longest = _sizes(job)
-    rows = -(-rows // world.size)
-    split = choose_split(lambda split: _plans_of(job, device, split), job.settings, rows, longest, device)
-    split = world.from_first(split)
-    again = split.recompute if device.type == "cuda" else job.settings.checkpoint_activations
-    settings = replace(job.settings, micro_batch_size=split.rows, checkpoint_activations=again)
-    return replace(job, settings=settings)
-
-
-def _sizes(job: TrainJob) -> tuple[int, int]:
-    """Rows of a step, and tokens of the longest."""
-    examples = job.encoded.examples
-    longest = max((example.length for example in examples), default=1)
-    return min(job.settings.batch_size, max(1, job.encoded.num_epoch)), longest
-
-
-def _plans_of(job: TrainJob, device: torch.device, split: Split) -> dict[str, Footprint]:
-    settings = job.settings
-    rows, longest = _sizes(job)
-    assert settings.carry is not None
-    steps = settings.total_steps(-(-job.encoded.num_epoch // rows))
-    work = Workload(
-        tokens=rows * longest,
-        micro_batches=1,
-        fused=settings.optimizer_mode == "fused",
-        keep_inputs=settings.offload_inputs is False,
-        on_host=optimizer_on_host(settings, "cpu", device),
-        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())),
-        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
-        saves=-(-steps // settings.steps_between_saves(steps)),
-        evaluates=job.evaluation is not None,
-        row=longest,
-    )
-    matrices = plan_archive(job.archive, job.architecture)
-    return footprints(job.checkpoint, job.architecture, matrices, device, split.workload(work, rows))
 
 
 def open_model(

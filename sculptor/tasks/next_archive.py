@@ -141,6 +141,7 @@ class NextArchive:
                 "relative_rate": settings.relative_rate,
             },
         )
+        self._writer.keep_sections(self._kept)
         self._writer.finish(replace(manifest, created_by=f"sculptor {__version__}", tasks=(*manifest.tasks, task)))
 
     def close(self) -> None:

@@ -19,6 +19,11 @@ from sculptor.tasks.job import TrainJob, open_model
 from sculptor.world import ALONE, World
 
 
+def _finish(writer: ArchiveWriter, archive: Archive) -> None:
+    writer.keep_sections(archive)
+    writer.finish(archive.manifest)
+
+
 def reached(evidence: Evidence) -> Evidence:
     """Refuses to open a rule by rows that do not reach its matrix.
 
@@ -58,9 +63,9 @@ def open_rules(
         settings, task = archive.manifest.settings, len(archive.manifest.tasks)
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
             world.once(writer.resume)
-            with closing(
-                open_model(job.checkpoint, device, job.architecture, job.settings.offload, progress=progress)
-            ) as loaded:
+            # Every process reads all of it: what is to be divided is in nobody's memory as a whole.
+            offload = "disk" if job.settings.parallel == "shard" else job.settings.offload
+            with closing(open_model(job.checkpoint, device, job.architecture, offload, progress=progress)) as loaded:
                 write_measured(
                     loaded,
                     dict(archive),
@@ -75,5 +80,5 @@ def open_rules(
                     world=world,
                 )
             world.once(lambda: decide(writer, method, [*archive.manifest.source_weights, source.weight]))
-            world.once(lambda: writer.finish(archive.manifest))
+            world.once(lambda: _finish(writer, archive))
     return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)

@@ -1,6 +1,7 @@
 """A job in several processes: each with its own device, one of them with the output."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ def join(device: str) -> World:
     return processes.join(device != "cpu" and torch.cuda.is_available())
 
 
+def on_this_machine() -> int:
+    """How many of the processes share this machine's memory, as launchers say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 @contextmanager
 def staged_together(
     world: World,
     output: Path,
     *,
     command: str,
-    writes: Sequence[str],
     inputs: Iterable[str | Path],
     overwrite: bool,
     resume: bool,
@@ -38,7 +43,7 @@ def staged_together(
 
     Args:
         world: all processes.
-        output, command, writes, overwrite, resume, worth_keeping: as for `staging`.
+        output, command, overwrite, resume, worth_keeping: as for `staging`.
         inputs: what the run reads, which the output may not be or hold.
     """
     with ExitStack() as stack:
@@ -49,7 +54,6 @@ def staged_together(
                 staging(
                     output,
                     command=command,
-                    writes=writes,
                     overwrite=overwrite,
                     resume=resume,
                     worth_keeping=worth_keeping,

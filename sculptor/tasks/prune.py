@@ -19,7 +19,7 @@ from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import Edit as Change
-from sculptor.checkpoint.writer import write_checkpoint
+from sculptor.checkpoint.writer import edits_of, write_checkpoint
 from sculptor.edits.prune import importance_of
 from sculptor.edits.prune import prune as prune_matrix
 from sculptor.edits.settings import Prune
@@ -164,15 +164,7 @@ class _Pruning:
         return report
 
     def _changes(self) -> dict[str, Change | Mapping[int, Change]]:
-        whole: dict[str, Change | Mapping[int, Change]] = {}
-        parts: dict[str, dict[int, Change]] = defaultdict(dict)
-        for target in self.targets:
-            change = partial(self._prune, target)
-            if target.part is None:
-                whole[target.tensor] = change
-            else:
-                parts[target.tensor][target.part] = change
-        return {**whole, **parts}
+        return edits_of(self.targets, lambda target: partial(self._prune, target))
 
     def _prune(self, target: Target | MatrixRecord, weight: Tensor) -> Tensor:
         self.checkpoint.check_finite(target, weight)

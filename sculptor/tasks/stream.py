@@ -13,10 +13,11 @@ from torch import Tensor
 from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
-from sculptor.checkpoint.writer import write_checkpoint
+from sculptor.checkpoint.writer import edits_of, write_checkpoint
 from sculptor.errors import SettingsError, TrainingError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import load_streamed, resolve_device
@@ -25,7 +26,6 @@ from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
 from sculptor.tasks.job import resolve_settings
 from sculptor.tasks.train_record import merge_of
-from sculptor.training.protect import refuse_slices
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import streamed_updates, trained_dtypes
@@ -33,7 +33,7 @@ from sculptor.training.stepping.updates import merge_trained
 
 _USED = {
     "offload", "learning_rate", "relative_rate", "weight_decay", "clip", "clip_by", "soften", "optimizer_mode", "optimizer_on",
-    "offload_inputs", "device", "batch_size", "micro_batch_size",
+    "offload_inputs", "device", "batch_size", "micro_batch_size", "attn_implementation",
 }  # fmt: skip
 
 
@@ -95,9 +95,9 @@ class StreamedModel:
             )
         _check(settings, directory)
         self.archive = archive if isinstance(archive, Archive) else Archive(archive, rules=rules)
-        refuse_slices(self.archive)
         self.settings = resolve_settings(settings, self.archive)
-        self.checkpoint = open_checkpoint(model)
+        self.checkpoint = open_checkpoint(model, settings.attn_implementation)
+        check_attention(self.checkpoint)
         self.archive.check_base(self.checkpoint, progress)
         architecture = inspect_architecture(self.checkpoint)
         device = resolve_device(settings.device)
@@ -185,7 +185,7 @@ class StreamedModel:
         check_apart(output, [self.checkpoint.path, self.archive.path])
         with one_pass(output, command="stream", overwrite=overwrite) as staged:
             bar = progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
-            edits = {record.tensor: self._merge(name) for name, record in self.archive.items()}
+            edits = edits_of(self.archive.values(), lambda record: self._merge(record.name))
             write_checkpoint(self.checkpoint, staged, edits, bar=bar)
             bar.close()
             previous = read_record(self.checkpoint.path)

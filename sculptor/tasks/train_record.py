@@ -1,5 +1,6 @@
 """sculptor.json of a trained checkpoint: how it came about."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,10 @@ from sculptor.tasks.job import TrainJob
 from sculptor.tasks.record import record_head
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
+
+# What an output depends on that another program's training ended with.
+_OF_OUTPUT = ("carry", "memory_rows", "memory_weight", "soften", "save_dtype")
+HARM = "harm, KL(base || this) on samples of the first base that no step depended on"
 
 
 def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None, opened: Sequence[str] = ()) -> Merge:
@@ -44,12 +49,16 @@ def training_record(
 
     mixture = job.encoded.mixture
     return {
-        **record_head("train", accelerate=accelerate.__version__),
-        "settings": published(job.settings),
+        **record_head("train" if job.trainer is None else "trainer", accelerate=accelerate.__version__),
+        "settings": published(job.settings)
+        if job.trainer is None
+        else {name: getattr(job.settings, name) for name in _OF_OUTPUT},
+        **({} if job.trainer is None else {"trainer": dict(job.trainer)}),
         # Names and digests: a record is published, and somebody's folders are nobody's business.
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
-        | ({} if mixture is None else asdict(mixture)),
-        "base": {"name": published_name(job.checkpoint.path), "identity": job.archive.manifest.base_identity},
+        | ({} if mixture is None else asdict(mixture))
+        | ({"replay": [{"name": each.name, "share": each.share} for each in job.replays]} if job.replays else {}),
+        "base": {"name": published_name(job.base.path), "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "analyzed": analyzed,  # whether the archive that protected it was made for it, and lies beside it
         "also_trained": list(report.also_trained),
@@ -58,7 +67,7 @@ def training_record(
         "examples": {"rows": report.num_examples, "dropped": report.num_dropped, "cut": report.num_cut},
         "num_trainable": report.num_trainable,
         "rose": report.rose,
-        "result": asdict(report.loop),
+        "result": {name: None if value != value else value for name, value in asdict(report.loop).items()},
         "matrices": {name: asdict(matrix) for name, matrix in report.matrices.items()},
     }
 
@@ -66,7 +75,7 @@ def training_record(
 def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
     """What the model card of a run tells."""
     return Card(
-        bases=(job.checkpoint.path,),
+        bases=(job.base.path,),
         done=f"taught {listed(job.data)}",
         summary=f"Fine-tuned on {listed(job.data)}, only within what a subspace archive of the base leaves free: what the archive "
         "protects of each matrix is as it was, up to rounding.",
@@ -81,27 +90,35 @@ def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
 def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     loop = report.loop
     total = report.num_protected + job.archive.num_free
+    unit = " nats per token" if job.trainer is None else ""  # others have losses of their own
     best = (
         [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
+    )
+    losses = [("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f}{unit}")]
+    losses = [] if math.isnan(loop.last_loss) else losses
+    harm = (
+        [] if loop.harm is None else [(HARM, f"{loop.harm.nats:.4f} ± {loop.harm.error:.4f} nats per token, at least")]
     )
     opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []
     return [
         ("rows", f"{report.num_examples:,}, {report.num_dropped:,} dropped, {report.num_cut:,} cut"),
-        ("steps", f"{loop.steps:,}, {loop.tokens:,} tokens"),
-        ("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f} nats per token"),
+        ("steps", f"{loop.steps:,}" + (f", {loop.tokens:,} tokens" if loop.tokens else "")),
+        *losses,
         *best,
+        *([("new tokens", listed([code(token) for token in report.new_tokens]))] if report.new_tokens else []),
         ("protected share of the matrices", f"{100 * report.num_protected / total:.1f} % of {total:,} parameters"),
         ("largest leak of a matrix into what is protected", f"{report.max_leak:.1e} of its update"),
         (
             "of it beyond what rounding explains",
             f"{report.unexplained_leak:.1e}" if report.unexplained_leak > 0 else "none",
         ),
+        *harm,
         *opened,
     ]
 
 
 def _check(job: TrainJob, analyzed: bool) -> str:
-    base = code(published_name(job.checkpoint.path))
+    base = code(published_name(job.base.path))
     if job.unopened is None and analyzed:
         place, archive = f"THIS/{ANALYZED_NAME}", "the archive that was made for it lies in this model"
     elif job.unopened is None:

@@ -39,10 +39,10 @@ class MatrixReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What `train` did; `placement` says where the model's blocks were, and why.
+    """What `train` did; `placement` says where the model's blocks were, and why; `max_harm` is what was allowed.
 
     `opened` was trained without protection by this run, `also_trained` by this or one before; `scaled` says whether the relative
-    rate is one of each matrix's size.
+    rate is one of each matrix's size; `new_tokens` are those that the run added.
     """
 
     output: Path
@@ -60,7 +60,9 @@ class TrainReport:
     learning_rate: float | None
     relative_rate: float | None
     scaled: bool
+    max_harm: float | None
     matrices: Mapping[str, MatrixReport]
+    new_tokens: tuple[str, ...] = ()
 
     @property
     def max_leak(self) -> float:

@@ -1,13 +1,19 @@
 """`sculptor.verify`: proof from files that the protected part of a checkpoint did not move."""
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from sculptor.analysis.verify import Verification, verify_checkpoints
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.methods.kinds import Kinds
+from sculptor.model.harm import measure_harm
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.harm import need_samples
+from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import join
 
 
@@ -18,6 +24,7 @@ def verify(
     *,
     device: str = "auto",
     strict: bool = False,
+    harm: bool = False,
     progress: Progress = silent,
     rules: Kinds | None = None,
 ) -> Verification:
@@ -29,6 +36,7 @@ def verify(
         subspaces: the archive.
         device: where the float64 products run.
         strict: refuse a leak above 1e-3 that only the rounding of what is stored explains: it could hide one as large.
+        harm: run `tuned`, too, and measure KL(base || tuned) on the archive's samples; it decides nothing.
         progress: makes progress bars.
         rules: kinds of rules beside sculptor's own.
 
@@ -43,6 +51,14 @@ def verify(
     with world.together():
         checkpoints = open_checkpoint(base), open_checkpoint(tuned)
         archive = Archive(subspaces, rules=rules)
-    return verify_checkpoints(
+        architecture = inspect_architecture(checkpoints[1]) if harm else None
+        samples = None if architecture is None else need_samples(archive, architecture.vocab_size).reporting
+    found = verify_checkpoints(
         *checkpoints, archive, device=resolve_device(device), strict=strict, progress=progress, world=world
     )
+    if architecture is None or samples is None:
+        return found
+    loaded = open_model(checkpoints[1], resolve_device(device), architecture, "auto", progress=progress)
+    with closing(loaded):
+        measured = measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id, world=world)
+    return replace(found, harm=measured)

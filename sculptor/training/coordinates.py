@@ -59,10 +59,13 @@ class Coordinates(nn.Module):
         values: the parameters A, float32.
         compute_dtype: of the folded weight; None for that of W0.
         source: hands out the folded weight: the stack that the matrix is in.
+        archive: identity of the archive that they come from.
+        off: hand out W0: the model is the base for now.
         relative_rate, scale: the learning rate that suits the archive's rules, over the size of W0, and that size.
     """
 
     source: "WeightSource"
+    archive: str = ""
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Coordinates(nn.Module):
         self.record = entry.record
         self.compute_dtype = compute_dtype
         self.soften = soften
+        self.off = False
         self.relative_rate = self.scale = 1.0
         self._read = read
         prepared = prepare_training(
@@ -110,9 +114,21 @@ class Coordinates(nn.Module):
         """The parameters A; a list of torch's own takes its time, and this is asked in every forward pass."""
         return list(self.values._parameters.values())  # type: ignore[arg-type]
 
+    def original(self, module: nn.Module) -> nn.Parameter:
+        """The parameter of a protected module that W0 is, or is a part of."""
+        if self.record.window.is_whole:
+            return module.parametrizations.weight.original  # type: ignore[union-attr,return-value]
+        return module.get_parameter(self.record.parameter.rpartition(".")[2])
+
+    def pristine(self, module: nn.Module) -> Tensor:
+        """W0, as the protected module stores it."""
+        return self.record.window.of(self.original(module))
+
     def forward(self, weight: Tensor) -> Tensor:
         """The folded weight, given pristine W0 as the module stores it."""
         check_copied(self)
+        if self.off:
+            return weight.to(self.compute_dtype or weight.dtype)
         ask = _ask_eagerly if torch.compiler.is_dynamo_compiling() else _ask
         return ask(self, weight)
 

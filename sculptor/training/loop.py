@@ -4,11 +4,12 @@ The loss of a step is the mean over all its tokens, whatever the split into micr
 before the first backward. The norm that is clipped is that of the trained parameters' gradients.
 """
 
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from sculptor.data.batches import Batch, BatchPlan
 from sculptor.data.examples import Example
 from sculptor.data.mixture import Mixture
 from sculptor.errors import SettingsError, Stopped, TrainingError
+from sculptor.model.harm import Harm
 from sculptor.model.load import LoadedModel
-from sculptor.model.loss import batch_loss, num_loss_tokens
+from sculptor.model.loss import AsBase, batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
+from sculptor.training.harm import HarmControl
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
-from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state
+from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
 from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
 from sculptor.world import World
 
@@ -41,6 +44,8 @@ class LoopResult:
         best_step: the step whose parameters are kept, None without evaluation.
         best_loss: its evaluation loss.
         tokens: tokens read, padding excluded; `seconds` spent, both over all parts of a resumed run.
+        harm: of what is kept, on samples of the base that no step depended on; `steering_harm` on those that steer, both
+            None without samples.
     """
 
     steps: int
@@ -50,6 +55,8 @@ class LoopResult:
     best_loss: float | None
     tokens: int
     seconds: float
+    harm: Harm | None = None
+    steering_harm: float | None = None
 
 
 class TrainingLoop:
@@ -67,6 +74,9 @@ class TrainingLoop:
         stop: polled after every step; a signal number ends the run after its state is saved.
         mixture: which part of an epoch comes from which examples; None if it is all of them.
         world: the processes that share a step.
+        report: told every line of the metrics, in the first process.
+        harm: measures harm, and keeps it below a limit; None without samples.
+        as_base: makes the model its base, for a KL term on the rows' own tokens; None without one.
     """
 
     def __init__(
@@ -83,6 +93,9 @@ class TrainingLoop:
         stop: Callable[[], int | None] = lambda: None,
         mixture: Mixture | None = None,
         world: World | None = None,
+        report: Callable[[Mapping[str, float]], object] = lambda _: None,
+        harm: HarmControl | None = None,
+        as_base: AsBase | None = None,
     ) -> None:
         self.loaded = loaded
         self.updates = updates
@@ -94,6 +107,9 @@ class TrainingLoop:
         self.evaluate = evaluate
         self.stop = stop
         self.world = world or World()
+        self.report = report
+        self.harm = harm
+        self.as_base = as_base
         lengths = [example.length for example in examples]
         self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world, mixture)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
@@ -121,7 +137,10 @@ class TrainingLoop:
         for step in range(self.position.step, self.total):
             self._step(step, bar, started)
             done = step + 1
-            if self.evaluate is not None and (done % self._eval_every == 0 or done == self.total):
+            evaluates = self.evaluate is not None and (done % self._eval_every == 0 or done == self.total)
+            if self.harm is not None and self.harm.due(done, self.total, evaluates):
+                self._check_harm(self.harm, done)
+            if evaluates:
                 self._evaluate(done)
             signal_number = self.world.most(self.stop() or 0)
             if done == self.total or signal_number or self._should_save(done):
@@ -140,6 +159,7 @@ class TrainingLoop:
             self.updates.load(self.store.load_best(position.best_step), optimizer=False)
         assert position.first_loss is not None
         assert position.last_loss is not None
+        steering, harm = self.harm.final() if self.harm is not None else (None, None)
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,
@@ -148,6 +168,8 @@ class TrainingLoop:
             best_loss=position.best_loss,
             tokens=position.tokens,
             seconds=position.seconds,
+            harm=harm,
+            steering_harm=steering,
         )
 
     @property
@@ -159,28 +181,42 @@ class TrainingLoop:
         batches = self._micro_batches(rows, step)
         counts = sum(num_loss_tokens(batch, self.loaded.kind) for batch in batches), sum(b.num_tokens for b in batches)
         total_tokens, tokens = map(int, self.world.total(*counts))
+        passes = self.world.most(len(batches))
         rate_of = rates_of(self.settings, step, self.total)
         model = self.loaded.model
         if not model.training:  # asked first: it goes through every module
             model.train()
         losses: list[Tensor] = []
+        apart: list[Tensor] = []
         for batch in batches:
             self.updates.begin(rate_of)
             with self.accelerator.autocast():
-                found = batch_loss(model, batch.to(self.loaded.device), self.loaded.kind)
+                found = batch_loss(
+                    model,
+                    batch.to(self.loaded.device),
+                    self.loaded.kind,
+                    by_entropy=self.settings.token_weights == "entropy",
+                    as_base=self.as_base,
+                )
             share = found.total / total_tokens
             if found.auxiliary is not None:
                 share = share + found.auxiliary * (found.num_tokens / total_tokens)
+            losses.append(share.detach())
+            if found.divergence is not None:
+                assert self.settings.kl_weight is not None
+                apart.append(found.divergence.detach() / total_tokens)
+                share = share + self.settings.kl_weight * (found.divergence / total_tokens)
             if share.requires_grad:  # layer dropping may leave out everything that is trained
                 self.accelerator.backward(share)
             self.updates.end_backward()
-            losses.append(share.detach())
+        for _ in range(passes - len(batches)):  # of other processes, which have more rows
+            self.updates.begin(rate_of)
+            self.updates.end_backward()
         if self.penalty is not None and self.world.first:  # once, where gradients add up
             self.accelerator.backward(self.penalty())
         norm = self.updates.clip()
-        (loss,) = self.world.total(
-            sum(float(share) for share in losses)
-        )  # only now, since a number waits for the device
+        # Only now, since a number waits for the device.
+        loss, kl = self.world.total(sum(map(float, losses)), sum(map(float, apart)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower {self._rate_setting} or look at "
@@ -197,11 +233,13 @@ class TrainingLoop:
             tokens=self.position.tokens + tokens,
             seconds=seconds,
         )
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s", refresh=False)
+        harm = "" if self.position.harm is None else f"harm {self.position.harm:.2g}, "
+        bar.set_postfix_str(f"loss {loss:.3f}, {harm}{speed:,.0f} tok/s", refresh=False)
         bar.update(1)
         epoch = round((step + 1) / self.plan.steps_per_epoch, 4)
         name, peak = self._rate
         rate = {name: rate_of(peak)}
+        rate |= {} if self.as_base is None else {"kl": kl}
         self._log(step=step + 1, epoch=epoch, loss=loss, **rate, grad_norm=norm, tokens=tokens, seconds=seconds)
 
     @property
@@ -225,6 +263,14 @@ class TrainingLoop:
             for start in range(0, len(rows), size)
         ]
 
+    def _check_harm(self, control: HarmControl, step: int) -> None:
+        found = control.check()
+        if not math.isfinite(found.harm):
+            raise TrainingError(f"harm {found.harm} after step {step}: not finite; lower {self._rate_setting}")
+        self.position = replace(self.position, harm=found.harm)
+        limited = {} if control.limit is None else {"harm_scale": found.scale}
+        self._log(step=step, harm=found.harm, **limited)
+
     def _evaluate(self, step: int) -> None:
         assert self.evaluate is not None
         loss = self.evaluate()
@@ -233,8 +279,8 @@ class TrainingLoop:
         self._log(step=step, eval_loss=loss)
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)
-            digests = self.world.once(lambda: self.store.save_best(step, self.updates.parameters()))
-            self.store.note_best(step, digests)
+            save = functools.partial(self.store.save_best, step)
+            self.store.note_best(step, write_together(self.world, self.updates.parameters(), save))
 
     def _log(self, **values: float) -> None:
         if not self.world.first:
@@ -243,6 +289,7 @@ class TrainingLoop:
             file.write(json.dumps(values) + "\n")
             length = file.tell()
         self.position = replace(self.position, metrics_bytes=length)
+        self.report(values)
 
     def _should_save(self, done: int) -> bool:
         """Where it is due; a twentieth of the time at most goes into it, unless the user says how often."""
@@ -262,7 +309,7 @@ class TrainingLoop:
         state = self.updates.state()
         entries = {**state.entries, **random.entries}
         read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
-        self.world.once(lambda: self.store.save(self.position, Tensors(entries, read)))
+        write_together(self.world, Tensors(entries, read), functools.partial(self.store.save, self.position))
 
     def _restore(self) -> None:
         found = self.store.load()
@@ -281,8 +328,8 @@ class TrainingLoop:
             os.truncate(self.metrics, min(self.position.metrics_bytes, self.metrics.stat().st_size))
 
 
-def make_accelerator(device: torch.device) -> Any:
-    """Device and mixed precision: bf16 autocast on a GPU, float32 on a CPU.
+def make_accelerator(device: torch.device, **more: Any) -> Any:
+    """Device and mixed precision: bf16 autocast on a GPU, float32 on a CPU; `more` is for accelerate.
 
     Raises:
         SettingsError: if accelerate is set up otherwise.
@@ -291,7 +338,7 @@ def make_accelerator(device: torch.device) -> Any:
 
     precision = "bf16" if device.type == "cuda" else "no"
     try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False, **more)
     except ValueError as cause:  # accelerate keeps one state per process
         raise SettingsError(
             f"accelerate is set up in this process for another device or precision than {device.type} and {precision}; "

@@ -15,9 +15,12 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import find_blocks
 from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.tensors import digest
+from sculptor.checkpoint.windows import Window
 from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds
+from sculptor.model.experts import TakenOver
 from sculptor.training.coordinates import Coordinates
+from sculptor.training.experts import leaf_of, run_in_pieces
 from sculptor.training.parallelism import (
     check_added_up,
     check_copied,
@@ -27,22 +30,31 @@ from sculptor.training.parallelism import (
     ignore_in_broadcasts,
 )
 from sculptor.training.rates import default_relative_rate, matrix_scales
+from sculptor.training.saved import save_as_before, save_plain
 from sculptor.training.stack import FoldMode, Member, Stack, make_stacks
+
+# Where a module that holds stacked matrices has their coordinates.
+_EXPERTS = "expert_coordinates"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ProtectedMatrix:
-    """A module whose weight is parametrized, and its coordinates."""
+    """A module whose weight is parametrized, or that holds stacked matrices, and the coordinates of one.
+
+    Attributes:
+        path: of the module.
+        coordinates: of the matrix, `place` where in the model they are.
+    """
 
     path: str
     module: nn.Module
     coordinates: Coordinates
+    place: str
 
     @property
-    def pristine(self) -> nn.Parameter:
+    def pristine(self) -> Tensor:
         """W0, as the module stores it."""
-        found: nn.Parameter = self.module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
-        return found
+        return self.coordinates.pristine(self.module)
 
     def refresh(self) -> None:
         """Has the weight folded again when it is next read."""
@@ -76,7 +88,7 @@ def protect(
 
     They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
     The model's outputs are unchanged until they are. Wrap it in DistributedDataParallel afterwards; what shards parameters is
-    refused.
+    refused. What is saved in between loads as a plain model, too (`saved.py`).
 
     Args:
         model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
@@ -102,15 +114,17 @@ def protect(
     parameters = find_parameters(model, archive)
     for name, parameter in parameters.items():
         check_held(name, [model.get_parameter(parameter)])
-    for check in (_check_shape, _check_bytes):  # what says most first
-        for name, parameter in parameters.items():
-            check(archive, name, model.get_parameter(parameter))
+    for name, parameter in parameters.items():  # what says most first
+        _check_shape(archive, name, model.get_parameter(parameter))
     for name, parameter in parameters.items():
-        archive.note_rms(name, model.get_parameter(parameter))
+        _check_bytes(archive, name, archive[name].window.of(model.get_parameter(parameter)))
+    for name, parameter in parameters.items():
+        archive.note_rms(name, archive[name].window.of(model.get_parameter(parameter)))
     attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=soften)
     matrices = protected_matrices(model)
     model.register_forward_pre_hook(functools.partial(_look, matrices))
     ignore_in_broadcasts(model, _buffers(matrices))
+    save_plain(model, protected_matrices)
     return model
 
 
@@ -124,9 +138,7 @@ def _look(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) ->
 
 
 def _buffers(matrices: Sequence[ProtectedMatrix]) -> list[str]:
-    return [
-        f"{matrix.path}.parametrizations.weight.0.{name}" for matrix in matrices for name in matrix.coordinates.tensors
-    ]
+    return [f"{matrix.place}.{name}" for matrix in matrices for name in matrix.coordinates.tensors]
 
 
 def attach_coordinates(
@@ -138,7 +150,6 @@ def attach_coordinates(
     soften: float = 0.0,
 ) -> Any:
     """`protect` for a model whose weights are known to be those of the archive's base."""
-    refuse_slices(archive)
     parameters = find_parameters(model, archive)
     check_softening(archive, soften)
     if not archive.open_names:
@@ -148,15 +159,21 @@ def attach_coordinates(
     prepared = []  # all of them before the model is touched: an error leaves it as it was
     for name in archive.open_names:
         module = model.get_submodule(parameters[name].rpartition(".")[0])
-        weight = module.weight
+        weight = archive[name].window.of(model.get_parameter(parameters[name]))
         read = functools.partial(archive.read, name)
         coordinates = Coordinates(read, weight, compute_dtype, known, soften)
         coordinates.relative_rate, coordinates.scale = rate, scales[name]
+        coordinates.archive = archive.identity
         prepared.append((module, coordinates))
     model.requires_grad_(False)
     for module, coordinates in prepared:
-        parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
-        module.parametrizations.weight.original.requires_grad_(False)
+        if coordinates.record.window.is_whole:
+            parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
+            module.parametrizations.weight.original.requires_grad_(False)
+        else:
+            _experts_in(module).append(coordinates)
+    for module in dict.fromkeys(module for module, coordinates in prepared if not coordinates.record.window.is_whole):
+        run_in_pieces(module, [(leaf_of(own.record), own.record.window, own) for own in _experts_in(module)])
     stacks = make_stacks((Member(module, coordinates) for module, coordinates in prepared), fold)
     if fold == "automatic":
         model.register_forward_pre_hook(functools.partial(_begin_pass, stacks))
@@ -170,15 +187,15 @@ def _begin_pass(stacks: Sequence[Stack], model: nn.Module, inputs: Any) -> None:
         stack.doubt()
 
 
-def refuse_slices(archive: Archive) -> None:
-    """Refuses rules for slices of tensors, which no analysis makes yet.
+class ExpertCoordinates(nn.ModuleList):
+    """The coordinates of stacked matrices, in the module that holds these."""
 
-    Raises:
-        ArchiveError: naming the first.
-    """
-    sliced = [name for name, record in archive.items() if record.part is not None]
-    if sliced:
-        raise ArchiveError(f"{archive.path}: {sliced[0]} is a slice of a tensor, which training does not take yet")
+
+def _experts_in(module: nn.Module) -> Any:
+    """The coordinates of a module's experts, which are made room for."""
+    if _EXPERTS not in module._modules:
+        module.add_module(_EXPERTS, ExpertCoordinates())
+    return module._modules[_EXPERTS]
 
 
 def check_softening(archive: Archive, soften: float) -> None:
@@ -193,10 +210,10 @@ def check_softening(archive: Archive, soften: float) -> None:
 
 
 def find_parameters(model: Any, archive: Archive) -> dict[str, str]:
-    """Archive name -> parameter of the model."""
-    tensors = match_names(model, [record.tensor for record in archive.values()])
-    by_tensor = {name: parameter for parameter, name in tensors.items()}
-    found = {name: by_tensor[record.tensor] for name, record in archive.items() if record.tensor in by_tensor}
+    """Archive name -> parameter of the model that the matrix is, or is a part of."""
+    known = {name: record.tensor if record.window.is_whole else record.parameter for name, record in archive.items()}
+    parameters = {name: parameter for parameter, name in match_names(model, set(known.values())).items()}
+    found = {name: parameters[wanted] for name, wanted in known.items() if wanted in parameters}
     absent = [name for name in archive if name not in found]
     if absent:
         raise ArchiveError(
@@ -206,8 +223,10 @@ def find_parameters(model: Any, archive: Archive) -> dict[str, str]:
     return found
 
 
-def _check_shape(archive: Archive, name: str, weight: Tensor) -> None:
-    expected = archive[name].stored_shape
+def _check_shape(archive: Archive, name: str, parameter: Tensor) -> None:
+    expected, window = archive[name].stored_shape, archive[name].window
+    inside = window.is_whole or (parameter.ndim == 3 and window.part is not None and window.part < len(parameter))
+    weight = window.of(parameter) if inside else parameter
     if tuple(weight.shape) != expected:
         raise ArchiveError(
             f"{archive.path}: {name} is {list(expected)} in the archive, {list(weight.shape)} in the model"
@@ -236,7 +255,11 @@ def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:
         if parametrize.is_parametrized(module, "weight"):
             coordinates = module.parametrizations.weight[0]
             if isinstance(coordinates, Coordinates):
-                found.append(ProtectedMatrix(path, module, coordinates))
+                found.append(ProtectedMatrix(path, module, coordinates, f"{path}.parametrizations.weight.0"))
+        experts = module._modules.get(_EXPERTS)
+        if isinstance(experts, ExpertCoordinates):
+            places = [f"{path}.{_EXPERTS}.{i}" for i in range(len(experts))]
+            found += [ProtectedMatrix(path, module, own, at) for own, at in zip(experts, places, strict=True)]  # type: ignore[arg-type]
     return found
 
 
@@ -251,8 +274,12 @@ def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
     return blocks
 
 
-def _restore(module: nn.Module) -> None:
+def _restore(module: nn.Module, matrices: Sequence[ProtectedMatrix]) -> None:
     """Gives a module its plain weight back; torch's own way takes the weight from copies of the module too."""
+    if not matrices[0].coordinates.record.window.is_whole:
+        TakenOver(module).remove()
+        del module._modules[_EXPERTS]
+        return
     parametrizations = module.parametrizations
     assert isinstance(parametrizations, nn.ModuleDict)
     if len(parametrizations) > 1:  # somebody else's beside ours
@@ -281,17 +308,40 @@ def merge(model: Any) -> Any:
         matrix.coordinates.check(matrix.pristine)
     for module in model.modules():  # it may be wrapped
         _unhook(module)
-    for matrix in matrices:
-        merged = matrix.coordinates.merged(matrix.pristine).tensor
-        _restore(matrix.module)
-        weight: nn.Parameter = matrix.module.weight  # type: ignore[assignment]
-        weight.data = merged
-        weight.requires_grad_(False)
+    for module, own in _by_module(matrices).items():
+        merged: dict[nn.Parameter, list[tuple[Window, Tensor]]] = {}
+        for matrix in own:
+            found = matrix.coordinates
+            merged.setdefault(found.original(module), []).append(
+                (found.record.window, found.merged(matrix.pristine).tensor)
+            )
+        _restore(module, own)
+        for original, parts in merged.items():
+            original.data = _assembled(original.data, parts)
+            original.requires_grad_(False)
     return model
+
+
+def _assembled(original: Tensor, parts: Sequence[tuple[Window, Tensor]]) -> Tensor:
+    """A parameter with merged matrices in it; its own memory may be somebody else's, too."""
+    if len(parts) == 1 and parts[0][0].is_whole:
+        return parts[0][1]
+    value = original.clone()
+    for window, tensor in parts:
+        window.of(value).copy_(tensor)
+    return value
+
+
+def _by_module(matrices: Sequence[ProtectedMatrix]) -> dict[nn.Module, list[ProtectedMatrix]]:
+    found: dict[nn.Module, list[ProtectedMatrix]] = {}
+    for matrix in matrices:
+        found.setdefault(matrix.module, []).append(matrix)
+    return found
 
 
 def _unhook(module: nn.Module) -> None:
     """Undoes what `protect` leaves beside the coordinates."""
+    save_as_before(module)
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, functools.partial) and hook.func in (_begin_pass, _look):
             del module._forward_pre_hooks[key]

@@ -10,10 +10,12 @@ from sculptor.validation import AtLeastOne, ColumnNames, Name, NotNegative, Off,
 
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
+TokenWeights = Literal["same", "entropy"]
 ClipBy = Literal["model", "matrix"]
 OptimizerMode = Literal["exact", "fused"]
 OptimizerOn = Literal["auto", "host", "device"]
 Offload = Literal["none", "cpu", "disk", "auto"]
+Parallel = Literal["auto", "replicate", "shard"]
 # Rows per forward where nothing else decides.
 MICRO_ROWS = 8
 
@@ -39,12 +41,17 @@ class TrainSettings:
     """Share (below 1) or number of steps with rising learning rate."""
     schedule: Schedule = "cosine"
     """Fall of the learning rate after the warm-up."""
+    token_weights: TokenWeights = "same"
+    """Weight of each token's loss: the same, or the normalised entropy of the model's prediction over its 20 likeliest tokens
+    (EAFT), by which what it contradicts with confidence is learned least."""
     clip: NotNegative = 1.0
     """Largest norm of the trainable gradient; 0 for none."""
     clip_by: ClipBy = "model"
     """Clip all trained parameters together, or each matrix by itself."""
     offload: Offload = "auto"
     """Where blocks wait that are not being computed: all stay on the device, host memory, disk, or what fits."""
+    parallel: Parallel = "auto"
+    """In several processes: each holds everything, or its share of weights, bases and state [auto: everything where it fits]."""
     optimizer_mode: OptimizerMode = "exact"
     """With offloading: fused updates blocks within the backward pass; needs one micro-batch per step, and --clip-by matrix
     or --clip 0."""
@@ -66,10 +73,15 @@ class TrainSettings:
     """Which columns of the data are which keys of ours: prompt=question,completion=answer."""
     also_train: Texts = ()
     """Further parameters to train unprotected, e.g. 'norm' or 'lm_head'; repeatable."""
+    add_tokens: Texts = ()
+    """A new token, or a file with one a line: tokenizer, embedding and head get rows for them, which are trained freely;
+    repeatable."""
     seed: Seed = 0
     """Decides order, masking and dropout."""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Name | None = None
+    """Attention of the model: eager, sdpa, flash_attention_2, ... [default: transformers' choice]."""
     save_dtype: SaveDtype = "keep"
     """Dtype of the merged checkpoint."""
     carry: Carry | None = None
@@ -85,6 +97,13 @@ class TrainSettings:
     """Steps between saved states [default: a tenth of the run, at most 500, and a twentieth of the time at most]."""
     eval_every: AtLeastOne | None = None
     """Steps between evaluations [default: a fifth of the run]."""
+    kl_weight: Positive | None = None
+    """Adds KL_WEIGHT * KL(base || new) on the rows' own tokens to the loss, for one more forward a step; not with offloading."""
+    max_harm: Positive | None = None
+    """Largest harm, as KL(base || new) in nats a token on what the model says by itself; updates that do more are scaled back
+    [default: only measured]."""
+    harm_every: AtLeastOne | None = None
+    """Steps between measurements of harm [default: a twentieth of the time; with --max-harm a twentieth of the run, too]."""
 
     def __post_init__(self) -> None:
         resident, fused = self.offload == "none", self.optimizer_mode == "fused"

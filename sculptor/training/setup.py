@@ -1,6 +1,6 @@
 """A checkpoint made ready for training: resident, or streamed from host memory or disk."""
 
-import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,13 +10,18 @@ from torch import nn
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.vocabulary import Growth
+from sculptor.checkpoint.written import remove
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, load_streamed
 from sculptor.progress import Progress
+from sculptor.streaming.build import Divide
+from sculptor.streaming.owners import Owners, choose_owners
 from sculptor.training.protect import attach_coordinates, protected_blocks
-from sculptor.training.rates import peak_rates
+from sculptor.training.rates import Peaks, peak_rates
+from sculptor.training.rows import NewRows, open_rows
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.prepare import held_bytes
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 from sculptor.training.stepping.streamed import StreamedUpdates
 from sculptor.training.stepping.updates import Updates
@@ -32,8 +37,9 @@ def prepare_model(
     device: torch.device,
     scratch: Path,
     progress: Progress,
+    growth: Growth | None = None,
 ) -> tuple[LoadedModel, Updates]:
-    """The model with its protected matrices and what else is trained, as the settings' `offload` says.
+    """The model with its protected matrices and what else is trained, as the settings' `offload` and `parallel` say.
 
     Args:
         checkpoint: where the weights are, `architecture` of it.
@@ -43,25 +49,46 @@ def prepare_model(
         device: where to compute.
         scratch: directory for what waits on disk; emptied.
         progress: makes progress bars.
+        growth: new tokens of the checkpoint, whose rows are trained too.
     """
-    with writing(scratch):
-        shutil.rmtree(scratch, ignore_errors=True)
-    if settings.offload == "none":
-        return _prepare_resident(checkpoint, architecture, archive, settings, extra, device)
+    remove(scratch)
+    divided = settings.parallel == "shard"
+    if settings.offload == "none" and not divided:
+        return _prepare_resident(checkpoint, architecture, archive, settings, extra, device, growth)
     assert settings.offload != "auto"
     keep = None if settings.offload_inputs is None else not settings.offload_inputs
+    on_device = settings.offload == "none"
     loaded = load_streamed(
         checkpoint,
         device,
-        settings.offload,
+        "device" if settings.offload == "none" else settings.offload,
         architecture,
         scratch=scratch,
         trained=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
-        keep_inputs=keep,
+        keep_inputs=True if on_device else keep,
         progress=progress,
+        divide=_divide(checkpoint, architecture, archive, device) if divided else None,
     )
-    return loaded, streamed_updates(loaded, archive, _open_extra(loaded, extra), settings, progress)
+    opened = _open_extra(loaded, extra)
+    return loaded, streamed_updates(loaded, archive, opened, settings, progress, open_rows(loaded.model, growth))
+
+
+def _divide(checkpoint: Checkpoint, architecture: Architecture, archive: Archive, device: torch.device) -> Divide:
+    """Owners among all processes, so that each holds about as much as the others."""
+    open_names = set(archive.open_names)
+    beside: dict[str, float] = defaultdict(float)
+    for target in architecture.targets:
+        if target.name in open_names:
+            record, size = archive[target.name], checkpoint.info_of(target).num_bytes
+            beside[target.parameter] += held_bytes(record.rule, record.tensors, size, device.type)
+    world = here()
+
+    def divide(blocks: Sequence[Mapping[str, int]]) -> Owners:
+        held = [{name: size + beside[name] for name, size in block.items()} for block in blocks]
+        return Owners(world, choose_owners(held, world.size))
+
+    return divide
 
 
 def trained_dtypes(architecture: Architecture, archive: Archive, device: torch.device) -> dict[str, torch.dtype]:
@@ -77,6 +104,7 @@ def streamed_updates(
     extra: Mapping[str, nn.Parameter],
     settings: TrainSettings,
     progress: Progress,
+    rows: Sequence[NewRows] = (),
 ) -> StreamedUpdates:
     """The optimizer of a streamed model; if that fails, the model's memory is given back.
 
@@ -84,7 +112,8 @@ def streamed_updates(
         SettingsError: if the host does not give enough memory.
     """
     assert loaded.stream is not None
-    peaks = peak_rates(settings, archive, extra)
+    peaks = _peaks(settings, archive, extra, rows)
+    extra = {**extra, **{new.name: new.values for new in rows}}
     bar = progress(total=len(loaded.stream.paths), desc="prepare", unit="block")
     try:
         return StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
@@ -104,18 +133,28 @@ def _prepare_resident(
     settings: TrainSettings,
     extra: Sequence[str],
     device: torch.device,
+    growth: Growth | None,
 ) -> tuple[LoadedModel, Updates]:
     loaded = load_model(checkpoint, device, architecture)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else None
     attach_coordinates(loaded.model, archive, compute_dtype=dtype, fold="manual", soften=settings.soften or 0.0)
     opened = _open_extra(loaded, extra)
+    rows = open_rows(loaded.model, growth)
     recompute = on_gpu if settings.checkpoint_activations is None else settings.checkpoint_activations
     if recompute:
         checkpoint_activations(loaded.model)
-    parameters = TrainedParameters(tuple(protected_blocks(loaded.model)), opened)
-    peaks = peak_rates(settings, archive, opened)
+    every = {**opened, **{new.name: new.values for new in rows}}
+    parameters = TrainedParameters(tuple(protected_blocks(loaded.model)), every)
+    peaks = _peaks(settings, archive, opened, rows)
     return loaded, ResidentUpdates(parameters, peaks, settings, device, here())
+
+
+def _peaks(
+    settings: TrainSettings, archive: Archive, extra: Mapping[str, nn.Parameter], rows: Sequence[NewRows]
+) -> Peaks:
+    """Peak rates; that of new rows follows the size of the whole, since they start as a mean, which is small."""
+    return peak_rates(settings, archive, {**extra, **{new.name: new.whole for new in rows}})
 
 
 def _open_extra(loaded: LoadedModel, extra: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -36,8 +36,7 @@ class Member(NamedTuple):
     @property
     def pristine(self) -> Tensor:
         """W0, as the module stores it."""
-        found: Tensor = self.module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
-        return found
+        return self.coordinates.pristine(self.module)
 
 
 class _Fold(torch.autograd.Function):

@@ -6,25 +6,30 @@ before it is removed. Coordinates mean nothing in other bases, so a fingerprint 
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from sculptor.checkpoint.staging import key_difference, write_json, writing
-from sculptor.checkpoint.tensors import digest, read_header, read_known, write_tensors
+from sculptor.checkpoint.tensors import digest, in_file_order, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError
 from sculptor.training.stepping.updates import Tensors
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Sha256, parse, read_file, read_json, sign
+from sculptor.world import World
+
+T = TypeVar("T")
 
 STATE_NAME = "state"
-STATE_FILES = (f"{STATE_NAME}/step-*", f"{STATE_NAME}/best*")  # all that is written, seen from the run's directory
+# All that is written, in the run's directory and in a state.
+_STATES = ("step-????????", "step-????????.tmp", "best-????????.safetensors", "best.tmp")
+_IN_A_STATE = ("state*.safetensors", "state.json", "state.json.tmp")
 _REMEDY = "pass --overwrite to start anew"
 
 
@@ -40,6 +45,7 @@ class Position:
         first_loss: training loss of the first step, `last_loss` of the last one done.
         tokens: tokens read so far.
         seconds: time spent in the loop so far.
+        harm: on the steering samples, when it was measured last.
     """
 
     __pydantic_config__ = STRICT
@@ -52,6 +58,7 @@ class Position:
     last_loss: Finite | None = None
     tokens: Count = 0
     seconds: NotNegative = 0.0
+    harm: Finite | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +116,8 @@ class StateStore:
         target = self.directory / f"step-{position.step:08d}"
         staged = target.with_name(target.name + ".tmp")
         with writing(staged):
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
+            _remove(staged)
+            staged.mkdir(parents=True, exist_ok=True)
         digests = _write(staged / "state.safetensors", tensors)
         best = self._best_digests.get(position.best_step or 0, {})
         state = _State(self.key, self.split, self.fingerprints, position, digests, best)
@@ -118,15 +125,12 @@ class StateStore:
         write_json(staged / "state.json", content | {"sha256": sign(content)})
         kept = {target, self._best(position.best_step or 0)}
         with writing(target):
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             os.replace(staged, target)
-            for other in self.directory.iterdir():
-                if other in kept or not other.name.startswith(("step-", "best")):
-                    continue
-                if other.is_dir():
-                    shutil.rmtree(other)
-                else:
-                    other.unlink()
+            for pattern in _STATES:
+                for other in self.directory.glob(pattern):
+                    if other not in kept:
+                        _remove(other)
 
     def save_best(self, step: int, tensors: Tensors) -> Mapping[str, str]:
         """Keeps the best parameters so far, and gives their digests; those before go with the next state."""
@@ -220,6 +224,18 @@ class SavedTensors(Mapping[str, Tensor]):
         return len(self._infos)
 
 
+def _remove(path: Path) -> None:
+    """Removes a state, or parameters; what else came to lie in it stays."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for pattern in _IN_A_STATE:
+        for file in path.glob(pattern):
+            file.unlink()
+    with suppress(OSError):
+        path.rmdir()
+
+
 def _write(path: Path, tensors: Tensors) -> dict[str, str]:
     """Writes a file and gives the digests of its tensors."""
     digests: dict[str, str] = {}
@@ -231,6 +247,35 @@ def _write(path: Path, tensors: Tensors) -> dict[str, str]:
 
     write_tensors(path, [(name, *entry) for name, entry in tensors.entries.items()], read, {})
     return digests
+
+
+def write_together(world: World, tensors: Tensors, write: Callable[[Tensors], T]) -> T:
+    """Writes a file of the tensors of all processes, by the first; those that it lacks come to it one at a time.
+
+    Args:
+        world: the processes.
+        tensors: that this one has; what several have is taken from the first of them.
+        write: reads all of them, in the order of a file.
+
+    Returns:
+        What `write` made, in all processes.
+    """
+    if world.size == 1:
+        return write(tensors)
+    everything = list(enumerate(world.gather(dict(tensors.entries))))
+    found = {name: (rank, entry) for rank, of in reversed(everything) for name, entry in of.items()}
+    names = [name for name, *_ in in_file_order([(name, *entry) for name, (_, entry) in found.items()])]
+    coming = world.in_order(names, lambda name: [tensors.read(name)], [found[name][0] for name in names])
+    made: Any = None
+    with world.together():
+        try:
+            if world.first:
+                made = write(Tensors({name: found[name][1] for name in names}, lambda _: next(coming)))
+        finally:
+            for _ in coming:  # what is under way: of the others, all of theirs
+                pass
+    result: T = world.from_first(made)
+    return result
 
 
 def _same_bases(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> bool:

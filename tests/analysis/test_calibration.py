@@ -5,6 +5,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sculptor.analysis.calibration import Moments, measure_moments, moment_bytes
 from sculptor.analysis.evidence import _is_reached
 from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.windows import Window
 from sculptor.data.batches import Batch, make_batch
 from sculptor.data.examples import IGNORED, Example
 from sculptor.model.load import LoadedModel, load_model
@@ -72,6 +74,7 @@ class Reference:
         self.weighted: dict[str, Tensor] = {}  # sum |g|^2 x x^T over all outputs that are made of x
         self.outputs: dict[str, Tensor] = {}  # matrix -> sum g g^T
         self.num_tokens: dict[str, int] = defaultdict(int)
+        self.num_all = 0
         self.weights: dict[str, float] = defaultdict(float)
 
     def read(self, batch: Batch) -> "Reference":
@@ -88,10 +91,15 @@ class Reference:
 
             return hook
 
+        whole = [target for target in self.targets if target.window.is_whole]
         handles = [
             self.model.get_submodule(target.module).register_forward_hook(watch(target.name), with_kwargs=True)
-            for target in self.targets
+            for target in whole
         ]
+        for path in {target.module for target in self.targets} - {target.module for target in whole}:
+            experts = self.model.get_submodule(path)
+            experts.forward = partial(self._run_experts, experts, path, seen)
+        self.num_all += ids.numel()
         if self.kind == "seq2seq":
             labels = labels[labels != IGNORED]
             start = torch.tensor([self.model.config.decoder_start_token_id])
@@ -106,9 +114,10 @@ class Reference:
         chosen = labels != IGNORED
         chances = logits.log_softmax(dim=-1)[chosen]
         loss = -chances.gather(1, labels[chosen][:, None]).sum()
-        gradients = torch.autograd.grad(loss, [seen[target.name][1] for target in self.targets])
+        reached = [target for target in self.targets if target.name in seen]
+        gradients = torch.autograd.grad(loss, [seen[target.name][1] for target in reached])
         groups: set[str] = set()
-        for target, gradient in zip(self.targets, gradients, strict=True):
+        for target, gradient in zip(reached, gradients, strict=True):
             x = seen[target.name][0].detach().reshape(-1, target.shape[1])
             g = gradient.reshape(-1, target.shape[0])
             assert x.dtype == g.dtype == torch.float64
@@ -121,8 +130,31 @@ class Reference:
                 self.plain[group] = self.plain.get(group, 0) + x.T @ x
                 self.num_tokens[group] += x.shape[0]
 
+    def _run_experts(self, module: Any, path: str, seen: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """By hand: gate and up as they are in the files."""
+        mine = {(target.parameter, target.window): target.name for target in self.targets}
+        half = module.gate_up_proj.shape[1] // 2
+        total = torch.zeros_like(hidden)
+        for expert in range(module.num_experts):
+            tokens, place = (index == expert).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            x = hidden[tokens]
+            gate, up = (x @ part.T for part in module.gate_up_proj[expert].split(half))
+            inner = nn.functional.silu(gate) * up
+            made = inner @ module.down_proj[expert].T
+            for leaf, window, pair in (
+                ("gate_up_proj", Window(expert, (0, half)), (x, gate)),
+                ("gate_up_proj", Window(expert, (half, 2 * half)), (x, up)),
+                ("down_proj", Window(expert), (inner, made)),
+            ):
+                seen[mine[f"{path}.{leaf}", window]] = pair
+            total = total.index_add(0, tokens, made * weights[tokens, place, None])
+        return total
+
     def check(self, found: Moments, weighting: str = "tokens") -> None:
-        groups = {target.name: target.input_group for target in self.targets}
+        groups = {target.name: target.input_group for target in self.targets if target.name in self.outputs}
+        stacked = {target.name for target in self.targets if not target.window.is_whole}
         totals = self.plain if weighting == "tokens" else self.weighted
         counts = self.num_tokens if weighting == "tokens" else self.weights
         assert found.inputs.keys() == found.num_tokens.keys() == set(groups.values())
@@ -132,7 +164,8 @@ class Reference:
         if found.outputs:
             assert found.outputs.keys() == set(groups)
         for name, moment in found.outputs.items():
-            close(moment, self.outputs[name] / self.num_tokens[groups[name]])
+            # A token that is not sent to an expert has no gradient there.
+            close(moment, self.outputs[name] / (self.num_all if name in stacked else self.num_tokens[groups[name]]))
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -15,6 +15,7 @@ from sculptor.archive.store import Entry
 from sculptor.archive.writer import PROGRESS_NAME, ArchiveWriter, has_progress, save_tensors
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.tensors import read_header, read_tensor
+from sculptor.checkpoint.written import MARKER_NAME, begin, note
 from sculptor.errors import OutputError
 from sculptor.methods.method import Derived
 from sculptor.methods.settings import BasisDtype
@@ -142,17 +143,23 @@ def test_an_archive_is_kept_bit_for_bit(made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 5, 13])
 def test_the_same_key_goes_on_behind_the_last_shard(made: Path, count: int, tmp_path: Path) -> None:
-    archive = Archive(made / "archive")
+    archive, cut = Archive(made / "archive"), tmp_path / "cut.partial"
+    cut.mkdir()
+    begin(cut, "analyze")
     filled(archive, tmp_path / "whole", max_shard_bytes=5_000).finish(archive.manifest)
-    filled(archive, tmp_path / "cut", count, max_shard_bytes=5_000).close()
-    assert has_progress(tmp_path / "cut") == (count > 0)
-    (tmp_path / "cut" / "left-over").mkdir()
-    (tmp_path / "cut" / "subspaces-00099.safetensors").write_bytes(b"of another run")
-    again = filled(archive, tmp_path / "cut", max_shard_bytes=5_000)
+    filled(archive, cut, count, max_shard_bytes=5_000).close()
+    assert has_progress(cut) == (count > 0)
+    (cut / "left-over").mkdir()
+    for name, content in (("subspaces-00099.safetensors", b"of another run"), ("subspaces-mine.safetensors", b"")):
+        (cut / name).write_bytes(content)
+    note(cut / "subspaces-00099.safetensors")
+    again = filled(archive, cut, max_shard_bytes=5_000)
     again.finish(archive.manifest)
-    assert not has_progress(tmp_path / "cut")
-    whole, cut = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
-    assert whole == cut
+    assert not has_progress(cut)
+    (cut / "subspaces-mine.safetensors").unlink()  # which is not touched
+    whole, found = ({f.name: f.read_bytes() for f in path.iterdir()} for path in (tmp_path / "whole", cut))
+    assert found.pop(MARKER_NAME)
+    assert whole == found
 
 
 def test_another_key_is_refused_and_names_what_differs(made: Path, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ from sculptor.methods.settings import AnalyzeSettings
 from sculptor.methods.weights import Weights
 from sculptor.model.load import checkpoint_activations, load_model, load_streamed
 from sculptor.model.loss import batch_loss
-from sculptor.planning.footprints import PlannedMatrix, Workload, footprints
+from sculptor.planning.footprints import Workload, footprints
+from sculptor.planning.matrices import PlannedMatrix
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings

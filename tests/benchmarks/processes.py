@@ -1,6 +1,7 @@
 """Several processes against one: speed of training and of analysis, memory of each process.
 
-    torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --train ARCHIVE [--tokens 16384] [--steps 8]
+    torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --train ARCHIVE [--tokens 16384] [--steps 8] \
+        [--parallel replicate --parallel shard] [--offload cpu]
     torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --analyze weights --analyze curvature
 
 Run once per number of processes; WORK keeps outputs apart. Rows are random words of full length, every process has the same
@@ -19,6 +20,7 @@ import torch
 
 import sculptor
 from sculptor.tasks.processes import join
+from sculptor.training.settings import Parallel
 
 WORDS = [
     "the",
@@ -49,15 +51,15 @@ def write_rows(path: Path, count: int, words: int) -> Path:
     return path
 
 
-def train(model: Path, work: Path, archive: Path, options: argparse.Namespace) -> dict[str, object]:
+def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: argparse.Namespace) -> dict[str, object]:
     """Tokens per second of all processes together, from the run's own metrics."""
     world = join(options.device)
     rows = options.tokens // options.length
     data = write_rows(work / "rows.jsonl", rows * world.size * 2, options.length)
-    output = work / f"tuned-{archive.name}-{world.size}"
+    output = work / f"tuned-{archive.name}-{world.size}-{parallel}"
     settings = sculptor.TrainSettings(
         device=options.device, max_length=options.length, batch_size=rows * world.size, micro_batch_size=options.micro,
-        max_steps=options.steps, offload="none", carry="keep", learning_rate=1e-5, save_every=10**6,
+        max_steps=options.steps, parallel=parallel, offload=options.offload, carry="keep", learning_rate=1e-5, save_every=10**6,
         checkpoint_activations=options.recompute or None,
     )  # fmt: skip
     started = time.perf_counter()
@@ -99,6 +101,8 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--train", type=Path, action="append", default=[], help="an archive")
     parser.add_argument("--analyze", action="append", default=[], help="a basis")
+    parser.add_argument("--parallel", action="append", choices=["auto", "replicate", "shard"], help="repeatable")
+    parser.add_argument("--offload", default="none", choices=["none", "cpu", "auto"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tokens", type=int, default=16384, help="of a step, per process")
     parser.add_argument("--length", type=int, default=2048)
@@ -114,7 +118,15 @@ def main() -> None:
         ("analyze", basis, lambda b=basis: analyze(options.model, options.work, b, options))
         for basis in options.analyze
     ]
-    jobs += [("train", a.name, lambda a=a: train(options.model, options.work, a, options)) for a in options.train]
+    jobs += [
+        (
+            f"train {options.offload} {way}",
+            a.name,
+            lambda a=a, way=way: train(options.model, options.work, a, way, options),
+        )
+        for a in options.train
+        for way in options.parallel or ["auto"]
+    ]
     for what, name, job in jobs:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

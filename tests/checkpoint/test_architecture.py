@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FAMILIES, save_checkpoint
+from families import mappings, tiny
 from safetensors.torch import load_file, save_file
 
-from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.architecture import ROUTER, inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.selection import select_targets
 from sculptor.errors import CheckpointError, SettingsError
@@ -38,7 +40,7 @@ EXPECTED = {
         ],
     ),
     "bert": (12, "masked", [{f"attention.self.{x}" for x in ("query", "key", "value")}]),
-    "mixtral": (8, "causal", [QKV]),
+    "mixtral": (32, "causal", [QKV, *[{"mlp.experts.w1", "mlp.experts.w3"}] * 4]),
 }
 
 
@@ -61,11 +63,31 @@ def test_targets_are_those_of_the_family(tmp_path: Path, family: str) -> None:
     assert sorted(map(sorted, shared)) == sorted(map(sorted, sharing * 2))
 
 
-def test_experts_are_named_with_their_size(tmp_path: Path) -> None:
-    found = inspect_architecture(open_checkpoint(save_checkpoint(tmp_path / "m", "mixtral")))
-    sizes = {item.role: item.num_parameters for item in found.not_targeted}
-    assert sizes["mlp.experts.gate_up_proj"] == 2 * 4 * 2 * 48 * 32
-    assert sizes["mlp.experts.down_proj"] == 2 * 4 * 48 * 32
+@pytest.mark.parametrize(
+    ("family", "stored"), [("mixtral", "one by one"), ("qwen3_moe", "one by one"), ("gpt_oss", "")]
+)
+def test_every_expert_is_a_matrix_of_the_files_and_a_window_of_a_parameter(
+    family: str, stored: str, tmp_path: Path
+) -> None:
+    model = tiny(family, mappings()["causal"][family])
+    model.save_pretrained(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m")
+    found = inspect_architecture(checkpoint)
+    parameters = dict(model.named_parameters())
+    experts = [target for target in found.targets if not target.window.is_whole]
+    assert len(experts) == (2 * 4 * 3 if stored else 2 * 4 * 2)
+    assert {target.part is None for target in experts} == {bool(stored)}
+    assert sum(target.shape[0] * target.shape[1] for target in experts) == sum(
+        value.numel() for name, value in parameters.items() if ".experts." in name and value.ndim == 3
+    )
+    for target in experts:
+        value = target.window.of(parameters[target.parameter])
+        assert torch.equal(value, checkpoint.matrix(target))
+        assert target.shape == tuple(value.T.shape if target.transposed else value.shape)
+        assert target.transposed == (family == "gpt_oss")
+        assert target.share == 0.5
+    assert any(item.reason == ROUTER for item in found.not_targeted)
+    assert not any(item.role.endswith(("gate_up_proj", "down_proj")) for item in found.not_targeted)
 
 
 def test_names_without_the_base_prefix_are_found(tmp_path: Path) -> None:

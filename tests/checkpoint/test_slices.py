@@ -1,6 +1,5 @@
 """A target may be a slice of a tensor, as an expert of several that are stored together: read, written and streamed alone."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from conftest import save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from sculptor import Archive, TrainSettings, train
+from sculptor import Archive
 from sculptor.analysis.verify import verify_checkpoints
 from sculptor.archive.manifest import Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.writer import ArchiveWriter
@@ -16,7 +15,7 @@ from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import Checkpoint, Slice, open_checkpoint
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.writer import write_checkpoint
-from sculptor.errors import ArchiveError, CheckpointError
+from sculptor.errors import CheckpointError
 from sculptor.methods.method import Evidence
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.methods.weights import Weights
@@ -119,23 +118,3 @@ def test_an_archive_of_slices_is_bound_and_verified(checkpoint: Checkpoint, tmp_
     outside = verify_checkpoints(checkpoint, tuned("outside", {1: torch.ones(12, 8)}), archive)
     assert outside.changed_elsewhere == (f"{STACKED}[1]",), "a slice that is not in the archive is compared as it is"
     assert all(matrix.holds for matrix in outside.matrices)
-
-
-def test_an_archive_of_slices_is_not_trained_yet(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    from sculptor.training.protect import refuse_slices
-
-    archive = archive_of(checkpoint, tmp_path / "a", (1,))
-    with pytest.raises(ArchiveError, match=r"\[1\] is a slice of a tensor"):
-        refuse_slices(archive)
-    for offload in ("none", "cpu"):
-        with pytest.raises(ArchiveError, match=r"\[1\] is a slice of a tensor"):
-            train(
-                checkpoint.path,
-                archive.path,
-                [tmp_path / "rows.jsonl"],
-                tmp_path / "out",
-                TrainSettings(offload=offload),
-            )
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
-    assert replace(archive[f"{STACKED}[1]"], part=None).name == STACKED

@@ -6,32 +6,46 @@ from pathlib import Path
 
 import pytest
 
-from sculptor.checkpoint.staging import NotPlacedError, check_apart, commit, one_pass, partial_path, staging
-from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, list_files
+from sculptor.checkpoint.staging import (
+    NotPlacedError,
+    check_apart,
+    commit,
+    one_pass,
+    partial_path,
+    staging,
+    writing,
+)
+from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint
 from sculptor.errors import OutputError
-
-WRITES = ("work", "new", "sculptor.json", "state/*")
 
 
 def start(output: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     with staging(
-        output, command="analyze", writes=WRITES, overwrite=overwrite, resume=resume, worth_keeping=lambda _: True
+        output, command="analyze", overwrite=overwrite, resume=resume, worth_keeping=lambda _: True
     ) as partial:
         return partial
+
+
+def put(path: Path, text: str = "") -> None:
+    """Writes a file as the product does."""
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
 
 
 def ours(output: Path, *names: str) -> None:
     """Makes an output as a run leaves it."""
     for name in names:
         (output / name).write_text("")
-    (output / MARKER_NAME).write_text(json.dumps({"files": list_files(output, ["*"])}))
+    files = {file.name: fingerprint(file) for file in output.iterdir()}
+    (output / MARKER_NAME).write_text(json.dumps({"files": files}))
 
 
 def test_existing_output_and_left_overs_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     partial = start(output)
     assert partial == partial_path(output)
-    (partial / "work").write_text("half")
+    put(partial / "work", "half")
     with pytest.raises(OutputError, match=r"left over .* --resume .* --overwrite"):
         start(output)
     assert (start(output, resume=True) / "work").exists()
@@ -61,7 +75,7 @@ def test_overwrite_replaces_only_at_success(tmp_path: Path) -> None:
     (tmp_path / "out.old").mkdir()
     partial = start(output, overwrite=True)
     assert (output / "sculptor.json").exists()
-    (partial / "new").write_text("")
+    put(partial / "new")
     commit(partial, output, overwrite=True)
     assert sorted(file.name for file in output.iterdir()) == [".sculptor", "new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old"]
@@ -102,10 +116,10 @@ def test_overwrite_spares_what_came_to_lie_in_an_output(tmp_path: Path, name: st
 
 def test_what_another_command_left_is_not_taken_up(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    (start(output) / "work").write_text("hours")
+    put(start(output) / "work", "hours")
     with (
         pytest.raises(OutputError, match="left by `analyze`, not by `train`"),
-        staging(output, command="train", writes=WRITES, overwrite=False, resume=True, worth_keeping=lambda _: True),
+        staging(output, command="train", overwrite=False, resume=True, worth_keeping=lambda _: True),
     ):
         pass
     assert (start(output, resume=True) / "work").read_text() == "hours"
@@ -135,7 +149,7 @@ def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypa
     output = tmp_path / "out"
     output.mkdir()
     (output / "sculptor.json").write_text("old")
-    (output / MARKER_NAME).write_text(json.dumps({"files": list_files(output, ["*"])}))
+    ours(output)
     rename, count = Path.rename, [0]
 
     def failing(self: Path, target: Path) -> Path:
@@ -146,11 +160,9 @@ def test_a_failed_exchange_loses_nothing(tmp_path: Path, fails_at: int, monkeypa
 
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match=r"No space left.*complete in .*out.partial"),
-        staging(
-            output, command="analyze", writes=WRITES, overwrite=True, resume=False, worth_keeping=lambda _: False
-        ) as partial,
+        staging(output, command="analyze", overwrite=True, resume=False, worth_keeping=lambda _: False) as partial,
     ):
-        (partial / "sculptor.json").write_text("new")
+        put(partial / "sculptor.json", "new")
         monkeypatch.setattr(Path, "rename", failing)
         commit(partial, output, overwrite=True)
     assert (output / "sculptor.json").read_text() == "old"
@@ -162,9 +174,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with (  # noqa: PT012
         pytest.raises(NotPlacedError, match="exists already"),
-        staging(
-            output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: False
-        ) as partial,
+        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial,
     ):
         (partial / "work").write_text("ours")
         output.mkdir()
@@ -184,10 +194,8 @@ def test_the_lock_is_held_until_the_place_is_taken(tmp_path: Path, monkeypatch: 
         seen.append(rename(self, target))
         return seen[0]
 
-    with staging(
-        output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: False
-    ) as partial:
-        (partial / "work").write_text("")
+    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False) as partial:
+        put(partial / "work")
         monkeypatch.setattr(Path, "rename", watched)
         commit(partial, output, overwrite=False)
         with pytest.raises(OutputError, match="exists already"):
@@ -210,10 +218,8 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_place(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with staging(
-        output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: True
-    ) as partial:
-        (partial / "work").write_text("")
+    with staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: True) as partial:
+        put(partial / "work")
         for resume in (True, False):
             with pytest.raises(OutputError, match="another run is writing there"):
                 start(output, overwrite=not resume, resume=resume)
@@ -226,7 +232,7 @@ def test_after_an_error_only_progress_is_kept(tmp_path: Path, worth: bool) -> No
     output = tmp_path / "out"
     with (
         pytest.raises(KeyboardInterrupt),
-        staging(output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: worth),
+        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: worth),
     ):
         raise KeyboardInterrupt
     assert partial_path(output).exists() == worth
@@ -270,15 +276,17 @@ def test_scores_of_somebody_else_are_kept(tmp_path: Path, content: str, ours_too
     assert (output / "scores.json").read_text() == content
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "thesis/a.tex", "work.bak"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "thesis/a.tex", "work.bak", "output/notes.txt", "state/step-00000001/best.txt"]
+)
 @pytest.mark.parametrize("resume", [True, False])
 def test_what_came_to_lie_in_a_staging_directory_is_refused_and_kept(tmp_path: Path, name: str, resume: bool) -> None:
     partial = start(tmp_path / "out")
-    (partial / "work").write_text("half")
+    put(partial / "work", "half")
     mine = partial / name
-    mine.parent.mkdir(exist_ok=True)
+    mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("mine")
-    with pytest.raises(OutputError, match=f"{name} is nothing that `analyze` writes"):
+    with pytest.raises(OutputError, match=f"{name} is nothing that sculptor wrote"):
         start(tmp_path / "out", overwrite=not resume, resume=resume)
     assert mine.read_text() == "mine"
     assert (partial / "work").read_text() == "half"
@@ -305,17 +313,16 @@ def test_a_file_that_comes_while_a_run_works_is_kept(tmp_path: Path, how: str) -
     partial = partial_path(output)
     with (
         suppress(KeyboardInterrupt),
-        staging(output, command="analyze", writes=WRITES, overwrite=False, resume=False, worth_keeping=lambda _: False),
+        staging(output, command="analyze", overwrite=False, resume=False, worth_keeping=lambda _: False),
     ):
-        (partial / "state").mkdir()
-        (partial / "state" / "step").write_text("")
+        put(partial / "state" / "step")
         (partial / "notes.txt").write_text("mine")
         if how == "error":
             raise KeyboardInterrupt
         if how == "success":
-            discard(partial, WRITES)
+            discard(partial)
         else:
-            commit(partial, output, overwrite=False, writes=WRITES)
+            commit(partial, output, overwrite=False)
     if how == "placed whole":
         with pytest.raises(OutputError, match=r"holds notes\.txt, which sculptor did not write"):
             start(output, overwrite=True)
@@ -360,8 +367,7 @@ def test_a_copy_of_an_output_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".sculptor.tmp", "work.tmp", "state/step.tmp"])
 def test_what_a_killed_run_was_writing_is_its_own(tmp_path: Path, name: str) -> None:
     partial = start(tmp_path / "out")
-    (partial / name).parent.mkdir(exist_ok=True)
-    (partial / name).write_text("ha")
+    put(partial / name, "ha")
     start(tmp_path / "out", resume=True)
     start(tmp_path / "out", overwrite=True)
     assert not (partial / name).exists()

@@ -13,7 +13,7 @@ from benchmarks.kill import COMMAND
 from conftest import Result, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file, save_file
 
-from sculptor.checkpoint.written import list_files
+from sculptor.checkpoint.written import fingerprint
 
 
 @pytest.fixture
@@ -95,7 +95,8 @@ def test_rows_name_file_and_line(cli: Callable[..., Result], made: dict[str, Pat
 def test_existing_outputs_are_kept(cli: Callable[..., Result], made: dict[str, Path]) -> None:
     made["out"].mkdir()
     (made["out"] / "precious").write_text("x")
-    (made["out"] / ".sculptor").write_text(json.dumps({"files": list_files(made["out"], ["*"])}))
+    files = {"precious": fingerprint(made["out"] / "precious")}
+    (made["out"] / ".sculptor").write_text(json.dumps({"files": files}))
     one_line(train(cli, made), "exists already", "--overwrite")
     one_line(cli("analyze", made["model"], "-o", made["out"]), "exists already")
     assert (made["out"] / "precious").read_text() == "x"

@@ -313,9 +313,9 @@ def test_keys_that_a_template_does_not_read_are_named(tokenizer: Any, tmp_path: 
     messages = [HELLO[0] | {"name": "Ann"}, HELLO[1] | {"id": 3}]
     (row,) = read_rows([{"messages": messages}])
     assert isinstance(row, MessagesRow)
-    assert unread_keys(row, tokenizer) == ("id", "name")
+    assert unread_keys([row, row], tokenizer) == {"id": 2, "name": 2}
     tokenizer.chat_template = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ m.name }}")
-    assert unread_keys(row, tokenizer) == ("id",)
+    assert unread_keys([row], tokenizer) == {"id": 1}
 
 
 def test_arguments_stay_as_they_were_written(tokenizer: Any, tmp_path: Path) -> None:

@@ -77,8 +77,11 @@ def test_columns_are_named(tmp_path: Path) -> None:
         assert (found.prompt, found.completion) == ("w1", "w2")
     said: list[str] = []
     (source,) = read_sources([tmp_path / "rows.jsonl"], None, columns, said.append)
-    assert source.unread == ("id", "text")
-    assert said == ["rows.jsonl: 1 rows read as prompt and completion (question as prompt, answer as completion)"]
+    assert source.unread == {"id": 1, "text": 1}
+    assert said == [
+        "rows.jsonl: 1 rows read as prompt and completion (question as prompt, answer as completion); "
+        "not read: 'id' of 1 rows, 'text' of 1 rows"
+    ]
     assert one(tmp_path, {"body": "w1"}, "text=body").text == "w1"
     assert one(tmp_path, {"log": SHARED}, "conversations=log").messages[1]["content"] == "w2"
     for wrong, message in (

@@ -185,3 +185,26 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(DataError, match=r"pip install 'sculptor-subspaces\[data\]'"):
             read_rows(given)
     assert read_rows(write_rows(tmp_path / "rows.jsonl", task_rows(count=2)))
+
+
+def test_a_folder_says_what_its_files_say(datasets: Any, tmp_path: Path) -> None:
+    """The library alone guesses types: 1.0 for 1 beside an empty cell, nothing for NA, a time for a date."""
+    table = "prompt,completion\n1,2\n,3\nNA,null\ntrue,1.50\n2020-01-01,007\n"
+    lines = [{"prompt": "2020-01-01", "completion": "1"}, {"prompt": "w", "completion": "2020-01-02T03:04:05"}]
+    made = datasets.Dataset.from_list(lines)
+    for kind in ("csv", "jsonl", "parquet"):
+        (tmp_path / kind).mkdir()
+        for name in ("train-00000", "train-00001", "test"):
+            file = tmp_path / kind / f"{name}.{kind}"
+            if kind == "parquet":
+                made.to_parquet(file)
+            else:
+                file.write_text(table if kind == "csv" else "".join(json.dumps(row) + "\n" for row in lines))
+        files = [tmp_path / kind / f"{name}.{kind}" for name in ("train-00000", "train-00001")]
+        assert digest_rows(read_rows(tmp_path / kind)) == digest_rows(read_rows(files)), kind
+        assert digest_rows(read_rows(f"{tmp_path / kind}@test")) == digest_rows(read_rows(files[0])), kind
+    completions = [row.completion for row in read_rows(tmp_path / "csv")]  # type: ignore[union-attr]
+    assert completions[:5] == ["2", "3", "null", "1.50", "007"]
+    (tmp_path / "csv" / "train-00001.csv").write_text(f"{table}a,b,c\n")
+    with pytest.raises(DataError, match=r"train-00001.csv:7: 3 cells, the head has 2"):
+        read_rows(tmp_path / "csv")

@@ -11,7 +11,8 @@ from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.methods.rule import cost_of
-from sculptor.planning.footprints import RUNTIME, Footprint, PlannedMatrix, Workload, footprints
+from sculptor.planning.footprints import RUNTIME, Footprint, Workload, footprints
+from sculptor.planning.matrices import PlannedMatrix
 from sculptor.planning.placement import plan_archive
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

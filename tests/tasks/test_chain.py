@@ -41,7 +41,7 @@ def test_two_tasks_in_a_row(cli: Callable[..., Result], tmp_path: Path, family: 
     assert made.code == 0, made.err
     expected = sum(role["num_matrices"] for role in made.json["roles"])
     if family == "mixtral":
-        assert {item["role"] for item in made.json["not_targeted"]} >= {"mlp.experts.down_proj"}
+        assert {item["role"] for item in made.json["not_targeted"]} == {"model.layers.*.mlp.gate.weight"}
 
     outputs, current, subspaces = [], model, archive
     for data in (first, second):
@@ -52,7 +52,13 @@ def test_two_tasks_in_a_row(cli: Callable[..., Result], tmp_path: Path, family: 
         verified = cli("verify", current, output, "--subspaces", subspaces, "--device", "cpu", "--json")
         assert verified.code == 0, verified.out + verified.err
         assert verified.json["passed"]
-        assert verified.json["num_targets"] == verified.json["num_changed"] == expected
+        assert verified.json["num_targets"] == expected
+        # An expert that no token is sent to is not trained.
+        assert (
+            8 < verified.json["num_changed"] <= expected
+            if family == "mixtral"
+            else verified.json["num_changed"] == expected
+        )
         outputs.append(output)
         current, subspaces = output, output / "subspaces"
     across = cli("verify", model, outputs[1], "--subspaces", archive, "--device", "cpu", "--json")

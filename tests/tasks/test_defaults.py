@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Result, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, train, verify
 from sculptor.archive.manifest import Manifest
@@ -132,6 +133,28 @@ def test_a_stopped_one_goes_on_with_its_archive(tmp_path: Path) -> None:
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert (tmp_path / "cut" / "analyzed" / "archive.json").stat().st_mtime_ns == before
+
+
+def test_keys_that_nothing_reads_are_named(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """Once each, wherever rows are read: `prompts`, `weigth`, `name`."""
+    model, rows = save_checkpoint(tmp_path / "model"), tmp_path / "rows.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    talk = [{"role": "user", "content": "w1", "name": "w2"}, {"role": "assistant", "content": "w3"}]
+    given = [{"messages": talk, "prompts": "w1"}, {"messages": talk, "weigth": 0}, {"messages": talk[:1] + talk[1:]}]
+    rows.write_text("\n".join(map(json.dumps, given)) + "\n")
+    keys = "rows.jsonl: not read: 'prompts' of 1 rows, 'weigth' of 1 rows"
+    for command in (
+        ("train", "--data", rows, "--protect-data", rows, "-o", tmp_path / "out", "--max-steps", 1),
+        ("evaluate", "--data", rows),
+        ("analyze", "--data", rows, "-o", tmp_path / "a"),
+        ("analyze", "--data", rows, "--basis", "weights", "-o", tmp_path / "b"),
+    ):
+        found = cli(command[0], model, *command[1:], "--device", "cpu")
+        assert found.code == 0, found.err
+        assert found.err.count(keys) == (2 if command[0] == "train" else 1), found.err
+        assert "in messages: 'name' of 3 rows" in found.err
 
 
 def test_bad_rows_are_refused_before_the_analysis(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ LOADED = [
 REFUSED = [
     (fewer_words, r"shape|mismatch"),
     (adapter_beside, "adapter_config.json beside full weights"),
-    (adapter_alone, "merge_and_unload"),
+    (adapter_alone, "--merge-adapter DIR"),
     (shards_outside, "outside of the directory"),
     (index_without_metadata, "not a weight index"),
     (foreign_class_with_code, "custom code"),

@@ -349,10 +349,26 @@ def test_several_gpus_divide_the_rows(cli: Callable[..., Result], tmp_path: Path
     options = ("--gpu-memory", 80, "--tflops", 400, "--link", 50, "--disk", 2, "--batch-size", 64, "--max-length", 64)
     one, four = (json.loads(cli("estimate", model, *options, "--gpus", n, "--json").out) for n in (1, 4))
     assert list(one["modes"]) == ["none", "cpu", "disk"]
-    assert list(four["modes"]) == ["none"]
+    assert list(four["modes"]) == ["replicate", "shard", "shard, cpu"]
     assert one["tokens"] == four["tokens"] == 64 * 64
-    assert four["modes"]["none"]["compute"] == pytest.approx(one["modes"]["none"]["compute"] / 4, rel=0.2)
-    assert one["exchanged"] == 0
-    assert four["exchanged"] == 1.5 * 4 * four["num_trainable"]
-    assert "4 GPUs, each with all matrices" in cli("estimate", model, *options, "--gpus", 4).out
+    assert four["modes"]["replicate"]["compute"] == pytest.approx(one["modes"]["none"]["compute"] / 4, rel=0.2)
+    replicate, shard, on_host = (four["modes"][name]["plan"] for name in four["modes"])
+    assert one["modes"]["none"]["plan"]["exchanged"] == 0
+    assert replicate["exchanged"] == 1.5 * 4 * four["num_trainable"]
+    blocks = sum(share["weights"] for share in shard["shares"])
+    assert shard["exchanged"] == on_host["exchanged"]
+    assert (
+        0.7 * 3 * blocks < shard["exchanged"] <= 0.75 * 3 * blocks
+    )  # two times weights, once gradients; norms have none
+    held = "coordinates, gradients, AdamW"
+    assert sum(share["coordinates"] for share in shard["shares"]) == four["num_trainable"]
+    assert replicate["device"][held] / 4 <= shard["device"][held] < replicate["device"][held] / 2
+    assert on_host["host"][held] == shard["device"][held]
+    text = cli("estimate", model, *options, "--gpus", 4).out
+    assert "4 GPUs, each with its part of the rows and all matrices (replicate), or its share" in text
+    assert "held by rank, divided" in text
+    assert list(
+        json.loads(cli("estimate", model, *options, "--gpus", 9, "--parallel", "shard", "--json").out)["modes"]
+    ) == ["shard", "shard, cpu"]
+    assert cli("estimate", model, "--parallel", "shard").code == 2
     assert cli("estimate", model, "--gpus", 2, "--fused").code == 2

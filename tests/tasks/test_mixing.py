@@ -33,3 +33,38 @@ def test_weights_decide_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> 
     assert manifest["tasks"][0]["weights"] == [1.5, 0.5]
     wrong = cli("evaluate", model, *data, "--device", "cpu")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+
+
+def test_replay_is_mixed_in_and_is_no_part_of_the_task(cli: Callable[..., Result], tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    task = write_rows(tmp_path / "task.jsonl", task_rows(count=18))
+    text = write_rows(tmp_path / "text.jsonl", task_rows("text", 30))
+    asked = ("--preserve", 0.5, "--device", "cpu")
+    assert cli("analyze", model, "-o", tmp_path / "archive", *asked, "--samples").code == 0
+    assert cli("analyze", model, "-o", tmp_path / "without", *asked).code == 0
+
+    def run(name: str, *more: object, archive: str = "archive") -> Result:
+        return cli("train", model, "--subspaces", tmp_path / archive, "--data", task, "-o", tmp_path / name, "--batch-size", 4,
+                   "--learning-rate", 1e-2, "--device", "cpu", *more)  # fmt: skip
+
+    found = run("out", "--replay", f"{text}:0.2", "--replay", "self:0.2")
+    assert found.code == 0, found.err
+    assert "an epoch takes 18 rows of the task and mixes in 6 from text.jsonl (30 rows), 6 from self (" in found.err
+    record = json.loads((tmp_path / "out" / "sculptor.json").read_text())
+    assert record["result"]["steps"] == 8
+    assert record["examples"]["rows"] == 18
+    assert record["data"]["replay"] == [{"name": "text.jsonl", "share": 0.2}, {"name": "self", "share": 0.2}]
+    plain, mixed = (tmp_path / name / "model.safetensors" for name in ("plain", "out"))
+    assert run("plain").code == 0
+    assert plain.read_bytes() != mixed.read_bytes()
+    for more, archive, message in (
+        (("--replay", f"{text}:0.6", "--replay", "self:0.5"), "archive", "shares of 1.1 in all leave nothing"),
+        (("--replay", "self"), "without", "keeps no samples of the model"),
+        (("--replay", "self", "--max-harm", 0.1), "archive", "--replay self with --max-harm"),
+        (("--replay", tmp_path / "nothing.jsonl"), "archive", "nothing.jsonl"),
+    ):
+        wrong = run("wrong", *more, archive=archive)
+        assert wrong.code in (1, 2)
+        assert wrong.err.count("\n") == 1
+        assert message in wrong.err
+        assert not (tmp_path / "wrong").exists()

@@ -1,5 +1,7 @@
 """A job in several processes is the job of one: same losses, same files, and every end is clean."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -11,13 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_checkpoint, slowly, task_rows, write_rows
+import transformers
+from conftest import FAMILIES, IDS, SMALL, save_checkpoint, slowly, task_rows, write_rows
 from safetensors.torch import load_file
-from together import Failed, environment, free_port, on_a_small_disk, together, train_on, train_until
+from together import (
+    Failed,
+    environment,
+    free_port,
+    held_bytes,
+    on_a_small_disk,
+    together,
+    train_ahead,
+    train_on,
+    train_until,
+)
 
 import sculptor
 from sculptor import AnalyzeSettings, TrainSettings
-from sculptor.errors import Stopped
+from sculptor.errors import SettingsError, Stopped
 
 CPU = {"device": "cpu"}
 
@@ -63,15 +76,24 @@ def same_files(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names if (one / name).is_file())
 
 
+SHARD = {"parallel": "shard"}
+
+
 @pytest.mark.parametrize(
-    ("family", "size"),
+    ("family", "size", "changes"),
     [
-        ("llama", 2),
-        ("t5", 3),
-        *slowly(("llama", 3), ("llama-tied", 2), ("qwen3", 2), ("t5", 2), ("mixtral", 2), ("mixtral", 3)),
+        ("llama", 2, SHARD),
+        ("t5", 3, {}),
+        *slowly(*((family, 2, {}) for family in ("llama", "llama-tied", "qwen3", "t5", "mixtral"))),
+        *slowly(("llama", 3, {}), ("mixtral", 3, {})),
+        *slowly(*((family, 2, SHARD) for family in ("llama-tied", "qwen3", "t5", "mixtral"))),
+        *slowly(*((family, 3, SHARD | {"offload": "cpu"}) for family in ("llama", "t5", "mixtral"))),
+        *slowly(
+            ("llama", 2, SHARD | {"clip_by": "matrix"}), ("opt", 2, SHARD | {"offload": "cpu", "optimizer_on": "host"})
+        ),
     ],
 )
-def test_training_is_that_of_one_process(family: str, size: int, tmp_path: Path) -> None:
+def test_training_is_that_of_one_process(family: str, size: int, changes: dict[str, Any], tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model", family)
     config = json.loads((model / "config.json").read_text())
     if config.pop("dropout_rate", 0):  # every process draws its own
@@ -80,8 +102,10 @@ def test_training_is_that_of_one_process(family: str, size: int, tmp_path: Path)
     sculptor.analyze(model, tmp_path / "archive", AnalyzeSettings(preserve=0.5, **CPU))
     inputs = (model, tmp_path / "archive", [rows])
     watched = {"eval_data": [rows]}
-    expected = sculptor.train(*inputs, tmp_path / "one", settings(also_train=("*norm*",)), **watched)
-    found = together(size, sculptor.train, *inputs, tmp_path / "several", settings(also_train=("*norm*",)), **watched)
+    alone = {name: value for name, value in changes.items() if name == "clip_by"}
+    expected = sculptor.train(*inputs, tmp_path / "one", settings(also_train=("*norm*",), **alone), **watched)
+    chosen = settings(also_train=("*norm*",), **changes)
+    found = together(size, sculptor.train, *inputs, tmp_path / "several", chosen, **watched)
     assert all(report == found[0] for report in found), "every process is told the same"
     assert found[0].loop.best_loss == pytest.approx(expected.loop.best_loss, abs=1e-5)
     assert found[0].loop.tokens == expected.loop.tokens
@@ -91,10 +115,11 @@ def test_training_is_that_of_one_process(family: str, size: int, tmp_path: Path)
     assert checked.leak <= 2e-6
 
 
-def test_moments_are_carried_on_together(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["replicate", *slowly("shard")])
+def test_moments_are_carried_on_together(made: Path, parallel: Any, tmp_path: Path) -> None:
     inputs = (made / "llama", made / "curvature", [made / "rows.jsonl"])
     sculptor.train(*inputs, tmp_path / "one", settings(max_steps=3))
-    together(2, sculptor.train, *inputs, tmp_path / "two", settings(max_steps=3))
+    together(2, sculptor.train, *inputs, tmp_path / "two", settings(max_steps=3, parallel=parallel))
     # AdamW moves what has next to no gradient by as much as the rest: of rounding, it makes a step.
     assert_same_training(made / "llama", tmp_path / "one", tmp_path / "two", 2e-3)
     one, two = (sculptor.Archive(tmp_path / name / "subspaces") for name in ("one", "two"))
@@ -104,11 +129,12 @@ def test_moments_are_carried_on_together(made: Path, tmp_path: Path) -> None:
     assert sculptor.verify(tmp_path / "two", tmp_path / "two", tmp_path / "two" / "subspaces", **CPU).passed
 
 
-def test_rules_are_opened_together(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["replicate", *slowly("shard")])
+def test_rules_are_opened_together(made: Path, parallel: Any, tmp_path: Path) -> None:
     sculptor.analyze(made / "llama", tmp_path / "archive", AnalyzeSettings(rule="lowrank", rank=4, **CPU))
     inputs = (made / "llama", tmp_path / "archive", [made / "rows.jsonl"])
     sculptor.train(*inputs, tmp_path / "one", settings(max_steps=3))
-    together(2, sculptor.train, *inputs, tmp_path / "two", settings(max_steps=3))
+    together(2, sculptor.train, *inputs, tmp_path / "two", settings(max_steps=3, parallel=parallel))
     assert_same_training(made / "llama", tmp_path / "one", tmp_path / "two", 2e-3)
     assert sculptor.verify(made / "llama", tmp_path / "two", tmp_path / "two" / "opened", **CPU).passed
     one, two = (sculptor.Archive(tmp_path / name / "subspaces") for name in ("one", "two"))
@@ -152,6 +178,78 @@ def test_verification_is_that_of_one_process(made: Path, tmp_path: Path) -> None
     assert together(3, sculptor.verify, *files, **CPU) == [expected] * 3
 
 
+@pytest.mark.slow
+def test_what_is_fetched_ahead_changes_nothing(made: Path, tmp_path: Path) -> None:
+    """As on a GPU."""
+    inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
+    watched = {"eval_data": [made / "rows.jsonl"]}
+    for changes in ({}, {"offload": "cpu", "offload_inputs": True, "optimizer_on": "host"}):
+        name = f"ahead-{len(changes)}"
+        chosen = settings(max_steps=6, save_every=2, **SHARD, **changes)
+        together(2, sculptor.train, *inputs, tmp_path / f"plain-{len(changes)}", chosen, **watched)
+        together(2, train_ahead, *inputs, tmp_path / name, chosen, **watched)
+        for file in ("model.safetensors", "subspaces/archive.json"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / f"plain-{len(changes)}" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [sculptor.train, train_ahead])
+def test_layers_that_are_dropped_stop_nobody(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.OPTConfig(
+        **(SMALL | {"num_hidden_layers": 4}), ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5, **IDS
+    )
+    monkeypatch.setitem(FAMILIES, "dropping", lambda: transformers.OPTForCausalLM(config))
+    model = save_checkpoint(tmp_path / "model", "dropping")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    sculptor.analyze(model, tmp_path / "archive", AnalyzeSettings(preserve=0.5, **CPU))
+    chosen = settings(parallel="shard", batch_size=3, micro_batch_size=1)
+    together(2, run, model, tmp_path / "archive", [rows], tmp_path / "out", chosen)
+    found = losses(tmp_path / "out")
+    assert found[-1] < found[0]
+    assert sculptor.verify(model, tmp_path / "out", tmp_path / "archive", **CPU).passed
+
+
+def test_a_divided_model_is_held_once(made: Path, tmp_path: Path) -> None:
+    """Its blocks, and what is trained of them, beside one block on its way; what is planned is what is taken."""
+    inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
+    found = together(2, held_bytes, *inputs, tmp_path / "out", settings(max_steps=1, carry="keep", **SHARD))
+    archive = sculptor.Archive(made / "weights")
+    checkpoint = load_file(made / "llama" / "model.safetensors")
+    blocks = [t.numel() * 4 for name, t in checkpoint.items() if ".layers." in name]
+    assert sum(weights for _, weights, _ in found) == pytest.approx(sum(blocks), rel=0.05)
+    assert sum(state for *_, state in found) == pytest.approx(12 * archive.num_free, rel=0.05)
+    assert max(weights for _, weights, _ in found) <= 0.6 * sum(blocks)
+    assert max(slot for slot, *_ in found) == pytest.approx(sum(blocks) / 2, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_divided_and_whole_by_turns(made: Path, tmp_path: Path) -> None:
+    inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
+    watched = {"eval_data": [made / "rows.jsonl"]}
+    sculptor.train(*inputs, tmp_path / "whole", settings(max_steps=12, save_every=1), **watched)
+    parts: list[tuple[int, Any]] = [(2, "shard"), (2, "replicate"), (1, "auto"), (3, "shard")]
+    for turn, (size, parallel) in enumerate(parts):
+        chosen = settings(max_steps=12, save_every=1, parallel=parallel)
+        run = train_until if size == 1 else functools.partial(together, size, train_until)
+        steps = 3 if turn < 3 else 9
+        ends = pytest.raises((Failed, Stopped)) if turn < 3 else contextlib.nullcontext()
+        with ends as stopped:
+            run(steps, *inputs, tmp_path / "parts", chosen, resume=True, **watched)
+        assert stopped is None or f"after step {3 * turn + 3} of 12" in str(stopped.value)
+    assert_same_training(made / "llama", tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_divided_run_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:
+    inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
+    together(2, sculptor.train, *inputs, tmp_path / "whole", settings(max_steps=6, **SHARD))
+    with pytest.raises(Failed, match="after step 2 of 6; the state is saved"):
+        together(2, train_until, 2, *inputs, tmp_path / "cut", settings(max_steps=6, **SHARD))
+    together(2, sculptor.train, *inputs, tmp_path / "cut", settings(max_steps=6, **SHARD), resume=True)
+    for file in ("model.safetensors", "subspaces/archive.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+
+
 def test_a_run_goes_on_with_other_processes(made: Path, tmp_path: Path) -> None:
     inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
     chosen = settings(max_steps=9, save_every=1)
@@ -177,11 +275,12 @@ def test_a_run_of_two_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
-def test_more_processes_than_rows(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["replicate", *slowly("shard")])
+def test_more_processes_than_rows(made: Path, parallel: Any, tmp_path: Path) -> None:
     inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
     chosen = settings(max_steps=3, batch_size=1, micro_batch_size=1)
     sculptor.train(*inputs, tmp_path / "one", chosen)
-    together(3, sculptor.train, *inputs, tmp_path / "three", chosen)
+    together(3, sculptor.train, *inputs, tmp_path / "three", dataclasses.replace(chosen, parallel=parallel))
     assert_same_training(made / "llama", tmp_path / "one", tmp_path / "three")
 
 
@@ -191,8 +290,10 @@ def test_what_is_wrong_is_told_once(made: Path, tmp_path: Path) -> None:
         together(2, sculptor.train, made / "llama", made / "no archive", rows, tmp_path / "out", settings())
     assert [error and error[0] for error in found.value.errors] == ["ArchiveError", "PeerError"]
     with pytest.raises(Failed) as found:
-        together(2, sculptor.train, made / "llama", made / "weights", rows, tmp_path / "out", settings(offload="cpu"))
+        together(2, sculptor.train, made / "llama", made / "weights", rows, tmp_path / "out", settings(offload="disk"))
     assert [error and error[0] for error in found.value.errors] == ["SettingsError", "PeerError"]
+    with pytest.raises(SettingsError, match="--parallel shard without effect in one process"):
+        sculptor.train(made / "llama", made / "weights", rows, tmp_path / "out", settings(parallel="shard"))
     with pytest.raises(Failed) as found:
         together(2, sculptor.train, made / "llama", made / "weights", rows, made / "llama", settings())
     assert [error and error[0] for error in found.value.errors] == ["OutputError", "PeerError"]
@@ -254,10 +355,12 @@ def test_the_command_speaks_once(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_dies_ends_the_others(made: Path, tmp_path: Path, killed: int) -> None:
+def test_a_process_that_dies_ends_the_others(made: Path, tmp_path: Path, killed: int, parallel: str) -> None:
     train = ("train", made / "llama", "--subspaces", made / "weights", "--data", made / "rows.jsonl", "--device", "cpu")
     command = (*train, "-o", tmp_path / "out", "--max-steps", 40, "--save-every", 2, "--learning-rate", "1e-5")
+    command += ("--parallel", parallel)
     processes = launch(2, *command)
     while not any((tmp_path / "out.partial" / "state").glob("step-*")):
         assert processes[0].poll() is None, processes[0].communicate()
@@ -276,12 +379,12 @@ def test_a_process_that_dies_ends_the_others(made: Path, tmp_path: Path, killed:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_all(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_a_full_disk_ends_all(made: Path, parallel: Any, tmp_path: Path) -> None:
     """The first process writes; the others hear of it."""
+    inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
     with pytest.raises(Failed) as found:
-        together(
-            2, on_a_small_disk, made / "llama", made / "weights", [made / "rows.jsonl"], tmp_path / "out", settings()
-        )
+        together(2, on_a_small_disk, *inputs, tmp_path / "out", settings(parallel=parallel))
     assert found.value.errors[0] is not None
     assert found.value.errors[0][0] == "OutputError"
     assert found.value.errors[1] is not None

@@ -2,10 +2,20 @@
 
 from collections.abc import Iterable
 
+from sculptor.model.harm import Harm
 from sculptor.numerics.rounding import ROUNDING_SLACK
 from sculptor.report.html.heat import Spot, by_block_and_role
 from sculptor.report.html.page import Markup
 from sculptor.report.text import percent
+
+
+def harm_tile(harm: Harm | None) -> list[tuple[str, str, str | None]]:
+    """What a model lost of its first base's own predictions, where that was measured."""
+    if harm is None:
+        return []
+    return [
+        ("Harm", f"{harm.nats:.4f} ± {harm.error:.4f}", f"nats a token, KL(base || new), {harm.num_samples} samples")
+    ]
 
 
 def leak_spot(name: str, role: str, update: float, leak: float, rounding: float, *, holds: bool = True) -> Spot:

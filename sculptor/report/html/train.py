@@ -7,7 +7,7 @@ from typing import Any
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.report.html.curves import Curve, chart
-from sculptor.report.html.figures import leak_map, leak_spot, share_map, update_map
+from sculptor.report.html.figures import harm_tile, leak_map, leak_spot, share_map, update_map
 from sculptor.report.html.heat import Spot
 from sculptor.report.html.page import Child, details, element, listed, note, page, section, table, tiles
 from sculptor.report.text import not_targeted_lines, percent, train_text
@@ -18,6 +18,8 @@ _TITLES = {
     "loss": ("Loss", "nats per token, of each step's rows"),
     "learning_rate": ("Learning rate", "of each step"),
     "relative_rate": ("Relative rate", "of each step, in the size of a matrix"),
+    "harm": ("Harm", "nats a token, KL(base || new) on the archive's samples"),
+    "kl": ("Divergence", "nats a token, KL to the base on the rows' own tokens"),
     "grad_norm": ("Gradient norm", "of what is trained, before clipping"),
 }
 
@@ -82,7 +84,7 @@ def _tiles(report: TrainReport, changed: bool) -> list[tuple[str, str, str | Non
         ]
     else:
         found.append(("Update", "none", "no matrix changed"))
-    return found
+    return found + harm_tile(loop.harm)
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> Child:

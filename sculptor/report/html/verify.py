@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sculptor.analysis.verify import Verification
-from sculptor.report.html.figures import leak_map, leak_spot, update_map
+from sculptor.report.html.figures import harm_tile, leak_map, leak_spot, update_map
 from sculptor.report.html.heat import Spot
 from sculptor.report.html.page import (
     Child,
@@ -109,7 +109,7 @@ def _tiles(result: Verification) -> list[tuple[str, str, str | None]]:
                 "of what an update of this size in random directions would disturb",
             )
         )
-    return found
+    return found + harm_tile(result.harm)
 
 
 def _elsewhere(result: Verification) -> Sequence[Child]:

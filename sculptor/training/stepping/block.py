@@ -3,25 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sculptor.archive.manifest import MatrixRecord
-from sculptor.archive.store import Archive
 from sculptor.checkpoint.orientation import as_out_in
-from sculptor.errors import CapacityError, SettingsError
 from sculptor.methods.rule import Tensors
-from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.layout import Layout
-from sculptor.streaming.regions import HostRegion, Region
+from sculptor.streaming.regions import Region
 from sculptor.streaming.weights import TensorFiles
-from sculptor.training.coordinates import folded_weight, prepare_training
-from sculptor.training.rates import Peaks
+from sculptor.training.coordinates import folded_weight
 from sculptor.training.schedule import RateOf
-from sculptor.training.settings import TrainSettings
-from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer, set_rates
+from sculptor.training.stepping.optimizer import MOMENTS, set_rates
 
 
 class Stage(Enum):
@@ -171,11 +166,6 @@ class StreamedBlock:
     due: Due | None = None
 
     @property
-    def num_coordinates(self) -> int:
-        """How many numbers are trained."""
-        return sum(torch.Size(shape).numel() for matrix in self.matrices for shape in matrix.record.rule.shapes)
-
-    @property
     def has_gradients(self) -> bool:
         """Whether gradients of this step wait."""
         return any(matrix.touched for matrix in self.matrices)
@@ -223,118 +213,3 @@ class StreamedBlock:
         for region in (self.bases, self.state, self.gradients, self.pristine):
             if region is not None:
                 region.close()
-
-
-def prepare_block(
-    index: int,
-    stream: BlockStream,
-    archive: Archive,
-    names: Mapping[str, str],
-    peaks: Peaks,
-    settings: TrainSettings,
-    optimizer_device: torch.device,
-) -> StreamedBlock:
-    """Reads the bases of a block and makes room for everything else; coordinates begin at 0.
-
-    Args:
-        index: of the block.
-        stream: of the model.
-        archive: of its checkpoint.
-        names: matrix of the archive -> parameter of the model, for the matrices with free pairs.
-        peaks: learning rates.
-        settings: resolved settings.
-        optimizer_device: where AdamW runs.
-
-    Raises:
-        ArchiveError: if a basis is damaged.
-        MemoryError: if the host does not give enough memory.
-    """
-    known: dict[Any, Any] = {}
-    unique: dict[int, tuple[str, Tensor]] = {}  # a basis that several matrices read is there once
-    matrices = []
-    for name, parameter_name in names.items():
-        record = archive[name]
-        dtype = stream.layouts[index][parameter_name].dtype
-        prepared = prepare_training(archive.read(name), stream.device, dtype, settings.soften or 0.0, known)
-        bases = {}
-        for key, tensor in prepared.tensors.items():
-            bases[key] = unique.setdefault(tensor.data_ptr(), (str(len(unique)), tensor))[0]
-        keys = [f"{name}.A{i}" for i in range(len(record.rule.shapes))]
-        parameter = stream.parameters[index][parameter_name]
-        parameter.requires_grad_(True)
-        coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
-        entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
-        info = stream.weights.files.checkpoint.info_of(record)
-        group = Group(coordinates, peaks.matrices[name], settings.weight_decay)
-        matrices.append(
-            StreamedMatrix(
-                record,
-                parameter,
-                parameter_name,
-                bases,
-                prepared.fingerprint,
-                keys,
-                coordinates,
-                make_optimizer([group], optimizer_device),
-                state=Layout(
-                    (key + suffix, dtype, shape)
-                    for suffix in ("", *("." + moment for moment in MOMENTS))
-                    for key, dtype, shape in entries
-                ),
-                gradients=Layout(entries),
-                pristine=Layout([("pristine", info.dtype, info.shape)]),
-            )
-        )
-    return _make_room(index, stream, matrices, dict(unique.values()))
-
-
-def _make_room(
-    index: int, stream: BlockStream, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
-) -> StreamedBlock:
-    state, gradients = (
-        Layout((name, place.dtype, place.shape) for part in parts for name, place in part.items())
-        for parts in ([matrix.state for matrix in matrices], [matrix.gradients for matrix in matrices])
-    )
-    at = 0
-    for matrix in matrices:
-        matrix.state_start, matrix.gradient_start = state[matrix.keys[0]].start, gradients[matrix.keys[0]].start
-        matrix.pristine_start = at
-        at += matrix.pristine.num_bytes
-    bases = Layout.of(tensors)
-    scratch, files = stream.weights.scratch, stream.weights.files
-    pristine = HostRegion(at, scratch.pinned) if scratch.tier == "cpu" else None
-    if pristine is not None:
-        for matrix in matrices:
-            files.read(matrix.record, matrix.pristine.view(pristine.memory[matrix.pristine_start :], "pristine"))
-    block = StreamedBlock(
-        matrices,
-        bases,
-        state,
-        gradients,
-        bases=scratch.region(f"bases-{index}", bases.num_bytes),
-        state=scratch.region(f"state-{index}", state.num_bytes),  # new memory and new files hold zeros
-        gradients=scratch.region(f"gradients-{index}", gradients.num_bytes),
-        pristine=pristine,
-    )
-    for name, tensor in tensors.items():
-        place = bases[name]
-        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), place.start)
-    if stream.device.type == "cuda":
-        torch.cuda.synchronize(stream.device)
-    return block
-
-
-def check_owners(archive: Archive, owners: Mapping[str, int]) -> None:
-    """Checks that every matrix with free pairs is trained with some block.
-
-    Raises:
-        CapacityError: if there are none.
-        SettingsError: if one is left out.
-    """
-    if not archive.open_names:
-        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    left = [name for name in archive.open_names if name not in owners]
-    if left:
-        raise SettingsError(
-            f"{archive.path}: {len(left)} matrices are not one block's own, first {left[0]}; use --offload none"
-        )

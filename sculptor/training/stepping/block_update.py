@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 
 from sculptor.numerics.precision import float32_products
 from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import HostRegion
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket
@@ -41,9 +43,10 @@ class BlockUpdater:
         self.blocks = blocks
         self.host = host
         self.bases = Slots(
-            count, max(block.bases_layout.num_bytes for block in blocks.values()), self.device, self._load_bases
+            count, max((b.bases_layout.num_bytes for b in blocks.values()), default=0), self.device, self._load_bases
         )
-        size = max(matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
+        sizes = (matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
+        size = max(sizes, default=0)
         self._ring = [Slot(size, self.device) for _ in range(count)]
         self._divisors: Divisors = None
         self._divisors_ready = self.transfers.mark()
@@ -79,7 +82,7 @@ class BlockUpdater:
         touched = due.touched if due is not None else frozenset()
         bases = self.bases.enter(block)
         self._divisors_ready.wait()
-        ahead = len(self._ring) > 1
+        ahead, last = len(self._ring) > 1, _last_of(found)
         loads = [self._bring(found, 0, stepping, gradients is None)]
         for k, matrix in enumerate(found.matrices):
             if ahead and k + 1 < len(found.matrices):
@@ -91,7 +94,7 @@ class BlockUpdater:
                 if gradients is not None:
                     views |= matrix.gradient_views(gradients.memory[matrix.gradient_start :])
                 matrix.step(views, due.rate_of, chosen(divisors or self._divisors, matrix.name))
-            target = self.stream.layouts[block].view(slot.memory, matrix.parameter_name)
+            target = matrix.record.window.of(self.stream.layouts[block].view(slot.memory, matrix.parameter_name))
             with float32_products(self.device, tf32=True):
                 target.copy_(matrix.fold(found.tensors(matrix, bases.memory), views, target.dtype))
             done = self.transfers.mark()
@@ -100,10 +103,11 @@ class BlockUpdater:
                 stored = self.transfers.store(partial(matrix.store_state, found, ring.memory), [done])
                 found.state.written = stored
                 ring.uses["store"] = stored
-            region = self.stream.weights.region(block)
-            store = partial(self.stream.weights.store, block, slot.memory, matrix.parameter_name)
-            region.written = self.transfers.store(store, [done])
-            slot.uses["store"] = region.written
+            if k == last[matrix.parameter_name]:
+                region = self.stream.weights.region(block)
+                store = partial(self.stream.weights.store, block, slot.memory, matrix.parameter_name)
+                region.written = self.transfers.store(store, [done])
+                slot.uses["store"] = region.written
             if not ahead and k + 1 < len(found.matrices):
                 loads.append(self._bring(found, k + 1, stepping, gradients is None))
         done = self.transfers.mark()
@@ -182,8 +186,45 @@ def by_matrix(blocks: Sequence[StreamedBlock], limit: float) -> dict[str, Tensor
     }
 
 
+def clip_own(
+    blocks: Sequence[StreamedBlock],
+    own: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    total: Tensor,
+    limit: float,
+    apart: bool,
+) -> Tensor | dict[str, Tensor]:
+    """Divides gradients that are on the device, and says what those of blocks are to be divided by.
+
+    Args:
+        blocks: whose gradients wait.
+        own: gradients of openly trained parameters, with these `norms`.
+        total: norm of all.
+        limit: the largest norm.
+        apart: whether each matrix and parameter is clipped by itself.
+    """
+    whole = divisor(total, limit)
+    for gradient, norm in zip(own, norms, strict=True):
+        gradient.div_(divisor(norm, limit) if apart else whole)
+    return by_matrix(blocks, limit) if apart else whole
+
+
 def on_cpu(divisors: Divisors) -> Divisors:
     """The same in host memory; waits for the device."""
     if divisors is None or isinstance(divisors, Tensor):
         return divisors if divisors is None else divisors.cpu()
     return {name: value.cpu() for name, value in divisors.items()}
+
+
+def made_by(block: StreamedBlock, layout: Layout) -> tuple[set[str], bool]:
+    """Parameters of a block that an update makes as a whole, and whether there are others that it makes in part."""
+    rest = {matrix.parameter_name: prod(layout[matrix.parameter_name].shape) for matrix in block.matrices}
+    for matrix in block.matrices:
+        rest[matrix.parameter_name] -= prod(matrix.record.shape)
+    whole = {name for name, numbers in rest.items() if not numbers}
+    return whole, len(whole) < len(rest)
+
+
+def _last_of(block: StreamedBlock) -> dict[str, int]:
+    """The last matrix of each parameter, by position."""
+    return {matrix.parameter_name: k for k, matrix in enumerate(block.matrices)}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
+from sculptor.world import World
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,6 +49,19 @@ def join_groups(groups: Sequence[Group]) -> list[Group]:
 def extra_groups(extra: Mapping[str, nn.Parameter], peaks: Mapping[str, float]) -> list[Group]:
     """Openly trained parameters, without weight decay."""
     return join_groups([Group([value], peaks[name]) for name, value in extra.items()])
+
+
+def add_up_gradients(values: Sequence[nn.Parameter], world: World) -> None:
+    """Gradients of all processes; where one has none, it counts as 0, and where none has one there is none."""
+    if world.size == 1 or not values:
+        return
+    reached = torch.tensor([a.grad is not None for a in values], dtype=torch.int32, device=values[0].device)
+    world.add_up([reached])
+    there = [a for a, count in zip(values, reached.tolist(), strict=True) if count]
+    for a in there:
+        if a.grad is None:
+            a.grad = torch.zeros_like(a)
+    world.add_up([a.grad for a in there if a.grad is not None])
 
 
 def divisor(norm: Tensor, limit: float) -> Tensor:

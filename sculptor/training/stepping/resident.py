@@ -12,6 +12,7 @@ from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.optimizer import (
     Group,
+    add_up_gradients,
     divisor,
     extra_groups,
     join_groups,
@@ -103,21 +104,8 @@ class ResidentUpdates(Updates):
     def end_backward(self) -> None:
         """Gradients add up in the parameters themselves."""
 
-    def _add_up(self) -> None:
-        """Gradients of all processes; where one has none, it counts as 0, and where none has one there is none."""
-        if self.world.size == 1:
-            return
-        values = list(self._named.values())
-        reached = torch.tensor([a.grad is not None for a in values], dtype=torch.int32, device=values[0].device)
-        self.world.add_up([reached])
-        there = [a for a, count in zip(values, reached.tolist(), strict=True) if count]
-        for a in there:
-            if a.grad is None:
-                a.grad = torch.zeros_like(a)
-        self.world.add_up([a.grad for a in there if a.grad is not None])
-
     def clip(self) -> float:
-        self._add_up()
+        add_up_gradients(list(self._named.values()), self.world)
         together = [list(self._named.values())] if self.settings.clip_by == "model" else self.trained.by_matrix()
         gradients = [found for group in together if (found := [a.grad for a in group if a.grad is not None])]
         norms = [nn.utils.get_total_norm(group) for group in gradients]

@@ -5,9 +5,13 @@ What waits elsewhere, per block: the folded weights, the bases, coordinates with
 coordinate gradients leave when the block is finished. The norm, by which they are clipped, is known when all of them have left;
 so a block is updated when it is next fetched for a forward pass, into the very slot it is computed from. Nothing is stale, and
 everything is brought up to date before it is saved. With `fused`, a block is updated as soon as it is finished.
+
+Where several processes divide the model, a matrix is trained by its owner: full-size gradients are added up there when a block is
+finished (`full_gradients.py`), and projected on the updating lane, while the one before it is computed.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,24 +23,34 @@ from sculptor.errors import TrainingError
 from sculptor.numerics.precision import float32_products
 from sculptor.streaming.blocks import BlockStream, Observer
 from sculptor.streaming.slots import Slot, Slots
-from sculptor.streaming.transfers import Ticket
+from sculptor.streaming.transfers import DONE, Ticket
 from sculptor.training.protect import find_parameters
 from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
-from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix, check_owners, prepare_block
-from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, on_cpu
+from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
+from sculptor.training.stepping.block_update import (
+    BlockUpdater,
+    Divisors,
+    HostOptimizer,
+    by_matrix,
+    clip_own,
+    made_by,
+    on_cpu,
+)
+from sculptor.training.stepping.full_gradients import FullGradients
+from sculptor.training.stepping.gradients import listen
 from sculptor.training.stepping.optimizer import (
-    MOMENTS,
-    divisor,
+    add_up_gradients,
     extra_groups,
-    load_state,
     make_optimizer,
     optimizer_on_host,
     set_rates,
-    with_state,
 )
-from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
+from sculptor.training.stepping.prepare import prepare_blocks
+from sculptor.training.stepping.updates import Tensors, Updates
+from sculptor.training.stepping.waiting import WaitingState
+from sculptor.world import ALONE
 
 # Tokens that a block sees at a time: more gain nothing, and their activations fill a device.
 PART_TOKENS = {"cuda": 8192}
@@ -78,27 +92,29 @@ class StreamedUpdates(Updates, Observer):
         values = list(self.extra.values())
         groups = extra_groups(self.extra, peaks.extra)
         self._extra_optimizer = make_optimizer(groups, self.device) if groups else None
-        parameters = find_parameters(model, archive)
+        owners = stream.weights.owners
+        self.world = ALONE if owners is None else owners.world
         on_host = optimizer_on_host(settings, stream.weights.scratch.tier, self.device)
         where = torch.device("cpu") if on_host else self.device
-        self.blocks: dict[int, StreamedBlock] = {}
-        self._hooks: list[Any] = []
         self._resident = [p for p in model.parameters() if p.numel() and not any(p is value for value in values)]
-        for i, found in enumerate(stream.parameters):
-            names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
-            if names:
-                self.blocks[i] = prepare_block(i, stream, archive, names, peaks, settings, where)
-                for matrix in self.blocks[i].matrices:
-                    register: Any = matrix.parameter.register_post_accumulate_grad_hook
-                    self._hooks.append(register(partial(self._collect, i, matrix)))
-            tick(1)
-        self._owners = {matrix.name: i for i, block in self.blocks.items() for matrix in block.matrices}
-        check_owners(archive, self._owners)
-        count = 2 if self.device.type == "cuda" else 1
+        found = prepare_blocks(stream, archive, find_parameters(model, archive), peaks, settings, where, tick)
+        self.blocks, self._trained, self.owners = dict(found.blocks), found.trained, found.owners
+        self._num_coordinates = found.num_coordinates
+        self._matrices = {matrix.name: matrix for block in self.blocks.values() for matrix in block.matrices}
+        self._hooks: list[Any] = []
+        for i, sources in self._trained.items():
+            self._hooks += listen(model, sources, partial(self._collect, i), self.device)
+        count = stream.slots.count
+        self._full = None if owners is None else FullGradients(stream, owners, self._trained, count)
         self._host = HostOptimizer(self.blocks) if on_host else None
-        size = max(block.gradient_layout.num_bytes for block in self.blocks.values())
+        size = max((block.gradient_layout.num_bytes for block in self.blocks.values()), default=0)
         self._gradients = Slots(count, size, self.device, self._load_gradients)
         self._updater = BlockUpdater(stream, self.blocks, count, self._host)
+        self._state = WaitingState(self.blocks, self.extra, self._extra_optimizer)
+        self._stale: set[int] = set()  # blocks that are not up to date, for some process
+        self._collected = DONE  # what `clip` has to wait for
+        own = {name: matrix.fingerprint for name, matrix in self._matrices.items()}
+        self._fingerprints = {name: mark for marks in self.world.gather(own) for name, mark in marks.items()}
         self._rate_of: RateOf = lambda peak: peak
         self._host_divisors: Divisors = None
         stream.observer = self
@@ -108,14 +124,15 @@ class StreamedUpdates(Updates, Observer):
     # The passing of blocks
 
     def fill(self, block: int, slot: Slot) -> list[Ticket] | None:
+        self._stale.discard(block)
         if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
-        ours = {matrix.parameter_name for matrix in found.matrices}
-        rest = [name for name in self.stream.layouts[block] if name not in ours]
-        uses = slot.taken()
+        ours, partly = made_by(found, self.stream.layouts[block])
+        rest = [name for name in self.stream.weights.names(block) if name not in ours]
+        uses = [*slot.taken(), *([self.stream.weights.written(block)] if partly else [])]
         loaded = self.transfers.load(lambda: self.stream.weights.load(block, slot.memory, rest), uses)
         with self.transfers.lane("update"):
-            for ticket in uses:
+            for ticket in [*uses, *([loaded] if partly else [])]:
                 ticket.wait()
             updated = self._updater.update(block, slot, found.due)
         found.stage, found.due = Stage.CURRENT, None
@@ -127,25 +144,35 @@ class StreamedUpdates(Updates, Observer):
             if self.blocks[block].stage is Stage.COLLECTED:
                 self._gradients.fetch_ahead(block)
 
+    def _lane(self) -> AbstractContextManager[Any]:
+        """Where gradients are projected: at once, or when they have been added up."""
+        return nullcontext() if self._full is None else self.transfers.lane("update")
+
     def block_begun(self, block: int) -> None:
+        if self._full is not None and block in self._trained:
+            self._full.begin(block)
         if (found := self.blocks.get(block)) is None:
             return
         if self.fused and found.stage is Stage.COLLECTED:
             raise TrainingError(f"{self.stream.paths[block]} is used several times in a forward pass; use exact")
         found.stage = Stage.OPEN
-        self._updater.bases.enter(block)
-        slot = self._gradients.enter(block)
-        for ticket in slot.taken():  # it is written to, so what reads it has to be over
-            ticket.wait()
+        with self._lane():
+            self._updater.bases.enter(block)
+            slot = self._gradients.enter(block)
+            for ticket in slot.taken():  # it is written to, so what reads it has to be over
+                ticket.wait()
 
-    def _collect(self, block: int, matrix: StreamedMatrix, parameter: Tensor) -> None:
-        """A full-size gradient has appeared: only its coordinates are kept."""
-        found = self.blocks[block]
+    def _collect(self, block: int, name: str, gradient: Tensor) -> None:
+        """A full-size gradient has appeared: only its coordinates are kept, here or by its owner."""
+        if self._full is not None:
+            self._full.add(block, name, gradient)
+        else:
+            self._project(self.blocks[block], block, self._matrices[name], gradient)
+
+    def _project(self, found: StreamedBlock, block: int, matrix: StreamedMatrix, gradient: Tensor) -> None:
         if found.stage is not Stage.OPEN:
             raise RuntimeError(f"{matrix.name}: its gradient appeared after its block was finished")
-        gradient, parameter.grad = parameter.grad, None
         bases, slot = self._updater.bases.find(block), self._gradients.find(block)
-        assert gradient is not None
         assert bases is not None
         assert slot is not None
         views = self._bring(found, matrix) if matrix.record.rule.reads_weight else {}
@@ -167,9 +194,21 @@ class StreamedUpdates(Updates, Observer):
         return matrix.views(memory, stepping=False)
 
     def block_done(self, block: int, slot: Slot) -> None:
-        if block not in self.blocks:
+        added = None if self._full is None or block not in self._trained else self._full.add_up(block)
+        if (found := self.blocks.get(block)) is None:
             return
-        found, gradients, bases = self.blocks[block], self._gradients.find(block), self._updater.bases.find(block)
+        with self._lane():
+            if self._full is not None and added is not None:
+                added.wait()
+                for matrix in found.matrices:
+                    self._project(found, block, matrix, self._full.view(block, matrix.name))
+                self._full.used()
+            self._keep(found, block, slot)
+            self._collected = self.transfers.mark()
+
+    def _keep(self, found: StreamedBlock, block: int, slot: Slot) -> None:
+        """The gradients of a block's coordinates are complete, for this micro-batch."""
+        gradients, bases = self._gradients.find(block), self._updater.bases.find(block)
         found.stage = Stage.COLLECTED
         assert gradients is not None
         assert bases is not None
@@ -203,39 +242,45 @@ class StreamedUpdates(Updates, Observer):
 
     @property
     def num_trainable(self) -> int:
-        return sum(b.num_coordinates for b in self.blocks.values()) + sum(v.numel() for v in self.extra.values())
+        return self._num_coordinates + sum(v.numel() for v in self.extra.values())
 
     def fingerprints(self) -> dict[str, list[float]]:
-        return {m.name: m.fingerprint for block in self.blocks.values() for m in block.matrices}
+        return self._fingerprints
 
     def begin(self, rate_of: RateOf) -> None:
         self._rate_of = rate_of
 
     def end_backward(self) -> None:
-        self.stream.end_backward()
+        self.stream.end_pass(training=True)
 
     def clip(self) -> float:
-        if self._waiting:  # a block that this forward did not come by still waits for the divisors of the last step
+        if self._stale:  # a block that this forward did not come by still waits for the divisors of the last step
             self.flush()
-        limit = self.settings.clip
+        if self._full is not None:
+            add_up_gradients(list(self.extra.values()), self.world)
+            reached = self._full.reached()
+            for matrix in self._matrices.values():
+                matrix.touched = matrix.name in reached
+        self._collected.wait()
         norms = [norm for block in self.blocks.values() for norm in block.norms.values()]
         own = [value.grad for value in self.extra.values() if value.grad is not None]
         own_norms = list(map(torch.linalg.vector_norm, own))
-        total = torch.linalg.vector_norm(torch.stack([*norms, *own_norms])) if norms or own else torch.zeros(())
-        divisors: Divisors = None
-        limit = 0.0 if self.fused and not own else limit  # its blocks have been updated
-        if limit and self.settings.clip_by == "matrix":
-            divisors = by_matrix(list(self.blocks.values()), limit)
-            for gradient, norm in zip(own, own_norms, strict=True):
-                gradient.div_(divisor(norm, limit))
-        elif limit:
-            divisors = divisor(total, limit)
-            for gradient in own:
-                gradient.div_(divisors)
+        total = self._norm(norms, own_norms)
+        limit = 0.0 if self.fused and not own else self.settings.clip  # its blocks have been updated
+        apart = self.settings.clip_by == "matrix"
+        divisors = clip_own(list(self.blocks.values()), own, own_norms, total, limit, apart) if limit else None
         self._updater.clip_with(divisors)
         if self._host is not None:
             self._host_divisors = on_cpu(divisors)
         return float(total)
+
+    def _norm(self, norms: list[Tensor], own: list[Tensor]) -> Tensor:
+        """Of everything: over the owners of matrices, and of what all of them have."""
+        if self._full is not None:
+            square = torch.stack(norms).square().sum(0, keepdim=True) if norms else torch.zeros(1, device=self.device)
+            self.world.add_up([square])
+            norms = [square[0].sqrt()]
+        return torch.linalg.vector_norm(torch.stack([*norms, *own])) if norms or own else torch.zeros(())
 
     def step(self, rate_of: RateOf) -> None:
         if self._extra_optimizer is not None:
@@ -247,7 +292,11 @@ class StreamedUpdates(Updates, Observer):
                 assert block.due is not None
                 if self._host is not None:
                     self._host.submit(i, block.due, self._host_divisors)
-                self.stream.slots.forget(i)
+                self._stale.add(i)
+        if self._full is not None:  # some process may have one that is due
+            self._stale.update(self._trained)
+        for i in self._stale:
+            self.stream.slots.forget(i)
 
     def forget(self) -> None:
         for value in self.extra.values():
@@ -255,85 +304,41 @@ class StreamedUpdates(Updates, Observer):
         for block in self.blocks.values():
             block.forget()
 
-    @property
-    def _waiting(self) -> list[int]:
-        """Blocks that are not up to date."""
-        return [i for i, block in self.blocks.items() if block.stage in (Stage.DUE, Stage.REPLACED)]
-
     def flush(self) -> None:
         """Brings every block up to date, also where it waits."""
-        for block in self._waiting:
+        for block in sorted(self._stale):
             self.stream.slots.fetch(block)
         self.transfers.drain()
 
-    def _read(self, name: str, suffix: str = "") -> Tensor:
-        """Coordinates, or a moment of them, on the CPU."""
-        block = self.blocks[self._owners[name.rpartition(".A")[0]]]
-        place = block.state_layout[name + suffix]
-        memory = torch.empty(place.stop - place.start, dtype=torch.uint8)
-        block.state.load(memory, place.start)
-        return memory.view(place.dtype).view(place.shape)
-
     def parameters(self) -> Tensors:
         self.flush()
-        extra = tensors_of(self.extra)
-        entries = {
-            key: (torch.float32, tuple(block.state_layout[key].shape))
-            for block in self.blocks.values()
-            for matrix in block.matrices
-            for key in matrix.keys
-        }
-        return Tensors(
-            {**entries, **extra.entries}, lambda name: self._read(name) if name in entries else extra.read(name)
-        )
+        return self._state.parameters()
 
     def state(self) -> Tensors:
-        parameters = self.parameters()
-        small = with_state(self.extra, self._extra_optimizer) if self._extra_optimizer is not None else {}
-        entries = dict(parameters.entries)
-        moments: dict[str, tuple[str, str]] = {}
-        for block in self.blocks.values():
-            for matrix in block.matrices:
-                for key, a in zip(matrix.keys, matrix.coordinates, strict=True):
-                    if "step" not in matrix.optimizer.state[a]:
-                        continue
-                    small[f"{key}.step"] = matrix.optimizer.state[a]["step"]
-                    for moment in MOMENTS:
-                        moments[f"{key}.{moment}"] = key, f".{moment}"
-                        entries[f"{key}.{moment}"] = entries[key]
-        others = tensors_of(small)
+        self.flush()
+        return self._state.state()
 
-        def read(name: str) -> Tensor:
-            if name in moments:
-                return self._read(*moments[name])
-            return (others if name in others.entries else parameters).read(name)
-
-        return Tensors({**entries, **others.entries}, read)
-
-    @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor], *, optimizer: bool) -> None:
         self.flush()
-        for name, value in self.extra.items():
-            value.copy_(saved[name])
-        if optimizer and self._extra_optimizer is not None:
-            load_state(self.extra, self._extra_optimizer, saved)
-        for i, block in self.blocks.items():
-            block.load_state(saved, optimizer)
+        self._state.load(saved, optimizer=optimizer)
+        for block in self.blocks.values():
             block.stage = Stage.REPLACED
+        for i in self._trained:
+            self._stale.add(i)
             self.stream.slots.forget(i)
 
     def coordinates(self, name: str) -> list[Tensor] | None:
-        if name not in self._owners:
+        found = (m for block in self.blocks.values() for m in block.matrices if m.name == name)
+        if (matrix := next(found, None)) is None:
             return None
         self.flush()
-        matrix = next(m for m in self.blocks[self._owners[name]].matrices if m.name == name)
-        return [self._read(key).to(self.device) for key in matrix.keys]
+        return [self._state.read(key).to(self.device) for key in matrix.keys]
 
     def release_model(self) -> None:
         self.flush()
-        self.stream.slots.close()
-        self._updater.close()
-        self._gradients.close()
+        part: Any
+        for part in (self.stream.slots, self._updater, self._gradients, *([self._full] if self._full else [])):
+            part.close()
         for parameter in self._resident:
             parameter.data = parameter.data.new_empty(0)
 

@@ -1,8 +1,9 @@
 """What the loop asks of an optimizer, wherever parameters and gradients are: `resident.py` and `streamed.py` answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,20 @@ class Tensors:
     read: Callable[[str], Tensor]
 
 
-class Updates(ABC):
-    """The trained parameters, by name (coordinates are `<matrix>.A<i>`), and their optimizer.
+class Trained(ABC):
+    """What a training leaves, whoever stepped: what is asked of it when its output is written.
 
     Attributes:
         extra: openly trained parameters of the model, by name.
         settings: resolved settings.
+        owners: of matrices, which alone have their coordinates; empty where every process has all.
+        goes_on: whether the model is still needed when the output is written.
     """
 
     extra: dict[str, nn.Parameter]
     settings: TrainSettings
+    owners: Mapping[str, int] = MappingProxyType({})
+    goes_on = False
 
     @property
     @abstractmethod
@@ -42,12 +47,26 @@ class Updates(ABC):
         """Of the bases of every matrix: coordinates mean nothing in others."""
 
     @abstractmethod
+    def coordinates(self, name: str) -> list[Tensor] | None:
+        """The coordinates of a matrix, on the device; None if it has none here."""
+
+    def release_model(self) -> None:  # noqa: B027 - nothing that could go before the end
+        """Training is over: gives back what only a forward pass needs, not the trained values."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to do where nothing waits elsewhere
+        """Gives back the memory of everything; the parameters are gone."""
+
+
+class Updates(Trained):
+    """The trained parameters, by name (coordinates are `<matrix>.A<i>`), and their optimizer."""
+
+    @abstractmethod
     def begin(self, rate_of: RateOf) -> None:
         """The backward pass of a micro-batch follows, in a step of these rates."""
 
     @abstractmethod
     def end_backward(self) -> None:
-        """It is over."""
+        """It is over; or this process had no rows for it."""
 
     @abstractmethod
     def clip(self) -> float:
@@ -73,15 +92,31 @@ class Updates(ABC):
     def load(self, saved: Mapping[str, Tensor], *, optimizer: bool) -> None:
         """Puts back what `parameters`, or with `optimizer` what `state` gave."""
 
-    @abstractmethod
-    def coordinates(self, name: str) -> list[Tensor] | None:
-        """The coordinates of a matrix, on the device; None if it has none."""
+    def scale(self, factor: float, base: Mapping[str, Tensor]) -> None:
+        """Scales the update of everything: coordinates, and openly trained parameters as far as they are from `base`."""
+        now = self.parameters()
+        self.load(_Scaled(now, factor, base), optimizer=False)
 
-    def release_model(self) -> None:  # noqa: B027 - nothing that could go before the end
-        """Training is over: gives back what only a forward pass needs, not the trained values."""
 
-    def close(self) -> None:  # noqa: B027 - nothing to do where nothing waits elsewhere
-        """Gives back the memory of everything; the parameters are gone."""
+class _Scaled(Mapping[str, Tensor]):
+    """Tensors moved towards those of a base, or 0, one at a time."""
+
+    def __init__(self, tensors: Tensors, factor: float, base: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._factor = factor
+        self._base = base
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._tensors.read(name)
+        if name not in self._base:
+            return value * self._factor
+        return self._base[name] + (value - self._base[name]) * self._factor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors.entries)
+
+    def __len__(self) -> int:
+        return len(self._tensors.entries)
 
 
 def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
@@ -92,7 +127,7 @@ def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
     )
 
 
-def merge_trained(updates: Updates, entry: Entry, weight: Tensor, dtype: torch.dtype) -> Merged | None:
+def merge_trained(updates: Trained, entry: Entry, weight: Tensor, dtype: torch.dtype) -> Merged | None:
     """A matrix as training leaves it, the tensor to save on the CPU; None if it was not trained.
 
     Args:

@@ -1,0 +1,59 @@
+"""Calibration rows in batches, and which of their tokens are padding."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sculptor.data.batches import Batch
+from sculptor.data.examples import IGNORED, Example
+from sculptor.model.load import LoadedModel
+
+# Tokens of one forward: as many as this leaves room for, within bounds.
+ACTIVATION_BYTES = {"cuda": 2e9, "cpu": 5e8}
+_BATCH_TOKENS = (256, 8192)
+
+
+def make_batches(loaded: LoadedModel, examples: Sequence[Example], seed: int) -> Iterator[Batch]:
+    """Examples of similar length together, as many as activations leave room for; longest first."""
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+    room = _batch_tokens(loaded)
+    start = 0
+    while start < len(order):
+        size = max(1, room // max(1, examples[order[start]].length))
+        chosen = [examples[i] for i in order[start : start + size]]
+        batch = loaded.batch(chosen, seed)
+        if loaded.kind == "seq2seq" and batch.labels.shape == batch.input_ids.shape:
+            # Encoder and decoder states are told apart by their length.
+            batch = Batch(batch.input_ids, batch.attention_mask, nn.functional.pad(batch.labels, (0, 1), value=IGNORED))
+        yield batch.to(loaded.device)
+        start += size
+
+
+def _batch_tokens(loaded: LoadedModel) -> int:
+    """Tokens whose activations fit: block boundaries, the inside of one block twice, logits and their gradient."""
+    widths: dict[str, float] = defaultdict(float)
+    for target in loaded.architecture.targets:
+        widths[target.block] += target.width
+    size = 2 if loaded.device.type == "cuda" else 4
+    hidden = loaded.model.get_input_embeddings().weight.shape[1]
+    per_token = size * (hidden * len(widths) + 2 * max(widths.values())) + 12 * loaded.architecture.vocab_size
+    room = ACTIVATION_BYTES[loaded.device.type] / per_token
+    return int(min(max(room, _BATCH_TOKENS[0]), _BATCH_TOKENS[1]))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Mask:
+    """Which tokens (B, T) are no padding, and how many."""
+
+    real: Tensor
+    count: int
+
+
+def find_masks(batch: Batch, loaded: LoadedModel) -> list[Mask]:
+    """Of a batch, for each shape a layer may see."""
+    masks = [batch.attention_mask.bool()]
+    if loaded.kind == "seq2seq":
+        masks.append(batch.labels != IGNORED)
+    return [Mask(mask, int(mask.sum())) for mask in masks]

@@ -1,0 +1,193 @@
+"""What a sequence is told where it is run by something else than the plan's own method: analysis, settings, rows, ending.
+
+Plain fine-tuning with one measure against forgetting each, on the rows and steps of the others:
+
+* replay: a share of every epoch are rows of all earlier tasks;
+* l2: the update is pulled towards 0 in every step, W towards where the task began: A <- A - rate * decay * A;
+* eaft: each token's loss is weighted by the entropy of the prediction (`numerics/entropy.py`);
+* interpolate: of what a task changed, a share stays: W <- W0 + keep (W - W0) (WiSE-FT, arXiv 2109.01903);
+* rescaled: the same, with the share that leaves an update of the norm that another run's had, at most all of it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
+from sculptor.data.mixture import Mixture
+from sculptor.data.rows import check_weights, read_sources
+from sculptor.edits.settings import Interpolate
+from sculptor.errors import DataError, SettingsError
+from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
+from sculptor.progress import Progress
+from sculptor.tasks.edit import edit
+from sculptor.training.settings import TrainSettings
+from sculptor.validation import STRICT, Name, NotNegative, read_file, read_json
+
+# Settings of training that only archives with moments, and so only our own method, have a use for.
+OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
+SHRUNK = ("interpolate", "rescaled")
+_PIECE = 8192  # rows of a large tensor that are read at once
+
+
+def analysis_of(plan: Plan, method: Contender) -> AnalyzeSettings:
+    """How the base is analyzed."""
+    settings = plan.analyze
+    if method == "sculptor":
+        return settings
+    shared = {name: getattr(settings, name) for name in ("seed", "targets", "exclude", "device")}
+    if method in RULES_OF:
+        rule, told = RULES_OF[method]
+        return AnalyzeSettings(rule=rule, **{name: getattr(plan.adapter, name) for name in told}, **shared)
+    preserve = 0.0 if method != "random" else 0.5 if settings.preserve is None else settings.preserve
+    basis: Basis = "random" if method == "random" else "weights"
+    return AnalyzeSettings(basis=basis, constraint=settings.constraint, preserve=preserve, **shared)
+
+
+def check_contender(plan: Plan, method: Contender) -> None:
+    """Refuses, before the first task, what a method cannot do with a plan.
+
+    Raises:
+        SettingsError: saying why.
+    """
+    if method in ("joint", "replay") and len({task.columns for task in plan.tasks}) > 1:
+        raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
+    if method == "l2" and plan.train.weight_decay:
+        raise SettingsError("[train] weight_decay without effect with --method l2: [adapter] decay is what it takes")
+    if method == "eaft" and plan.train.token_weights != "same":
+        raise SettingsError("[train] token_weights without effect with --method eaft, which is entropy; leave it out")
+    if method == "rescaled":
+        norms_of(plan)
+
+
+def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettings:
+    """How a task is trained, by anything but PEFT."""
+    settings = plan.train_settings(task)
+    if method == "sculptor":
+        return settings
+    # Plain fine-tuning protects nothing, so there is nothing to carry; rules go on in their own way.
+    plain: Carry | None = "accumulate" if method == "random" else None if method in RULES_OF else "retake"
+    changes: dict[str, Any] = dict.fromkeys(OF_MOMENTS) | {"carry": plain}
+    if method == "l2":
+        changes["weight_decay"] = plan.adapter.decay
+    if method == "eaft":
+        changes["token_weights"] = "entropy"
+    if method == "replay":
+        changes["max_steps"] = _steps(settings, task)
+    changed: TrainSettings = replace(settings, **changes)
+    return changed
+
+
+def _steps(settings: TrainSettings, task: PlannedTask) -> int:
+    """Of plain fine-tuning."""
+    sizes, weights = _sizes(settings, task), check_weights(task.data)
+    rows = sum(sizes) if weights is None else Mixture(tuple(sizes), tuple(weights)).num_epoch
+    return settings.total_steps(-(-rows // min(settings.batch_size, rows)))
+
+
+def _sizes(settings: TrainSettings, task: PlannedTask) -> list[int]:
+    """Rows of each of a task's data."""
+    sources = read_sources(task.data, settings.max_rows, settings.columns, all_renamed=False)
+    return [len(source.rows) for source in sources]
+
+
+def data_of(plan: Plan, method: Contender, task: PlannedTask) -> Sequence[str | tuple[str, float]]:
+    """What a task is trained on: its own data, with those of earlier tasks for replay."""
+    names = [one.name for one in plan.tasks]
+    earlier = plan.tasks[: names.index(task.name)] if method == "replay" else ()
+    if not earlier:
+        return task.data
+    share = plan.adapter.replay
+    parts = [(task, 1 - share), *((one, share / len(earlier)) for one in earlier)]
+    return [item for one, part in parts for item in _weighted(plan.train_settings(one), one, part)]
+
+
+def _weighted(settings: TrainSettings, task: PlannedTask, part: float) -> list[tuple[str, float]]:
+    """A task's data, with weights that add up to its part."""
+    weights = check_weights(task.data) or _sizes(settings, task)
+    return [(item, part * weight / sum(weights)) for item, weight in zip(task.data, weights, strict=True)]
+
+
+def whole_path(target: Path) -> Path:
+    """Where what a task changed waits until a share of it is kept."""
+    return target.with_name(f"{target.name}-whole")
+
+
+def shrink(
+    plan: Plan, method: Contender, stage: str, before: str | Path, after: Path, output: Path, progress: Progress
+) -> None:
+    """Writes the checkpoint that keeps a share of what a task changed.
+
+    Args:
+        plan: of the run.
+        method: interpolate or rescaled.
+        stage: name of the task.
+        before, after: checkpoints around the task.
+        output: directory to write.
+        progress: makes progress bars.
+    """
+    keep = plan.adapter.keep
+    if method == "rescaled":
+        found = update_norm(open_checkpoint(before), open_checkpoint(after))
+        keep = min(1.0, norms_of(plan)[stage] / found) if found else 1.0
+    share = Interpolate(alpha=keep)
+    edit(before, after, output, share, device=plan.train.device, overwrite=True, progress=progress)
+
+
+def update_norm(before: Checkpoint, after: Checkpoint) -> float:
+    """||W' - W|| over all tensors together, in float64."""
+    total = 0.0
+    for name, info in before.infos.items():
+        if not info.dtype.is_floating_point:
+            continue
+        rows = info.shape[0] if info.shape else 1
+        for start in range(0, rows, _PIECE):
+            old, new = (each.rows(name, start, start + _PIECE).double() for each in (before, after))
+            total += float((new - old).square().sum())
+    return math.sqrt(total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Of a stage in continual.json, what is needed."""
+
+    name: Name
+    update: NotNegative | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """continual.json, as far as it is read here."""
+
+    stages: tuple[_Stage, ...]
+    plan: Mapping[Name, JsonValue]
+
+    __pydantic_config__ = STRICT | {"extra": "ignore"}
+
+
+def norms_of(plan: Plan) -> dict[str, float]:
+    """Norms of the updates of another run of the plan's tasks, by task.
+
+    Raises:
+        SettingsError: if the plan names none, or one of other tasks.
+        DataError: if its report cannot be read.
+    """
+    like = plan.adapter.like
+    if like is None:
+        raise SettingsError(
+            "--method rescaled: [adapter] like is missing; name the output of the run whose updates' norms are wanted, say "
+            "--set adapter.like=run"
+        )
+    path = Path(like) / "continual.json" if Path(like).is_dir() else Path(like)
+    remedy = "name the output of a finished `sculptor continual`"
+    report = read_json(_Report, read_file(path, DataError, remedy), path, DataError, remedy)
+    norms = {stage.name: stage.update for stage in report.stages[1:] if stage.update is not None}
+    missing = [task.name for task in plan.tasks if task.name not in norms]
+    if missing:
+        raise SettingsError(f"[adapter] like: {path} has no norm of an update for task {missing[0]}; {remedy}")
+    return {name: norm for name, norm in norms.items() if norm is not None}

@@ -1,0 +1,81 @@
+"""Harm: KL(base || new) in nats a token on the base's own samples, a lower bound from what is kept of the base's predictions.
+
+The mean over tokens of several sequences is a ratio of sums, s_i over n_i tokens; sequences are independent, tokens of one are
+not, so its standard error is that of the ratio: sqrt(N / (N - 1) sum (s_i - mean n_i)^2) / sum n_i.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculptor.data.batches import collate
+from sculptor.model.loss import predictions
+from sculptor.model.samples import ROWS, Sample
+from sculptor.numerics.divergence import Truncated, truncated_divergence
+from sculptor.world import ALONE, World
+
+
+@dataclass(frozen=True, slots=True)
+class Harm:
+    """What was measured.
+
+    Attributes:
+        nats: KL(base || new) a token, at least.
+        error: its standard error, over samples.
+        num_samples: sequences, with `num_tokens` predictions.
+    """
+
+    nats: float
+    error: float
+    num_samples: int
+    num_tokens: int
+
+
+def harm_of(sums: Sequence[float], counts: Sequence[int]) -> Harm:
+    """From the sum and the number of tokens of every sample.
+
+    Raises:
+        ValueError: if there are fewer than two samples, or no tokens.
+    """
+    tokens, num = sum(counts), len(sums)
+    if num < 2 or not tokens:
+        raise ValueError(f"{num} samples of {tokens} tokens: expected at least two")
+    mean = math.fsum(sums) / tokens
+    spread = math.fsum((found - mean * count) ** 2 for found, count in zip(sums, counts, strict=True))
+    return Harm(mean, math.sqrt(spread * num / (num - 1)) / tokens, num, tokens)
+
+
+@torch.no_grad()
+def measure_harm(
+    model: Any, samples: Sequence[Sample], device: torch.device, *, pad_id: int = 0, world: World = ALONE
+) -> Harm:
+    """Harm of a causal model as it is; the model is left in evaluation mode.
+
+    Args:
+        model: a transformers model, protected or not, resident or streamed.
+        samples: at least two.
+        device: where its inputs go.
+        pad_id: any id the model has.
+        world: processes that divide the samples; all get the result.
+    """
+    model.eval()
+    order = sorted(range(len(samples)), key=lambda i: -samples[i].example.length)
+    groups = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+    sums = [0.0] * len(samples)
+    for group in world.share(groups):
+        losses = sample_losses(model, [samples[i] for i in group], device, pad_id)
+        for i, found in zip(group, losses.tolist(), strict=True):
+            sums[i] = found
+    return harm_of(world.total(*sums), [len(sample.base.ids) for sample in samples])
+
+
+def sample_losses(model: Any, samples: Sequence[Sample], device: torch.device, pad_id: int = 0) -> Tensor:
+    """The sum of KL(base || new) over each sample's tokens (rows,), float64; carries the graph where there is one."""
+    batch = collate([sample.example for sample in samples], pad_id).to(device)
+    base = Truncated(*(torch.cat(parts).to(device) for parts in zip(*(each.base for each in samples), strict=True)))
+    found = truncated_divergence(base, predictions(model, batch, "causal")).double()
+    return torch.stack([part.sum() for part in torch.split(found, [len(each.base.ids) for each in samples])])

@@ -1,0 +1,185 @@
+"""A few dozen of the base's own sequences, with what it predicted there: what harm is measured on, in an archive's section.
+
+Half of them steer a training, the other half only report: no step ever depends on these. Of every prediction the likeliest
+tokens are kept and the mass of the rest, so the base is not needed again (`sculptor.numerics.divergence`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sculptor.archive.store import Archive
+from sculptor.data.batches import collate
+from sculptor.data.examples import IGNORED, Example
+from sculptor.errors import ArchiveError, CheckpointError, DataError
+from sculptor.model.load import LoadedModel
+from sculptor.model.loss import predictions
+from sculptor.model.sampling import sample_examples
+from sculptor.numerics.divergence import Truncated, truncate
+from sculptor.progress import Progress
+
+SECTION = "samples"
+SUFFIX = ".safetensors"
+FILE = SECTION + SUFFIX
+# Some 128 sequences and two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
+TOKENS = 8192
+LENGTH = 64
+KEPT = 64
+ROWS = 8  # at a time, when they are measured
+_FIELDS = {"input_ids": (torch.int32, 1), "has_loss": (torch.bool, 1), "lengths": (torch.int32, 1),
+           "top_ids": (torch.int32, 2), "log_probabilities": (torch.float32, 2)}  # fmt: skip
+
+
+class Sample(NamedTuple):
+    """A sequence, and what the base predicted where it carries loss."""
+
+    example: Example
+    base: Truncated
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Samples:
+    """All samples, alternately one that steers and one that reports."""
+
+    all: tuple[Sample, ...]
+
+    @property
+    def steering(self) -> tuple[Sample, ...]:
+        """Those that a training may look at."""
+        return self.all[::2]
+
+    @property
+    def reporting(self) -> tuple[Sample, ...]:
+        """Those that it may not."""
+        return self.all[1::2]
+
+
+def draw_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Progress) -> Samples:
+    """Samples the model anew, apart from everything that it is calibrated on; through its chat template where it has one.
+
+    Raises:
+        CheckpointError: if it cannot sample.
+        DataError: if it says too little.
+    """
+    examples = sample_examples(
+        loaded,
+        TOKENS,
+        min(LENGTH, max_length),
+        chat=bool(loaded.tokenizer.chat_template),
+        seed=seed + 1,
+        progress=progress,
+    )
+    examples = tuple(example for example in examples if num_predicted(example))
+    if len(examples) < 2:
+        raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")
+    return describe(loaded, examples)
+
+
+@torch.no_grad()
+def describe(loaded: LoadedModel, examples: Sequence[Example]) -> Samples:
+    """Sequences with what the model predicts there."""
+    found: list[Sample] = []
+    loaded.model.eval()
+    for start in range(0, len(examples), ROWS):
+        chosen = examples[start : start + ROWS]
+        batch = collate(chosen, loaded.pad_id).to(loaded.device)
+        known = truncate(predictions(loaded.model, batch, "causal"), KEPT)
+        counts = list(map(num_predicted, chosen))
+        parts = zip(chosen, *(torch.split(each.cpu(), counts) for each in known), strict=True)
+        found += [Sample(example, Truncated(ids, values)) for example, ids, values in parts]
+    return Samples(tuple(found))
+
+
+def num_predicted(example: Example) -> int:
+    """Tokens of a sequence that carry loss: the first is never predicted."""
+    return sum(label != IGNORED for label in example.labels[1:])
+
+
+def kept_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Progress) -> tuple[bytes | None, str]:
+    """An archive's section; None and the reason where the model has none to give."""
+    try:
+        return write_samples(draw_samples(loaded, max_length, seed, progress)), ""
+    except (CheckpointError, DataError) as cause:  # it says nothing: an archive is one without samples, too
+        return None, str(cause)
+
+
+def write_samples(samples: Samples) -> bytes:
+    """The section's bytes: a safetensors file."""
+    examples = [sample.example for sample in samples.all]
+    tensors = {
+        "input_ids": torch.tensor([token for each in examples for token in each.input_ids], dtype=torch.int32),
+        "has_loss": torch.tensor([label != IGNORED for each in examples for label in each.labels]),
+        "lengths": torch.tensor([each.length for each in examples], dtype=torch.int32),
+        "top_ids": torch.cat([sample.base.ids for sample in samples.all]),
+        "log_probabilities": torch.cat([sample.base.log_probabilities for sample in samples.all]),
+    }
+    content: bytes = save(tensors)
+    return content
+
+
+def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | None:
+    """The samples of an archive; None if it keeps none.
+
+    Args:
+        archive: to read.
+        vocab_size: how many ids the model has.
+
+    Raises:
+        ArchiveError: if they are damaged, or of another vocabulary.
+    """
+    content = archive.section(SECTION)
+    if content is None:
+        return None
+    try:
+        return Samples(tuple(_parse(load(content), vocab_size)))
+    except (SafetensorError, ValueError) as cause:
+        raise ArchiveError(
+            f"{archive.path}: its samples are damaged ({cause}); run `sculptor analyze` again"
+        ) from cause
+
+
+def _parse(tensors: Mapping[str, Tensor], vocab_size: int | None) -> Iterator[Sample]:
+    _check(tensors, vocab_size)
+    lengths = tensors["lengths"].tolist()
+    at = 0
+    for ids, on in zip(*(torch.split(tensors[name], lengths) for name in ("input_ids", "has_loss")), strict=True):
+        tokens = tuple(ids.tolist())
+        example = Example(tokens, tuple(t if loss else IGNORED for t, loss in zip(tokens, on.tolist(), strict=True)))
+        count = num_predicted(example)
+        if not count or at + count > len(tensors["top_ids"]):
+            raise ValueError("predictions do not go with the sequences")
+        chosen = slice(at, at + count)
+        yield Sample(example, Truncated(tensors["top_ids"][chosen], tensors["log_probabilities"][chosen]))
+        at += count
+    if at != len(tensors["top_ids"]):
+        raise ValueError("more predictions than tokens")
+
+
+def _check(tensors: Mapping[str, Tensor], vocab_size: int | None) -> None:
+    """What a file may not be, whoever wrote it."""
+    for name, (dtype, ndim) in _FIELDS.items():
+        found = tensors.get(name)
+        if found is None or found.dtype != dtype or found.ndim != ndim:
+            raise ValueError(f"{name} is missing or of another form")
+    if tensors.keys() != _FIELDS.keys():
+        raise ValueError("unknown tensors")
+    lengths, values = tensors["lengths"], tensors["log_probabilities"]
+    num_tokens = len(tensors["input_ids"])
+    if len(lengths) < 2 or int(lengths.min()) < 2 or int(lengths.sum()) != num_tokens:
+        raise ValueError("lengths do not go with the tokens")
+    if len(tensors["has_loss"]) != num_tokens or values.shape != (
+        len(tensors["top_ids"]),
+        tensors["top_ids"].shape[1] + 1,
+    ):
+        raise ValueError("tensors do not go with each other")
+    ids = torch.cat([tensors["input_ids"], tensors["top_ids"].flatten()])
+    least, largest = int(ids.min()), int(ids.max())
+    if least < 0 or (vocab_size is not None and largest >= vocab_size):
+        raise ValueError(f"ids from {least} to {largest}, the model has {vocab_size} embeddings")
+    if not bool((values <= 1e-3).all()) or not bool(((values.exp().sum(dim=-1) - 1).abs() < 1e-3).all()):
+        raise ValueError("probabilities that do not add up to 1")

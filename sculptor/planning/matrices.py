@@ -1,0 +1,26 @@
+"""The matrices of a job that is planned."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sculptor.checkpoint.architecture import Target
+from sculptor.methods.rule import Rule, num_free
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMatrix:
+    """One target, its rule, and the names of the rule's stored tensors, which matrices may share."""
+
+    target: Target
+    rule: Rule
+    names: Mapping[str, str]
+
+    @property
+    def num_entries(self) -> int:
+        """Of the matrix."""
+        return self.target.shape[0] * self.target.shape[1]
+
+    @property
+    def num_free(self) -> int:
+        """Its coordinates."""
+        return num_free(self.rule)

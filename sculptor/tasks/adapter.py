@@ -1,0 +1,56 @@
+"""A LoRA adapter in the place of a model: merged into its base first, one tensor in memory at a time."""
+
+from pathlib import Path
+
+from sculptor.checkpoint.adapter import CONFIG_NAME, is_adapter
+from sculptor.checkpoint.reader import find_directory
+from sculptor.edits.settings import Interpolate
+from sculptor.errors import CheckpointError, SettingsError
+from sculptor.progress import Progress, silent
+from sculptor.tasks.edit import edit
+from sculptor.tasks.processes import join
+from sculptor.validation import parse, read_file
+
+
+def merge_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Path:
+    """Writes the checkpoint that an adapter and its base make together: W0 + s B A in float64, rounded once.
+
+    Args:
+        adapter: a LoRA adapter as PEFT saves it, directory or hub name.
+        output: directory of the merged checkpoint, with the base's tokenizer and a record.
+        base: its base [default: what the adapter's configuration names].
+        device: where products run.
+        progress: makes progress bars.
+
+    Returns:
+        `output`.
+
+    Raises:
+        SculptorError: if it is no adapter, is of another kind than plain LoRA, or its base is not to be found.
+    """
+    path = find_directory(adapter)
+    if not is_adapter(path):
+        raise SettingsError(f"--merge-adapter without effect: {path} is no adapter")
+    output = Path(output).resolve()
+    named = _base_of(path) if base is None else base
+    join(device).once(lambda: edit(named, path, output, Interpolate(alpha=1.0), device=device, progress=progress))
+    return output
+
+
+def _base_of(path: Path) -> str:
+    file, remedy = path / CONFIG_NAME, "save the adapter again with PEFT"
+    found = parse(read_file(file, CheckpointError, remedy), file, CheckpointError, remedy).get(
+        "base_model_name_or_path"
+    )
+    if not isinstance(found, str) or not found:
+        raise CheckpointError(
+            f"{file}: names no base; give it: sculptor edit interpolate BASE {path} --alpha 1 --output DIR"
+        )
+    return found

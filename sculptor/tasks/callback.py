@@ -1,0 +1,298 @@
+"""`sculptor.SculptorCallback`: other people's trainers leave what `sculptor train` leaves.
+
+For Trainer of transformers and what is made of it (TRL's SFTTrainer, DPOTrainer, GRPOTrainer). With a protected model, at every
+save and at the end: merged checkpoint, updated archive and record, verified before they are put in their place.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from sculptor.analysis.verify import Verification, verify_checkpoints
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.staging import check_apart, commit, staging, writing
+from sculptor.checkpoint.written import discard
+from sculptor.data.collated import collated_examples
+from sculptor.data.examples import Encoded, resolve_max_length
+from sculptor.data.rows import Data, as_items, names_of, task_name
+from sculptor.errors import ArchiveError, OutputError, SettingsError, TrainingError
+from sculptor.methods.kinds import Kinds
+from sculptor.methods.method import measures_of
+from sculptor.methods.settings import Carry
+from sculptor.model.load import LoadedModel, load_tokenizer
+from sculptor.progress import Progress, silent
+from sculptor.tasks.finish import write_output
+from sculptor.tasks.job import Rows, TrainJob, open_base, read_task, resolve_settings
+from sculptor.tasks.train_report import TrainReport
+from sculptor.training.loop import LoopResult
+from sculptor.training.protect import ProtectedMatrix, protected_matrices
+from sculptor.training.settings import SaveDtype, TrainSettings
+from sculptor.training.stepping.updates import Trained
+from sculptor.world import here
+
+# Of a trainer's arguments, what a record tells.
+_TOLD = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "seed", "bf16", "fp16", "beta", "loss_type",
+)  # fmt: skip
+MERGED_NAME = "merged"
+_LOG = logging.getLogger("sculptor")
+
+
+class SculptorCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes, verifies and records what a trainer makes of a protected model.
+
+    Args:
+        model: the checkpoint that was loaded, directory or hub name.
+        subspaces: the archive that it was protected with.
+        output: directory of the merged checkpoint at the end, with the updated archive in `subspaces/`.
+        data: rows of the task as `train` takes them, where the archive goes on by what they measure [default: the trainer's
+            own rows].
+        carry, memory_rows, memory_weight, save_dtype: as in `TrainSettings`.
+        at_save: write `merged/` into each of the trainer's own checkpoints, too.
+        overwrite: replace an existing output.
+        rules: kinds of rules beside sculptor's own.
+        progress: makes progress bars.
+        notice: told in a line what was written, with its leak.
+
+    Attributes:
+        report: figures of the last output, as `train` returns them.
+        verification: of it, as `verify` returns it.
+
+    Raises:
+        SculptorError: when training begins, if model, archive, rows or output cannot be used; when something is to be written
+            that does not verify.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        subspaces: str | Path,
+        output: str | Path,
+        *,
+        data: Data = (),
+        carry: Carry | None = None,
+        memory_rows: int | None = None,
+        memory_weight: float | None = None,
+        save_dtype: SaveDtype = "keep",
+        at_save: bool = True,
+        overwrite: bool = False,
+        rules: Kinds | None = None,
+        progress: Progress = silent,
+        notice: Callable[[str], object] = _LOG.info,
+    ) -> None:
+        self.base, self.subspaces, self.output = model, subspaces, Path(output).resolve()
+        self.data = data
+        self.settings = TrainSettings(
+            carry=carry, memory_rows=memory_rows, memory_weight=memory_weight, save_dtype=save_dtype
+        )
+        self.at_save, self.overwrite = at_save, overwrite
+        self.rules, self.progress, self.notice = rules, progress, notice
+        self.report: TrainReport | None = None
+        self.verification: Verification | None = None
+        self._job: TrainJob | None = None
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Refuses what could not be written, before any step."""
+        self._began = time.perf_counter()
+        if self.output.exists() and not self.overwrite:
+            raise OutputError(f"{self.output}: exists already; choose another output or pass overwrite=True")
+        check_apart(self.output, [self.base, self.subspaces])
+        here().once(lambda: self._open(args, _unwrapped(given["model"]), given.get("train_dataloader")))
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Writes `merged/` into the checkpoint that the trainer has just saved."""
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.at_save:
+            here().once(lambda: self._write(place.resolve() / MERGED_NAME, True, args, state, given["model"]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Writes the output, of the model that the trainer keeps."""
+        here().once(lambda: self._write(self.output, self.overwrite, args, state, given["model"]))
+
+    def _open(self, args: Any, model: nn.Module, loader: Any) -> None:
+        checkpoint, architecture = open_base(self.base)
+        archive = Archive(self.subspaces, rules=self.rules)
+        archive.check_base(checkpoint, self.progress)
+        matrices = protected_matrices(model)
+        _check(matrices, archive)
+        _check_size(model, architecture.vocab_size)
+        rate = float(args.learning_rate) or None
+        settings = resolve_settings(
+            replace(self.settings, learning_rate=rate, soften=matrices[0].coordinates.soften), archive
+        )
+        settings = replace(settings, max_length=resolve_max_length(None, architecture.max_positions))
+        items = as_items(self.data)
+        measured = measures_of(archive.method, "carry", settings.carry) != "nothing"
+        if items:
+            rows = read_task(checkpoint, architecture, items, (), settings, self.notice)
+        else:
+            if measured and architecture.kind != "causal":
+                raise SettingsError(f"{architecture.model_class}: the archive goes on by rows of the task; give data=")
+            with torch.random.fork_rng(_devices(model)):
+                found = collated_examples(loader, settings.memory_rows or 0) if measured else ()
+            rows = Rows(Encoded(found, 0, 0), None, None)
+        seen = getattr(loader, "dataset", None)
+        names = names_of(items) if items else (f"the trainer's rows ({type(args).__name__})",)
+        self._job = TrainJob(
+            checkpoint,
+            architecture,
+            archive,
+            settings,
+            names,
+            rows.digest,
+            rows.encoded,
+            None,
+            task_name(items[0]) if items else self.output.name,
+            {},
+            "placed by the trainer",
+            rows_elsewhere=len(seen) if isinstance(seen, Sized) else 0,
+            trainer=_told(args),
+        )
+
+    def _write(self, output: Path, overwrite: bool, args: Any, state: Any, model: Any) -> None:
+        model = _unwrapped(model)
+        assert self._job is not None
+        device = next(model.parameters()).device
+        job = self._job
+        trained = _Guest(model, job.settings)
+        loaded = LoadedModel(
+            job.checkpoint, job.architecture, model, load_tokenizer(job.checkpoint, job.architecture), device
+        )
+        history = list(state.log_history)
+        with (
+            torch.random.fork_rng(_devices(model)),
+            staging(
+                output,
+                command="trainer",
+                overwrite=overwrite,
+                resume=None,
+                worth_keeping=lambda _: False,
+            ) as partial,
+        ):
+            lines = "".join(json.dumps(entry, default=str) + "\n" for entry in history)
+            with writing(partial / "metrics.jsonl"):
+                (partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            result = _result(state, history, time.perf_counter() - self._began)
+            self.report = write_output(job, loaded, trained, result, output, partial, self.progress)
+            made = open_checkpoint(partial / "output")
+            self.verification = verify_checkpoints(
+                job.checkpoint, made, job.archive, device=device, progress=self.progress
+            )
+            _demand(self.verification, output)
+            commit(partial / "output", output, overwrite=overwrite)
+            discard(partial)
+        leak = self.verification.leak
+        state.log_history.append({"sculptor_leak": leak, "step": state.global_step, "epoch": state.epoch})
+        self.notice(
+            f"step {state.global_step}: wrote {output}, verified: leak {leak:.1e} of the update into what is protected"
+        )
+
+
+class _Guest(Trained):
+    """A protected model that somebody else trains, and may go on training.
+
+    Args:
+        model: it.
+        settings: resolved settings.
+    """
+
+    goes_on = True
+
+    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
+        self.settings = settings
+        self._found = {matrix.coordinates.name: matrix.coordinates for matrix in protected_matrices(model)}
+        own = {id(value) for coordinates in self._found.values() for value in coordinates.values}
+        self._trained = [value for value in model.parameters() if value.requires_grad]
+        self.extra = {
+            name: value for name, value in model.named_parameters() if value.requires_grad and id(value) not in own
+        }
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(value.numel() for value in self._trained)
+
+    def fingerprints(self) -> dict[str, list[float]]:
+        return {name: coordinates.fingerprint() for name, coordinates in self._found.items()}
+
+    def coordinates(self, name: str) -> list[torch.Tensor] | None:
+        found = self._found.get(name)
+        return None if found is None else [value.detach() for value in found.values]
+
+
+def _unwrapped(model: Any) -> Any:
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _devices(model: nn.Module) -> list[int]:
+    """Those whose random numbers are put back after we have drawn some."""
+    device = next(model.parameters()).device
+    return [device.index or 0] if device.type == "cuda" else []
+
+
+def _check(matrices: Sequence[ProtectedMatrix], archive: Archive) -> None:
+    if not matrices:
+        raise ArchiveError(
+            "the model is not protected; call sculptor.protect(model, archive) before the trainer is made"
+        )
+    if {matrix.coordinates.archive for matrix in matrices} != {archive.identity}:
+        raise ArchiveError(f"{archive.path}: the model is protected with another archive; name that one")
+
+
+def _check_size(model: Any, expected: int) -> None:
+    """Trainers may add tokens, for example with a chat template of their own."""
+    found = model.get_input_embeddings().weight.shape[0]
+    if found != expected:
+        raise TrainingError(
+            f"the trainer's model has {found} embeddings, the checkpoint {expected}: what is written has the checkpoint's "
+            "tokens and tokenizer; train without adding tokens"
+        )
+
+
+def _told(args: Any) -> dict[str, Any]:
+    """What a record says of another program."""
+    import transformers
+
+    values = {name: getattr(args, name) for name in _TOLD if getattr(args, name, None) is not None}
+    plain = {name: value if isinstance(value, int | float | bool) else str(value) for name, value in values.items()}
+    return {"arguments": type(args).__name__, "transformers": transformers.__version__, **plain}
+
+
+def _result(state: Any, history: Sequence[Mapping[str, Any]], seconds: float) -> LoopResult:
+    """What the trainer's log says; a loss is NaN that it did not log yet."""
+    losses = [float(entry["loss"]) for entry in history if "loss" in entry]
+    losses = losses or [float(entry["train_loss"]) for entry in history if "train_loss" in entry] or [math.nan]
+    best = None if state.best_metric is None else state.best_global_step
+    return LoopResult(
+        steps=state.global_step,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        best_step=best,
+        best_loss=None if best is None else float(state.best_metric),
+        tokens=int(state.num_input_tokens_seen),
+        seconds=seconds,
+    )
+
+
+def _demand(found: Verification, output: Path) -> None:
+    if found.passed:
+        return
+    failed = [matrix.name for matrix in found.matrices if not matrix.holds]
+    what = [*failed, *found.changed_elsewhere, *found.differences]
+    raise TrainingError(
+        f"{output}: not written, since it does not verify: leak {found.leak:.1e}, rounding explains {found.rounding:.1e}; "
+        f"{len(what)} faults, first {what[0]}; did anything but the coordinates change?"
+    )

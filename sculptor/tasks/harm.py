@@ -1,0 +1,90 @@
+"""`sculptor.harm`, for a training loop of one's own, and what the commands ask of the samples that it is measured on."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import Architecture
+from sculptor.data.examples import Encoded
+from sculptor.errors import SettingsError
+from sculptor.methods.kinds import Kinds
+from sculptor.model.harm import Harm, measure_harm
+from sculptor.model.samples import Samples, read_samples
+from sculptor.training.harm import steps_between
+from sculptor.training.settings import TrainSettings
+
+# Of harm in a run that keeps it below a limit, at least.
+MEASUREMENTS = 20
+
+
+def harm(
+    model: Any,
+    subspaces: str | Path | Archive,
+    *,
+    samples: Literal["reporting", "steering"] = "reporting",
+    rules: Kinds | None = None,
+) -> Harm:
+    """KL(base || model) in nats a token on samples of the first base, at least; the model is left as it was.
+
+    Args:
+        model: a causal transformers model, protected, merged or streamed.
+        subspaces: an archive with samples, or its path.
+        samples: the half that is for reports, or the half that a training may be steered by.
+        rules: kinds of rules beside sculptor's own.
+
+    Returns:
+        The mean over tokens with its standard error.
+
+    Raises:
+        SculptorError: if the archive keeps no samples, or those of a larger vocabulary.
+    """
+    if samples not in ("reporting", "steering"):
+        raise SettingsError(f"samples {samples!r}: expected reporting or steering")
+    archive = subspaces if isinstance(subspaces, Archive) else Archive(subspaces, rules=rules)
+    embeddings = model.get_input_embeddings().weight
+    found = need_samples(archive, embeddings.shape[0])
+    training = model.training
+    try:
+        return measure_harm(model, getattr(found, samples), embeddings.device)
+    finally:
+        model.train(training)
+
+
+def need_samples(archive: Archive, vocab_size: int | None) -> Samples:
+    """The samples of an archive.
+
+    Raises:
+        SettingsError: if it keeps none.
+    """
+    samples = read_samples(archive, vocab_size)
+    if samples is None:
+        raise SettingsError(f"{archive.path} keeps no samples of the model; analyze with --samples")
+    return samples
+
+
+def samples_for(archive: Archive, architecture: Architecture, settings: TrainSettings) -> Samples | None:
+    """The samples that harm is measured on.
+
+    Raises:
+        SettingsError: if there are none, and something is asked for that needs them.
+    """
+    samples = read_samples(archive, architecture.vocab_size) if architecture.kind == "causal" else None
+    asked = {"--max-harm": settings.max_harm, "--harm-every": settings.harm_every}
+    needing = [option for option, value in asked.items() if value is not None]
+    if samples is None and needing:
+        raise SettingsError(
+            f"{', '.join(needing)}: {archive.path} keeps no samples of the model; analyze with --samples"
+        )
+    return samples
+
+
+def measured_every(settings: TrainSettings, encoded: Encoded, samples: Samples) -> int:
+    """Steps between measurements, unless it is said; a function of the data, so that every run has the same."""
+    lengths = [example.length for example in encoded.examples]
+    mean = sum(lengths) / len(lengths) if encoded.mixture is None else encoded.mixture.mean(lengths)
+    rows = min(settings.batch_size, max(1, encoded.num_epoch))
+    every = steps_between(sum(sample.example.length for sample in samples.steering), mean * rows)
+    if settings.max_harm is None:
+        return every
+    total = settings.total_steps(-(-encoded.num_epoch // rows))
+    return min(every, max(1, total // MEASUREMENTS))

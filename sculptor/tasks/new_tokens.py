@@ -1,0 +1,87 @@
+"""New tokens of a training: read, put into the tokenizer, and a base that has rows for them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
+from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.vocabulary import FLAGS, Growth, plan_growth, write_grown
+from sculptor.checkpoint.written import remove
+from sculptor.errors import DataError, SettingsError
+from sculptor.progress import Progress
+
+GROWN_NAME = "grown"
+
+
+def read_tokens(given: tuple[str, ...]) -> list[str]:
+    """Tokens as they are, and those of files, one a line.
+
+    Raises:
+        DataError: if a file is no text.
+    """
+    found = []
+    for item in given:
+        if not os.path.isfile(item):
+            found.append(item)
+            continue
+        try:
+            lines = Path(item).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as cause:
+            raise DataError(f"--add-tokens {item}: no text file in UTF-8 ({cause})") from cause
+        found += [line for line in lines if line.strip()]
+        if not any(line.strip() for line in lines):
+            raise DataError(f"--add-tokens {item}: the file holds no token; expected one a line")
+    return found
+
+
+def grow_tokenizer(tokenizer: Any, checkpoint: Checkpoint, given: tuple[str, ...]) -> Growth | None:
+    """Adds tokens to a loaded tokenizer, in place, and says what they make of the checkpoint; None without any.
+
+    Raises:
+        SettingsError: if the model cannot get them, or the tokenizer does not take them as its file would.
+    """
+    if not given:
+        return None
+    from tokenizers import AddedToken
+
+    tokens = read_tokens(given)
+    growth = plan_growth(checkpoint, tokens)
+    tokenizer.add_tokens([AddedToken(token, **FLAGS) for token in tokens])
+    _check(tokenizer, checkpoint, growth)
+    return growth
+
+
+def _check(tokenizer: Any, checkpoint: Checkpoint, growth: Growth) -> None:
+    """Looks whether each new token is one in the text, under its id."""
+    for i, token in enumerate(growth.tokens):
+        found = tokenizer.encode(token, add_special_tokens=False)
+        if growth.start + i not in found or tokenizer.convert_tokens_to_ids(token) != growth.start + i:
+            raise SettingsError(
+                f"--add-tokens {token!r}: {type(tokenizer).__name__} of {checkpoint.path} makes {found} of it, expected "
+                f"{growth.start + i}; save the tokenizer with transformers first, or choose another token"
+            )
+
+
+def write_grown_base(checkpoint: Checkpoint, growth: Growth, partial: Path, progress: Progress) -> None:
+    """Writes the base with new tokens into a staging directory, over what an earlier run left."""
+    path = partial / GROWN_NAME
+    with writing(path):
+        remove(path)
+        path.mkdir(exist_ok=True)
+    bar = progress(total=checkpoint.num_bytes, desc="add tokens", unit="B")
+    write_grown(checkpoint, path, growth, bar)
+    bar.close()
+
+
+def open_grown(checkpoint: Checkpoint, growth: Growth, partial: Path) -> Checkpoint:
+    """What `write_grown_base` wrote, looked at as a user's transformers would.
+
+    Raises:
+        SettingsError: if its tokenizer does not know the new tokens.
+    """
+    from transformers import AutoTokenizer
+
+    grown = open_checkpoint(partial / GROWN_NAME)
+    _check(AutoTokenizer.from_pretrained(grown.path, local_files_only=True), checkpoint, growth)
+    return grown

@@ -1,0 +1,71 @@
+"""What `train --replay` mixes into a task's rows: data of any form, and the archive's own samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sculptor.checkpoint.architecture import Architecture
+from sculptor.data.chat import check_use
+from sculptor.data.examples import encode
+from sculptor.data.replay import DEFAULT_SHARE, Replay
+from sculptor.data.rows import Data, as_items, names_of, read_sources, weight_of
+from sculptor.errors import SettingsError
+from sculptor.methods.settings import SELF, is_self
+from sculptor.model.samples import Samples
+from sculptor.training.settings import TrainSettings
+
+
+def read_replay(
+    replay: Data,
+    tokenizer: Any,
+    architecture: Architecture,
+    max_length: int,
+    settings: TrainSettings,
+    notice: Callable[[str], object],
+) -> tuple[Replay, ...]:
+    """The data that are mixed in; of the archive's own samples only the share, until the archive is known.
+
+    Raises:
+        SettingsError: for shares that leave nothing to the task, or samples that are there twice or steer, too.
+        DataError: if data cannot be used.
+    """
+    found = []
+    for item in as_items(replay):
+        own = isinstance(item, str) and is_self(item)
+        share = weight_of(item)
+        share = DEFAULT_SHARE if share is None else share
+        if own:
+            found.append(Replay(SELF, share, ()))
+            continue
+        (source,) = read_sources([item], settings.max_rows, settings.columns, notice, mixed=True, all_renamed=False)
+        check_use(source.rows, settings.chat_template)
+        examples = encode(source.rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
+        found.append(Replay(names_of([item])[0], share, examples))
+    whole = sum(part.share for part in found)
+    if whole >= 1:
+        raise SettingsError(f"--replay: shares of {whole:g} in all leave nothing to the task; give less than 1")
+    names = [part.name for part in found]
+    if names.count(SELF) > 1:
+        raise SettingsError("--replay self: given twice")
+    if SELF in names and settings.max_harm is not None:
+        raise SettingsError(
+            "--replay self with --max-harm: the samples that steer would be trained on, and say nothing any more; replay a file of "
+            "text that the model says, or leave one out"
+        )
+    return tuple(found)
+
+
+def fill_in_samples(replays: tuple[Replay, ...], samples: Samples | None) -> tuple[Replay, ...]:
+    """With the samples that steer in the place of `self`: those that report stay unseen.
+
+    Raises:
+        SettingsError: if they are asked for, and there are none.
+    """
+    found = []
+    for replay in replays:
+        if replay.name == SELF and not replay.examples:
+            if samples is None:
+                raise SettingsError("--replay self: the archive keeps no samples of the model; analyze with --samples")
+            examples = tuple(sample.example for sample in samples.steering)
+            replay = Replay(replay.name, replay.share, examples)
+        found.append(replay)
+    return tuple(found)

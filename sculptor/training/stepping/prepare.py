@@ -1,0 +1,197 @@
+"""The blocks of a streamed model made ready for training: bases read, room made for everything that waits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sculptor.archive.store import Archive
+from sculptor.errors import CapacityError, SettingsError
+from sculptor.methods.rule import Rule, cost_of, num_free
+from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.layout import Layout
+from sculptor.streaming.regions import MemoryRegion
+from sculptor.training.coordinates import prepare_training
+from sculptor.training.rates import Peaks
+from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.block import StreamedBlock, StreamedMatrix
+from sculptor.training.stepping.gradients import Source
+from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PreparedBlocks:
+    """What is trained of a streamed model.
+
+    Attributes:
+        blocks: by index, with the matrices that are held here.
+        trained: of each block that is trained, where gradients come from, by matrix, whoever owns it.
+        owners: of matrices, by name, where several processes divide them.
+        num_coordinates: how many numbers of all of them are trained.
+    """
+
+    blocks: Mapping[int, StreamedBlock]
+    trained: Mapping[int, Mapping[str, Source]]
+    owners: Mapping[str, int]
+    num_coordinates: int
+
+
+def held_bytes(rule: Rule, names: Mapping[str, str], num_pristine_bytes: int, device_kind: str) -> float:
+    """What the owner of a matrix holds for it beside its weight: W0, bases, A with its gradient and moments."""
+    size = 2 if device_kind == "cuda" else 4  # of a number of a basis in training
+    return num_pristine_bytes + size * sum(cost_of(rule, names).numbers.values()) + 16.0 * num_free(rule)
+
+
+def prepare_blocks(
+    stream: BlockStream,
+    archive: Archive,
+    parameters: Mapping[str, str],
+    peaks: Peaks,
+    settings: TrainSettings,
+    optimizer_device: torch.device,
+    tick: Callable[[int], object],
+) -> PreparedBlocks:
+    """All that an archive leaves something free of; `parameters` are those of its matrices, `tick` is called after each block.
+
+    Raises:
+        CapacityError: if there are none.
+        SettingsError: if one is left out.
+        MemoryError: if the host does not give enough memory.
+    """
+    owners = stream.weights.owners
+    blocks: dict[int, StreamedBlock] = {}
+    trained: dict[int, dict[str, Source]] = {}
+    held_by: dict[str, int] = {}
+    for i, found in enumerate(stream.parameters):
+        names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
+        mine = {name: p for name, p in names.items() if owners is None or owners.mine(i, p)}
+        if names:
+            trained[i] = {name: Source(archive[name].window, found[p], p) for name, p in names.items()}
+        if mine:
+            blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device)
+        held_by |= dict.fromkeys(names, i)
+        tick(1)
+    check_owners(archive, held_by)
+    return PreparedBlocks(
+        blocks,
+        trained,
+        {} if owners is None else {name: owners.blocks[i][parameters[name]] for name, i in held_by.items()},
+        sum(torch.Size(shape).numel() for name in archive.open_names for shape in archive[name].rule.shapes),
+    )
+
+
+def prepare_block(
+    index: int,
+    stream: BlockStream,
+    archive: Archive,
+    names: Mapping[str, str],
+    peaks: Peaks,
+    settings: TrainSettings,
+    optimizer_device: torch.device,
+) -> StreamedBlock:
+    """Reads the bases of a block and makes room for everything else; coordinates begin at 0.
+
+    Args:
+        index: of the block.
+        stream: of the model.
+        archive: of its checkpoint.
+        names: matrix of the archive -> parameter of the model, for the matrices with free pairs.
+        peaks: learning rates.
+        settings: resolved settings.
+        optimizer_device: where AdamW runs.
+
+    Raises:
+        ArchiveError: if a basis is damaged.
+        MemoryError: if the host does not give enough memory.
+    """
+    known: dict[Any, Any] = {}
+    unique: dict[int, tuple[str, Tensor]] = {}  # a basis that several matrices read is there once
+    matrices = []
+    for name, parameter_name in names.items():
+        record = archive[name]
+        dtype = stream.layouts[index][parameter_name].dtype
+        prepared = prepare_training(archive.read(name), stream.device, dtype, settings.soften or 0.0, known)
+        bases = {}
+        for key, tensor in prepared.tensors.items():
+            bases[key] = unique.setdefault(tensor.data_ptr(), (str(len(unique)), tensor))[0]
+        keys = [f"{name}.A{i}" for i in range(len(record.rule.shapes))]
+        parameter = stream.parameters[index][parameter_name]
+        coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
+        entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
+        info = stream.weights.files.checkpoint.info_of(record)
+        group = Group(coordinates, peaks.matrices[name], settings.weight_decay)
+        matrices.append(
+            StreamedMatrix(
+                record,
+                parameter,
+                parameter_name,
+                bases,
+                prepared.fingerprint,
+                keys,
+                coordinates,
+                make_optimizer([group], optimizer_device),
+                state=Layout(
+                    (key + suffix, dtype, shape)
+                    for suffix in ("", *("." + moment for moment in MOMENTS))
+                    for key, dtype, shape in entries
+                ),
+                gradients=Layout(entries),
+                pristine=Layout([("pristine", info.dtype, info.shape)]),
+            )
+        )
+    return _make_room(index, stream, matrices, dict(unique.values()))
+
+
+def _make_room(
+    index: int, stream: BlockStream, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
+) -> StreamedBlock:
+    state, gradients = (
+        Layout((name, place.dtype, place.shape) for part in parts for name, place in part.items())
+        for parts in ([matrix.state for matrix in matrices], [matrix.gradients for matrix in matrices])
+    )
+    at = 0
+    for matrix in matrices:
+        matrix.state_start, matrix.gradient_start = state[matrix.keys[0]].start, gradients[matrix.keys[0]].start
+        matrix.pristine_start = at
+        at += matrix.pristine.num_bytes
+    bases = Layout.of(tensors)
+    scratch, files = stream.weights.scratch, stream.weights.files
+    pristine = scratch.region(f"pristine-{index}", at) if scratch.in_memory else None
+    if pristine is not None:
+        assert isinstance(pristine, MemoryRegion)
+        for matrix in matrices:
+            files.read(matrix.record, matrix.pristine.view(pristine.memory[matrix.pristine_start :], "pristine"))
+    block = StreamedBlock(
+        matrices,
+        bases,
+        state,
+        gradients,
+        bases=scratch.region(f"bases-{index}", bases.num_bytes),
+        state=scratch.region(f"state-{index}", state.num_bytes),  # new memory and new files hold zeros
+        gradients=scratch.region(f"gradients-{index}", gradients.num_bytes),
+        pristine=pristine,
+    )
+    for name, tensor in tensors.items():
+        place = bases[name]
+        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), place.start)
+    if stream.device.type == "cuda":
+        torch.cuda.synchronize(stream.device)
+    return block
+
+
+def check_owners(archive: Archive, owners: Mapping[str, int]) -> None:
+    """Checks that every matrix with free pairs is trained with some block.
+
+    Raises:
+        CapacityError: if there are none.
+        SettingsError: if one is left out.
+    """
+    if not archive.open_names:
+        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    left = [name for name in archive.open_names if name not in owners]
+    if left:
+        raise SettingsError(
+            f"{archive.path}: {len(left)} matrices are not one block's own, first {left[0]}; use --offload none"
+        )

@@ -1,0 +1,240 @@
+"""Plain fine-tuning with a measure against forgetting: each against a loop of a dozen lines in float64."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import Result, make_tokenizer, save_checkpoint, slowly, task_rows, write_rows
+from safetensors.torch import load_file
+from together import together
+
+from sculptor import AnalyzeSettings, analyze, train
+from sculptor.benchmark.contenders import data_of, settings_of, update_norm
+from sculptor.benchmark.plan import Contender, Plan, read_plan
+from sculptor.benchmark.runner import continual
+from sculptor.checkpoint.reader import open_checkpoint
+
+RATE, STEPS = 1e-2, 3
+PLAN = f"""
+model = "base"
+[train]
+max_steps = {STEPS}
+batch_size = 64
+micro_batch_size = 64
+learning_rate = {RATE}
+schedule = "constant"
+warmup = 0
+clip = 0
+device = "cpu"
+[evaluate]
+exact_match = false
+[analyze]
+preserve = 0.5
+device = "cpu"
+[adapter]
+decay = 20
+replay = 0.5
+keep = 0.4
+[[tasks]]
+name = "first"
+data = ["first.jsonl"]
+test = ["first.jsonl"]
+[[tasks]]
+name = "second"
+data = ["second.jsonl"]
+test = ["second.jsonl"]
+"""
+Weights = dict[str, torch.Tensor]
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    rows = task_rows(count=16)
+    return rows if name == "first" else [row | {"completion": f"w{9 - int(row['completion'][1:])}"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("contenders")
+    save_checkpoint(path / "base")
+    for name in ("first", "second"):
+        write_rows(path / f"{name}.jsonl", rows_of(name))
+    (path / "plan.toml").write_text(PLAN)
+    return path
+
+
+@pytest.fixture
+def plan(place: Path) -> Plan:
+    return read_plan(place / "plan.toml")
+
+
+def reference(
+    place: Path, start: Weights, rows: list[dict[str, str]], *, decay: float = 0.0, by_entropy: bool = False
+) -> Weights:
+    """AdamW on the matrices of the blocks, whole batches, in float64."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(place / "base")).double()
+    model.load_state_dict({name: value.double() for name, value in start.items()})
+    model.requires_grad_(False)
+    trained = {name: p.requires_grad_(True) for name, p in model.named_parameters() if "_proj" in name}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    tokenizer = make_tokenizer()
+    for _ in range(STEPS):
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for row in rows:
+            prompt = tokenizer.encode(row["prompt"], add_special_tokens=False)
+            answer = [*tokenizer.encode(row["completion"], add_special_tokens=False), 0]
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            logs = logits.log_softmax(-1)
+            for i, token in enumerate(answer):
+                weight = 1.0
+                if by_entropy:
+                    p = sorted(logs[i].exp().tolist())[-20:]
+                    weight = -sum(x / sum(p) * math.log(x / sum(p)) for x in p) / math.log(20)
+                total, count = total - weight * logs[i, token], count + 1
+        (total / count).backward()
+        with torch.no_grad():
+            for name, p in trained.items():
+                p -= RATE * decay * (p - before[name])
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def weights(model: Path) -> Weights:
+    return load_file(model / "model.safetensors")
+
+
+def assert_same_update(start: Weights, found: Weights, expected: Weights) -> None:
+    for name, value in start.items():
+        update = expected[name].double() - value.double()
+        # AdamW makes a whole step of a gradient that is next to nothing, whatever rounding says of its sign.
+        assert float((found[name].double() - expected[name].double()).norm()) <= 2e-3 * float(update.norm()) + 1e-6, (
+            name
+        )
+
+
+def trained(place: Path, output: Path, plan: Plan, method: Contender, task: int = 0) -> Weights:
+    chosen = plan.tasks[task]
+    archive = place / "nothing-preserved"
+    if not archive.exists():
+        analyze(place / "base", archive, AnalyzeSettings(preserve=0.0, device="cpu"))
+    settings = settings_of(plan, method, chosen)
+    train(place / "base", archive, list(data_of(plan, method, chosen)), output, settings)
+    return weights(output)
+
+
+@pytest.mark.parametrize("offload", ["none", *slowly("cpu")])
+def test_eaft_weighs_tokens_by_entropy(place: Path, tmp_path: Path, plan: Plan, offload: Any) -> None:
+    start = weights(place / "base")
+    plan = replace(plan, train=replace(plan.train, offload=offload))
+    expected = reference(place, start, rows_of("first"), by_entropy=True)
+    assert_same_update(start, trained(place, tmp_path / "eaft", plan, "eaft"), expected)
+
+
+def test_l2_pulls_towards_the_base(place: Path, tmp_path: Path, plan: Plan) -> None:
+    start = weights(place / "base")
+    found = trained(place, tmp_path / "l2", plan, "l2")
+    assert_same_update(start, found, reference(place, start, rows_of("first"), decay=20.0))
+    assert sum(float((found[n] - start[n]).norm()) for n in start) > 0
+
+
+def test_replay_mixes_the_rows_of_earlier_tasks_in(place: Path, tmp_path: Path, plan: Plan) -> None:
+    """With half of each epoch, two tasks of one size are one batch of all their rows."""
+    start = weights(place / "base")
+    found = trained(place, tmp_path / "replay", plan, "replay", task=1)
+    assert_same_update(start, found, reference(place, start, rows_of("first") + rows_of("second")))
+    assert data_of(plan, "replay", plan.tasks[0]) == plan.tasks[0].data, "nothing came before"
+    share = replace(plan, adapter=replace(plan.adapter, replay=0.25))
+    assert [weight for _, weight in data_of(share, "replay", plan.tasks[1])] == [0.75, 0.25]
+    epochs = replace(plan, train=replace(plan.train, max_steps=None, epochs=2, batch_size=8, micro_batch_size=8))
+    assert settings_of(epochs, "replay", plan.tasks[1]).max_steps == 4, "the steps of plain fine-tuning"
+
+
+def run(cli: Callable[..., Result], place: Path, output: Path, *more: object) -> Any:
+    found = cli("continual", place / "plan.toml", "-o", output, "--json", *more)
+    assert found.code == 0, found.err
+    return found.json
+
+
+def test_interpolate_keeps_a_share_of_every_task(place: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    report = run(cli, place, tmp_path / "out", "--method", "interpolate")
+    start = weights(place / "base")
+    expected = start
+    for name in ("first", "second"):
+        before, whole = expected, reference(place, expected, rows_of(name))
+        expected = {key: before[key].double() + 0.4 * (whole[key] - before[key].double()) for key in whole}
+    assert_same_update(start, weights(tmp_path / "out" / "model"), expected)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".sculptor", "continual.json", "model", "sculptor.json",
+    ]  # fmt: skip
+    assert report["stages"][0]["update"] is None
+    assert report["stages"][1]["update"] > 0
+
+
+@pytest.mark.slow
+def test_rescaled_has_the_norms_of_another_run(place: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    like = run(cli, place, tmp_path / "ours")
+    more = ("--method", "rescaled", "--set", f"adapter.like={tmp_path / 'ours'}")
+    report = run(cli, place, tmp_path / "out", *more)
+    for one, other in zip(report["stages"][1:], like["stages"][1:], strict=True):
+        assert one["update"] == pytest.approx(other["update"], rel=1e-5)
+    start = weights(place / "base")
+    expected = start
+    for name, stage in zip(("first", "second"), like["stages"][1:], strict=True):
+        before, whole = expected, reference(place, expected, rows_of(name))
+        size = math.sqrt(sum(float((whole[key] - before[key].double()).square().sum()) for key in whole))
+        share = stage["update"] / size
+        assert share < 1
+        expected = {key: before[key].double() + share * (whole[key] - before[key].double()) for key in whole}
+    assert_same_update(start, weights(tmp_path / "out" / "model"), expected)
+    published = json.loads((tmp_path / "out" / "continual.json").read_text())["plan"]["adapter"]["like"]
+    assert published == "ours", "no folders"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["interpolate", "replay"])
+def test_several_processes_do_the_same(place: Path, tmp_path: Path, method: Contender) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.replace("micro_batch_size = 64", "micro_batch_size = 8"))
+    for name in ("base", "first.jsonl", "second.jsonl"):
+        (tmp_path / name).symlink_to(place / name)
+    continual(plan, tmp_path / "one", method=method)
+    together(2, continual, plan, tmp_path / "two", method=method)
+    one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_the_norm_of_an_update(place: Path, tmp_path: Path) -> None:
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    before, after = weights(place / "base"), weights(other)
+    expected = math.sqrt(sum(float((after[n].double() - before[n].double()).square().sum()) for n in before))
+    found = update_norm(open_checkpoint(place / "base"), open_checkpoint(other))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("rescaled", [], r"\[adapter\] like is missing"),
+        ("rescaled", ["adapter.like=nowhere"], "nowhere"),
+        ("l2", ["train.weight_decay=0.1"], r"weight_decay without effect with --method l2"),
+        ("eaft", ["train.token_weights=entropy"], "token_weights without effect with --method eaft"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    place: Path, tmp_path: Path, cli: Callable[..., Result], method: str, changes: list[str], message: str
+) -> None:
+    sets = [part for change in changes for part in ("--set", change)]
+    found = cli("continual", place / "plan.toml", "-o", tmp_path / "out", "--method", method, *sets)
+    assert found.code in (1, 2)
+
+    assert re.search(message, found.err), found.err
+    assert found.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,108 @@
+"""A signal that ends a command leaves nothing behind but what `--resume` takes up, and one line."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Result, save_checkpoint, task_rows, write_rows
+
+from sculptor import AnalyzeSettings, Archive, analyze
+from sculptor.archive.writer import ArchiveWriter
+from sculptor.checkpoint import staging
+from sculptor.tasks import defaults
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "edit": ("edit", "interpolate", "{model}", "{tuned}", "--alpha", "0.5", "--device", "cpu"),
+    "prune": ("edit", "prune", "{model}", "--sparsity", "0.3", "--by", "magnitude"),
+    "convert": ("convert", "{archive}", "--model", "{model}"),
+    "analyze": ("analyze", "{model}", "--preserve", "0.5", "--device", "cpu"),
+    "train": ("train", "{model}", "--data", "{rows}", "--device", "cpu", "--max-steps", "3"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    path = tmp_path_factory.mktemp("interrupted")
+    save_checkpoint(path / "model")
+    save_checkpoint(path / "tuned", seed=1)
+    analyze(path / "model", path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    write_rows(path / "rows", task_rows())
+    return {name: str(path / name) for name in ("model", "tuned", "archive", "rows")}
+
+
+def comes(then: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """What happens, and a signal behind it; a second one would end this process."""
+    times = [0]
+
+    def called(*given: Any, **named: Any) -> Any:
+        found = then(*given, **named)
+        times[0] += 1
+        if times[0] == 1:
+            os.kill(os.getpid(), number)
+        return found
+
+    return called
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_is_left_of_what_has_only_begun(
+    cli: Callable[..., Result], made: dict[str, str], name: str, number: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    begin = staging.begin
+
+    def begun(partial: Path, command: str) -> None:
+        begin(partial, command)
+        if name != "train" or partial.name == "analyzed.partial":  # of a training, in the midst of its own analysis
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(staging, "begin", begun)
+    found = cli(*(part.format(**made) for part in COMMANDS[name]), "-o", tmp_path / "out")
+    assert (found.code, found.err) == (128 + number, f"error: stopped by {signal.Signals(number).name}\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "within"), [("analyze", ""), pytest.param("train", "analyzed", marks=pytest.mark.slow)]
+)
+def test_what_is_done_is_kept_and_taken_up(
+    cli: Callable[..., Result], made: dict[str, str], name: str, within: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(defaults, "_CPU_TOKENS", (400, 400))
+    command = [part.format(**made) for part in COMMANDS[name]]
+    with monkeypatch.context() as patch:
+        patch.setattr(ArchiveWriter, "add", comes(ArchiveWriter.add, signal.SIGINT))
+        patch.setattr(ArchiveWriter, "_take", lambda self, record: (take(self, record), self.flush(), self._wait()))
+        found = cli(*command, "-o", tmp_path / "out")
+    assert found.code == 130
+    partial = tmp_path / "out.partial"
+    assert f"stopped by SIGINT; what is done is in {partial}, go on with --resume" in found.err
+    assert "left over from a run" in cli(*command, "-o", tmp_path / "out").err
+    assert cli(*command, "-o", tmp_path / "out", "--resume").code == 0
+    assert not partial.exists()
+    assert cli(*command, "-o", tmp_path / "whole").code == 0
+    one, other = (Archive(tmp_path / place / within) for place in ("whole", "out"))
+    assert {name: found.sha256 for name, found in one.manifest.tensors.items()} == {
+        name: found.sha256 for name, found in other.manifest.tensors.items()
+    }
+
+
+take = ArchiveWriter._take
+
+
+def test_an_exchange_of_outputs_is_not_cut_in_two(
+    cli: Callable[..., Result], made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [part.format(**made) for part in COMMANDS["edit"]]
+    assert cli(*command, "-o", tmp_path / "out").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", comes(Path.rename, signal.SIGTERM))
+        found = cli(*command, "--alpha", "0.6", "-o", tmp_path / "out", "--overwrite")
+    assert found.code == 143
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -1,0 +1,5 @@
+"""Imported by every process of the tests: archives are made by the hundred here, and a few short samples each will do."""
+
+import sculptor.model.samples
+
+sculptor.model.samples.TOKENS, sculptor.model.samples.LENGTH = 256, 16

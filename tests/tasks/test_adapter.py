@@ -1,0 +1,51 @@
+"""`--merge-adapter`: a LoRA adapter as MODEL."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Result, save_checkpoint, task_rows, write_rows
+from edited import save_adapter, tensors_of
+
+import sculptor
+
+
+def test_commands_merge_an_adapter_when_told(
+    tmp_path: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", task_rows(count=4))
+    peft = save_adapter(Path("base"), tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    analyze = ("analyze", "adapter", "-o", "a", "--preserve", 0.5, "--device", "cpu")
+    for command in (
+        analyze,
+        ("evaluate", "adapter", "--data", "rows.jsonl"),
+        ("train", "adapter", "--data", "rows.jsonl", "-o", "t"),
+    ):
+        found = cli(*command)
+        assert (found.code, found.err.count("\n")) == (1, 1)
+        assert "--merge-adapter DIR" in found.err
+    found = cli(*analyze, "--merge-adapter", "merged")
+    assert found.code == 0, found.err
+    assert "that is MODEL from now on" in found.err
+    expected, made = peft.merge_and_unload().state_dict(), tensors_of(tmp_path / "merged")
+    for name, value in made.items():
+        torch.testing.assert_close(value, expected[name], atol=2e-6, rtol=1e-5)
+    again = cli(*analyze[:2], "-o", "b", "--preserve", 0.5, "--merge-adapter", "merged")
+    assert (again.code, again.err.count("\n")) == (1, 1)
+    assert "exists already" in again.err
+    score = cli("evaluate", "adapter", "--data", "rows.jsonl", "--merge-adapter", "other", "--json")
+    assert score.code == 0, score.err
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == (
+        tmp_path / "merged" / "model.safetensors"
+    ).read_bytes()
+    with pytest.raises(sculptor.SculptorError, match="base is no adapter"):
+        sculptor.merge_adapter("base", "x")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    lost = cli("evaluate", "adapter", "--data", "rows.jsonl", "--merge-adapter", "x")
+    assert (lost.code, lost.err.count("\n")) == (1, 1)
+    assert not (tmp_path / "x").exists()
+    assert sculptor.merge_adapter("adapter", "x", base="moved", device="cpu") == tmp_path / "x"
