@@ -212,7 +212,8 @@ def test_places_that_cannot_be_are_refused_before_any_work(
             assert found.err.count("\n") == 1
             assert found.code == (2 if command is verify or "expected" in told else 1)
     for command in (train, continual):
-        assert "choose a place beside it" in cli(*command, "--html", out / "page.html").err
+        for place in (out, out.with_name("out.partial")):
+            assert "choose a place beside it" in cli(*command, "--html", place / "page.html").err
     for command in (verify, evaluate):
         assert "--overwrite without effect" in cli(*command, "--overwrite").err
     assert taken.read_text() == "precious"
@@ -290,6 +291,11 @@ def test_curves_of_any_length_stay_inside(values: list[float], log: bool) -> Non
     assert len(text) < 40_000
     assert ("band" in seen.classes) == (len(values) > 400)
     assert any(row == [f"{len(values) - 1:,}", str(values[-1])] for row in seen.rows) == (len(values) > 1)
+
+
+def test_labels_of_an_axis_are_as_far_apart_as_they_say() -> None:
+    said = Read(chart("t", "e", [Curve("c", [(0.0, 5.18), (1.0, 5.262)])], "stage", str)).said
+    assert [text for text in said if text.startswith("5.2")] == ["5.2", "5.225", "5.25", "5.262"]
 
 
 def test_staircases_cover_what_is_frozen() -> None:

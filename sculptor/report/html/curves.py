@@ -161,7 +161,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def _tick(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.6g}"  # round already; less would make neighbours uneven
 
 
 def _number(value: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sculptor import __version__
 from sculptor.checkpoint.directory import published_name
-from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.staging import partial_path, writing
 from sculptor.errors import OutputError, SettingsError
 from sculptor.report.html.style import STYLE
 from sculptor.tasks.card import is_hub_name
@@ -146,7 +146,7 @@ def check_page(path: Path, overwrite: bool, output: Path | None = None) -> None:
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise SettingsError(f"--html {path}: expected a name that ends in .html")
-    if output is not None and output.resolve() in path.resolve().parents:
+    if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
         raise SettingsError(f"--html {path}: lies in the output {output}; choose a place beside it")
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
         raise OutputError(f"{path}: exists already; choose another --html or pass --overwrite")

@@ -130,7 +130,7 @@ white-space:nowrap;line-height:1.2}
 .legend span.ramp{display:inline-flex}
 .key{display:inline-block;width:14px;height:3px;background:var(--accent);vertical-align:middle}
 .key.dots{width:8px;height:8px;border-radius:4px;background:var(--second)}
-.plot{display:grid;grid-template-columns:3.4em minmax(0,1fr);grid-template-rows:190px 1.5em;font-size:.75rem;color:var(--soft)}
+.plot{display:grid;grid-template-columns:3.8em minmax(0,1fr);grid-template-rows:190px 1.5em;font-size:.75rem;color:var(--soft)}
 .small .plot{grid-template-rows:130px 1.5em}
 .plot .y,.plot .x{position:relative;font-variant-numeric:tabular-nums}
 .plot .y span{position:absolute;right:6px;transform:translateY(-50%)}
