@@ -74,10 +74,12 @@ def signals_wait() -> Iterator[None]:
     Not if it failed: that says what is left.
     """
     _Waiting.depth += 1
+    number = None
     try:
         yield
     finally:
         _Waiting.depth -= 1
-    if not _Waiting.depth and _Waiting.number is not None:
-        number, _Waiting.number = _Waiting.number, None
+        if not _Waiting.depth:
+            number, _Waiting.number = _Waiting.number, None
+    if number is not None:
         raise Interrupted(number)
