@@ -202,7 +202,7 @@ def unknown_options(said: str, arguments: Sequence[str]) -> set[str]:
     for argument in arguments:
         if isinstance(command, click.Group) and not argument.startswith("-"):
             command = command.get_command(click.Context(command), argument)
-    if command is None:
+    if command is None or said.startswith("Usage:"):  # its help
         return set()
     known = {"--help", *(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))}
     given = {argument.partition("=")[0] for argument in arguments}
