@@ -63,8 +63,9 @@ def _on_signal(number: int, _: FrameType | None) -> None:
 
 
 def asked_to_stop() -> int | None:
-    """The signal that waits, if there is one."""
-    return _Waiting.number
+    """The signal that waits, if there is one; whoever asks answers it, and it is not raised."""
+    number, _Waiting.number = _Waiting.number, None
+    return number
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def unknown_options(said: str, arguments: Sequence[str]) -> set[str]:
     for argument in arguments:
         if isinstance(command, click.Group) and not argument.startswith("-"):
             command = command.get_command(click.Context(command), argument)
-    if command is None or command is main:
+    if command is None or command is main or said.startswith("Usage:"):  # its help
         return set()
     named = [command, *(main.get_command(click.Context(main), word) for word in re.findall(r"[a-z]+", said))]
     named += [main.get_command(click.Context(main), "train")] if command.name == "continual" else []  # by --set train.*

@@ -29,15 +29,7 @@ from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
-from sculptor.training.stepping.block_update import (
-    BlockUpdater,
-    Divisors,
-    HostOptimizer,
-    by_matrix,
-    clip_own,
-    made_by,
-    on_cpu,
-)
+from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, clip_own, on_cpu
 from sculptor.training.stepping.full_gradients import FullGradients
 from sculptor.training.stepping.gradients import listen
 from sculptor.training.stepping.optimizer import (
@@ -127,7 +119,7 @@ class StreamedUpdates(Updates, Observer):
         self._stale.discard(block)
         if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
-        ours, partly = made_by(found, self.stream.layouts[block])
+        ours, partly = found.makes(self.stream.layouts[block])
         rest = [name for name in self.stream.weights.names(block) if name not in ours]
         uses = [*slot.taken(), *([self.stream.weights.written(block)] if partly else [])]
         loaded = self.transfers.load(lambda: self.stream.weights.load(block, slot.memory, rest), uses)
