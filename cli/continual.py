@@ -8,6 +8,7 @@ from .options import (
     Choice,
     SuggestingCommand,
     bars,
+    html_option,
     json_option,
     overwrite_option,
     quiet_libraries,
@@ -46,6 +47,7 @@ _METHODS = [
     help="Which files of the tasks to evaluate on; choose settings on validation.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the matrix as a heat map into this picture file.")
+@html_option
 @resume_option
 @overwrite_option
 @json_option
@@ -57,6 +59,7 @@ def command(
     seed: int | None,
     split: str,
     plot: Path | None,
+    html: Path | None,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -74,6 +77,8 @@ def command(
     from sculptor.benchmark.runner import continual
     from sculptor.interruption import asked_to_stop
     from sculptor.report.continual import continual_text
+    from sculptor.report.html.continual import continual_page
+    from sculptor.report.html.page import check_page, write_page
     from sculptor.report.json_text import to_json
     from sculptor.report.plot import check_picture, plot_matrix, require_matplotlib
 
@@ -81,6 +86,8 @@ def command(
     if plot is not None:
         require_matplotlib()
         check_picture(plot, overwrite)
+    if html is not None:
+        check_page(html, overwrite, output)
     report = continual(
         plan,
         output,
@@ -99,3 +106,6 @@ def command(
     click.echo(to_json(report) if as_json else continual_text(report))
     if plot is not None:
         tell(f"Drew {plot}.")
+    if html is not None and speaks():
+        write_page(html, continual_page(report), overwrite)
+        tell(f"Wrote {html}.")

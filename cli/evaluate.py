@@ -11,10 +11,14 @@ from .options import (
     SuggestingCommand,
     adapter_option,
     bars,
+    check_overwrite,
+    html_option,
     json_option,
     merged,
+    overwrite_option,
     quiet_libraries,
     settings_options,
+    speaks,
     tell,
 )
 
@@ -54,6 +58,8 @@ from .options import (
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
 @settings_options(TrainSettings, "max_rows", "columns", "chat_template", "attn_implementation", "device", "offload")
 @adapter_option
+@html_option
+@overwrite_option
 @json_option
 def command(
     model: str,
@@ -62,6 +68,8 @@ def command(
     watch: tuple[str, ...],
     tasks: tuple[str, ...],
     labels: tuple[str, ...],
+    html: Path | None,
+    overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -77,10 +85,15 @@ def command(
       sculptor evaluate ./tuned --tasks my_task,arc_easy --include-path ./tasks
     """
     from sculptor.report.evaluate import evaluate_text
+    from sculptor.report.html.evaluate import evaluate_page
+    from sculptor.report.html.page import check_page, write_page
     from sculptor.report.json_text import to_json
     from sculptor.tasks.evaluate import evaluate
 
     quiet_libraries()
+    check_overwrite(html, overwrite)
+    if html is not None:
+        check_page(html, overwrite)
     result = evaluate(
         merged(model, merge_adapter, options["device"]),
         data,
@@ -92,3 +105,6 @@ def command(
         **options,
     )
     click.echo(to_json(result) if as_json else evaluate_text(result))
+    if html is not None and speaks():
+        write_page(html, evaluate_page(result, model), overwrite)
+        tell(f"Wrote {html}.")

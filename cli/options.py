@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -227,6 +228,19 @@ def overwrite_option(command: Command) -> Command:
     return click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")(
         command
     )
+
+
+def html_option(command: Command) -> Command:
+    """`--html`."""
+    return click.option(
+        "--html", type=click.Path(path_type=Path), help="Write a report to look at: one file for any browser."
+    )(command)
+
+
+def check_overwrite(html: Path | None, overwrite: bool) -> None:
+    """Refuses `--overwrite` of a command that writes nothing but a report, where it writes none."""
+    if overwrite and html is None:
+        raise click.UsageError("--overwrite without effect: there is no --html")
 
 
 def push_options(command: Command) -> Command:

@@ -12,6 +12,7 @@ from .options import (
     SuggestingCommand,
     adapter_option,
     bars,
+    html_option,
     json_option,
     merged,
     overwrite_option,
@@ -67,6 +68,7 @@ from .options import (
 )
 @adapter_option
 @push_options
+@html_option
 @resume_option
 @overwrite_option
 @json_option
@@ -82,6 +84,7 @@ def command(
     protect_data: tuple[str, ...],
     replay: tuple[str, ...],
     report_to: tuple[str, ...],
+    html: Path | None,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -102,12 +105,16 @@ def command(
       sculptor train ./model --data task.jsonl --replay general.txt:0.1 --output ./tuned
     """
     from sculptor.interruption import asked_to_stop
+    from sculptor.report.html.page import check_page, write_page
+    from sculptor.report.html.train import train_page
     from sculptor.report.json_text import to_json
     from sculptor.report.text import train_text
     from sculptor.tasks.push import pushing
     from sculptor.tasks.train import train
 
     quiet_libraries()
+    if html is not None:
+        check_page(html, overwrite, output)
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
             merged(model, merge_adapter, settings["device"]),
@@ -126,3 +133,6 @@ def command(
             stop=asked_to_stop,
         )
         click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
+        if html is not None and speaks():
+            write_page(html, train_page(report), overwrite)
+            tell(f"Wrote {html}.")

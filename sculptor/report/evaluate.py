@@ -13,30 +13,40 @@ def evaluate_text(result: Evaluation) -> str:
     """What `sculptor evaluate` prints."""
     parts = []
     if result.loss is not None:
-        parts.append(_measures(result))
+        parts.append(table(["measure", "value"], measures_rows(result)))
     if result.watched:
-        rows = [
-            [text.name, f"{text.loss:.4f}", f"{text.perplexity:,.2f}", f"{text.num_tokens:,}"]
-            for text in result.watched
-        ]
-        parts.append(table(["watched", "loss", "perplexity", "tokens"], rows))
+        parts.append(table(*watched_rows(result)))
     if result.tasks:
-        figures = [
-            [
-                task.name,
-                task.metric,
-                f"{task.value:.4f}",
-                "-" if task.error is None else f"{task.error:.4f}",
-                "-" if task.num_rows is None else f"{task.num_rows:,}",
-            ]
-            for task in result.tasks
-        ]
-        parts.append(table(["task of lm-eval", "metric", "value", "error", "rows"], figures))
+        parts.append(table(*tasks_rows(result)))
     parts += map(_answer, result.answers)
     return "\n\n".join(parts)
 
 
-def _measures(result: Evaluation) -> str:
+def watched_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of watched texts."""
+    rows = [
+        [text.name, f"{text.loss:.4f}", f"{text.perplexity:,.2f}", f"{text.num_tokens:,}"] for text in result.watched
+    ]
+    return ["watched", "loss", "perplexity", "tokens"], rows
+
+
+def tasks_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of lm-eval's tasks."""
+    rows = [
+        [
+            task.name,
+            task.metric,
+            f"{task.value:.4f}",
+            "-" if task.error is None else f"{task.error:.4f}",
+            "-" if task.num_rows is None else f"{task.num_rows:,}",
+        ]
+        for task in result.tasks
+    ]
+    return ["task of lm-eval", "metric", "value", "error", "rows"], rows
+
+
+def measures_rows(result: Evaluation) -> list[list[str]]:
+    """What was measured on the rows: names and values."""
     rows = [["loss", f"{result.loss:.4f}"], ["perplexity", f"{result.perplexity:,.2f}"]]
     if result.accuracy is not None:
         ranked = "each row's choices" if result.labels is None else f"{len(result.labels)} labels"
@@ -46,7 +56,7 @@ def _measures(result: Evaluation) -> str:
     if result.exact_match is not None:
         rows.append(["exact match", percent(result.exact_match)])
     rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
-    return table(["measure", "value"], rows)
+    return rows
 
 
 def _answer(answer: Answer) -> str:

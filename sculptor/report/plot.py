@@ -91,17 +91,22 @@ def plot_archive(archive: Archive, path: Path) -> None:
         figure.savefig(path, dpi=130)
 
 
+def middles(archive: Archive) -> dict[str, str]:
+    """Role -> its matrix in the middle of the model, one that stands for the others."""
+    roles: dict[str, list[str]] = {}
+    for name, record in archive.items():
+        roles.setdefault(record.role, []).append(name)
+    return {role: names[len(names) // 2] for role, names in roles.items()}
+
+
 def _draw_spectra(axes: Any, archive: Archive) -> None:
     """One curve per role, the middle layer's, with a dot at the last direction that is protected.
 
     Of a matrix with moments, eigenvalues of what it reads, as far as they are stored.
     """
-    roles: dict[str, list[str]] = {}
-    for name, record in archive.items():
-        roles.setdefault(record.role, []).append(name)
     what = ""
-    for role, names in roles.items():
-        entry = archive.read(names[len(names) // 2])
+    for role, name in middles(archive).items():
+        entry = archive.read(name)
         found = entry.rule.spectrum_of(entry.tensors) if isinstance(entry.rule, Directed) else None
         if found is None or float(found.values[0]) == 0:
             continue

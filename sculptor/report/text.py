@@ -14,6 +14,9 @@ from sculptor.tasks.train_report import TrainReport
 WIDTH = 100
 _MAX_LISTED = 8
 _NEAR_BUDGET = 0.005
+COMPARISON_LEGEND = (
+    "a/b: directions here / in the other; overlap: share of the smaller inside the larger; angle: largest"
+)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -74,6 +77,11 @@ def analyze_text(report: AnalyzeReport) -> str:
 
 def roles_table(roles: Sequence[RoleSummary], terms: Terms) -> str:
     """One line per role and one for all."""
+    return table(*roles_rows(roles, terms)) + f"\nfree share: entries of the update that may change; {terms.note}"
+
+
+def roles_rows(roles: Sequence[RoleSummary], terms: Terms) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of that table."""
     rows = list(map(_summary_row, roles))
     matrices, free, parameters = (
         sum(values) for values in zip(*((r.num_matrices, r.num_free, r.num_parameters) for r in roles), strict=True)
@@ -83,8 +91,12 @@ def roles_table(roles: Sequence[RoleSummary], terms: Terms) -> str:
         preserved = 1 - free / parameters
     energy = sum(r.energy * r.num_matrices for r in roles) / matrices
     rows.append(["all", str(matrices), percent(preserved), percent(energy), f"{free:,}", percent(free / parameters)])
-    note = f"free share: entries of the update that may change; {terms.note}"
-    return table(_summary_head("role", terms), rows) + f"\n{note}"
+    return _summary_head("role", terms), rows
+
+
+def blocks_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of blocks."""
+    return _summary_head("block", found.terms), list(map(_summary_row, found.blocks))
 
 
 def _summary_head(first: str, terms: Terms) -> list[str]:
@@ -200,13 +212,13 @@ def inspect_text(found: Inspection, every: bool = False) -> str:
         head.append("belongs to the model: every matrix is, byte for byte, the one that was analyzed")
     head += [f"task {i}: {task.name} ({task.kind})" for i, task in enumerate(found.tasks)]
     parts = ["\n".join(head), roles_table(found.roles, found.terms)]
-    parts.append(table(_summary_head("block", found.terms), list(map(_summary_row, found.blocks))))
+    parts.append(table(*blocks_rows(found)))
     parts += [_shares_table(found)] if found.shares else []
     parts += ["\n".join(not_targeted_lines(found.not_targeted))] if found.not_targeted else []
     if found.comparison is not None:
-        parts.append(_comparison_table(found))
+        parts.append(table(*comparison_rows(found)) + f"\n{COMPARISON_LEGEND}")
     if every:
-        parts.append(_matrices_table(found))
+        parts.append(table(*matrices_rows(found)))
     return "\n\n".join(parts)
 
 
@@ -229,7 +241,8 @@ def _shares_table(found: Inspection) -> str:
     return table(["task", "protected", "part", *(f"~{i}" for i, _ in shown)], rows) + f"\n{note}"
 
 
-def _matrices_table(found: Inspection) -> str:
+def matrices_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of matrices."""
     rows = [
         [
             matrix.name,
@@ -242,16 +255,16 @@ def _matrices_table(found: Inspection) -> str:
         for matrix in found.matrices
     ]
     head = ["matrix", "shape", "preserved", "curvature" if found.shares else "energy", "free"]
-    return table(head if found.shares else [*head, "task:directions"], rows)
+    return head if found.shares else [*head, "task:directions"], rows
 
 
-def _comparison_table(found: Inspection) -> str:
+def comparison_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of another archive's angles."""
     assert found.comparison is not None
 
     def cell(value: float | None, unit: str) -> str:
         return "-" if value is None else f"{value:.2f}{unit}"
 
-    legend = "a/b: directions here / in the other; overlap: share of the smaller inside the larger; angle: largest"
     rows = [
         [
             c.name,
@@ -264,7 +277,7 @@ def _comparison_table(found: Inspection) -> str:
         ]
         for c in found.comparison
     ]
-    return table(["matrix", "outputs", "overlap", "angle", "inputs", "overlap", "angle"], rows) + f"\n{legend}"
+    return ["matrix", "outputs", "overlap", "angle", "inputs", "overlap", "angle"], rows
 
 
 def demo_text(report: DemoReport, kept: bool) -> str:

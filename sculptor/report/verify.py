@@ -4,14 +4,15 @@ from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.report.text import harm_lines, percent, table
 
 _MAX_LISTED = 8
+VERIFY_HEAD = ("matrix", "update", "leak", "rounding explains", "removed", "holds")
 
 
 def verify_text(result: Verification) -> str:
     """What `sculptor verify` prints: matrices that fail, else those that leak most."""
     failed = [matrix for matrix in result.matrices if not matrix.holds]
     shown = sorted(failed or result.matrices, key=lambda matrix: -matrix.leak)
-    rows = [_verify_row(matrix) for matrix in shown[:_MAX_LISTED]]
-    parts = [table(["matrix", "update", "leak", "rounding explains", "removed", "holds"], rows)]
+    rows = [verify_row(matrix) for matrix in shown[:_MAX_LISTED]]
+    parts = [table(VERIFY_HEAD, rows)]
     if len(shown) > len(rows):
         parts[0] += f"\n... and {len(shown) - len(rows)} more"
     rest = (
@@ -47,19 +48,25 @@ def verify_text(result: Verification) -> str:
             f"its record tells of {result.num_claimed} merges, {result.num_merges} believed: {result.doubt}; verify each task "
             "against the one before"
         )
-    lines.append(
-        "A matrix holds while its leak is at most 1.25 times what rounding explains, plus 1e-6,\n"
-        "in all and in any one direction" + (", and at most 1e-3 (--strict)." if result.strict else ".")
-    )
+    lines.append(holds_when(result))
     if not result.passed and result.kept is not None and result.num_merges > 1:
         lines.append(
             "The guarantee is for the archive that each task was trained with; this one is of an earlier state."
         )
-    lines.append(_verdict(result))
+    lines.append(verdict_of(result))
     return "\n\n".join([*parts, "\n".join(lines)])
 
 
-def _verdict(result: Verification) -> str:
+def holds_when(result: Verification) -> str:
+    """What is asked of a matrix."""
+    return (
+        "A matrix holds while its leak is at most 1.25 times what rounding explains, plus 1e-6,\n"
+        "in all and in any one direction" + (", and at most 1e-3 (--strict)." if result.strict else ".")
+    )
+
+
+def verdict_of(result: Verification) -> str:
+    """PASSED or FAILED, and why."""
     reasons = []
     if any(not matrix.holds for matrix in result.matrices):
         reasons.append(f"{sum(not matrix.holds for matrix in result.matrices)} updates reach protected pairs")
@@ -72,7 +79,8 @@ def _verdict(result: Verification) -> str:
     return "PASSED" if result.num_changed else "PASSED: nothing changed; are these the same checkpoint?"
 
 
-def _verify_row(matrix: MatrixVerification) -> list[str]:
+def verify_row(matrix: MatrixVerification) -> list[str]:
+    """Below `VERIFY_HEAD`."""
     return [
         matrix.name,
         f"{matrix.update:.1e}",

@@ -101,13 +101,13 @@ def summarize_roles(archive: Archive) -> tuple[RoleSummary, ...]:
 
 def summarize_blocks(archive: Archive) -> tuple[RoleSummary, ...]:
     """Per block in the order of the model."""
-    return _summarize(archive, _block_of)
+    return _summarize(archive, lambda record: block_of(record.name, record.role))
 
 
-def _block_of(record: MatrixRecord) -> str:
+def block_of(name: str, role: str) -> str:
     """Path of the block that a matrix is in: its name as far as the first number, for all blocks are numbered."""
-    found = re.match(r"(.*?\b\d+)\.", record.name)
-    return found[1] if found else record.role
+    found = re.match(r"(.*?\b\d+)\.", name)
+    return found[1] if found else role
 
 
 def _summarize(archive: Archive, key: Callable[[MatrixRecord], str]) -> tuple[RoleSummary, ...]:

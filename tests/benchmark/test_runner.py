@@ -377,10 +377,13 @@ def test_answers_that_are_no_labels_are_compared_by_loss(cli: Callable[..., Resu
     """More distinct completions than can be labels, and no generation: the loss, turned so that more is better."""
     rows = [{"prompt": f"w{i}", "completion": f"w{i} w{(7 * i) % 40}"} for i in range(36)]
     write_rows(place / "first-test.jsonl", rows)
-    report = run(cli, place, "out", "--method", "full")
+    report = run(cli, place, "out", "--method", "full", "--html", place / "page.html")
     consistent(place, "out", report, 3)
     assert report["metric"] == "loss"
     assert all(value < 0 for row in report["matrix"] for value in row)
+    text = (place / "page.html").read_text()
+    assert all(f"after {row['name']}" in text for row in report["stages"])
+    assert all(f">{-value:.3f}</td>" in text for row in report["matrix"] for value in row)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -1,0 +1,171 @@
+"""A page: elements whose text is escaped as they are made, the frame around them, and the file.
+
+Whatever a name or an answer holds, it is shown and never parsed: text becomes markup in `element` alone. The page's own policy
+lets a browser neither fetch nor run anything.
+"""
+
+import html
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from sculptor import __version__
+from sculptor.checkpoint.directory import published_name
+from sculptor.checkpoint.staging import writing
+from sculptor.errors import OutputError, SettingsError
+from sculptor.report.html.style import STYLE
+from sculptor.tasks.card import is_hub_name
+
+_VOID = ("meta", "br")
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_SUFFIXES = (".html", ".htm")
+
+
+class Markup(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+Child = str | None | Iterable["Child"]
+
+
+def element(tag: str, *children: Child, **attributes: str | None) -> Markup:
+    """`<tag ...>children</tag>`: text and attributes are escaped, markup is not.
+
+    An attribute `class_` is `class`, `aria_label` is `aria-label`; None leaves one out.
+    """
+    given = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(words(value))}"'
+        for name, value in attributes.items()
+        if value is not None
+    )
+    return Markup(f"<{tag}{given}>" if tag in _VOID else f"<{tag}{given}>{_inside(children)}</{tag}>")
+
+
+def _inside(child: Child) -> str:
+    if child is None:
+        return ""
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, str):
+        return html.escape(words(child), quote=False)
+    return "".join(map(_inside, child))
+
+
+def words(text: str) -> str:
+    """Text as it can be shown: control characters, lone surrogates and turns of direction as their escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def page(command: str, what: str, *sections: Child) -> str:
+    """A whole document."""
+    title = f"{what} · sculptor {command}"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Markup(STYLE)),
+    )
+    top = element("header", element("p", f"sculptor {command}", class_="soft"), element("h1", what))
+    foot = element("footer", f"Written by sculptor {__version__}. One file: it fetches nothing and runs nothing.")
+    body = element("body", element("main", top, sections, foot))
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def place_name(place: str | Path) -> str:
+    """What a page calls a directory or a hub name: nobody's folders."""
+    if not os.path.exists(place) and is_hub_name(str(place)):
+        return str(place)
+    return published_name(Path(place))
+
+
+def section(heading: str, *children: Child) -> Markup:
+    """A part of a page, under its heading."""
+    return element("section", element("h2", heading), children)
+
+
+def note(*text: Child) -> Markup:
+    """What has to be known to read what is beside it."""
+    return element("p", text, class_="note")
+
+
+def tiles(entries: Iterable[tuple[str, str, str | None]]) -> Markup:
+    """Figures that come first: label, value, and what it is."""
+    return element(
+        "dl",
+        [
+            element("div", element("dt", label), element("dd", value, None if more is None else element("small", more)))
+            for label, value, more in entries
+        ],
+        class_="tiles",
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, *, prose: bool = False) -> Markup:
+    """A table of text; the first column names the row."""
+    body = [
+        element("tr", element("th", row[0], scope="row"), [element("td", value) for value in row[1:]]) for row in rows
+    ]
+    columns = element("thead", element("tr", [element("th", name, scope="col") for name in head]))
+    return scrolled(
+        element("table", columns, element("tbody", body), class_="plain words" if prose else "plain"), label
+    )
+
+
+def scrolled(content: Markup, label: str) -> Markup:
+    """What may be wider than a phone: it scrolls by itself, by the keyboard too."""
+    return element("div", content, class_="scroll", tabindex="0", role="region", aria_label=label)
+
+
+def details(summary: str, *children: Child) -> Markup:
+    """What few want to see."""
+    return element("details", element("summary", summary), children)
+
+
+def listed(items: Sequence[str]) -> Markup:
+    """A list of names or sentences."""
+    return element("ul", [element("li", item) for item in items])
+
+
+def check_page(path: Path, overwrite: bool, output: Path | None = None) -> None:
+    """Refuses a place where a page could not be written, before any work.
+
+    Args:
+        path: the file.
+        overwrite: allow one that exists.
+        output: the directory that the command makes; it holds a model, and nothing else.
+
+    Raises:
+        SettingsError: if the name is not that of a page.
+        OutputError: if it exists, or has no folder.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise SettingsError(f"--html {path}: expected a name that ends in .html")
+    if output is not None and output.resolve() in path.resolve().parents:
+        raise SettingsError(f"--html {path}: lies in the output {output}; choose a place beside it")
+    if path.is_dir() or (os.path.lexists(path) and not overwrite):
+        raise OutputError(f"{path}: exists already; choose another --html or pass --overwrite")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it or choose another --html")
+
+
+def write_page(path: Path, content: str, overwrite: bool) -> None:
+    """Writes a page, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written, or something has come there since.
+    """
+    check_page(path, overwrite)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            temporary.write_text(content, encoding="utf-8")
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
