@@ -63,8 +63,9 @@ def _on_signal(number: int, _: FrameType | None) -> None:
 
 
 def asked_to_stop() -> int | None:
-    """The signal that waits, if there is one."""
-    return _Waiting.number
+    """The signal that waits, if there is one; whoever asks answers it, and it is not raised."""
+    number, _Waiting.number = _Waiting.number, None
+    return number
 
 
 @contextmanager
@@ -74,10 +75,12 @@ def signals_wait() -> Iterator[None]:
     Not if it failed: that says what is left.
     """
     _Waiting.depth += 1
+    number = None
     try:
         yield
     finally:
         _Waiting.depth -= 1
-    if not _Waiting.depth and _Waiting.number is not None:
-        number, _Waiting.number = _Waiting.number, None
+        if not _Waiting.depth:
+            number, _Waiting.number = _Waiting.number, None
+    if number is not None:
         raise Interrupted(number)

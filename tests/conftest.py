@@ -195,7 +195,7 @@ def losses_of_a_plain_loop(model: Any) -> list[float]:
 
 
 def unknown_options(said: str, arguments: Sequence[str]) -> set[str]:
-    """Options that a message names and its command has not, unless it was asked for, or is said of another command."""
+    """Options that a message names and its command has not, unless they were asked for, or are of another command that it names."""
     import click
     from sculptor_cli.main import main
 
@@ -203,9 +203,11 @@ def unknown_options(said: str, arguments: Sequence[str]) -> set[str]:
     for argument in arguments:
         if isinstance(command, click.Group) and not argument.startswith("-"):
             command = command.get_command(click.Context(command), argument)
-    if command is None:
+    if command is None or command is main or said.startswith("Usage:"):  # its help
         return set()
-    known = {"--help", *(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))}
+    named = [command, *(main.get_command(click.Context(main), word) for word in re.findall(r"[a-z]+", said))]
+    named += [main.get_command(click.Context(main), "train")] if command.name == "continual" else []  # by --set train.*
+    known = {name for each in named if each for p in each.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
     given = {argument.partition("=")[0] for argument in arguments}
     # Lines of other programs, or of another command of ours.
     own = re.sub(r"as by `sculptor.*|`[^`]*`", "", said)

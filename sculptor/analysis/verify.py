@@ -6,8 +6,8 @@ It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2), and when no direction of
 direction can make. Where a rule weighs directions, what the update touches of them is set against what an update of its
 size in random directions would.
 
-A checkpoint that went through several merges was rounded in each; how many are believed is in `analysis.lineage`. What
-beside tensors decides what a user loads is compared in `checkpoint.sameness`.
+How many merges, each with its rounding, are believed is in `analysis.lineage`; what is loaded beside tensors is compared in
+`checkpoint.sameness`.
 """
 
 from collections import defaultdict
@@ -285,9 +285,8 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, g
     for name, info in base.infos.items():
         shape = (growth.after, *info.shape[1:]) if growth and name in growth.names else info.shape
         if tuned.infos[name].shape != shape:
-            raise VerificationError(
-                f"{tuned.path}: {name} has shape {list(tuned.infos[name].shape)}, {list(info.shape)} in {base.path}"
-            )
+            found = list(tuned.infos[name].shape)
+            raise VerificationError(f"{tuned.path}: {name} has shape {found}, {list(info.shape)} in {base.path}")
 
 
 def _compare_rest(

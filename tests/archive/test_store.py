@@ -14,7 +14,9 @@ from sculptor.archive.manifest import Manifest
 from sculptor.archive.store import Archive, Entry
 from sculptor.archive.writer import ArchiveWriter, save_tensors
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.tensors import digest
+from sculptor.checkpoint.written import begin
 from sculptor.errors import ArchiveError, OutputError
 from sculptor.methods.method import Derived
 from sculptor.methods.staircase import StaircaseRule
@@ -188,12 +190,15 @@ def test_a_writer_goes_on_behind_the_last_complete_shard(path: Path, tmp_path: P
                 writer.add(found.record, Derived(found.rule, found.tensors))
         return writer
 
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut = tmp_path / "whole", tmp_path / "cut.partial" / "output"
+    cut.mkdir(parents=True)
+    begin(cut.parent, "analyze")
     fill(whole, 14, "a").finish(archive.manifest)
     killed = fill(cut, 7, "a")
     killed.close()
     assert 0 < len(killed.records) < 14
-    (cut / "subspaces-00099.safetensors.tmp").write_bytes(b"half a shard")
+    with writing(cut / "subspaces-00099.safetensors"):
+        (cut / "subspaces-00099.safetensors.tmp").write_bytes(b"half a shard")
     again = fill(cut, 14, "a")
     again.finish(archive.manifest)
     assert {f.name: f.read_bytes() for f in whole.iterdir()} == {f.name: f.read_bytes() for f in cut.iterdir()}

@@ -17,7 +17,9 @@ def test_every_tensor_has_a_place_and_matrices_the_role_of_the_architecture(fami
     assert set(places) == set(checkpoint)
     for target in inspect_architecture(checkpoint).targets:
         place = places[target.tensor]
-        assert (place.role, place.transposed, place.parameter) == (target.role, target.transposed, target.parameter)
+        assert (place.transposed, place.parameter) == (target.transposed, target.parameter)
+        # Of experts that loading stacks, an edit sees the parameter, an archive each matrix in it.
+        assert place.role == target.role or (target.window.rows is not None and place.role in target.parameter)
         assert place.depth == target.index  # two blocks in each stack: the first is 0, the last 1
 
 

@@ -81,10 +81,15 @@ def train_once(model: Any, batch: Batch, architecture: Architecture, stream: Blo
 
 def resident(checkpoint: Checkpoint, architecture: Architecture, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     model = load_model(checkpoint, CPU, architecture).model
-    for target in architecture.targets:
-        model.get_parameter(target.parameter).requires_grad_(True)
+    for name in parameters_of(architecture):
+        model.get_parameter(name).requires_grad_(True)
     loss = train_once(model, batch, architecture)
-    return loss, {target.parameter: model.get_parameter(target.parameter).grad for target in architecture.targets}
+    return loss, {name: model.get_parameter(name).grad for name in parameters_of(architecture)}
+
+
+def parameters_of(architecture: Architecture) -> list[str]:
+    """Those that targets are, or are parts of."""
+    return list(dict.fromkeys(target.parameter for target in architecture.targets))
 
 
 def collect(model: Any, architecture: Architecture) -> dict[str, Tensor]:
@@ -96,9 +101,9 @@ def collect(model: Any, architecture: Architecture) -> dict[str, Tensor]:
         assert gradient is not None
         gradients[name] = gradients[name] + gradient if name in gradients else gradient
 
-    for target in architecture.targets:
-        parameter = model.get_parameter(target.parameter).requires_grad_(True)
-        parameter.register_post_accumulate_grad_hook(functools.partial(take, name=target.parameter))
+    for name in parameters_of(architecture):
+        parameter = model.get_parameter(name).requires_grad_(True)
+        parameter.register_post_accumulate_grad_hook(functools.partial(take, name=name))
     return gradients
 
 

@@ -226,7 +226,8 @@ def streamed(checkpoint: Checkpoint, part_tokens: int | None, keep_inputs: bool 
 def loss_and_gradients(loaded: LoadedModel, batch: Batch) -> tuple[float, dict[str, Tensor]]:
     """Of one forward and backward pass."""
     gradients: dict[str, Tensor] = {}
-    parameters = {target.name: loaded.model.get_parameter(target.parameter) for target in loaded.architecture.targets}
+    names = dict.fromkeys(target.parameter for target in loaded.architecture.targets)
+    parameters = {name: loaded.model.get_parameter(name) for name in names}
     hooks = [p.register_post_accumulate_grad_hook(collector(gradients, name)) for name, p in parameters.items()]
     loss = batch_loss(loaded.model, batch, loaded.kind).total
     loss.backward()  # type: ignore[no-untyped-call]

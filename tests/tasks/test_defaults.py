@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from sculptor import AnalyzeSettings, Archive, TrainSettings, train, verify
 from sculptor.archive.manifest import Manifest
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.errors import SettingsError, Stopped
+from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.tasks import defaults
 from sculptor.validation import sign
 
@@ -129,6 +129,22 @@ def test_a_stopped_one_goes_on_with_its_archive(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="other --protect-data"):
         train(model, None, [rows], tmp_path / "cut", SHORT, resume=True)
     assert archive.stat().st_mtime_ns == before
+    # The same rows in another order are another run.
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[::-1]))
+    with pytest.raises(OutputError, match=r"other settings|other inputs"):
+        train(model, None, [rows], tmp_path / "cut", SHORT, protect_data=[rows], resume=True)
+    rows.write_text("".join(lines))
+    # What somebody put there stays, is named, and hinders until it is moved.
+    for name in ("output/notes.txt", "analyzed/notes.txt", "state/step-notes.txt"):
+        mine = tmp_path / "cut.partial" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        for way in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(OutputError, match=f"{name} is nothing that sculptor wrote"):
+                train(model, None, [rows], tmp_path / "cut", SHORT, protect_data=[rows], **way)  # type: ignore[arg-type]
+        assert mine.read_text() == "mine"
+        mine.unlink()
     train(model, None, [rows], tmp_path / "cut", SHORT, protect_data=[rows], resume=True)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -10,6 +10,8 @@ from conftest import save_checkpoint
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.written import begin
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel
 from sculptor.progress import silent
@@ -61,11 +63,15 @@ def test_the_setting_decides_where_blocks_are(made: Path, offload: str, kind: ty
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_what_waited_on_disk_before_goes(made: Path, offload: str, tmp_path: Path) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    (scratch / "left over").write_bytes(b"of a killed run")
+    scratch = tmp_path / "output.partial" / "scratch"
+    scratch.mkdir(parents=True)
+    begin(scratch.parent, "train")
+    with writing(scratch / "left over"):
+        (scratch / "left over").write_bytes(b"of a killed run")
+    (scratch / "notes").write_bytes(b"somebody's")
     loaded, updates = prepare(made, scratch, offload=offload)
     assert not (scratch / "left over").exists()
+    assert (scratch / "notes").exists()
     updates.close()
     loaded.close()
 

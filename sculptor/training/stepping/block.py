@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -189,6 +190,14 @@ class StreamedBlock:
         self.norms.clear()
         for matrix in self.matrices:
             matrix.touched = False
+
+    def makes(self, layout: Layout) -> tuple[set[str], bool]:
+        """Parameters of a block's layout that an update makes as a whole, and whether there are others that it makes in part."""
+        rest = {matrix.parameter_name: prod(layout[matrix.parameter_name].shape) for matrix in self.matrices}
+        for matrix in self.matrices:
+            rest[matrix.parameter_name] -= prod(matrix.record.shape)
+        whole = {name for name, numbers in rest.items() if not numbers}
+        return whole, len(whole) < len(rest)
 
     def tensors(self, matrix: StreamedMatrix, memory: Tensor) -> Tensors:
         """A matrix's tensors in device memory that holds the block's bases."""

@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor
 
 from sculptor.numerics.precision import float32_products
 from sculptor.streaming.blocks import BlockStream
-from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import HostRegion
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket
@@ -214,15 +212,6 @@ def on_cpu(divisors: Divisors) -> Divisors:
     if divisors is None or isinstance(divisors, Tensor):
         return divisors if divisors is None else divisors.cpu()
     return {name: value.cpu() for name, value in divisors.items()}
-
-
-def made_by(block: StreamedBlock, layout: Layout) -> tuple[set[str], bool]:
-    """Parameters of a block that an update makes as a whole, and whether there are others that it makes in part."""
-    rest = {matrix.parameter_name: prod(layout[matrix.parameter_name].shape) for matrix in block.matrices}
-    for matrix in block.matrices:
-        rest[matrix.parameter_name] -= prod(matrix.record.shape)
-    whole = {name for name, numbers in rest.items() if not numbers}
-    return whole, len(whole) < len(rest)
 
 
 def _last_of(block: StreamedBlock) -> dict[str, int]:

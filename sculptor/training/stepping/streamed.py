@@ -3,11 +3,11 @@
 What waits elsewhere, per block: the folded weights, the bases, coordinates with their AdamW moments, coordinate gradients
 (float32), and pristine weights. In a backward pass every full-size gradient is projected as soon as it appears, and the block's
 coordinate gradients leave when the block is finished. The norm, by which they are clipped, is known when all of them have left;
-so a block is updated when it is next fetched for a forward pass, into the very slot it is computed from. Nothing is stale, and
-everything is brought up to date before it is saved. With `fused`, a block is updated as soon as it is finished.
+so a block is updated when it is next fetched for a forward pass, into the very slot it is computed from, or before it is saved;
+with `fused`, as soon as it is finished.
 
-Where several processes divide the model, a matrix is trained by its owner: full-size gradients are added up there when a block is
-finished (`full_gradients.py`), and projected on the updating lane, while the one before it is computed.
+Where several processes divide the model, full-size gradients are added up at a matrix's owner when its block is finished
+(`full_gradients.py`), and projected on the updating lane, while the one before it is computed.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,15 +29,7 @@ from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
-from sculptor.training.stepping.block_update import (
-    BlockUpdater,
-    Divisors,
-    HostOptimizer,
-    by_matrix,
-    clip_own,
-    made_by,
-    on_cpu,
-)
+from sculptor.training.stepping.block_update import BlockUpdater, Divisors, HostOptimizer, by_matrix, clip_own, on_cpu
 from sculptor.training.stepping.full_gradients import FullGradients
 from sculptor.training.stepping.gradients import listen
 from sculptor.training.stepping.optimizer import (
@@ -105,7 +97,7 @@ class StreamedUpdates(Updates, Observer):
         for i, sources in self._trained.items():
             self._hooks += listen(model, sources, partial(self._collect, i), self.device)
         count = stream.slots.count
-        self._full = None if owners is None else FullGradients(stream, owners, self._trained, count)
+        self._full = FullGradients(stream, owners, self._trained, count) if owners else None
         self._host = HostOptimizer(self.blocks) if on_host else None
         size = max((block.gradient_layout.num_bytes for block in self.blocks.values()), default=0)
         self._gradients = Slots(count, size, self.device, self._load_gradients)
@@ -127,7 +119,7 @@ class StreamedUpdates(Updates, Observer):
         self._stale.discard(block)
         if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
-        ours, partly = made_by(found, self.stream.layouts[block])
+        ours, partly = found.makes(self.stream.layouts[block])
         rest = [name for name in self.stream.weights.names(block) if name not in ours]
         uses = [*slot.taken(), *([self.stream.weights.written(block)] if partly else [])]
         loaded = self.transfers.load(lambda: self.stream.weights.load(block, slot.memory, rest), uses)
@@ -323,13 +315,12 @@ class StreamedUpdates(Updates, Observer):
         self._state.load(saved, optimizer=optimizer)
         for block in self.blocks.values():
             block.stage = Stage.REPLACED
+        self._stale.update(self._trained)
         for i in self._trained:
-            self._stale.add(i)
             self.stream.slots.forget(i)
 
     def coordinates(self, name: str) -> list[Tensor] | None:
-        found = (m for block in self.blocks.values() for m in block.matrices if m.name == name)
-        if (matrix := next(found, None)) is None:
+        if (matrix := self._matrices.get(name)) is None:
             return None
         self.flush()
         return [self._state.read(key).to(self.device) for key in matrix.keys]
@@ -337,7 +328,7 @@ class StreamedUpdates(Updates, Observer):
     def release_model(self) -> None:
         self.flush()
         part: Any
-        for part in (self.stream.slots, self._updater, self._gradients, *([self._full] if self._full else [])):
+        for part in filter(None, (self.stream.slots, self._updater, self._gradients, self._full)):
             part.close()
         for parameter in self._resident:
             parameter.data = parameter.data.new_empty(0)
