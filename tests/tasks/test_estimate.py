@@ -292,7 +292,7 @@ def test_what_a_run_needs_of_the_disk_is_planned(
     monkeypatch.setattr(state, "write_tensors", measured(state.write_tensors, True))
     monkeypatch.setattr(train, "commit", measured(train.commit, False))
     plans: list[Footprint] = []
-    monkeypatch.setattr(train, "choose", lambda found, *_: plans.append(found["none"]) or (found["none"], ""))
+    monkeypatch.setattr(train, "choose", lambda found, *_, **__: plans.append(found["none"]) or (found["none"], ""))
     settings = sculptor.TrainSettings(max_steps=3, eval_every=1 if evaluates else None, **changes)
     output = tmp_path / "tuned"
     sculptor.train(
@@ -324,7 +324,7 @@ def test_settings_reach_the_plan(tmp_path: Path, change: dict[str, Any], monkeyp
     rows = write_rows(tmp_path / "rows.jsonl", task_rows())
     found: list[Footprint] = []
 
-    def stop(plans: dict[str, Footprint], *_: Any) -> None:
+    def stop(plans: dict[str, Footprint], *_: Any, **__: Any) -> None:
         found.append(plans["cpu"])
         raise InterruptedError
 
