@@ -47,6 +47,7 @@ def test_library_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (tmp_path / name / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_loop_of_several_processes_runs(tmp_path: Path) -> None:
     from guests import run_script
     from together import together

@@ -144,6 +144,7 @@ def test_saves_resume_and_the_best_model(place: Path, bases: dict[str, Path]) ->
     assert callback.report.loop.best_step == 2
 
 
+@pytest.mark.slow
 def test_what_could_not_be_written_is_refused_before_a_step(place: Path, bases: dict[str, Path]) -> None:
     def refused(match: str, **options: Any) -> None:
         with pytest.raises(sculptor.SculptorError, match=match):

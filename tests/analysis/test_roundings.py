@@ -59,6 +59,7 @@ def test_what_training_rounds_is_explained(made: Path, size: float, rank: int, g
     assert rounds_an_allowed(weight, rounded(made, size, rank, generator), entry, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.02, 0.2, 1.0])
 def test_a_protected_direction_is_not(made: Path, size: float, generator: torch.Generator) -> None:
     weight, entry = matrix(made)

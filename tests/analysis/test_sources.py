@@ -135,6 +135,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     assert float((found - expected).norm() / expected.norm()) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", *slowly("gpt2", "t5", "bert")])
 @pytest.mark.parametrize(("basis", "weight"), [("curvature", 1.0), ("curvature", 2.5), ("inputs", 1.0)])
 def test_a_finished_task_adds_its_moments(
@@ -249,6 +250,7 @@ def test_one_threshold_for_the_whole_model(cli: Callable[..., Result], tmp_path:
     verifies(cli, model, tmp_path / "b", archive.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--fisher", "sampled"), ("--weighting", "tokens"), ("--row-groups", 1)])
 def test_other_measures_verify_too(cli: Callable[..., Result], tmp_path: Path, options: tuple[object, ...]) -> None:
     model, data = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "task.jsonl", "llama")

@@ -166,6 +166,7 @@ def test_it_is_the_commands_one_after_another(cli: Callable[..., Result], place:
     assert first.manifest.matrices == second.manifest.matrices
 
 
+@pytest.mark.slow
 def test_a_sequence_is_streamed_with_the_same_result(cli: Callable[..., Result], place: Path) -> None:
     whole, streamed = run(cli, place, "out"), run(cli, place, "streamed", "--set", 'train.offload="disk"')
     same_weights(place / "out" / "model", place / "streamed" / "model")
@@ -215,6 +216,7 @@ def test_joint_learns_everything_at_once(cli: Callable[..., Result], place: Path
     same_weights(place / "out" / "model", place / "both")
 
 
+@pytest.mark.slow
 def test_random_directions_follow_the_seed(cli: Callable[..., Result], place: Path) -> None:
     reports = [run(cli, place, f"out{i}", "--method", "random", "--seed", seed) for i, seed in enumerate((1, 1, 2))]
     for i, report in enumerate(reports):
@@ -257,6 +259,7 @@ def test_adapters_change_by_their_rank(cli: Callable[..., Result], place: Path, 
         assert float(values[4:].max()) < 1e-5 * float(values[0])
 
 
+@pytest.mark.slow
 def test_the_validation_split(cli: Callable[..., Result], place: Path) -> None:
     found = cli("continual", place / "plan.toml", "-o", place / "out", "--split", "validation")
     refused(found, "task second: no validation files in the plan", code=2)
@@ -343,6 +346,7 @@ def test_overrides_change_the_run(cli: Callable[..., Result], place: Path) -> No
     assert all(score["exact_match"] is not None for stage in report["stages"] for score in stage["scores"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["train", "analyze"])
 def test_a_seed_in_the_plan_is_not_silently_dropped(cli: Callable[..., Result], place: Path, section: str) -> None:
     """`--seed` sets both; a plan's own is used, or refused with a word."""
@@ -386,6 +390,7 @@ def test_answers_that_are_no_labels_are_compared_by_loss(cli: Callable[..., Resu
     assert all(f">{-value:.3f}</td>" in text for row in report["matrix"] for value in row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_picture_of_the_matrix(cli: Callable[..., Result], place: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
@@ -538,6 +543,7 @@ def test_other_rows_are_not_mixed_into_a_resumed_matrix(place: Path) -> None:
         continual(place / "plan.toml", place / "cut", method="full", resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", ["second.jsonl", "model", *slowly("first.jsonl", "general.jsonl")])
 def test_what_was_trained_on_may_not_change_before_a_resume(place: Path, replaced: str) -> None:
     with pytest.raises(Stopped):
@@ -567,6 +573,7 @@ def test_states_of_a_complete_task_do_not_reach_the_output(place: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sculptor", "full"])
 def test_a_run_killed_at_its_very_end_can_be_finished(
     place: Path, method: Any, monkeypatch: pytest.MonkeyPatch

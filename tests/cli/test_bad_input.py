@@ -192,6 +192,7 @@ def test_stdout_that_cannot_be_written(made: dict[str, Path]) -> None:
     assert len(found.stderr.strip().splitlines()) == 1, found.stderr
 
 
+@pytest.mark.slow
 def test_a_stdout_that_stays_full_does_not_change_the_exit_code(made: dict[str, Path]) -> None:
     lines = (
         "import io, sys",

@@ -135,6 +135,7 @@ def assert_same_report(one: Path, other: Path) -> None:
     assert sculptor.verify(other / "model", other / "model", other / "model" / "subspaces", **CPU).passed
 
 
+@pytest.mark.slow
 def test_a_sequence_is_that_of_one_process(place: Path, tmp_path: Path) -> None:
     expected = sculptor.continual(place / "plan.toml", tmp_path / "one")
     found = together(2, sculptor.continual, place / "plan.toml", tmp_path / "two")

@@ -153,6 +153,7 @@ def test_small_weights_begin_where_they_are_signs_and_all(made: Path, case: str,
         assert torch.equal(after[name].sign()[seen], before[name].sign()[seen])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MAIN)
 @pytest.mark.parametrize("offload", ["none", *slowly("disk")])
 def test_a_stopped_run_goes_on_bit_for_bit(made: Path, case: str, offload: str, tmp_path: Path) -> None:
@@ -385,6 +386,7 @@ def test_how_rules_go_on_is_checked(made: Path, case: str, changes: Any, message
         trained(made, case, tmp_path / "out", **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RULES_OF)
 def test_continual(made: Path, method: Any, tmp_path: Path) -> None:
     rows = str(made / "rows.jsonl")

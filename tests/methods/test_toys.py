@@ -96,6 +96,7 @@ def test_verify_sees_what_the_rule_forbids(made: Path, kind: str, tmp_path: Path
     assert [matrix.name for matrix in found.matrices if not matrix.holds] == [name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_a_stopped_run_goes_on_bit_for_bit(made: Path, kind: str, offload: str, tmp_path: Path) -> None:
@@ -125,6 +126,7 @@ def test_a_loop_of_ones_own(made: Path, kind: str, tmp_path: Path) -> None:
     assert sculptor.verify(made / "model", tmp_path / "merged", tmp_path / "a", device="cpu", rules=RULES).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RULES)
 def test_continual(made: Path, kind: str, tmp_path: Path) -> None:
     rows = str(made / "rows.jsonl")

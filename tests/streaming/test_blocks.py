@@ -270,6 +270,7 @@ def test_two_slots_give_the_same_numbers(
         assert stream.slots.fills == {0: 3, 1: 3, 2: 4, 3: 2, 4: 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "t5", "bert", "opt", "mixtral", "albert"])
 def test_inputs_on_the_host_give_the_same_numbers(
     family: str, tmp_path: Path, stream_from: Any, generator: torch.Generator

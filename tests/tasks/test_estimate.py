@@ -55,6 +55,7 @@ def test_bytes_that_wait_are_those_of_the_regions(tmp_path: Path, family: str) -
     updates.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_is_estimated(cli: Callable[..., Result], tmp_path: Path, family: str) -> None:
     save_checkpoint(tmp_path / "model", family)

@@ -129,6 +129,7 @@ def test_moments_are_carried_on_together(made: Path, parallel: Any, tmp_path: Pa
     assert sculptor.verify(tmp_path / "two", tmp_path / "two", tmp_path / "two" / "subspaces", **CPU).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["replicate", *slowly("shard")])
 def test_rules_are_opened_together(made: Path, parallel: Any, tmp_path: Path) -> None:
     sculptor.analyze(made / "llama", tmp_path / "archive", AnalyzeSettings(rule="lowrank", rank=4, **CPU))
@@ -163,6 +164,7 @@ def test_archives_are_the_same_bytes(made: Path, changes: dict[str, Any], size: 
     assert same_files(tmp_path / "one", tmp_path / "several")
 
 
+@pytest.mark.slow
 def test_a_few_blocks_at_a_time_are_the_same_too(made: Path, tmp_path: Path) -> None:
     chosen = AnalyzeSettings(basis="curvature", data=(str(made / "rows.jsonl"),), device_memory=1e-9, **CPU)
     sculptor.analyze(made / "llama", tmp_path / "one", chosen)
@@ -209,6 +211,7 @@ def test_layers_that_are_dropped_stop_nobody(run: Any, tmp_path: Path, monkeypat
     assert sculptor.verify(model, tmp_path / "out", tmp_path / "archive", **CPU).passed
 
 
+@pytest.mark.slow
 def test_a_divided_model_is_held_once(made: Path, tmp_path: Path) -> None:
     """Its blocks, and what is trained of them, beside one block on its way; what is planned is what is taken."""
     inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
@@ -250,6 +253,7 @@ def test_a_divided_run_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes(made: Path, tmp_path: Path) -> None:
     inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
     chosen = settings(max_steps=9, save_every=1)
@@ -265,6 +269,7 @@ def test_a_run_goes_on_with_other_processes(made: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "parts.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_two_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:
     inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
     together(2, sculptor.train, *inputs, tmp_path / "whole", settings(max_steps=6))
@@ -284,6 +289,7 @@ def test_more_processes_than_rows(made: Path, parallel: Any, tmp_path: Path) -> 
     assert_same_training(made / "llama", tmp_path / "one", tmp_path / "three")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_told_once(made: Path, tmp_path: Path) -> None:
     rows = [made / "rows.jsonl"]
     with pytest.raises(Failed) as found:

@@ -262,6 +262,7 @@ def test_files_of_any_tokenizer_are_compared(made: Path, tmp_path: Path) -> None
     assert check(made, tuned).differences == ("emoji.json was added",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("scale", [1e3, 1e6])
 def test_a_huge_update_hides_no_leak(made: Path, tmp_path: Path, scale: float, strict: bool) -> None:

@@ -83,6 +83,7 @@ def test_it_is_the_base_bit_for_bit_and_itself_again(
         torch.testing.assert_close(first, value.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_with_it_stays_nearer_to_the_base(cli: Callable[..., Result], tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl", task_rows())

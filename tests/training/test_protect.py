@@ -156,6 +156,7 @@ def test_gradient_descent_equals_dense_descent_projected_in_float64(made: dict[s
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("flavour", ["plain", "fused"])
 def test_an_evaluation_between_backward_and_step_does_not_leave_a_stale_weight(
@@ -419,6 +420,7 @@ def test_a_cast_leaves_coordinates_in_float32(made: dict[str, tuple[Path, Path]]
     merge(model)
 
 
+@pytest.mark.slow
 def test_layerdrop_trains_what_is_left(tmp_path: Path) -> None:
     from conftest import task_rows, write_rows
     from transformers import BartConfig, BartForConditionalGeneration

@@ -169,6 +169,7 @@ def test_streamed_training_is_resident_training(family: str, tmp_path: Path) -> 
     assert verify(task.model, tmp_path / "disk", tmp_path / "archive", device="cpu").passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("constraint", "preserve"), [("double", 0.8), ("input", 0.5), ("core", 0.3)])
 def test_constraints_hold_while_streaming(constraint: str, preserve: float, tmp_path: Path) -> None:
     task = Task(tmp_path, constraint=constraint, preserve=preserve)
@@ -219,6 +220,7 @@ def test_blocks_that_are_skipped_at_random_are_streamed(tmp_path: Path) -> None:
     Task(tmp_path, "opt-skipping").compare(("none", "disk"), max_steps=8, micro_batch_size=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clip_by", "atol"),
     [
@@ -230,6 +232,7 @@ def test_a_block_that_the_last_micro_batch_skips_counts(clip_by: str, atol: floa
     Task(tmp_path, "opt-skipping").compare(("none", "cpu"), atol, max_steps=8, clip_by=clip_by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *slowly(torch.bfloat16)])
 @pytest.mark.parametrize(
     ("basis", "offload"), [("curvature", "cpu"), ("inputs", "disk"), *slowly(("curvature", "disk"))]
@@ -265,6 +268,7 @@ def test_a_tied_embedding_learns_the_same(tmp_path: Path) -> None:
     Task(tmp_path, "llama-tied").compare(("none", "disk"), also_train=("embed_tokens",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "constraint", "clip", "atol"),
     [
@@ -308,6 +312,7 @@ def two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockUpdater, "__init__", lambda self, a, b, count, *rest: updater(self, a, b, 2, *rest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "offload", "constraint", "changes"),
     [
@@ -481,6 +486,7 @@ def test_a_state_can_be_taken_up_in_another_way(before: str, after: str, evaluat
     assert_same_output(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_skipped_blocks_are_saved_and_taken_up(tmp_path: Path) -> None:
     """A block that no gradient has reached yet has no moments to save."""
     task = Task(tmp_path, "opt-skipping")
