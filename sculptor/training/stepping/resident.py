@@ -120,9 +120,6 @@ class ResidentUpdates(Updates):
         self.optimizer.zero_grad(set_to_none=True)
         self.trained.refresh()
 
-    def forget(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def parameters(self) -> Tensors:
         return tensors_of(self._named)
 

@@ -291,6 +291,7 @@ class StreamedUpdates(Updates, Observer):
             self.stream.slots.forget(i)
 
     def forget(self) -> None:
+        """Forgets the gradients of a step that is not taken."""
         for value in self.extra.values():
             value.grad = None
         for block in self.blocks.values():
@@ -338,6 +339,6 @@ class StreamedUpdates(Updates, Observer):
             handle.remove()
         self._hooks.clear()
         part: Any
-        for part in (self.stream, self._updater, self._gradients, *self.blocks.values()):
+        for part in filter(None, (self.stream, self._updater, self._gradients, self._full, *self.blocks.values())):
             part.close()
         self.blocks.clear()

@@ -77,10 +77,6 @@ class Updates(Trained):
         """Changes the parameters, and forgets the gradients."""
 
     @abstractmethod
-    def forget(self) -> None:
-        """Forgets the gradients of a step that is not taken."""
-
-    @abstractmethod
     def parameters(self) -> Tensors:
         """The trained parameters as they are."""
 
