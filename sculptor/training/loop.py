@@ -31,7 +31,7 @@ from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
 from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
-from sculptor.world import World
+from sculptor.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class TrainingLoop:
         evaluate: Callable[[], float] | None = None,
         stop: Callable[[], int | None] = lambda: None,
         mixture: Mixture | None = None,
-        world: World | None = None,
+        world: World = ALONE,
         report: Callable[[Mapping[str, float]], object] = lambda _: None,
         harm: HarmControl | None = None,
         as_base: AsBase | None = None,
@@ -106,7 +106,7 @@ class TrainingLoop:
         self.penalty = penalty
         self.evaluate = evaluate
         self.stop = stop
-        self.world = world or World()
+        self.world = world
         self.report = report
         self.harm = harm
         self.as_base = as_base

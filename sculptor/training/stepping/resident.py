@@ -22,7 +22,7 @@ from sculptor.training.stepping.optimizer import (
     with_state,
 )
 from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
-from sculptor.world import World
+from sculptor.world import ALONE, World
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,12 +79,12 @@ class ResidentUpdates(Updates):
         peaks: Peaks,
         settings: TrainSettings,
         device: torch.device,
-        world: World | None = None,
+        world: World = ALONE,
     ) -> None:
         self.trained = parameters
         self.extra = parameters.extra
         self.settings = settings
-        self.world = world or World()
+        self.world = world
         self.optimizer = make_optimizer(parameters.groups(peaks, settings.weight_decay), device)
         self._named = parameters.named()
         self._coordinates = {
