@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.archive.store import Archive
-from sculptor.errors import CapacityError, SettingsError
+from sculptor.errors import SettingsError
 from sculptor.methods.rule import Rule, cost_of, num_free
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.layout import Layout
@@ -188,8 +188,7 @@ def check_owners(archive: Archive, owners: Mapping[str, int]) -> None:
         CapacityError: if there are none.
         SettingsError: if one is left out.
     """
-    if not archive.open_names:
-        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    archive.check_capacity()
     left = [name for name in archive.open_names if name not in owners]
     if left:
         raise SettingsError(
