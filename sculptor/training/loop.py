@@ -30,7 +30,7 @@ from sculptor.training.harm import HarmControl
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
-from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
+from sculptor.training.stepping.updates import LazyTensors, Updates, tensors_of
 from sculptor.world import ALONE, World
 
 
@@ -309,7 +309,7 @@ class TrainingLoop:
         state = self.updates.state()
         entries = {**state.entries, **random.entries}
         read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
-        write_together(self.world, Tensors(entries, read), functools.partial(self.store.save, self.position))
+        write_together(self.world, LazyTensors(entries, read), functools.partial(self.store.save, self.position))
 
     def _restore(self) -> None:
         found = self.store.load()

@@ -21,7 +21,7 @@ from sculptor.training.stepping.optimizer import (
     set_rates,
     with_state,
 )
-from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
+from sculptor.training.stepping.updates import LazyTensors, Updates, tensors_of
 from sculptor.world import ALONE, World
 
 
@@ -120,10 +120,10 @@ class ResidentUpdates(Updates):
         self.optimizer.zero_grad(set_to_none=True)
         self.trained.refresh()
 
-    def parameters(self) -> Tensors:
+    def parameters(self) -> LazyTensors:
         return tensors_of(self._named)
 
-    def state(self) -> Tensors:
+    def state(self) -> LazyTensors:
         return tensors_of(with_state(self._named, self.optimizer))
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ from sculptor.training.stepping.optimizer import (
     set_rates,
 )
 from sculptor.training.stepping.prepare import prepare_blocks
-from sculptor.training.stepping.updates import Tensors, Updates
+from sculptor.training.stepping.updates import LazyTensors, Updates
 from sculptor.training.stepping.waiting import WaitingState
 from sculptor.world import ALONE
 
@@ -303,11 +303,11 @@ class StreamedUpdates(Updates, Observer):
             self.stream.slots.fetch(block)
         self.transfers.drain()
 
-    def parameters(self) -> Tensors:
+    def parameters(self) -> LazyTensors:
         self.flush()
         return self._state.parameters()
 
-    def state(self) -> Tensors:
+    def state(self) -> LazyTensors:
         self.flush()
         return self._state.state()
 
