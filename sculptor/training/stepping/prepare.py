@@ -73,7 +73,7 @@ def prepare_blocks(
             blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device)
         held_by |= dict.fromkeys(names, i)
         tick(1)
-    check_owners(archive, held_by)
+    check_all_held(archive, held_by)
     return PreparedBlocks(
         blocks,
         trained,
@@ -181,15 +181,15 @@ def _make_room(
     return block
 
 
-def check_owners(archive: Archive, owners: Mapping[str, int]) -> None:
-    """Checks that every matrix with free pairs is trained with some block.
+def check_all_held(archive: Archive, blocks: Mapping[str, int]) -> None:
+    """Checks that every matrix with free pairs is trained with some block; `blocks` are by matrix.
 
     Raises:
         CapacityError: if there are none.
         SettingsError: if one is left out.
     """
     archive.check_capacity()
-    left = [name for name in archive.open_names if name not in owners]
+    left = [name for name in archive.open_names if name not in blocks]
     if left:
         raise SettingsError(
             f"{archive.path}: {len(left)} matrices are not one block's own, first {left[0]}; use --offload none"
