@@ -17,7 +17,7 @@ from sculptor.training.coordinates import prepare_training
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import StreamedBlock, StreamedMatrix
-from sculptor.training.stepping.gradients import Source
+from sculptor.training.stepping.gradients import GradientSource
 from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer
 
 
@@ -33,7 +33,7 @@ class PreparedBlocks:
     """
 
     blocks: Mapping[int, StreamedBlock]
-    trained: Mapping[int, Mapping[str, Source]]
+    trained: Mapping[int, Mapping[str, GradientSource]]
     owners: Mapping[str, int]
     num_coordinates: int
 
@@ -62,13 +62,13 @@ def prepare_blocks(
     """
     owners = stream.weights.owners
     blocks: dict[int, StreamedBlock] = {}
-    trained: dict[int, dict[str, Source]] = {}
+    trained: dict[int, dict[str, GradientSource]] = {}
     held_by: dict[str, int] = {}
     for i, found in enumerate(stream.parameters):
         names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
         mine = {name: p for name, p in names.items() if owners is None or owners.mine(i, p)}
         if names:
-            trained[i] = {name: Source(archive[name].window, found[p], p) for name, p in names.items()}
+            trained[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
         if mine:
             blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device)
         held_by |= dict.fromkeys(names, i)
