@@ -36,7 +36,7 @@ _CPU_RUNTIME = 0.6
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Moments:
+class MeasuredMoments:
     """Means over tokens, float32 on the model's device.
 
     Attributes:
@@ -109,7 +109,7 @@ def measure_moments(
     seed: int = 0,
     weighting: Weighting = "tokens",
     bar: Bar,
-) -> Moments:
+) -> MeasuredMoments:
     """Moments of some matrices over all tokens of some examples.
 
     Args:
@@ -200,7 +200,7 @@ class _Recorder:
         self.gradients = gradients
         self.weighted = gradients and weighting == "gradients"
         self.masks: list[Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
-        self.sums = Moments()
+        self.sums = MeasuredMoments()
         self.leaders = {target.input_group: target.name for target in reversed(targets)}
         self.calls = 0  # inputs read in the forward under way
         self.calls_per_forward: int | None = None  # a shared module is called several times; the first forward tells
@@ -308,7 +308,7 @@ class _Recorder:
         assert self.masks is not None
         return next((mask.count for mask in self.masks if mask.real.numel() == rows), rows)
 
-    def means(self) -> Moments:
+    def means(self) -> MeasuredMoments:
         tokens = self.sums.num_tokens
         tokens |= {group: float(total) for group, total in self.weight_sums.items()}
         for group, total in self.sums.inputs.items():

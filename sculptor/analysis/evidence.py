@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sculptor.analysis.calibration import Moments, measure_moments, passes
+from sculptor.analysis.calibration import MeasuredMoments, measure_moments, passes
 from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.reader import Checkpoint
@@ -67,7 +67,7 @@ def measure_evidence(
     rows = sum(len(source.examples) for source in sources)
     bar = progress(total=rows * len(groups), desc="calibrate", unit="row")
     for chosen in groups:
-        total = Moments()
+        total = MeasuredMoments()
         traces: dict[str, list[float]] = defaultdict(list)
         for i, source in enumerate(sources):
             found = measure_moments(
@@ -143,7 +143,7 @@ def _add(
             total[key] = moment
 
 
-def _is_reached(target: Target, total: Moments, gradients: bool) -> bool:
+def _is_reached(target: Target, total: MeasuredMoments, gradients: bool) -> bool:
     return target.input_group in total.inputs and (not gradients or target.name in total.outputs)
 
 

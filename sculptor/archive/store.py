@@ -11,7 +11,7 @@ from torch import Tensor
 from sculptor.archive.manifest import REMEDY, Manifest, MatrixRecord
 from sculptor.checkpoint.reader import Checkpoint, identity
 from sculptor.checkpoint.tensors import TensorInfo, digest, in_threads, read_header, read_known
-from sculptor.errors import ArchiveError
+from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds, known_kinds
 from sculptor.methods.method import Method
 from sculptor.methods.rule import Rule, is_open, num_free
@@ -222,6 +222,15 @@ class Archive(Mapping[str, MatrixRecord]):
                 f"{self.path / part.file}: has changed since it was written (its digest differs); {REMEDY}"
             )
         return content
+
+    def check_capacity(self) -> None:
+        """Checks that something may change.
+
+        Raises:
+            CapacityError: if nothing may.
+        """
+        if not self.open_names:
+            raise CapacityError(f"{self.path}: no capacity left: all {len(self)} matrices are frozen")
 
     def check_names(self, checkpoint: Checkpoint) -> None:
         """Checks that `checkpoint` has every matrix of the archive, in its shape.

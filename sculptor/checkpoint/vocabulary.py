@@ -7,7 +7,7 @@ the mean of the rows of all older tokens; every other row stays as it is.
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,12 +223,6 @@ def grown_tensor(tensor: Tensor, growth: Growth) -> Tensor:
     grown = torch.cat([tensor, tensor.new_zeros((growth.after - growth.before, *tensor.shape[1:]))])
     grown[growth.start : growth.stop] = mean
     return grown
-
-
-def new_parts(tuned: Checkpoint, growth: Growth) -> Iterable[tuple[str, Tensor]]:
-    """The new rows of every tensor that has some."""
-    for name in sorted(growth.names):
-        yield name, tuned.rows(name, growth.start, growth.stop)
 
 
 def find_growth(base: Checkpoint, tuned: Checkpoint) -> Growth | None:

@@ -13,7 +13,7 @@ class Window:
 
     Attributes:
         part: which slice of the first dimension, None for all of the parameter.
-        rows: first and last but one of the slice's rows, None for all of them.
+        rows: the first of the slice's rows and one past the last, None for all of them.
     """
 
     __pydantic_config__ = STRICT

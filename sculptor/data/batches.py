@@ -12,7 +12,7 @@ from torch import Tensor
 from sculptor.checkpoint.architecture import Kind
 from sculptor.data.examples import IGNORED, Example
 from sculptor.data.mixture import Mixture
-from sculptor.world import World
+from sculptor.world import ALONE, World
 
 # Rows are sorted by length inside pools of this many batches: little padding, nearly the full randomness.
 _POOL_BATCHES = 32
@@ -30,14 +30,14 @@ class BatchPlan:
         lengths: Sequence[int],
         batch_size: int,
         seed: int,
-        world: World | None = None,
+        world: World = ALONE,
         mixture: Mixture | None = None,
     ) -> None:
         self.lengths = lengths
         self.mixture = mixture
         self.batch_size = batch_size
         self.seed = seed
-        self.world = world or World()
+        self.world = world
         self.steps_per_epoch = -(-(len(lengths) if mixture is None else mixture.num_epoch) // batch_size)
         self._epoch = -1
         self._batches: list[list[int]] = []

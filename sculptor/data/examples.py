@@ -64,11 +64,6 @@ class Encoded:
             return self.examples
         return tuple(self.examples[i] for i in sorted(self.mixture.rows(0, seed)))
 
-    @property
-    def num_loss_tokens(self) -> int:
-        """Tokens that carry loss."""
-        return sum(label != IGNORED for example in self.examples for label in example.labels)
-
 
 def digest_examples(examples: Sequence[Example]) -> str:
     """SHA-256 over all ids and labels, to tell whether data are still the same."""

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,11 +83,6 @@ def parse_reference(text: str) -> Reference:
     if not found.is_local and (config := _CONFIG.search(rest)):
         found = replace(found, place=rest[: config.start()], config=config[1])
     return found
-
-
-def local_paths(references: Sequence[Reference]) -> list[str]:
-    """Those that are files or folders here."""
-    return [item.place for item in references if item.is_local]
 
 
 def locate(text: str, folder: Path) -> str:

@@ -25,7 +25,6 @@ from sculptor.progress import Progress
 
 SECTION = "samples"
 SUFFIX = ".safetensors"
-FILE = SECTION + SUFFIX
 # Some 128 sequences and two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
 TOKENS = 8192
 LENGTH = 64

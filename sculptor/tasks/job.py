@@ -19,7 +19,7 @@ from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_
 from sculptor.data.mixture import Mixture
 from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
-from sculptor.errors import CapacityError, DataError, SettingsError
+from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
@@ -136,8 +136,7 @@ def open_job(
     """
     checkpoint, architecture = open_base(model, settings.attn_implementation)
     archive = Archive(subspaces, rules=rules)
-    if not archive.open_names:
-        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    archive.check_capacity()
     settings = resolve_settings(settings, archive)  # refuses before any work
     samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)

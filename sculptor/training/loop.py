@@ -30,8 +30,8 @@ from sculptor.training.harm import HarmControl
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
-from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
-from sculptor.world import World
+from sculptor.training.stepping.updates import LazyTensors, Updates, tensors_of
+from sculptor.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class TrainingLoop:
         evaluate: Callable[[], float] | None = None,
         stop: Callable[[], int | None] = lambda: None,
         mixture: Mixture | None = None,
-        world: World | None = None,
+        world: World = ALONE,
         report: Callable[[Mapping[str, float]], object] = lambda _: None,
         harm: HarmControl | None = None,
         as_base: AsBase | None = None,
@@ -106,7 +106,7 @@ class TrainingLoop:
         self.penalty = penalty
         self.evaluate = evaluate
         self.stop = stop
-        self.world = world or World()
+        self.world = world
         self.report = report
         self.harm = harm
         self.as_base = as_base
@@ -309,7 +309,7 @@ class TrainingLoop:
         state = self.updates.state()
         entries = {**state.entries, **random.entries}
         read = lambda name: (random if name in random.entries else state).read(name)  # noqa: E731
-        write_together(self.world, Tensors(entries, read), functools.partial(self.store.save, self.position))
+        write_together(self.world, LazyTensors(entries, read), functools.partial(self.store.save, self.position))
 
     def _restore(self) -> None:
         found = self.store.load()

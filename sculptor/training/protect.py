@@ -16,7 +16,7 @@ from sculptor.checkpoint.architecture import find_blocks
 from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.windows import Window
-from sculptor.errors import ArchiveError, CapacityError
+from sculptor.errors import ArchiveError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.experts import TakenOver
 from sculptor.training.coordinates import Coordinates
@@ -152,8 +152,7 @@ def attach_coordinates(
     """`protect` for a model whose weights are known to be those of the archive's base."""
     parameters = find_parameters(model, archive)
     check_softening(archive, soften)
-    if not archive.open_names:
-        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
+    archive.check_capacity()
     rate, scales = default_relative_rate(archive), matrix_scales(archive)
     known: dict[Any, Any] = {}  # matrices that read the same input share its basis
     prepared = []  # all of them before the model is touched: an error leaves it as it was

@@ -57,16 +57,16 @@ def prepare_model(
         return _prepare_resident(checkpoint, architecture, archive, settings, extra, device, growth)
     assert settings.offload != "auto"
     keep = None if settings.offload_inputs is None else not settings.offload_inputs
-    on_device = settings.offload == "none"
+    tier = "device" if settings.offload == "none" else settings.offload
     loaded = load_streamed(
         checkpoint,
         device,
-        "device" if settings.offload == "none" else settings.offload,
+        tier,
         architecture,
         scratch=scratch,
         trained=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
-        keep_inputs=True if on_device else keep,
+        keep_inputs=True if tier == "device" else keep,
         progress=progress,
         divide=_divide(checkpoint, architecture, archive, device) if divided else None,
     )

@@ -20,7 +20,7 @@ from sculptor.checkpoint.staging import key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, in_file_order, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError
-from sculptor.training.stepping.updates import Tensors
+from sculptor.training.stepping.updates import LazyTensors
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Sha256, parse, read_file, read_json, sign
 from sculptor.world import World
 
@@ -111,7 +111,7 @@ class StateStore:
         self.fingerprints: Mapping[str, tuple[float, ...]] = {name: tuple(mark) for name, mark in fingerprints.items()}
         self._best_digests: dict[int, Mapping[str, str]] = {}  # by step
 
-    def save(self, position: Position, tensors: Tensors) -> None:
+    def save(self, position: Position, tensors: LazyTensors) -> None:
         """Writes a state, one tensor in memory; the one before it goes when this one is complete."""
         target = self.directory / f"step-{position.step:08d}"
         staged = target.with_name(target.name + ".tmp")
@@ -132,7 +132,7 @@ class StateStore:
                     if other not in kept:
                         _remove(other)
 
-    def save_best(self, step: int, tensors: Tensors) -> Mapping[str, str]:
+    def save_best(self, step: int, tensors: LazyTensors) -> Mapping[str, str]:
         """Keeps the best parameters so far, and gives their digests; those before go with the next state."""
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def _remove(path: Path) -> None:
         path.rmdir()
 
 
-def _write(path: Path, tensors: Tensors) -> dict[str, str]:
+def _write(path: Path, tensors: LazyTensors) -> dict[str, str]:
     """Writes a file and gives the digests of its tensors."""
     digests: dict[str, str] = {}
 
@@ -249,7 +249,7 @@ def _write(path: Path, tensors: Tensors) -> dict[str, str]:
     return digests
 
 
-def write_together(world: World, tensors: Tensors, write: Callable[[Tensors], T]) -> T:
+def write_together(world: World, tensors: LazyTensors, write: Callable[[LazyTensors], T]) -> T:
     """Writes a file of the tensors of all processes, by the first; those that it lacks come to it one at a time.
 
     Args:
@@ -270,7 +270,7 @@ def write_together(world: World, tensors: Tensors, write: Callable[[Tensors], T]
     with world.together():
         try:
             if world.first:
-                made = write(Tensors({name: found[name][1] for name in names}, lambda _: next(coming)))
+                made = write(LazyTensors({name: found[name][1] for name in names}, lambda _: next(coming)))
         finally:
             for _ in coming:  # what is under way: of the others, all of theirs
                 pass

@@ -15,7 +15,7 @@ import transformers
 from conftest import FAMILIES, save_checkpoint
 from torch import Tensor, nn
 
-from sculptor.analysis.calibration import Moments, measure_moments, moment_bytes, passes
+from sculptor.analysis.calibration import MeasuredMoments, measure_moments, moment_bytes, passes
 from sculptor.analysis.evidence import _is_reached
 from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import open_checkpoint
@@ -49,7 +49,7 @@ def make_examples(kind: str, lengths: Sequence[int] = LENGTHS) -> list[Example]:
     return found
 
 
-def measure(loaded: LoadedModel, examples: Sequence[Example], **options: Any) -> Moments:
+def measure(loaded: LoadedModel, examples: Sequence[Example], **options: Any) -> MeasuredMoments:
     options = {"gradients": True, "targets": loaded.architecture.targets} | options
     bar = silent(total=1, desc="", unit="")
     return measure_moments(loaded, options.pop("targets"), examples, bar=bar, **options)
@@ -152,7 +152,7 @@ class Reference:
             total = total.index_add(0, tokens, made * weights[tokens, place, None])
         return total
 
-    def check(self, found: Moments, weighting: str = "tokens") -> None:
+    def check(self, found: MeasuredMoments, weighting: str = "tokens") -> None:
         groups = {target.name: target.input_group for target in self.targets if target.name in self.outputs}
         stacked = {target.name for target in self.targets if not target.window.is_whole}
         totals = self.plain if weighting == "tokens" else self.weighted
@@ -434,6 +434,6 @@ def test_a_matrix_that_no_row_reaches_is_named(tmp_path: Path) -> None:
     loaded = load(tmp_path, "llama")
     first = loaded.architecture.targets[0]
     never = replace(first, tensor="nowhere", input_group="nowhere")
-    found = Moments({first.input_group: torch.eye(2)}, {first.name: torch.eye(2)})
+    found = MeasuredMoments({first.input_group: torch.eye(2)}, {first.name: torch.eye(2)})
     assert _is_reached(first, found, True)
     assert not _is_reached(never, found, True)

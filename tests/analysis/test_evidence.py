@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings
 from sculptor.analysis import evidence as module
-from sculptor.analysis.calibration import Moments, measure_moments
+from sculptor.analysis.calibration import MeasuredMoments, measure_moments
 from sculptor.analysis.evidence import Source, measure_evidence, weigh
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import IGNORED, Example
@@ -50,7 +50,7 @@ def gather(
     return {item.name: item for item in found}
 
 
-def alone(loaded: LoadedModel, examples: Sequence[Example], seed: int, gradients: bool = True) -> Moments:
+def alone(loaded: LoadedModel, examples: Sequence[Example], seed: int, gradients: bool = True) -> MeasuredMoments:
     """One source, as it is measured."""
     bar = silent(total=1, desc="", unit="")
     weighting = "gradients" if gradients else "tokens"
@@ -147,7 +147,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_a_weight_of_zero_trace_is_no_division(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(*arguments: Any, **options: Any) -> Moments:
+    def nothing(*arguments: Any, **options: Any) -> MeasuredMoments:
         found = measure_moments(*arguments, **options)
         for side in (found.inputs, found.outputs):
             for moment in side.values():
@@ -163,7 +163,7 @@ def test_a_weight_of_zero_trace_is_no_division(loaded: LoadedModel, monkeypatch:
 def test_each_source_has_a_seed_of_its_own(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[tuple[int, str, str]] = []
 
-    def noted(*arguments: Any, **options: Any) -> Moments:
+    def noted(*arguments: Any, **options: Any) -> MeasuredMoments:
         seeds.append((options["seed"], options["labels"], options["weighting"]))
         return measure_moments(*arguments, **options)
 

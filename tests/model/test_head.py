@@ -14,7 +14,7 @@ import transformers
 from conftest import FAMILIES, GROUPED, IDS, SMALL, make_tokenizer, save_checkpoint, slowly
 from torch import Tensor
 
-from sculptor.analysis.calibration import Moments, measure_moments
+from sculptor.analysis.calibration import MeasuredMoments, measure_moments
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED, Example
@@ -296,7 +296,7 @@ def examples(kind: str, lengths: Sequence[int] = (20, 17, 9, 5)) -> list[Example
     return found
 
 
-def measure(path: Path, family: str, **options: Any) -> Moments:
+def measure(path: Path, family: str, **options: Any) -> MeasuredMoments:
     loaded = load_model(open_checkpoint(path), CPU)
     bar = silent(total=1, desc="", unit="")
     return measure_moments(loaded, loaded.architecture.targets, examples(loaded.kind), bar=bar, **options)

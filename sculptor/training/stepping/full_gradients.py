@@ -9,7 +9,7 @@ from sculptor.streaming.layout import Layout
 from sculptor.streaming.owners import Owners
 from sculptor.streaming.slots import Slot
 from sculptor.streaming.transfers import Ticket
-from sculptor.training.stepping.gradients import Source
+from sculptor.training.stepping.gradients import GradientSource
 
 
 class FullGradients:
@@ -23,7 +23,7 @@ class FullGradients:
     """
 
     def __init__(
-        self, stream: BlockStream, owners: Owners, trained: Mapping[int, Mapping[str, Source]], count: int
+        self, stream: BlockStream, owners: Owners, trained: Mapping[int, Mapping[str, GradientSource]], count: int
     ) -> None:
         self.owners = owners
         self.trained = trained

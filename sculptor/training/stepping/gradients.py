@@ -12,7 +12,7 @@ from sculptor.checkpoint.windows import Window
 from sculptor.training.experts import run_in_pieces, tap
 
 
-class Source(NamedTuple):
+class GradientSource(NamedTuple):
     """Where the gradient of a matrix comes from: a parameter of the model, or a window of one."""
 
     window: Window
@@ -24,7 +24,7 @@ class Source(NamedTuple):
 Collect = Callable[[str, Tensor], None]
 
 
-def listen(model: Any, sources: Mapping[str, Source], collect: Collect, device: torch.device) -> list[Any]:
+def listen(model: Any, sources: Mapping[str, GradientSource], collect: Collect, device: torch.device) -> list[Any]:
     """Has gradients go to `collect`, and no further; returns what is to be removed in the end.
 
     Experts run one by one for that: the gradient of their stack, which is as large as the stack, never exists.

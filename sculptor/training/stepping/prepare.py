@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.archive.store import Archive
-from sculptor.errors import CapacityError, SettingsError
+from sculptor.errors import SettingsError
 from sculptor.methods.rule import Rule, cost_of, num_free
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.layout import Layout
@@ -17,7 +17,7 @@ from sculptor.training.coordinates import prepare_training
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import StreamedBlock, StreamedMatrix
-from sculptor.training.stepping.gradients import Source
+from sculptor.training.stepping.gradients import GradientSource
 from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer
 
 
@@ -33,7 +33,7 @@ class PreparedBlocks:
     """
 
     blocks: Mapping[int, StreamedBlock]
-    trained: Mapping[int, Mapping[str, Source]]
+    trained: Mapping[int, Mapping[str, GradientSource]]
     owners: Mapping[str, int]
     num_coordinates: int
 
@@ -62,18 +62,18 @@ def prepare_blocks(
     """
     owners = stream.weights.owners
     blocks: dict[int, StreamedBlock] = {}
-    trained: dict[int, dict[str, Source]] = {}
+    trained: dict[int, dict[str, GradientSource]] = {}
     held_by: dict[str, int] = {}
     for i, found in enumerate(stream.parameters):
         names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
         mine = {name: p for name, p in names.items() if owners is None or owners.mine(i, p)}
         if names:
-            trained[i] = {name: Source(archive[name].window, found[p], p) for name, p in names.items()}
+            trained[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
         if mine:
             blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device)
         held_by |= dict.fromkeys(names, i)
         tick(1)
-    check_owners(archive, held_by)
+    check_all_held(archive, held_by)
     return PreparedBlocks(
         blocks,
         trained,
@@ -181,16 +181,15 @@ def _make_room(
     return block
 
 
-def check_owners(archive: Archive, owners: Mapping[str, int]) -> None:
-    """Checks that every matrix with free pairs is trained with some block.
+def check_all_held(archive: Archive, blocks: Mapping[str, int]) -> None:
+    """Checks that every matrix with free pairs is trained with some block; `blocks` are by matrix.
 
     Raises:
         CapacityError: if there are none.
         SettingsError: if one is left out.
     """
-    if not archive.open_names:
-        raise CapacityError(f"{archive.path}: no capacity left: all {len(archive)} matrices are frozen")
-    left = [name for name in archive.open_names if name not in owners]
+    archive.check_capacity()
+    left = [name for name in archive.open_names if name not in blocks]
     if left:
         raise SettingsError(
             f"{archive.path}: {len(left)} matrices are not one block's own, first {left[0]}; use --offload none"

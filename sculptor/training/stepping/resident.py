@@ -21,8 +21,8 @@ from sculptor.training.stepping.optimizer import (
     set_rates,
     with_state,
 )
-from sculptor.training.stepping.updates import Tensors, Updates, tensors_of
-from sculptor.world import World
+from sculptor.training.stepping.updates import LazyTensors, Updates, tensors_of
+from sculptor.world import ALONE, World
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,12 +79,12 @@ class ResidentUpdates(Updates):
         peaks: Peaks,
         settings: TrainSettings,
         device: torch.device,
-        world: World | None = None,
+        world: World = ALONE,
     ) -> None:
         self.trained = parameters
         self.extra = parameters.extra
         self.settings = settings
-        self.world = world or World()
+        self.world = world
         self.optimizer = make_optimizer(parameters.groups(peaks, settings.weight_decay), device)
         self._named = parameters.named()
         self._coordinates = {
@@ -120,13 +120,10 @@ class ResidentUpdates(Updates):
         self.optimizer.zero_grad(set_to_none=True)
         self.trained.refresh()
 
-    def forget(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def parameters(self) -> Tensors:
+    def parameters(self) -> LazyTensors:
         return tensors_of(self._named)
 
-    def state(self) -> Tensors:
+    def state(self) -> LazyTensors:
         return tensors_of(with_state(self._named, self.optimizer))
 
     @torch.no_grad()

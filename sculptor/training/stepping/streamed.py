@@ -40,7 +40,7 @@ from sculptor.training.stepping.optimizer import (
     set_rates,
 )
 from sculptor.training.stepping.prepare import prepare_blocks
-from sculptor.training.stepping.updates import Tensors, Updates
+from sculptor.training.stepping.updates import LazyTensors, Updates
 from sculptor.training.stepping.waiting import WaitingState
 from sculptor.world import ALONE
 
@@ -291,6 +291,7 @@ class StreamedUpdates(Updates, Observer):
             self.stream.slots.forget(i)
 
     def forget(self) -> None:
+        """Forgets the gradients of a step that is not taken."""
         for value in self.extra.values():
             value.grad = None
         for block in self.blocks.values():
@@ -302,11 +303,11 @@ class StreamedUpdates(Updates, Observer):
             self.stream.slots.fetch(block)
         self.transfers.drain()
 
-    def parameters(self) -> Tensors:
+    def parameters(self) -> LazyTensors:
         self.flush()
         return self._state.parameters()
 
-    def state(self) -> Tensors:
+    def state(self) -> LazyTensors:
         self.flush()
         return self._state.state()
 
@@ -338,6 +339,6 @@ class StreamedUpdates(Updates, Observer):
             handle.remove()
         self._hooks.clear()
         part: Any
-        for part in (self.stream, self._updater, self._gradients, *self.blocks.values()):
+        for part in filter(None, (self.stream, self._updater, self._gradients, self._full, *self.blocks.values())):
             part.close()
         self.blocks.clear()

@@ -15,7 +15,7 @@ from sculptor.training.settings import TrainSettings
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Tensors:
+class LazyTensors:
     """Tensors that are read one at a time: name -> (dtype, shape), and what reads one to the CPU."""
 
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -77,15 +77,11 @@ class Updates(Trained):
         """Changes the parameters, and forgets the gradients."""
 
     @abstractmethod
-    def forget(self) -> None:
-        """Forgets the gradients of a step that is not taken."""
-
-    @abstractmethod
-    def parameters(self) -> Tensors:
+    def parameters(self) -> LazyTensors:
         """The trained parameters as they are."""
 
     @abstractmethod
-    def state(self) -> Tensors:
+    def state(self) -> LazyTensors:
         """The trained parameters and the optimizer's state."""
 
     @abstractmethod
@@ -101,7 +97,7 @@ class Updates(Trained):
 class _Scaled(Mapping[str, Tensor]):
     """Tensors moved towards those of a base, or 0, one at a time."""
 
-    def __init__(self, tensors: Tensors, factor: float, base: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: LazyTensors, factor: float, base: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self._factor = factor
         self._base = base
@@ -119,9 +115,9 @@ class _Scaled(Mapping[str, Tensor]):
         return len(self._tensors.entries)
 
 
-def tensors_of(found: Mapping[str, Tensor]) -> Tensors:
+def tensors_of(found: Mapping[str, Tensor]) -> LazyTensors:
     """Tensors that are all there."""
-    return Tensors(
+    return LazyTensors(
         {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()},
         lambda name: found[name].detach().cpu().contiguous(),
     )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sculptor.training.stepping.block import StreamedBlock
 from sculptor.training.stepping.optimizer import MOMENTS, load_state, with_state
-from sculptor.training.stepping.updates import Tensors, tensors_of
+from sculptor.training.stepping.updates import LazyTensors, tensors_of
 
 
 class WaitingState:
@@ -37,7 +37,7 @@ class WaitingState:
         block.state.load(memory, place.start)
         return memory.view(place.dtype).view(place.shape)
 
-    def parameters(self) -> Tensors:
+    def parameters(self) -> LazyTensors:
         """All of them."""
         extra = tensors_of(self.extra)
         entries = {
@@ -46,11 +46,11 @@ class WaitingState:
             for matrix in block.matrices
             for key in matrix.keys
         }
-        return Tensors(
+        return LazyTensors(
             {**entries, **extra.entries}, lambda name: self.read(name) if name in entries else extra.read(name)
         )
 
-    def state(self) -> Tensors:
+    def state(self) -> LazyTensors:
         """The same with what the optimizer keeps of each."""
         parameters = self.parameters()
         small = with_state(self.extra, self.optimizer) if self.optimizer is not None else {}
@@ -72,7 +72,7 @@ class WaitingState:
                 return self.read(*moments[name])
             return (others if name in others.entries else parameters).read(name)
 
-        return Tensors({**entries, **others.entries}, read)
+        return LazyTensors({**entries, **others.entries}, read)
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor], *, optimizer: bool) -> None:
