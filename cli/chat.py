@@ -16,7 +16,11 @@ _HELP = "/new starts a new conversation, /quit or the end of the input ends it."
 @click.argument("model")
 @click.option("--base", help="Another checkpoint that hears the same, answering beside it.")
 @click.option("--system", help="A system message before everything.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of an answer, at most.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    help="Of an answer, at most [default: 256, and at most half of --max-length].",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(0),

@@ -118,9 +118,21 @@ def _of_record(ctx: click.Context, path: Path, words: Sequence[str]) -> Mapping[
         raise _error(path, "is no record of a run of sculptor with settings") from cause
     if command != " ".join(words):
         raise _error(path, f"holds settings of `{command}`, not of `{' '.join(words)}`")
+    left = {}
     if settings.get("data", []) not in ([], ["self"]):
-        ctx.meta[_LEFT_OUT] = f"{path}: measured on {', '.join(map(str, settings.pop('data')))}"
+        left["data"] = f"measured on {', '.join(map(str, settings.pop('data')))}"
+    mixed = _part(content, "data").get("replay")
+    if isinstance(mixed, list) and mixed:
+        left["replay"] = f"mixed in {', '.join(str(_part({'': each}, '').get('name')) for each in mixed)}"
+    if _part(content, "result").get("best_step") is not None:
+        left["eval_data"] = "chose its best parameters by rows of --eval-data"
+    ctx.meta[_LEFT_OUT] = path, left
     return settings
+
+
+def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = content.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def check_complete(ctx: click.Context) -> None:
@@ -129,10 +141,13 @@ def check_complete(ctx: click.Context) -> None:
     Raises:
         UsageError: naming them.
     """
-    if _LEFT_OUT in ctx.meta and not ctx.params.get("data"):
-        raise click.UsageError(
-            f"--config {ctx.meta[_LEFT_OUT]}, where records keep no folders and weights; give it as --data"
-        )
+    path, left = ctx.meta.get(_LEFT_OUT, (None, {}))
+    for name, what in left.items():
+        if name in ctx.params and not ctx.params[name]:
+            option = name.replace("_", "-")
+            raise click.UsageError(
+                f"--config {path}: {what}, where records keep no folders and weights; give it as --{option}"
+            )
 
 
 def _value(ctx: click.Context, path: Path, key: str, value: Any, parameter: click.Parameter) -> Any:

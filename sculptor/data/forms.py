@@ -168,7 +168,8 @@ def _make_pair(row: Mapping[str, Any], where: str) -> Row:
 
 def _check_wanted(row: Mapping[str, Any], where: str) -> None:
     """Refuses what TRL's unpaired preferences call bad: it would be learned."""
-    if row.get("label") is False:
+    label = row.get("label")
+    if label is False or (isinstance(label, str) and label.strip().lower() == "false"):  # as tables have it
         raise DataError(
             f"{where}: 'label' is false, as where a completion is not wanted; remove the row, or the key if it says something else"
         )

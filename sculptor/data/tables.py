@@ -5,6 +5,7 @@ fetched than the rows that are asked for, if their number is given.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +107,25 @@ def _text_files(datasets: Any, reference: Reference) -> list[Path]:
 
 def _check_all_read(datasets: Any, reference: Reference) -> None:
     """Refuses a folder of which the library takes one kind of files, or those named after a split, and leaves the others."""
-    if reference.config is not None or (reference.path / "README.md").is_file():  # which can say what is read
+    if reference.config is not None or _says_what_is_read(reference.path / "README.md"):
         return
     taken = datasets.load_dataset_builder(reference.place).config.data_files or {}
     read = {Path(file).resolve() for files in taken.values() for file in files}
-    every = (file for ending in (*TEXT_ENDINGS, *TABLE_ENDINGS) for file in reference.path.rglob(f"*{ending}"))
+    every = (file for file in reference.path.rglob("*") if file.suffix.lower() in (*TEXT_ENDINGS, *TABLE_ENDINGS))
     left = sorted(file for file in every if file.resolve() not in read and not file.name.startswith((".", "_")))
     if read and left:
         raise DataError(
             f"{reference.text}: {left[0].relative_to(reference.path)} would not be read beside "
             f"{min(read).name}: another kind of file, or a name that tells no split; name the files one by one"
         )
+
+
+def _says_what_is_read(card: Path) -> bool:
+    """Whether a README.md is a card that chooses files, and no mere text."""
+    with suppress(OSError, UnicodeDecodeError):
+        text = card.read_text(encoding="utf-8")
+        return text.startswith("---") and "configs:" in text.split("---", 2)[1]
+    return False
 
 
 def _split_of(found: Any, reference: Reference) -> Any:

@@ -34,15 +34,11 @@ def verify_text(result: Verification) -> str:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
     if result.new_tokens:
-        named = ", ".join(map(repr, result.new_tokens[:_MAX_LISTED]))
-        more = ", ..." if len(result.new_tokens) > _MAX_LISTED else ""
-        lines.append(
-            f"new tokens, whose rows are free: {len(result.new_tokens)} ({named}{more}); old rows are compared"
-        )
+        # All of them, and likewise below: what is free is to be looked at.
+        named = ", ".join(map(repr, result.new_tokens))
+        lines.append(f"new tokens, whose rows are free: {len(result.new_tokens)} ({named}); old rows are compared")
     if result.also_trained:
-        lines.append(
-            f"trained without protection, by record and archive: {', '.join(result.also_trained[:_MAX_LISTED])}"
-        )
+        lines.append(f"trained without protection, by record and archive: {', '.join(result.also_trained)}")
     if result.doubt is not None:
         lines.append(
             f"its record tells of {result.num_claimed} merges, {result.num_merges} believed: {result.doubt}; verify each task "

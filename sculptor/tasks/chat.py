@@ -22,6 +22,8 @@ from sculptor.progress import Progress, silent
 from sculptor.tasks.job import open_model
 from sculptor.training.settings import Offload
 
+_MOST_SAID = 256  # tokens of an answer, unless asked for otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -47,7 +49,7 @@ class Chat:
         self,
         speakers: list[_Speaker],
         system: str | None,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         temperature: float,
         max_length: int | None,
     ) -> None:
@@ -97,7 +99,7 @@ class Chat:
     def _answer(self, speaker: _Speaker, text: str) -> str:
         loaded, tokenizer = speaker.loaded, speaker.loaded.tokenizer
         length = resolve_max_length(self._max_length, loaded.architecture.max_positions)
-        count = min(self._max_new_tokens, length - 1)
+        count = self._max_new_tokens or min(_MOST_SAID, length // 2)
         if not tokenizer.chat_template:
             ids = prompt_ids(tokenizer, text)
             if not ids:
@@ -126,7 +128,7 @@ def chat(
     *,
     base: str | Path | None = None,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     max_length: int | None = None,
     chat_template: str | None = None,
@@ -141,7 +143,7 @@ def chat(
         model: a checkpoint directory or hub name.
         base: another one, for instance what the first was tuned from.
         system: a system message before everything.
-        max_new_tokens: of an answer, at most.
+        max_new_tokens: of an answer, at most; default 256, and at most half of `max_length`.
         temperature: of sampling; 0 for the most likely token each time.
         max_length: of conversation and answer, in tokens; default 1024 or the model's limit.
         chat_template: name of one of the tokenizer's templates, or a file; default its own.
@@ -156,7 +158,7 @@ def chat(
     Raises:
         SculptorError: if a checkpoint cannot be used.
     """
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise SettingsError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
     if temperature < 0:
         raise SettingsError(f"--temperature {temperature:g}: expected at least 0")
@@ -171,6 +173,12 @@ def chat(
             )
         loaded = open_model(checkpoint, place, architecture, offload, progress=progress)
         use_template(loaded.tokenizer, chat_template)
+        room = resolve_max_length(max_length, architecture.max_positions)
+        if max_new_tokens is not None and max_new_tokens >= room:
+            raise SettingsError(
+                f"--max-new-tokens {max_new_tokens}: leaves nothing of the {room} tokens of conversation and answer to what "
+                "is said; give fewer, or raise --max-length"
+            )
         name = published_name(checkpoint.path)
         speakers.append(_Speaker(name if name not in [s.name for s in speakers] else f"{name} (base)", loaded))
     session = Chat(speakers, system, max_new_tokens, temperature, max_length)

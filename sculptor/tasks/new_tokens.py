@@ -8,6 +8,7 @@ from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.vocabulary import FLAGS, Growth, plan_growth, write_grown
 from sculptor.checkpoint.written import remove
+from sculptor.data.reference import TEXT_ENDINGS
 from sculptor.errors import DataError, SettingsError
 from sculptor.progress import Progress
 
@@ -23,6 +24,10 @@ def read_tokens(given: tuple[str, ...]) -> list[str]:
     found = []
     for item in given:
         if not os.path.isfile(item):
+            if item.lower().endswith(TEXT_ENDINGS):
+                raise DataError(
+                    f"--add-tokens {item}: no such file; a token with such an ending has to come from a file"
+                )
             found.append(item)
             continue
         try:

@@ -158,6 +158,14 @@ def test_data_that_a_record_only_names_are_asked_for(tmp_path: Path, cli: Callab
     record.write_text('{"format": "sculptor-subspaces", "settings": {"data": ["a.jsonl", "self"]}}')
     one_line(cli("analyze", "m", "-o", tmp_path / "a", "--config", record), "a.jsonl, self", "give it as --data")
     assert parsed("analyze", "m", "-o", "a", "--config", record, "--data", "b.jsonl")["data"] == ("b.jsonl",)
+    record = tmp_path / "sculptor.json"
+    given = ("train", "m", "-o", tmp_path / "a", "--data", "b.jsonl", "--config", record)
+    record.write_text(
+        '{"command": "train", "settings": {}, "data": {"replay": [{"name": "old.txt", "share": 0.1}]}, "result": {"best_step": 3}}'
+    )
+    one_line(cli(*given), "mixed in old.txt", "give it as --replay")
+    one_line(cli(*given, "--replay", "old.txt"), "chose its best parameters", "give it as --eval-data")
+    assert parsed(*given, "--replay", "old.txt", "--eval-data", "e.jsonl")["replay"] == ("old.txt",)
 
 
 def test_a_run_is_repeated_from_its_record(tmp_path: Path, cli: Callable[..., Result]) -> None:

@@ -120,6 +120,7 @@ def test_columns_are_named(tmp_path: Path) -> None:
         (PAIR | {"weight": 0.5}, "row has weight 0.5; expected 0 or 1"),
         (PAIR | {"train": "no"}, "row has train no; expected true or false"),
         (PAIR | {"label": False}, "'label' is false, as where a completion is not wanted"),
+        (PAIR | {"label": "False"}, "'label' is false, as where a completion is not wanted"),
         ({"prompt": TALK[:1], "completion": TALK[1:], "label": False}, "'label' is false"),
         ({"messages": [{"role": "system", "content": "a"}, *TALK], "system": "b"}, "'system' beside a system message"),
         (

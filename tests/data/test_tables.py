@@ -165,9 +165,15 @@ def test_what_cannot_be_read_is_one_line(datasets: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "left"), [(("my_test.jsonl", "good.jsonl"), "good.jsonl"), (("a.jsonl", "b.csv"), "b.csv")]
+    ("names", "left"),
+    [
+        (("my_test.jsonl", "good.jsonl"), "good.jsonl"),
+        (("a.jsonl", "b.csv"), "b.csv"),
+        (("a.jsonl", "B.JSONL"), "B.JSONL"),
+        (("train.jsonl", "extra.jsonl", "README.md"), "extra.jsonl"),
+    ],
 )
-def test_a_folder_is_read_whole_or_refused(datasets: Any, tmp_path: Path, names: tuple[str, str], left: str) -> None:
+def test_a_folder_is_read_whole_or_refused(datasets: Any, tmp_path: Path, names: tuple[str, ...], left: str) -> None:
     """The library alone would take the one that is named like a split, or the kind that most files are of."""
     for name in names:
         content = "prompt,completion\na,b\n" if name.endswith("csv") else '{"prompt": "a", "completion": "b"}\n'

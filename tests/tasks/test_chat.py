@@ -78,6 +78,8 @@ def test_a_model_without_a_template_goes_on_with_the_text(
     assert found.out.split("\n")[1].split() == (greedy(model, "w1 w2", 6).split() or ["(nothing)"])
     with pytest.raises(SettingsError, match="--system without effect"):
         chat(model, system="w1", device="cpu")
+    with pytest.raises(SettingsError, match=r"--max-new-tokens 16: leaves nothing of the 16 tokens"):
+        chat(model, max_new_tokens=16, max_length=16, device="cpu")
     with pytest.raises(CheckpointError, match="does not go on with a text"):
         chat(save_checkpoint(tmp_path / "bert", "bert"), device="cpu")
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from together import together
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, evaluate, train, verify
-from sculptor.errors import SculptorError, SettingsError, Stopped
+from sculptor.errors import DataError, SculptorError, SettingsError, Stopped
+from sculptor.report.html.verify import verify_page
 from sculptor.report.text import train_text
 from sculptor.report.verify import verify_text
 
@@ -87,6 +88,10 @@ def test_the_result_verifies_evaluates_and_goes_on(made: Path, tmp_path: Path, n
     found = verify(made / name, tuned, made / f"{name}-archive", device="cpu")
     assert (found.passed, found.new_tokens, found.changed_elsewhere) == (True, TOKENS, ())
     assert "new tokens, whose rows are free: 3 ('<call>', '</call>', 'münze')" in verify_text(found)
+    many = replace(found, new_tokens=(*(f"<{i}>" for i in range(20)), " the"), also_trained=tuple(map(str, range(20))))
+    assert "'<19>', ' the'); old rows" in verify_text(many)
+    assert ", 18, 19\n" in verify_text(many)
+    assert "' the'" in verify_page(many, "b", "t", "s").replace("&#39;", "'").replace("&#x27;", "'")
     loss = evaluate(tuned, [made / "rows.jsonl"], device="cpu").loss
     assert loss is not None
     assert loss < math.log(len(tensors(tuned)[EMBEDDING])), "better than chance"
@@ -255,10 +260,11 @@ def test_rows_without_tokens_are_another_shape(made: Path, tmp_path: Path) -> No
         (("w3",), r"--add-tokens 'w3': the tokenizer has it already, id 7"),
         (("<a>", "<a>"), r"--add-tokens '<a>': given twice"),
         (("  ",), "a character that shows"),
+        (("tokens.txt",), r"--add-tokens tokens.txt: no such file"),
     ],
 )
 def test_what_is_no_new_token(made: Path, tmp_path: Path, tokens: tuple[str, ...], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises((SettingsError, DataError), match=message):
         train(
             made / "exact", made / "exact-archive", [made / "rows.jsonl"], tmp_path / "out",
             replace(SETTINGS, add_tokens=tokens),

@@ -118,6 +118,8 @@ def _elsewhere(result: Verification) -> Sequence[Child]:
         parts += [element("h3", "Tensors that changed"), listed(result.changed_elsewhere)]
     if result.differences:
         parts += [element("h3", "What differs in what else is loaded"), listed(result.differences)]
+    if result.new_tokens:
+        parts += [element("h3", "New tokens, whose rows are free"), listed([*map(repr, result.new_tokens)])]
     if result.also_trained:
         parts += [element("h3", "Trained without protection, by record and archive"), listed(result.also_trained)]
     if result.doubt is not None:
