@@ -1,6 +1,7 @@
 """Small real checkpoints on disk, and the real command run in this process."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -147,6 +148,13 @@ def stairs(archive: Any, name: str) -> Any:
     rule = archive[name].rule
     assert isinstance(rule, StaircaseRule)
     return rule
+
+
+def frozen_norm(update: Any, staircase: Any, output: Any, input: Any) -> float:
+    """||frozen part of dW||, in float64."""
+    from sculptor.numerics.bases import frozen_parts
+
+    return math.hypot(*(float(part.norm()) for part in frozen_parts(update, staircase, output, input)))
 
 
 def factors(archive: Any, name: str) -> Any:

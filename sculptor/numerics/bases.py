@@ -1,6 +1,5 @@
 """The stored directions of one side of a matrix, and what of an update falls on the frozen pairs of two sides."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,11 +84,6 @@ def component(basis: Basis | None, y: Tensor, start: int, stop: int) -> Tensor:
     if stop <= k:
         return q[:, start:stop].T @ y
     return y - q[:, :start] @ (q[:, :start].T @ y)
-
-
-def frozen_norm(update: Tensor, staircase: Staircase, output: Basis | None, input: Basis | None) -> float:
-    """||frozen part of dW||, in float64; as `frozen_parts`."""
-    return math.hypot(*(float(part.norm()) for part in frozen_parts(update, staircase, output, input)))
 
 
 def frozen_parts(update: Tensor, staircase: Staircase, output: Basis | None, input: Basis | None) -> list[Tensor]:

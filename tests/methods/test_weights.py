@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import frozen_norm
 
 from sculptor.methods.weights import analyze_matrix
-from sculptor.numerics.bases import frozen_norm, protected_directions
+from sculptor.numerics.bases import protected_directions
 from sculptor.numerics.staircase import Constraint
 
 

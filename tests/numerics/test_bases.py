@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import frozen_norm
 from numerics.sides import CASES, orthonormal, sides
 
 from sculptor.numerics.bases import (
     Basis,
     extend,
-    frozen_norm,
     frozen_variance,
     protected_directions,
     store_smaller,

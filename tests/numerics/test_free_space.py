@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import frozen_norm
 from numerics.sides import CASES, by_group, orthonormal, sides
 
-from sculptor.numerics.bases import Basis, component, frozen_norm, store_smaller
+from sculptor.numerics.bases import Basis, component, store_smaller
 from sculptor.numerics.free_space import FreeSpace
 from sculptor.numerics.reflectors import CompleteBasis
 from sculptor.numerics.staircase import Constraint, Staircase

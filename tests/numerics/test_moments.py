@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import frozen_norm
 
 from sculptor.numerics.allocation import Importance, allocate, least_free_share
-from sculptor.numerics.bases import Basis, frozen_norm
+from sculptor.numerics.bases import Basis
 from sculptor.numerics.moments import Factor, curvature, truncate
 
 
