@@ -167,6 +167,17 @@ def test_what_could_not_be_written_is_refused_before_a_step(place: Path, bases: 
     with pytest.raises(sculptor.SculptorError, match="no coordinates in what is loaded"):
         model.load_state_dict(AutoModelForCausalLM.from_pretrained("model").state_dict())
     model.load_state_dict(model.state_dict())  # every key has its place
+    norm = model.model.norm
+    with torch.no_grad():
+        norm.weight.mul_(1.5)
+    with pytest.raises(sculptor.SculptorError, match=r"model.norm.weight is frozen, and not as in"):
+        Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    with torch.no_grad():
+        norm.weight.div_(1.5)
+    norm.scale = torch.nn.Parameter(torch.ones(3))  # as an adapter's
+    with pytest.raises(sculptor.SculptorError, match=r"model.norm.scale is trained, and .* has no tensor for it"):
+        Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert not list(place.glob("out*"))
 
 
 def test_rows_of_other_collators() -> None:

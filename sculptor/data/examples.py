@@ -64,6 +64,13 @@ class Encoded:
             return self.examples
         return tuple(self.examples[i] for i in sorted(self.mixture.rows(0, seed)))
 
+    def says(self, name: str) -> str | None:
+        """A line on rows of some data that did not fit; None if all did."""
+        if not self.num_dropped and not self.num_cut:
+            return None
+        dropped = f"{self.num_dropped:,} rows dropped (completion too long)"
+        return f"{name}: {dropped}, {self.num_cut:,} with the middle of the prompt cut"
+
 
 def digest_examples(examples: Sequence[Example]) -> str:
     """SHA-256 over all ids and labels, to tell whether data are still the same."""

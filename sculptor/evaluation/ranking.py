@@ -35,6 +35,7 @@ class RowScore:
             not asked.
         normalized_right: of rows with choices, whether the right one scores highest per character.
         said: what greedy generation gives.
+        cut: whether the middle of its prompt was left out.
     """
 
     loss: float
@@ -43,6 +44,7 @@ class RowScore:
     exact: bool | None
     normalized_right: bool | None = None
     said: str | None = None
+    cut: bool = False
 
 
 class _Score(NamedTuple):
@@ -85,7 +87,8 @@ def score_rows(
             row.where for row, texts in zip(rows, wanted, strict=True) if longest in {len(known[t]) for t in texts}
         )
         raise DataError(f"{where}: a label of {longest} tokens does not fit into {max_length}; raise --max-length")
-    prompts = [cut_middle(encode(tokenizer, row.prompt), budget) for row in rows]
+    whole = [encode(tokenizer, row.prompt) for row in rows]
+    prompts = [cut_middle(prompt, budget) for prompt in whole]
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:
             raise DataError(f"{row.where}: prompt is empty after tokenisation")
@@ -108,6 +111,7 @@ def score_rows(
                 exact=None if said is None else said in references,
                 normalized_right=normalized,
                 said=said,
+                cut=len(whole[i]) > budget,
             )
         bar.update(len(chosen))
     results = {i: score for part in world.gather(results) for i, score in part.items()}

@@ -56,6 +56,7 @@ class Evaluation:
         acc_norm: the same of choices, by log-probability per character.
         exact_match: share of rows of which greedy generation gives a right answer.
         num_rows: rows read; `num_tokens` tokens that the loss is over.
+        num_dropped: of the rows, those that did not fit and were not measured; `num_cut` lost a part of their prompt.
         labels: what was ranked for all rows.
         answers: the first ones.
         watched: a figure for each of the watched texts.
@@ -73,6 +74,8 @@ class Evaluation:
     answers: tuple[Answer, ...] = ()
     watched: tuple[Watched, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
+    num_dropped: int = 0
+    num_cut: int = 0
 
 
 NOTHING = Evaluation(None, None, None, None, 0, 0, None)
@@ -183,7 +186,10 @@ def _evaluate_loss(
     bar = progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")
     loss, tokens = mean_loss(loaded, encoded.examples, batch_size, bar, world)
     bar.close()
-    return Evaluation(loss, math.exp(min(loss, 700.0)), None, None, len(rows), tokens, None)
+    return Evaluation(
+        loss, math.exp(min(loss, 700.0)), None, None, len(rows), tokens, None,
+        num_dropped=encoded.num_dropped, num_cut=encoded.num_cut,
+    )  # fmt: skip
 
 
 def _evaluate_pairs(
@@ -218,6 +224,7 @@ def _evaluate_pairs(
             Answer(row.where, row.prompt, row.completion.strip(), score.said or "", bool(score.exact))
             for row, score in shown
         ),
+        num_cut=sum(score.cut for score in scores),
     )
 
 

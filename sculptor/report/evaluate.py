@@ -56,6 +56,10 @@ def measures_rows(result: Evaluation) -> list[list[str]]:
     if result.exact_match is not None:
         rows.append(["exact match", percent(result.exact_match)])
     rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
+    if result.num_dropped:
+        rows.append(["rows dropped, too long", f"{result.num_dropped:,}"])
+    if result.num_cut:
+        rows.append(["rows with a prompt cut", f"{result.num_cut:,}"])
     return rows
 
 

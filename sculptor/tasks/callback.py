@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 
 from sculptor.analysis.verify import Verification, verify_checkpoints
 from sculptor.archive.store import Archive
-from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, commit, staging, writing
 from sculptor.checkpoint.written import discard
 from sculptor.data.collated import collated_examples
@@ -128,6 +129,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         matrices = protected_matrices(model)
         _check(matrices, archive)
         _check_size(model, architecture.vocab_size)
+        _check_others(model, checkpoint, architecture)
         rate = float(args.learning_rate) or None
         settings = resolve_settings(
             replace(self.settings, learning_rate=rate, soften=matrices[0].coordinates.soften), archive
@@ -166,6 +168,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         assert self._job is not None
         device = next(model.parameters()).device
         job = self._job
+        _check_others(model, job.checkpoint, job.architecture)
         trained = _Guest(model, job.settings)
         loaded = LoadedModel(
             job.checkpoint, job.architecture, model, load_tokenizer(job.checkpoint, job.architecture), device
@@ -260,6 +263,29 @@ def _check_size(model: Any, expected: int) -> None:
             f"the trainer's model has {found} embeddings, the checkpoint {expected}: what is written has the checkpoint's "
             "tokens and tokenizer; train without adding tokens"
         )
+
+
+@torch.no_grad()
+def _check_others(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Refuses what would be missing in the output: parameters that no file has a place for, frozen ones that have changed."""
+    own = {id(value) for matrix in protected_matrices(model) for value in matrix.coordinates.values}
+    found = [(name, value) for name, value in model.named_parameters(remove_duplicate=False) if id(value) not in own]
+    placed = {id(value) for name, value in found if name in architecture.tensors}
+    for name, value in found:
+        if value.requires_grad and id(value) not in placed:
+            raise TrainingError(
+                f"{name} is trained, and {checkpoint.path} has no tensor for it, so it would be lost: sculptor writes the model "
+                "without adapters or further heads; train without (no peft_config), or freeze it"
+            )
+        tensor = architecture.tensors.get(name)
+        if tensor is None or value.requires_grad or checkpoint.infos[tensor].shape != tuple(value.shape):
+            continue
+        # A model may be loaded in another dtype.
+        if not torch.allclose(value.float().cpu(), checkpoint[tensor].float(), rtol=2**-7, atol=1e-7):
+            raise TrainingError(
+                f"{name} is frozen, and not as in {checkpoint.path}, whose values would be written; load the model from there, "
+                "and change nothing, or set requires_grad before the trainer is made"
+            )
 
 
 def _told(args: Any) -> dict[str, Any]:

@@ -210,6 +210,8 @@ def read_task(
     eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
+        if (line := evaluation.says("--eval-data")) is not None:
+            notice(line)
     replays = read_replay(replay, tokenizer, architecture, max_length, settings, notice)
     return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth, replays)
 

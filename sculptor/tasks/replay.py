@@ -38,8 +38,11 @@ def read_replay(
             continue
         (source,) = read_sources([item], settings.max_rows, settings.columns, notice, mixed=True, all_renamed=False)
         check_use(source.rows, settings.chat_template)
-        examples = encode(source.rows, tokenizer, architecture.kind, max_length, architecture.vocab_size).examples
-        found.append(Replay(names_of([item])[0], share, examples))
+        encoded = encode(source.rows, tokenizer, architecture.kind, max_length, architecture.vocab_size)
+        name = names_of([item])[0]
+        if (line := encoded.says(f"--replay {name}")) is not None:
+            notice(line)
+        found.append(Replay(name, share, encoded.examples))
     whole = sum(part.share for part in found)
     if whole >= 1:
         raise SettingsError(f"--replay: shares of {whole:g} in all leave nothing to the task; give less than 1")

@@ -15,6 +15,7 @@ from sculptor.data.asking import end_ids, question_of
 from sculptor.data.rows import MessagesRow, read_rows
 from sculptor.errors import DataError, SettingsError
 from sculptor.model.load import load_model
+from sculptor.report.evaluate import measures_rows
 
 TEMPLATE = "{% for m in messages %}w9 {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
 CHOICES = [
@@ -132,3 +133,17 @@ def test_abilities_are_read(shared: Path) -> None:
     for name in ("arc_easy", "hellaswag", "piqa"):
         rows = read_rows(shared / "data" / "abilities" / f"{name}.jsonl", 20)
         assert all(len(row.choices) > 1 for row in rows)  # type: ignore[union-attr]
+
+
+def test_what_does_not_fit_is_counted(tmp_path: Path) -> None:
+    path = talker(tmp_path / "talk")
+    said = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    long = [said[0], {"role": "assistant", "content": "w2 " * 40}]
+    rows = [{"messages": said}, {"messages": long}]
+    found = evaluate(path, write_rows(tmp_path / "a.jsonl", rows), device="cpu", max_length=16)
+    assert (found.num_rows, found.num_dropped, found.num_cut) == (2, 1, 0)
+    assert ["rows dropped, too long", "1"] in measures_rows(found)
+    pairs = [{"prompt": prompt, "completion": "w2"} for prompt in ("w1", "w1 " * 40)]
+    found = evaluate(path, write_rows(tmp_path / "b.jsonl", pairs), device="cpu", max_length=16)
+    assert (found.num_rows, found.num_dropped, found.num_cut) == (2, 0, 1)
+    assert ["rows with a prompt cut", "1"] in measures_rows(found)

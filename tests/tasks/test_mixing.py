@@ -6,6 +6,9 @@ from pathlib import Path
 
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
+from sculptor import TrainSettings
+from sculptor.tasks.job import open_base, read_task
+
 
 def test_weights_decide_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
@@ -68,3 +71,15 @@ def test_replay_is_mixed_in_and_is_no_part_of_the_task(cli: Callable[..., Result
         assert wrong.err.count("\n") == 1
         assert message in wrong.err
         assert not (tmp_path / "wrong").exists()
+
+
+def test_rows_beside_the_task_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    long = [{"prompt": "w1 " * 40, "completion": "w2"}, {"prompt": "w1", "completion": "w2 " * 40}]
+    task = write_rows(tmp_path / "task.jsonl", task_rows(count=2))
+    beside = write_rows(tmp_path / "beside.jsonl", [*task_rows(count=2), *long])
+    told: list[str] = []
+    checkpoint, architecture = open_base(model)
+    read_task(checkpoint, architecture, task, beside, TrainSettings(max_length=16), told.append, [(beside, 0.2)])
+    counts = "1 rows dropped (completion too long), 1 with the middle of the prompt cut"
+    assert told == [f"--eval-data: {counts}", f"--replay beside.jsonl: {counts}"]
