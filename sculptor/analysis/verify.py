@@ -6,8 +6,7 @@ It holds when leak <= sqrt(1e-6^2 + (1.25 rounding)^2), and when no direction of
 direction can make. Where a rule weighs directions, what the update touches of them is set against what an update of its
 size in random directions would.
 
-How many merges, each with its rounding, are believed is in `analysis.lineage`; what is loaded beside tensors is compared in
-`checkpoint.sameness`.
+How many merges are believed is in `analysis.lineage`; what is loaded beside tensors is compared in `checkpoint.sameness`.
 """
 
 from collections import defaultdict
@@ -25,7 +24,7 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
-from sculptor.checkpoint.vocabulary import Growth, find_growth
+from sculptor.checkpoint.vocabulary import Growth, are_outsized, find_growth
 from sculptor.errors import ArchiveError, VerificationError
 from sculptor.model.harm import Harm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
@@ -317,10 +316,11 @@ def _compare_rest(
 
 
 def _grew(base: Checkpoint, tuned: Checkpoint, of: Slice, growth: Growth, declared: Collection[torch.dtype]) -> bool:
-    """Whether all old rows are as they were; new ones may have any value, if it is a number."""
+    """Whether all old rows are as they were; new ones may have any value that is a number and no giant."""
     tuned.check_finite(of, tuned.rows(of.tensor, growth.start, growth.stop))
     pieces = ((i, min(i + _PIECE, stop)) for start, stop in growth.old_rows() for i in range(start, stop, _PIECE))
-    return all(_same(base.rows(of.tensor, *piece), tuned.rows(of.tensor, *piece), declared) for piece in pieces)
+    same = all(_same(base.rows(of.tensor, *piece), tuned.rows(of.tensor, *piece), declared) for piece in pieces)
+    return same and not are_outsized(tuned, of.tensor, growth)
 
 
 def _unfit(base: Checkpoint, tuned: Checkpoint, lineage: Lineage, declared: Collection[torch.dtype]) -> list[str]:

@@ -7,7 +7,7 @@ the mean of the rows of all older tokens; every other row stays as it is.
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,18 @@ def grown_tensor(tensor: Tensor, growth: Growth) -> Tensor:
     grown = torch.cat([tensor, tensor.new_zeros((growth.after - growth.before, *tensor.shape[1:]))])
     grown[growth.start : growth.stop] = mean
     return grown
+
+
+def are_outsized(tuned: Checkpoint, tensor: str, growth: Growth) -> bool:
+    """Whether a new row is more than ten times as long as every old one: it would drown all that is read and said."""
+
+    def longest(ranges: Iterable[tuple[int, int]]) -> float:
+        pieces = ((i, min(i + _PIECE, stop)) for start, stop in ranges for i in range(start, stop, _PIECE))
+        rows = (tuned.rows(tensor, *piece).double() for piece in pieces)
+        return max((float(found.reshape(len(found), -1).norm(dim=1).max()) for found in rows), default=0.0)
+
+    least = 1.0 if len(tuned.infos[tensor].shape) == 1 else 0.0  # of a bias, which may be 0 for all old ones
+    return longest([(growth.start, growth.stop)]) > 10 * max(longest(growth.old_rows()), least)
 
 
 def find_growth(base: Checkpoint, tuned: Checkpoint) -> Growth | None:

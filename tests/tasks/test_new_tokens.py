@@ -226,6 +226,11 @@ def an_old_word_of_the_tokenizer(path: Path) -> None:
 
 
 @attack
+def a_giant_row(path: Path) -> None:
+    edit(path, lambda found: found[EMBEDDING][KNOWN].mul_(100))
+
+
+@attack
 def tokens_that_were_taken_out_again(path: Path) -> None:
     edit_json(path / "tokenizer.json", lambda content: content["added_tokens"].pop())
 
