@@ -60,6 +60,7 @@ def test_every_field_wrong_in_every_way_is_one_line(made: Path, basis: str, ever
     assert count > 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [7, *slowly(1)])
 def test_progress_of_an_analysis_is_checked_too(made: Path, every: int, tmp_path: Path) -> None:
     archive = Archive(made / "weights")

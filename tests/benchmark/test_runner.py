@@ -358,6 +358,7 @@ def test_a_seed_in_the_plan_is_not_silently_dropped(cli: Callable[..., Result], 
         assert written["plan"][section]["seed"] == 5
 
 
+@pytest.mark.slow
 def test_what_is_decided_for_a_run_is_said(cli: Callable[..., Result], place: Path) -> None:
     arguments = ("continual", place / "plan.toml", "--method", "full", "--set", "train.optimizer_on=host")
     found = cli(*arguments, "-o", place / "out", "--set", "train.soften=1", "--set", "train.memory_rows=2")

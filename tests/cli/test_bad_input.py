@@ -184,6 +184,7 @@ def test_odd_outputs(cli: Callable[..., Result], made: dict[str, Path], monkeypa
     assert (made["model"] / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_stdout_that_cannot_be_written(made: dict[str, Path]) -> None:
     with open("/dev/full", "w") as full:
         found = subprocess.run(

@@ -124,6 +124,7 @@ def test_slices_give_the_loss_and_the_gradients_of_the_whole(
         assert_same(gradients, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 def test_logits_never_exist_whole(family: str, tmp_path: Path, small_slices: None, generator: torch.Generator) -> None:
     loaded, batch = load(tmp_path, family), ragged(generator)

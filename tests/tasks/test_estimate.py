@@ -262,6 +262,7 @@ def test_computing_again_costs_a_forward_pass(tmp_path: Path) -> None:
     assert again["cpu"].operations == kept["cpu"].operations == again["none"].operations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preserve", "changes"),
     [

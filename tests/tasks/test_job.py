@@ -107,6 +107,7 @@ def test_an_archive_that_is_kept_measures_nothing(made: Path, basis: str, change
     assert "analyze with --basis" not in message, "it was; what would help is another --carry"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["weights", "curvature"])
 @pytest.mark.parametrize("dtype", ["bfloat16", *slowly("float32", "float64")])
 def test_keep_leaves_the_archive_as_it_is(

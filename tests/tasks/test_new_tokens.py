@@ -121,6 +121,7 @@ def test_streamed_is_resident(made: Path, tmp_path: Path, name: str, offload: An
         assert torch.allclose(streamed[tensor], value, atol=2e-6), tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["cpu", *slowly("none")])
 def test_a_stopped_run_goes_on_bit_for_bit(made: Path, tmp_path: Path, offload: Any) -> None:
     settings = replace(SETTINGS, offload=offload, save_every=2)

@@ -116,6 +116,7 @@ def test_training_is_that_of_one_process(family: str, size: int, changes: dict[s
     assert checked.leak <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["replicate", *slowly("shard")])
 def test_moments_are_carried_on_together(made: Path, parallel: Any, tmp_path: Path) -> None:
     inputs = (made / "llama", made / "curvature", [made / "rows.jsonl"])
@@ -343,6 +344,7 @@ def finish(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_command_speaks_once(made: Path, tmp_path: Path) -> None:
     train = ("train", made / "llama", "--subspaces", made / "weights", "--data", made / "rows.jsonl", "--device", "cpu")
     first, second = finish(launch(2, *train, "-o", tmp_path / "out", "--max-steps", 2, "--learning-rate", "1e-3"))

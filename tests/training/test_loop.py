@@ -53,6 +53,7 @@ def full_fine_tuning(path: Path, family: str, settings: TrainSettings, targets: 
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_preserve_0_is_full_fine_tuning(tmp_path: Path, family: str) -> None:
     path = save_checkpoint(tmp_path / "model", family)

@@ -296,6 +296,7 @@ def test_inputs_on_the_host_change_nothing(tmp_path: Path) -> None:
     assert_same_output(tmp_path / "none", tmp_path / "inputs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_losses_of_some_tokens_at_a_time_are_streamed(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -434,6 +435,7 @@ def test_a_block_that_is_used_several_times_is_not_updated_within_the_backward_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "offload"), [("llama", "disk"), ("bert", "cpu")])
 def test_the_best_evaluation_is_kept(family: str, offload: str, tmp_path: Path) -> None:
     """The rows of the evaluation are not like those of the task, so an earlier step is best."""
@@ -537,6 +539,7 @@ def test_no_file_stays_open(offload: str, ending: str, tmp_path: Path) -> None:
     assert [name for name in (str(path.readlink()) for path in links) if name.startswith(str(tmp_path))] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("offload", "basis"),
     [
