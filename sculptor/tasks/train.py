@@ -164,14 +164,15 @@ def train(
     read += [job.checkpoint.path, *([] if given is None else [given])]
     with staged(inputs=read, resume=resume) as partial:
         scratch = partial / "scratch"
-        trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None
         job = _grown(job, partial, progress, world)
         job = open_rules(job, device, partial, progress, world)
         loaded, updates = prepare_model(
             job.checkpoint, job.architecture, job.archive, job.settings, list(job.extra), device, scratch, progress,
             job.growth,
         )  # fmt: skip
+        trackers = None
         try:
+            trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None
             trained = job.trained
             loop = TrainingLoop(
                 loaded,
