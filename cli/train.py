@@ -64,7 +64,7 @@ from .options import (
     "--report-to",
     multiple=True,
     type=Choice(["tensorboard", "wandb", "mlflow", "trackio"]),
-    help="Show loss, rate, gradient norm and speed there, too; files go to the folder runs/ beside OUTPUT; repeatable.",
+    help="Show loss, harm, rate, gradient norm and speed there, too; files go to the folder runs/ beside OUTPUT; repeatable.",
 )
 @adapter_option
 @push_options

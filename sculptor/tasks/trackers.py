@@ -14,7 +14,10 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 PROJECT = "sculptor"
 # How a tracker is told the name of a run.
 _NAMED: dict[str, Any] = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
-_SHOWN = ("loss", "eval_loss", "learning_rate", "relative_rate", "grad_norm", "epoch", "tokens_per_second")
+_SHOWN = (
+    *("loss", "eval_loss", "kl", "harm", "harm_scale"),
+    *("learning_rate", "relative_rate", "grad_norm", "epoch", "tokens_per_second"),
+)
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:

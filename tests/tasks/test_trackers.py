@@ -61,6 +61,8 @@ def test_others_are_told_the_name_of_the_run(tmp_path: Path, monkeypatch: pytest
     trackers = Trackers(["wandb"], tmp_path / "tuned", {"seed": 1, "also_train": ()}, torch.device("cpu"))
     trackers.log({"step": 1, "loss": 2.0, "tokens": 10, "seconds": 1.0})
     trackers.log({"step": 2, "loss": 1.0, "tokens": 10, "seconds": 1.5})
+    trackers.log({"step": 2, "harm": 0.5, "harm_scale": 0.75})
     trackers.close()
     assert told[0] == {"project": "sculptor", "name": "tuned"}
-    assert told[-3:] == [(1, {"loss": 2.0}), (2, {"loss": 1.0, "tokens_per_second": 20.0}), "finished"]
+    assert told[-4:-2] == [(1, {"loss": 2.0}), (2, {"loss": 1.0, "tokens_per_second": 20.0})]
+    assert told[-2:] == [(2, {"harm": 0.5, "harm_scale": 0.75}), "finished"]
