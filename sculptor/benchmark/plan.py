@@ -43,6 +43,8 @@ class EvaluateSettings:
     """Rows per forward."""
     exact_match: bool = True
     """Also generate greedily and compare; takes longest."""
+    harm: bool = True
+    """Also measure KL(base || new) on what the base says by itself."""
 
 
 @settings

@@ -16,6 +16,7 @@ from sculptor.data.batches import collate
 from sculptor.model.loss import predictions
 from sculptor.model.samples import ROWS, Sample
 from sculptor.numerics.divergence import Truncated, truncated_divergence
+from sculptor.validation import STRICT, Count, Finite, NotNegative
 from sculptor.world import ALONE, World
 
 
@@ -29,10 +30,12 @@ class Harm:
         num_samples: sequences, with `num_tokens` predictions.
     """
 
-    nats: float
-    error: float
-    num_samples: int
-    num_tokens: int
+    __pydantic_config__ = STRICT
+
+    nats: Finite
+    error: NotNegative
+    num_samples: Count
+    num_tokens: Count
 
 
 def harm_of(sums: Sequence[float], counts: Sequence[int]) -> Harm:
