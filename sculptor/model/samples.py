@@ -58,7 +58,7 @@ class Samples:
         return self.all[1::2]
 
 
-def draw_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int = KEPT) -> Samples:
+def draw_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int | None = None) -> Samples:
     """Samples the model anew, apart from everything that it is calibrated on; through its chat template where it has one.
 
     Args:
@@ -87,14 +87,14 @@ def draw_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Prog
 
 
 @torch.no_grad()
-def describe(loaded: LoadedModel, examples: Sequence[Example], kept: int = KEPT) -> Samples:
+def describe(loaded: LoadedModel, examples: Sequence[Example], kept: int | None = None) -> Samples:
     """Sequences with what the model predicts there."""
     found: list[Sample] = []
     loaded.model.eval()
     for start in range(0, len(examples), ROWS):
         chosen = examples[start : start + ROWS]
         batch = collate(chosen, loaded.pad_id).to(loaded.device)
-        known = truncate(predictions(loaded.model, batch, "causal"), kept)
+        known = truncate(predictions(loaded.model, batch, "causal"), kept or KEPT)
         counts = list(map(num_predicted, chosen))
         parts = zip(chosen, *(torch.split(each.cpu(), counts) for each in known), strict=True)
         found += [Sample(example, Truncated(ids, values)) for example, ids, values in parts]
@@ -107,7 +107,7 @@ def num_predicted(example: Example) -> int:
 
 
 def kept_samples(
-    loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int = KEPT
+    loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int | None = None
 ) -> tuple[bytes | None, str]:
     """An archive's section, or a file of its own; None and the reason where the model has none to give."""
     try:
