@@ -12,7 +12,7 @@ from sculptor.checkpoint.reader import find_directory
 from sculptor.data.rows import names_of
 from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
 from sculptor.model.harm import Harm
-from sculptor.tasks.card import Card, code, listed
+from sculptor.tasks.readme import Readme, code, listed
 from sculptor.tasks.train_record import HARM
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
@@ -136,11 +136,11 @@ def plain(report: ContinualReport) -> dict[str, Any]:
     return asdict(report) | {"output": str(report.output)}
 
 
-def continual_card(plan: Plan, report: ContinualReport) -> Card:
+def continual_readme(plan: Plan, report: ContinualReport) -> Readme:
     """What the model card of the last checkpoint tells: of all tasks, not of the last alone."""
     how = "within what a subspace archive leaves free" if report.basis or report.method == "sculptor" else report.method
     kept = "no rows of earlier tasks were kept" if report.method != "replay" else "with rows of earlier ones mixed in"
-    return Card(
+    return Readme(
         bases=(find_directory(plan.model),),
         done=f"taught {listed(report.tasks)}",
         summary=f"Fine-tuned on {len(report.tasks)} tasks, one after another, {how}; {kept}."

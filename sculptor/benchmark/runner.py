@@ -33,7 +33,7 @@ from sculptor.benchmark.results import (
     ContinualReport,
     Scores,
     Stage,
-    continual_card,
+    continual_readme,
     different,
     plain,
     published,
@@ -51,9 +51,9 @@ from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
-from sculptor.tasks.card import write_card
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
+from sculptor.tasks.readme import write_readme
 from sculptor.tasks.train import train
 from sculptor.validation import read_file, read_json
 from sculptor.world import World
@@ -138,7 +138,7 @@ def continual(
 def _place(
     report: ContinualReport, plan: Plan, key: Mapping[str, Any], partial: Path, output: Path, overwrite: bool
 ) -> None:
-    write_card(partial / "model", continual_card(plan, report))
+    write_readme(partial / "model", continual_readme(plan, report))
     made_by = {"created_by": f"sculptor {__version__}"}
     write_json(
         partial / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name}

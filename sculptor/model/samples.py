@@ -58,7 +58,9 @@ class Samples:
         return self.all[1::2]
 
 
-def draw_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int | None = None) -> Samples:
+def draw_samples(
+    loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int | None = None
+) -> Samples:
     """Samples the model anew, apart from everything that it is calibrated on; through its chat template where it has one.
 
     Args:

@@ -129,7 +129,7 @@ def figures_of(report: Any) -> Any:
     return {key: value for key, value in report.items() if key not in ("output", "plan", "created_by")}
 
 
-def check_card(place: Path, name: str, report: Any) -> None:
+def check_readme(place: Path, name: str, report: Any) -> None:
     """The model's card is of the whole sequence, and nothing says where anything was."""
     card = place / name / "model" / "README.md"
     assert metadata_load(card)["base_model"] == "base"
@@ -148,7 +148,7 @@ def test_sculptor_follows_the_plan(cli: Callable[..., Result], place: Path) -> N
     report = run(cli, place, "out")
     consistent(place, "out", report, 3)
     assert (report["method"], report["basis"], report["split"], report["seed"]) == ("sculptor", "curvature", "test", 0)
-    check_card(place, "out", report)
+    check_readme(place, "out", report)
     assert [stage["name"] for stage in report["stages"]] == ["base", "first", "second"]
     assert report["metric"] == "accuracy"
     archive = Archive(place / "out" / "model" / "subspaces")

@@ -15,7 +15,7 @@ from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.staging import partial_path, writing
 from sculptor.errors import OutputError, SettingsError
 from sculptor.report.html.style import STYLE
-from sculptor.tasks.card import is_hub_name
+from sculptor.tasks.readme import is_hub_name
 
 _VOID = ("meta", "br")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

@@ -16,7 +16,7 @@ from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import writing
 from sculptor.distribution import NAME
 
-CARD_NAME = "README.md"
+README_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2504.07097"
 # Of a base's head, what is as true of what was made of it.
 _TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -26,7 +26,7 @@ _HUB_DATA = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:[:@].*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class Readme:
     """What is told of an output.
 
     Attributes:
@@ -65,18 +65,20 @@ class _Base:
         return tuple(name for name in (known if isinstance(known, list) else [known]) if is_hub_name(name))
 
 
-def write_card(staged: Path, card: Card) -> None:
+def write_readme(staged: Path, readme: Readme) -> None:
     """Writes README.md into an output, in the place of one that came along with the base.
 
     Raises:
         OutputError: if it cannot be written.
     """
-    bases = [_read_base(path) for path in card.bases]
-    with writing(staged / CARD_NAME):
+    bases = [_read_base(path) for path in readme.bases]
+    with writing(staged / README_NAME):
         for other in staged.iterdir():
-            if other.name.lower() == CARD_NAME.lower():
+            if other.name.lower() == README_NAME.lower():
                 other.unlink()
-        (staged / CARD_NAME).write_text(f"---\n{_head(card, bases)}\n---\n\n{_body(card, bases)}", encoding="utf-8")
+        (staged / README_NAME).write_text(
+            f"---\n{_head(readme, bases)}\n---\n\n{_body(readme, bases)}", encoding="utf-8"
+        )
 
 
 def code(text: str) -> str:
@@ -91,11 +93,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(code, names[:_MAX_NAMES])) + more
 
 
-def _head(card: Card, bases: Sequence[_Base]) -> str:
+def _head(readme: Readme, bases: Sequence[_Base]) -> str:
     from huggingface_hub import ModelCardData
 
     known = list(dict.fromkeys(name for base in bases for name in base.on_hub))
-    data = [found[1] for found in map(_HUB_DATA.fullmatch, card.data) if found and is_hub_name(found[1])]
+    data = [found[1] for found in map(_HUB_DATA.fullmatch, readme.data) if found and is_hub_name(found[1])]
     licences = {str(base.head.get("license_name") or base.head.get("license")) for base in bases}
     keys = [key for key in _TAKEN_OVER if len(licences) == 1 or not key.startswith("license")]
     taken = {key: bases[0].head[key] for key in keys if _is_plain(bases[0].head.get(key))}
@@ -103,26 +105,26 @@ def _head(card: Card, bases: Sequence[_Base]) -> str:
         base_model=known[0] if len(known) == 1 else known or None,
         library_name="transformers",
         datasets=list(dict.fromkeys(data)) or None,
-        tags=["sculptor", *card.tags],
+        tags=["sculptor", *readme.tags],
         **taken,
     ).to_yaml()
     return head
 
 
-def _body(card: Card, bases: Sequence[_Base]) -> str:
+def _body(readme: Readme, bases: Sequence[_Base]) -> str:
     parts = [
-        f"# {code(bases[0].name)}, {card.done}",
-        card.summary,
+        f"# {code(bases[0].name)}, {readme.done}",
+        readme.summary,
         "\n".join(map(_base_line, bases)),
         f"Made by sculptor {__version__} (`{NAME}`), after [Sculpting Subspaces]({PAPER}). It is a plain Hugging Face "
         f"checkpoint and loads like {code(bases[0].name)}. Settings, versions and digests are in `{RECORD_NAME}`.",
-        f"## Figures\n\n{_table(card.figures)}",
+        f"## Figures\n\n{_table(readme.figures)}",
     ]
-    if card.data:
-        digest = "" if card.rows_digest is None else f"\n\nSHA-256 of all rows: `{card.rows_digest}`"
-        parts.append("## Data\n\n" + "\n".join(f"* {code(name)}" for name in card.data) + digest)
-    if card.check:
-        parts.append(f"## Verify\n\n{card.check}")
+    if readme.data:
+        digest = "" if readme.rows_digest is None else f"\n\nSHA-256 of all rows: `{readme.rows_digest}`"
+        parts.append("## Data\n\n" + "\n".join(f"* {code(name)}" for name in readme.data) + digest)
+    if readme.check:
+        parts.append(f"## Verify\n\n{readme.check}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -142,8 +144,8 @@ def _read_base(path: Path) -> _Base:
     from huggingface_hub import metadata_load
 
     ours, name = (path / RECORD_NAME).is_file(), published_name(path)
-    file = path / CARD_NAME
-    carried = any(item.as_posix() == CARD_NAME for item in companions(path))
+    file = path / README_NAME
+    carried = any(item.as_posix() == README_NAME for item in companions(path))
     if not carried or file.stat().st_size > _MAX_BYTES:
         return _Base(name, {}, "", ours)
     try:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from sculptor import AnalyzeSettings, Archive, analyze, verify
 from sculptor.checkpoint.directory import published_name
-from sculptor.tasks.card import Card, code, write_card
+from sculptor.tasks.readme import Readme, code, write_readme
 
 OF_THE_BASE = """---
 license: other
@@ -166,7 +166,7 @@ def test_cards_of_bases_may_be_anything(tmp_path: Path, text: str, licence: str 
         folder.mkdir()
         (folder / "README.md").write_text(text, encoding="utf-8")
     (staged / "readme.MD").write_text("of the base")
-    write_card(staged, Card(bases=(base,), done="changed", summary="So it is.", tags=(), figures=[("a", "1")]))
+    write_readme(staged, Readme(bases=(base,), done="changed", summary="So it is.", tags=(), figures=[("a", "1")]))
     head = head_of(staged)
     assert head.get("license") == licence
     assert "base_model" not in head  # the hub has no such names
@@ -180,7 +180,7 @@ def test_a_card_that_is_a_link_out_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "mine.md").write_text("---\nlicense: mit\n---\n# Secret\n")
     (base / "README.md").symlink_to(tmp_path / "mine.md")
     (tmp_path / "staged").mkdir()
-    write_card(tmp_path / "staged", Card(bases=(base,), done="x", summary="x", tags=(), figures=[]))
+    write_readme(tmp_path / "staged", Readme(bases=(base,), done="x", summary="x", tags=(), figures=[]))
     assert "Secret" not in (tmp_path / "staged" / "README.md").read_text()
 
 
@@ -189,7 +189,7 @@ def test_data_on_the_hub_and_names_with_marks(tmp_path: Path) -> None:
     for folder in (base, staged):
         folder.mkdir()
     data = ("owner/name:config@train", "task.jsonl", "owner/name@test", "a`|b\n---\n.jsonl")
-    write_card(staged, Card(bases=(base,), done="x", summary="x", tags=("t",), figures=[], data=data))
+    write_readme(staged, Readme(bases=(base,), done="x", summary="x", tags=("t",), figures=[], data=data))
     assert head_of(staged) == {
         "base_model": "base",
         "datasets": ["owner/name"],
