@@ -20,7 +20,7 @@ from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, 
 
 T = TypeVar("T")
 Contender = Literal[
-    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
     "lora", "olora", "osf",
 ]  # fmt: skip
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
@@ -69,6 +69,8 @@ class AdapterSettings:
     """Share of every epoch of replay that are rows of earlier tasks."""
     decay: Positive = 100.0
     """l2's pull towards where the task began, as weight decay of the update."""
+    kl: Positive = 1.0
+    """Weight of KL(base || new) in kl's loss, on the tokens of the task's own rows; the base is where the task began."""
     keep: Share = 0.5
     """Share of what a task changed that interpolate keeps."""
     like: Text | None = None

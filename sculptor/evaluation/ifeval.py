@@ -17,10 +17,8 @@ MISSING = f"IFEval needs lm-eval's checker: {extra('harness')}"
 def find_checker() -> Check | None:
     """Says of a row and an answer which of the row's instructions are followed, strictly; None where lm-eval is not installed."""
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # it fetches data, and tells of it
+        said = io.StringIO()  # it fetches data, and tells of it
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             module = import_module("lm_eval.tasks.ifeval.utils")
     except ImportError:
         return None
