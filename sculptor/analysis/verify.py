@@ -26,7 +26,7 @@ from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.checkpoint.vocabulary import Growth, are_outsized, find_growth
 from sculptor.errors import ArchiveError, VerificationError
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
@@ -71,8 +71,7 @@ class Verification:
 
     Attributes:
         passed: every matrix holds, and everything else that a user loads is untouched.
-        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise.
-        max_leak: of the matrix with the largest.
+        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise; `max_leak` of the largest.
         eaten: share of the whole update that rounding ate.
         num_targets: matrices of the archive.
         num_changed: those with an update.
@@ -88,7 +87,7 @@ class Verification:
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
-        harm: to what the first base says by itself, where that was asked for.
+        harm: to what the first base says by itself, where that was asked for; `named` what became of protected names.
     """
 
     passed: bool
@@ -112,6 +111,7 @@ class Verification:
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
     harm: Harm | None = None
+    named: tuple[NamedHarm, ...] = ()
 
 
 def verify_checkpoints(

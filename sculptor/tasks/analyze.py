@@ -45,6 +45,7 @@ from sculptor.tasks.analyze_report import AnalyzeReport, report_of
 from sculptor.tasks.defaults import fill_in, tell_choice
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
+from sculptor.tasks.protected import keep_protected, named_sources
 from sculptor.training.settings import Offload
 from sculptor.world import World
 
@@ -103,17 +104,27 @@ def analyze(
         if measures == "nothing" and settings.attn_implementation is not None:
             raise SettingsError("--attn-implementation without effect: the model is not run, only its weights are read")
         calibrated = measures in ("inputs", "gradients")
+        if settings.protect and not calibrated:
+            raise SettingsError(
+                "--protect without effect: what rows need is measured with --basis curvature or inputs only"
+            )
         if calibrated:
             settings = fill_in(settings, checkpoint, architecture, device)
             items = items or list(settings.data)
         sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
+        named = named_sources(checkpoint, architecture, settings, notice) if calibrated else []
+        sources += [each.source for each in named]
         examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
     output = Path(output).resolve()
     with staged_together(
         world,
         output,
         command="analyze",
-        inputs=[checkpoint.path, *local_files(items), *filter(None, [settings.chat_template])],
+        inputs=[
+            checkpoint.path,
+            *local_files([*items, *settings.protected.values()]),
+            *filter(None, [settings.chat_template]),
+        ],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=has_progress,
@@ -152,6 +163,7 @@ def analyze(
                             world=world,
                         )
                         _keep_samples(writer, loaded, settings, world, progress, notice)
+                        keep_protected(writer, loaded, settings, named, world, notice)
                 else:
                     _check_finite(checkpoint, targets, progress)
                     cosines = measure_importance(
@@ -269,7 +281,8 @@ def _published(settings: AnalyzeSettings) -> AnalyzeSettings:
     """Settings as an archive keeps them: names of files, no folders."""
     template = settings.chat_template and Path(settings.chat_template).name
     basis = settings.resolved_basis if settings.rule in RULES else settings.basis
-    return replace(settings, basis=basis, data=names_of(settings.data), chat_template=template)
+    protect = [f"{name}={names_of([item])[0]}" for name, item in settings.protected.items()]
+    return replace(settings, basis=basis, data=names_of(settings.data), protect=tuple(protect), chat_template=template)
 
 
 def _named(item: Item) -> str:

@@ -23,6 +23,7 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
+from sculptor.model.protected import Protected, read_protected
 from sculptor.model.samples import Samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
@@ -54,6 +55,7 @@ class TrainJob:
         growth: its new tokens, if any.
         ungrown: the checkpoint as it was given, where `checkpoint` has got them.
         samples: of the first base, that harm is measured on; None if the archive has none.
+        named: what the archive keeps of texts that were protected by name.
         replays: what is mixed into the task's rows.
     """
 
@@ -74,6 +76,7 @@ class TrainJob:
     growth: Growth | None = None
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
+    named: tuple[Protected, ...] = ()
     replays: tuple[Replay, ...] = ()
 
     @property
@@ -158,6 +161,7 @@ def open_job(
         _select_extra(architecture, archive, settings.also_train),
         growth=rows.growth,
         samples=samples,
+        named=read_protected(archive, architecture.vocab_size),
         replays=replays,
     )
     trained = job.trained
