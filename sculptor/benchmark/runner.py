@@ -120,7 +120,11 @@ def continual(
         world,
         output,
         command="continual",
-        inputs=[plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])],
+        inputs=[
+            plan,
+            resolved.model,
+            *local_files([*files, *resolved.watch, *resolved.analyze.data, *resolved.analyze.protected.values()]),
+        ],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=_has_scores,
