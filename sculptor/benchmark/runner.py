@@ -27,6 +27,7 @@ from sculptor.benchmark.contenders import (
     update_norm,
     whole_path,
 )
+from sculptor.benchmark.crispedit import KIND as CRISPEDIT
 from sculptor.benchmark.inputs import read_inputs
 from sculptor.benchmark.plan import CONTENDERS, RULES_OF, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import (
@@ -174,7 +175,7 @@ class _Run:
         world: World,
     ) -> None:
         self.world = world
-        self.rules = rules if method == "sculptor" else None
+        self.rules = rules if method == "sculptor" else {"crispedit": CRISPEDIT} if method == "crispedit" else None
         self.plan = plan
         self.method = method
         self.partial = partial
@@ -193,7 +194,7 @@ class _Run:
     def run(self) -> list[Stage]:
         self.stages = self.world.once(self._restored)
         given = [f"train.{name}" for name in OF_MOMENTS if getattr(self.plan.train, name) is not None]
-        if given and self.method != "sculptor":
+        if given and self.method not in ("sculptor", "crispedit"):
             self.notice(f"without effect with --method {self.method}: {', '.join(given)}")
         steps = self._trainings()
         bar = self.progress(total=len(steps), desc="tasks", unit="task", initial=max(0, len(self.stages) - 1))
@@ -225,7 +226,7 @@ class _Run:
 
     @property
     def _carries(self) -> bool:
-        return self.method in ("sculptor", "random", *RULES_OF)
+        return self.method in ("sculptor", "random", "crispedit", *RULES_OF)
 
     def _trainings(self) -> list[tuple[str, PlannedTask]]:
         """Name and task of every training."""

@@ -33,6 +33,7 @@ def analyzed(cli: Callable[..., Result], made: Path, output: Path, *more: object
     return cli("analyze", made / "base", "-o", output, *arguments, *more)
 
 
+@pytest.mark.slow
 def test_a_name_has_its_lines_in_every_report(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
     names = ("--protect", f"tools={made / 'tools.jsonl'}:2", "--protect", f"danish={made / 'danish.jsonl'}")
     found = analyzed(cli, made, tmp_path / "archive", *names)
