@@ -71,7 +71,7 @@ def command(
     check_overwrite(html, overwrite)
     try:
         if html is not None:
-            check_page(html, overwrite)
+            check_page(html, overwrite, inputs=[base, tuned, subspaces])
         result = verify(base, tuned, subspaces, device=device, strict=strict, harm=harm, progress=bars)
         click.echo(to_json(result) if as_json else verify_text(result))
         if html is not None and speaks():

@@ -42,12 +42,16 @@ def partial_path(output: Path) -> Path:
 def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
     """Refuses an output that is, or holds, something the run reads, or is staged there: `--overwrite` would delete it.
 
+    Nor may it lie in a directory that is read, which would be another one then.
+
     Raises:
         OutputError: naming the input.
     """
     for item in map(Path, inputs):
         if not os.path.exists(item):
             continue
+        if item.is_dir() and item.resolve() in output.resolve().parents:
+            raise OutputError(f"{output}: lies in the input {item}; choose a place beside it")
         # Files of a directory may be links into the output.
         read = [item, *(item.iterdir() if item.is_dir() else ())]
         for resolved, place in itertools.product((each.resolve() for each in read), (output, partial_path(output))):
