@@ -7,7 +7,15 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, TEMPLATES, companions, is_weights, second_weights
+from sculptor.checkpoint.directory import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    LICENCE,
+    TEMPLATES,
+    companions,
+    is_weights,
+    second_weights,
+)
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name, read_header
 from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
@@ -66,7 +74,9 @@ def tokenizer_differences(base: Path, other: Path) -> list[str]:
         CheckpointError: if a file cannot be read.
     """
     found = []
-    for name in sorted(path.as_posix() for path in companions(other) if _TOKENIZER.match(path.as_posix())):
+    for name in sorted(path.as_posix() for path in companions(other)):
+        if not _TOKENIZER.match(name) or LICENCE.fullmatch(name):
+            continue
         if not (base / name).is_file():
             found.append(f"{name} was added")
         elif not _same_content(base / name, other / name):

@@ -270,7 +270,9 @@ def test_what_somebody_made_long_is_quoted_briefly(
     assert found.err.count("long name") < 25
 
 
-def test_an_output_lies_in_nothing_that_is_read(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
+def test_an_output_lies_in_nothing_that_is_read(
+    cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path
+) -> None:
     """What is read would be another directory then; through links and `..`, too."""
     model, archive, folder = made["model"], made["archive"], tmp_path / "rows"
     folder.mkdir()
@@ -287,7 +289,9 @@ def test_an_output_lies_in_nothing_that_is_read(cli: Callable[..., Result], made
         one_line(found, "lies in the input", str(place))
     one_line(cli("continual", tmp_path / "plan.toml", "-o", model / "out"), "lies in the input", str(model))
     one_line(cli("edit", "interpolate", model, model, "--alpha", 1, "-o", model / "out"), "lies in the input")
-    one_line(cli("edit", "prune", model, "--by", "magnitude", "--sparsity", 0.5, "-o", model / "out"), "lies in the input")
+    one_line(
+        cli("edit", "prune", model, "--by", "magnitude", "--sparsity", 0.5, "-o", model / "out"), "lies in the input"
+    )
     one_line(cli("convert", archive, "--model", model, "-o", archive / "out"))
     one_line(cli("inspect", archive, "--html", archive / "page.html"), "lies in the input", str(archive))
     one_line(
