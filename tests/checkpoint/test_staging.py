@@ -215,7 +215,7 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
             check_apart(tmp_path / "z", [place])
     (tmp_path / "link").symlink_to(tmp_path / "work")
     for inside in (tmp_path / "work" / "model" / "tuned", tmp_path / "link" / "x" / ".." / "model" / "a" / "b"):
-        with pytest.raises(OutputError, match="lies in the input .*model; choose a place beside it"):
+        with pytest.raises(OutputError, match=r"lies in the input .*model; choose a place beside it"):
             check_apart(inside, [tmp_path / "work" / "model"])
     check_apart(tmp_path / "work" / "model2", [tmp_path / "work" / "model", "owner/name"])
 

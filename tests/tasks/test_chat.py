@@ -101,7 +101,7 @@ def test_what_is_longer_than_the_model_takes_is_told(
     with chat(tuned, max_new_tokens=4, max_length=24, device="cpu", system="w8", notice=told.append) as session:
         said = [session.ask(f"w{i} w2 w3 w4 w5")[0].text for i in range(3)]
         kept = session._speakers[0].history
-        assert [each["content"] for each in kept][0] == "w8"
+        assert kept[0]["content"] == "w8"
         assert kept[1]["content"] != "w0 w2 w3 w4 w5"
         assert said[2] == greedy(tuned, "w9 w8 <end> w9 w2 w2 w3 w4 w5 <end> w9", 4).strip()
         with pytest.raises(
