@@ -247,11 +247,11 @@ _HINTS = {
 
 def key_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What makes a run another than the one that left something to resume: settings with both values, inputs by name."""
-    different = sorted(name for name in now if saved.get(name) != now[name])
+    different = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
     if not different:
         return None
-    name = next((name for name in ("model", *_HINTS) if name in different), different[0])
-    old, new = saved.get(name), now[name]
+    name = next((name for name in ("model", "eval_data", *_HINTS) if name in different), different[0])
+    old, new = saved.get(name), now.get(name)
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

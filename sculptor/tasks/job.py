@@ -42,7 +42,7 @@ class TrainJob:
 
     Attributes:
         settings: resolved.
-        data: what records call them.
+        data: what records call them; `eval_data` those that choose the best parameters.
         rows_digest: of all rows, as they are in the files.
         encoded: the rows; `evaluation` those that choose the best parameters, if any.
         name: of the task.
@@ -75,6 +75,7 @@ class TrainJob:
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
     replays: tuple[Replay, ...] = ()
+    eval_data: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -159,6 +160,7 @@ def open_job(
         growth=rows.growth,
         samples=samples,
         replays=replays,
+        eval_data=names_of(as_items(eval_data)),
     )
     trained = job.trained
     if replays:

@@ -283,8 +283,8 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    if trained.mixture is not None:
-        settings["mixture"] = asdict(trained.mixture)
+    settings["mixture"] = None if trained.mixture is None else asdict(trained.mixture)
+    settings["eval_data"] = None if job.evaluation is None else f"{len(job.evaluation.examples)} rows"
     samples = job.archive.manifest.sections.get(SECTION)
     return settings | {
         "base": job.archive.manifest.base_identity,
