@@ -27,7 +27,9 @@ from .options import (
 @click.option("--subspaces", required=True, type=click.Path(), help="Subspace archive of BASE.")
 @settings_options(TrainSettings, "device")
 @click.option(
-    "--strict", is_flag=True, help="Refuse a leak above 1e-3 that only rounding explains: it could hide one as large."
+    "--strict",
+    is_flag=True,
+    help="Refuse a leak above 1e-3 that only rounding explains: it could hide one as large; and new tokens in old text.",
 )
 @click.option(
     "--harm",

@@ -89,6 +89,7 @@ class Verification:
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
+        old_text: how they change the way in which text is read that was there before.
         harm: to what the first base says by itself, where that was asked for.
     """
 
@@ -112,6 +113,7 @@ class Verification:
     matrices: tuple[MatrixVerification, ...]
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
+    old_text: tuple[str, ...] = ()
     harm: Harm | None = None
 
 

@@ -48,6 +48,7 @@ from sculptor.world import World, here
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
 _HOW = (
+    "common_tokens",
     "save_every",
     "offload",
     "parallel",
