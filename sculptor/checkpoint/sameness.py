@@ -67,6 +67,15 @@ def differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = Non
     return found
 
 
+def setting_differences(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Settings of a loaded model that are not those of a checkpoint, one line each; what only the model has is no setting of it."""
+    read = _as_loaded(checkpoint)
+    if isinstance(read, str):
+        return []
+    before, now = _without(read), _without(config)
+    return [line for line in _settings(before, now) if not line.partition(" was ")[2].startswith("not there")]
+
+
 def tokenizer_differences(base: Path, other: Path) -> list[str]:
     """Files of a tokenizer in another directory that are not those of a model's, one line each.
 
