@@ -87,7 +87,7 @@ def command(
         require_matplotlib()
         check_picture(plot, overwrite)
     if html is not None:
-        check_page(html, overwrite, output)
+        check_page(html, overwrite, output, [plan])
     report = continual(
         plan,
         output,

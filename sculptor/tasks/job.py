@@ -23,12 +23,12 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
-from sculptor.model.samples import Samples
+from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import grow_tokenizer
+from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
 from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import Offload, TrainSettings
@@ -42,7 +42,7 @@ class TrainJob:
 
     Attributes:
         settings: resolved.
-        data: what records call them.
+        data: what records call them; `eval_data` those that choose the best parameters.
         rows_digest: of all rows, as they are in the files.
         encoded: the rows; `evaluation` those that choose the best parameters, if any.
         name: of the task.
@@ -75,6 +75,7 @@ class TrainJob:
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
     replays: tuple[Replay, ...] = ()
+    eval_data: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -143,6 +144,8 @@ def open_job(
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
     settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
+    if rows.growth is not None:
+        check_old_text(checkpoint, rows.growth, samples or read_samples(archive), settings.common_tokens, notice)
     replays = fill_in_samples(rows.replays, samples)
     items = as_items(data)
     job = TrainJob(
@@ -159,6 +162,7 @@ def open_job(
         growth=rows.growth,
         samples=samples,
         replays=replays,
+        eval_data=names_of(as_items(eval_data)),
     )
     trained = job.trained
     if replays:

@@ -48,6 +48,7 @@ from sculptor.world import World, here
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
 _HOW = (
+    "common_tokens",
     "save_every",
     "offload",
     "parallel",
@@ -283,8 +284,8 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    if trained.mixture is not None:
-        settings["mixture"] = asdict(trained.mixture)
+    settings["mixture"] = None if trained.mixture is None else asdict(trained.mixture)
+    settings["eval_data"] = None if job.evaluation is None else f"{len(job.evaluation.examples)} rows"
     samples = job.archive.manifest.sections.get(SECTION)
     return settings | {
         "base": job.archive.manifest.base_identity,

@@ -76,6 +76,8 @@ class TrainSettings:
     add_tokens: Texts = ()
     """A new token, or a file with one a line: tokenizer, embedding and head get rows for them, which are trained freely;
     repeatable."""
+    common_tokens: bool = False
+    """Take --add-tokens that stand in old text, too: it is read in another way then."""
     seed: Seed = 0
     """Decides order, masking and dropout."""
     device: Name = "auto"
@@ -108,6 +110,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         resident, fused = self.offload == "none", self.optimizer_mode == "fused"
         faults = (
+            (self.common_tokens and not self.add_tokens, "--common-tokens without effect: there are no --add-tokens"),
             (
                 self.learning_rate is not None and self.relative_rate is not None,
                 "--relative-rate without effect: --learning-rate is absolute; give one of the two",
