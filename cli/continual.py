@@ -18,7 +18,7 @@ from .options import (
 )
 
 _METHODS = [
-    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
     "lora", "olora", "osf",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ _METHODS = [
     default="sculptor",
     show_default=True,
     help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, plain with "
-    "replay, l2, interpolate (WiSE-FT), eaft (entropy-weighted) or rescaled to the norm of another run, InfLoRA, SaRA, "
+    "replay, l2, kl (KL to the base in the loss), interpolate (WiSE-FT), eaft (entropy-weighted) or rescaled to the norm of another run, InfLoRA, SaRA, "
     "OrthSR, or (extra `baselines`) LoRA, O-LoRA and OSF through PEFT.",
 )
 @click.option(

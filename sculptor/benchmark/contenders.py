@@ -4,6 +4,7 @@ Plain fine-tuning with one measure against forgetting each, on the rows and step
 
 * replay: a share of every epoch are rows of all earlier tasks;
 * l2: the update is pulled towards 0 in every step, W towards where the task began: A <- A - rate * decay * A;
+* kl: weight * KL(base || new) on the rows' own tokens is added to the loss, the base being where the task began;
 * eaft: each token's loss is weighted by the entropy of the prediction (`numerics/entropy.py`);
 * interpolate: of what a task changed, a share stays: W <- W0 + keep (W - W0) (WiSE-FT, arXiv 2109.01903);
 * rescaled: the same, with the share that leaves an update of the norm that another run's had, at most all of it.
@@ -59,6 +60,8 @@ def check_contender(plan: Plan, method: Contender) -> None:
         raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
     if method == "l2" and plan.train.weight_decay:
         raise SettingsError("[train] weight_decay without effect with --method l2: [adapter] decay is what it takes")
+    if method == "kl" and plan.train.kl_weight is not None:
+        raise SettingsError("[train] kl_weight without effect with --method kl: [adapter] kl is what it takes")
     if method == "eaft" and plan.train.token_weights != "same":
         raise SettingsError("[train] token_weights without effect with --method eaft, which is entropy; leave it out")
     if method == "rescaled":
@@ -75,6 +78,8 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
     changes: dict[str, Any] = dict.fromkeys(OF_MOMENTS) | {"carry": plain}
     if method == "l2":
         changes["weight_decay"] = plan.adapter.decay
+    if method == "kl":
+        changes["kl_weight"] = plan.adapter.kl
     if method == "eaft":
         changes["token_weights"] = "entropy"
     if method == "replay":

@@ -20,7 +20,7 @@ from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, 
 
 T = TypeVar("T")
 Contender = Literal[
-    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
     "lora", "olora", "osf",
 ]  # fmt: skip
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
@@ -43,6 +43,8 @@ class EvaluateSettings:
     """Rows per forward."""
     exact_match: bool = True
     """Also generate greedily and compare; takes longest."""
+    harm: bool = True
+    """Also measure KL(base || new) on what the base says by itself."""
 
 
 @settings
@@ -67,6 +69,8 @@ class AdapterSettings:
     """Share of every epoch of replay that are rows of earlier tasks."""
     decay: Positive = 100.0
     """l2's pull towards where the task began, as weight decay of the update."""
+    kl: Positive = 1.0
+    """Weight of KL(base || new) in kl's loss, on the tokens of the task's own rows; the base is where the task began."""
     keep: Share = 0.5
     """Share of what a task changed that interpolate keeps."""
     like: Text | None = None

@@ -1,5 +1,6 @@
 """Plain fine-tuning with a measure against forgetting: each against a loop of a dozen lines in float64."""
 
+import copy
 import json
 import math
 import re
@@ -75,7 +76,13 @@ def plan(place: Path) -> Plan:
 
 
 def reference(
-    place: Path, start: Weights, rows: list[dict[str, str]], *, decay: float = 0.0, by_entropy: bool = False
+    place: Path,
+    start: Weights,
+    rows: list[dict[str, str]],
+    *,
+    decay: float = 0.0,
+    by_entropy: bool = False,
+    kl: float = 0.0,
 ) -> Weights:
     """AdamW on the matrices of the blocks, whole batches, in float64."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(place / "base")).double()
@@ -83,6 +90,7 @@ def reference(
     model.requires_grad_(False)
     trained = {name: p.requires_grad_(True) for name, p in model.named_parameters() if "_proj" in name}
     before = {name: p.detach().clone() for name, p in trained.items()}
+    old = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     tokenizer = make_tokenizer()
     for _ in range(STEPS):
@@ -92,6 +100,10 @@ def reference(
             answer = [*tokenizer.encode(row["completion"], add_special_tokens=False), 0]
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             logs = logits.log_softmax(-1)
+            if kl:
+                seen = old(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                known = seen.log_softmax(-1).detach()
+                total = total + kl * (known.exp() * (known - logs)).sum()
             for i, token in enumerate(answer):
                 weight = 1.0
                 if by_entropy:
@@ -136,6 +148,13 @@ def test_eaft_weighs_tokens_by_entropy(place: Path, tmp_path: Path, plan: Plan, 
     plan = replace(plan, train=replace(plan.train, offload=offload))
     expected = reference(place, start, rows_of("first"), by_entropy=True)
     assert_same_update(start, trained(place, tmp_path / "eaft", plan, "eaft"), expected)
+
+
+def test_kl_holds_predictions_near_those_of_the_base(place: Path, tmp_path: Path, plan: Plan) -> None:
+    start = weights(place / "base")
+    plan = replace(plan, adapter=replace(plan.adapter, kl=3.0))
+    expected = reference(place, start, rows_of("first"), kl=3.0)
+    assert_same_update(start, trained(place, tmp_path / "kl", plan, "kl"), expected)
 
 
 def test_l2_pulls_towards_the_base(place: Path, tmp_path: Path, plan: Plan) -> None:
@@ -225,6 +244,7 @@ def test_the_norm_of_an_update(place: Path, tmp_path: Path) -> None:
         ("rescaled", [], r"\[adapter\] like is missing"),
         ("rescaled", ["adapter.like=nowhere"], "nowhere"),
         ("l2", ["train.weight_decay=0.1"], r"weight_decay without effect with --method l2"),
+        ("kl", ["train.kl_weight=1"], "kl_weight without effect with --method kl"),
         ("eaft", ["train.token_weights=entropy"], "token_weights without effect with --method eaft"),
     ],
 )
