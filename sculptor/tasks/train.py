@@ -33,6 +33,8 @@ from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
 from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
+from sculptor.tasks.precision import SECTION as PRECISION
+from sculptor.tasks.precision import load_precision
 from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
 from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
 from sculptor.tasks.train_report import TrainReport
@@ -172,6 +174,8 @@ def train(
         )  # fmt: skip
         trackers = None
         try:
+            if job.settings.optimizer == "bayes-adam":
+                load_precision(job.archive, updates)
             trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None
             trained = job.trained
             loop = TrainingLoop(
@@ -285,11 +289,14 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
     if trained.mixture is not None:
         settings["mixture"] = asdict(trained.mixture)
-    samples = job.archive.manifest.sections.get(SECTION)
+    sections = job.archive.manifest.sections
+    parts = {"samples": sections.get(SECTION)}
+    if job.settings.optimizer == "bayes-adam":
+        parts["precision"] = sections.get(PRECISION)
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": job.archive.identity,
-        "samples": None if samples is None else samples.sha256,
+        **{name: None if part is None else part.sha256 for name, part in parts.items()},
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],
