@@ -36,6 +36,7 @@ from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
 from sculptor.tasks.precision import SECTION as PRECISION
 from sculptor.tasks.precision import load_precision
 from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
+from sculptor.tasks.selection import select_rows
 from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.base import BaseWeights
@@ -174,6 +175,8 @@ def train(
         )  # fmt: skip
         trackers = None
         try:
+            if job.settings.select_rows is not None:
+                job = select_rows(job, loaded, progress, notice, world)
             if job.settings.optimizer == "bayes-adam":
                 load_precision(job.archive, updates)
             trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None

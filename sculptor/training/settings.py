@@ -74,6 +74,9 @@ class TrainSettings:
     """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8]."""
     max_rows: AtLeastOne | None = None
     """Rows to use of each file, the first ones [default: all]."""
+    select_rows: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the task's rows to train on: those that the model predicts worst, by one pass before the first step (EL2N, in
+    the manner of EsaCL) [default: all]."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
     """Longest sequence in tokens [default: 1024 or the model's limit]."""
     chat_template: Name | None = None
