@@ -203,7 +203,11 @@ class _Sizes:
 
     def extra(self) -> dict[str, float]:
         """Openly trained parameters, which are on the device in any way of training: float32, gradients, AdamW."""
-        return {"openly trained": (self.work.state + 4 - self.rest_size) * self.work.num_extra} if self.work.num_extra else {}
+        return (
+            {"openly trained": (self.work.state + 4 - self.rest_size) * self.work.num_extra}
+            if self.work.num_extra
+            else {}
+        )
 
     def files(self) -> dict[str, float]:
         """What any way of training needs of the disk."""

@@ -144,7 +144,9 @@ def open_job(
     rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
     settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
     if settings.select_rows is not None and rows.encoded.mixture is not None:
-        raise SettingsError("--select-rows with weights of the data: a choice among rows changes their shares; give one of the two")
+        raise SettingsError(
+            "--select-rows with weights of the data: a choice among rows changes their shares; give one of the two"
+        )
     replays = fill_in_samples(rows.replays, samples)
     items = as_items(data)
     job = TrainJob(

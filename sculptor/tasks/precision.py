@@ -76,7 +76,7 @@ def write_precision(writer: ArchiveWriter, archive: Archive, updates: Trained) -
     """Writes what is known after a task; of what it did not train, what was known before."""
     found = updates.precision()
     marks = {name + _MARK: torch.tensor(mark, dtype=torch.float64) for name, mark in updates.fingerprints().items()}
-    old = archive.section_tensors(SECTION) or {}
+    old: Mapping[str, Tensor] = archive.section_tensors(SECTION) or {}
     earlier = {name: old[name] for name in old if name not in found.entries and name not in marks}
     small = earlier | marks
     entries = dict(found.entries) | {name: (value.dtype, tuple(value.shape)) for name, value in small.items()}

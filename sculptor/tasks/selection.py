@@ -49,7 +49,8 @@ def select_rows(
 def _parts(examples: Sequence[Example], loaded: LoadedModel, rows: int) -> Iterator[list[int]]:
     """Rows by length, as many at a time as their logits allow."""
     limit = SLICE[loaded.device.type] // int(loaded.model.get_input_embeddings().weight.shape[0])
-    part, tokens = [], 0
+    part: list[int] = []
+    tokens = 0
     for i in sorted(range(len(examples)), key=lambda i: -examples[i].length):
         count = sum(label != IGNORED for label in examples[i].labels)
         if part and (len(part) == rows or tokens + count > limit):

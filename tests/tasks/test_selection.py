@@ -41,13 +41,24 @@ def worst(place: Path, count: int) -> list[dict[str, str]]:
 def test_it_is_training_on_the_worst_rows(place: Path, tmp_path: Path) -> None:
     told: list[str] = []
     report = train(
-        place / "model", place / "archive", [str(place / "rows.jsonl")], tmp_path / "chosen", SETTINGS, notice=told.append
+        place / "model",
+        place / "archive",
+        [str(place / "rows.jsonl")],
+        tmp_path / "chosen",
+        SETTINGS,
+        notice=told.append,
     )
     assert "--select-rows 0.4: 4 of 10 rows are trained on" in told
     assert report.num_examples == 4
     alone = [worst(place, 4)]
     train(place / "model", place / "archive", alone, tmp_path / "alone", replace(SETTINGS, select_rows=None))
-    train(place / "model", place / "archive", [str(place / "rows.jsonl")], tmp_path / "cpu", replace(SETTINGS, offload="cpu"))
+    train(
+        place / "model",
+        place / "archive",
+        [str(place / "rows.jsonl")],
+        tmp_path / "cpu",
+        replace(SETTINGS, offload="cpu"),
+    )
     found = [load_file(tmp_path / name / "model.safetensors") for name in ("chosen", "alone", "cpu")]
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name])
@@ -56,10 +67,11 @@ def test_it_is_training_on_the_worst_rows(place: Path, tmp_path: Path) -> None:
 
 def test_what_has_no_sense_is_refused(cli: Callable[..., Result], place: Path, tmp_path: Path) -> None:
     def said(share: str, *data: str) -> str:
-        result = cli("train", place / "model", "--subspaces", place / "archive", *(part for each in data for part in ("--data", each)), "-o", tmp_path / "o",
+        given = [part for each in data for part in ("--data", each)]
+        result = cli("train", place / "model", "--subspaces", place / "archive", *given, "-o", tmp_path / "o",
                      "--select-rows", share, "--device", "cpu")  # fmt: skip
         assert result.code in (1, 2)
         return result.err
 
     assert "--select-rows with weights" in said("0.5", *2 * [f"{place / 'rows.jsonl'}:2"])
-    assert "--select-rows 1" in said("1", str(place / "rows.jsonl"))
+    assert "--select-rows" in said("1", str(place / "rows.jsonl"))

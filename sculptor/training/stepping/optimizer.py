@@ -38,7 +38,7 @@ class BayesAdam(torch.optim.AdamW):
         super().__init__(groups, **options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """As AdamW's, and then the precision that the gradient adds."""
         assert closure is None
         before = {a: a.clone() for group in self.param_groups for a in group["params"] if a.grad is not None}
