@@ -31,7 +31,7 @@ from sculptor.tasks.harm import measured_every, samples_for
 from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
 from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
-from sculptor.training.settings import Offload, TrainSettings
+from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
 
 MEMORY_ROWS = 384
 
@@ -146,6 +146,10 @@ def open_job(
     settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
     if rows.growth is not None:
         check_old_text(checkpoint, rows.growth, samples or read_samples(archive), settings.common_tokens, notice)
+    if settings.select_rows is not None and rows.encoded.mixture is not None:
+        raise SettingsError(
+            "--select-rows with weights of the data: a choice among rows changes their shares; give one of the two"
+        )
     replays = fill_in_samples(rows.replays, samples)
     items = as_items(data)
     job = TrainJob(
@@ -235,7 +239,12 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
     rule = archive.manifest.settings.rule
     basis = f"an archive with {f'basis {method.terms.basis}' if rule == 'staircase' else f'rule {rule}'}"
     carries = carries_of(method)
-    carry = settings.carry or carries[0]
+    bayes = settings.optimizer == "bayes-adam"
+    if bayes and (measures_of(method, "open") != "nothing" or not method.defaults.scaled):
+        raise SettingsError(
+            f"--optimizer bayes-adam does not go with {basis}: its coordinates are others in every task; use staircase or mask"
+        )
+    carry = settings.carry or ("keep" if bayes else carries[0])
     if carry not in carries:
         raise SettingsError(f"--carry {carry}: {basis} goes on by {' or '.join(carries)}")
     carried = measures_of(method, "carry", carry) != "nothing"
@@ -256,6 +265,7 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
     return replace(
         settings,
         carry=carry,
+        evidence=(settings.evidence or EVIDENCE) if bayes else None,
         relative_rate=settings.relative_rate or rate,
         soften=(method.defaults.soften or 0.0) if settings.soften is None else settings.soften,
         memory_rows=(settings.memory_rows or MEMORY_ROWS) if measures else None,
