@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sculptor.training.stepping.optimizer import divisor
+from sculptor.training.stepping.clipping import divisor
 
 
 @pytest.mark.parametrize("limit", [0.1, 1.0, 100.0])
