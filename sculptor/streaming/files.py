@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.names import Conversion
-from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
+from sculptor.checkpoint.reader import Checkpoint, Slice, Sliced
 from sculptor.checkpoint.tensors import read_bytes
 from sculptor.checkpoint.windows import Window
 from sculptor.errors import CheckpointError
@@ -62,16 +62,16 @@ class TensorFiles:
         for name, window in windows.items():
             self.read(Slice(name), window.of(into))
 
-    def read(self, place: Placed, into: Tensor) -> None:
+    def read(self, at: Sliced, into: Tensor) -> None:
         """Fills a contiguous tensor with a tensor of the checkpoint, or a slice of one, in its own dtype or another."""
-        info = self.checkpoint.info_of(place)
+        info = self.checkpoint.info_of(at)
         try:
             if info.file not in self._open:
                 self._open[info.file] = os.open(self.checkpoint.path / info.file, os.O_RDONLY)
             self._read(self._open[info.file], info.offset, info.dtype, into.view(-1))
         except OSError as cause:
             raise CheckpointError(
-                f"{self.checkpoint.path / info.file}: cannot read tensor {place.name} ({cause})"
+                f"{self.checkpoint.path / info.file}: cannot read tensor {at.name} ({cause})"
             ) from cause
 
     def _read(self, descriptor: int, offset: int, dtype: torch.dtype, into: Tensor) -> None:

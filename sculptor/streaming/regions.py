@@ -213,8 +213,8 @@ class BlockWeights:
                 region = self._regions[i] = scratch.region(f"weights-{i}", stop - start)
                 assert isinstance(region, MemoryRegion)
                 for name in self.names(i):
-                    place = layouts[i][name]
-                    view = region.memory[place.start - start : place.stop - start].view(place.dtype).view(place.shape)
+                    span = layouts[i][name]
+                    view = region.memory[span.start - start : span.stop - start].view(span.dtype).view(span.shape)
                     files.fill(name, view)
                 tick(stop - start)
 
@@ -241,16 +241,16 @@ class BlockWeights:
             self._regions[block].load(memory[start:stop], 0)
             return
         for name in self.names(block) if names is None else names:
-            place = layout[name]
+            span = layout[name]
             if self.scratch.in_memory or (block, name) in self._changed:
-                self._regions[block].load(memory[place.start : place.stop], place.start - start)
+                self._regions[block].load(memory[span.start : span.stop], span.start - start)
             else:
                 self.files.fill(name, layout.view(memory, name))
 
     def store(self, block: int, memory: Tensor, name: str) -> None:
         """Keeps one parameter of a block that is in device memory, on the current stream."""
-        place = self.layouts[block][name]
-        self.region(block).store(memory[place.start : place.stop], place.start - self._parts[block][0])
+        span = self.layouts[block][name]
+        self.region(block).store(memory[span.start : span.stop], span.start - self._parts[block][0])
         self._changed.add((block, name))
 
     def close(self) -> None:

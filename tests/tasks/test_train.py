@@ -98,7 +98,7 @@ def test_evaluation_rows_choose_the_step(made: Path, tmp_path: Path) -> None:
 
 
 def test_of_equal_evaluations_the_first_is_kept(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sculptor.tasks import train as module
+    from sculptor.tasks import train_loop as module
 
     monkeypatch.setattr(module, "mean_loss", lambda *_, **__: (1.25, 0))
     settings = replace(SHORT, eval_every=1)

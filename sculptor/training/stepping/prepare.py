@@ -149,7 +149,7 @@ def _make_room(
     index: int, stream: BlockStream, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
 ) -> StreamedBlock:
     state, gradients = (
-        Layout((name, place.dtype, place.shape) for part in parts for name, place in part.items())
+        Layout((name, span.dtype, span.shape) for part in parts for name, span in part.items())
         for parts in ([matrix.state for matrix in matrices], [matrix.gradients for matrix in matrices])
     )
     at, last = 0, {matrix.parameter_name: matrix for matrix in matrices}
@@ -178,8 +178,8 @@ def _make_room(
         shares=whole < last.keys(),
     )
     for name, tensor in tensors.items():
-        place = bases[name]
-        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), place.start)
+        span = bases[name]
+        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), span.start)
     if stream.device.type == "cuda":
         torch.cuda.synchronize(stream.device)
     return block
