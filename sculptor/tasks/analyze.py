@@ -222,7 +222,7 @@ def _keep_samples(run: _Run, loaded: LoadedModel) -> None:
     if settings.samples is False or (loaded.kind != "causal" and not settings.samples):
         return
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
-    content, reason = run.world.once(lambda: kept_samples(loaded, max_length, settings.seed, run.progress))
+    content, reason = run.world.once(lambda: kept_samples(loaded, max_length, settings.seed + 1, run.progress))
     if content is None and settings.samples:
         raise DataError(f"--samples: {reason}")
     if content is None:

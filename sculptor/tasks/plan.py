@@ -16,7 +16,7 @@ from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.tasks.job import TrainJob, cast_to
 from sculptor.tasks.processes import on_this_machine
 from sculptor.training.settings import Offload, Parallel, TrainSettings
-from sculptor.training.stepping.optimizer import optimizer_on_host
+from sculptor.training.stepping.optimizer import moments_of, optimizer_on_host
 from sculptor.training.steps import Steps
 from sculptor.world import World
 
@@ -99,6 +99,7 @@ def _check_parallel(settings: TrainSettings, world: World) -> None:
         other = "--offload cpu divides the model among them" if offload == "disk" else "use --parallel shard"
         raise SettingsError(f"--offload {offload} with {world.size} processes that hold all of the model: {other}")
     faults = {
+        "--optimizer bayes-adam": settings.optimizer == "bayes-adam",
         "--optimizer-mode fused": settings.optimizer_mode == "fused",
         "--keep-activations": settings.checkpoint_activations is False,
     }
@@ -139,9 +140,11 @@ def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> di
         micro_batches=1,
         fused=settings.optimizer_mode == "fused",
         keep_inputs=settings.offload_inputs is False,
+        kept=len(moments_of(settings)),
         on_host=optimizer_on_host(settings, "cpu", device),
         num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())) + _num_new(job),
-        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
+        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings))
+        + 4.0 * job.archive.num_free * (settings.optimizer == "bayes-adam"),
         saves=-(-steps.total // settings.steps_between_saves(steps.total)),
         evaluates=job.evaluation is not None,
         row=steps.longest,

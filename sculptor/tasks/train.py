@@ -28,7 +28,9 @@ from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
 from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import decide
+from sculptor.tasks.precision import load_precision
 from sculptor.tasks.processes import check_alike, join, staged_together
+from sculptor.tasks.selection import select_rows
 from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
 from sculptor.tasks.train_loop import make_loop
 from sculptor.tasks.train_report import TrainReport
@@ -105,12 +107,13 @@ def train(
         archive, resume = partial_path(output) / ANALYZED_NAME, True
     with world.together():
         job = open_job(model, archive, data, eval_data, settings, rules, progress, notice, rows, replay)
-    _check_alike(job, world)
+    key = {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
+    check_alike(world, key)
     job = decide(job, device, output, world, notice)
     read += [job.checkpoint.path, *([] if subspaces is None else [subspaces])]
     with staged(inputs=read, resume=resume) as partial:
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
-        report = _run(job, device, output, partial, report_to, stop, progress, world)
+        report = _run(job, device, output, partial, report_to, stop, progress, notice, world)
         world.once(lambda: _place(partial, output, overwrite))
     return report
 
@@ -128,12 +131,6 @@ def _files(settings: TrainSettings, data: Data, eval_data: Data, replay: Data, p
     replayed = [item for item in as_items(replay) if not (isinstance(item, str) and is_self(item))]
     rows: Iterable[Data] = (data, eval_data, replayed, protect_data)
     return [*(file for part in rows for file in local_files(part)), *filter(None, [settings.chat_template])]
-
-
-def _check_alike(job: TrainJob, world: World) -> None:
-    """Refuses processes that were started with different inputs."""
-    key = {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(job.settings)}
-    check_alike(world, key)
 
 
 def _grown(job: TrainJob, partial: Path, progress: Progress, world: World) -> TrainJob:
@@ -169,6 +166,7 @@ def _run(
     report_to: Sequence[Tracker],
     stop: Callable[[], int | None],
     progress: Progress,
+    notice: Callable[[str], object],
     world: World,
 ) -> TrainReport:
     """Loads the model, trains it, and writes what comes out."""
@@ -178,6 +176,10 @@ def _run(
     )  # fmt: skip
     trackers = None
     try:
+        if job.settings.select_rows is not None:
+            job = select_rows(job, loaded, progress, notice, world)
+        if job.settings.optimizer == "bayes-adam":
+            load_precision(job.archive, updates)
         trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None
         told = (lambda _: None) if trackers is None else trackers.log
         with signals_wait():  # the loop asks after every step, and saves its state first

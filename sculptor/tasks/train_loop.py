@@ -13,6 +13,7 @@ from sculptor.model.load import LoadedModel
 from sculptor.model.samples import SECTION
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob
+from sculptor.tasks.precision import SECTION as PRECISION
 from sculptor.training.base import BaseWeights
 from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop, make_accelerator
@@ -23,6 +24,7 @@ from sculptor.world import World, here
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
 _HOW = (
+    "common_tokens",
     "save_every",
     "offload",
     "parallel",
@@ -103,13 +105,16 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    if trained.mixture is not None:
-        settings["mixture"] = asdict(trained.mixture)
-    samples = job.archive.manifest.sections.get(SECTION)
+    settings["mixture"] = None if trained.mixture is None else asdict(trained.mixture)
+    settings["eval_data"] = None if job.evaluation is None else f"{len(job.evaluation.examples)} rows"
+    sections = job.archive.manifest.sections
+    parts = {"samples": sections.get(SECTION)}
+    if job.settings.optimizer == "bayes-adam":
+        parts["precision"] = sections.get(PRECISION)
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": job.archive.identity,
-        "samples": None if samples is None else samples.sha256,
+        **{name: None if part is None else part.sha256 for name, part in parts.items()},
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],

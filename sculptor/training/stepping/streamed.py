@@ -72,12 +72,14 @@ class StreamedUpdates(Updates):
         self.extra = dict(extra)
         self._fused = settings.optimizer_mode == "fused"
         groups = extra_groups(self.extra, peaks.extra)
-        self._extra_optimizer = make_optimizer(groups, self.device) if groups else None
-        openly = {id(value) for value in self.extra.values()}
-        self._resident = [p for p in model.parameters() if p.numel() and id(p) not in openly]
+        openly = list(self.extra.values())
+        num_trained = archive.num_free + sum(value.numel() for value in openly)
+        self._extra_optimizer = make_optimizer(groups, self.device, settings, num_trained) if groups else None
+        self._resident = [p for p in model.parameters() if p.numel() and not any(p is value for value in openly)]
         on_host = optimizer_on_host(settings, stream.weights.scratch.tier, self.device)
         where = torch.device("cpu") if on_host else self.device
-        found = prepare_blocks(stream, archive, find_parameters(model, archive), peaks, settings, where, tick)
+        parameters = find_parameters(model, archive)
+        found = prepare_blocks(stream, archive, parameters, peaks, settings, where, num_trained, tick)
         self.blocks, self._trained, self.owners = dict(found.blocks), found.trained, found.owners
         self._num_coordinates = found.num_coordinates
         self._keys = {matrix.name: matrix.keys for block in self.blocks.values() for matrix in block.matrices}
