@@ -28,6 +28,7 @@ from sculptor.model.load import LoadedModel, load_model
 from sculptor.progress import silent
 from sculptor.tasks.analyze_job import _new_record
 
+COVERS = ["sculptor.tasks.analyze_job"]
 CPU = torch.device("cpu")
 SETTINGS = AnalyzeSettings(basis="curvature", data=("x",), device="cpu")
 

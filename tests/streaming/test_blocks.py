@@ -25,6 +25,7 @@ from sculptor.streaming.build import stream_model
 from sculptor.streaming.regions import STAGING_BYTES, Tier
 from sculptor.streaming.slots import Slot
 
+COVERS = ["sculptor.model.load", "sculptor.streaming.build", "sculptor.streaming.inputs"]
 CPU = torch.device("cpu")
 DEEP = GROUPED | IDS | {"num_hidden_layers": 5}
 LOCAL: dict[str, Callable[[], Any]] = {

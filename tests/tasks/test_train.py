@@ -16,6 +16,12 @@ from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.planning import placement
 from sculptor.report.text import train_text
 
+COVERS = [
+    "sculptor.tasks.finish",
+    "sculptor.tasks.train_loop",
+    "sculptor.tasks.train_record",
+    "sculptor.tasks.train_report",
+]
 SHORT = TrainSettings(max_steps=3, batch_size=8, learning_rate=1e-2, device="cpu")
 
 
