@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, companions
-from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
+from sculptor.checkpoint.reader import Checkpoint, Slice, Sliced
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import dtype_name, in_file_order, write_tensors
@@ -24,7 +24,7 @@ from sculptor.progress import Bar
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 # What makes a new tensor, or slice of one, from the old.
 Edit = Callable[[Tensor], Tensor]
-P = TypeVar("P", bound=Placed)
+P = TypeVar("P", bound=Sliced)
 # Written by sculptor itself; never copied from a base that is itself an output.
 _OUTPUT_MARKS = (RECORD_NAME, "archive.json", "model*.safetensors")
 _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
@@ -79,11 +79,11 @@ def edits_of(places: Iterable[P], make: Callable[[P], Edit]) -> dict[str, Edit |
     """What makes new tensors, of an edit for each of some matrices, which may be slices of one tensor."""
     whole: dict[str, Edit] = {}
     parts: dict[str, dict[int, Edit]] = defaultdict(dict)
-    for place in places:
-        if place.part is None:
-            whole[place.tensor] = make(place)
+    for at in places:
+        if at.part is None:
+            whole[at.tensor] = make(at)
         else:
-            parts[place.tensor][place.part] = make(place)
+            parts[at.tensor][at.part] = make(at)
     return {**whole, **parts}
 
 

@@ -18,7 +18,7 @@ from sculptor.model.probe import check_model, check_text_alone
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import Divide, stream_model
-from sculptor.streaming.weights import Tier
+from sculptor.streaming.regions import Tier
 from sculptor.world import here
 
 

@@ -32,6 +32,7 @@ from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
 from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
+from sculptor.training.steps import Steps
 
 MEMORY_ROWS = 384
 
@@ -55,6 +56,7 @@ class TrainJob:
         ungrown: the checkpoint as it was given, where `checkpoint` has got them.
         samples: of the first base, that harm is measured on; None if the archive has none.
         replays: what is mixed into the task's rows.
+        steps: what they make of all these rows; None where another program makes them.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +78,7 @@ class TrainJob:
     samples: Samples | None = None
     replays: tuple[Replay, ...] = ()
     eval_data: tuple[str, ...] = ()
+    steps: Steps | None = None
 
     @property
     def num_rows(self) -> int:
@@ -171,10 +174,10 @@ def open_job(
     trained = job.trained
     if replays:
         notice(_replay_line(job, trained))
-    if samples is None:
-        return job
-    every = settings.harm_every or measured_every(settings, trained, samples)
-    return replace(job, settings=replace(settings, harm_every=every))
+    steps = Steps.of(trained, settings)
+    if samples is not None:
+        settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
+    return replace(job, settings=settings, steps=steps)
 
 
 def _replay_line(job: TrainJob, trained: Encoded) -> str:

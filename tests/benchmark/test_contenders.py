@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import Result, make_tokenizer, save_checkpoint, slowly, task_rows, write_rows
+from plans import two_tasks
 from safetensors.torch import load_file
 from together import together
 
@@ -25,36 +26,21 @@ from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError, Stopped
 
+COVERS = ["sculptor.benchmark.episodes", "sculptor.benchmark.learning"]
 RATE, STEPS = 1e-2, 3
-PLAN = f"""
-model = "base"
-[train]
-max_steps = {STEPS}
-batch_size = 64
-micro_batch_size = 64
-learning_rate = {RATE}
-schedule = "constant"
-warmup = 0
-clip = 0
-device = "cpu"
-[evaluate]
-exact_match = false
-[analyze]
-preserve = 0.5
-device = "cpu"
-[adapter]
-decay = 20
-replay = 0.5
-keep = 0.4
-[[tasks]]
-name = "first"
-data = ["first.jsonl"]
-test = ["first.jsonl"]
-[[tasks]]
-name = "second"
-data = ["second.jsonl"]
-test = ["second.jsonl"]
-"""
+PLAN = two_tasks(
+    train={
+        "max_steps": STEPS,
+        "batch_size": 64,
+        "micro_batch_size": 64,
+        "learning_rate": RATE,
+        "schedule": "constant",
+        "warmup": 0,
+        "clip": 0,
+    },
+    analyze={"preserve": 0.5},
+    adapter={"decay": 20, "replay": 0.5, "keep": 0.4},
+)
 Weights = dict[str, torch.Tensor]
 
 

@@ -16,6 +16,8 @@ from sculptor.model.loss import predictions
 from sculptor.model.samples import Samples, describe, num_predicted, tokens_to_draw
 from sculptor.numerics.divergence import divergence
 
+COVERS = ["sculptor.model.samples"]
+
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:

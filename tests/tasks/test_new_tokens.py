@@ -24,6 +24,7 @@ from sculptor.report.html.verify import verify_page
 from sculptor.report.text import train_text
 from sculptor.report.verify import verify_text
 
+COVERS = ["sculptor.checkpoint.old_text", "sculptor.checkpoint.vocabulary"]
 TOKENS = ("<call>", "</call>", "münze")
 SETTINGS = TrainSettings(max_steps=6, batch_size=8, relative_rate=0.05, device="cpu", add_tokens=TOKENS)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
