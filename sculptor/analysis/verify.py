@@ -21,6 +21,7 @@ from sculptor.analysis.lineage import OPENED, Lineage, trace_lineage
 from sculptor.analysis.roundings import rounds_an_allowed
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.heads import NewHead, find_new_head
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
@@ -88,6 +89,7 @@ class Verification:
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
+        new_head: tensors of a classifier's head that the base has not; they are free.
         harm: to what the first base says by itself, where that was asked for.
     """
 
@@ -111,6 +113,7 @@ class Verification:
     matrices: tuple[MatrixVerification, ...]
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
+    new_head: tuple[str, ...] = ()
     harm: Harm | None = None
 
 
@@ -135,8 +138,8 @@ def verify_checkpoints(
         archive.check_base(base, progress)
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
-    growth = find_growth(base, tuned)
-    _check_same_tensors(base, tuned, archive, growth)
+    growth, head = find_growth(base, tuned), find_new_head(base, tuned)
+    _check_same_tensors(base, tuned, archive, growth, head)
     own = world.share(list(archive))
     parts = world.gather(dict(zip(own, in_threads(lambda name: digest(tuned.matrix(archive[name])), own), strict=True)))
     digests = {name: found for part in parts for name, found in part.items()}
@@ -162,7 +165,7 @@ def verify_checkpoints(
         measured.append(one)
         bar.update(1)
     bar.close()
-    return world.once(lambda: _verdict(base, tuned, archive, lineage, measured, strict, growth))
+    return world.once(lambda: _verdict(base, tuned, archive, lineage, measured, strict, growth, head))
 
 
 def _check_protects(
@@ -187,6 +190,7 @@ def _verdict(
     measured: Sequence[tuple[LeakMeasure, MatrixVerification]],
     strict: bool,
     growth: Growth | None,
+    head: NewHead | None,
 ) -> Verification:
     """What all matrices, and everything that is none, say together."""
     _check_protects(tuned, archive, measured)
@@ -199,11 +203,12 @@ def _verdict(
         for i, value in enumerate((one.update, found.norm, one.rounding, found.rounding)):
             squares[i] += value**2 if one.update else 0.0
     matrices = tuple(judged for _, judged in measured)
-    changed, num_untouched = _compare_rest(base, tuned, archive, lineage, growth)
-    found_differences = tuple(differences(base, tuned, growth))
+    changed, num_untouched = _compare_rest(base, tuned, archive, lineage, growth, head)
+    found_differences = tuple(differences(base, tuned, growth, None if head is None else head.config))
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
-    cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
+    both = tuned.infos.keys() & base.infos.keys()
+    cast = {str(tuned.infos[name].dtype) for name in both if tuned.infos[name].dtype != base.infos[name].dtype}
     return Verification(
         passed=all(matrix.holds for matrix in matrices) and not changed and not found_differences,
         leak=frozen / scale,
@@ -225,6 +230,7 @@ def _verdict(
         matrices=matrices,
         kept=1 - touched / at_random if at_random else None,
         new_tokens=growth.tokens if growth else (),
+        new_head=head.fresh if head else (),
     )
 
 
@@ -269,9 +275,12 @@ def _judge(
     )
 
 
-def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None) -> None:
-    missing = sorted(set(base.infos) - set(tuned.infos))
-    added = sorted(set(tuned.infos) - set(base.infos))
+def _check_same_tensors(
+    base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None, head: NewHead | None
+) -> None:
+    dropped, fresh = (head.dropped, set(head.fresh)) if head else (frozenset(), set())
+    missing = sorted(set(base.infos) - set(tuned.infos) - dropped)
+    added = sorted(set(tuned.infos) - set(base.infos) - fresh)
     if missing or added:
         raise VerificationError(
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
@@ -282,6 +291,8 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, g
         if not dtype.is_floating_point:
             raise VerificationError(f"{tuned.path}: {record.tensor} holds {dtype}; expected floating point")
     for name, info in base.infos.items():
+        if name in dropped:
+            continue
         shape = (growth.after, *info.shape[1:]) if growth and name in growth.names else info.shape
         if tuned.infos[name].shape != shape:
             found = list(tuned.infos[name].shape)
@@ -289,23 +300,31 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, g
 
 
 def _compare_rest(
-    base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage: Lineage, growth: Growth | None
+    base: Checkpoint,
+    tuned: Checkpoint,
+    archive: Archive,
+    lineage: Lineage,
+    growth: Growth | None,
+    head: NewHead | None,
 ) -> tuple[list[str], int]:
     """Names outside the archive that differ from what they have to be, and how many were compared byte for byte.
 
     Of a tensor some slices of which are in the archive, the others are compared. A cast is allowed where it loses nothing,
     or where everything was cast alike and a merge declares it. Of a tensor with rows for new tokens, all others are compared.
+    A new head may be anything that is a number.
     """
     parts: dict[str, set[int | None]] = defaultdict(set)
     for record in archive.values():
         parts[record.tensor].add(record.part)
     rest: list[Slice] = []
     for name, info in base.infos.items():
-        if name in lineage.opened or None in parts[name]:
+        if name in lineage.opened or None in parts[name] or (head and name in head.dropped):
             continue
         rest += [Slice(name, i) for i in range(info.shape[0]) if i not in parts[name]] if parts[name] else [Slice(name)]
     stored = {info.dtype for info in tuned.infos.values() if info.dtype.is_floating_point}
     declared = {dtype for dtype in stored if len(stored) == 1 and dtype_name(dtype) in lineage.written}
+    for name in head.fresh if head else ():
+        tuned.read_finite(name)
     grown = growth.names if growth else frozenset()
     changed = [
         of.name for of in rest if of.tensor not in grown and not _same(base.matrix(of), tuned.matrix(of), declared)
@@ -326,7 +345,7 @@ def _grew(base: Checkpoint, tuned: Checkpoint, of: Slice, growth: Growth, declar
 def _unfit(base: Checkpoint, tuned: Checkpoint, lineage: Lineage, declared: Collection[torch.dtype]) -> list[str]:
     """Of the openly trained tensors, those of a dtype that nobody declares; any value is allowed, if it is a number."""
     found = []
-    for name in sorted(lineage.opened & base.infos.keys()):
+    for name in sorted(lineage.opened & base.infos.keys() & tuned.infos.keys()):
         before, now = base.infos[name].dtype, tuned.infos[name].dtype
         tuned.read_finite(name)
         if not (before == now or now in declared or (now.is_floating_point and _lossless(before, now))):

@@ -24,7 +24,7 @@ from sculptor.checkpoint.sharing import input_leaders, reached_parameters
 from sculptor.checkpoint.windows import WHOLE, Window
 from sculptor.errors import CheckpointError
 
-Kind = Literal["causal", "seq2seq", "masked", "headless"]
+Kind = Literal["causal", "seq2seq", "masked", "classifier", "headless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ class Architecture:
         parameters: those of them that can be trained.
         max_positions: longest sequence its positions allow, None where they have no limit.
         vocab_size: ids it has embeddings for.
+        classes: of a classifier, names by number.
     """
 
     model_class: str
@@ -115,6 +116,7 @@ class Architecture:
     parameters: frozenset[str]
     max_positions: int | None
     vocab_size: int
+    classes: tuple[str, ...] = ()
 
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
@@ -124,7 +126,11 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     cls = model_class(checkpoint.config, checkpoint.path)
     if not issubclass(cls, PreTrainedModel):
         raise CheckpointError(f'{checkpoint.path}: "architectures" names {cls.__name__}, which is not a model class')
-    config = load_config(checkpoint)
+    return build_model(cls, load_config(checkpoint), checkpoint)
+
+
+def build_model(cls: Any, config: Any, checkpoint: Checkpoint) -> Any:
+    """A model of some class on the meta device, by a configuration; the checkpoint is for messages."""
     config._attn_implementation = "eager"
     try:
         with torch.device("meta"):
@@ -200,27 +206,32 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
     leaders = input_leaders(skeleton, linear)
     maps = [_target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()]
     order = {block: i for i, block in enumerate(blocks)}
+    kind = _kind(skeleton)
     targets = tuple(sorted([*maps, *experts], key=lambda target: order[target.block]))
     _check_shapes(checkpoint, targets)
     return Architecture(
         model_class=type(skeleton).__name__,
-        kind=_kind(skeleton),
+        kind=kind,
         targets=targets,
         not_targeted=_not_targeted(skeleton, blocks, {target.parameter for target in targets}, reasons),
         tensors=tensors,
         parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
         max_positions=max_positions(skeleton),
         vocab_size=vocab_size(checkpoint, skeleton),
+        classes=tuple(skeleton.config.id2label.values()) if kind == "classifier" else (),
     )
 
 
 def _kind(skeleton: Any) -> Kind:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as known
 
+    name = type(skeleton).__name__
     if skeleton.config.is_encoder_decoder:
         return "seq2seq" if skeleton.can_generate() else "headless"
-    if type(skeleton).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "masked"
+    if name in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return "classifier"
     return "causal" if skeleton.can_generate() else "headless"
 
 

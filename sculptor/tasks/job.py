@@ -11,11 +11,13 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
+from sculptor.checkpoint.heads import head_parameters
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.checkpoint.vocabulary import Growth
 from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
+from sculptor.data.labelled import classes_of
 from sculptor.data.mixture import Mixture
 from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
@@ -52,7 +54,7 @@ class TrainJob:
         rows_elsewhere: how many rows another program trained on, where `encoded` has only those that are measured.
         trainer: that program and its settings, if any.
         growth: its new tokens, if any.
-        ungrown: the checkpoint as it was given, where `checkpoint` has got them.
+        ungrown: the checkpoint as it was given, where `checkpoint` has got them, or a new head.
         samples: of the first base, that harm is measured on; None if the archive has none.
         replays: what is mixed into the task's rows.
     """
@@ -103,8 +105,10 @@ class Rows:
     replays: tuple[Replay, ...] = ()
 
 
-def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
-    """The checkpoint that is trained, with which attention.
+def open_base(
+    model: str | Path, attn_implementation: str | None = None, *, headed: bool = True
+) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint that is trained, with which attention; unless it will get one, it has a head.
 
     Raises:
         SculptorError: if it cannot be.
@@ -112,7 +116,8 @@ def open_base(model: str | Path, attn_implementation: str | None = None) -> tupl
     checkpoint = open_checkpoint(model, attn_implementation)
     check_attention(checkpoint)
     architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)
+    if headed:
+        check_head(checkpoint, architecture)
     read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
     return checkpoint, architecture
 
@@ -128,8 +133,11 @@ def open_job(
     notice: Callable[[str], object] = lambda _: None,
     rows: Rows | None = None,
     replay: Data = (),
+    new_head: tuple[Checkpoint, Sequence[str]] | None = None,
 ) -> TrainJob:
     """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
+
+    `new_head` has the checkpoint as it was given, where `model` has got a head, and the parameters of that.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
@@ -138,6 +146,7 @@ def open_job(
     archive = Archive(subspaces, rules=rules)
     archive.check_capacity()
     settings = resolve_settings(settings, archive)  # refuses before any work
+    check_task(architecture, settings, replay)
     samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
@@ -155,8 +164,12 @@ def open_job(
         rows.encoded,
         rows.evaluation,
         task_name(items[0]),
-        _select_extra(architecture, archive, settings.also_train),
+        {
+            **_head_of(checkpoint, architecture, () if new_head is None else new_head[1]),
+            **_select_extra(architecture, archive, settings.also_train),
+        },
         growth=rows.growth,
+        ungrown=None if new_head is None else new_head[0],
         samples=samples,
         replays=replays,
     )
@@ -198,7 +211,8 @@ def read_task(
     if not items:
         raise DataError("no data: pass at least one file")
     kind, size = architecture.kind, growth.after if growth else architecture.vocab_size
-    sources = read_sources(items, settings.max_rows, settings.columns, notice)
+    classes = classes_of(architecture)
+    sources = read_sources(items, settings.max_rows, settings.columns, notice, classes=classes)
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
@@ -207,7 +221,7 @@ def read_task(
     if encoded.mixture is not None:
         notice(_epoch_line(sources, encoded.mixture))
     evaluation = None
-    eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
+    eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False, classes=classes)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
         if (line := evaluation.says("--eval-data")) is not None:
@@ -257,6 +271,37 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
         memory_rows=(settings.memory_rows or MEMORY_ROWS) if measures else None,
         memory_weight=(settings.memory_weight or method.defaults.memory_weight) if weighs else None,
     )
+
+
+def check_task(architecture: Architecture, settings: TrainSettings, replay: Data = ()) -> None:
+    """Refuses settings that mean nothing for what the model is trained to do.
+
+    Raises:
+        SettingsError: naming them.
+    """
+    if architecture.kind != "classifier":
+        return
+    if settings.task == "language-modeling":
+        raise SettingsError(
+            f"--task language-modeling: {architecture.model_class} says no text; it has a classifier's head"
+        )
+    faults = {
+        "--add-tokens": bool(settings.add_tokens),
+        "--replay": bool(as_items(replay)),
+        "--kl-weight": settings.kl_weight is not None,
+        "--max-harm": settings.max_harm is not None,
+        "--harm-every": settings.harm_every is not None,
+    }
+    given = [option for option, is_fault in faults.items() if is_fault]
+    if given:
+        raise SettingsError(f"{', '.join(given)}: for language models; a classifier of sequences says no text")
+
+
+def _head_of(checkpoint: Checkpoint, architecture: Architecture, new: Sequence[str]) -> dict[str, str]:
+    """What of a classifier is trained without protection: parameter of the model -> tensor of the checkpoint."""
+    if architecture.kind != "classifier":
+        return {}
+    return {name: architecture.tensors[name] for name in (*new, *head_parameters(checkpoint))}
 
 
 def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequence[str]) -> dict[str, str]:

@@ -28,8 +28,9 @@ from sculptor.model.samples import SECTION
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
-from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
+from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first
 from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
+from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
 from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
@@ -41,7 +42,7 @@ from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop, make_accelerator
 from sculptor.training.settings import Offload, TrainSettings
 from sculptor.training.setup import prepare_model
-from sculptor.training.state import STATE_NAME, StateStore, has_state
+from sculptor.training.state import STATE_NAME, StateStore
 from sculptor.training.stepping.updates import Updates
 from sculptor.world import World, here
 
@@ -106,6 +107,41 @@ def train(
         SculptorError: if an input or the output cannot be used, or the run cannot go on.
     """
     settings = settings or TrainSettings()
+    run = functools.partial(
+        _train, data=data, output=output, settings=settings, eval_data=eval_data, report_to=report_to, replay=replay,
+        overwrite=overwrite, progress=progress, notice=notice, stop=stop, rules=rules,
+    )  # fmt: skip
+    head = wanted_head(model, data, settings, replay, notice)
+    if head is None:
+        return run(model, subspaces, protect_data=protect_data, resume=resume)
+    given = (*local_files(data), *local_files(eval_data), *local_files(protect_data))
+    with with_new_head(
+        head, model, subspaces, protect_data, Path(output).resolve(), settings, given, overwrite=overwrite, resume=resume,
+        progress=progress, notice=notice, rules=rules,
+    ) as made:  # fmt: skip
+        return run(made.path, made.archive, protect_data=(), resume=True, made=made)
+
+
+def _train(
+    model: str | Path,
+    subspaces: str | Path | None,
+    *,
+    data: Data,
+    output: str | Path,
+    settings: TrainSettings,
+    eval_data: Data,
+    protect_data: Data,
+    report_to: Sequence[Tracker],
+    replay: Data,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+    notice: Callable[[str], object],
+    stop: Callable[[], int | None],
+    rules: Kinds | None,
+    made: HeadedBase | None = None,
+) -> TrainReport:
+    """`train` of a model that has its head; `made` if that was made for it."""
     check_trackers(report_to)
     output = Path(output).resolve()
     world = join(settings.device)
@@ -116,9 +152,9 @@ def train(
     read: list[str | Path] = [*local_files(data), *local_files(eval_data), *local_files(replayed)]
     read += filter(None, [settings.chat_template])
     staged = functools.partial(
-        staged_together, world, output, command="train", overwrite=overwrite, worth_keeping=_is_begun
+        staged_together, world, output, command="train", overwrite=overwrite, worth_keeping=is_begun
     )
-    rows, given = None, subspaces
+    rows, given = None, subspaces if made is None else made.given_archive
     if subspaces is None:
         with world.together():
             checkpoint, architecture = open_base(model, settings.attn_implementation)
@@ -130,7 +166,8 @@ def train(
     elif as_items(protect_data):
         raise SettingsError("--protect-data without effect: --subspaces says what is protected")
     with world.together():
-        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice, rows, replay)
+        new_head = None if made is None else (made.base, made.head.fresh)
+        job = open_job(model, subspaces, data, eval_data, settings, rules, progress, notice, rows, replay, new_head)
     check_alike(
         world, {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     )
@@ -161,7 +198,7 @@ def train(
     if not quiet:
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
-    read += [job.checkpoint.path, *([] if given is None else [given])]
+    read += [job.base.path, *([] if given is None else [given])]
     with staged(inputs=read, resume=resume) as partial:
         scratch = partial / "scratch"
         job = _grown(job, partial, progress, world)
@@ -213,11 +250,6 @@ def _grown(job: TrainJob, partial: Path, progress: Progress, world: World) -> Tr
     with world.together():
         grown = open_grown(job.checkpoint, growth, partial)
         return replace(job, checkpoint=grown, architecture=inspect_architecture(grown), ungrown=job.checkpoint)
-
-
-def _is_begun(partial: Path) -> bool:
-    """Whether something was made that a later run can use."""
-    return has_state(partial) or has_archive(partial)
 
 
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
