@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +17,14 @@ from torch import nn
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.directory import wrapper_hint
 from sculptor.checkpoint.experts import StackedParameter, expert_role, find_routers, find_stacked, find_windows
+from sculptor.checkpoint.kinds import Kind as Kind
+from sculptor.checkpoint.kinds import kind_of
 from sculptor.checkpoint.linear import linear_maps, max_positions, vocab_size
 from sculptor.checkpoint.names import Conversion, find_converted, match_names
 from sculptor.checkpoint.reader import Checkpoint, part_name
 from sculptor.checkpoint.sharing import input_leaders, reached_parameters
 from sculptor.checkpoint.windows import WHOLE, Window
 from sculptor.errors import CheckpointError
-
-Kind = Literal["causal", "seq2seq", "masked", "classifier", "headless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
     leaders = input_leaders(skeleton, linear)
     maps = [_target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()]
     order = {block: i for i, block in enumerate(blocks)}
-    kind = _kind(skeleton)
+    kind = kind_of(skeleton)
     targets = tuple(sorted([*maps, *experts], key=lambda target: order[target.block]))
     _check_shapes(checkpoint, targets)
     return Architecture(
@@ -220,19 +220,6 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
         vocab_size=vocab_size(checkpoint, skeleton),
         classes=tuple(skeleton.config.id2label.values()) if kind == "classifier" else (),
     )
-
-
-def _kind(skeleton: Any) -> Kind:
-    from transformers.models.auto import modeling_auto as known
-
-    name = type(skeleton).__name__
-    if skeleton.config.is_encoder_decoder:
-        return "seq2seq" if skeleton.can_generate() else "headless"
-    if name in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-        return "masked"
-    if name in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
-        return "classifier"
-    return "causal" if skeleton.can_generate() else "headless"
 
 
 def role_of(module: str, block: str, several_stacks: bool) -> str:

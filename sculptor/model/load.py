@@ -15,6 +15,7 @@ from sculptor.data.chat import use_template
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.model.probe import check_model, check_text_alone
+from sculptor.numerics.precision import why_not
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import Divide, stream_model
@@ -79,8 +80,9 @@ def resolve_device(name: str) -> torch.device:
         raise SettingsError(f"--device {name}: several processes have a GPU each; use cuda, or start one process")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("no float64, which the decompositions and the merge need")
+        reason = why_not(device)
+        if reason is not None:
+            raise RuntimeError(reason)
         device = torch.empty(0, device=device).device  # with its number
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
         reason = str(cause).splitlines()[0][:120]

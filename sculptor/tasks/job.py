@@ -11,7 +11,6 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
-from sculptor.checkpoint.heads import head_parameters
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.checkpoint.vocabulary import Growth
@@ -29,6 +28,7 @@ from sculptor.model.samples import Samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
+from sculptor.tasks.classification import check_task, head_of
 from sculptor.tasks.harm import measured_every, samples_for
 from sculptor.tasks.new_tokens import grow_tokenizer
 from sculptor.tasks.replay import fill_in_samples, read_replay
@@ -165,7 +165,7 @@ def open_job(
         rows.evaluation,
         task_name(items[0]),
         {
-            **_head_of(checkpoint, architecture, () if new_head is None else new_head[1]),
+            **head_of(checkpoint, architecture, () if new_head is None else new_head[1]),
             **_select_extra(architecture, archive, settings.also_train),
         },
         growth=rows.growth,
@@ -271,37 +271,6 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
         memory_rows=(settings.memory_rows or MEMORY_ROWS) if measures else None,
         memory_weight=(settings.memory_weight or method.defaults.memory_weight) if weighs else None,
     )
-
-
-def check_task(architecture: Architecture, settings: TrainSettings, replay: Data = ()) -> None:
-    """Refuses settings that mean nothing for what the model is trained to do.
-
-    Raises:
-        SettingsError: naming them.
-    """
-    if architecture.kind != "classifier":
-        return
-    if settings.task == "language-modeling":
-        raise SettingsError(
-            f"--task language-modeling: {architecture.model_class} says no text; it has a classifier's head"
-        )
-    faults = {
-        "--add-tokens": bool(settings.add_tokens),
-        "--replay": bool(as_items(replay)),
-        "--kl-weight": settings.kl_weight is not None,
-        "--max-harm": settings.max_harm is not None,
-        "--harm-every": settings.harm_every is not None,
-    }
-    given = [option for option, is_fault in faults.items() if is_fault]
-    if given:
-        raise SettingsError(f"{', '.join(given)}: for language models; a classifier of sequences says no text")
-
-
-def _head_of(checkpoint: Checkpoint, architecture: Architecture, new: Sequence[str]) -> dict[str, str]:
-    """What of a classifier is trained without protection: parameter of the model -> tensor of the checkpoint."""
-    if architecture.kind != "classifier":
-        return {}
-    return {name: architecture.tensors[name] for name in (*new, *head_parameters(checkpoint))}
 
 
 def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequence[str]) -> dict[str, str]:

@@ -20,8 +20,9 @@ from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
+from sculptor.tasks.classification import check_task
 from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
-from sculptor.tasks.job import check_task, open_base
+from sculptor.tasks.job import open_base
 from sculptor.tasks.processes import join, staged_together
 from sculptor.training.settings import CLASSIFICATION, TrainSettings
 from sculptor.training.state import has_state
