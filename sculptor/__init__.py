@@ -27,6 +27,7 @@ _HOMES = {
     "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
     "analyze": "sculptor.tasks.analyze",
+    "card": "sculptor.tasks.card",
     "chat": "sculptor.tasks.chat",
     "continual": "sculptor.benchmark.runner",
     "edit": "sculptor.tasks.edit",
@@ -62,6 +63,7 @@ __all__ = [
     "TrainSettings",
     "__version__",
     "analyze",
+    "card",
     "chat",
     "continual",
     "convert",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.adapter import merge_adapter
     from sculptor.tasks.analyze import analyze
     from sculptor.tasks.callback import SculptorCallback
+    from sculptor.tasks.card import card
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview

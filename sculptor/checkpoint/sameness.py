@@ -7,7 +7,15 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, TEMPLATES, companions, is_weights, second_weights
+from sculptor.checkpoint.directory import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    LICENCE,
+    TEMPLATES,
+    companions,
+    is_weights,
+    second_weights,
+)
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name, read_header
 from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
@@ -66,6 +74,15 @@ def differences(
     return found
 
 
+def setting_differences(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Settings of a loaded model that are not those of a checkpoint, one line each; what only the model has is no setting of it."""
+    read = _as_loaded(checkpoint)
+    if isinstance(read, str):
+        return []
+    before, now = _without(read), _without(config)
+    return [line for line in _settings(before, now) if not line.partition(" was ")[2].startswith("not there")]
+
+
 def tokenizer_differences(base: Path, other: Path) -> list[str]:
     """Files of a tokenizer in another directory that are not those of a model's, one line each.
 
@@ -73,7 +90,9 @@ def tokenizer_differences(base: Path, other: Path) -> list[str]:
         CheckpointError: if a file cannot be read.
     """
     found = []
-    for name in sorted(path.as_posix() for path in companions(other) if _TOKENIZER.match(path.as_posix())):
+    for name in sorted(path.as_posix() for path in companions(other)):
+        if not _TOKENIZER.match(name) or LICENCE.fullmatch(name):
+            continue
         if not (base / name).is_file():
             found.append(f"{name} was added")
         elif not _same_content(base / name, other / name):

@@ -121,11 +121,11 @@ def evaluate_rows(
     rows = [settle(row, talks) for row in rows]
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs and loaded.kind != "masked":
-        _check_one_kind(len(pairs), len(rows), "are prompt and completion")
+        check_one_kind(len(pairs), len(rows), "are prompt and completion")
         choosing = sum(bool(row.choices) for row in pairs)
         if choosing:
-            _check_one_kind(choosing, len(rows), "have choices")
-        ranked = None if choosing else _labels(pairs, labels)
+            check_one_kind(choosing, len(rows), "have choices")
+        ranked = None if choosing else labels_of(pairs, labels)
         return _evaluate_pairs(loaded, pairs, ranked, length, batch_size, generation, progress, world)
     found = _evaluate_loss(loaded, rows, length, batch_size, progress, world)
     asked = bool(generation.exact_match) or generation.show > 0
@@ -134,7 +134,7 @@ def evaluate_rows(
     talked = [row for row in rows if isinstance(row, MessagesRow)]
     if not talked or loaded.kind != "causal":
         raise SettingsError("--exact-match and --show without effect: nothing is answered in 'text' rows")
-    _check_one_kind(len(talked), len(rows), "are conversations")
+    check_one_kind(len(talked), len(rows), "are conversations")
     answered = talked if generation.exact_match else talked[: generation.show]
     bar = progress(total=len(world.share(answered)), desc="answer", unit="row")
     answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar, world)
@@ -163,18 +163,28 @@ def read_evaluation_rows(
     rows = read_rows(data, max_rows, columns, notice, all_renamed=all_renamed, classes=classes)
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs:
-        _check_one_kind(len(pairs), len(rows), "are prompt and completion")
+        check_one_kind(len(pairs), len(rows), "are prompt and completion")
     if classes is None and labels is not None and (not pairs or any(row.choices for row in pairs)):
         raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows without choices have labels")
     return rows
 
 
-def _check_one_kind(count: int, total: int, what: str) -> None:
+def check_one_kind(count: int, total: int, what: str) -> None:
+    """Refuses rows of which only some are of a kind.
+
+    Raises:
+        DataError: saying how many.
+    """
     if count < total:
         raise DataError(f"{count} of {total} rows {what}; evaluate one kind of row at a time")
 
 
-def _labels(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:
+def labels_of(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """What is ranked for all rows; None if they have more distinct completions than labels are.
+
+    Raises:
+        SettingsError: if the labels that are given lack one.
+    """
     found = tuple(sorted({row.completion for row in rows}))
     if given is None:
         return found if len(found) <= MAX_IMPLIED_LABELS else None

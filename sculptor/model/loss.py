@@ -20,6 +20,7 @@ from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
 from sculptor.model.head import Head, find_head
 from sculptor.numerics.divergence import divergence
+from sculptor.numerics.el2n import error_norms
 from sculptor.numerics.entropy import entropy_weights
 
 # Makes a model compute with its base's weights for as long as it is entered.
@@ -134,6 +135,15 @@ def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generat
 def predictions(model: Any, batch: Batch, kind: Kind) -> Tensor:
     """Logits (tokens with loss, vocabulary) of a batch that is on the model's device, row by row."""
     return _predict(model, batch, kind)[1]
+
+
+def row_errors(model: Any, batch: Batch, kind: Kind) -> Tensor:
+    """Mean over the tokens with loss of each row (B,) of ||p - y|| (`numerics.el2n`); 0 where it has none."""
+    _, logits, wanted = _predict(model, batch, kind)
+    counts = wanted.sum(dim=1)
+    norms = error_norms(logits, _read_labels(batch, kind)[wanted])
+    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return norms.new_zeros(len(counts)).index_add(0, rows, norms) / counts.clamp(min=1)
 
 
 def _read_labels(batch: Batch, kind: Kind) -> Tensor:

@@ -1,11 +1,12 @@
 """Pictures: an archive's spectra and preserved share, a continual run's matrix. Needs matplotlib (extra `plot`)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import Archive
 from sculptor.benchmark.results import ContinualReport
-from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.staging import check_apart, writing
 from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.rule import Directed
@@ -23,16 +24,17 @@ def require_matplotlib() -> None:
         raise SettingsError(f"--plot needs matplotlib: {extra('plot')}") from None
 
 
-def check_picture(path: Path, overwrite: bool) -> None:
-    """Refuses a picture file that exists or is of no known format, before any work.
+def check_picture(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Refuses a picture file that exists, lies in one of the inputs or is of no known format, before any work.
 
     Raises:
-        OutputError: if it exists.
+        OutputError: if it exists, or lies there.
         SettingsError: if matplotlib does not know the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    check_apart(path.resolve(), filter(None, inputs))
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; choose another --plot or pass --overwrite")
     if path.suffix.lstrip(".") not in FigureCanvasAgg(Figure()).get_supported_filetypes():

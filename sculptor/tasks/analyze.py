@@ -232,7 +232,7 @@ def _keep_samples(
     if settings.samples is False or (loaded.kind != "causal" and not settings.samples):
         return
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
-    content, reason = world.once(lambda: kept_samples(loaded, max_length, settings.seed, progress))
+    content, reason = world.once(lambda: kept_samples(loaded, max_length, settings.seed + 1, progress))
     if content is None and settings.samples:
         raise DataError(f"--samples: {reason}")
     if content is None:

@@ -24,16 +24,16 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
-from sculptor.model.samples import Samples
+from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.classification import check_task, head_of
 from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import grow_tokenizer
+from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
 from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
-from sculptor.training.settings import Offload, TrainSettings
+from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
 
 MEMORY_ROWS = 384
 
@@ -44,7 +44,7 @@ class TrainJob:
 
     Attributes:
         settings: resolved.
-        data: what records call them.
+        data: what records call them; `eval_data` those that choose the best parameters.
         rows_digest: of all rows, as they are in the files.
         encoded: the rows; `evaluation` those that choose the best parameters, if any.
         name: of the task.
@@ -77,6 +77,7 @@ class TrainJob:
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
     replays: tuple[Replay, ...] = ()
+    eval_data: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -152,6 +153,12 @@ def open_job(
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
     settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
+    if rows.growth is not None:
+        check_old_text(checkpoint, rows.growth, samples or read_samples(archive), settings.common_tokens, notice)
+    if settings.select_rows is not None and rows.encoded.mixture is not None:
+        raise SettingsError(
+            "--select-rows with weights of the data: a choice among rows changes their shares; give one of the two"
+        )
     replays = fill_in_samples(rows.replays, samples)
     items = as_items(data)
     job = TrainJob(
@@ -172,6 +179,7 @@ def open_job(
         ungrown=None if new_head is None else new_head[0],
         samples=samples,
         replays=replays,
+        eval_data=names_of(as_items(eval_data)),
     )
     trained = job.trained
     if replays:
@@ -245,7 +253,12 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
     rule = archive.manifest.settings.rule
     basis = f"an archive with {f'basis {method.terms.basis}' if rule == 'staircase' else f'rule {rule}'}"
     carries = carries_of(method)
-    carry = settings.carry or carries[0]
+    bayes = settings.optimizer == "bayes-adam"
+    if bayes and (measures_of(method, "open") != "nothing" or not method.defaults.scaled):
+        raise SettingsError(
+            f"--optimizer bayes-adam does not go with {basis}: its coordinates are others in every task; use staircase or mask"
+        )
+    carry = settings.carry or ("keep" if bayes else carries[0])
     if carry not in carries:
         raise SettingsError(f"--carry {carry}: {basis} goes on by {' or '.join(carries)}")
     carried = measures_of(method, "carry", carry) != "nothing"
@@ -266,6 +279,7 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
     return replace(
         settings,
         carry=carry,
+        evidence=(settings.evidence or EVIDENCE) if bayes else None,
         relative_rate=settings.relative_rate or rate,
         soften=(method.defaults.soften or 0.0) if settings.soften is None else settings.soften,
         memory_rows=(settings.memory_rows or MEMORY_ROWS) if measures else None,

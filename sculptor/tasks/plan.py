@@ -11,7 +11,7 @@ from sculptor.planning.placement import available_memory, output_bytes, plan_arc
 from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.tasks.job import TrainJob, cast_to
 from sculptor.training.settings import TrainSettings
-from sculptor.training.stepping.optimizer import optimizer_on_host
+from sculptor.training.stepping.optimizer import moments_of, optimizer_on_host
 from sculptor.world import ALONE, World
 
 
@@ -50,6 +50,7 @@ def choose_parallel(job: TrainJob, device: torch.device, world: World) -> TrainJ
 
 def _check_divided(settings: TrainSettings) -> None:
     faults = {
+        "--optimizer bayes-adam": settings.optimizer == "bayes-adam",
         "--optimizer-mode fused": settings.optimizer_mode == "fused",
         "--keep-activations": settings.checkpoint_activations is False,
     }
@@ -109,9 +110,11 @@ def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> di
         micro_batches=1,
         fused=settings.optimizer_mode == "fused",
         keep_inputs=settings.offload_inputs is False,
+        kept=len(moments_of(settings)),
         on_host=optimizer_on_host(settings, "cpu", device),
         num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())) + _num_new(job),
-        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings)),
+        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings))
+        + 4.0 * job.archive.num_free * (settings.optimizer == "bayes-adam"),
         saves=-(-steps // settings.steps_between_saves(steps)),
         evaluates=job.evaluation is not None,
         row=longest,

@@ -34,7 +34,10 @@ from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_
 from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
+from sculptor.tasks.precision import SECTION as PRECISION
+from sculptor.tasks.precision import load_precision
 from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
+from sculptor.tasks.selection import select_rows
 from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.base import BaseWeights
@@ -49,6 +52,7 @@ from sculptor.world import World, here
 # Settings that decide how a run is done, not what comes out.
 _SPLIT = ("micro_batch_size",)
 _HOW = (
+    "common_tokens",
     "save_every",
     "offload",
     "parallel",
@@ -209,6 +213,10 @@ def _train(
         )  # fmt: skip
         trackers = None
         try:
+            if job.settings.select_rows is not None:
+                job = select_rows(job, loaded, progress, notice, world)
+            if job.settings.optimizer == "bayes-adam":
+                load_precision(job.archive, updates)
             trackers = Trackers(report_to, output, asdict(job.settings), device) if report_to else None
             trained = job.trained
             loop = TrainingLoop(
@@ -315,13 +323,16 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    if trained.mixture is not None:
-        settings["mixture"] = asdict(trained.mixture)
-    samples = job.archive.manifest.sections.get(SECTION)
+    settings["mixture"] = None if trained.mixture is None else asdict(trained.mixture)
+    settings["eval_data"] = None if job.evaluation is None else f"{len(job.evaluation.examples)} rows"
+    sections = job.archive.manifest.sections
+    parts = {"samples": sections.get(SECTION)}
+    if job.settings.optimizer == "bayes-adam":
+        parts["precision"] = sections.get(PRECISION)
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": job.archive.identity,
-        "samples": None if samples is None else samples.sha256,
+        **{name: None if part is None else part.sha256 for name, part in parts.items()},
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],

@@ -17,7 +17,7 @@ from sculptor.streaming.regions import Region
 from sculptor.streaming.weights import TensorFiles
 from sculptor.training.coordinates import folded_weight
 from sculptor.training.schedule import RateOf
-from sculptor.training.stepping.optimizer import MOMENTS, set_rates
+from sculptor.training.stepping.optimizer import set_rates
 
 
 class Stage(Enum):
@@ -46,7 +46,7 @@ class StreamedMatrix:
         bases: which of the block's bases its rule's tensors are.
         keys: the names of its coordinates A, as they are saved.
         coordinates: A, holding nothing while they wait.
-        optimizer: AdamW over them alone.
+        optimizer: AdamW over them alone; `moments` what it keeps of each number.
         state: of A and its moments, as they lie together in the block's state, from byte `state_start` on.
         gradients: of the gradients of A, from byte `gradient_start` of the block's on.
         pristine: W0 as the checkpoint stores it, from byte `pristine_start` of the block's on.
@@ -61,6 +61,7 @@ class StreamedMatrix:
     keys: list[str]
     coordinates: list[nn.Parameter]
     optimizer: torch.optim.AdamW
+    moments: tuple[str, ...]
     state: Layout
     gradients: Layout
     pristine: Layout
@@ -77,7 +78,7 @@ class StreamedMatrix:
     @property
     def num_coordinate_bytes(self) -> int:
         """Of A, which comes first in the state."""
-        return self.state[self.keys[0] + "." + MOMENTS[0]].start
+        return self.state[self.keys[0] + "." + self.moments[0]].start
 
     def num_bytes(self, stepping: bool) -> int:
         """What an update on the device brings there: to fold A and the pristine weight, to step moments and gradients too."""
@@ -130,13 +131,13 @@ class StreamedMatrix:
             kept = self.optimizer.state[a]
             if "step" not in kept:
                 kept["step"] = torch.zeros((), dtype=torch.float32, device=a.device)
-            kept |= {moment: views[f"{key}.{moment}"] for moment in MOMENTS}
+            kept |= {moment: views[f"{key}.{moment}"] for moment in self.moments}
         set_rates(self.optimizer, rate_of)
         self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # as GradScaler has it: no passage of its own
         self.optimizer.step()
         for a in self.coordinates:
             a.data, a.grad = a.data.new_empty(0), None
-            for moment in MOMENTS:
+            for moment in self.moments:
                 del self.optimizer.state[a][moment]
 
     def store_state(self, block: "StreamedBlock", memory: Tensor) -> None:
@@ -211,7 +212,7 @@ class StreamedBlock:
                 if not optimizer or f"{key}.step" not in saved:  # no gradient ever reached it
                     continue
                 matrix.optimizer.state[a]["step"] = saved[f"{key}.step"].to(a.device)
-                for moment in MOMENTS:
+                for moment in matrix.moments:
                     self._write(f"{key}.{moment}", saved[f"{key}.{moment}"])
 
     def _write(self, name: str, value: Tensor) -> None:

@@ -18,7 +18,7 @@ from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import StreamedBlock, StreamedMatrix
 from sculptor.training.stepping.gradients import GradientSource
-from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer
+from sculptor.training.stepping.optimizer import Group, make_optimizer, moments_of
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,9 +51,12 @@ def prepare_blocks(
     peaks: Peaks,
     settings: TrainSettings,
     optimizer_device: torch.device,
+    num_trained: int,
     tick: Callable[[int], object],
 ) -> PreparedBlocks:
     """All that an archive leaves something free of; `parameters` are those of its matrices, `tick` is called after each block.
+
+    `num_trained` are all numbers that are trained.
 
     Raises:
         CapacityError: if there are none.
@@ -70,7 +73,7 @@ def prepare_blocks(
         if names:
             trained[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
         if mine:
-            blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device)
+            blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device, num_trained)
         held_by |= dict.fromkeys(names, i)
         tick(1)
     check_all_held(archive, held_by)
@@ -90,6 +93,7 @@ def prepare_block(
     peaks: Peaks,
     settings: TrainSettings,
     optimizer_device: torch.device,
+    num_trained: int,
 ) -> StreamedBlock:
     """Reads the bases of a block and makes room for everything else; coordinates begin at 0.
 
@@ -101,11 +105,13 @@ def prepare_block(
         peaks: learning rates.
         settings: resolved settings.
         optimizer_device: where AdamW runs.
+        num_trained: how many numbers are trained in all blocks, and openly.
 
     Raises:
         ArchiveError: if a basis is damaged.
         MemoryError: if the host does not give enough memory.
     """
+    moments = moments_of(settings)
     known: dict[Any, Any] = {}
     unique: dict[int, tuple[str, Tensor]] = {}  # a basis that several matrices read is there once
     matrices = []
@@ -131,10 +137,11 @@ def prepare_block(
                 prepared.fingerprint,
                 keys,
                 coordinates,
-                make_optimizer([group], optimizer_device),
+                make_optimizer([group], optimizer_device, settings, num_trained),
+                moments,
                 state=Layout(
                     (key + suffix, dtype, shape)
-                    for suffix in ("", *("." + moment for moment in MOMENTS))
+                    for suffix in ("", *("." + moment for moment in moments))
                     for key, dtype, shape in entries
                 ),
                 gradients=Layout(entries),

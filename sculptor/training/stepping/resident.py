@@ -85,8 +85,9 @@ class ResidentUpdates(Updates):
         self.extra = parameters.extra
         self.settings = settings
         self.world = world
-        self.optimizer = make_optimizer(parameters.groups(peaks, settings.weight_decay), device)
         self._named = parameters.named()
+        groups = parameters.groups(peaks, settings.weight_decay)
+        self.optimizer = make_optimizer(groups, device, settings, self.num_trainable)
         self._coordinates = {
             matrix.coordinates.name: matrix.coordinates for block in parameters.blocks for matrix in block.matrices
         }

@@ -83,13 +83,15 @@ class StreamedUpdates(Updates, Observer):
         self.extra = dict(extra)
         values = list(self.extra.values())
         groups = extra_groups(self.extra, peaks.extra)
-        self._extra_optimizer = make_optimizer(groups, self.device) if groups else None
+        num_trained = archive.num_free + sum(value.numel() for value in values)
+        self._extra_optimizer = make_optimizer(groups, self.device, settings, num_trained) if groups else None
         owners = stream.weights.owners
         self.world = ALONE if owners is None else owners.world
         on_host = optimizer_on_host(settings, stream.weights.scratch.tier, self.device)
         where = torch.device("cpu") if on_host else self.device
         self._resident = [p for p in model.parameters() if p.numel() and not any(p is value for value in values)]
-        found = prepare_blocks(stream, archive, find_parameters(model, archive), peaks, settings, where, tick)
+        places = find_parameters(model, archive)
+        found = prepare_blocks(stream, archive, places, peaks, settings, where, num_trained, tick)
         self.blocks, self._trained, self.owners = dict(found.blocks), found.trained, found.owners
         self._num_coordinates = found.num_coordinates
         self._matrices = {matrix.name: matrix for block in self.blocks.values() for matrix in block.matrices}

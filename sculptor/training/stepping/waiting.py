@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.training.stepping.block import StreamedBlock
-from sculptor.training.stepping.optimizer import MOMENTS, load_state, with_state
+from sculptor.training.stepping.optimizer import load_state, with_state
 from sculptor.training.stepping.updates import LazyTensors, tensors_of
 
 
@@ -62,7 +62,7 @@ class WaitingState:
                     if "step" not in matrix.optimizer.state[a]:
                         continue
                     small[f"{key}.step"] = matrix.optimizer.state[a]["step"]
-                    for moment in MOMENTS:
+                    for moment in matrix.moments:
                         moments[f"{key}.{moment}"] = key, f".{moment}"
                         entries[f"{key}.{moment}"] = entries[key]
         others = tensors_of(small)
