@@ -9,7 +9,7 @@ from sculptor.checkpoint.staging import partial_path
 from sculptor.data.rows import Data, as_items, names_of
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds
-from sculptor.methods.settings import SELF, AnalyzeSettings
+from sculptor.methods.settings import SELF, AnalyzeSettings, Basis
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.job import open_base
@@ -32,6 +32,7 @@ def analyze_first(
     progress: Progress,
     notice: Callable[[str], object],
     rules: Kinds | None,
+    basis: Basis | None = None,
 ) -> None:
     """Writes `analyzed/` into a staging directory, unless it is there.
 
@@ -43,13 +44,14 @@ def analyze_first(
         progress: makes progress bars.
         notice: told what was chosen.
         rules: kinds of rules beside sculptor's own.
+        basis: what is protected [default: as `analyze` chooses].
 
     Raises:
         SculptorError: if the model cannot be analyzed, or what is there was made of other data.
     """
     path, items = staged / ANALYZED_NAME, as_items(data)
     asked = AnalyzeSettings(
-        device=settings.device, seed=settings.seed, attn_implementation=settings.attn_implementation
+        basis=basis, device=settings.device, seed=settings.seed, attn_implementation=settings.attn_implementation
     )
     if not items:
         check_samples(model)
