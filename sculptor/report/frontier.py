@@ -11,7 +11,7 @@ _MAX_TEXT = 14
 def frontier_text(found: Frontier) -> str:
     """What `sculptor frontier` prints."""
     rows = [
-        [f"{i}. {point.name}", *values]
+        [f"{i}. {point.name}", *values[:-1]]
         for i, (point, values) in enumerate(zip(found.points, frontier_rows(found), strict=True), 1)
     ]
     return "\n".join(
