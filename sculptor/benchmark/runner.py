@@ -15,21 +15,12 @@ from typing import Any
 
 from sculptor import __version__
 from sculptor.archive.store import Archive
-from sculptor.benchmark.adapters import require_peft, train_adapter
-from sculptor.benchmark.contenders import (
-    OF_MOMENTS,
-    SHRUNK,
-    analysis_of,
-    check_contender,
-    data_of,
-    settings_of,
-    shrink,
-    update_norm,
-    whole_path,
-)
+from sculptor.benchmark.adapters import require_peft
+from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, update_norm
 from sculptor.benchmark.crispedit import KIND as CRISPEDIT
 from sculptor.benchmark.inputs import read_inputs
-from sculptor.benchmark.plan import CONTENDERS, RULES_OF, Contender, Plan, PlannedTask, Split, read_plan
+from sculptor.benchmark.learning import Learning
+from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import (
     ContinualReport,
     Scores,
@@ -43,7 +34,7 @@ from sculptor.benchmark.results import (
 from sculptor.benchmark.stages import SAMPLES_NAME, draw_once, measure_stage
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.checkpoint.staging import commit, partial_path, write_json, writing
+from sculptor.checkpoint.staging import commit, write_json, writing
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.data.rows import local_files
@@ -51,11 +42,9 @@ from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze import analyze
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.readme import write_readme
-from sculptor.tasks.train import train
 from sculptor.validation import read_file, read_json
 from sculptor.world import World
 
@@ -182,6 +171,7 @@ class _Run:
         self.progress = progress
         self.notice = notice
         self.stop = stop
+        self.learning = Learning(plan, method, partial, progress, notice, stop, self.rules, world)
         self.inputs = read_inputs(plan, split)  # before the first task is trained
         own = {"method": method, "split": split, "version": __version__, "evaluated rows": self.inputs.evaluated_digest}
         own |= {
@@ -205,14 +195,15 @@ class _Run:
             target = self.partial / f"{i:02d}-{name}"
             if i >= len(self.stages):
                 started = time.perf_counter()
-                self._train(task, model, archive, target)
-                archive_bytes = Archive(target / "subspaces", rules=self.rules).num_bytes if self._carries else None
+                self.learning.learn(task, model, archive, target)
+                carries = self.learning.carries
+                archive_bytes = Archive(target / "subspaces", rules=self.rules).num_bytes if carries else None
                 self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started, model)
                 bar.update(1)
             if i > 1:
                 before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
                 self.world.once(functools.partial(remove, before))
-            model, archive = str(target), target / "subspaces" if self._carries else None
+            model, archive = str(target), target / "subspaces" if self.learning.carries else None
         bar.close()
         self.world.once(lambda: self._keep_last(Path(model)))
         return self.stages
@@ -224,10 +215,6 @@ class _Run:
             with writing(self.partial / "model"):
                 model.rename(self.partial / "model")
 
-    @property
-    def _carries(self) -> bool:
-        return self.method in ("sculptor", "random", "crispedit", *RULES_OF)
-
     def _trainings(self) -> list[tuple[str, PlannedTask]]:
         """Name and task of every training."""
         tasks = self.plan.tasks
@@ -236,62 +223,6 @@ class _Run:
         files = tuple(file for task in tasks for file in task.data)
         together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=())
         return [("joint", together)]
-
-    def _first_archive(self, model: str) -> Path:
-        """The archive of the base, or one that frees everything."""
-        path = self.partial / "archive"
-        if not self._carries:
-            self.world.once(lambda: remove(path))  # of the task before
-        if not self.world.once(path.exists):
-            analyze(
-                model,
-                path,
-                analysis_of(self.plan, self.method),
-                offload=self.plan.train.offload,
-                resume=True,
-                progress=self.progress,
-                rules=self.rules,
-            )
-        return path
-
-    def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
-        if self.world.once(target.is_dir):  # complete; the run was killed before it was evaluated
-            for left in (partial_path(target), whole_path(target)):
-                self.world.once(functools.partial(remove, left))
-            return
-        if self.method in ("lora", "olora", "osf"):
-            train_adapter(
-                model,
-                task.data,
-                target,
-                self.plan.train_settings(task),
-                self.plan.adapter,
-                self.method,
-                progress=self.progress,
-                stop=self.stop,
-            )
-            return
-        trained = whole_path(target) if self.method in SHRUNK else target
-        if not self.world.once(trained.is_dir):  # else the run was killed after it
-            self._train_inside(task, model, archive, trained)
-        if trained != target:
-            self.world.once(lambda: shrink(self.plan, self.method, task.name, model, trained, target, self.progress))
-            self.world.once(functools.partial(remove, trained))
-
-    def _train_inside(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
-        """By an archive, if only one that protects nothing."""
-        train(
-            model,
-            archive or self._first_archive(model),
-            data_of(self.plan, self.method, task),
-            target,
-            settings_of(self.plan, self.method, task),
-            resume=True,
-            progress=self.progress,
-            notice=lambda text: self.notice(f"{task.name}: {text}"),
-            stop=self.stop,
-            rules=self.rules,
-        )
 
     def _finish_stage(
         self, name: str, model: str, archive_bytes: int | None, seconds: float, before: str | None = None

@@ -27,6 +27,9 @@ SECTION = "samples"
 SUFFIX = ".safetensors"
 # Some 128 sequences and two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
 TOKENS = 8192
+# On a CPU, where sampling takes as long as the rest of an analysis: tokens times parameters, and the fewest tokens.
+_CPU_WORK = 4e11
+_CPU_TOKENS = 2048
 LENGTH = 64
 KEPT = 64
 ROWS = 8  # at a time, when they are measured
@@ -76,7 +79,7 @@ def draw_samples(
     """
     examples = sample_examples(
         loaded,
-        TOKENS,
+        tokens_to_draw(loaded),
         min(LENGTH, max_length),
         chat=bool(loaded.tokenizer.chat_template),
         seed=seed,
@@ -86,6 +89,14 @@ def draw_samples(
     if len(examples) < 2:
         raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")
     return describe(loaded, examples, kept)
+
+
+def tokens_to_draw(loaded: LoadedModel) -> int:
+    """How many tokens of samples are kept of a model: as many as its device draws in a minute or two."""
+    if loaded.device.type != "cpu":
+        return TOKENS
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return min(TOKENS, max(_CPU_TOKENS, int(_CPU_WORK / size)))
 
 
 @torch.no_grad()

@@ -174,7 +174,7 @@ class _Finish:
             matrices={name: self.reports[name] for name in job.archive},
             new_tokens=job.growth.tokens if job.growth else (),
         )
-        self.archive.finish(report.num_examples, result.steps, report.opened)
+        self.archive.finish(report.num_examples, result.steps, self.updates, report.opened)
         analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
         record = training_record(job, report, previous.lineage, self.saved, analyzed=analyzed)
         write_json(self.staged / RECORD_NAME, record)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 from huggingface_hub import metadata_load
+from plans import two_tasks
 from safetensors.torch import load_file
 
 from sculptor import Archive
@@ -26,41 +27,14 @@ from sculptor.model.protected import read_protected
 from sculptor.model.samples import draw_samples, read_samples
 from sculptor.progress import Bar, silent
 
-PLAN = """
-model = "base"
-watch = ["general.jsonl"]
-
-[analyze]
-basis = "curvature"
-data = ["general.jsonl"]
-budget = 0.7
-device = "cpu"
-
-[train]
-max_steps = 3
-batch_size = 8
-learning_rate = 1e-2
-save_every = 1
-device = "cpu"
-
-[evaluate]
-exact_match = false
-
-[adapter]
-rank = 2
-alpha = 4
-
-[[tasks]]
-name = "first"
-data = ["first.jsonl"]
-test = ["first-test.jsonl"]
-validation = ["second-test.jsonl"]
-
-[[tasks]]
-name = "second"
-data = ["second.jsonl"]
-test = ["second-test.jsonl"]
-"""
+COVERS = ["sculptor.benchmark.stages", "sculptor.report.continual"]
+PLAN = two_tasks(
+    watch=["general.jsonl"],
+    held_out=True,
+    analyze={"basis": "curvature", "data": ["general.jsonl"], "budget": 0.7},
+    train={"max_steps": 3, "batch_size": 8, "learning_rate": 1e-2, "save_every": 1},
+    adapter={"rank": 2, "alpha": 4},
+)
 
 
 @pytest.fixture

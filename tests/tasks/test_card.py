@@ -18,6 +18,8 @@ from sculptor.evaluation.refusals import PHRASES, is_refusal
 from sculptor.evaluation.series import Series, change
 from sculptor.tasks.card_report import parse_threshold
 
+COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.tasks.card_report", "sculptor.tasks.measures"]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

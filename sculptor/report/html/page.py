@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sculptor import __version__
 from sculptor.checkpoint.directory import published_name
-from sculptor.checkpoint.staging import partial_path, writing
+from sculptor.checkpoint.staging import check_apart, partial_path, writing
 from sculptor.errors import OutputError, SettingsError
 from sculptor.report.html.style import STYLE
 from sculptor.tasks.readme import is_hub_name
@@ -132,18 +132,22 @@ def listed(items: Sequence[str]) -> Markup:
     return element("ul", [element("li", item) for item in items])
 
 
-def check_page(path: Path, overwrite: bool, output: Path | None = None) -> None:
+def check_page(
+    path: Path, overwrite: bool, output: Path | None = None, inputs: Iterable[str | Path | None] = ()
+) -> None:
     """Refuses a place where a page could not be written, before any work.
 
     Args:
         path: the file.
         overwrite: allow one that exists.
         output: the directory that the command makes; it holds a model, and nothing else.
+        inputs: what the command reads; a page lies in none of it.
 
     Raises:
         SettingsError: if the name is not that of a page.
-        OutputError: if it exists, or has no folder.
+        OutputError: if it exists, has no folder, or lies in an input.
     """
+    check_apart(path.resolve(), filter(None, inputs))
     if path.suffix.lower() not in _SUFFIXES:
         raise SettingsError(f"--html {path}: expected a name that ends in .html")
     if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
