@@ -50,6 +50,8 @@ def _trained_digest(plan: Plan) -> str:
     analysis = plan.analyze
     calibrated = [item for item in analysis.data if not is_self(item)]
     sources = read_sources(calibrated, analysis.max_rows, analysis.columns, mixed=True)
+    if analysis.protected:
+        sources += read_sources([*analysis.protected.values()], analysis.max_rows, analysis.columns, mixed=True)
     for task in plan.tasks:
         settings = plan.train_settings(task)
         sources += read_sources(task.data, settings.max_rows, settings.columns)
