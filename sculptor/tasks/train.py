@@ -34,7 +34,7 @@ from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import choose_parallel, plans_of, split_steps
 from sculptor.tasks.processes import check_alike, join, on_this_machine, staged_together
-from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
+from sculptor.tasks.trackers import Tracker, Trackers, check_folder, check_trackers
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.base import BaseWeights
 from sculptor.training.harm import HarmControl
@@ -163,6 +163,9 @@ def train(
         notice(reason)
     job = replace(job, settings=placed, placement=reason)
     read += [job.checkpoint.path, *([] if given is None else [given])]
+    if report_to:
+        with world.together():
+            check_folder(output, read)
     with staged(inputs=read, resume=resume) as partial:
         scratch = partial / "scratch"
         job = _grown(job, partial, progress, world)
