@@ -23,6 +23,8 @@ from sculptor.model.samples import read_samples
 from sculptor.report.html.verify import verify_page
 from sculptor.report.text import train_text
 from sculptor.report.verify import verify_text
+from sculptor.tasks.job import open_base, read_task
+from sculptor.tasks.new_tokens import read_tokens
 
 TOKENS = ("<call>", "</call>", "münze")
 SETTINGS = TrainSettings(max_steps=6, batch_size=8, relative_rate=0.05, device="cpu", add_tokens=TOKENS)
@@ -325,6 +327,22 @@ def test_embeddings_that_are_trained_as_a_whole_have_the_rows_too(made: Path, tm
     train(made / "exact", made / "exact-archive", [made / "rows.jsonl"], tmp_path / "out", settings)
     found = verify(made / "exact", tmp_path / "out", made / "exact-archive", device="cpu")
     assert (found.passed, found.also_trained, found.new_tokens) == (True, (EMBEDDING,), TOKENS)
+
+
+def test_files_of_tokens_are_read_as_they_are_meant(made: Path, tmp_path: Path) -> None:
+    """What an editor leaves is no part of a token; one that no row has is named."""
+    file, told = tmp_path / "tokens.txt", []
+    file.write_bytes("\ufeff<call>\n\n</call>\n<x>\n".encode())
+    settings = replace(SETTINGS, add_tokens=(str(file),))
+    found = read_task(*open_base(made / "exact"), [made / "rows.jsonl"], (), settings, told.append)
+    assert found.growth is not None
+    assert found.growth.tokens == ("<call>", "</call>", "<x>")
+    assert told == ["--add-tokens: no row has '<x>', so what they begin as stays"]
+    file.write_bytes(b"<a>\r\n<b>\r\n")
+    assert read_tokens((str(file),)) == ["<a>", "<b>"]
+    file.write_bytes(b"<a>\n<b> \n")
+    with pytest.raises(DataError, match=r"line 2: '<b> ' has white space at its end"):
+        read_tokens((str(file),))
 
 
 def test_a_plan_of_several_tasks_takes_none(made: Path, tmp_path: Path) -> None:
