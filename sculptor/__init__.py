@@ -27,11 +27,13 @@ _HOMES = {
     "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
     "analyze": "sculptor.tasks.analyze",
+    "card": "sculptor.tasks.card",
     "chat": "sculptor.tasks.chat",
     "continual": "sculptor.benchmark.runner",
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
+    "frontier": "sculptor.benchmark.frontier",
     "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
@@ -62,12 +64,14 @@ __all__ = [
     "TrainSettings",
     "__version__",
     "analyze",
+    "card",
     "chat",
     "continual",
     "convert",
     "edit",
     "estimate",
     "evaluate",
+    "frontier",
     "harm",
     "inspect",
     "merge",
@@ -84,6 +88,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sculptor.archive.store import Archive
+    from sculptor.benchmark.frontier import frontier
     from sculptor.benchmark.runner import continual
     from sculptor.edits.settings import Choose, Interpolate, Lines, Project, Prune, Threshold
     from sculptor.errors import SculptorError
@@ -93,6 +98,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.adapter import merge_adapter
     from sculptor.tasks.analyze import analyze
     from sculptor.tasks.callback import SculptorCallback
+    from sculptor.tasks.card import card
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview

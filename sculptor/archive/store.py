@@ -79,6 +79,37 @@ class Entry:
         return self.record.rule
 
 
+class SectionTensors(Mapping[str, Tensor]):
+    """The tensors of an optional part, read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._infos, _ = read_header(path, ArchiveError)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one."""
+        return self._infos[name].shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_known(self._path, name, self._infos[name], ArchiveError)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Archive(Mapping[str, MatrixRecord]):
     """A subspace archive: records by matrix name, tensors read when asked for.
 
@@ -222,6 +253,24 @@ class Archive(Mapping[str, MatrixRecord]):
                 f"{self.path / part.file}: has changed since it was written (its digest differs); {REMEDY}"
             )
         return content
+
+    def section_tensors(self, name: str) -> SectionTensors | None:
+        """An optional part that is a file of tensors; None if the archive has none of that name.
+
+        Raises:
+            ArchiveError: if its bytes are not those that were written.
+        """
+        part = self.manifest.sections.get(name)
+        if part is None:
+            return None
+        file = self.path / part.file
+        try:
+            same = file_digest(file) == part.sha256
+        except OSError as cause:
+            raise ArchiveError(f"{file}: cannot be read ({cause.strerror}); {REMEDY}") from cause
+        if not same:
+            raise ArchiveError(f"{file}: has changed since it was written (its digest differs); {REMEDY}")
+        return SectionTensors(file)
 
     def check_capacity(self) -> None:
         """Checks that something may change.

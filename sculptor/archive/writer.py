@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
-from sculptor.archive.store import MANIFEST_NAME, Archive
+from sculptor.archive.store import MANIFEST_NAME, Archive, file_digest
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, dtype_name, read_tensor, write_tensors
@@ -152,13 +152,32 @@ class ArchiveWriter:
             (self.directory / file).write_bytes(content)
         self._sections[name] = Section(file, len(content), hashlib.sha256(content).hexdigest())
 
-    def keep_sections(self, archive: Archive) -> None:
-        """Takes the optional parts of another archive, byte for byte.
+    def add_tensors(
+        self, name: str, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], Tensor]
+    ) -> None:
+        """Takes an optional part that is a file of tensors, one of which is in memory at a time.
+
+        Args:
+            name: of the part.
+            entries: dtype and shape of every tensor.
+            read: gives one, on the CPU.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        file = self.directory / f"{name}.safetensors"
+        write_tensors(file, [(key, *entry) for key, entry in entries.items()], read, {"format": "pt"})
+        self._sections[name] = Section(file.name, file.stat().st_size, file_digest(file))
+
+    def keep_sections(self, archive: Archive, without: Collection[str] = ()) -> None:
+        """Takes the optional parts of another archive, byte for byte, `without` some.
 
         Raises:
             ArchiveError: if they have changed since they were written.
         """
         for name, part in archive.manifest.sections.items():
+            if name in without:
+                continue
             content = archive.section(name)
             assert content is not None
             self.add_section(name, content, Path(part.file).suffix)

@@ -80,6 +80,8 @@ def train_adapter(
         for option, given in (
             ("relative_rate", settings.relative_rate),
             ("weight_decay", settings.weight_decay),
+            ("optimizer", settings.optimizer != "adamw"),
+            ("select_rows", settings.select_rows),
             ("also_train", settings.also_train),
             ("offload", settings.offload in ("cpu", "disk")),
             ("parallel", settings.parallel != "auto"),

@@ -4,34 +4,34 @@ Plain fine-tuning with one measure against forgetting each, on the rows and step
 
 * replay: a share of every epoch are rows of all earlier tasks;
 * l2: the update is pulled towards 0 in every step, W towards where the task began: A <- A - rate * decay * A;
+* kl: weight * KL(base || new) on the rows' own tokens is added to the loss, the base being where the task began;
 * eaft: each token's loss is weighted by the entropy of the prediction (`numerics/entropy.py`);
 * interpolate: of what a task changed, a share stays: W <- W0 + keep (W - W0) (WiSE-FT, arXiv 2109.01903);
-* rescaled: the same, with the share that leaves an update of the norm that another run's had, at most all of it.
+* lines: the same, more in deep blocks, all in the last (LiNeS, arXiv 2410.17146);
+* rescaled: the same as interpolate, with the share that leaves an update of the norm that another run's had, at most all of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue
-
+from sculptor.benchmark.finished import read_finished
 from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.mixture import Mixture
 from sculptor.data.rows import check_weights, read_sources
-from sculptor.edits.settings import Interpolate
-from sculptor.errors import DataError, SettingsError
+from sculptor.edits.settings import Interpolate, Lines
+from sculptor.errors import SettingsError
 from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
 from sculptor.progress import Progress
 from sculptor.tasks.edit import edit
 from sculptor.training.settings import TrainSettings
-from sculptor.validation import STRICT, Name, NotNegative, read_file, read_json
 
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
-SHRUNK = ("interpolate", "rescaled")
+SHRUNK = ("interpolate", "lines", "rescaled")
 _PIECE = 8192  # rows of a large tensor that are read at once
 
 
@@ -55,12 +55,23 @@ def check_contender(plan: Plan, method: Contender) -> None:
     Raises:
         SettingsError: saying why.
     """
-    if method in ("joint", "replay") and len({task.columns for task in plan.tasks}) > 1:
+    if method in ("joint", "replay", "esacl") and len({task.columns for task in plan.tasks}) > 1:
         raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
     if method == "l2" and plan.train.weight_decay:
         raise SettingsError("[train] weight_decay without effect with --method l2: [adapter] decay is what it takes")
+    if method == "kl" and plan.train.kl_weight is not None:
+        raise SettingsError("[train] kl_weight without effect with --method kl: [adapter] kl is what it takes")
+    if method == "kl" and not plan.adapter.kl:
+        raise SettingsError("--method kl with [adapter] kl 0 is plain fine-tuning: use --method full")
     if method == "eaft" and plan.train.token_weights != "same":
         raise SettingsError("[train] token_weights without effect with --method eaft, which is entropy; leave it out")
+    idle = [
+        name for name in ("optimizer", "evidence", "select_rows") if getattr(plan.train, name) not in (None, "adamw")
+    ]
+    if method in ("bayes-adam", "esacl") and idle:
+        raise SettingsError(
+            f"[train] {', '.join(idle)} without effect with --method {method}: [adapter] says it; leave it out"
+        )
     if method == "rescaled":
         norms_of(plan)
 
@@ -75,16 +86,24 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
     changes: dict[str, Any] = dict.fromkeys(OF_MOMENTS) | {"carry": plain}
     if method == "l2":
         changes["weight_decay"] = plan.adapter.decay
+    if method == "kl":
+        changes["kl_weight"] = plan.adapter.kl
     if method == "eaft":
         changes["token_weights"] = "entropy"
+    if method == "orthsr" and plan.adapter.kl:
+        changes["kl_weight"] = settings.kl_weight or plan.adapter.kl
+    if method == "bayes-adam":
+        changes |= {"optimizer": "bayes-adam", "evidence": plan.adapter.evidence, "carry": "keep"}
+    if method == "esacl":
+        changes |= {"carry": None, "select_rows": plan.adapter.select if plan.adapter.select < 1 else None}
     if method == "replay":
-        changes["max_steps"] = _steps(settings, task)
+        changes["max_steps"] = planned_steps(settings, task)
     changed: TrainSettings = replace(settings, **changes)
     return changed
 
 
-def _steps(settings: TrainSettings, task: PlannedTask) -> int:
-    """Of plain fine-tuning."""
+def planned_steps(settings: TrainSettings, task: PlannedTask) -> int:
+    """Optimizer steps of a task, by plain fine-tuning."""
     sizes, weights = _sizes(settings, task), check_weights(task.data)
     rows = sum(sizes) if weights is None else Mixture(tuple(sizes), tuple(weights)).num_epoch
     return settings.total_steps(-(-rows // min(settings.batch_size, rows)))
@@ -113,11 +132,6 @@ def _weighted(settings: TrainSettings, task: PlannedTask, part: float) -> list[t
     return [(item, part * weight / sum(weights)) for item, weight in zip(task.data, weights, strict=True)]
 
 
-def whole_path(target: Path) -> Path:
-    """Where what a task changed waits until a share of it is kept."""
-    return target.with_name(f"{target.name}-whole")
-
-
 def shrink(
     plan: Plan, method: Contender, stage: str, before: str | Path, after: Path, output: Path, progress: Progress
 ) -> None:
@@ -125,7 +139,7 @@ def shrink(
 
     Args:
         plan: of the run.
-        method: interpolate or rescaled.
+        method: interpolate, lines or rescaled.
         stage: name of the task.
         before, after: checkpoints around the task.
         output: directory to write.
@@ -135,7 +149,7 @@ def shrink(
     if method == "rescaled":
         found = update_norm(open_checkpoint(before), open_checkpoint(after))
         keep = min(1.0, norms_of(plan)[stage] / found) if found else 1.0
-    share = Interpolate(alpha=keep)
+    share = Lines(alpha=keep) if method == "lines" else Interpolate(alpha=keep)
     edit(before, after, output, share, device=plan.train.device, overwrite=True, progress=progress)
 
 
@@ -152,24 +166,6 @@ def update_norm(before: Checkpoint, after: Checkpoint) -> float:
     return math.sqrt(total)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """Of a stage in continual.json, what is needed."""
-
-    name: Name
-    update: NotNegative | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """continual.json, as far as it is read here."""
-
-    stages: tuple[_Stage, ...]
-    plan: Mapping[Name, JsonValue]
-
-    __pydantic_config__ = STRICT | {"extra": "ignore"}
-
-
 def norms_of(plan: Plan) -> dict[str, float]:
     """Norms of the updates of another run of the plan's tasks, by task.
 
@@ -183,11 +179,11 @@ def norms_of(plan: Plan) -> dict[str, float]:
             "--method rescaled: [adapter] like is missing; name the output of the run whose updates' norms are wanted, say "
             "--set adapter.like=run"
         )
-    path = Path(like) / "continual.json" if Path(like).is_dir() else Path(like)
-    remedy = "name the output of a finished `sculptor continual`"
-    report = read_json(_Report, read_file(path, DataError, remedy), path, DataError, remedy)
-    norms = {stage.name: stage.update for stage in report.stages[1:] if stage.update is not None}
+    norms = {stage.name: stage.update for stage in read_finished(like).stages[1:] if stage.update is not None}
     missing = [task.name for task in plan.tasks if task.name not in norms]
     if missing:
-        raise SettingsError(f"[adapter] like: {path} has no norm of an update for task {missing[0]}; {remedy}")
+        raise SettingsError(
+            f"[adapter] like: {like} has no norm of an update for task {missing[0]}; name the output of a finished "
+            "`sculptor continual`"
+        )
     return {name: norm for name, norm in norms.items() if norm is not None}

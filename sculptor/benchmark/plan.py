@@ -15,13 +15,13 @@ from sculptor.data.reference import locate
 from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.settings import DEFAULT_BLOCK, DEFAULT_ENERGY, DEFAULT_FREE, AnalyzeSettings, is_self
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import EVIDENCE, TrainSettings
 from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, Share, Text, Texts, settings
 
 T = TypeVar("T")
 Contender = Literal[
-    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "inflora", "sara", "orthsr",
-    "lora", "olora", "osf",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "inflora", "sara",
+    "orthsr", "bayes-adam", "esacl", "mamf", "lora", "olora", "osf",
 ]  # fmt: skip
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
 # Published systems that are rules of sculptor's own, and what of [adapter] they are told.
@@ -43,6 +43,8 @@ class EvaluateSettings:
     """Rows per forward."""
     exact_match: bool = True
     """Also generate greedily and compare; takes longest."""
+    harm: bool = True
+    """Also measure KL(base || new) on what the base says by itself."""
 
 
 @settings
@@ -68,7 +70,19 @@ class AdapterSettings:
     decay: Positive = 100.0
     """l2's pull towards where the task began, as weight decay of the update."""
     keep: Share = 0.5
-    """Share of what a task changed that interpolate keeps."""
+    """Share of what a task changed that interpolate keeps, and lines in the first block and outside of blocks."""
+    kl: NotNegative = 1.0
+    """Weight of KL(base || new) in the loss of kl, and of OrthSR (0 for none), on the task's rows; the base is where it began."""
+    evidence: Positive = EVIDENCE
+    """bayes-adam's precision that a step adds, as `train --evidence`."""
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """EsaCL's share of every matrix that is pruned before a task, and trained in it."""
+    select: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """EsaCL's share of a task's rows that are trained on."""
+    episodes: AtLeastOne = 4
+    """MAMF's sub-tasks before each task, for which half of its steps are taken."""
+    ways: Annotated[int, Field(ge=2, le=2**31)] = 2
+    """Labels of a sub-task."""
     like: Text | None = None
     """Output of the run whose updates' norms rescaled takes."""
 

@@ -8,61 +8,47 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sculptor import __version__
 from sculptor.archive.store import Archive
-from sculptor.benchmark.adapters import require_peft, train_adapter
-from sculptor.benchmark.contenders import (
-    OF_MOMENTS,
-    SHRUNK,
-    analysis_of,
-    check_contender,
-    data_of,
-    settings_of,
-    shrink,
-    update_norm,
-    whole_path,
-)
+from sculptor.benchmark.adapters import require_peft
+from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, update_norm
 from sculptor.benchmark.inputs import read_inputs
-from sculptor.benchmark.plan import CONTENDERS, RULES_OF, Contender, Plan, PlannedTask, Split, read_plan
+from sculptor.benchmark.learning import Learning
+from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import (
     ContinualReport,
     Scores,
     Stage,
-    TaskScore,
-    continual_card,
+    continual_readme,
     different,
     plain,
     published,
     report_of,
 )
+from sculptor.benchmark.stages import SAMPLES_NAME, draw_once, measure_stage
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.checkpoint.staging import commit, partial_path, write_json, writing
+from sculptor.checkpoint.staging import commit, write_json, writing
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
-from sculptor.data.rows import Row, local_files
+from sculptor.data.rows import local_files
 from sculptor.errors import OutputError, SettingsError
-from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze import analyze
-from sculptor.tasks.card import write_card
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
-from sculptor.tasks.train import train
+from sculptor.tasks.readme import write_readme
 from sculptor.validation import read_file, read_json
 from sculptor.world import World
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "continual.json"
-# Settings of training that only archives with moments, and so only our own method, have a use for.
-_OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
 
 
 def continual(
@@ -141,7 +127,7 @@ def continual(
 def _place(
     report: ContinualReport, plan: Plan, key: Mapping[str, Any], partial: Path, output: Path, overwrite: bool
 ) -> None:
-    write_card(partial / "model", continual_card(plan, report))
+    write_readme(partial / "model", continual_readme(plan, report))
     made_by = {"created_by": f"sculptor {__version__}"}
     write_json(
         partial / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name}
@@ -149,7 +135,8 @@ def _place(
     write_json(partial / "sculptor.json", made_by | {"command": "continual"})
     commit(partial, output, overwrite=overwrite)
     with suppress(OSError):
-        (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
+        for name in (SCORES_NAME, SAMPLES_NAME):  # only now: until here a killed run could go on
+            (output / name).unlink(missing_ok=True)
 
 
 def _has_scores(partial: Path) -> bool:
@@ -179,6 +166,7 @@ class _Run:
         self.progress = progress
         self.notice = notice
         self.stop = stop
+        self.learning = Learning(plan, method, partial, progress, notice, stop, self.rules, world)
         self.inputs = read_inputs(plan, split)  # before the first task is trained
         own = {"method": method, "split": split, "version": __version__, "evaluated rows": self.inputs.evaluated_digest}
         own |= {
@@ -202,14 +190,15 @@ class _Run:
             target = self.partial / f"{i:02d}-{name}"
             if i >= len(self.stages):
                 started = time.perf_counter()
-                self._train(task, model, archive, target)
-                archive_bytes = Archive(target / "subspaces", rules=self.rules).num_bytes if self._carries else None
+                self.learning.learn(task, model, archive, target)
+                carries = self.learning.carries
+                archive_bytes = Archive(target / "subspaces", rules=self.rules).num_bytes if carries else None
                 self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started, model)
                 bar.update(1)
             if i > 1:
                 before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
                 self.world.once(functools.partial(remove, before))
-            model, archive = str(target), target / "subspaces" if self._carries else None
+            model, archive = str(target), target / "subspaces" if self.learning.carries else None
         bar.close()
         self.world.once(lambda: self._keep_last(Path(model)))
         return self.stages
@@ -221,10 +210,6 @@ class _Run:
             with writing(self.partial / "model"):
                 model.rename(self.partial / "model")
 
-    @property
-    def _carries(self) -> bool:
-        return self.method in ("sculptor", "random", *RULES_OF)
-
     def _trainings(self) -> list[tuple[str, PlannedTask]]:
         """Name and task of every training."""
         tasks = self.plan.tasks
@@ -234,100 +219,23 @@ class _Run:
         together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=())
         return [("joint", together)]
 
-    def _first_archive(self, model: str) -> Path:
-        """The archive of the base, or one that frees everything."""
-        path = self.partial / "archive"
-        if not self._carries:
-            self.world.once(lambda: remove(path))  # of the task before
-        if not self.world.once(path.exists):
-            analyze(
-                model,
-                path,
-                analysis_of(self.plan, self.method),
-                offload=self.plan.train.offload,
-                resume=True,
-                progress=self.progress,
-                rules=self.rules,
-            )
-        return path
-
-    def _train(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
-        if self.world.once(target.is_dir):  # complete; the run was killed before it was evaluated
-            for left in (partial_path(target), whole_path(target)):
-                self.world.once(functools.partial(remove, left))
-            return
-        if self.method in ("lora", "olora", "osf"):
-            train_adapter(
-                model,
-                task.data,
-                target,
-                self.plan.train_settings(task),
-                self.plan.adapter,
-                self.method,
-                progress=self.progress,
-                stop=self.stop,
-            )
-            return
-        trained = whole_path(target) if self.method in SHRUNK else target
-        if not self.world.once(trained.is_dir):  # else the run was killed after it
-            self._train_inside(task, model, archive, trained)
-        if trained != target:
-            self.world.once(lambda: shrink(self.plan, self.method, task.name, model, trained, target, self.progress))
-            self.world.once(functools.partial(remove, trained))
-
-    def _train_inside(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
-        """By an archive, if only one that protects nothing."""
-        train(
-            model,
-            archive or self._first_archive(model),
-            data_of(self.plan, self.method, task),
-            target,
-            settings_of(self.plan, self.method, task),
-            resume=True,
-            progress=self.progress,
-            notice=lambda text: self.notice(f"{task.name}: {text}"),
-            stop=self.stop,
-            rules=self.rules,
-        )
-
     def _finish_stage(
         self, name: str, model: str, archive_bytes: int | None, seconds: float, before: str | None = None
     ) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
-        options = self.plan.evaluate
         device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
         with self.world.together():
             checkpoint = open_checkpoint(model)
             loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
             use_template(loaded.tokenizer, self.plan.train.chat_template)
-
-        def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
-            return evaluate_rows(
-                loaded,
-                rows,
-                labels,
-                options.max_length,
-                options.batch_size,
-                generation=Generation(exact_match=None if options.exact_match else False),
-                progress=self.progress,
-                world=self.world,
-            )
-
-        def loss_of(found: Evaluation) -> float:
-            assert found.loss is not None
-            return found.loss
-
-        scores = {}
-        for task in self.plan.tasks:
-            found = measure(self.inputs.rows[task.name], task.labels)
-            scores[task.name] = TaskScore(found.accuracy, found.exact_match, loss_of(found))
-        watched = {name: measure(rows, None) for name, rows in self.inputs.watched.items()}
-        loaded.close()
-        tokens = sum(found.num_tokens for found in watched.values())
-        total = sum(loss_of(found) * found.num_tokens for found in watched.values()) / tokens if watched else None
-        each = {text: loss_of(found) for text, found in watched.items()}
+        with closing(loaded):
+            if before is None and self.plan.evaluate.harm:
+                why = self.world.once(lambda: draw_once(loaded, self.plan, self.partial, self.progress))
+                if why:
+                    self.notice(f"harm cannot be measured: {why}")
+            found = measure_stage(loaded, self.plan, self.inputs, self.partial, self.progress, self.world)
         update = None if before is None else self.world.once(lambda: update_norm(open_checkpoint(before), checkpoint))
-        stage = Stage(name, scores, total, archive_bytes, seconds, each, update)
+        stage = Stage(name, found.scores, found.watch_loss, archive_bytes, seconds, found.watched, update, found.harm)
         self.stages.append(self.world.from_first(stage))
         noted = {"key": self.key, "stages": [asdict(stage) for stage in self.stages]}
         self.world.once(lambda: write_json(self.partial / SCORES_NAME, noted))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sculptor.checkpoint.directory import INDEX_NAME, SINGLE_NAME
 from sculptor.checkpoint.places import Place
-from sculptor.checkpoint.reader import Checkpoint, Placed
+from sculptor.checkpoint.reader import Checkpoint, Sliced
 from sculptor.checkpoint.tensors import read_header, read_known
 from sculptor.errors import CheckpointError
 from sculptor.validation import Finite, parse, read_file, read_json
@@ -173,12 +173,12 @@ class Adapter(Mapping[str, Tensor]):
             found = found + (change.T if self._is_turned(name) else change)
         return found
 
-    def finite_matrix(self, place: Placed) -> Tensor:
+    def finite_matrix(self, at: Sliced) -> Tensor:
         """As `Checkpoint.finite_matrix`, float64; what the adapter does not change is the base's."""
-        if place.tensor not in self:
-            return self.base.finite_matrix(place)
-        found = self[place.tensor]
-        return found if place.part is None else found[place.part]
+        if at.tensor not in self:
+            return self.base.finite_matrix(at)
+        found = self[at.tensor]
+        return found if at.part is None else found[at.part]
 
     def _read(self, key: str) -> Tensor:
         value = read_known(self.path / WEIGHTS_NAME, key, self.infos[key], CheckpointError).to(torch.float64)

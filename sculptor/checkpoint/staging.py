@@ -282,8 +282,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: dict[str, Any], *, allow_nan: bool = False, indent: int | None = 1) -> None:
-    """Writes JSON so that the file is either the old or the new one, never half of it; without indentation much faster."""
+    """Writes JSON as `write_bytes` does; without indentation much faster."""
+    write_bytes(path, (json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either the old or the new one, never half of it."""
     with writing(path):
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -16,7 +16,7 @@ from sculptor.methods.rule import cost_of
 from sculptor.model.loss import SLICE
 from sculptor.planning.matrices import PlannedMatrix
 from sculptor.planning.shares import Share, shares
-from sculptor.streaming.weights import STAGING_BYTES
+from sculptor.streaming.regions import STAGING_BYTES
 from sculptor.training.settings import Offload
 from sculptor.training.stepping.streamed import PART_TOKENS
 
@@ -79,7 +79,8 @@ class Workload:
     `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
     `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
     its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the
-    longest row, which is never split, `micro_rows` the most rows of a micro-batch, and `processes` how many divide the model.
+    longest row, which is never split, `micro_rows` the most rows of a micro-batch, `processes` how many divide the model,
+    and `kept` how many numbers the optimizer keeps of each that is trained.
     """
 
     tokens: int
@@ -95,6 +96,12 @@ class Workload:
     row: int = 0
     micro_rows: int = 0
     processes: int = 1
+    kept: int = 2
+
+    @property
+    def state(self) -> float:
+        """Bytes of a trained number and what the optimizer keeps of it."""
+        return 4.0 * (1 + self.kept)
 
 
 def footprints(
@@ -168,7 +175,7 @@ class _Sizes:
         self.bases = {b: self.size * sum(_basis_numbers(ms).values()) for b, ms in by_block.items()}
         self.largest = max((m.num_entries for m in matrices), default=0)
         self.ring = max(
-            (16 * m.num_free + self.file_size * m.num_entries for m in matrices),
+            (int(self.work.state + 4) * m.num_free + self.file_size * m.num_entries for m in matrices),
             default=0,
         )
         self.host_ring = max(
@@ -196,16 +203,20 @@ class _Sizes:
 
     def extra(self) -> dict[str, float]:
         """Openly trained parameters, which are on the device in any way of training: float32, gradients, AdamW."""
-        return {"openly trained": (16.0 - self.rest_size) * self.work.num_extra} if self.work.num_extra else {}
+        return (
+            {"openly trained": (self.work.state + 4 - self.rest_size) * self.work.num_extra}
+            if self.work.num_extra
+            else {}
+        )
 
     def files(self) -> dict[str, float]:
         """What any way of training needs of the disk."""
         numbers = float(self.num_coordinates + self.work.num_extra)
         best = 4 * numbers if self.work.evaluates else 0.0
         # A state goes when the next one is complete, so there are two for a while, before there is an output.
-        second = 12 * numbers * (self.work.saves > 1) + best
+        second = self.work.state * numbers * (self.work.saves > 1) + best
         found = {
-            "saved state": 12 * numbers * (self.work.saves > 0) + best,
+            "saved state": self.work.state * numbers * (self.work.saves > 0) + best,
             "second state, then output and archive": max(self.work.written, second),
         }
         return {name: size for name, size in found.items() if size}
@@ -216,9 +227,9 @@ class _Sizes:
             "weights, pristine and folded": self.size * in_matrices
             + self.rest_size * (in_matrices + self.rest_in_blocks + self.outside),
             "bases": sum(self.bases.values()),
-            "coordinates, gradients, AdamW": 16 * self.num_coordinates,
+            "coordinates, gradients, AdamW": (self.work.state + 4) * self.num_coordinates,
             "activations": self.inside * (1 if self.work.recompute else self.num_blocks) + self.inputs + self.loss,
-            "work space": RUNTIME[self.kind] + 12 * self.largest,
+            "work space": RUNTIME[self.kind] + 12 * self.largest + 4 * (self.work.kept - 2) * self.num_coordinates,
         } | self.extra()
         host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
         return Footprint("none", device, host, self.files(), self.operations_at_once, self.folding)
@@ -279,7 +290,7 @@ class _Sizes:
         waiting = {
             "weights": self.size * self.weights,
             "bases": float(sum(self.bases.values())),
-            "coordinates, gradients, AdamW": 16.0 * self.num_coordinates,
+            "coordinates, gradients, AdamW": (self.work.state + 4) * self.num_coordinates,
         }
         kept = {} if keep else {"activation checkpoints": self.inputs}
         staging = {"copies": (2.0 if tier == "cpu" else 4.0) * STAGING_BYTES[self.kind]}
@@ -290,7 +301,7 @@ class _Sizes:
         # weights of the first forward on the device. Gradients leave and come back once per micro-batch.
         exact = not self.work.fused
         gradients = 4.0 * n * micro if exact else 0.0
-        state = 12.0 * n
+        state = self.work.state * n
         loaded = (2 * micro - exact) * weights + (micro + exact) * bases + self.pristine + inputs
         loaded += 4 * n * micro if on_host else state + gradients  # A, and what is added to; the moments stay
         stored = (0 if on_host else state) + weights + gradients + inputs

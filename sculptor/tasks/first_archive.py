@@ -10,7 +10,7 @@ from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, names_of, read_sources
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds
-from sculptor.methods.settings import SELF, AnalyzeSettings, is_self
+from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, is_self
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
@@ -34,6 +34,7 @@ def analyze_first(
     progress: Progress,
     notice: Callable[[str], object],
     rules: Kinds | None,
+    basis: Basis | None = None,
 ) -> None:
     """Writes `analyzed/` into a staging directory, unless it is there.
 
@@ -45,6 +46,7 @@ def analyze_first(
         progress: makes progress bars.
         notice: told what was chosen.
         rules: kinds of rules beside sculptor's own.
+        basis: what is protected [default: as `analyze` chooses].
 
     Raises:
         SculptorError: if the model cannot be analyzed, or what is there was made of other data.
@@ -52,6 +54,7 @@ def analyze_first(
     path, items = staged / ANALYZED_NAME, as_items(data)
     template = _template_for(model, items, settings)
     asked = AnalyzeSettings(
+        basis=basis,
         device=settings.device,
         seed=settings.seed,
         attn_implementation=settings.attn_implementation,

@@ -21,6 +21,9 @@ from sculptor.model.load import LoadedModel
 from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob
+from sculptor.tasks.precision import SECTION as PRECISION_SECTION
+from sculptor.tasks.precision import write_precision
+from sculptor.training.stepping.updates import Trained
 from sculptor.world import World
 
 
@@ -124,8 +127,8 @@ class NextArchive:
         world.once(lambda: decide(self._writer, method, [*archive.manifest.source_weights, weight]))
         self.waiting = {}
 
-    def finish(self, rows: int, steps: int, opened: Sequence[str] = ()) -> None:
-        """Writes the last shard and archive.json, with the task in its history."""
+    def finish(self, rows: int, steps: int, trained: Trained, opened: Sequence[str] = ()) -> None:
+        """Writes the last shard and archive.json, with the task in its history, and how sure its optimizer was."""
         settings, manifest = self._job.settings, self._job.archive.manifest
         task = TaskRecord(
             self._job.name,
@@ -141,7 +144,11 @@ class NextArchive:
                 "relative_rate": settings.relative_rate,
             },
         )
-        self._writer.keep_sections(self._kept)
+        # Precision is of coordinates, in the bases of rules that are kept.
+        bayes = settings.optimizer == "bayes-adam"
+        self._writer.keep_sections(self._kept, {PRECISION_SECTION} if bayes or self.carry != "keep" else ())
+        if bayes:
+            write_precision(self._writer, self._kept, trained)
         self._writer.finish(replace(manifest, created_by=f"sculptor {__version__}", tasks=(*manifest.tasks, task)))
 
     def close(self) -> None:

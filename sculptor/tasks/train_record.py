@@ -16,9 +16,9 @@ from sculptor.checkpoint.records import Merge
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.data.examples import digest_examples
-from sculptor.tasks.card import Card, code, listed
 from sculptor.tasks.first_archive import ANALYZED_NAME
 from sculptor.tasks.job import TrainJob
+from sculptor.tasks.readme import Readme, code, listed
 from sculptor.tasks.record import record_head
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
@@ -85,9 +85,9 @@ def _chosen_by(job: TrainJob) -> dict[str, Any]:
     }
 
 
-def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
+def train_readme(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Readme:
     """What the model card of a run tells."""
-    return Card(
+    return Readme(
         bases=(job.base.path,),
         done=f"taught {listed(job.data)}",
         summary=f"Fine-tuned on {listed(job.data)}, only within what a subspace archive of the base leaves free: what the archive "
@@ -103,7 +103,8 @@ def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
 def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     loop = report.loop
     total = report.num_protected + job.archive.num_free
-    unit = " nats per token" if job.trainer is None else ""  # others have losses of their own
+    unit = f" nats per {'row' if job.architecture.kind == 'classifier' else 'token'}"
+    unit = unit if job.trainer is None else ""  # others have losses of their own
     best = (
         [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
     )

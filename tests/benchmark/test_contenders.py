@@ -1,8 +1,10 @@
 """Plain fine-tuning with a measure against forgetting: each against a loop of a dozen lines in float64."""
 
+import copy
 import json
 import math
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,45 +14,33 @@ import pytest
 import torch
 import transformers
 from conftest import Result, make_tokenizer, save_checkpoint, slowly, task_rows, write_rows
+from plans import two_tasks
 from safetensors.torch import load_file
 from together import together
 
 from sculptor import AnalyzeSettings, analyze, train
 from sculptor.benchmark.contenders import data_of, settings_of, update_norm
+from sculptor.benchmark.episodes import episodes_of, shorten
 from sculptor.benchmark.plan import Contender, Plan, read_plan
 from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.errors import SettingsError, Stopped
 
+COVERS = ["sculptor.benchmark.episodes", "sculptor.benchmark.learning"]
 RATE, STEPS = 1e-2, 3
-PLAN = f"""
-model = "base"
-[train]
-max_steps = {STEPS}
-batch_size = 64
-micro_batch_size = 64
-learning_rate = {RATE}
-schedule = "constant"
-warmup = 0
-clip = 0
-device = "cpu"
-[evaluate]
-exact_match = false
-[analyze]
-preserve = 0.5
-device = "cpu"
-[adapter]
-decay = 20
-replay = 0.5
-keep = 0.4
-[[tasks]]
-name = "first"
-data = ["first.jsonl"]
-test = ["first.jsonl"]
-[[tasks]]
-name = "second"
-data = ["second.jsonl"]
-test = ["second.jsonl"]
-"""
+PLAN = two_tasks(
+    train={
+        "max_steps": STEPS,
+        "batch_size": 64,
+        "micro_batch_size": 64,
+        "learning_rate": RATE,
+        "schedule": "constant",
+        "warmup": 0,
+        "clip": 0,
+    },
+    analyze={"preserve": 0.5},
+    adapter={"decay": 20, "replay": 0.5, "keep": 0.4},
+)
 Weights = dict[str, torch.Tensor]
 
 
@@ -75,7 +65,13 @@ def plan(place: Path) -> Plan:
 
 
 def reference(
-    place: Path, start: Weights, rows: list[dict[str, str]], *, decay: float = 0.0, by_entropy: bool = False
+    place: Path,
+    start: Weights,
+    rows: list[dict[str, str]],
+    *,
+    decay: float = 0.0,
+    by_entropy: bool = False,
+    kl: float = 0.0,
 ) -> Weights:
     """AdamW on the matrices of the blocks, whole batches, in float64."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(place / "base")).double()
@@ -83,6 +79,7 @@ def reference(
     model.requires_grad_(False)
     trained = {name: p.requires_grad_(True) for name, p in model.named_parameters() if "_proj" in name}
     before = {name: p.detach().clone() for name, p in trained.items()}
+    old = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     tokenizer = make_tokenizer()
     for _ in range(STEPS):
@@ -92,6 +89,10 @@ def reference(
             answer = [*tokenizer.encode(row["completion"], add_special_tokens=False), 0]
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             logs = logits.log_softmax(-1)
+            if kl:
+                seen = old(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                known = seen.log_softmax(-1).detach()
+                total = total + kl * (known.exp() * (known - logs)).sum()
             for i, token in enumerate(answer):
                 weight = 1.0
                 if by_entropy:
@@ -138,6 +139,13 @@ def test_eaft_weighs_tokens_by_entropy(place: Path, tmp_path: Path, plan: Plan, 
     assert_same_update(start, trained(place, tmp_path / "eaft", plan, "eaft"), expected)
 
 
+def test_kl_holds_predictions_near_those_of_the_base(place: Path, tmp_path: Path, plan: Plan) -> None:
+    start = weights(place / "base")
+    plan = replace(plan, adapter=replace(plan.adapter, kl=3.0))
+    expected = reference(place, start, rows_of("first"), kl=3.0)
+    assert_same_update(start, trained(place, tmp_path / "kl", plan, "kl"), expected)
+
+
 def test_l2_pulls_towards_the_base(place: Path, tmp_path: Path, plan: Plan) -> None:
     start = weights(place / "base")
     found = trained(place, tmp_path / "l2", plan, "l2")
@@ -176,6 +184,85 @@ def test_interpolate_keeps_a_share_of_every_task(place: Path, tmp_path: Path, cl
     ]  # fmt: skip
     assert report["stages"][0]["update"] is None
     assert report["stages"][1]["update"] > 0
+
+
+@pytest.mark.slow
+def test_lines_keeps_more_of_deep_blocks(place: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    run(cli, place, tmp_path / "out", "--method", "lines")
+    start = weights(place / "base")
+    depth, expected = 1 + max(int(name.split(".")[2]) for name in start if ".layers." in name), start
+    for task in ("first", "second"):
+        before, whole = expected, reference(place, expected, rows_of(task))
+        kept = {name: int(name.split(".")[2]) / (depth - 1) if ".layers." in name else 0.0 for name in whole}
+        shares = {name: 0.4 + 0.6 * each for name, each in kept.items()}
+        expected = {key: before[key].double() + shares[key] * (whole[key] - before[key].double()) for key in whole}
+    assert_same_update(start, weights(tmp_path / "out" / "model"), expected)
+
+
+def one_task(place: Path, tmp_path: Path) -> Path:
+    plan = tmp_path / "plan.toml"
+    text = PLAN[: PLAN.index('[[tasks]]\nname = "second"')].replace("max_steps = 3", "max_steps = 16")
+    plan.write_text(text.replace("preserve = 0.5", 'basis = "curvature"\ndata = ["first.jsonl"]'))
+    for name in ("base", "first.jsonl"):
+        (tmp_path / name).symlink_to(place / name)
+    return plan
+
+
+def test_esacl_trains_what_it_has_pruned_alone(place: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    sparse = ["adapter.sparsity=0.25", "adapter.select=0.5"]
+    continual(one_task(place, tmp_path), tmp_path / "out", method="esacl", overrides=sparse, notice=told.append)
+    assert "first: --select-rows 0.5: 8 of 16 rows are trained on" in told
+    before, after = weights(place / "base"), weights(tmp_path / "out" / "model")
+    for name, value in before.items():
+        changed = float((after[name] != value).float().mean())
+        assert changed == pytest.approx(0.25, abs=0.01) if "_proj" in name else changed == 0
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith("01-")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["esacl", "mamf", "bayes-adam", "lines"])
+def test_a_stopped_run_of_several_steps_goes_on(place: Path, tmp_path: Path, method: Contender) -> None:
+    plan, more = one_task(place, tmp_path), {"method": method}
+    continual(plan, tmp_path / "whole", **more)
+    polls = iter([*2 * [None, None, signal.SIGTERM], *[None] * 99])
+    stopped = 0
+    while not (tmp_path / "cut").exists():
+        try:
+            continual(plan, tmp_path / "cut", resume=stopped > 0, stop=lambda: next(polls), **more)
+        except Stopped:
+            stopped += 1
+    assert stopped
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert all(torch.equal(value, weights(tmp_path / "whole" / "model")[name])
+               for name, value in weights(tmp_path / "cut" / "model").items())  # fmt: skip
+
+
+def test_mamf_draws_sub_tasks_in_half_of_the_steps(plan: Plan) -> None:
+    plan = replace(plan, adapter=replace(plan.adapter, episodes=5, ways=2))
+    task = plan.tasks[1]
+    episodes, own = episodes_of(plan, task, replace(plan.train, max_steps=21))
+    assert [episode.settings.max_steps for episode in episodes] == [2] * 5
+    assert own.max_steps == 11
+    everything = {row["completion"] for name in ("first", "second") for row in rows_of(name)}
+    for episode in episodes:
+        found = {row["completion"] for row in episode.rows}
+        assert len(found) == 2
+        assert found < everything
+    assert len({tuple(sorted({row["completion"] for row in episode.rows})) for episode in episodes}) > 1
+    again, _ = episodes_of(plan, task, replace(plan.train, max_steps=21))
+    assert [episode.rows for episode in again] == [episode.rows for episode in episodes]
+    with pytest.raises(SettingsError, match="3 steps of task second are too few"):
+        episodes_of(plan, task, plan.train)
+
+
+def test_a_prompt_lists_the_drawn_labels() -> None:
+    labels = ["very negative", "negative", "good"]
+    prompt = "Option: very negative, negative, good\nText: negative, good\nAnswer:"
+    assert shorten(prompt, labels, {"good", "very negative"}) == (
+        "Option: very negative, good\nText: negative, good\nAnswer:"
+    )
+    assert shorten("Text: good", labels, {"good"}) == "Text: good"
 
 
 @pytest.mark.slow
@@ -225,6 +312,8 @@ def test_the_norm_of_an_update(place: Path, tmp_path: Path) -> None:
         ("rescaled", [], r"\[adapter\] like is missing"),
         ("rescaled", ["adapter.like=nowhere"], "nowhere"),
         ("l2", ["train.weight_decay=0.1"], r"weight_decay without effect with --method l2"),
+        ("kl", ["train.kl_weight=1"], "kl_weight without effect with --method kl"),
+        ("esacl", ["train.select_rows=0.5"], "select_rows without effect with --method esacl"),
         ("eaft", ["train.token_weights=entropy"], "token_weights without effect with --method eaft"),
     ],
 )

@@ -18,6 +18,8 @@ from sculptor.checkpoint.staging import (
 from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint
 from sculptor.errors import OutputError
 
+COVERS = ["sculptor.checkpoint.written"]
+
 
 def start(output: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     with staging(

@@ -24,6 +24,8 @@ OPTIONS = {
     "edit threshold": ('device = "cpu"', "dry-run"),
     "edit prune": ("sparsity = 0.5", "dry-run"),
     "continual": ('set = ["train.seed=1"]', "overwrite"),
+    "card": ('device = "cpu"', "strict"),
+    "frontier": ('plot = "p.png"', "overwrite"),
     "convert": ('model = "m"', "overwrite"),
     "demo": ("seed = 3", "json"),
 }

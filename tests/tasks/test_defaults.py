@@ -18,6 +18,7 @@ from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.tasks import defaults
 from sculptor.validation import sign
 
+COVERS = ["sculptor.tasks.first_archive"]
 SHORT = TrainSettings(max_steps=3, batch_size=8, learning_rate=1e-2, device="cpu")
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 

@@ -24,10 +24,11 @@ def train_command(inputs: dict[str, Path], output: Path, steps: int) -> list[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", ["none", "disk"])
-def test_a_killed_training_goes_on_bit_for_bit(inputs: dict[str, Path], offload: str) -> None:
-    whole, cut = inputs["root"] / f"whole-{offload}", inputs["root"] / f"cut-{offload}"
-    commands = {output: [*train_command(inputs, output, 200), "--offload", offload] for output in (whole, cut)}
+@pytest.mark.parametrize(("offload", "optimizer"), [("none", "adamw"), ("disk", "adamw"), ("none", "bayes-adam")])
+def test_a_killed_training_goes_on_bit_for_bit(inputs: dict[str, Path], offload: str, optimizer: str) -> None:
+    whole, cut = (inputs["root"] / f"{name}-{offload}-{optimizer}" for name in ("whole", "cut"))
+    told = ["--offload", offload, "--optimizer", optimizer]
+    commands = {output: [*train_command(inputs, output, 200), *told] for output in (whole, cut)}
     subprocess.run(commands[whole], check=True, capture_output=True)
     process = subprocess.Popen(commands[cut], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: any((cut.parent / f"{cut.name}.partial" / "state").glob("step-0000002?")), process)

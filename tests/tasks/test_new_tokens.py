@@ -26,6 +26,7 @@ from sculptor.report.verify import verify_text
 from sculptor.tasks.job import open_base, read_task
 from sculptor.tasks.new_tokens import read_tokens
 
+COVERS = ["sculptor.checkpoint.old_text", "sculptor.checkpoint.vocabulary"]
 TOKENS = ("<call>", "</call>", "münze")
 SETTINGS = TrainSettings(max_steps=6, batch_size=8, relative_rate=0.05, device="cpu", add_tokens=TOKENS)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -32,6 +32,7 @@ import sculptor
 from sculptor import AnalyzeSettings, TrainSettings
 from sculptor.errors import SettingsError, Stopped
 
+COVERS = ["sculptor.training.stepping.added_up_at_owners"]
 CPU = {"device": "cpu"}
 
 

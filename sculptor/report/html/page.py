@@ -15,7 +15,7 @@ from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.staging import check_apart, partial_path, writing
 from sculptor.errors import OutputError, SettingsError
 from sculptor.report.html.style import STYLE
-from sculptor.tasks.card import is_hub_name
+from sculptor.tasks.readme import is_hub_name
 
 _VOID = ("meta", "br")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -152,10 +152,19 @@ def check_page(
         raise SettingsError(f"--html {path}: expected a name that ends in .html")
     if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
         raise SettingsError(f"--html {path}: lies in the output {output}; choose a place beside it")
+    check_place(path, "--html", overwrite)
+
+
+def check_place(path: Path, option: str, overwrite: bool) -> None:
+    """Refuses a place where a file could not be written, before any work.
+
+    Raises:
+        OutputError: if it exists, or has no folder.
+    """
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
-        raise OutputError(f"{path}: exists already; choose another --html or pass --overwrite")
+        raise OutputError(f"{path}: exists already; choose another {option} or pass --overwrite")
     if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it or choose another --html")
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it or choose another {option}")
 
 
 def write_page(path: Path, content: str, overwrite: bool) -> None:
@@ -165,6 +174,15 @@ def write_page(path: Path, content: str, overwrite: bool) -> None:
         OutputError: if it cannot be written, or something has come there since.
     """
     check_page(path, overwrite)
+    write_file(path, content)
+
+
+def write_file(path: Path, content: str) -> None:
+    """Writes a text, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):

@@ -1,17 +1,22 @@
-"""AdamW as every way of training uses it: groups, state by name, and what gradients are divided by."""
+"""AdamW as every way of training uses it: groups, rates, gradients of several processes, and state by name.
 
-from collections.abc import Mapping, Sequence
+`BayesAdam` is AdamW whose step each number takes the less of, the surer it is (`sculptor.numerics.posterior`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sculptor.numerics.posterior import gain_, shares
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.world import World
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PRECISION = "precision"
 
 
 class Group(NamedTuple):
@@ -22,14 +27,54 @@ class Group(NamedTuple):
     weight_decay: float = 0.0
 
 
-def make_optimizer(groups: Sequence[Group], device: torch.device) -> torch.optim.AdamW:
-    """Fused AdamW."""
+class BayesAdam(torch.optim.AdamW):
+    """AdamW, of whose step each number takes the share (sigma / sigma_0)^2, as its sigma is before the step.
+
+    `evidence` is what a gradient of 1 adds to the precision.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], evidence: float, **options: Any) -> None:
+        self.evidence = evidence
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """As AdamW's, and then the precision that the gradient adds."""
+        assert closure is None
+        before = {a: a.clone() for group in self.param_groups for a in group["params"] if a.grad is not None}
+        super().step()
+        for a, old in before.items():
+            precision = self.state[a].setdefault(PRECISION, torch.zeros_like(a))
+            a.copy_(torch.lerp(old, a, shares(precision)))
+            gain_(precision, a.grad, self.evidence)  # divided, where AdamW was to divide it
+
+
+def moments_of(settings: TrainSettings) -> tuple[str, ...]:
+    """What the optimizer keeps of each number, by name."""
+    return (*MOMENTS, PRECISION) if settings.optimizer == "bayes-adam" else MOMENTS
+
+
+def make_optimizer(
+    groups: Sequence[Group], device: torch.device, settings: TrainSettings, num_trained: int
+) -> torch.optim.AdamW:
+    """Fused, as the settings say.
+
+    Args:
+        groups: what it steps.
+        device: where.
+        settings: resolved.
+        num_trained: how many numbers are trained in all: evidence is for the average of them, in a gradient of norm 1.
+    """
     made: list[dict[str, Any]] = [
         {"params": list(group.parameters), "lr": group.peak, "peak": group.peak, "weight_decay": group.weight_decay}
         for group in groups
         if group.parameters
     ]
-    return torch.optim.AdamW(made, lr=1.0, betas=BETAS, fused=device.type in ("cpu", "cuda"))
+    options: Any = {"lr": 1.0, "betas": BETAS, "fused": device.type in ("cpu", "cuda")}
+    if settings.optimizer == "bayes-adam":
+        assert settings.evidence is not None
+        return BayesAdam(made, settings.evidence * num_trained, **options)
+    return torch.optim.AdamW(made, **options)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate_of: RateOf) -> None:
@@ -64,14 +109,6 @@ def add_up_gradients(values: Sequence[nn.Parameter], world: World) -> None:
     world.add_up([a.grad for a in there if a.grad is not None])
 
 
-def divisor(norm: Tensor, limit: float) -> Tensor:
-    """What gradients with this norm are divided by, so that it is at most `limit`.
-
-    As `torch.nn.utils.clip_grad_norm_` has it, the other way round: AdamW can divide gradients as it reads them.
-    """
-    return torch.clamp((norm + 1e-6) / limit, min=1.0)
-
-
 def with_state(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Parameters and what the optimizer keeps of each, by `<name>` and `<name>.<key>`."""
     found: dict[str, Tensor] = {}
@@ -87,7 +124,7 @@ def load_state(
 ) -> None:
     """The inverse, for the optimizer's part."""
     for name, parameter in named.items():
-        for key in ("step", *MOMENTS):
+        for key in ("step", *MOMENTS, PRECISION):
             if f"{name}.{key}" not in saved:  # no gradient ever reached it
                 continue
             value = saved[f"{name}.{key}"]

@@ -1,7 +1,8 @@
 """The blocks of a streamed model made ready for training: bases read, room made for everything that waits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import StreamedBlock, StreamedMatrix
 from sculptor.training.stepping.gradients import GradientSource
-from sculptor.training.stepping.optimizer import MOMENTS, Group, make_optimizer
+from sculptor.training.stepping.optimizer import Group, make_optimizer, moments_of
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,9 +52,12 @@ def prepare_blocks(
     peaks: Peaks,
     settings: TrainSettings,
     optimizer_device: torch.device,
+    num_trained: int,
     tick: Callable[[int], object],
 ) -> PreparedBlocks:
     """All that an archive leaves something free of; `parameters` are those of its matrices, `tick` is called after each block.
+
+    `num_trained` are all numbers that are trained.
 
     Raises:
         CapacityError: if there are none.
@@ -70,7 +74,7 @@ def prepare_blocks(
         if names:
             trained[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
         if mine:
-            blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device)
+            blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device, num_trained)
         held_by |= dict.fromkeys(names, i)
         tick(1)
     check_all_held(archive, held_by)
@@ -90,6 +94,7 @@ def prepare_block(
     peaks: Peaks,
     settings: TrainSettings,
     optimizer_device: torch.device,
+    num_trained: int,
 ) -> StreamedBlock:
     """Reads the bases of a block and makes room for everything else; coordinates begin at 0.
 
@@ -101,11 +106,13 @@ def prepare_block(
         peaks: learning rates.
         settings: resolved settings.
         optimizer_device: where AdamW runs.
+        num_trained: how many numbers are trained in all blocks, and openly.
 
     Raises:
         ArchiveError: if a basis is damaged.
         MemoryError: if the host does not give enough memory.
     """
+    moments = moments_of(settings)
     known: dict[Any, Any] = {}
     unique: dict[int, tuple[str, Tensor]] = {}  # a basis that several matrices read is there once
     matrices = []
@@ -131,10 +138,11 @@ def prepare_block(
                 prepared.fingerprint,
                 keys,
                 coordinates,
-                make_optimizer([group], optimizer_device),
+                make_optimizer([group], optimizer_device, settings, num_trained),
+                moments,
                 state=Layout(
                     (key + suffix, dtype, shape)
-                    for suffix in ("", *("." + moment for moment in MOMENTS))
+                    for suffix in ("", *("." + moment for moment in moments))
                     for key, dtype, shape in entries
                 ),
                 gradients=Layout(entries),
@@ -148,13 +156,13 @@ def _make_room(
     index: int, stream: BlockStream, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
 ) -> StreamedBlock:
     state, gradients = (
-        Layout((name, place.dtype, place.shape) for part in parts for name, place in part.items())
+        Layout((name, span.dtype, span.shape) for part in parts for name, span in part.items())
         for parts in ([matrix.state for matrix in matrices], [matrix.gradients for matrix in matrices])
     )
-    at = 0
+    at, last = 0, {matrix.parameter_name: matrix for matrix in matrices}
     for matrix in matrices:
         matrix.state_start, matrix.gradient_start = state[matrix.keys[0]].start, gradients[matrix.keys[0]].start
-        matrix.pristine_start = at
+        matrix.pristine_start, matrix.is_last = at, matrix is last[matrix.parameter_name]
         at += matrix.pristine.num_bytes
     bases = Layout.of(tensors)
     scratch, files = stream.weights.scratch, stream.weights.files
@@ -163,6 +171,7 @@ def _make_room(
         assert isinstance(pristine, MemoryRegion)
         for matrix in matrices:
             files.read(matrix.record, matrix.pristine.view(pristine.memory[matrix.pristine_start :], "pristine"))
+    whole = _whole(matrices, stream.layouts[index])
     block = StreamedBlock(
         matrices,
         bases,
@@ -172,13 +181,23 @@ def _make_room(
         state=scratch.region(f"state-{index}", state.num_bytes),  # new memory and new files hold zeros
         gradients=scratch.region(f"gradients-{index}", gradients.num_bytes),
         pristine=pristine,
+        others=[name for name in stream.weights.names(index) if name not in whole],
+        shares=whole < last.keys(),
     )
     for name, tensor in tensors.items():
-        place = bases[name]
-        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), place.start)
+        span = bases[name]
+        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), span.start)
     if stream.device.type == "cuda":
         torch.cuda.synchronize(stream.device)
     return block
+
+
+def _whole(matrices: Sequence[StreamedMatrix], layout: Layout) -> set[str]:
+    """The parameters that all of is in trained matrices."""
+    rest = {matrix.parameter_name: prod(layout[matrix.parameter_name].shape) for matrix in matrices}
+    for matrix in matrices:
+        rest[matrix.parameter_name] -= prod(matrix.record.shape)
+    return {name for name, numbers in rest.items() if not numbers}
 
 
 def check_all_held(archive: Archive, blocks: Mapping[str, int]) -> None:

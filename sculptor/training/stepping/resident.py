@@ -10,10 +10,10 @@ from sculptor.training.protect import ProtectedBlock
 from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.clipping import divisor
 from sculptor.training.stepping.optimizer import (
     Group,
     add_up_gradients,
-    divisor,
     extra_groups,
     join_groups,
     load_state,
@@ -85,8 +85,9 @@ class ResidentUpdates(Updates):
         self.extra = parameters.extra
         self.settings = settings
         self.world = world
-        self.optimizer = make_optimizer(parameters.groups(peaks, settings.weight_decay), device)
         self._named = parameters.named()
+        groups = parameters.groups(peaks, settings.weight_decay)
+        self.optimizer = make_optimizer(groups, device, settings, self.num_trainable)
         self._coordinates = {
             matrix.coordinates.name: matrix.coordinates for block in parameters.blocks for matrix in block.matrices
         }

@@ -50,6 +50,10 @@ class Trained(ABC):
     def coordinates(self, name: str) -> list[Tensor] | None:
         """The coordinates of a matrix, on the device; None if it has none here."""
 
+    def precision(self) -> LazyTensors:
+        """What the optimizer keeps from task to task, `<name>.precision`; nothing where it is AdamW."""
+        return LazyTensors({}, lambda name: torch.empty(0))
+
     def release_model(self) -> None:  # noqa: B027 - nothing that could go before the end
         """Training is over: gives back what only a forward pass needs, not the trained values."""
 
@@ -83,6 +87,12 @@ class Updates(Trained):
     @abstractmethod
     def state(self) -> LazyTensors:
         """The trained parameters and the optimizer's state."""
+
+    def precision(self) -> LazyTensors:
+        """Of what the optimizer has stepped, in this task or before."""
+        state = self.state()
+        found = {name: entry for name, entry in state.entries.items() if name.endswith(".precision")}
+        return LazyTensors(found, state.read)
 
     @abstractmethod
     def load(self, saved: Mapping[str, Tensor], *, optimizer: bool) -> None:

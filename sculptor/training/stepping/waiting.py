@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.training.stepping.block import StreamedBlock
-from sculptor.training.stepping.optimizer import MOMENTS, load_state, with_state
+from sculptor.training.stepping.optimizer import load_state, with_state
 from sculptor.training.stepping.updates import LazyTensors, tensors_of
 
 
@@ -32,10 +32,10 @@ class WaitingState:
     def read(self, name: str, suffix: str = "") -> Tensor:
         """Coordinates, or a moment of them, on the CPU."""
         block = self._holders[name.rpartition(".A")[0]]
-        place = block.state_layout[name + suffix]
-        memory = torch.empty(place.stop - place.start, dtype=torch.uint8)
-        block.state.load(memory, place.start)
-        return memory.view(place.dtype).view(place.shape)
+        span = block.state_layout[name + suffix]
+        memory = torch.empty(span.stop - span.start, dtype=torch.uint8)
+        block.state.load(memory, span.start)
+        return memory.view(span.dtype).view(span.shape)
 
     def parameters(self) -> LazyTensors:
         """All of them."""
@@ -62,7 +62,7 @@ class WaitingState:
                     if "step" not in matrix.optimizer.state[a]:
                         continue
                     small[f"{key}.step"] = matrix.optimizer.state[a]["step"]
-                    for moment in MOMENTS:
+                    for moment in matrix.moments:
                         moments[f"{key}.{moment}"] = key, f".{moment}"
                         entries[f"{key}.{moment}"] = entries[key]
         others = tensors_of(small)

@@ -19,6 +19,7 @@ from sculptor.checkpoint.sameness import tokenizer_differences
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import CheckpointError, SculptorError
 
+COVERS = ["sculptor.checkpoint.configuration", "sculptor.checkpoint.sameness"]
 ROWS = task_rows(count=6)
 
 
