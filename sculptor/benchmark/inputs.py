@@ -39,8 +39,8 @@ def read_inputs(plan: Plan, split: Split) -> Inputs:
     """
     if plan.train.task == CLASSIFICATION or inspect_architecture(open_checkpoint(plan.model)).kind == "classifier":
         raise SettingsError(
-            "a classifier's head has the classes of one task: give 'prompt' and 'completion' rows, or call `sculptor train` for each "
-            "task"
+            "a classifier's head has the classes of one task: give 'prompt' and 'completion' rows, or call `sculptor train` for "
+            "each task"
         )
     rows = {
         task.name: read_evaluation_rows(
