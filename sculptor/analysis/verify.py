@@ -12,6 +12,7 @@ How many merges are believed is in `analysis.lineage`; what is loaded beside ten
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ class Verification:
         strict: whether a leak that only rounding explains was refused, too.
         cast: dtype everything was cast to, None if dtypes are the same.
         matrices: one by one.
+        protected: share of all matrices together that the archive forbids to change.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
         new_head: tensors of a classifier's head that the base has not; they are free.
@@ -112,6 +114,7 @@ class Verification:
     strict: bool
     cast: str | None
     matrices: tuple[MatrixVerification, ...]
+    protected: float = 0.0
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
     new_head: tuple[str, ...] = ()
@@ -259,6 +262,8 @@ def _verdict(
         strict=strict,
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=matrices,
+        protected=sum(one.violation.num_pairs for one, _ in measured)
+        / sum(prod(each.shape) for each in archive.values()),
         kept=1 - touched / at_random if at_random else None,
         new_tokens=growth.tokens if growth else (),
         new_head=head.fresh if head else (),

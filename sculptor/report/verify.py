@@ -21,6 +21,7 @@ def verify_text(result: Verification) -> str:
     lines = [
         f"leak {result.leak:.2e} over {result.num_targets} matrices ({result.num_changed} changed), largest {result.max_leak:.2e}; "
         f"rounding explains {result.rounding:.2e}",
+        f"the archive protects {percent(result.protected)} of these matrices",
         f"rounding removed {percent(result.eaten)} of the update"
         + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
         f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),

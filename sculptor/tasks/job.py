@@ -31,7 +31,7 @@ from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.classification import check_task, head_of
 from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
+from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer, tell_unseen
 from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
@@ -231,6 +231,8 @@ def read_task(
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
+    if growth is not None:
+        tell_unseen(growth, encoded.examples, notice)
     for source in sources:
         tell_unread(source.name, source.rows, tokenizer, notice)
     if encoded.mixture is not None:
