@@ -76,6 +76,21 @@ def test_a_name_has_its_lines_in_every_report(cli: Callable[..., Result], made: 
     assert f"tools: loss {told[1]['rise']:+.4f}" in card.out
 
 
+@pytest.mark.slow
+def test_a_streamed_model_is_reported_on_alike(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
+    assert analyzed(cli, made, tmp_path / "archive", "--protect", f"tools={made / 'tools.jsonl'}").code == 0
+    told = []
+    for offload in ("none", "disk"):
+        trained = cli(
+            "train", made / "base", "--subspaces", tmp_path / "archive", "--data", made / "task.jsonl", "-o",
+            tmp_path / offload, "--max-steps", 3, "--batch-size", 8, "--device", "cpu", "--offload", offload, "--json",
+        )  # fmt: skip
+        assert trained.code == 0, trained.err
+        told.append(trained.json["loop"]["named"])
+    assert told[0] == told[1]
+    assert told[0][0]["rise"] != 0
+
+
 def against_definition(made: Path, tuned: Path, archive: Archive, told: list[dict[str, float]]) -> None:
     """The rise of the loss on the rows that are kept, in float64."""
     models = [
