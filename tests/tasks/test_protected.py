@@ -74,6 +74,11 @@ def test_a_name_has_its_lines_in_every_report(cli: Callable[..., Result], made: 
     assert [(k.name, k.losses) for k in kept] == [(k.name, k.losses) for k in gone], "carried to the next archive"
     card = cli("card", made / "base", tmp_path / "tuned", "--subspaces", tmp_path / "archive", "--device", "cpu")
     assert f"tools: loss {told[1]['rise']:+.4f}" in card.out
+    arguments = (made / "base", tmp_path / "tuned", "--subspaces", tmp_path / "archive", "--device", "cpu")
+    gate = cli("card", *arguments, "--fail-if", f"tools>{told[1]['rise'] - 0.01}", "--fail-if", "danish>99")
+    assert gate.code == 1
+    assert gate.out.count("FAILS") == 1
+    assert cli("card", *arguments, "--data", write_rows(tmp_path / "tools.jsonl", task_rows())).code == 2, "which one?"
 
 
 @pytest.mark.slow
