@@ -33,6 +33,7 @@ _COMMANDS = {
     "chat": ("chat", "Talk to MODEL, and to the one it was tuned from beside it."),
     "edit": ("edit", "Make a checkpoint from one or two others, without training."),
     "continual": ("continual", "Train the tasks of PLAN in order and evaluate all of them after each."),
+    "frontier": ("frontier", "Compare RUNS of `sculptor continual`: what each learned, against the harm that it did."),
     "convert": ("convert", "Write ARCHIVE, of an earlier version of the format, in today's."),
     "demo": ("demo", "Show the whole tool on a tiny model made on the spot."),
 }

@@ -33,6 +33,7 @@ _HOMES = {
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
+    "frontier": "sculptor.benchmark.frontier",
     "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
@@ -70,6 +71,7 @@ __all__ = [
     "edit",
     "estimate",
     "evaluate",
+    "frontier",
     "harm",
     "inspect",
     "merge",
@@ -86,6 +88,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sculptor.archive.store import Archive
+    from sculptor.benchmark.frontier import frontier
     from sculptor.benchmark.runner import continual
     from sculptor.edits.settings import Choose, Interpolate, Lines, Project, Prune, Threshold
     from sculptor.errors import SculptorError

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sculptor.analysis.lineage import Lineage
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.heads import NewHead
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.vocabulary import Growth, are_outsized
@@ -16,23 +17,31 @@ _PIECE = 8192  # rows of a large tensor that are compared at once
 
 
 def compare_rest(
-    base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage: Lineage, growth: Growth | None
+    base: Checkpoint,
+    tuned: Checkpoint,
+    archive: Archive,
+    lineage: Lineage,
+    growth: Growth | None,
+    head: NewHead | None = None,
 ) -> tuple[list[str], int]:
     """Names outside the archive that differ from what they have to be, and how many were compared byte for byte.
 
     Of a tensor some slices of which are in the archive, the others are compared. A cast is allowed where it loses nothing,
     or where everything was cast alike and a merge declares it. Of a tensor with rows for new tokens, all others are compared.
+    A new head may be anything that is a number.
     """
     parts: dict[str, set[int | None]] = defaultdict(set)
     for record in archive.values():
         parts[record.tensor].add(record.part)
     rest: list[Slice] = []
     for name, info in base.infos.items():
-        if name in lineage.opened or None in parts[name]:
+        if name in lineage.opened or None in parts[name] or (head and name in head.dropped):
             continue
         rest += [Slice(name, i) for i in range(info.shape[0]) if i not in parts[name]] if parts[name] else [Slice(name)]
     stored = {info.dtype for info in tuned.infos.values() if info.dtype.is_floating_point}
     declared = {dtype for dtype in stored if len(stored) == 1 and dtype_name(dtype) in lineage.written}
+    for name in head.fresh if head else ():
+        tuned.read_finite(name)
     grown = growth.names if growth else frozenset()
     changed = [
         of.name for of in rest if of.tensor not in grown and not _same(base.matrix(of), tuned.matrix(of), declared)
@@ -53,7 +62,7 @@ def _grew(base: Checkpoint, tuned: Checkpoint, of: Slice, growth: Growth, declar
 def _unfit(base: Checkpoint, tuned: Checkpoint, lineage: Lineage, declared: Collection[torch.dtype]) -> list[str]:
     """Of the openly trained tensors, those of a dtype that nobody declares; any value is allowed, if it is a number."""
     found = []
-    for name in sorted(lineage.opened & base.infos.keys()):
+    for name in sorted(lineage.opened & base.infos.keys() & tuned.infos.keys()):
         before, now = base.infos[name].dtype, tuned.infos[name].dtype
         tuned.read_finite(name)
         if not (before == now or now in declared or (now.is_floating_point and lossless(before, now))):

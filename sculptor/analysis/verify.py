@@ -12,6 +12,7 @@ How many merges are believed is in `analysis.lineage`; what is loaded beside ten
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,13 @@ from sculptor.analysis.rest import compare_rest, lossless
 from sculptor.analysis.roundings import rounds_an_allowed
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.heads import NewHead, find_new_head
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.vocabulary import Growth, find_growth
 from sculptor.errors import ArchiveError, VerificationError
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
@@ -72,8 +74,7 @@ class Verification:
 
     Attributes:
         passed: every matrix holds, and everything else that a user loads is untouched.
-        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise.
-        max_leak: of the matrix with the largest.
+        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise; `max_leak` of the largest.
         eaten: share of the whole update that rounding ate.
         num_targets: matrices of the archive.
         num_changed: those with an update.
@@ -87,10 +88,12 @@ class Verification:
         strict: whether a leak that only rounding explains was refused, too.
         cast: dtype everything was cast to, None if dtypes are the same.
         matrices: one by one.
+        protected: share of all matrices together that the archive forbids to change.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
+        new_head: tensors of a classifier's head that the base has not; they are free.
         old_text: how they change the way in which text is read that was there before.
-        harm: to what the first base says by itself, where that was asked for.
+        harm: to what the first base says by itself, where that was asked for; `named` what became of protected names.
     """
 
     passed: bool
@@ -111,10 +114,13 @@ class Verification:
     strict: bool
     cast: str | None
     matrices: tuple[MatrixVerification, ...]
+    protected: float = 0.0
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
+    new_head: tuple[str, ...] = ()
     old_text: tuple[str, ...] = ()
     harm: Harm | None = None
+    named: tuple[NamedHarm, ...] = ()
 
 
 def verify_checkpoints(
@@ -138,8 +144,8 @@ def verify_checkpoints(
         archive.check_base(base, progress)
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
-    growth = find_growth(base, tuned)
-    _check_same_tensors(base, tuned, archive, growth)
+    growth, head = find_growth(base, tuned), find_new_head(base, tuned)
+    _check_same_tensors(base, tuned, archive, growth, head)
     measuring = _Measuring(base, tuned, archive, device or torch.device("cpu"), strict, progress, world)
     supposed = trace_lineage(tuned, archive)
     found = measuring.measure(supposed)
@@ -150,7 +156,7 @@ def verify_checkpoints(
             raise VerificationError(
                 f"{tuned.path}: its matrices changed while they were read; verify it when nobody writes there"
             )
-    return world.once(lambda: _verdict(base, tuned, archive, lineage, found.matrices, strict, growth))
+    return world.once(lambda: _verdict(base, tuned, archive, lineage, found.matrices, strict, growth, head))
 
 
 class _Measured(NamedTuple):
@@ -218,6 +224,7 @@ def _verdict(
     measured: Sequence[tuple[LeakMeasure, MatrixVerification]],
     strict: bool,
     growth: Growth | None,
+    head: NewHead | None,
 ) -> Verification:
     """What all matrices, and everything that is none, say together."""
     _check_protects(tuned, archive, measured)
@@ -230,11 +237,12 @@ def _verdict(
         for i, value in enumerate((one.update, found.norm, one.rounding, found.rounding)):
             squares[i] += value**2 if one.update else 0.0
     matrices = tuple(judged for _, judged in measured)
-    changed, num_untouched = compare_rest(base, tuned, archive, lineage, growth)
-    found_differences = tuple(differences(base, tuned, growth))
+    changed, num_untouched = compare_rest(base, tuned, archive, lineage, growth, head)
+    found_differences = tuple(differences(base, tuned, growth, None if head is None else head.config))
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
-    cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
+    both = tuned.infos.keys() & base.infos.keys()
+    cast = {str(tuned.infos[name].dtype) for name in both if tuned.infos[name].dtype != base.infos[name].dtype}
     return Verification(
         passed=all(matrix.holds for matrix in matrices) and not changed and not found_differences,
         leak=frozen / scale,
@@ -254,8 +262,11 @@ def _verdict(
         strict=strict,
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=matrices,
+        protected=sum(one.violation.num_pairs for one, _ in measured)
+        / sum(prod(each.shape) for each in archive.values()),
         kept=1 - touched / at_random if at_random else None,
         new_tokens=growth.tokens if growth else (),
+        new_head=head.fresh if head else (),
     )
 
 
@@ -300,9 +311,12 @@ def _judge(
     )
 
 
-def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None) -> None:
-    missing = sorted(set(base.infos) - set(tuned.infos))
-    added = sorted(set(tuned.infos) - set(base.infos))
+def _check_same_tensors(
+    base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None, head: NewHead | None
+) -> None:
+    dropped, fresh = (head.dropped, set(head.fresh)) if head else (frozenset(), set())
+    missing = sorted(set(base.infos) - set(tuned.infos) - dropped)
+    added = sorted(set(tuned.infos) - set(base.infos) - fresh)
     if missing or added:
         raise VerificationError(
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
@@ -313,6 +327,8 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, g
         if not dtype.is_floating_point:
             raise VerificationError(f"{tuned.path}: {record.tensor} holds {dtype}; expected floating point")
     for name, info in base.infos.items():
+        if name in dropped:
+            continue
         shape = (growth.after, *info.shape[1:]) if growth and name in growth.names else info.shape
         if tuned.infos[name].shape != shape:
             found = list(tuned.infos[name].shape)

@@ -12,27 +12,30 @@ Plain fine-tuning with one measure against forgetting each, on the rows and step
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue
-
+from sculptor.benchmark.finished import read_finished
 from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.mixture import Mixture
 from sculptor.data.rows import check_weights, read_sources
 from sculptor.edits.settings import Interpolate, Lines
-from sculptor.errors import DataError, SettingsError
-from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
+from sculptor.errors import SettingsError
+from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, Carry
 from sculptor.progress import Progress
 from sculptor.tasks.edit import edit
 from sculptor.training.settings import TrainSettings
-from sculptor.validation import STRICT, Name, NotNegative, read_file, read_json
 
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
+# What of [analyze] says how rows are measured, for methods that measure them as our own does.
+_CALIBRATION = (
+    "budget", "protect", "chat", "chat_template", "columns", "max_rows", "calibration_tokens", "max_length", "fisher", "dtype",
+    "device_memory",
+)  # fmt: skip
 SHRUNK = ("interpolate", "lines", "rescaled")
 _PIECE = 8192  # rows of a large tensor that are read at once
 
@@ -43,6 +46,10 @@ def analysis_of(plan: Plan, method: Contender) -> AnalyzeSettings:
     if method == "sculptor":
         return settings
     shared = {name: getattr(settings, name) for name in ("seed", "targets", "exclude", "device")}
+    if method == "crispedit":
+        given = {name: getattr(settings, name) for name in _CALIBRATION}
+        data = settings.data or (SELF,)
+        return AnalyzeSettings(rule="crispedit", basis="curvature", data=data, **given, **shared)
     if method in RULES_OF:
         rule, told = RULES_OF[method]
         return AnalyzeSettings(rule=rule, **{name: getattr(plan.adapter, name) for name in told}, **shared)
@@ -83,6 +90,9 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
     settings = plan.train_settings(task)
     if method == "sculptor":
         return settings
+    if method == "crispedit":
+        merged: TrainSettings = replace(settings, soften=None, carry=None)
+        return merged
     # Plain fine-tuning protects nothing, so there is nothing to carry; rules go on in their own way.
     plain: Carry | None = "accumulate" if method == "random" else None if method in RULES_OF else "retake"
     changes: dict[str, Any] = dict.fromkeys(OF_MOMENTS) | {"carry": plain}
@@ -168,24 +178,6 @@ def update_norm(before: Checkpoint, after: Checkpoint) -> float:
     return math.sqrt(total)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """Of a stage in continual.json, what is needed."""
-
-    name: Name
-    update: NotNegative | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """continual.json, as far as it is read here."""
-
-    stages: tuple[_Stage, ...]
-    plan: Mapping[Name, JsonValue]
-
-    __pydantic_config__ = STRICT | {"extra": "ignore"}
-
-
 def norms_of(plan: Plan) -> dict[str, float]:
     """Norms of the updates of another run of the plan's tasks, by task.
 
@@ -199,11 +191,11 @@ def norms_of(plan: Plan) -> dict[str, float]:
             "--method rescaled: [adapter] like is missing; name the output of the run whose updates' norms are wanted, say "
             "--set adapter.like=run"
         )
-    path = Path(like) / "continual.json" if Path(like).is_dir() else Path(like)
-    remedy = "name the output of a finished `sculptor continual`"
-    report = read_json(_Report, read_file(path, DataError, remedy), path, DataError, remedy)
-    norms = {stage.name: stage.update for stage in report.stages[1:] if stage.update is not None}
+    norms = {stage.name: stage.update for stage in read_finished(like).stages[1:] if stage.update is not None}
     missing = [task.name for task in plan.tasks if task.name not in norms]
     if missing:
-        raise SettingsError(f"[adapter] like: {path} has no norm of an update for task {missing[0]}; {remedy}")
+        raise SettingsError(
+            f"[adapter] like: {like} has no norm of an update for task {missing[0]}; name the output of a finished "
+            "`sculptor continual`"
+        )
     return {name: norm for name, norm in norms.items() if norm is not None}

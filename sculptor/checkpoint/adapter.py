@@ -55,9 +55,13 @@ class _Config:
     bias: str = "none"
     init_lora_weights: bool | str | None = True
 
+    def rank(self, module: str) -> int:
+        """r of a module of the model."""
+        return int(_pattern(self.rank_pattern, module, self.r))
+
     def scale(self, module: str) -> float:
         """s of a module of the model."""
-        rank = _pattern(self.rank_pattern, module, self.r)
+        rank = self.rank(module)
         alpha = _pattern(self.alpha_pattern, module, self.lora_alpha)
         return float(alpha / rank**0.5 if self.use_rslora else alpha / rank)
 
@@ -132,12 +136,16 @@ class Adapter(Mapping[str, Tensor]):
             if lacking:
                 raise CheckpointError(f"{self.path}: no {lacking[0]} for {self._modules[tensor]}; {_REMEDY}")
             a, b = (self.infos[pair[side]].shape for side in "AB")
-            expected = self.base.infos[tensor].shape
+            expected, rank = self.base.infos[tensor].shape, self.config.rank(self._modules[tensor])
             shape = (a[-1], b[0]) if self._is_turned(tensor) else (b[0], a[-1])
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or shape != expected:
                 raise CheckpointError(
                     f"{self.path}: {pair['A']} {list(a)} and {pair['B']} {list(b)} do not make a change of {tensor} "
                     f"{list(expected)}; is {self.base.path} the adapter's base?"
+                )
+            if a[0] != rank:
+                raise CheckpointError(
+                    f"{self.path}: {pair['A']} is of rank {a[0]}, by {CONFIG_NAME} of {rank}, which decides the scale; {_REMEDY}"
                 )
         for tensor, key in self._saved.items():
             if self.infos[key].shape != self.base.infos[tensor].shape:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,23 @@ _TOKENIZER = re.compile(
 )
 
 
-def differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None) -> list[str]:
+Configuration = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def differences(
+    base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None, head: Configuration | None = None
+) -> list[str]:
     """Everything beside tensors that would make another model or tokenizer of `tuned`, one line each.
 
     May differ: the dtype, if it is that of the tensors, the version of transformers, and what only people read; with
-    `growth`, which was found in the files, the new tokens' entries and the size of the vocabulary.
+    `growth`, which was found in the files, the new tokens' entries and the size of the vocabulary; with `head` what that
+    makes of a configuration.
 
     Raises:
         CheckpointError: if a file cannot be read.
     """
-    found = [f"config.json: {what}" for what in _config_differences(base, tuned, growth)]
+    changed = head or (growth.config if growth else dict)
+    found = [f"config.json: {what}" for what in _config_differences(base, tuned, changed)]
     found += _weight_differences(base, tuned)
     every = _files(tuned)
     before, now = ({name for name in names if not is_weights(name)} for names in (_files(base), every))
@@ -116,9 +123,8 @@ def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def _config_differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None) -> Iterator[str]:
-    grown = growth.config if growth else dict
-    before, now = grown(base.config), tuned.config
+def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configuration) -> Iterator[str]:
+    before, now = changed(base.config), tuned.config
     stored = {dtype_name(info.dtype) for info in tuned.infos.values() if info.dtype.is_floating_point}
     same = all(tuned.infos[name].dtype == info.dtype for name, info in base.infos.items() if name in tuned.infos)
     # Without a name, the tensors' own is taken.
@@ -139,7 +145,7 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | No
         _without(of.config if isinstance(found, str) else found)
         for of, found in zip((base, tuned), loaded, strict=True)
     )
-    read = grown(read)
+    read = changed(read)
     yield from _settings(read, read_now)
     yield from _unread(_without(before), _without(now), read, read_now)
     versions = [config.get("transformers_version") for config in (before, now)]
@@ -199,11 +205,13 @@ def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any] | str:
 
 def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *_DTYPES)) -> dict[str, Any]:
     """A configuration, and those in it, without what may differ; an inner dtype gives way to the outer one."""
-    return {
-        key: _without(value, _DTYPES) if isinstance(value, dict) and key.endswith("config") else value
-        for key, value in config.items()
-        if key not in free
-    }
+    kept = {key: value for key, value in config.items() if key not in free}
+    for key, value in kept.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            kept[key] = _without(value, _DTYPES)
+        elif isinstance(value, dict) and key == "id2label":  # numbers, which files have as texts
+            kept[key] = {str(number): name for number, name in value.items()}
+    return kept
 
 
 def _dtype(config: Mapping[str, Any], keys: Sequence[str] = _DTYPES) -> str | None:

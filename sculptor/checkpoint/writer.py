@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,8 @@ def write_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    added: Mapping[str, Tensor] = MappingProxyType({}),
+    dropped: Container[str] = (),
     bar: Bar | None = None,
 ) -> None:
     """Copies a checkpoint shard by shard, one tensor in memory, editing some of its tensors on the way.
@@ -48,19 +50,26 @@ def write_checkpoint(
             slices of its first dimension, which then go through memory one by one.
         dtype: dtype of every floating-point tensor; None keeps each as it is.
         shapes: of tensors that are replaced by some of another shape.
+        added: tensors that the source has not.
+        dropped: tensors that are left out.
         bar: advanced by the bytes of the source.
 
     Raises:
         OutputError: if a file cannot be written.
         CheckpointError: if a source tensor cannot be read.
     """
-    shards = _plan_shards(source, dtype, shapes or {})
+    planned = _plan_shards(source, dtype, shapes or {})
+    kept = [[entry for entry in entries if entry[0] not in dropped] for entries in planned]
+    kept[-1] += [(name, output_dtype(value.dtype, dtype), tuple(value.shape)) for name, value in added.items()]
+    shards = [entries for entries in kept if entries]
     names = [SINGLE_NAME] if len(shards) == 1 else _shard_names(len(shards))
     metadata = source.metadata or {"format": "pt"}
     for file, entries in zip(names, shards, strict=True):
         target_dtypes = {name: out for name, out, _ in entries}
 
         def produce(name: str, target_dtypes: dict[str, torch.dtype] = target_dtypes) -> Tensor | Iterator[Tensor]:
+            if name in added:
+                return added[name].to(target_dtypes[name])
             edit = replace.get(name) or functools.partial(_cast, target_dtypes[name])
             if bar is not None:
                 bar.update(source.infos[name].num_bytes)

@@ -43,6 +43,28 @@ def mean_loss(
 
 
 @torch.no_grad()
+def classify(
+    loaded: LoadedModel, examples: Sequence[Example], batch_size: int, bar: Bar, world: World = ALONE
+) -> tuple[float, float]:
+    """Of a classifier, mean cross-entropy in nats per row and the share of rows whose class has the largest logit."""
+    loaded.model.eval()
+    order = world.share(sorted(range(len(examples)), key=lambda i: -examples[i].length))
+    total = right = 0.0
+    for start in range(0, world.most(-(-len(order) // batch_size)) * batch_size, batch_size):
+        if start >= len(order):  # rows of other processes, which have more
+            loaded.pass_by()
+            continue
+        chosen = [examples[i] for i in order[start : start + batch_size]]
+        batch = loaded.batch(chosen, _MASKING_SEED).to(loaded.device)
+        logits, labels = predictions(loaded.model, batch, loaded.kind).float(), batch.labels[:, 0]
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        right += float((logits.argmax(dim=1) == labels).sum())
+        bar.update(len(chosen))
+    total, right, count = world.total(total, right, len(order))
+    return total / count, right / count
+
+
+@torch.no_grad()
 def each_loss(
     loaded: LoadedModel, examples: Sequence[Example], batch_size: int, bar: Bar | None = None
 ) -> list[tuple[float, int]]:

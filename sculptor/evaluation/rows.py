@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from sculptor.data.columns import Columns
 from sculptor.data.examples import encode, resolve_max_length
+from sculptor.data.labelled import Classes
 from sculptor.data.rows import CompletionRow, Data, MessagesRow, Notice, Row, as_items, read_rows, settle
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.answers import Answer, answer_rows
 from sculptor.evaluation.harness import TaskResult
-from sculptor.evaluation.loss import mean_loss
+from sculptor.evaluation.loss import classify, mean_loss
 from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
@@ -50,14 +51,15 @@ class Evaluation:
     """The result of `evaluate`; what does not apply is None.
 
     Attributes:
-        loss: nats per token, over text, or completions with their end of sequence.
+        loss: nats per token, over text, or completions with their end of sequence; nats per row of a classifier.
         perplexity: exp(loss).
-        accuracy: share of rows whose own label, or right choice, ranks first.
+        accuracy: share of rows whose own label, right choice or class ranks first.
         acc_norm: the same of choices, by log-probability per character.
         exact_match: share of rows of which greedy generation gives a right answer.
-        num_rows: rows read; `num_tokens` tokens that the loss is over.
-        num_dropped: of the rows, those that did not fit and were not measured; `num_cut` lost a part of their prompt.
-        labels: what was ranked for all rows.
+        num_rows: rows read; `num_tokens` tokens, or rows of a classifier, that the loss is over.
+        num_dropped: of the rows, those that did not fit and were not measured; `num_cut` lost a part of their prompt, or text.
+        classified: by a classifier's head.
+        labels: what was ranked for all rows, or the classes.
         answers: the first ones.
         watched: a figure for each of the watched texts.
         tasks: figures of lm-eval.
@@ -76,6 +78,7 @@ class Evaluation:
     tasks: tuple[TaskResult, ...] = ()
     num_dropped: int = 0
     num_cut: int = 0
+    classified: bool = False
 
 
 NOTHING = Evaluation(None, None, None, None, 0, 0, None)
@@ -108,6 +111,12 @@ def evaluate_rows(
         SettingsError: if the labels lack a completion, or a setting would have no effect.
     """
     length = resolve_max_length(max_length, loaded.architecture.max_positions)
+    if loaded.kind == "classifier":
+        if labels is not None or generation.exact_match or generation.max_new_tokens is not None or generation.show:
+            raise SettingsError(
+                "--labels, --exact-match, --max-new-tokens and --show without effect: a classifier has classes, and says no text"
+            )
+        return _evaluate_classes(loaded, rows, length, batch_size, progress, world)
     talks = bool(loaded.tokenizer.chat_template) and loaded.kind == "causal"
     rows = [settle(row, talks) for row in rows]
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
@@ -142,6 +151,7 @@ def read_evaluation_rows(
     notice: Notice = lambda _: None,
     *,
     all_renamed: bool = True,
+    classes: Classes | None = None,
 ) -> list[Row]:
     """Rows of one kind.
 
@@ -150,11 +160,11 @@ def read_evaluation_rows(
     """
     if not as_items(data):
         raise DataError("no data: pass at least one file")
-    rows = read_rows(data, max_rows, columns, notice, all_renamed=all_renamed)
+    rows = read_rows(data, max_rows, columns, notice, all_renamed=all_renamed, classes=classes)
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs:
         check_one_kind(len(pairs), len(rows), "are prompt and completion")
-    if labels is not None and (not pairs or any(row.choices for row in pairs)):
+    if classes is None and labels is not None and (not pairs or any(row.choices for row in pairs)):
         raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows without choices have labels")
     return rows
 
@@ -199,6 +209,19 @@ def _evaluate_loss(
     return Evaluation(
         loss, math.exp(min(loss, 700.0)), None, None, len(rows), tokens, None,
         num_dropped=encoded.num_dropped, num_cut=encoded.num_cut,
+    )  # fmt: skip
+
+
+def _evaluate_classes(
+    loaded: LoadedModel, rows: Sequence[Row], length: int, batch_size: int, progress: Progress, world: World
+) -> Evaluation:
+    encoded = encode(rows, loaded.tokenizer, loaded.kind, length, loaded.architecture.vocab_size)
+    bar = progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")
+    loss, accuracy = classify(loaded, encoded.examples, batch_size, bar, world)
+    bar.close()
+    return Evaluation(
+        loss, math.exp(min(loss, 700.0)), accuracy, None, len(rows), len(rows), loaded.architecture.classes,
+        num_cut=encoded.num_cut, classified=True,
     )  # fmt: skip
 
 

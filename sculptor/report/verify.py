@@ -21,6 +21,7 @@ def verify_text(result: Verification) -> str:
     lines = [
         f"leak {result.leak:.2e} over {result.num_targets} matrices ({result.num_changed} changed), largest {result.max_leak:.2e}; "
         f"rounding explains {result.rounding:.2e}",
+        f"the archive protects {percent(result.protected)} of these matrices",
         f"rounding removed {percent(result.eaten)} of the update"
         + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
         f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
@@ -29,7 +30,7 @@ def verify_text(result: Verification) -> str:
         lines.append(
             f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
         )
-    lines += harm_lines(result.harm)
+    lines += harm_lines(result.harm, named=result.named)
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
@@ -38,6 +39,8 @@ def verify_text(result: Verification) -> str:
         named = ", ".join(map(repr, result.new_tokens))
         lines.append(f"new tokens, whose rows are free: {len(result.new_tokens)} ({named}); old rows are compared")
     lines += [f"new tokens in old text: {line}" for line in result.old_text[:_MAX_LISTED] if not result.strict]
+    if result.new_head:
+        lines.append(f"a new head, which is free: {', '.join(result.new_head)}")
     if result.also_trained:
         lines.append(f"trained without protection, by record and archive: {', '.join(result.also_trained)}")
     if result.doubt is not None:

@@ -16,6 +16,7 @@ from sculptor.checkpoint.records import read_record
 from sculptor.checkpoint.vocabulary import Growth
 from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
+from sculptor.data.labelled import classes_of
 from sculptor.data.mixture import Mixture
 from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
@@ -23,12 +24,14 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
+from sculptor.model.protected import Protected, read_protected
 from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
+from sculptor.tasks.classification import check_task, head_of
 from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
+from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer, tell_unseen
 from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
@@ -53,8 +56,9 @@ class TrainJob:
         rows_elsewhere: how many rows another program trained on, where `encoded` has only those that are measured.
         trainer: that program and its settings, if any.
         growth: its new tokens, if any.
-        ungrown: the checkpoint as it was given, where `checkpoint` has got them.
+        ungrown: the checkpoint as it was given, where `checkpoint` has got them, or a new head.
         samples: of the first base, that harm is measured on; None if the archive has none.
+        named: what the archive keeps of texts that were protected by name.
         replays: what is mixed into the task's rows.
         steps: what they make of all these rows; None where another program makes them.
     """
@@ -76,6 +80,7 @@ class TrainJob:
     growth: Growth | None = None
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
+    named: tuple[Protected, ...] = ()
     replays: tuple[Replay, ...] = ()
     eval_data: tuple[str, ...] = ()
     steps: Steps | None = None
@@ -107,8 +112,10 @@ class Rows:
     replays: tuple[Replay, ...] = ()
 
 
-def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
-    """The checkpoint that is trained, with which attention.
+def open_base(
+    model: str | Path, attn_implementation: str | None = None, *, headed: bool = True
+) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint that is trained, with which attention; unless it will get one, it has a head.
 
     Raises:
         SculptorError: if it cannot be.
@@ -116,7 +123,8 @@ def open_base(model: str | Path, attn_implementation: str | None = None) -> tupl
     checkpoint = open_checkpoint(model, attn_implementation)
     check_attention(checkpoint)
     architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)
+    if headed:
+        check_head(checkpoint, architecture)
     read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
     return checkpoint, architecture
 
@@ -132,8 +140,11 @@ def open_job(
     notice: Callable[[str], object] = lambda _: None,
     rows: Rows | None = None,
     replay: Data = (),
+    new_head: tuple[Checkpoint, Sequence[str]] | None = None,
 ) -> TrainJob:
     """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
+
+    `new_head` has the checkpoint as it was given, where `model` has got a head, and the parameters of that.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
@@ -142,6 +153,7 @@ def open_job(
     archive = Archive(subspaces, rules=rules)
     archive.check_capacity()
     settings = resolve_settings(settings, archive)  # refuses before any work
+    check_task(architecture, settings, replay)
     samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
@@ -165,9 +177,14 @@ def open_job(
         rows.encoded,
         rows.evaluation,
         task_name(items[0]),
-        _select_extra(architecture, archive, settings.also_train),
+        {
+            **head_of(checkpoint, architecture, () if new_head is None else new_head[1]),
+            **_select_extra(architecture, archive, settings.also_train),
+        },
         growth=rows.growth,
+        ungrown=None if new_head is None else new_head[0],
         samples=samples,
+        named=read_protected(archive, architecture.vocab_size),
         replays=replays,
         eval_data=names_of(as_items(eval_data)),
     )
@@ -209,16 +226,19 @@ def read_task(
     if not items:
         raise DataError("no data: pass at least one file")
     kind, size = architecture.kind, growth.after if growth else architecture.vocab_size
-    sources = read_sources(items, settings.max_rows, settings.columns, notice)
+    classes = classes_of(architecture)
+    sources = read_sources(items, settings.max_rows, settings.columns, notice, classes=classes)
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
+    if growth is not None:
+        tell_unseen(growth, encoded.examples, notice)
     for source in sources:
         tell_unread(source.name, source.rows, tokenizer, notice)
     if encoded.mixture is not None:
         notice(_epoch_line(sources, encoded.mixture))
     evaluation = None
-    eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
+    eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False, classes=classes)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
         if (line := evaluation.says("--eval-data")) is not None:

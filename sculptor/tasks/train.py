@@ -23,20 +23,20 @@ from sculptor.methods.settings import is_self
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
-from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
+from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first
 from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
+from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
 from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
 from sculptor.tasks.plan import decide
 from sculptor.tasks.precision import load_precision
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.selection import select_rows
-from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
+from sculptor.tasks.trackers import Tracker, Trackers, check_folder, check_trackers
 from sculptor.tasks.train_loop import make_loop
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import prepare_model
-from sculptor.training.state import has_state
 from sculptor.world import World
 
 _OWN = (ANALYZED_NAME, OPENED)  # archives made on the way, which go along
@@ -89,15 +89,50 @@ def train(
         SculptorError: if an input or the output cannot be used, or the run cannot go on.
     """
     settings = settings or TrainSettings()
+    run = functools.partial(
+        _train, data=data, output=output, settings=settings, eval_data=eval_data, report_to=report_to, replay=replay,
+        overwrite=overwrite, progress=progress, notice=notice, stop=stop, rules=rules,
+    )  # fmt: skip
+    head = wanted_head(model, data, settings, replay, notice)
+    if head is None:
+        return run(model, subspaces, protect_data=protect_data, resume=resume)
+    given = (*local_files(data), *local_files(eval_data), *local_files(protect_data))
+    with with_new_head(
+        head, model, subspaces, protect_data, Path(output).resolve(), settings, given, overwrite=overwrite, resume=resume,
+        progress=progress, notice=notice, rules=rules,
+    ) as made:  # fmt: skip
+        return run(made.path, made.archive, protect_data=(), resume=True, made=made)
+
+
+def _train(
+    model: str | Path,
+    subspaces: str | Path | None,
+    *,
+    data: Data,
+    output: str | Path,
+    settings: TrainSettings,
+    eval_data: Data,
+    protect_data: Data,
+    report_to: Sequence[Tracker],
+    replay: Data,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+    notice: Callable[[str], object],
+    stop: Callable[[], int | None],
+    rules: Kinds | None,
+    made: HeadedBase | None = None,
+) -> TrainReport:
+    """`train` of a model that has its head; `made` if that was made for it."""
     check_trackers(report_to)
     _check_used(settings, subspaces, eval_data, protect_data)
     output, world = Path(output).resolve(), join(settings.device)
     device = resolve_device(settings.device)
     staged = functools.partial(
-        staged_together, world, output, command="train", overwrite=overwrite, worth_keeping=_is_begun
+        staged_together, world, output, command="train", overwrite=overwrite, worth_keeping=is_begun
     )
     read = _files(settings, data, eval_data, replay, protect_data)
-    rows, archive = None, subspaces
+    rows, archive, given = None, subspaces, subspaces if made is None else made.given_archive
     if archive is None:
         with world.together():
             checkpoint, architecture = open_base(model, settings.attn_implementation)
@@ -106,11 +141,15 @@ def train(
             analyze_first(model, partial, protect_data, settings, progress, notice, rules)
         archive, resume = partial_path(output) / ANALYZED_NAME, True
     with world.together():
-        job = open_job(model, archive, data, eval_data, settings, rules, progress, notice, rows, replay)
+        new_head = None if made is None else (made.base, made.head.fresh)
+        job = open_job(model, archive, data, eval_data, settings, rules, progress, notice, rows, replay, new_head)
     key = {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     check_alike(world, key)
     job = decide(job, device, output, world, notice)
-    read += [job.checkpoint.path, *([] if subspaces is None else [subspaces])]
+    read += [job.base.path, *([] if given is None else [given])]
+    if report_to:
+        with world.together():
+            check_folder(output, read)
     with staged(inputs=read, resume=resume) as partial:
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
         report = _run(job, device, output, partial, report_to, stop, progress, notice, world)
@@ -142,11 +181,6 @@ def _grown(job: TrainJob, partial: Path, progress: Progress, world: World) -> Tr
     with world.together():
         grown = open_grown(job.checkpoint, growth, partial)
         return replace(job, checkpoint=grown, architecture=inspect_architecture(grown), ungrown=job.checkpoint)
-
-
-def _is_begun(partial: Path) -> bool:
-    """Whether something was made that a later run can use."""
-    return has_state(partial) or has_archive(partial)
 
 
 def _place(partial: Path, output: Path, overwrite: bool) -> None:

@@ -103,7 +103,8 @@ def train_readme(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Readm
 def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     loop = report.loop
     total = report.num_protected + job.archive.num_free
-    unit = " nats per token" if job.trainer is None else ""  # others have losses of their own
+    unit = f" nats per {'row' if job.architecture.kind == 'classifier' else 'token'}"
+    unit = unit if job.trainer is None else ""  # others have losses of their own
     best = (
         [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
     )

@@ -11,6 +11,8 @@ from sculptor.validation import AtLeastOne, ColumnNames, Name, NotNegative, Off,
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
 TokenWeights = Literal["same", "entropy"]
+Task = Literal["language-modeling", "sequence-classification"]
+CLASSIFICATION: Task = "sequence-classification"
 ClipBy = Literal["model", "matrix"]
 Optimizer = Literal["adamw", "bayes-adam"]
 OptimizerMode = Literal["exact", "fused"]
@@ -27,6 +29,9 @@ MICRO_ROWS = 8
 class TrainSettings:
     """Settings of `sculptor train`; everything that decides its result."""
 
+    task: Task | None = None
+    """What rows teach: to say their text, or the class of theirs, by a head that is trained freely and made new where the model
+    has none [default: what the model has a head for]."""
     epochs: Positive = 1.0
     """Passes over the data."""
     max_steps: AtLeastOne | None = None

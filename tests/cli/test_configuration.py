@@ -24,6 +24,8 @@ OPTIONS = {
     "edit threshold": ('device = "cpu"', "dry-run"),
     "edit prune": ("sparsity = 0.5", "dry-run"),
     "continual": ('set = ["train.seed=1"]', "overwrite"),
+    "card": ('device = "cpu"', "strict"),
+    "frontier": ('plot = "p.png"', "overwrite"),
     "convert": ('model = "m"', "overwrite"),
     "demo": ("seed = 3", "json"),
 }
@@ -129,6 +131,9 @@ def test_bad_files(tmp_path: Path, cli: Callable[..., Result]) -> None:
         ("epochs = true", "epochs = true: expected text or a number"),
         ("resume = 1", "resume = 1: expected true or false"),
         ('epochs = "many"', "epochs: 'many' is not a valid float"),
+        ('output = "a\\u0000"', "output: embedded null byte"),
+        (f"epochs = {10**400}", "epochs: "),
+        ("output = 1.5", "output: "),
         ('schedule = "cosin"', "Did you mean 'cosine'?"),
         ("max-steps = 0", "max-steps: 0 is not in the range x>=1"),
         ("max-steps = 3\nmax_steps = 3", "'max_steps' is given twice"),
