@@ -30,7 +30,7 @@ from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.vocabulary import Growth, find_growth
 from sculptor.errors import ArchiveError, VerificationError
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
@@ -74,8 +74,7 @@ class Verification:
 
     Attributes:
         passed: every matrix holds, and everything else that a user loads is untouched.
-        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise.
-        max_leak: of the matrix with the largest.
+        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise; `max_leak` of the largest.
         eaten: share of the whole update that rounding ate.
         num_targets: matrices of the archive.
         num_changed: those with an update.
@@ -94,7 +93,7 @@ class Verification:
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
         new_head: tensors of a classifier's head that the base has not; they are free.
         old_text: how they change the way in which text is read that was there before.
-        harm: to what the first base says by itself, where that was asked for.
+        harm: to what the first base says by itself, where that was asked for; `named` what became of protected names.
     """
 
     passed: bool
@@ -121,6 +120,7 @@ class Verification:
     new_head: tuple[str, ...] = ()
     old_text: tuple[str, ...] = ()
     harm: Harm | None = None
+    named: tuple[NamedHarm, ...] = ()
 
 
 def verify_checkpoints(

@@ -30,7 +30,7 @@ def verify_text(result: Verification) -> str:
         lines.append(
             f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
         )
-    lines += harm_lines(result.harm)
+    lines += harm_lines(result.harm, named=result.named)
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]

@@ -19,8 +19,9 @@ from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.refusals import PHRASES
 from sculptor.evaluation.series import Figure, Reading, Series, change
 from sculptor.methods.kinds import Kinds
-from sculptor.model.harm import Harm, measure_harm
+from sculptor.model.harm import Harm, NamedHarm, measure_harm
 from sculptor.model.load import LoadedModel, check_head, resolve_device
+from sculptor.model.protected import measure_protected, read_protected
 from sculptor.model.samples import Sample, draw_samples
 from sculptor.progress import Progress, silent
 from sculptor.tasks.card_report import (
@@ -120,7 +121,10 @@ def card(
             if samples is None:
                 samples = _samples(archive, loaded, length, left_out, progress)
             harm = measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id) if samples else None
-            return _Found({each.name: each.of(loaded, reading, progress) for each in measures}, harm, samples)
+            kept = () if archive is None else read_protected(archive, loaded.architecture.vocab_size)
+            named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in kept]
+            series = {each.name: each.of(loaded, reading, progress) for each in measures}
+            return _Found(series, harm, samples, tuple(named))
 
     before = measure(base, None)
     figures = {name: [series.figure for series in found] for name, found in before.series.items()}
@@ -131,7 +135,7 @@ def card(
         lines = _lines(measures, before, after)
         low, high = (None, None) if after.harm is None else interval(after.harm)
         failed = failures(thresholds, lines, after.harm, leak, strict=strict)
-        cards.append(TunedCard(_name(model), lines, after.harm, low, high, leak, failed))
+        cards.append(TunedCard(_name(model), lines, after.harm, low, high, leak, failed, after.named))
     return CardReport(
         base=_name(base),
         tuned=tuple(cards),
@@ -151,6 +155,7 @@ class _Found:
     series: Mapping[str, Sequence[Series]]
     harm: Harm | None
     samples: Sequence[Sample]
+    named: tuple[NamedHarm, ...]
 
 
 def _name(model: str | Path) -> str:

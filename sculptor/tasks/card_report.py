@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sculptor.errors import SettingsError
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.ratio import Z95, Ratio
 
 Role = Literal["task", "ability", "watched"]
@@ -69,6 +69,7 @@ class TunedCard:
         harm: KL(base || tuned) on samples of the base; `harm_low` and `harm_high` are its 95 % confidence interval.
         leak: None without an archive.
         failed: thresholds that it does not satisfy, each with what was found.
+        named: what became of texts that the archive protects by name.
     """
 
     name: str
@@ -78,6 +79,7 @@ class TunedCard:
     harm_high: float | None
     leak: Leak | None
     failed: tuple[str, ...]
+    named: tuple[NamedHarm, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

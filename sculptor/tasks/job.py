@@ -24,6 +24,7 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
+from sculptor.model.protected import Protected, read_protected
 from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
@@ -57,6 +58,7 @@ class TrainJob:
         growth: its new tokens, if any.
         ungrown: the checkpoint as it was given, where `checkpoint` has got them, or a new head.
         samples: of the first base, that harm is measured on; None if the archive has none.
+        named: what the archive keeps of texts that were protected by name.
         replays: what is mixed into the task's rows.
         steps: what they make of all these rows; None where another program makes them.
     """
@@ -78,6 +80,7 @@ class TrainJob:
     growth: Growth | None = None
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
+    named: tuple[Protected, ...] = ()
     replays: tuple[Replay, ...] = ()
     eval_data: tuple[str, ...] = ()
     steps: Steps | None = None
@@ -181,6 +184,7 @@ def open_job(
         growth=rows.growth,
         ungrown=None if new_head is None else new_head[0],
         samples=samples,
+        named=read_protected(archive, architecture.vocab_size),
         replays=replays,
         eval_data=names_of(as_items(eval_data)),
     )

@@ -110,7 +110,7 @@ def _tiles(result: Verification) -> list[tuple[str, str, str | None]]:
                 "of what an update of this size in random directions would disturb",
             )
         )
-    return found + harm_tile(result.harm)
+    return found + harm_tile(result.harm, result.named)
 
 
 def _elsewhere(result: Verification) -> Sequence[Child]:
