@@ -159,6 +159,8 @@ def test_what_could_not_be_written_is_refused_before_a_step(place: Path, bases: 
     (place / "there").mkdir()
     with pytest.raises(sculptor.SculptorError, match="exists already"):
         Best(place).train("there")
+    with pytest.raises(sculptor.SculptorError, match="lies in the input"):
+        Best(bases["model"]).train("out", archive=str(bases["moments"]))
     model = AutoModelForCausalLM.from_pretrained("model")
     callback = sculptor.SculptorCallback("model", "subspaces", "out")
     arguments = TrainingArguments("run", use_cpu=True, report_to="none", max_steps=1)

@@ -231,8 +231,7 @@ def read_task(
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
-    if growth is not None:
-        tell_unseen(growth, encoded.examples, notice)
+    tell_unseen(growth, encoded.examples, notice)
     for source in sources:
         tell_unread(source.name, source.rows, tokenizer, notice)
     if encoded.mixture is not None:

@@ -161,6 +161,8 @@ def test_what_else_changed_does_not_verify(pairs: Path, tmp_path: Path) -> None:
     assert not passes(tampered(rms_norm_eps=0.1))
     assert not passes(tampered(problem_type="regression"))
     assert not passes(tampered(lambda values: values["model.layers.0.mlp.up_proj.weight"].add_(0.1)))
+    with pytest.raises(SculptorError, match="tensors differ"):  # a sequence would end before each of these words
+        passes(tampered(pad_token_id=9))
     with pytest.raises(CheckpointError, match=r"score\.weight has 1 NaN"):
         passes(tampered(lambda values: values["score.weight"][0, 0].fill_(torch.nan)))
     with pytest.raises(SculptorError, match="2 added, first extra"):
