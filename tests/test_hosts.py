@@ -21,6 +21,9 @@ from sculptor.training.parallelism import check_device
 from sculptor.training.protect import protected_matrices
 
 
+COVERS = ["sculptor.axolotl"]
+
+
 class BasePlugin:
     """axolotl's, as far as it is asked."""
 

@@ -21,6 +21,7 @@ from sculptor.report.evaluate import evaluate_text
 from sculptor.report.verify import verify_text
 from sculptor.tasks.data import preview
 
+COVERS = ["sculptor.checkpoint.heads", "sculptor.data.labelled", "sculptor.tasks.new_head"]
 SETTINGS = TrainSettings(
     task="sequence-classification", epochs=6, batch_size=6, relative_rate=0.05, device="cpu", micro_batch_size=3
 )
