@@ -20,7 +20,6 @@ from sculptor.errors import SettingsError, TrainingError
 from sculptor.training.parallelism import check_device
 from sculptor.training.protect import protected_matrices
 
-
 COVERS = ["sculptor.axolotl"]
 
 
