@@ -142,9 +142,7 @@ def open_job(
     replay: Data = (),
     new_head: tuple[Checkpoint, Sequence[str]] | None = None,
 ) -> TrainJob:
-    """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
-
-    `new_head` has the checkpoint as it was given, where `model` has got a head, and the parameters of that.
+    """Opens and checks all that a training reads; `rows` if read before, `new_head`: the model as given, a new head's parameters.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
