@@ -38,7 +38,7 @@ class BayesAdam(torch.optim.AdamW):
         super().__init__(groups, **options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """As AdamW's, and then the precision that the gradient adds."""
         assert closure is None
         before = {a: a.clone() for group in self.param_groups for a in group["params"] if a.grad is not None}
@@ -46,7 +46,7 @@ class BayesAdam(torch.optim.AdamW):
         for a, old in before.items():
             precision = self.state[a].setdefault(PRECISION, torch.zeros_like(a))
             a.copy_(torch.lerp(old, a, shares(precision)))
-            gain_(precision, a.grad, self.evidence)  # type: ignore[arg-type]  # divided, where AdamW was to divide it
+            gain_(precision, a.grad, self.evidence)  # divided, where AdamW was to divide it
 
 
 def moments_of(settings: TrainSettings) -> tuple[str, ...]:
