@@ -31,6 +31,7 @@ _COMMANDS = {
     "evaluate": ("evaluate", "Measure loss, exact match and ranking of MODEL on rows, and tasks of lm-eval."),
     "chat": ("chat", "Talk to MODEL, and to the one it was tuned from beside it."),
     "edit": ("edit", "Make a checkpoint from one or two others, without training."),
+    "bank": ("bank", "Keep what tasks changed in MODEL beside each other, and route rows to them."),
     "continual": ("continual", "Train the tasks of PLAN in order and evaluate all of them after each."),
     "convert": ("convert", "Write ARCHIVE, of an earlier version of the format, in today's."),
     "demo": ("demo", "Show the whole tool on a tiny model made on the spot."),

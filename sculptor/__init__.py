@@ -14,6 +14,7 @@ __distribution__ = NAME  # by which the command knows this package from another 
 
 _HOMES = {
     "AnalyzeSettings": "sculptor.methods.settings",
+    "BankSettings": "sculptor.edits.settings",
     "Choose": "sculptor.edits.settings",
     "EstimateSettings": "sculptor.planning.settings",
     "Archive": "sculptor.archive.store",
@@ -26,12 +27,14 @@ _HOMES = {
     "SculptorError": "sculptor.errors",
     "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
+    "add_to_bank": "sculptor.tasks.bank",
     "analyze": "sculptor.tasks.analyze",
     "chat": "sculptor.tasks.chat",
     "continual": "sculptor.benchmark.runner",
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
+    "export_task": "sculptor.tasks.bank",
     "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
@@ -41,6 +44,7 @@ _HOMES = {
     "protect": "sculptor.training.protect",
     "prune": "sculptor.tasks.prune",
     "push": "sculptor.tasks.push",
+    "route": "sculptor.tasks.bank",
     "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
@@ -49,6 +53,7 @@ _HOMES = {
 __all__ = [
     "AnalyzeSettings",
     "Archive",
+    "BankSettings",
     "Choose",
     "EstimateSettings",
     "Interpolate",
@@ -61,6 +66,7 @@ __all__ = [
     "Threshold",
     "TrainSettings",
     "__version__",
+    "add_to_bank",
     "analyze",
     "chat",
     "continual",
@@ -68,6 +74,7 @@ __all__ = [
     "edit",
     "estimate",
     "evaluate",
+    "export_task",
     "harm",
     "inspect",
     "merge",
@@ -77,6 +84,7 @@ __all__ = [
     "protect",
     "prune",
     "push",
+    "route",
     "stream",
     "train",
     "verify",
@@ -85,13 +93,14 @@ __all__ = [
 if TYPE_CHECKING:
     from sculptor.archive.store import Archive
     from sculptor.benchmark.runner import continual
-    from sculptor.edits.settings import Choose, Interpolate, Lines, Project, Prune, Threshold
+    from sculptor.edits.settings import BankSettings, Choose, Interpolate, Lines, Project, Prune, Threshold
     from sculptor.errors import SculptorError
     from sculptor.methods.kinds import Kind
     from sculptor.methods.settings import AnalyzeSettings
     from sculptor.planning.settings import EstimateSettings
     from sculptor.tasks.adapter import merge_adapter
     from sculptor.tasks.analyze import analyze
+    from sculptor.tasks.bank import add_to_bank, export_task, route
     from sculptor.tasks.callback import SculptorCallback
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert

@@ -1,8 +1,8 @@
 """What a loaded model makes of rows: loss, perplexity, exact match, ranking of labels or choices, answers to look at."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from sculptor.data.columns import Columns
 from sculptor.data.examples import encode, resolve_max_length
@@ -61,6 +61,7 @@ class Evaluation:
         answers: the first ones.
         watched: a figure for each of the watched texts.
         tasks: figures of lm-eval.
+        routed: with a bank, how many rows each of its tasks answered, as the nearest.
     """
 
     loss: float | None
@@ -76,6 +77,7 @@ class Evaluation:
     tasks: tuple[TaskResult, ...] = ()
     num_dropped: int = 0
     num_cut: int = 0
+    routed: Mapping[str, int] = field(default_factory=dict)
 
 
 NOTHING = Evaluation(None, None, None, None, 0, 0, None)
@@ -162,6 +164,16 @@ def read_evaluation_rows(
 def _check_one_kind(count: int, total: int, what: str) -> None:
     if count < total:
         raise DataError(f"{count} of {total} rows {what}; evaluate one kind of row at a time")
+
+
+def labels_of(rows: Sequence[Row], given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """What is ranked for all of some rows, if anything is.
+
+    Raises:
+        SettingsError: if the labels lack a completion.
+    """
+    pairs = [row for row in rows if isinstance(row, CompletionRow)]
+    return _labels(pairs, given) if pairs and not any(row.choices for row in pairs) else None
 
 
 def _labels(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -56,6 +56,7 @@ def measures_rows(result: Evaluation) -> list[list[str]]:
     if result.exact_match is not None:
         rows.append(["exact match", percent(result.exact_match)])
     rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
+    rows += [[f"rows to {task}", f"{count:,}"] for task, count in result.routed.items()]
     if result.num_dropped:
         rows.append(["rows dropped, too long", f"{result.num_dropped:,}"])
     if result.num_cut:
