@@ -21,6 +21,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
 from sculptor.checkpoint.writer import write_checkpoint
+from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, Row, as_items, names_of, read_rows
 from sculptor.edits.compact import Compact, compact
@@ -66,6 +67,7 @@ def add_to_bank(
     *,
     name: str,
     rank: int | None = None,
+    columns: str | Columns | None = None,
     settings: BankSettings | None = None,
     progress: Progress = silent,
     notice: Callable[[str], object] = lambda _: None,
@@ -79,6 +81,7 @@ def add_to_bank(
         data: rows of the task, as `train` takes them; its key is of some of them.
         name: of the task.
         rank: keep the leading directions of each matrix's difference alone; default as many as give it back to rounding.
+        columns: our keys and their columns, `prompt=question,completion=answer` or a mapping.
         settings: how rows are read.
         progress: makes progress bars.
         notice: told, in a line, what form of data was recognised.
@@ -96,7 +99,7 @@ def add_to_bank(
         raise BankError(f"--name {name!r}: expected letters, digits, - and _")
     if rank is not None and rank < 1:
         raise BankError(f"--rank {rank}: expected at least 1")
-    rows = _spread(read_rows(data, None, None, notice))
+    rows = _spread(read_rows(data, None, columns, notice))
     if len(rows) < 2:
         raise DataError(f"{names_of(data)[0]}: {len(rows)} rows; a key needs at least two")
     identity = base_identity(pairs.base, progress)

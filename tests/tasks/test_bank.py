@@ -49,6 +49,7 @@ def test_a_task_comes_back_to_rounding(cli: Callable[..., Result], place: Path, 
     assert record["task"]["name"] == "a"
 
 
+@pytest.mark.slow
 def test_rows_find_their_task_alone_and_together(place: Path) -> None:
     found = route(place / "bank", place / "model", [str(place / name) for name in ("a.jsonl", "b.jsonl")])
     assert [dict(one.chosen) for one in found] == [{"a": 24, "b": 0}, {"a": 0, "b": 24}]
