@@ -66,7 +66,7 @@ def command(
 
     quiet_libraries()
     report = analyze(
-        merged(model, merge_adapter, settings["device"]),
+        merged(model, merge_adapter, settings["device"], output),
         output,
         AnalyzeSettings(**settings),
         offload=offload,

@@ -33,13 +33,14 @@ def command(model: str, base: str | None, **options: Any) -> None:
     """Talk to MODEL, and to the one it was tuned from beside it.
 
     Every line of the input is said through the chat template; each model remembers its own answers. A model without a template
-    goes on with each line as it is. /new starts a new conversation, /quit or the end of the input ends it.
+    goes on with each line as it is. Where a conversation outgrows --max-length, its oldest turns are forgotten. /new starts a new conversation, /quit or the end of the input ends it.
 
     \b
     Examples:
       sculptor chat ./tuned --base ./model
       sculptor chat ./tuned < questions.txt
     """
+    from sculptor.errors import DataError
     from sculptor.report.chat import replies_text
     from sculptor.tasks.chat import chat
 
@@ -56,7 +57,12 @@ def command(model: str, base: str | None, **options: Any) -> None:
                 continue
             if not typed:
                 click.echo(f"> {line}")
-            click.echo(replies_text(session.ask(line)) + "\n")
+            try:
+                click.echo(replies_text(session.ask(line)) + "\n")
+            except DataError as error:
+                if not typed:
+                    raise
+                click.echo(f"error: {error}\n", err=True)  # there is somebody to say it otherwise
 
 
 def _next_line(typed: bool) -> str | None:

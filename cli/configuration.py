@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -118,16 +118,44 @@ def _of_record(ctx: click.Context, path: Path, words: Sequence[str]) -> Mapping[
         raise _error(path, "is no record of a run of sculptor with settings") from cause
     if command != " ".join(words):
         raise _error(path, f"holds settings of `{command}`, not of `{' '.join(words)}`")
+    ctx.meta[_LEFT_OUT] = path, _left_out(content, settings)
+    return settings
+
+
+class _Left(NamedTuple):
+    """What an option of the run was for, and whether its data had shares."""
+
+    what: str
+    shares: bool = False
+
+
+def _left_out(content: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, _Left]:
+    """Options that a record names the values of, and that have to be given again; takes them out of the settings."""
+    from sculptor.data.replay import DEFAULT_SHARE
+
     left = {}
     if settings.get("data", []) not in ([], ["self"]):
-        left["data"] = f"measured on {', '.join(map(str, settings.pop('data')))}"
+        first = next(iter(found), None) if isinstance(found := content.get("tasks"), list) else None
+        shares = any(weight != 1 for weight in _part({"": first}, "").get("weights") or ())
+        left["data"] = _Left(f"measured on {', '.join(map(str, settings.pop('data')))}", shares)
+    weights = _part(content, "data").get("weights")
+    if isinstance(weights, list) and weights:
+        left["data"] = _Left(f"mixed its data in shares of {' to '.join(map(str, weights))}", shares=True)
     mixed = _part(content, "data").get("replay")
     if isinstance(mixed, list) and mixed:
-        left["replay"] = f"mixed in {', '.join(str(_part({'': each}, '').get('name')) for each in mixed)}"
-    if _part(content, "result").get("best_step") is not None:
-        left["eval_data"] = "chose its best parameters by rows of --eval-data"
-    ctx.meta[_LEFT_OUT] = path, left
-    return settings
+        parts = [_part({"": each}, "") for each in mixed]
+        shares = any(part.get("share") != DEFAULT_SHARE for part in parts)
+        named = [f"{part.get('name')}:{part.get('share')}" if shares else str(part.get("name")) for part in parts]
+        left["replay"] = _Left(f"mixed in {', '.join(named)}", shares)
+    chosen = _part(content, "eval_data").get("files")
+    if chosen or _part(content, "result").get("best_step") is not None:
+        named = [f" ({', '.join(map(str, chosen))})"] if isinstance(chosen, list) else []
+        left["eval_data"] = _Left(f"chose its best parameters by rows of --eval-data{''.join(named)}")
+    if content.get("analyzed") is False:
+        left["subspaces"] = _Left("was protected by an archive")
+    if content.get("protect_data", []) not in ([], ["self"]):
+        left["protect_data"] = _Left("analyzed its model on data of its own")
+    return left
 
 
 def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -142,12 +170,19 @@ def check_complete(ctx: click.Context) -> None:
         UsageError: naming them.
     """
     path, left = ctx.meta.get(_LEFT_OUT, (None, {}))
-    for name, what in left.items():
-        if name in ctx.params and not ctx.params[name]:
-            option = name.replace("_", "-")
+    for name, (what, shares) in left.items():
+        if name in ctx.params and not (_are_weighted(ctx.params[name]) if shares else ctx.params[name]):
+            option = f"--{name.replace('_', '-')}{' PLACE:WEIGHT' if shares else ''}"
             raise click.UsageError(
-                f"--config {path}: {what}, where records keep no folders and weights; give it as --{option}"
+                f"--config {path}: {what}, where records keep no folders and weights; give it as {option}"
             )
+
+
+def _are_weighted(data: Iterable[str]) -> bool:
+    """Whether any of some data is given with its share."""
+    from sculptor.data.rows import weight_of
+
+    return any(weight_of(name) is not None for name in data)
 
 
 def _value(ctx: click.Context, path: Path, key: str, value: Any, parameter: click.Parameter) -> Any:
@@ -164,4 +199,6 @@ def _value(ctx: click.Context, path: Path, key: str, value: Any, parameter: clic
         parameter.type_cast_value(ctx, made)
     except click.BadParameter as cause:
         raise _error(path, f"{key}: {cause.message}") from cause
+    except (ValueError, OverflowError) as cause:  # a NUL in a path, a number that is none
+        raise _error(path, f"{key}: {cause}") from cause
     return made

@@ -18,8 +18,8 @@ from .options import (
 )
 
 _METHODS = [
-    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "lines", "inflora", "sara", "orthsr",
-    "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "inflora", "sara",
+    "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
 ]  # fmt: skip
 
 
@@ -32,8 +32,9 @@ _METHODS = [
     default="sculptor",
     show_default=True,
     help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, plain with "
-    "replay, l2, interpolate (WiSE-FT), lines (LiNeS), eaft (entropy-weighted) or rescaled to the norm of another run, "
-    "InfLoRA, SaRA, OrthSR, bayes-adam (BAdam), EsaCL-style, MAMF, SLM, or (extra `baselines`) LoRA, O-LoRA and OSF through PEFT.",
+    "replay, l2, kl (KL to the base in the loss), interpolate (WiSE-FT), lines (LiNeS), eaft (entropy-weighted) or rescaled to "
+    "the norm of another run, InfLoRA, SaRA, OrthSR, bayes-adam (BAdam), EsaCL-style, MAMF, SLM, or (extra `baselines`) LoRA, O-LoRA "
+    "and OSF through PEFT.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override the plan's value; repeatable."
@@ -87,7 +88,7 @@ def command(
         require_matplotlib()
         check_picture(plot, overwrite)
     if html is not None:
-        check_page(html, overwrite, output)
+        check_page(html, overwrite, output, [plan])
     report = continual(
         plan,
         output,

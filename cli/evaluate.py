@@ -89,6 +89,7 @@ def command(
       sculptor evaluate ./tuned --data chats.jsonl --exact-match --show 5
       sculptor evaluate ./tuned --tasks my_task,arc_easy --include-path ./tasks
     """
+    from sculptor.data.rows import local_files
     from sculptor.report.evaluate import evaluate_text
     from sculptor.report.html.evaluate import evaluate_page
     from sculptor.report.html.page import check_page, write_page
@@ -98,7 +99,7 @@ def command(
     quiet_libraries()
     check_overwrite(html, overwrite)
     if html is not None:
-        check_page(html, overwrite)
+        check_page(html, overwrite, inputs=[model, merge_adapter, *local_files([*data, *watch])])
     result = evaluate(
         merged(model, merge_adapter, options["device"]),
         data,

@@ -51,9 +51,9 @@ def command(
         raise click.UsageError("--all without effect: --json has every matrix")
     if plot is not None:
         require_matplotlib()
-        check_picture(plot, overwrite)
+        check_picture(plot, overwrite, [archive, model, compare])
     if html is not None:
-        check_page(html, overwrite)
+        check_page(html, overwrite, inputs=[archive, model, compare])
     found = inspect(archive, model=model, compare=compare, progress=bars)
     if plot is not None:
         plot_archive(Archive(archive), plot)

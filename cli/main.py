@@ -29,10 +29,12 @@ _COMMANDS = {
         "Prove that TUNED left the protected pairs of BASE untouched, and everything else that a user loads.",
     ),
     "evaluate": ("evaluate", "Measure loss, exact match and ranking of MODEL on rows, and tasks of lm-eval."),
+    "card": ("card", "Measure TUNED beside BASE, row by row, and say whether it may be released."),
     "chat": ("chat", "Talk to MODEL, and to the one it was tuned from beside it."),
     "edit": ("edit", "Make a checkpoint from one or two others, without training."),
     "bank": ("bank", "Keep what tasks changed in MODEL beside each other, and route rows to them."),
     "continual": ("continual", "Train the tasks of PLAN in order and evaluate all of them after each."),
+    "frontier": ("frontier", "Compare RUNS of `sculptor continual`: what each learned, against the harm that it did."),
     "convert": ("convert", "Write ARCHIVE, of an earlier version of the format, in today's."),
     "demo": ("demo", "Show the whole tool on a tiny model made on the spot."),
 }
@@ -174,8 +176,8 @@ def _is_told(error: Exception) -> bool:
     """Whether another of several processes says what went wrong."""
     from sculptor.errors import PeerError, SettingsError
 
-    if isinstance(error, PeerError):
-        return error.told or not speaks()
+    if isinstance(error, PeerError):  # it may be the first that has gone, so the second speaks of that, too
+        return error.told or os.environ.get("RANK", "0") not in ("0", "1")
     return isinstance(error, SettingsError) and not speaks()  # those are the same in all
 
 

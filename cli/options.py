@@ -212,13 +212,13 @@ def adapter_option(command: Command) -> Command:
     )(command)
 
 
-def merged(model: str, directory: str | None, device: str) -> str:
-    """MODEL, or what merging it gives."""
+def merged(model: str, directory: str | None, device: str, output: Path | None = None) -> str:
+    """MODEL, or what merging it gives; `output` is what is made of that."""
     if directory is None:
         return model
     from sculptor.tasks.adapter import merge_adapter
 
-    made = merge_adapter(model, directory, device=device, progress=bars)
+    made = merge_adapter(model, directory, device=device, progress=bars, goes_to=output)
     tell(f"merged {model} into its base: {made}; that is MODEL from now on")
     return str(made)
 

@@ -104,6 +104,7 @@ def command(
       sculptor train ./model --data task.jsonl --max-harm 0.02 --output ./tuned
       sculptor train ./model --data task.jsonl --replay general.txt:0.1 --output ./tuned
     """
+    from sculptor.data.rows import local_files
     from sculptor.interruption import asked_to_stop
     from sculptor.report.html.page import check_page, write_page
     from sculptor.report.html.train import train_page
@@ -114,10 +115,10 @@ def command(
 
     quiet_libraries()
     if html is not None:
-        check_page(html, overwrite, output)
+        check_page(html, overwrite, output, [model, merge_adapter, subspaces, *local_files([*data, *eval_data])])
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
-            merged(model, merge_adapter, settings["device"]),
+            merged(model, merge_adapter, settings["device"], output),
             subspaces,
             data,
             output,

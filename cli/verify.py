@@ -27,7 +27,9 @@ from .options import (
 @click.option("--subspaces", required=True, type=click.Path(), help="Subspace archive of BASE.")
 @settings_options(TrainSettings, "device")
 @click.option(
-    "--strict", is_flag=True, help="Refuse a leak above 1e-3 that only rounding explains: it could hide one as large."
+    "--strict",
+    is_flag=True,
+    help="Refuse a leak above 1e-3 that only rounding explains: it could hide one as large; and new tokens in old text.",
 )
 @click.option(
     "--harm",
@@ -71,7 +73,7 @@ def command(
     check_overwrite(html, overwrite)
     try:
         if html is not None:
-            check_page(html, overwrite)
+            check_page(html, overwrite, inputs=[base, tuned, subspaces])
         result = verify(base, tuned, subspaces, device=device, strict=strict, harm=harm, progress=bars)
         click.echo(to_json(result) if as_json else verify_text(result))
         if html is not None and speaks():

@@ -29,12 +29,14 @@ _HOMES = {
     "TrainSettings": "sculptor.training.settings",
     "add_to_bank": "sculptor.tasks.bank",
     "analyze": "sculptor.tasks.analyze",
+    "card": "sculptor.tasks.card",
     "chat": "sculptor.tasks.chat",
     "continual": "sculptor.benchmark.runner",
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
     "export_task": "sculptor.tasks.bank",
+    "frontier": "sculptor.benchmark.frontier",
     "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
@@ -68,6 +70,7 @@ __all__ = [
     "__version__",
     "add_to_bank",
     "analyze",
+    "card",
     "chat",
     "continual",
     "convert",
@@ -75,6 +78,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "export_task",
+    "frontier",
     "harm",
     "inspect",
     "merge",
@@ -92,6 +96,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sculptor.archive.store import Archive
+    from sculptor.benchmark.frontier import frontier
     from sculptor.benchmark.runner import continual
     from sculptor.edits.settings import BankSettings, Choose, Interpolate, Lines, Project, Prune, Threshold
     from sculptor.errors import SculptorError
@@ -102,6 +107,7 @@ if TYPE_CHECKING:
     from sculptor.tasks.analyze import analyze
     from sculptor.tasks.bank import add_to_bank, export_task, route
     from sculptor.tasks.callback import SculptorCallback
+    from sculptor.tasks.card import card
     from sculptor.tasks.chat import chat
     from sculptor.tasks.convert import convert
     from sculptor.tasks.data import preview

@@ -25,8 +25,7 @@ from sculptor.errors import PeerError, SculptorError, SettingsError
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-# Of results on their way to the first process, which wait in host memory.
-_WAITING_BYTES = 4 * 2**30
+_WAITING_BYTES = 4 * 2**30  # of results on their way to the first process, in host memory
 # Gradients are added up in pieces of about this size: large enough to be quick, small enough to need little memory.
 _BUCKET_BYTES = 64 * 2**20
 # Some steps take long in one process while the others wait: writing a large checkpoint, sampling.
@@ -240,14 +239,15 @@ def _collectively(call: Callable[[], T]) -> T:
     except RuntimeError as cause:
         if isinstance(cause, torch.OutOfMemoryError):
             raise
-        raise PeerError(
-            f"another process of this run ended ({_line(cause)}); look at what it said, and start the run again"
-        ) from cause
+        raise PeerError(_ended(cause)) from cause
+
+
+def _ended(cause: BaseException) -> str:
+    return f"another process of this run ended ({_line(cause)}); look at what it said, and start the run again"
 
 
 def _line(cause: BaseException) -> str:
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[0][:120]
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:120]
 
 
 def _reduced(numbers: Tensor, how: Any) -> Tensor:
@@ -335,7 +335,7 @@ class _Sender:
 
     def _check(self) -> None:
         if self._failed is not None:
-            raise PeerError("another process of this run ended") from self._failed
+            raise PeerError(_ended(self._failed)) from self._failed
 
     def _run(self) -> None:
         while (content := self._queue.get()) is not None:

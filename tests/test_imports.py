@@ -17,7 +17,7 @@ FLOORS = [
     {"analysis", "training", "evaluation"},
     {"planning"},
     {"tasks"},
-    {"benchmark"},
+    {"benchmark", "axolotl", "swift"},
     {"report"},
     {"sculptor_cli"},
 ]

@@ -2,17 +2,19 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import save_checkpoint, task_rows, write_rows
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from conftest import save_checkpoint, slowly, task_rows, write_rows
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import sculptor
 from sculptor.data.collated import batch_examples
 
+COVERS = ["sculptor.data.collated", "sculptor.tasks.callback", "sculptor.tasks.same_model"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "trainers.md"
 
 
@@ -177,6 +179,53 @@ def test_what_could_not_be_written_is_refused_before_a_step(place: Path, bases: 
     norm.scale = torch.nn.Parameter(torch.ones(3))  # as an adapter's
     with pytest.raises(sculptor.SculptorError, match=r"model.norm.scale is trained, and .* has no tensor for it"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert not list(place.glob("out*"))
+
+
+def _louder(module: Any, inputs: Any, outputs: Any) -> Any:
+    return outputs * 1.3
+
+
+CHANGES: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
+    "setting": ({"rms_norm_eps": 1e-2}, lambda model: None, r"rms_norm_eps was 1e-06, is 0.01; change it there"),
+    "hook": ({}, lambda model: model.model.norm.register_forward_hook(_louder), "predicts something else than .*model, by"),
+    "buffer": ({}, lambda model: model.model.rotary_emb.inv_freq.mul_(1.1), "model.rotary_emb.inv_freq: a buffer that is not"),
+    "module": ({}, lambda model: setattr(model.model.norm, "variance_epsilon", 1.0), "predicts something else than .*model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["setting", "hook", *slowly("buffer", "module")])
+def test_what_trains_is_what_is_written(place: Path, bases: dict[str, Path], change: str) -> None:
+    """A model that computes something else than its checkpoint is refused before a step."""
+    options, meddle, message = CHANGES[change]
+    model = AutoModelForCausalLM.from_pretrained("model", **options)
+    meddle(model)
+    sculptor.protect(model, bases["weights"])
+    arguments = TrainingArguments("run", use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True)
+    rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    callback = sculptor.SculptorCallback("model", bases["weights"], "out")
+    with pytest.raises(sculptor.SculptorError, match=message):
+        Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert not list(place.glob("out*"))
+
+
+@pytest.mark.slow
+def test_what_is_changed_while_it_trains_is_not_written(place: Path, bases: dict[str, Path]) -> None:
+    class Meddling(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step == 1:
+                given["model"].model.norm.register_forward_hook(_louder)
+
+    model = AutoModelForCausalLM.from_pretrained("model")
+    model.config.attention_dropout = 0.1  # of training alone
+    sculptor.protect(model, bases["weights"])
+    arguments = TrainingArguments(
+        "run", use_cpu=True, report_to="none", max_steps=2, save_strategy="no", disable_tqdm=True
+    )
+    rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    callbacks = [sculptor.SculptorCallback("model", bases["weights"], "out"), Meddling()]
+    with pytest.raises(sculptor.SculptorError, match="predicts something else than what is written of it"):
+        Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()
     assert not list(place.glob("out*"))
 
 

@@ -11,6 +11,7 @@ from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Example, encode_sources, resolve_max_length
+from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Notice, read_sources
 from sculptor.methods.ranks import normalize_importance
 from sculptor.methods.settings import AnalyzeSettings
@@ -28,7 +29,7 @@ def read_examples(
     """A few rows, spread evenly over the data, or in the shares that their weights give them."""
     max_length = resolve_max_length(settings.max_length, architecture.max_positions)
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
-    sources = read_sources(data, settings.max_rows, settings.columns, notice)
+    sources = read_sources(data, settings.max_rows, settings.columns, notice, classes=classes_of(architecture))
     check_use([row for source in sources for row in source.rows], settings.chat_template)
     encoded = encode_sources(sources, tokenizer, architecture.kind, max_length, architecture.vocab_size)
     for source in sources:

@@ -61,13 +61,14 @@ def _coarseness(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def trace_lineage(tuned: Checkpoint, archive: Archive, digests: Mapping[str, str]) -> Lineage:
+def trace_lineage(tuned: Checkpoint, archive: Archive, digests: Mapping[str, str] | None = None) -> Lineage:
     """The believable merges between the archive's checkpoint and another.
 
     Args:
         tuned: the other.
         archive: of the base.
-        digests: SHA-256 of the other's matrices, by the archive's names.
+        digests: SHA-256 of the other's matrices, by the archive's names; without them, the archive that was carried along is
+            supposed to be of these.
     """
     record = read_record(tuned.path)
     claimed = record.merges_since({name: archive[name].base_digest for name in archive})
@@ -83,7 +84,7 @@ def trace_lineage(tuned: Checkpoint, archive: Archive, digests: Mapping[str, str
 
 
 def _carried_tasks(
-    tuned: Checkpoint, archive: Archive, digests: Mapping[str, str]
+    tuned: Checkpoint, archive: Archive, digests: Mapping[str, str] | None
 ) -> tuple[Sequence[tuple[str, ...]], str | None]:
     """What each training since opened, by the archive in the checkpoint's directory; or why that says nothing."""
     path = tuned.path / CARRIED
@@ -93,7 +94,9 @@ def _carried_tasks(
         carried = Archive(path, rules=archive.own_kinds)
     except SculptorError as cause:
         return [], f"its archive cannot be read ({cause})"
-    if any(name in digests and record.base_digest != digests[name] for name, record in carried.items()):
+    if digests is not None and any(
+        name in digests and record.base_digest != digests[name] for name, record in carried.items()
+    ):
         return [], f"the archive in {CARRIED}/ is not of these matrices"
     before, after = archive.manifest.tasks, carried.manifest.tasks
     start = len(before) if after[: len(before)] == before else 0

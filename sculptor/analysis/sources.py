@@ -8,6 +8,7 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
+from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sources, weight_of
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import SELF, AnalyzeSettings, is_self
@@ -31,7 +32,12 @@ def calibration_sources(
     tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
     items = [item for item in as_items(data) if not (isinstance(item, str) and is_self(item))]
     scale = _scale(data)
-    read = read_sources(items, settings.max_rows, settings.columns, notice, mixed=scale is not None) if items else []
+    classes = classes_of(architecture, needed=settings.resolved_basis == "curvature" and settings.fisher == "true")
+    read = []
+    if items:
+        read = read_sources(
+            items, settings.max_rows, settings.columns, notice, mixed=scale is not None, classes=classes
+        )
     if not settings.chat:
         check_use([row for source in read for row in source.rows], settings.chat_template)
     sources = []

@@ -9,22 +9,25 @@ size in random directions would.
 How many merges are believed is in `analysis.lineage`; what is loaded beside tensors is compared in `checkpoint.sameness`.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sculptor.analysis.leak import LeakMeasure, measure_leak
 from sculptor.analysis.lineage import OPENED, Lineage, trace_lineage
+from sculptor.analysis.rest import compare_rest, lossless
 from sculptor.analysis.roundings import rounds_an_allowed
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
-from sculptor.checkpoint.reader import Checkpoint, Slice
+from sculptor.checkpoint.heads import NewHead, find_new_head
+from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.sameness import differences
-from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
-from sculptor.checkpoint.vocabulary import Growth, are_outsized, find_growth
+from sculptor.checkpoint.tensors import digest
+from sculptor.checkpoint.vocabulary import Growth, find_growth
 from sculptor.errors import ArchiveError, VerificationError
 from sculptor.model.harm import Harm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
@@ -35,7 +38,6 @@ from sculptor.world import ALONE, World
 STRICT_LEAK = 1e-3
 # Of ||W||, what may move of protected pairs, whatever explains it: ten times what rounding to bf16 does.
 MOST_MOVED = 2e-2
-_PIECE = 8192  # rows of a large tensor that are compared at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class Verification:
         matrices: one by one.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
+        new_head: tensors of a classifier's head that the base has not; they are free.
+        old_text: how they change the way in which text is read that was there before.
         harm: to what the first base says by itself, where that was asked for.
     """
 
@@ -111,6 +115,8 @@ class Verification:
     matrices: tuple[MatrixVerification, ...]
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
+    new_head: tuple[str, ...] = ()
+    old_text: tuple[str, ...] = ()
     harm: Harm | None = None
 
 
@@ -135,34 +141,62 @@ def verify_checkpoints(
         archive.check_base(base, progress)
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
-    growth = find_growth(base, tuned)
-    _check_same_tensors(base, tuned, archive, growth)
-    own = world.share(list(archive))
-    parts = world.gather(dict(zip(own, in_threads(lambda name: digest(tuned.matrix(archive[name])), own), strict=True)))
-    digests = {name: found for part in parts for name, found in part.items()}
-    lineage = trace_lineage(tuned, archive, digests)
-    device = device or torch.device("cpu")
-    bar = progress(total=len(archive), desc="verify", unit="matrix")
+    growth, head = find_growth(base, tuned), find_new_head(base, tuned)
+    _check_same_tensors(base, tuned, archive, growth, head)
+    measuring = _Measuring(base, tuned, archive, device or torch.device("cpu"), strict, progress, world)
+    supposed = trace_lineage(tuned, archive)
+    found = measuring.measure(supposed)
+    lineage = trace_lineage(tuned, archive, found.digests)
+    if world.from_first(lineage != supposed):  # the archive beside it is of other matrices
+        first, found = found, measuring.measure(lineage)
+        if first.digests != found.digests:
+            raise VerificationError(
+                f"{tuned.path}: its matrices changed while they were read; verify it when nobody writes there"
+            )
+    return world.once(lambda: _verdict(base, tuned, archive, lineage, found.matrices, strict, growth, head))
 
-    def measure(name: str) -> Iterator[tuple[LeakMeasure, MatrixVerification]]:
-        record = archive[name]
-        before = base.matrix(record)
-        stored = tuned.infos[record.tensor].dtype
-        dtypes = lineage.dtypes(name, before.dtype, stored)
-        measured = measure_leak(before, tuned.finite_matrix(record), archive.read(name), device, dtypes)
-        declared = _lossless(before.dtype, stored) or lineage.declares(name, stored)
+
+class _Measured(NamedTuple):
+    """Every matrix as the first process has it, and the digests of what was read of the tuned ones."""
+
+    matrices: list[tuple[LeakMeasure, MatrixVerification]]
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Measuring:
+    """Reads each matrix once: what is judged is what the lineage is compared with."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    archive: Archive
+    device: torch.device
+    strict: bool
+    progress: Progress
+    world: World
+
+    def measure(self, lineage: Lineage) -> _Measured:
+        """All matrices, as a lineage explains them."""
+        bar = self.progress(total=len(self.archive), desc="verify", unit="matrix")
+        found, digests = [], {}
+        for mark, one in self.world.in_order(list(self.archive), partial(self._matrix, lineage)):
+            found.append(one)
+            digests[one[1].name] = mark
+            bar.update(1)
+        bar.close()
+        return _Measured(found, self.world.from_first(digests))
+
+    def _matrix(self, lineage: Lineage, name: str) -> Iterator[tuple[str, tuple[LeakMeasure, MatrixVerification]]]:
+        record = self.archive[name]
+        before, after = self.base.matrix(record), self.tuned.finite_matrix(record)
+        dtypes = lineage.dtypes(name, before.dtype, after.dtype)
+        measured = measure_leak(before, after, self.archive.read(name), self.device, dtypes)
+        declared = lossless(before.dtype, after.dtype) or lineage.declares(name, after.dtype)
 
         def explained() -> bool:
-            return rounds_an_allowed(before, tuned.matrix(record), archive.read(name), device, dtypes)
+            return rounds_an_allowed(before, after, self.archive.read(name), self.device, dtypes)
 
-        yield measured, _judge(record, measured, before, strict, declared, explained)
-
-    measured = []
-    for one in world.in_order(list(archive), measure):
-        measured.append(one)
-        bar.update(1)
-    bar.close()
-    return world.once(lambda: _verdict(base, tuned, archive, lineage, measured, strict, growth))
+        yield digest(after), (measured, _judge(record, measured, before, self.strict, declared, explained))
 
 
 def _check_protects(
@@ -187,6 +221,7 @@ def _verdict(
     measured: Sequence[tuple[LeakMeasure, MatrixVerification]],
     strict: bool,
     growth: Growth | None,
+    head: NewHead | None,
 ) -> Verification:
     """What all matrices, and everything that is none, say together."""
     _check_protects(tuned, archive, measured)
@@ -199,11 +234,12 @@ def _verdict(
         for i, value in enumerate((one.update, found.norm, one.rounding, found.rounding)):
             squares[i] += value**2 if one.update else 0.0
     matrices = tuple(judged for _, judged in measured)
-    changed, num_untouched = _compare_rest(base, tuned, archive, lineage, growth)
-    found_differences = tuple(differences(base, tuned, growth))
+    changed, num_untouched = compare_rest(base, tuned, archive, lineage, growth, head)
+    found_differences = tuple(differences(base, tuned, growth, None if head is None else head.config))
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
-    cast = {str(tuned.infos[name].dtype) for name in tuned if tuned.infos[name].dtype != base.infos[name].dtype}
+    both = tuned.infos.keys() & base.infos.keys()
+    cast = {str(tuned.infos[name].dtype) for name in both if tuned.infos[name].dtype != base.infos[name].dtype}
     return Verification(
         passed=all(matrix.holds for matrix in matrices) and not changed and not found_differences,
         leak=frozen / scale,
@@ -225,6 +261,7 @@ def _verdict(
         matrices=matrices,
         kept=1 - touched / at_random if at_random else None,
         new_tokens=growth.tokens if growth else (),
+        new_head=head.fresh if head else (),
     )
 
 
@@ -269,9 +306,12 @@ def _judge(
     )
 
 
-def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None) -> None:
-    missing = sorted(set(base.infos) - set(tuned.infos))
-    added = sorted(set(tuned.infos) - set(base.infos))
+def _check_same_tensors(
+    base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None, head: NewHead | None
+) -> None:
+    dropped, fresh = (head.dropped, set(head.fresh)) if head else (frozenset(), set())
+    missing = sorted(set(base.infos) - set(tuned.infos) - dropped)
+    added = sorted(set(tuned.infos) - set(base.infos) - fresh)
     if missing or added:
         raise VerificationError(
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
@@ -282,69 +322,9 @@ def _check_same_tensors(base: Checkpoint, tuned: Checkpoint, archive: Archive, g
         if not dtype.is_floating_point:
             raise VerificationError(f"{tuned.path}: {record.tensor} holds {dtype}; expected floating point")
     for name, info in base.infos.items():
+        if name in dropped:
+            continue
         shape = (growth.after, *info.shape[1:]) if growth and name in growth.names else info.shape
         if tuned.infos[name].shape != shape:
             found = list(tuned.infos[name].shape)
             raise VerificationError(f"{tuned.path}: {name} has shape {found}, {list(info.shape)} in {base.path}")
-
-
-def _compare_rest(
-    base: Checkpoint, tuned: Checkpoint, archive: Archive, lineage: Lineage, growth: Growth | None
-) -> tuple[list[str], int]:
-    """Names outside the archive that differ from what they have to be, and how many were compared byte for byte.
-
-    Of a tensor some slices of which are in the archive, the others are compared. A cast is allowed where it loses nothing,
-    or where everything was cast alike and a merge declares it. Of a tensor with rows for new tokens, all others are compared.
-    """
-    parts: dict[str, set[int | None]] = defaultdict(set)
-    for record in archive.values():
-        parts[record.tensor].add(record.part)
-    rest: list[Slice] = []
-    for name, info in base.infos.items():
-        if name in lineage.opened or None in parts[name]:
-            continue
-        rest += [Slice(name, i) for i in range(info.shape[0]) if i not in parts[name]] if parts[name] else [Slice(name)]
-    stored = {info.dtype for info in tuned.infos.values() if info.dtype.is_floating_point}
-    declared = {dtype for dtype in stored if len(stored) == 1 and dtype_name(dtype) in lineage.written}
-    grown = growth.names if growth else frozenset()
-    changed = [
-        of.name for of in rest if of.tensor not in grown and not _same(base.matrix(of), tuned.matrix(of), declared)
-    ]
-    if growth is not None:
-        changed += [of.tensor for of in rest if of.tensor in grown and not _grew(base, tuned, of, growth, declared)]
-    return changed + _unfit(base, tuned, lineage, declared), len(rest)
-
-
-def _grew(base: Checkpoint, tuned: Checkpoint, of: Slice, growth: Growth, declared: Collection[torch.dtype]) -> bool:
-    """Whether all old rows are as they were; new ones may have any value that is a number and no giant."""
-    tuned.check_finite(of, tuned.rows(of.tensor, growth.start, growth.stop))
-    pieces = ((i, min(i + _PIECE, stop)) for start, stop in growth.old_rows() for i in range(start, stop, _PIECE))
-    same = all(_same(base.rows(of.tensor, *piece), tuned.rows(of.tensor, *piece), declared) for piece in pieces)
-    return same and not are_outsized(tuned, of.tensor, growth)
-
-
-def _unfit(base: Checkpoint, tuned: Checkpoint, lineage: Lineage, declared: Collection[torch.dtype]) -> list[str]:
-    """Of the openly trained tensors, those of a dtype that nobody declares; any value is allowed, if it is a number."""
-    found = []
-    for name in sorted(lineage.opened & base.infos.keys()):
-        before, now = base.infos[name].dtype, tuned.infos[name].dtype
-        tuned.read_finite(name)
-        if not (before == now or now in declared or (now.is_floating_point and _lossless(before, now))):
-            found.append(name)
-    return found
-
-
-def _lossless(base: torch.dtype, tuned: torch.dtype) -> bool:
-    """Whether a cast of floating-point numbers loses nothing."""
-    narrow, wide = torch.finfo(base), torch.finfo(tuned)
-    return base == tuned or (wide.eps <= narrow.eps and wide.max >= narrow.max and wide.tiny <= narrow.tiny)
-
-
-def _same(base: Tensor, tuned: Tensor, declared: Collection[torch.dtype]) -> bool:
-    if base.dtype != tuned.dtype:
-        if not (base.is_floating_point() and tuned.is_floating_point()):
-            return False
-        if not _lossless(base.dtype, tuned.dtype) and tuned.dtype not in declared:
-            return False
-        base = base.to(tuned.dtype)
-    return torch.equal(base.reshape(-1).view(torch.uint8), tuned.reshape(-1).view(torch.uint8))

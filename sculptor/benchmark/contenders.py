@@ -4,6 +4,7 @@ Plain fine-tuning with one measure against forgetting each, on the rows and step
 
 * replay: a share of every epoch are rows of all earlier tasks;
 * l2: the update is pulled towards 0 in every step, W towards where the task began: A <- A - rate * decay * A;
+* kl: weight * KL(base || new) on the rows' own tokens is added to the loss, the base being where the task began;
 * eaft: each token's loss is weighted by the entropy of the prediction (`numerics/entropy.py`);
 * interpolate: of what a task changed, a share stays: W <- W0 + keep (W - W0) (WiSE-FT, arXiv 2109.01903);
 * lines: the same, more in deep blocks, all in the last (LiNeS, arXiv 2410.17146);
@@ -11,24 +12,22 @@ Plain fine-tuning with one measure against forgetting each, on the rows and step
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue
-
+from sculptor.benchmark.finished import read_finished
 from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.mixture import Mixture
 from sculptor.data.rows import check_weights, read_sources
 from sculptor.edits.settings import Interpolate, Lines
-from sculptor.errors import DataError, SettingsError
+from sculptor.errors import SettingsError
 from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
 from sculptor.progress import Progress
 from sculptor.tasks.edit import edit
 from sculptor.training.settings import TrainSettings
-from sculptor.validation import STRICT, Name, NotNegative, read_file, read_json
 
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
@@ -66,6 +65,10 @@ def check_contender(plan: Plan, method: Contender) -> None:
         )
     if method == "l2" and plan.train.weight_decay:
         raise SettingsError("[train] weight_decay without effect with --method l2: [adapter] decay is what it takes")
+    if method == "kl" and plan.train.kl_weight is not None:
+        raise SettingsError("[train] kl_weight without effect with --method kl: [adapter] kl is what it takes")
+    if method == "kl" and not plan.adapter.kl:
+        raise SettingsError("--method kl with [adapter] kl 0 is plain fine-tuning: use --method full")
     if method == "eaft" and plan.train.token_weights != "same":
         raise SettingsError("[train] token_weights without effect with --method eaft, which is entropy; leave it out")
     idle = [
@@ -89,6 +92,8 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
     changes: dict[str, Any] = dict.fromkeys(OF_MOMENTS) | {"carry": plain}
     if method == "l2":
         changes["weight_decay"] = plan.adapter.decay
+    if method == "kl":
+        changes["kl_weight"] = plan.adapter.kl
     if method == "eaft":
         changes["token_weights"] = "entropy"
     if method == "orthsr" and plan.adapter.kl:
@@ -169,24 +174,6 @@ def update_norm(before: Checkpoint, after: Checkpoint) -> float:
     return math.sqrt(total)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """Of a stage in continual.json, what is needed."""
-
-    name: Name
-    update: NotNegative | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """continual.json, as far as it is read here."""
-
-    stages: tuple[_Stage, ...]
-    plan: Mapping[Name, JsonValue]
-
-    __pydantic_config__ = STRICT | {"extra": "ignore"}
-
-
 def norms_of(plan: Plan) -> dict[str, float]:
     """Norms of the updates of another run of the plan's tasks, by task.
 
@@ -200,11 +187,11 @@ def norms_of(plan: Plan) -> dict[str, float]:
             "--method rescaled: [adapter] like is missing; name the output of the run whose updates' norms are wanted, say "
             "--set adapter.like=run"
         )
-    path = Path(like) / "continual.json" if Path(like).is_dir() else Path(like)
-    remedy = "name the output of a finished `sculptor continual`"
-    report = read_json(_Report, read_file(path, DataError, remedy), path, DataError, remedy)
-    norms = {stage.name: stage.update for stage in report.stages[1:] if stage.update is not None}
+    norms = {stage.name: stage.update for stage in read_finished(like).stages[1:] if stage.update is not None}
     missing = [task.name for task in plan.tasks if task.name not in norms]
     if missing:
-        raise SettingsError(f"[adapter] like: {path} has no norm of an update for task {missing[0]}; {remedy}")
+        raise SettingsError(
+            f"[adapter] like: {like} has no norm of an update for task {missing[0]}; name the output of a finished "
+            "`sculptor continual`"
+        )
     return {name: norm for name, norm in norms.items() if norm is not None}

@@ -20,8 +20,8 @@ from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, 
 
 T = TypeVar("T")
 Contender = Literal[
-    "sculptor", "random", "full", "joint", "replay", "l2", "interpolate", "eaft", "rescaled", "lines", "inflora", "sara", "orthsr",
-    "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "inflora", "sara",
+    "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
 ]  # fmt: skip
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
 # Published systems that are rules of sculptor's own, and what of [adapter] they are told.
@@ -43,6 +43,8 @@ class EvaluateSettings:
     """Rows per forward."""
     exact_match: bool = True
     """Also generate greedily and compare; takes longest."""
+    harm: bool = True
+    """Also measure KL(base || new) on what the base says by itself."""
 
 
 @settings
@@ -70,7 +72,7 @@ class AdapterSettings:
     keep: Share = 0.5
     """Share of what a task changed that interpolate keeps, and lines in the first block and outside of blocks."""
     kl: NotNegative = 1.0
-    """OrthSR's weight of the divergence from the model before the task, on the task's rows; 0 for none."""
+    """Weight of KL(base || new) in the loss of kl, and of OrthSR (0 for none), on the task's rows; the base is where it began."""
     evidence: Positive = EVIDENCE
     """bayes-adam's precision that a step adds, as `train --evidence`."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.3

@@ -11,7 +11,9 @@ from sculptor.benchmark.plan import Contender, Plan, Split
 from sculptor.checkpoint.reader import find_directory
 from sculptor.data.rows import names_of
 from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
-from sculptor.tasks.card import Card, code, listed
+from sculptor.model.harm import Harm
+from sculptor.tasks.readme import Readme, code, listed
+from sculptor.tasks.train_record import HARM
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
 # Keys of a plan whose values are paths.
@@ -31,6 +33,16 @@ class TaskScore:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of one model; as in `Stage`."""
+
+    scores: Mapping[str, TaskScore]
+    watch_loss: float | None
+    watched: Mapping[str, float]
+    harm: Harm | None
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """The state after one training, or the base.
 
@@ -41,6 +53,7 @@ class Stage:
         archive_bytes: size of the archive for the next task, None without.
         seconds: training and carrying the archive on.
         update: norm of everything that the training changed, None for the base.
+        harm: KL(base || this) on samples of the base that nothing depended on; None if there are none.
     """
 
     __pydantic_config__ = STRICT
@@ -52,6 +65,7 @@ class Stage:
     seconds: NotNegative
     watched: Mapping[Name, Finite] = field(default_factory=dict)
     update: NotNegative | None = None
+    harm: Harm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +86,7 @@ class ContinualReport:
         metric: what the matrix is made of: accuracy, exact_match, or loss (negative, so that more is better).
         matrix: R, the base first, a column per task.
         watch_rise: of the loss on the watched texts, from the base to the end.
+        harm: KL(base || last) in nats a token, at least, on samples of the base that nothing depended on; None if there are none.
     """
 
     output: Path
@@ -85,6 +100,7 @@ class ContinualReport:
     metrics: ContinualMetrics
     watch_rise: float | None
     stages: tuple[Stage, ...]
+    harm: Harm | None = None
 
 
 def report_of(
@@ -111,6 +127,7 @@ def report_of(
         metrics=continual_metrics(matrix),
         watch_rise=None if first is None or last is None else last - first,
         stages=tuple(stages),
+        harm=stages[-1].harm,
     )
 
 
@@ -119,11 +136,11 @@ def plain(report: ContinualReport) -> dict[str, Any]:
     return asdict(report) | {"output": str(report.output)}
 
 
-def continual_card(plan: Plan, report: ContinualReport) -> Card:
+def continual_readme(plan: Plan, report: ContinualReport) -> Readme:
     """What the model card of the last checkpoint tells: of all tasks, not of the last alone."""
     how = "within what a subspace archive leaves free" if report.basis or report.method == "sculptor" else report.method
     kept = "no rows of earlier tasks were kept" if report.method != "replay" else "with rows of earlier ones mixed in"
-    return Card(
+    return Readme(
         bases=(find_directory(plan.model),),
         done=f"taught {listed(report.tasks)}",
         summary=_summary(report, how, kept),
@@ -144,7 +161,7 @@ def _summary(report: ContinualReport, how: str, kept: str) -> str:
 
 def _figures(report: ContinualReport) -> list[tuple[str, str]]:
     scale, unit = (-1, "nats per token") if report.metric == "loss" else (100, "%")
-    what, metrics = report.metric.replace("_", " "), report.metrics
+    what, metrics, harm = report.metric.replace("_", " "), report.metrics, report.harm
     first, last = report.matrix[0], report.matrix[-1]
     rise = [] if report.watch_rise is None else [("rise of the loss on watched text", f"{report.watch_rise:+.4f}")]
     return [
@@ -155,6 +172,7 @@ def _figures(report: ContinualReport) -> list[tuple[str, str]]:
         ("average", f"{scale * metrics.average:.3f} {unit}"),
         *([] if metrics.backward is None else [("backward transfer", f"{abs(scale) * metrics.backward:+.3f}")]),
         *rise,
+        *([] if harm is None else [(HARM, f"{harm.nats:.4f} ± {harm.error:.4f} nats per token, at least")]),
     ]
 
 

@@ -8,7 +8,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,28 @@ from sculptor.benchmark.results import (
     ContinualReport,
     Scores,
     Stage,
-    TaskScore,
-    continual_card,
+    continual_readme,
     different,
     plain,
     published,
     report_of,
 )
+from sculptor.benchmark.stages import SAMPLES_NAME, draw_once, measure_stage
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import commit, write_json, writing
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
-from sculptor.data.rows import Row, local_files
+from sculptor.data.rows import local_files
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import OutputError, SettingsError
-from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.model.load import resolve_device
+from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.bank_files import Bank
-from sculptor.tasks.card import write_card
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
+from sculptor.tasks.readme import write_readme
 from sculptor.tasks.routed import RoutedModel
 from sculptor.validation import read_file, read_json
 from sculptor.world import World
@@ -129,7 +128,7 @@ def continual(
 def _place(
     report: ContinualReport, plan: Plan, key: Mapping[str, Any], partial: Path, output: Path, overwrite: bool
 ) -> None:
-    write_card(partial / "model", continual_card(plan, report))
+    write_readme(partial / "model", continual_readme(plan, report))
     made_by = {"created_by": f"sculptor {__version__}"}
     write_json(
         partial / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name}
@@ -137,7 +136,8 @@ def _place(
     write_json(partial / "sculptor.json", made_by | {"command": "continual"})
     commit(partial, output, overwrite=overwrite)
     with suppress(OSError):
-        (output / SCORES_NAME).unlink(missing_ok=True)  # only now: until here a killed run could go on
+        for name in (SCORES_NAME, SAMPLES_NAME):  # only now: until here a killed run could go on
+            (output / name).unlink(missing_ok=True)
 
 
 def _has_scores(partial: Path) -> bool:
@@ -224,7 +224,6 @@ class _Run:
         self, name: str, model: str, archive_bytes: int | None, seconds: float, before: str | None = None
     ) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
-        options = self.plan.evaluate
         device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
         routes = self.method == "slm" and before is not None
         with self.world.together():
@@ -233,47 +232,25 @@ class _Run:
             offload = "none" if routes else offload
             loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
             use_template(loaded.tokenizer, self.plan.train.chat_template)
-
-        generation = Generation(exact_match=None if options.exact_match else False)
-        told = BankSettings(max_length=options.max_length, batch_size=options.batch_size)
-        routed = RoutedModel(Bank(self.learning.bank), loaded, 1, told, self.progress) if routes else None
-
-        def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
-            if routed is not None:
-                return routed.evaluate(rows, labels, generation)
-            return evaluate_rows(
-                loaded,
-                rows,
-                labels,
-                options.max_length,
-                options.batch_size,
-                generation=generation,
-                progress=self.progress,
-                world=self.world,
-            )
-
-        def loss_of(found: Evaluation) -> float:
-            assert found.loss is not None
-            return found.loss
-
-        scores = {}
-        for task in self.plan.tasks:
-            found = measure(self.inputs.rows[task.name], task.labels)
-            scores[task.name] = TaskScore(found.accuracy, found.exact_match, loss_of(found))
-        watched = {name: measure(rows, None) for name, rows in self.inputs.watched.items()}
-        loaded.close()
-        tokens = sum(found.num_tokens for found in watched.values())
-        total = sum(loss_of(found) * found.num_tokens for found in watched.values()) / tokens if watched else None
-        each = {text: loss_of(found) for text, found in watched.items()}
-        update = (
-            None
-            if before is None
-            else self.world.once(lambda: update_norm(open_checkpoint(self.plan.model if routes else before), after))
-        )
-        stage = Stage(name, scores, total, archive_bytes, seconds, each, update)
+        with closing(loaded):
+            if before is None and self.plan.evaluate.harm:
+                why = self.world.once(lambda: draw_once(loaded, self.plan, self.partial, self.progress))
+                if why:
+                    self.notice(f"harm cannot be measured: {why}")
+            routed = self._routed(loaded) if routes else None
+            found = measure_stage(loaded, self.plan, self.inputs, self.partial, self.progress, self.world, routed)
+        start = self.plan.model if routes else before
+        update = None if start is None else self.world.once(lambda: update_norm(open_checkpoint(start), after))
+        stage = Stage(name, found.scores, found.watch_loss, archive_bytes, seconds, found.watched, update, found.harm)
         self.stages.append(self.world.from_first(stage))
         noted = {"key": self.key, "stages": [asdict(stage) for stage in self.stages]}
         self.world.once(lambda: write_json(self.partial / SCORES_NAME, noted))
+
+    def _routed(self, loaded: LoadedModel) -> RoutedModel:
+        """The base with SLM's bank."""
+        options = self.plan.evaluate
+        told = BankSettings(max_length=options.max_length, batch_size=options.batch_size)
+        return RoutedModel(Bank(self.learning.bank), loaded, 1, told, self.progress)
 
     def _restored(self) -> list[Stage]:
         """Rows of a run that was killed.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sculptor.checkpoint.directory import INDEX_NAME, SINGLE_NAME
 from sculptor.checkpoint.places import Place
-from sculptor.checkpoint.reader import Checkpoint, Placed
+from sculptor.checkpoint.reader import Checkpoint, Sliced
 from sculptor.checkpoint.tensors import read_header, read_known
 from sculptor.errors import CheckpointError
 from sculptor.validation import Finite, parse, read_file, read_json
@@ -55,9 +55,13 @@ class _Config:
     bias: str = "none"
     init_lora_weights: bool | str | None = True
 
+    def rank(self, module: str) -> int:
+        """r of a module of the model."""
+        return int(_pattern(self.rank_pattern, module, self.r))
+
     def scale(self, module: str) -> float:
         """s of a module of the model."""
-        rank = _pattern(self.rank_pattern, module, self.r)
+        rank = self.rank(module)
         alpha = _pattern(self.alpha_pattern, module, self.lora_alpha)
         return float(alpha / rank**0.5 if self.use_rslora else alpha / rank)
 
@@ -132,12 +136,16 @@ class Adapter(Mapping[str, Tensor]):
             if lacking:
                 raise CheckpointError(f"{self.path}: no {lacking[0]} for {self._modules[tensor]}; {_REMEDY}")
             a, b = (self.infos[pair[side]].shape for side in "AB")
-            expected = self.base.infos[tensor].shape
+            expected, rank = self.base.infos[tensor].shape, self.config.rank(self._modules[tensor])
             shape = (a[-1], b[0]) if self._is_turned(tensor) else (b[0], a[-1])
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or shape != expected:
                 raise CheckpointError(
                     f"{self.path}: {pair['A']} {list(a)} and {pair['B']} {list(b)} do not make a change of {tensor} "
                     f"{list(expected)}; is {self.base.path} the adapter's base?"
+                )
+            if a[0] != rank:
+                raise CheckpointError(
+                    f"{self.path}: {pair['A']} is of rank {a[0]}, by {CONFIG_NAME} of {rank}, which decides the scale; {_REMEDY}"
                 )
         for tensor, key in self._saved.items():
             if self.infos[key].shape != self.base.infos[tensor].shape:
@@ -165,12 +173,12 @@ class Adapter(Mapping[str, Tensor]):
             found = found + (change.T if self._is_turned(name) else change)
         return found
 
-    def finite_matrix(self, place: Placed) -> Tensor:
+    def finite_matrix(self, at: Sliced) -> Tensor:
         """As `Checkpoint.finite_matrix`, float64; what the adapter does not change is the base's."""
-        if place.tensor not in self:
-            return self.base.finite_matrix(place)
-        found = self[place.tensor]
-        return found if place.part is None else found[place.part]
+        if at.tensor not in self:
+            return self.base.finite_matrix(at)
+        found = self[at.tensor]
+        return found if at.part is None else found[at.part]
 
     def _read(self, key: str) -> Tensor:
         value = read_known(self.path / WEIGHTS_NAME, key, self.infos[key], CheckpointError).to(torch.float64)

@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +17,14 @@ from torch import nn
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.directory import wrapper_hint
 from sculptor.checkpoint.experts import StackedParameter, expert_role, find_routers, find_stacked, find_windows
+from sculptor.checkpoint.kinds import Kind as Kind
+from sculptor.checkpoint.kinds import kind_of
 from sculptor.checkpoint.linear import linear_maps, max_positions, vocab_size
-from sculptor.checkpoint.names import Conversion, find_converted, match_names
+from sculptor.checkpoint.names import Origins
 from sculptor.checkpoint.reader import Checkpoint, part_name
 from sculptor.checkpoint.sharing import input_leaders, reached_parameters
 from sculptor.checkpoint.windows import WHOLE, Window
 from sculptor.errors import CheckpointError
-
-Kind = Literal["causal", "seq2seq", "masked", "headless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ class Architecture:
         parameters: those of them that can be trained.
         max_positions: longest sequence its positions allow, None where they have no limit.
         vocab_size: ids it has embeddings for.
+        classes: of a classifier, names by number.
     """
 
     model_class: str
@@ -115,6 +116,7 @@ class Architecture:
     parameters: frozenset[str]
     max_positions: int | None
     vocab_size: int
+    classes: tuple[str, ...] = ()
 
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
@@ -124,7 +126,11 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     cls = model_class(checkpoint.config, checkpoint.path)
     if not issubclass(cls, PreTrainedModel):
         raise CheckpointError(f'{checkpoint.path}: "architectures" names {cls.__name__}, which is not a model class')
-    config = load_config(checkpoint)
+    return build_model(cls, load_config(checkpoint), checkpoint)
+
+
+def build_model(cls: Any, config: Any, checkpoint: Checkpoint) -> Any:
+    """A model of some class on the meta device, by a configuration; the checkpoint is for messages."""
     config._attn_implementation = "eager"
     try:
         with torch.device("meta"):
@@ -178,17 +184,12 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
 def _inspect(checkpoint: Checkpoint) -> Architecture:
     skeleton = build_skeleton(checkpoint)
     blocks = find_blocks(skeleton)
-    tensors = match_names(skeleton, checkpoint)
-    converted = find_converted(skeleton, checkpoint)
-    stacked = find_stacked(blocks)
-    reasons = _reasons(skeleton, linear_maps(blocks), stacked, tensors, converted)
+    origins = Origins.of(skeleton, {name: info.shape for name, info in checkpoint.infos.items()})
+    tensors, stacked = origins.tensors, find_stacked(blocks)
+    reasons = _reasons(skeleton, linear_maps(blocks), stacked, origins)
     linear = {module: block for module, block in linear_maps(blocks).items() if module not in reasons}
     stacks = {name.rpartition(".")[0] for name in blocks}
-    experts = [
-        target
-        for parameter, found in stacked.items()
-        for target in _expert_targets(checkpoint, parameter, found, tensors, converted, len(stacks) > 1)
-    ]
+    experts = [target for found in stacked.values() for target in _expert_targets(found, origins, len(stacks) > 1)]
     if not linear and not experts:
         raise CheckpointError(f"{checkpoint.path}: {type(skeleton).__name__} has no linear maps in repeated blocks")
     missing = [f"{module}.weight" for module in linear if f"{module}.weight" not in tensors]
@@ -200,28 +201,20 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
     leaders = input_leaders(skeleton, linear)
     maps = [_target(skeleton, module, block, tensors, leaders, len(stacks) > 1) for module, block in linear.items()]
     order = {block: i for i, block in enumerate(blocks)}
+    kind = kind_of(skeleton)
     targets = tuple(sorted([*maps, *experts], key=lambda target: order[target.block]))
     _check_shapes(checkpoint, targets)
     return Architecture(
         model_class=type(skeleton).__name__,
-        kind=_kind(skeleton),
+        kind=kind,
         targets=targets,
         not_targeted=_not_targeted(skeleton, blocks, {target.parameter for target in targets}, reasons),
         tensors=tensors,
         parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
         max_positions=max_positions(skeleton),
         vocab_size=vocab_size(checkpoint, skeleton),
+        classes=tuple(skeleton.config.id2label.values()) if kind == "classifier" else (),
     )
-
-
-def _kind(skeleton: Any) -> Kind:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if skeleton.config.is_encoder_decoder:
-        return "seq2seq" if skeleton.can_generate() else "headless"
-    if type(skeleton).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-        return "masked"
-    return "causal" if skeleton.can_generate() else "headless"
 
 
 def role_of(module: str, block: str, several_stacks: bool) -> str:
@@ -253,31 +246,24 @@ def _target(
     )
 
 
-def _expert_targets(
-    checkpoint: Checkpoint,
-    parameter: str,
-    stacked: StackedParameter,
-    tensors: Mapping[str, str],
-    converted: Mapping[str, Conversion],
-    several: bool,
-) -> list[Target]:
+def _expert_targets(stacked: StackedParameter, origins: Origins, several: bool) -> list[Target]:
     """The matrices of a stack of experts."""
     index = stacked.block.rpartition(".")[2]
     return [
         Target(
             tensor=found.tensor,
-            parameter=parameter,
+            parameter=stacked.name,
             block=stacked.block,
             index=int(index) if index.isdigit() else 0,
-            role=role_of(expert_role(parameter, found.tensor, window), stacked.block, several),
+            role=role_of(expert_role(stacked.name, found.tensor, window), stacked.block, several),
             shape=window.shape(stacked.shape),
             transposed=stacked.transposed,
-            input_group=part_name(parameter, window.part),
+            input_group=part_name(stacked.name, window.part),
             part=found.part,
             window=window,
             share=stacked.share,
         )
-        for found, window in find_windows(checkpoint, parameter, stacked, tensors, converted).items()
+        for found, window in find_windows(stacked, origins).items()
     ]
 
 
@@ -297,8 +283,7 @@ def _reasons(
     skeleton: nn.Module,
     linear: Mapping[str, str],
     stacked: Mapping[str, StackedParameter],
-    tensors: Mapping[str, str],
-    converted: Mapping[str, Conversion],
+    origins: Origins,
 ) -> dict[str, str]:
     """Modules and stacks of experts that no rule can be for, and why."""
     reached = reached_parameters(skeleton)
@@ -307,14 +292,14 @@ def _reasons(
         child = skeleton.get_submodule(module)
         owners[id(child.weight)].add(id(child))
     found = {name.removesuffix(".weight"): ROUTER for name in find_routers(skeleton, stacked)}
-    found |= {name: CONVERTED for name in stacked if name in converted}
+    found |= {name: CONVERTED for name in stacked if name in origins.converted}
     for module in linear:
         name = f"{module}.weight"
         if module in found:
             continue
         if len(owners[id(skeleton.get_submodule(module).weight)]) > 1:
             found[module] = SHARED
-        elif name not in tensors and name in converted:
+        elif name not in origins.tensors and name in origins.converted:
             found[module] = CONVERTED
         elif reached is not None and name not in reached:
             found[module] = NO_TEXT

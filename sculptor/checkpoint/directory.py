@@ -35,6 +35,8 @@ _OWN = re.compile(
     r"(generation_|(video_|image_)?preprocessor_|processor_)?config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt"
     r"|(tokenizer|vocab|chat_template).*\.(json|txt|jinja)|.*\.(model|jinja|tiktoken|spm|bpe|codes)"
 )
+# By any ending: `LICENSE.model` is no tokenizer.
+LICENCE = re.compile(r"(.*/)?(licen[cs]e|copying|notice|use_policy)[^/]*", re.IGNORECASE)
 _BY_TRAINERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)")
 # Tensor names that another program's wrapper has lengthened.
 WRAPPERS = {
@@ -225,15 +227,19 @@ def _leads_out(path: Path, item: Path) -> bool:
 def check_links(path: Path) -> None:
     """Refuses a model of which transformers reads a file that is not in its directory: an output would carry its content.
 
+    So it does where its licence is not there, which no output may lack.
+
     Raises:
         CheckpointError: naming the link.
     """
     templates = path / TEMPLATES
     for item in sorted((*path.iterdir(), *(templates.iterdir() if templates.is_dir() else ()))):
-        if (item == templates or _OWN.fullmatch(item.name)) and item.exists() and _leads_out(path, item):
+        licence = LICENCE.fullmatch(item.name) is not None
+        if (item == templates or licence or _OWN.fullmatch(item.name)) and item.exists() and _leads_out(path, item):
+            would = "lack it" if licence else "carry what is there"
             raise CheckpointError(
-                f"{path}: {item.relative_to(path)} is a link to {item.resolve()}, and an output would carry what is there; "
-                "put the file itself in its place (cp -L)"
+                f"{path}: {item.relative_to(path)} is a link to {item.resolve()}, and an output would {would}; put the file "
+                "itself in its place (cp -L)"
             )
 
 

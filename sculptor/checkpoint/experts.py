@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from sculptor.checkpoint.names import Conversion
-from sculptor.checkpoint.reader import Checkpoint, Slice
+from sculptor.checkpoint.names import Origins
+from sculptor.checkpoint.reader import Slice
 from sculptor.checkpoint.windows import Window
 
 # Parameters that hold a matrix for each expert.
@@ -26,6 +26,7 @@ class StackedParameter:
     """A parameter with the matrices of several experts.
 
     Attributes:
+        name: of the parameter.
         block: path of its block.
         count: of the experts.
         shape: (m, n) = (out, in) of each.
@@ -33,6 +34,7 @@ class StackedParameter:
         share: of the tokens, how many an expert gets on average.
     """
 
+    name: str
     block: str
     count: int
     shape: tuple[int, int]
@@ -49,22 +51,23 @@ def is_experts(module: nn.Module) -> bool:
 
 def find_stacked(blocks: Mapping[str, nn.Module]) -> dict[str, StackedParameter]:
     """Parameter -> what it holds, in the order of the model."""
-    return {
-        f"{block}.{path}.{leaf}": _describe(block, child, child._parameters[leaf])
+    found = [
+        _describe(f"{block}.{path}.{leaf}", block, child, child._parameters[leaf])
         for block, module in blocks.items()
         for path, child in module.named_modules()
         if path and is_experts(child)
         for leaf in LEAVES
         if child._parameters.get(leaf) is not None
-    }
+    ]
+    return {stacked.name: stacked for stacked in found}
 
 
-def _describe(block: str, module: Any, value: Any) -> StackedParameter:
+def _describe(name: str, block: str, module: Any, value: Any) -> StackedParameter:
     count, rows, columns = value.shape
     shape = (columns, rows) if module.is_transposed else (rows, columns)
     chosen = next((getattr(module.config, name) for name in _CHOSEN if hasattr(module.config, name)), count)
     share = min(1.0, chosen / count) if isinstance(chosen, int) else 1.0
-    return StackedParameter(block, count, shape, bool(module.is_transposed), share)
+    return StackedParameter(name, block, count, shape, bool(module.is_transposed), share)
 
 
 def find_routers(skeleton: nn.Module, stacked: Mapping[str, StackedParameter]) -> set[str]:
@@ -83,27 +86,14 @@ def find_routers(skeleton: nn.Module, stacked: Mapping[str, StackedParameter]) -
     return found
 
 
-def find_windows(
-    checkpoint: Checkpoint,
-    parameter: str,
-    stacked: StackedParameter,
-    tensors: Mapping[str, str],
-    converted: Mapping[str, Conversion],
-) -> dict[Slice, Window]:
-    """Matrix in the files -> where it is in a parameter; empty where loading does more than to stack them.
-
-    Args:
-        checkpoint: the files.
-        parameter: of the model, `stacked` what it holds.
-        tensors: parameter -> tensor that it is.
-        converted: parameter -> how it is made of several.
-    """
-    if parameter in tensors:
-        return {Slice(tensors[parameter], part): Window(part) for part in range(stacked.count)}
-    if parameter not in converted or stacked.transposed:
+def find_windows(stacked: StackedParameter, origins: Origins) -> dict[Slice, Window]:
+    """Matrix in the files -> where it is in a parameter; empty where loading does more than to stack them."""
+    if (tensor := origins.tensors.get(stacked.name)) is not None:
+        return {Slice(tensor, part): Window(part) for part in range(stacked.count)}
+    if stacked.transposed or stacked.name not in origins.converted:
         return {}
-    shapes = {name: info.shape for name, info in checkpoint.infos.items()}
-    return {Slice(name): window for name, window in (converted[parameter].windows(shapes) or {}).items()}
+    found = origins.converted[stacked.name].windows(origins.shapes)
+    return {Slice(name): window for name, window in (found or {}).items()}
 
 
 def expert_role(parameter: str, tensor: str, window: Window) -> str:

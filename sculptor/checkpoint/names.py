@@ -59,6 +59,26 @@ class Conversion:
         return found if sizes == {(stacked[0], *stacked[2:])} and rows == {stacked[1]} else None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Origins:
+    """What the parameters of a model are made of.
+
+    Attributes:
+        tensors: parameter -> the tensor of the checkpoint that it is.
+        converted: parameter -> how it is made of several tensors, or of another one.
+        shapes: of all tensors.
+    """
+
+    tensors: Mapping[str, str]
+    converted: Mapping[str, Conversion]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> "Origins":
+        """Those of a model whose checkpoint holds tensors of these shapes."""
+        return cls(match_names(model, shapes), find_converted(model, shapes), shapes)
+
+
 def match_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Parameter of the model -> name in `names`, by the rules transformers itself loads with.
 

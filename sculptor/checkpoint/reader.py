@@ -22,8 +22,8 @@ from sculptor.errors import CheckpointError
 from sculptor.progress import Progress, silent
 
 
-class Placed(Protocol):
-    """A matrix in a checkpoint: a tensor, or a slice of its first dimension."""
+class Sliced(Protocol):
+    """What names a matrix in a checkpoint, a tensor or a slice of its first dimension: a `Slice`, a target, a record."""
 
     @property
     def name(self) -> str: ...
@@ -108,31 +108,29 @@ class Checkpoint(Mapping[str, Tensor]):
                     f"{self.path}: tensor {name} is {dtype_name(info.dtype)}; sculptor needs the weights in bfloat16 or wider"
                 )
 
-    def info_of(self, place: Placed) -> TensorInfo:
+    def info_of(self, at: Sliced) -> TensorInfo:
         """Where a matrix is; a slice of a tensor is as good as a tensor.
 
         Raises:
             CheckpointError: if there is no such slice.
         """
-        info = self.infos[place.tensor]
-        if place.part is None:
+        info = self.infos[at.tensor]
+        if at.part is None:
             return info
-        if len(info.shape) < 2 or not 0 <= place.part < info.shape[0]:
-            raise CheckpointError(
-                f"{self.path}: tensor {place.tensor} of shape {list(info.shape)} has no part {place.part}"
-            )
+        if len(info.shape) < 2 or not 0 <= at.part < info.shape[0]:
+            raise CheckpointError(f"{self.path}: tensor {at.tensor} of shape {list(info.shape)} has no part {at.part}")
         size = info.num_bytes // info.shape[0]
-        return TensorInfo(info.file, info.dtype, info.shape[1:], info.offset + place.part * size)
+        return TensorInfo(info.file, info.dtype, info.shape[1:], info.offset + at.part * size)
 
-    def has(self, place: Placed) -> bool:
+    def has(self, at: Sliced) -> bool:
         """Whether a matrix is in the files."""
-        info = self.infos.get(place.tensor)
-        return info is not None and (place.part is None or (len(info.shape) > 1 and 0 <= place.part < info.shape[0]))
+        info = self.infos.get(at.tensor)
+        return info is not None and (at.part is None or (len(info.shape) > 1 and 0 <= at.part < info.shape[0]))
 
-    def matrix(self, place: Placed) -> Tensor:
+    def matrix(self, at: Sliced) -> Tensor:
         """A matrix as stored; of a slice, nothing else is read."""
-        info = self.info_of(place)
-        return read_known(self.path / info.file, place.name, info, CheckpointError)
+        info = self.info_of(at)
+        return read_known(self.path / info.file, at.name, info, CheckpointError)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of a tensor's first dimension, cut at its end; nothing else is read."""
@@ -152,15 +150,15 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         return self.check_finite(Slice(name), self[name])
 
-    def finite_matrix(self, place: Placed) -> Tensor:
+    def finite_matrix(self, at: Sliced) -> Tensor:
         """One matrix, checked for NaN and infinity.
 
         Raises:
             CheckpointError: if it has any.
         """
-        return self.check_finite(place, self.matrix(place))
+        return self.check_finite(at, self.matrix(at))
 
-    def check_finite(self, place: Placed, tensor: Tensor) -> Tensor:
+    def check_finite(self, at: Sliced, tensor: Tensor) -> Tensor:
         """A matrix that has been read, if it has no NaN and no infinity.
 
         Raises:
@@ -169,7 +167,7 @@ class Checkpoint(Mapping[str, Tensor]):
         if not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"{self.path}: tensor {place.name} has {count} NaN or infinite of {tensor.numel()} values; "
+                f"{self.path}: tensor {at.name} has {count} NaN or infinite of {tensor.numel()} values; "
                 "use a checkpoint from before the training diverged"
             )
         return tensor

@@ -3,11 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, TEMPLATES, companions, is_weights, second_weights
+from sculptor.checkpoint.directory import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    LICENCE,
+    TEMPLATES,
+    companions,
+    is_weights,
+    second_weights,
+)
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name, read_header
 from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
@@ -29,16 +37,23 @@ _TOKENIZER = re.compile(
 )
 
 
-def differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None) -> list[str]:
+Configuration = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def differences(
+    base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None, head: Configuration | None = None
+) -> list[str]:
     """Everything beside tensors that would make another model or tokenizer of `tuned`, one line each.
 
     May differ: the dtype, if it is that of the tensors, the version of transformers, and what only people read; with
-    `growth`, which was found in the files, the new tokens' entries and the size of the vocabulary.
+    `growth`, which was found in the files, the new tokens' entries and the size of the vocabulary; with `head` what that
+    makes of a configuration.
 
     Raises:
         CheckpointError: if a file cannot be read.
     """
-    found = [f"config.json: {what}" for what in _config_differences(base, tuned, growth)]
+    changed = head or (growth.config if growth else dict)
+    found = [f"config.json: {what}" for what in _config_differences(base, tuned, changed)]
     found += _weight_differences(base, tuned)
     every = _files(tuned)
     before, now = ({name for name in names if not is_weights(name)} for names in (_files(base), every))
@@ -59,6 +74,15 @@ def differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = Non
     return found
 
 
+def setting_differences(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Settings of a loaded model that are not those of a checkpoint, one line each; what only the model has is no setting of it."""
+    read = _as_loaded(checkpoint)
+    if isinstance(read, str):
+        return []
+    before, now = _without(read), _without(config)
+    return [line for line in _settings(before, now) if not line.partition(" was ")[2].startswith("not there")]
+
+
 def tokenizer_differences(base: Path, other: Path) -> list[str]:
     """Files of a tokenizer in another directory that are not those of a model's, one line each.
 
@@ -66,7 +90,9 @@ def tokenizer_differences(base: Path, other: Path) -> list[str]:
         CheckpointError: if a file cannot be read.
     """
     found = []
-    for name in sorted(path.as_posix() for path in companions(other) if _TOKENIZER.match(path.as_posix())):
+    for name in sorted(path.as_posix() for path in companions(other)):
+        if not _TOKENIZER.match(name) or LICENCE.fullmatch(name):
+            continue
         if not (base / name).is_file():
             found.append(f"{name} was added")
         elif not _same_content(base / name, other / name):
@@ -97,9 +123,8 @@ def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def _config_differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | None = None) -> Iterator[str]:
-    grown = growth.config if growth else dict
-    before, now = grown(base.config), tuned.config
+def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configuration) -> Iterator[str]:
+    before, now = changed(base.config), tuned.config
     stored = {dtype_name(info.dtype) for info in tuned.infos.values() if info.dtype.is_floating_point}
     same = all(tuned.infos[name].dtype == info.dtype for name, info in base.infos.items() if name in tuned.infos)
     # Without a name, the tensors' own is taken.
@@ -120,7 +145,7 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint, growth: Growth | No
         _without(of.config if isinstance(found, str) else found)
         for of, found in zip((base, tuned), loaded, strict=True)
     )
-    read = grown(read)
+    read = changed(read)
     yield from _settings(read, read_now)
     yield from _unread(_without(before), _without(now), read, read_now)
     versions = [config.get("transformers_version") for config in (before, now)]
@@ -174,6 +199,8 @@ def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any] | str:
         ).to_dict()
     except Exception as cause:  # it raises what it likes
         return " ".join(str(cause).split())[:120] or type(cause).__name__
+    if isinstance(found.get("id2label"), dict):
+        found["id2label"] = {str(number): name for number, name in found["id2label"].items()}
     # What is no setting of the class is kept by it; code is named in the file alone.
     return found | {key: checkpoint.config[key] for key in ("auto_map", "architectures") if key in checkpoint.config}
 

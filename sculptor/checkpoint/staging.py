@@ -42,12 +42,16 @@ def partial_path(output: Path) -> Path:
 def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
     """Refuses an output that is, or holds, something the run reads, or is staged there: `--overwrite` would delete it.
 
+    Nor may it lie in a directory that is read, which would be another one then.
+
     Raises:
         OutputError: naming the input.
     """
     for item in map(Path, inputs):
         if not os.path.exists(item):
             continue
+        if item.is_dir() and item.resolve() in output.resolve().parents:
+            raise OutputError(f"{output}: lies in the input {item}; choose a place beside it")
         # Files of a directory may be links into the output.
         read = [item, *(item.iterdir() if item.is_dir() else ())]
         for resolved, place in itertools.product((each.resolve() for each in read), (output, partial_path(output))):
@@ -243,11 +247,11 @@ _HINTS = {
 
 def key_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What makes a run another than the one that left something to resume: settings with both values, inputs by name."""
-    different = sorted(name for name in now if saved.get(name) != now[name])
+    different = sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name))
     if not different:
         return None
-    name = next((name for name in ("model", *_HINTS) if name in different), different[0])
-    old, new = saved.get(name), now[name]
+    name = next((name for name in ("model", "eval_data", *_HINTS) if name in different), different[0])
+    old, new = saved.get(name), now.get(name)
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -278,8 +282,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: dict[str, Any], *, allow_nan: bool = False, indent: int | None = 1) -> None:
-    """Writes JSON so that the file is either the old or the new one, never half of it; without indentation much faster."""
+    """Writes JSON as `write_bytes` does; without indentation much faster."""
+    write_bytes(path, (json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either the old or the new one, never half of it."""
     with writing(path):
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)

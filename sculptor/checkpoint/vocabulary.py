@@ -119,18 +119,27 @@ def check_tokens(tokens: Sequence[str], known: Mapping[str, int]) -> None:
 
 def _known_tokens(path: Path) -> dict[str, int]:
     """Token -> id, by tokenizer.json alone."""
-    from tokenizers import Tokenizer
-
     if not (path / TOKENIZER_NAME).is_file():
         raise SettingsError(
             f"--add-tokens: {path} has no {TOKENIZER_NAME}; save its tokenizer with transformers first: "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
+    known: dict[str, int] = open_tokenizer(path).get_vocab(with_added_tokens=True)
+    return known
+
+
+def open_tokenizer(path: Path) -> Any:
+    """tokenizer.json of a directory, as the library beneath transformers reads it.
+
+    Raises:
+        CheckpointError: if it cannot.
+    """
+    from tokenizers import Tokenizer
+
     try:
-        known: dict[str, int] = Tokenizer.from_file(str(path / TOKENIZER_NAME)).get_vocab(with_added_tokens=True)
+        return Tokenizer.from_file(str(path / TOKENIZER_NAME))
     except Exception as cause:  # the library raises bare exceptions
         raise CheckpointError(f"{path / TOKENIZER_NAME}: cannot be read ({reason_of(cause)})") from cause
-    return known
 
 
 def _check_ids_unused(checkpoint: Checkpoint, ids: range) -> None:
@@ -188,7 +197,7 @@ def write_grown(checkpoint: Checkpoint, directory: Path, growth: Growth, bar: Ba
     write_checkpoint(checkpoint, directory, edits, shapes=shapes, bar=bar)
     write_json(directory / CONFIG_NAME, growth.config(checkpoint.config), allow_nan=True)
     content = _read_tokenizer(checkpoint.path)
-    content["added_tokens"] += _entries(growth)
+    content["added_tokens"] += token_entries(growth)
     with writing(directory / TOKENIZER_NAME):
         text = json.dumps(content, ensure_ascii=False, indent=2)
         (directory / TOKENIZER_NAME).write_text(text, encoding="utf-8")
@@ -210,7 +219,8 @@ def _read_tokenizer(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _entries(growth: Growth) -> list[dict[str, Any]]:
+def token_entries(growth: Growth) -> list[dict[str, Any]]:
+    """New tokens as tokenizer.json lists them."""
     return [{"id": growth.start + i, "content": token, **FLAGS} for i, token in enumerate(growth.tokens)]
 
 
@@ -260,7 +270,7 @@ def find_growth(base: Checkpoint, tuned: Checkpoint) -> Growth | None:
         return None
     if growth is None:
         return None
-    before["added_tokens"] += _entries(growth)
+    before["added_tokens"] += token_entries(growth)
     if json.dumps(now, sort_keys=True) != json.dumps(before, sort_keys=True):  # 1 is not 1.0 in a vocabulary
         return None
     return growth if _is_shown(base, tuned, growth) else None

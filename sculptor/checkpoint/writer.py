@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, companions
-from sculptor.checkpoint.reader import Checkpoint, Placed, Slice
+from sculptor.checkpoint.reader import Checkpoint, Slice, Sliced
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import dtype_name, in_file_order, write_tensors
@@ -24,7 +24,7 @@ from sculptor.progress import Bar
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 # What makes a new tensor, or slice of one, from the old.
 Edit = Callable[[Tensor], Tensor]
-P = TypeVar("P", bound=Placed)
+P = TypeVar("P", bound=Sliced)
 # Written by sculptor itself; never copied from a base that is itself an output.
 _OUTPUT_MARKS = (RECORD_NAME, "archive.json", "model*.safetensors")
 _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
@@ -37,6 +37,8 @@ def write_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    added: Mapping[str, Tensor] = MappingProxyType({}),
+    dropped: Container[str] = (),
     bar: Bar | None = None,
 ) -> None:
     """Copies a checkpoint shard by shard, one tensor in memory, editing some of its tensors on the way.
@@ -48,19 +50,26 @@ def write_checkpoint(
             slices of its first dimension, which then go through memory one by one.
         dtype: dtype of every floating-point tensor; None keeps each as it is.
         shapes: of tensors that are replaced by some of another shape.
+        added: tensors that the source has not.
+        dropped: tensors that are left out.
         bar: advanced by the bytes of the source.
 
     Raises:
         OutputError: if a file cannot be written.
         CheckpointError: if a source tensor cannot be read.
     """
-    shards = _plan_shards(source, dtype, shapes or {})
+    planned = _plan_shards(source, dtype, shapes or {})
+    kept = [[entry for entry in entries if entry[0] not in dropped] for entries in planned]
+    kept[-1] += [(name, output_dtype(value.dtype, dtype), tuple(value.shape)) for name, value in added.items()]
+    shards = [entries for entries in kept if entries]
     names = [SINGLE_NAME] if len(shards) == 1 else _shard_names(len(shards))
     metadata = source.metadata or {"format": "pt"}
     for file, entries in zip(names, shards, strict=True):
         target_dtypes = {name: out for name, out, _ in entries}
 
         def produce(name: str, target_dtypes: dict[str, torch.dtype] = target_dtypes) -> Tensor | Iterator[Tensor]:
+            if name in added:
+                return added[name].to(target_dtypes[name])
             edit = replace.get(name) or functools.partial(_cast, target_dtypes[name])
             if bar is not None:
                 bar.update(source.infos[name].num_bytes)
@@ -79,11 +88,11 @@ def edits_of(places: Iterable[P], make: Callable[[P], Edit]) -> dict[str, Edit |
     """What makes new tensors, of an edit for each of some matrices, which may be slices of one tensor."""
     whole: dict[str, Edit] = {}
     parts: dict[str, dict[int, Edit]] = defaultdict(dict)
-    for place in places:
-        if place.part is None:
-            whole[place.tensor] = make(place)
+    for at in places:
+        if at.part is None:
+            whole[at.tensor] = make(at)
         else:
-            parts[place.tensor][place.part] = make(place)
+            parts[at.tensor][at.part] = make(at)
     return {**whole, **parts}
 
 

@@ -18,7 +18,7 @@ MARKER_NAME = (
 )
 _MARKS = (LOCK_NAME, MARKER_NAME)
 # Of no output, but of the way there: may be left where tidying up failed.
-_OF_THE_WAY = (*_MARKS, "progress.json", "scores.json")
+_OF_THE_WAY = (*_MARKS, "progress.json", "scores.json", "base_samples.safetensors")
 _WHOLE = 2**20  # bytes up to which a file is read whole; of larger ones, as many pieces
 _PIECES = 64
 _NOTED: set[Path] = set()  # of the runs of this process

@@ -66,11 +66,12 @@ class BatchPlan:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:
-    """Padded tensors of one micro-batch, (B, T) each; `labels` (B, L) has the decoder's length there."""
+    """Padded tensors of one micro-batch, (B, T) each; `labels` (B, L) has the decoder's length there, (B, 1) for classes."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    token_types: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -79,7 +80,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        types = None if self.token_types is None else self.token_types.to(device)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), types)
 
 
 class Widths(NamedTuple):
@@ -97,11 +99,17 @@ class Widths(NamedTuple):
 EXACT = Widths()
 
 
-def collate(examples: Sequence[Example], pad_id: int, widths: Widths = EXACT) -> Batch:
-    """Pads examples on the right."""
+def collate(
+    examples: Sequence[Example], pad_id: int, widths: Widths = EXACT, label_widths: Widths | None = None
+) -> Batch:
+    """Pads examples on the right, labels to widths of their own if these are given."""
     input_ids = _pad([example.input_ids for example in examples], pad_id, widths)
     mask = _pad([(1,) * len(example.input_ids) for example in examples], 0, widths)
-    return Batch(input_ids, mask, _pad([example.labels for example in examples], IGNORED, widths))
+    labels = _pad([example.labels for example in examples], IGNORED, label_widths or widths)
+    if not any(example.token_types for example in examples):
+        return Batch(input_ids, mask, labels)
+    types = [example.token_types or (0,) * len(example.input_ids) for example in examples]
+    return Batch(input_ids, mask, labels, _pad(types, 0, widths))
 
 
 def _pad(sequences: Sequence[Sequence[int]], value: int, widths: Widths) -> Tensor:
@@ -142,4 +150,4 @@ def make_batch(
     if kind == "masked":
         assert mask_id is not None
         examples = [mask_tokens(example, mask_id, vocab_size, seed) for example in examples]
-    return collate(examples, pad_id, widths)
+    return collate(examples, pad_id, widths, EXACT if kind == "classifier" else None)

@@ -9,7 +9,7 @@ from sculptor.errors import SettingsError
 # What a row can have for us; the first of each form is what tells it.
 KNOWN = (
     "messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output", "system", "tools",
-    "chat_template_kwargs", "choices", "gold", "references", "weight", "train",
+    "chat_template_kwargs", "choices", "gold", "references", "weight", "train", "text_pair", "label",
 )  # fmt: skip
 Columns = Mapping[str, str]
 

@@ -10,7 +10,7 @@ from sculptor.checkpoint.architecture import Kind
 from sculptor.data.chat import render_conversation
 from sculptor.data.edges import completion_ids, is_apart, prompt_ids, sequence_frame, target_ids
 from sculptor.data.mixture import Mixture
-from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow, settle
+from sculptor.data.row_types import CompletionRow, LabelledRow, MessagesRow, Row, TextRow, settle
 from sculptor.data.rows import DataSource
 from sculptor.errors import DataError, SettingsError
 
@@ -26,11 +26,13 @@ class Example:
     Attributes:
         input_ids: what the model (or its encoder) reads.
         labels: per token of `input_ids` its own id or IGNORED; for an encoder-decoder the decoder's targets;
-            for masked language modelling the ids that may be masked.
+            for masked language modelling the ids that may be masked; for a classifier the number of the class alone.
+        token_types: of a pair of texts, which of them a token is of, where the model asks for that; else none.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    token_types: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -77,6 +79,8 @@ def digest_examples(examples: Sequence[Example]) -> str:
     found = hashlib.sha256()
     for example in examples:
         found.update(array("q", [*example.input_ids, -1, *example.labels, -2]).tobytes())
+        if example.token_types:
+            found.update(array("q", [*example.token_types, -3]).tobytes())
     return found.hexdigest()
 
 
@@ -170,6 +174,10 @@ def encode_row(row: Row, tokenizer: Any, kind: Kind, max_length: int, vocab_size
         DataError: with file and line number.
     """
     row = settle(row, bool(tokenizer.chat_template) and kind == "causal")
+    if kind == "classifier":
+        found = _encode_labelled(row, tokenizer, max_length)
+        _check_vocabulary(row.where, [Example(example.input_ids, ()) for example in found.examples], vocab_size)
+        return found
     if isinstance(row, TextRow):
         found = EncodedRow(tuple(_encode_text(row, tokenizer, kind, max_length)))
     elif kind == "masked":
@@ -179,6 +187,7 @@ def encode_row(row: Row, tokenizer: Any, kind: Kind, max_length: int, vocab_size
     elif isinstance(row, CompletionRow):
         found = _encode_completion(row, tokenizer, max_length)
     else:
+        assert isinstance(row, MessagesRow)
         found = _encode_messages(row, tokenizer, max_length)
     _check_vocabulary(row.where, found.examples, vocab_size)
     if not isinstance(row, TextRow):
@@ -247,6 +256,22 @@ def _encode_masked(row: TextRow, tokenizer: Any, max_length: int) -> list[Exampl
 def _maskable(ids: list[int], tokenizer: Any) -> tuple[int, ...]:
     special = set(tokenizer.all_special_ids)
     return tuple(IGNORED if token in special else token for token in ids)
+
+
+def _encode_labelled(row: Row, tokenizer: Any, max_length: int) -> EncodedRow:
+    """As the tokenizer has texts and pairs; over-long ones are cut as it cuts them."""
+    if not isinstance(row, LabelledRow):
+        raise DataError(f"{row.where}: a classifier trains on 'text' and 'label' rows")
+    texts = [text for text in (row.text, row.pair) if text is not None]
+    found = tokenizer(*texts, verbose=False)
+    cut = len(found.input_ids) > max_length
+    if cut:
+        found = tokenizer(*texts, truncation=True, max_length=max_length)
+    if not all(tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts):
+        raise DataError(f"{row.where}: empty after tokenisation")
+    types = found.get("token_type_ids") or ()
+    label = IGNORED if row.index is None else row.index
+    return EncodedRow((Example(tuple(found.input_ids), (label,), tuple(types) if any(types) else ()),), cut)
 
 
 def _encode_pair(row: Row, tokenizer: Any, max_length: int) -> EncodedRow:

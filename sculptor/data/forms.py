@@ -7,6 +7,7 @@ from typing import Any
 
 from sculptor.data.columns import Columns, parsed, rename
 from sculptor.data.conversations import conversation, is_trained, short
+from sculptor.data.labelled import EXPECTED_LABELLED, KEYS, Classes, labelled, usual_columns
 from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow
 from sculptor.errors import DataError
 
@@ -49,13 +50,14 @@ class _Form:
     make: Callable[[Mapping[str, Any], str], Row]
 
 
-def recognise(given: Any, where: str, columns: Columns) -> Recognised:
+def recognise(given: Any, where: str, columns: Columns, classes: Classes | None = None) -> Recognised:
     """A row of any form.
 
     Args:
         given: keys and values.
         where: for messages.
         columns: our key -> their column.
+        classes: take it as text and label, for these classes.
 
     Raises:
         DataError: if it is of none, or of several.
@@ -64,9 +66,11 @@ def recognise(given: Any, where: str, columns: Columns) -> Recognised:
         raise DataError(f"{where}: expected a JSON object, found {type(given).__name__}")
     named = {key: value for key, value in rename(given, columns).items() if value is not None}
     _check_text(named, where)
-    forms = [form for form in _FORMS if form.tells(named)]
+    forms = [form for form in (_FORMS if classes is None else [_labelled_form(classes)]) if form.tells(named)]
     if len(forms) > 1 and columns:
         forms = [form for form in forms if set(form.reads) & set(columns)] or forms
+    if not forms and classes is not None:
+        raise DataError(f"{where}: keys {_listed(named)}; expected {EXPECTED_LABELLED}{usual_columns(named)}")
     if not forms:
         raise DataError(f"{where}: keys {_listed(named)}; expected {EXPECTED}{_hint(named)}")
     if len(forms) > 1:
@@ -83,6 +87,12 @@ def recognise(given: Any, where: str, columns: Columns) -> Recognised:
     renamed = [f"{columns[key]} as {key}" for key in form.reads if columns.get(key) in given]
     text = form.name + (f" ({', '.join(renamed)})" if renamed else "")
     return Recognised(made, text, form.is_ours and not renamed, tuple(sorted(unread)))
+
+
+def _labelled_form(classes: Classes) -> _Form:
+    return _Form(
+        "text and label", True, lambda row: "text" in row, KEYS, lambda row, where: labelled(row, where, classes)
+    )
 
 
 def _check_text(row: Mapping[str, Any], where: str) -> None:

@@ -56,7 +56,26 @@ class MessagesRow:
     references: tuple[str, ...] = ()
 
 
-Row = TextRow | CompletionRow | MessagesRow
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A text, or two, and which class it is of.
+
+    Attributes:
+        where: file and line.
+        text: what is classified.
+        pair: what the text is compared with; None for texts by themselves.
+        label: name of the class; None where nobody needs it.
+        index: number of the class among a model's; None as long as these are not known.
+    """
+
+    where: str
+    text: str
+    pair: str | None
+    label: str | None
+    index: int | None = None
+
+
+Row = TextRow | CompletionRow | MessagesRow | LabelledRow
 
 
 def settle(row: Row, talks: bool) -> Row:

@@ -11,6 +11,7 @@ from typing import Any
 from sculptor.data.columns import Columns, parse_columns
 from sculptor.data.files import Found, is_parquet, read_file_rows
 from sculptor.data.forms import EXPECTED, listed_keys, recognise
+from sculptor.data.labelled import EXPECTED_LABELLED, Classes
 from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference, parse_reference
 from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow, digest_rows, settle
 from sculptor.data.tables import choose_split, dataset_rows, read_table_rows
@@ -66,6 +67,7 @@ def read_rows(
     notice: Notice = lambda _: None,
     *,
     all_renamed: bool = True,
+    classes: Classes | None = None,
 ) -> list[Row]:
     """All rows, in order; as `read_sources`, of data that have no weights.
 
@@ -73,7 +75,7 @@ def read_rows(
         DataError: as `read_sources`.
         SettingsError: for weights, which would have no effect.
     """
-    sources = read_sources(data, max_rows, columns, notice, all_renamed=all_renamed)
+    sources = read_sources(data, max_rows, columns, notice, all_renamed=all_renamed, classes=classes)
     weighted = next((source for source in sources if source.weight is not None), None)
     if weighted is not None:
         raise SettingsError(f"{weighted.name}:{weighted.weight:g}: a weight without effect here; leave it out")
@@ -88,6 +90,7 @@ def read_sources(
     *,
     mixed: bool = False,
     all_renamed: bool = True,
+    classes: Classes | None = None,
 ) -> list[DataSource]:
     """Reads rows of any form, each of the data by itself.
 
@@ -98,6 +101,7 @@ def read_sources(
         notice: told, in a line for each, what form was recognised.
         mixed: there are further data beside these, so that the weight of one has an effect.
         all_renamed: refuse columns that no row has.
+        classes: take every row as text and label, for these classes.
 
     Raises:
         DataError: with file and line number, for a row that is broken, empty, of unknown keys or of several forms.
@@ -108,7 +112,7 @@ def read_sources(
     if not mixed:
         _check_weights(opened)
     seen: set[str] = set()
-    sources = [_read(item, max_rows, named, seen) for item in opened]
+    sources = [_read(item, max_rows, named, seen, classes) for item in opened]
     if all_renamed and opened and named and not seen & set(named.values()):
         raise SettingsError(f"--columns without effect: no row has {' or '.join(map(repr, named.values()))}")
     for source in sources:
@@ -231,7 +235,7 @@ def _rows_of(reference: Reference, bounded: bool) -> Found:
     return read_file_rows(path)
 
 
-def _read(item: _Opened, max_rows: int | None, columns: Columns, seen: set[str]) -> DataSource:
+def _read(item: _Opened, max_rows: int | None, columns: Columns, seen: set[str], classes: Classes | None) -> DataSource:
     rows: list[Row] = []
     forms: Counter[str] = Counter()
     recognised: dict[str, None] = {}
@@ -239,7 +243,7 @@ def _read(item: _Opened, max_rows: int | None, columns: Columns, seen: set[str])
     num_off = 0
     wanted = set(columns.values())
     for where, given in itertools.islice(item.rows(max_rows is not None), max_rows):
-        found = recognise(given, where, columns)
+        found = recognise(given, where, columns, classes)
         seen |= wanted & given.keys()
         unread.update(found.unread)
         if found.row is None:
@@ -251,7 +255,8 @@ def _read(item: _Opened, max_rows: int | None, columns: Columns, seen: set[str])
             recognised[found.form] = None
     if not rows:
         left = f"; {num_off} are left out by their own weight" if num_off else ""
-        raise DataError(f"{item.name}: no rows{left}; expected {EXPECTED}")
+        expected = EXPECTED if classes is None else EXPECTED_LABELLED
+        raise DataError(f"{item.name}: no rows{left}; expected {expected}")
     return DataSource(
         item.published, tuple(rows), item.weight, dict(forms), tuple(recognised), num_off, dict(sorted(unread.items()))
     )

@@ -61,9 +61,21 @@ def _not_here(reference: Reference) -> str:
 def dataset_rows(dataset: Any, name: str) -> Found:
     """Rows of a `Dataset`, an `IterableDataset` or any other iterable of dicts."""
     plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
-    tidy = hasattr(dataset, "features")
+    tidy, named = hasattr(dataset, "features"), _named_classes(dataset)
     for number, row in enumerate(plain, 1):
-        yield f"{name}: row {number}", _tidy(row) if tidy else row
+        yield f"{name}: row {number}", _with_names(_tidy(row), named) if tidy else row
+
+
+def _named_classes(dataset: Any) -> dict[str, list[str]]:
+    """Columns of numbers that stand for classes, and the names of these."""
+    features = getattr(dataset, "features", None) or {}
+    return {key: feature.names for key, feature in features.items() if type(feature).__name__ == "ClassLabel"}
+
+
+def _with_names(row: Any, named: Mapping[str, list[str]]) -> Any:
+    """A row with names in the place of such numbers."""
+    found = {key: names[row[key]] for key, names in named.items() if isinstance(row.get(key), int) and row[key] >= 0}
+    return row | found if found else row
 
 
 def choose_split(splits: Mapping[str, Any], name: str) -> Any:

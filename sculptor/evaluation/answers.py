@@ -2,13 +2,15 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from sculptor.data.asking import answer_part, end_ids, question_of
+from sculptor.data.asking import answer_part, end_ids, question_of, render_question
+from sculptor.data.edges import prompt_ids
 from sculptor.data.examples import cut_middle
 from sculptor.data.row_types import MessagesRow
-from sculptor.errors import DataError
+from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.readers import Reader, open_reader
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar
@@ -87,6 +89,48 @@ def answer_rows(
         bar.update(len(chosen))
     found = {i: answer for part in world.gather(found) for i, answer in part.items()}
     return [found[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def say(
+    loaded: LoadedModel, prompts: Sequence[str], max_length: int, max_new: int, batch_size: int, bar: Bar
+) -> list[str]:
+    """What a causal model says to prompts, greedily: as a user's turn where it has a chat template, else as a text to go on with.
+
+    Args:
+        loaded: the model.
+        prompts: what is asked.
+        max_length: of prompt and answer together; the middle of an over-long prompt is cut.
+        max_new: tokens of an answer, at most.
+        batch_size: prompts per forward.
+        bar: counts prompts.
+
+    Raises:
+        SettingsError: if no room is left for prompts.
+    """
+    tokenizer = loaded.tokenizer
+    if max_new >= max_length:
+        raise SettingsError(
+            f"--max-new-tokens {max_new}: leaves no room for a prompt in {max_length} tokens (--max-length)"
+        )
+    ids = [cut_middle(_asked(tokenizer, prompt), max_length - max_new) for prompt in prompts]
+    stops = stops_of(loaded)
+    order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
+    found: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        reader = open_reader(loaded, [ids[i] for i in chosen])
+        for i, said in zip(chosen, greedy(reader, max_new, stops), strict=True):
+            found[i] = answer_part(tokenizer.decode(said, skip_special_tokens=True))
+        bar.update(len(chosen))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _asked(tokenizer: Any, prompt: str) -> list[int]:
+    if not tokenizer.chat_template:
+        return prompt_ids(tokenizer, prompt)
+    text = render_question(tokenizer, [{"role": "user", "content": prompt}])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def greedy(reader: Reader, num_new: int, stops: Collection[int]) -> list[list[int]]:

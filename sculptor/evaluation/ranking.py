@@ -182,4 +182,4 @@ def _candidate_scores(reader: Reader, owners: list[int], candidates: list[list[i
     log_probs = logits.log_softmax(dim=-1).gather(2, padded[:, :, None])[:, :, 0]
     whole = (log_probs * real).sum(dim=1)
     last = log_probs.gather(1, real.sum(dim=1, keepdim=True).long() - 1)[:, 0]
-    return [_Score(float(a), float(a - b)) for a, b in zip(whole, last, strict=True)]
+    return [_Score(*pair) for pair in torch.stack([whole, whole - last], dim=1).tolist()]

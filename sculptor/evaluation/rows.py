@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from sculptor.data.columns import Columns
 from sculptor.data.examples import encode, resolve_max_length
+from sculptor.data.labelled import Classes
 from sculptor.data.rows import CompletionRow, Data, MessagesRow, Notice, Row, as_items, read_rows, settle
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.answers import Answer, answer_rows
 from sculptor.evaluation.harness import TaskResult
-from sculptor.evaluation.loss import mean_loss
+from sculptor.evaluation.loss import classify, mean_loss
 from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
@@ -50,14 +51,15 @@ class Evaluation:
     """The result of `evaluate`; what does not apply is None.
 
     Attributes:
-        loss: nats per token, over text, or completions with their end of sequence.
+        loss: nats per token, over text, or completions with their end of sequence; nats per row of a classifier.
         perplexity: exp(loss).
-        accuracy: share of rows whose own label, or right choice, ranks first.
+        accuracy: share of rows whose own label, right choice or class ranks first.
         acc_norm: the same of choices, by log-probability per character.
         exact_match: share of rows of which greedy generation gives a right answer.
-        num_rows: rows read; `num_tokens` tokens that the loss is over.
-        num_dropped: of the rows, those that did not fit and were not measured; `num_cut` lost a part of their prompt.
-        labels: what was ranked for all rows.
+        num_rows: rows read; `num_tokens` tokens, or rows of a classifier, that the loss is over.
+        num_dropped: of the rows, those that did not fit and were not measured; `num_cut` lost a part of their prompt, or text.
+        classified: by a classifier's head.
+        labels: what was ranked for all rows, or the classes.
         answers: the first ones.
         watched: a figure for each of the watched texts.
         tasks: figures of lm-eval.
@@ -78,6 +80,7 @@ class Evaluation:
     num_dropped: int = 0
     num_cut: int = 0
     routed: Mapping[str, int] = field(default_factory=dict)
+    classified: bool = False
 
 
 NOTHING = Evaluation(None, None, None, None, 0, 0, None)
@@ -110,15 +113,21 @@ def evaluate_rows(
         SettingsError: if the labels lack a completion, or a setting would have no effect.
     """
     length = resolve_max_length(max_length, loaded.architecture.max_positions)
+    if loaded.kind == "classifier":
+        if labels is not None or generation.exact_match or generation.max_new_tokens is not None or generation.show:
+            raise SettingsError(
+                "--labels, --exact-match, --max-new-tokens and --show without effect: a classifier has classes, and says no text"
+            )
+        return _evaluate_classes(loaded, rows, length, batch_size, progress, world)
     talks = bool(loaded.tokenizer.chat_template) and loaded.kind == "causal"
     rows = [settle(row, talks) for row in rows]
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs and loaded.kind != "masked":
-        _check_one_kind(len(pairs), len(rows), "are prompt and completion")
+        check_one_kind(len(pairs), len(rows), "are prompt and completion")
         choosing = sum(bool(row.choices) for row in pairs)
         if choosing:
-            _check_one_kind(choosing, len(rows), "have choices")
-        ranked = None if choosing else _labels(pairs, labels)
+            check_one_kind(choosing, len(rows), "have choices")
+        ranked = None if choosing else labels_of(pairs, labels)
         return _evaluate_pairs(loaded, pairs, ranked, length, batch_size, generation, progress, world)
     found = _evaluate_loss(loaded, rows, length, batch_size, progress, world)
     asked = bool(generation.exact_match) or generation.show > 0
@@ -127,7 +136,7 @@ def evaluate_rows(
     talked = [row for row in rows if isinstance(row, MessagesRow)]
     if not talked or loaded.kind != "causal":
         raise SettingsError("--exact-match and --show without effect: nothing is answered in 'text' rows")
-    _check_one_kind(len(talked), len(rows), "are conversations")
+    check_one_kind(len(talked), len(rows), "are conversations")
     answered = talked if generation.exact_match else talked[: generation.show]
     bar = progress(total=len(world.share(answered)), desc="answer", unit="row")
     answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar, world)
@@ -144,6 +153,7 @@ def read_evaluation_rows(
     notice: Notice = lambda _: None,
     *,
     all_renamed: bool = True,
+    classes: Classes | None = None,
 ) -> list[Row]:
     """Rows of one kind.
 
@@ -152,31 +162,31 @@ def read_evaluation_rows(
     """
     if not as_items(data):
         raise DataError("no data: pass at least one file")
-    rows = read_rows(data, max_rows, columns, notice, all_renamed=all_renamed)
+    rows = read_rows(data, max_rows, columns, notice, all_renamed=all_renamed, classes=classes)
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs:
-        _check_one_kind(len(pairs), len(rows), "are prompt and completion")
-    if labels is not None and (not pairs or any(row.choices for row in pairs)):
+        check_one_kind(len(pairs), len(rows), "are prompt and completion")
+    if classes is None and labels is not None and (not pairs or any(row.choices for row in pairs)):
         raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows without choices have labels")
     return rows
 
 
-def _check_one_kind(count: int, total: int, what: str) -> None:
+def check_one_kind(count: int, total: int, what: str) -> None:
+    """Refuses rows of which only some are of a kind.
+
+    Raises:
+        DataError: saying how many.
+    """
     if count < total:
         raise DataError(f"{count} of {total} rows {what}; evaluate one kind of row at a time")
 
 
-def labels_of(rows: Sequence[Row], given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """What is ranked for all of some rows, if anything is.
+def labels_of(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """What is ranked for all rows; None if they have more distinct completions than labels are.
 
     Raises:
-        SettingsError: if the labels lack a completion.
+        SettingsError: if the labels that are given lack one.
     """
-    pairs = [row for row in rows if isinstance(row, CompletionRow)]
-    return _labels(pairs, given) if pairs and not any(row.choices for row in pairs) else None
-
-
-def _labels(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:
     found = tuple(sorted({row.completion for row in rows}))
     if given is None:
         return found if len(found) <= MAX_IMPLIED_LABELS else None
@@ -201,6 +211,19 @@ def _evaluate_loss(
     return Evaluation(
         loss, math.exp(min(loss, 700.0)), None, None, len(rows), tokens, None,
         num_dropped=encoded.num_dropped, num_cut=encoded.num_cut,
+    )  # fmt: skip
+
+
+def _evaluate_classes(
+    loaded: LoadedModel, rows: Sequence[Row], length: int, batch_size: int, progress: Progress, world: World
+) -> Evaluation:
+    encoded = encode(rows, loaded.tokenizer, loaded.kind, length, loaded.architecture.vocab_size)
+    bar = progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")
+    loss, accuracy = classify(loaded, encoded.examples, batch_size, bar, world)
+    bar.close()
+    return Evaluation(
+        loss, math.exp(min(loss, 700.0)), accuracy, None, len(rows), len(rows), loaded.architecture.classes,
+        num_cut=encoded.num_cut, classified=True,
     )  # fmt: skip
 
 

@@ -1,10 +1,8 @@
 """Harm: KL(base || new) in nats a token on the base's own samples, a lower bound from what is kept of the base's predictions.
 
-The mean over tokens of several sequences is a ratio of sums, s_i over n_i tokens; sequences are independent, tokens of one are
-not, so its standard error is that of the ratio: sqrt(N / (N - 1) sum (s_i - mean n_i)^2) / sum n_i.
+Sequences are independent, tokens of one are not, so its standard error is that of a ratio of sums (`sculptor.numerics.ratio`).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,8 @@ from sculptor.data.batches import collate
 from sculptor.model.loss import predictions
 from sculptor.model.samples import ROWS, Sample
 from sculptor.numerics.divergence import Truncated, truncated_divergence
+from sculptor.numerics.ratio import ratio_of_sums
+from sculptor.validation import STRICT, Count, Finite, NotNegative
 from sculptor.world import ALONE, World
 
 
@@ -29,10 +29,12 @@ class Harm:
         num_samples: sequences, with `num_tokens` predictions.
     """
 
-    nats: float
-    error: float
-    num_samples: int
-    num_tokens: int
+    __pydantic_config__ = STRICT
+
+    nats: Finite
+    error: NotNegative
+    num_samples: Count
+    num_tokens: Count
 
 
 def harm_of(sums: Sequence[float], counts: Sequence[int]) -> Harm:
@@ -41,12 +43,10 @@ def harm_of(sums: Sequence[float], counts: Sequence[int]) -> Harm:
     Raises:
         ValueError: if there are fewer than two samples, or no tokens.
     """
-    tokens, num = sum(counts), len(sums)
-    if num < 2 or not tokens:
-        raise ValueError(f"{num} samples of {tokens} tokens: expected at least two")
-    mean = math.fsum(sums) / tokens
-    spread = math.fsum((found - mean * count) ** 2 for found, count in zip(sums, counts, strict=True))
-    return Harm(mean, math.sqrt(spread * num / (num - 1)) / tokens, num, tokens)
+    if len(sums) < 2 or not sum(counts):
+        raise ValueError(f"{len(sums)} samples of {sum(counts)} tokens: expected at least two")
+    mean, error = ratio_of_sums(sums, counts)
+    return Harm(mean, error, len(sums), sum(counts))
 
 
 @torch.no_grad()

@@ -87,6 +87,8 @@ _known: WeakKeyDictionary[Any, Head | None] = WeakKeyDictionary()
 
 def find_head(model: Any, kind: Kind) -> Head | None:
     """The head of a model, or None where its `forward` cannot be split like that."""
+    if kind == "classifier":  # a few logits a row
+        return None
     if model not in _known:
         bodies = [] if kind == "seq2seq" else [model.base_model]
         with suppress(AttributeError, NotImplementedError):

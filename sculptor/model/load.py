@@ -15,10 +15,11 @@ from sculptor.data.chat import use_template
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.model.probe import check_model, check_text_alone
+from sculptor.numerics.precision import why_not
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import Divide, stream_model
-from sculptor.streaming.weights import Tier
+from sculptor.streaming.regions import Tier
 from sculptor.world import here
 
 
@@ -42,6 +43,8 @@ class LoadedModel:
     def pad_id(self) -> int:
         """What padding is filled with; it is masked, so any id does that the model has."""
         found = self.tokenizer.pad_token_id
+        if self.kind == "classifier" and self.model.config.pad_token_id is not None:
+            found = self.model.config.pad_token_id  # by which decoders tell where a sequence ends
         wanted = int(found if found is not None else self.tokenizer.eos_token_id or 0)
         return wanted if 0 <= wanted < self.architecture.vocab_size else 0
 
@@ -77,8 +80,9 @@ def resolve_device(name: str) -> torch.device:
         raise SettingsError(f"--device {name}: several processes have a GPU each; use cuda, or start one process")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("no float64, which the decompositions and the merge need")
+        reason = why_not(device)
+        if reason is not None:
+            raise RuntimeError(reason)
         device = torch.empty(0, device=device).device  # with its number
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
         reason = str(cause).splitlines()[0][:120]
@@ -180,15 +184,27 @@ def load_streamed(
 
 
 def check_head(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Checks that a checkpoint's model predicts tokens.
+    """Checks that a checkpoint's model predicts tokens, or classes of sequences.
 
     Raises:
-        CheckpointError: if it has no language-modelling head.
+        CheckpointError: if it has no head for that.
     """
+    if architecture.kind == "classifier":
+        _check_classes(checkpoint, architecture)
     if architecture.kind == "headless":
         raise CheckpointError(
             f"{checkpoint.path}: {architecture.model_class} has no language-modelling head; expected a causal, masked or "
-            'encoder-decoder language model in "architectures"'
+            'encoder-decoder language model in "architectures", or a classifier of sequences that is no encoder-decoder'
+        )
+
+
+def _check_classes(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    problem = checkpoint.config.get("problem_type")
+    if problem in ("regression", "multi_label_classification") or len(architecture.classes) < 2:
+        what = problem or f"{len(architecture.classes)} output"
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.model_class} gives scores ({what}); sculptor trains classifiers with one of two or "
+            "more classes for each row"
         )
 
 

@@ -8,6 +8,7 @@ through the model's own head in slices (`sculptor.model.head`), each made again 
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class BatchLoss(NamedTuple):
 
 
 def num_loss_tokens(batch: Batch, kind: Kind) -> int:
-    """Tokens that carry loss: a decoder never predicts the first token of a sequence."""
+    """Tokens that carry loss, rows for a classifier: a decoder never predicts the first token of a sequence."""
     return int((_read_labels(batch, kind) != IGNORED).sum())
 
 
@@ -55,7 +56,7 @@ def batch_loss(
     """Cross-entropy of a batch that is on the model's device; with `as_base` KL(base || new) on the same tokens, too.
 
     Args:
-        model: a transformers model with a language-modelling head.
+        model: a transformers model with a language-modelling head, or one that classifies sequences.
         batch: padded on the right.
         kind: how its labels are to be read.
         by_entropy: weight each token by the entropy of its prediction (`numerics.entropy`).
@@ -127,8 +128,8 @@ def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generat
     _, logits, wanted = _predict(model, batch, kind)
     drawn = torch.multinomial(logits.float().softmax(dim=-1), 1, generator=generator)[:, 0]
     labels = batch.labels.clone()
-    _read_labels(Batch(batch.input_ids, batch.attention_mask, labels), kind)[wanted] = drawn  # a view of them
-    return Batch(batch.input_ids, batch.attention_mask, labels)
+    _read_labels(replace(batch, labels=labels), kind)[wanted] = drawn  # a view of them
+    return replace(batch, labels=labels)
 
 
 def predictions(model: Any, batch: Batch, kind: Kind) -> Tensor:
@@ -160,21 +161,24 @@ def _predict(model: Any, batch: Batch, kind: Kind) -> tuple[Any, Tensor, Tensor]
         outputs = model(**inputs, logits_to_keep=columns)
         return outputs, outputs.logits[wanted[:, columns]], wanted
     outputs = model(**inputs)
+    if kind == "classifier":
+        return outputs, outputs.logits[:, None][wanted], wanted
     logits = outputs.logits[:, :-1] if kind == "causal" else outputs.logits
     return outputs, logits[wanted], wanted
 
 
 def logits_of(model: Any, batch: Batch, kind: Kind) -> Tensor:
-    """All logits (B, L, vocabulary) of a batch that is on the model's device."""
+    """All logits (B, L, vocabulary), or (B, classes), of a batch that is on the model's device."""
     return torch.as_tensor(model(**_inputs(model, batch, kind)).logits)
 
 
 def _inputs(model: Any, batch: Batch, kind: Kind) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if (
-        "use_cache" in inspect.signature(model.forward).parameters
-    ):  # a cache would be met again when blocks are recomputed
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:  # a cache would be met again when blocks are recomputed
         inputs["use_cache"] = False
+    if batch.token_types is not None and "token_type_ids" in accepted:
+        inputs["token_type_ids"] = batch.token_types
     if kind == "seq2seq":
         inputs["decoder_input_ids"] = decoder_inputs(model, batch.labels)
     return inputs

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sculptor.checkpoint.architecture import Architecture, build_skeleton
 from sculptor.checkpoint.configuration import reason_of
@@ -42,6 +43,9 @@ def check_model(
     mask = torch.ones_like(ids)
     mask[2, -_CHANGED:] = 0
     name, kind = architecture.model_class, architecture.kind
+    if kind == "classifier":
+        _check_classifier(checkpoint, name, model, ids[2:], mixed and device.type == "cuda")
+        return
     try:
         labels = ids.masked_fill(mask == 0, IGNORED)  # some decoders begin with the last of them
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed and device.type == "cuda"):
@@ -71,6 +75,34 @@ def check_model(
         raise CheckpointError(
             f"{checkpoint.path}: {name} is no causal model as it is configured: a later token moves an earlier prediction; set "
             '"is_decoder": true in config.json, or name the class for masked language modelling in "architectures"'
+        )
+
+
+def _check_classifier(checkpoint: Checkpoint, name: str, model: Any, ids: Tensor, mixed: bool) -> None:
+    """Checks that a classifier says the same of a short sequence beside a longer one."""
+    short, pad = ids[:, :-_CHANGED], model.config.pad_token_id
+    padded = torch.cat([ids, ids])
+    padded[1, -_CHANGED:] = 0 if pad is None else pad
+    mask = torch.ones_like(padded)
+    mask[1, -_CHANGED:] = 0
+    try:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
+            together = logits_of(model, Batch(padded, mask, padded), "classifier").float()
+            alone = logits_of(model, Batch(short, torch.ones_like(short), short), "classifier").float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as cause:
+        if pad is None:
+            raise CheckpointError(
+                f'{checkpoint.path}: config.json has no "pad_token_id", by which {name} finds the end of a sequence in a batch; '
+                "set it to that of the tokenizer"
+            ) from cause
+        raise _needs_more(checkpoint, name, cause) from cause
+    moved = float((together[1:] - alone).abs().max())
+    dtype = torch.bfloat16 if mixed else computing_dtype(model)
+    if moved > _NOISE.get(dtype, _NOISE_OTHERS) * max(float(alone.abs().max()), 1e-3):
+        raise CheckpointError(
+            f"{checkpoint.path}: padding moves what {name} predicts, by {moved:.0e}; its loss would depend on the batch"
         )
 
 

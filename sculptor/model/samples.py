@@ -27,6 +27,9 @@ SECTION = "samples"
 SUFFIX = ".safetensors"
 # Some 128 sequences and two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
 TOKENS = 8192
+# On a CPU, where sampling takes as long as the rest of an analysis: tokens times parameters, and the fewest tokens.
+_CPU_WORK = 4e11
+_CPU_TOKENS = 2048
 LENGTH = 64
 KEPT = 64
 ROWS = 8  # at a time, when they are measured
@@ -58,8 +61,17 @@ class Samples:
         return self.all[1::2]
 
 
-def draw_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Progress) -> Samples:
+def draw_samples(
+    loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int | None = None
+) -> Samples:
     """Samples the model anew, apart from everything that it is calibrated on; through its chat template where it has one.
+
+    Args:
+        loaded: a causal model.
+        max_length: longest sequence in tokens, if that is less than what is usual here.
+        seed: of the sampling; another than of what it is calibrated on.
+        progress: makes progress bars.
+        kept: tokens kept of each prediction.
 
     Raises:
         CheckpointError: if it cannot sample.
@@ -67,27 +79,35 @@ def draw_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Prog
     """
     examples = sample_examples(
         loaded,
-        TOKENS,
+        tokens_to_draw(loaded),
         min(LENGTH, max_length),
         chat=bool(loaded.tokenizer.chat_template),
-        seed=seed + 1,
+        seed=seed,
         progress=progress,
     )
     examples = tuple(example for example in examples if num_predicted(example))
     if len(examples) < 2:
         raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")
-    return describe(loaded, examples)
+    return describe(loaded, examples, kept)
+
+
+def tokens_to_draw(loaded: LoadedModel) -> int:
+    """How many tokens of samples are kept of a model: as many as its device draws in a minute or two."""
+    if loaded.device.type != "cpu":
+        return TOKENS
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return min(TOKENS, max(_CPU_TOKENS, int(_CPU_WORK / size)))
 
 
 @torch.no_grad()
-def describe(loaded: LoadedModel, examples: Sequence[Example]) -> Samples:
+def describe(loaded: LoadedModel, examples: Sequence[Example], kept: int | None = None) -> Samples:
     """Sequences with what the model predicts there."""
     found: list[Sample] = []
     loaded.model.eval()
     for start in range(0, len(examples), ROWS):
         chosen = examples[start : start + ROWS]
         batch = collate(chosen, loaded.pad_id).to(loaded.device)
-        known = truncate(predictions(loaded.model, batch, "causal"), KEPT)
+        known = truncate(predictions(loaded.model, batch, "causal"), kept or KEPT)
         counts = list(map(num_predicted, chosen))
         parts = zip(chosen, *(torch.split(each.cpu(), counts) for each in known), strict=True)
         found += [Sample(example, Truncated(ids, values)) for example, ids, values in parts]
@@ -99,10 +119,12 @@ def num_predicted(example: Example) -> int:
     return sum(label != IGNORED for label in example.labels[1:])
 
 
-def kept_samples(loaded: LoadedModel, max_length: int, seed: int, progress: Progress) -> tuple[bytes | None, str]:
-    """An archive's section; None and the reason where the model has none to give."""
+def kept_samples(
+    loaded: LoadedModel, max_length: int, seed: int, progress: Progress, *, kept: int | None = None
+) -> tuple[bytes | None, str]:
+    """An archive's section, or a file of its own; None and the reason where the model has none to give."""
     try:
-        return write_samples(draw_samples(loaded, max_length, seed, progress)), ""
+        return write_samples(draw_samples(loaded, max_length, seed, progress, kept=kept)), ""
     except (CheckpointError, DataError) as cause:  # it says nothing: an archive is one without samples, too
         return None, str(cause)
 
@@ -135,11 +157,23 @@ def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | N
     if content is None:
         return None
     try:
-        return Samples(tuple(_parse(load(content), vocab_size)))
-    except (SafetensorError, ValueError) as cause:
+        return parse_samples(content, vocab_size)
+    except ValueError as cause:
         raise ArchiveError(
             f"{archive.path}: its samples are damaged ({cause}); run `sculptor analyze` again"
         ) from cause
+
+
+def parse_samples(content: bytes, vocab_size: int | None = None) -> Samples:
+    """What `write_samples` wrote.
+
+    Raises:
+        ValueError: if it is anything else, or of another vocabulary.
+    """
+    try:
+        return Samples(tuple(_parse(load(content), vocab_size)))
+    except SafetensorError as cause:
+        raise ValueError(str(cause)) from cause
 
 
 def _parse(tensors: Mapping[str, Tensor], vocab_size: int | None) -> Iterator[Sample]:

@@ -1,9 +1,20 @@
-"""How float32 products are formed on a GPU, for a while."""
+"""Which devices compute exactly enough, and how float32 products are formed on a GPU, for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why a device will not do; None for a CPU, and for GPUs of CUDA or ROCm, both of which torch calls cuda."""
+    if device.type in ("cpu", "cuda"):
+        return None
+    if device.type == "mps":
+        return "Apple's GPUs have no float64, which the decompositions and the merge need"
+    if device.type == "hip":
+        return "torch calls the GPUs of ROCm cuda"
+    return "neither a CPU nor a GPU of CUDA or ROCm"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sculptor.methods.rule import cost_of
 from sculptor.model.loss import SLICE
 from sculptor.planning.matrices import PlannedMatrix
 from sculptor.planning.shares import Share, shares
-from sculptor.streaming.weights import STAGING_BYTES
+from sculptor.streaming.regions import STAGING_BYTES
 from sculptor.training.settings import Offload
 from sculptor.training.stepping.streamed import PART_TOKENS
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from sculptor.benchmark.results import ContinualReport
+from sculptor.benchmark.results import ContinualReport, Stage
+from sculptor.model.harm import Harm
 from sculptor.report.text import table
 
 _MAX_NAME = 16  # characters of a column's head
@@ -16,10 +17,12 @@ def continual_text(report: ContinualReport) -> str:
             stage.name,
             *(score_text(report, value) for value in scores),
             *(f"{stage.watched[name]:.3f}" for name in watched),
+            *([] if report.harm is None else [harm_text(stage)]),
         ]
         for stage, scores in zip(report.stages, report.matrix, strict=True)
     ]
     head = ["after", *report.tasks, *(Path(name).stem[:_MAX_NAME] for name in watched)]
+    head += [] if report.harm is None else ["harm"]
     shown = [f"{name} {value}" for name, value in metrics_text(report)]
     if report.watch_rise is not None:
         first, last = report.stages[0].watched, report.stages[-1].watched
@@ -31,8 +34,22 @@ def continual_text(report: ContinualReport) -> str:
             table(head, rows),
             f"{unit_of(report)}; method {method_of(report)}, seed {report.seed}, {seconds:.0f} s of training",
             ", ".join(shown),
+            *([] if report.harm is None else [harm_line(report.harm)]),
             f"\nWrote {report.output} (continual.json, model/).",
         ]
+    )
+
+
+def harm_text(stage: Stage) -> str:
+    """The harm of a stage, in the unit of `harm_line`."""
+    return "-" if stage.harm is None else f"{stage.harm.nats:.4f}"
+
+
+def harm_line(harm: Harm) -> str:
+    """What the last stage's harm is, and of what."""
+    return (
+        f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token: KL(base || new) at least, on {harm.num_samples} samples of the "
+        "base"
     )
 
 

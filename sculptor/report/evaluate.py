@@ -48,19 +48,25 @@ def tasks_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
 def measures_rows(result: Evaluation) -> list[list[str]]:
     """What was measured on the rows: names and values."""
     rows = [["loss", f"{result.loss:.4f}"], ["perplexity", f"{result.perplexity:,.2f}"]]
-    if result.accuracy is not None:
+    if result.classified:
+        assert result.accuracy is not None
+        rows = [["loss", f"{result.loss:.4f}"]]
+        rows.append([f"accuracy ({len(result.labels or ())} classes)", percent(result.accuracy)])
+    elif result.accuracy is not None:
         ranked = "each row's choices" if result.labels is None else f"{len(result.labels)} labels"
         rows.append([f"accuracy (ranking {ranked})", percent(result.accuracy)])
     if result.acc_norm is not None:
         rows.append(["accuracy (the same, per character)", percent(result.acc_norm)])
     if result.exact_match is not None:
         rows.append(["exact match", percent(result.exact_match)])
-    rows += [["rows", f"{result.num_rows:,}"], ["tokens", f"{result.num_tokens:,}"]]
+    rows.append(["rows", f"{result.num_rows:,}"])
+    if not result.classified:
+        rows.append(["tokens", f"{result.num_tokens:,}"])
     rows += [[f"rows to {task}", f"{count:,}"] for task, count in result.routed.items()]
     if result.num_dropped:
         rows.append(["rows dropped, too long", f"{result.num_dropped:,}"])
     if result.num_cut:
-        rows.append(["rows with a prompt cut", f"{result.num_cut:,}"])
+        rows.append([f"rows with a {'text' if result.classified else 'prompt'} cut", f"{result.num_cut:,}"])
     return rows
 
 

@@ -1,11 +1,13 @@
 """Pictures: an archive's spectra and preserved share, a continual run's matrix. Needs matplotlib (extra `plot`)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import Archive
+from sculptor.benchmark.frontier import Frontier
 from sculptor.benchmark.results import ContinualReport
-from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.staging import check_apart, writing
 from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.rule import Directed
@@ -23,16 +25,17 @@ def require_matplotlib() -> None:
         raise SettingsError(f"--plot needs matplotlib: {extra('plot')}") from None
 
 
-def check_picture(path: Path, overwrite: bool) -> None:
-    """Refuses a picture file that exists or is of no known format, before any work.
+def check_picture(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Refuses a picture file that exists, lies in one of the inputs or is of no known format, before any work.
 
     Raises:
-        OutputError: if it exists.
+        OutputError: if it exists, or lies there.
         SettingsError: if matplotlib does not know the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    check_apart(path.resolve(), filter(None, inputs))
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; choose another --plot or pass --overwrite")
     if path.suffix.lstrip(".") not in FigureCanvasAgg(Figure()).get_supported_filetypes():
@@ -64,6 +67,48 @@ def plot_matrix(report: ContinualReport, path: Path) -> None:
             color = "white" if dark == percent else "black"
             axes.text(x, y, f"{value:.1f}" if percent else f"{value:.2f}", ha="center", va="center", color=color)
     figure.colorbar(image, ax=axes)
+    with writing(path):
+        figure.savefig(path, dpi=130)
+
+
+def plot_frontier(found: Frontier, path: Path) -> None:
+    """Draws what was learned against the harm done, or, where that was not measured, against the rise of the first watched text.
+
+    Raises:
+        OutputError: if the picture cannot be written.
+        SettingsError: if no point has either.
+    """
+    from matplotlib.figure import Figure
+
+    measured = [(point, point.harm) for point in found.points]
+    label = "harm: KL(base || last), nats a token"
+    if not any(value for _, value in measured):
+        name = next((name for point in found.points for name in point.watched), None)
+        if name is None:
+            raise SettingsError("--plot: the runs measured neither harm nor watched texts")
+        measured, label = (
+            [(point, point.watched.get(name)) for point in found.points],
+            f"rise of the loss on {name}, nats",
+        )
+    drawn = [(point, value) for point, value in measured if value is not None]
+    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    scale = 1 if found.metric == "loss" else 100
+    for i, method in enumerate(dict.fromkeys(point.method for point, _ in drawn)):
+        own = sorted(
+            ((value, point.average) for point, value in drawn if point.method == method), key=lambda each: each[0].mean
+        )
+        axes.errorbar(
+            [x.mean for x, _ in own], [scale * y.mean for _, y in own],
+            xerr=[x.deviation or 0 for x, _ in own], yerr=[scale * (y.deviation or 0) for _, y in own],
+            marker="os^Dv<>Phd*X"[i % 12], markersize=6, linewidth=1.2, label=method,
+        )  # fmt: skip
+    if min(value.mean for _, value in drawn) > 0:
+        axes.set_xscale("log")
+    axes.set(xlabel=label, ylabel=f"AA, {'nats per token' if found.metric == 'loss' else '%'}")
+    axes.set_title(f"{', '.join(found.tasks)}: up is better, left is safer")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     with writing(path):
         figure.savefig(path, dpi=130)
 

@@ -24,20 +24,13 @@ from sculptor.errors import TrainingError
 from sculptor.streaming.inputs import InputStore
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.parts import Call, is_norm, join, parts_work, split_call, split_paths, without_cache
+from sculptor.streaming.regions import BlockWeights
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Ticket, Transfers
-from sculptor.streaming.weights import BlockWeights
 
 
 class Observer:
-    """What training adds to the passing of blocks; this one adds nothing."""
-
-    def fill(self, block: int, slot: Slot) -> list[Ticket] | None:
-        """Fills a slot with a block in another way than from where it waits, and says what to wait for; None if not."""
-        return None
-
-    def block_expected(self, block: int) -> None:
-        """The backward pass of a block comes next but one."""
+    """What training adds to a backward pass; this one adds nothing."""
 
     def block_begun(self, block: int) -> None:
         """Its gradients are about to appear."""
@@ -61,7 +54,9 @@ class BlockStream:
     Attributes:
         slots: device memory for blocks, which counts how often each was brought there.
         recompute: what to enter around the second run of a block, in the backward pass.
-        observer: what training adds.
+        refill: fills a slot with a block that has changed since it was stored, and says what to wait for; None if it has not.
+        beside: of blocks, what else has to be on the device for their backward passes.
+        observer: what training adds to these.
         part_tokens: of a batch with more tokens, a block sees so many at a time (or one row, if longer), and so does a
             norm outside of the blocks; None for all at once.
     """
@@ -83,6 +78,8 @@ class BlockStream:
         self.transfers = transfers
         self.device = transfers.device
         self.recompute: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.refill: Callable[[int, Slot], list[Ticket] | None] = lambda block, slot: None
+        self.beside: Mapping[int, Sequence[Slots]] = {}
         self.observer = Observer()
         size = max(layout.num_bytes for layout in weights.layouts)
         self.slots = Slots(num_slots, size, self.device, self._fill)
@@ -208,7 +205,12 @@ class BlockStream:
         if after is not None:
             self.slots.fetch_ahead(after)
         elif torch.is_grad_enabled():
-            self.observer.block_expected(index)
+            self._fetch_beside(index)
+
+    def _fetch_beside(self, index: int) -> None:
+        """The backward pass of a block comes next but one."""
+        for slots in self.beside.get(index, ()):
+            slots.fetch_ahead(index)
 
     def _next(self, index: int, call: int) -> int | None:
         """What the forward pass fetches after a block."""
@@ -275,7 +277,7 @@ class BlockStream:
             # Weights last: after a fused update their slot is the last to be free, and the lane waits behind them.
             if self._inputs is not None and call is not None:
                 self._inputs.fetch(call - 1)
-            self.observer.block_expected(before)
+            self._fetch_beside(before)
             self.slots.fetch_ahead(before)
 
     def end_backward(self) -> None:
@@ -301,13 +303,13 @@ class BlockStream:
             parameter.data = parameter.data.new_empty(0)
 
     def _fill(self, index: int, slot: Slot) -> list[Ticket]:
-        found = self.observer.fill(index, slot)
+        found = self.refill(index, slot)
         if found is None:
             after = [*slot.taken(), self.weights.written(index)]
-            found = [self.transfers.load(lambda: self.weights.load(index, slot.memory), after)]
+            found = [self.transfers.load(partial(self.weights.load, index, slot.memory), after)]
         if (owners := self.weights.owners) is None:
             return found
-        return [self.transfers.load(lambda: owners.show(index, self.layouts[index], slot.memory), found)]
+        return [self.transfers.load(partial(owners.show, index, self.layouts[index], slot.memory), found)]
 
     def close(self) -> None:
         """Gives the blocks and norms their own `forward` back, and the memory. Their parameters hold nothing then."""

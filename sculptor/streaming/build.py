@@ -16,10 +16,11 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import CheckpointError
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.files import TensorFiles
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.owners import Owners
+from sculptor.streaming.regions import BlockWeights, Scratch, Tier
 from sculptor.streaming.transfers import Transfers, return_freed_memory
-from sculptor.streaming.weights import BlockWeights, Scratch, TensorFiles, Tier
 
 Divide = Callable[[Sequence[Mapping[str, int]]], Owners]
 

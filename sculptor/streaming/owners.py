@@ -54,9 +54,9 @@ class Owners:
     def parts(self, block: int, layout: Layout) -> list[tuple[int, int, int]]:
         """Owner, first byte and one past the last of its part of a layout, for all that own something there."""
         found: dict[int, tuple[int, int]] = {}
-        for name, place in layout.items():
+        for name, span in layout.items():
             owner = self.blocks[block][name]
-            found[owner] = found.get(owner, (place.start, 0))[0], place.stop
+            found[owner] = found.get(owner, (span.start, 0))[0], span.stop
         return [(owner, *ends) for owner, ends in sorted(found.items())]
 
     def my_part(self, block: int, layout: Layout) -> tuple[int, int]:

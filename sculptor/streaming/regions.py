@@ -1,26 +1,43 @@
-"""Where tensors wait while they are not in a slot: host memory, a file, or other memory of the device."""
+"""Where tensors wait while they are not in a slot: host memory, a file, or other memory of the device.
+
+Parameters of blocks, in the tier `cpu`: one region of host memory per block. `disk`: straight from the checkpoint's own files,
+block by block, and from a scratch file once a block has been changed. `device`: on the device after all, but only what this
+process owns of each block, as in host memory too where several processes divide the model.
+"""
 
 import contextlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.tensors import read_bytes, write_bytes
+from sculptor.streaming.files import TensorFiles
+from sculptor.streaming.layout import Layout
+from sculptor.streaming.owners import Owners
 from sculptor.streaming.transfers import DONE, Staging, Ticket, free_host_memory, host_memory
+
+Tier = Literal["cpu", "disk", "device"]
+STAGING_BYTES = {"cuda": 64 * 2**20, "cpu": 8 * 2**20}
 
 
 class Region(ABC):
     """Bytes that are read into device memory and written back, any range of them.
 
     Attributes:
+        num_bytes: how many.
         written: the last store that it was given; what loads it has to wait for that.
     """
 
     written: Ticket = DONE
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
 
     @abstractmethod
     def load(self, into: Tensor, start: int) -> None:
@@ -53,6 +70,7 @@ class DeviceRegion(MemoryRegion):
     """In memory of the device itself."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
+        super().__init__(num_bytes)
         self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
     def load(self, into: Tensor, start: int) -> None:
@@ -64,6 +82,7 @@ class HostRegion(MemoryRegion):
     """In host memory, pinned if the device is a GPU."""
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:
+        super().__init__(num_bytes)
         self.memory = host_memory(num_bytes, pinned)
 
     def close(self) -> None:
@@ -79,6 +98,7 @@ class FileRegion(Region):
     """
 
     def __init__(self, path: Path, num_bytes: int, reading: Staging, writing_: Staging) -> None:
+        super().__init__(num_bytes)
         self.path = path
         self._reading = reading
         self._writing = writing_
@@ -125,3 +145,118 @@ class FileRegion(Region):
             self._file = -1
             with contextlib.suppress(OSError):  # scratch: what stays goes with its directory
                 self.path.unlink()
+
+
+class Scratch:
+    """Makes regions: files in a directory in the disk tier, else memory of the host or the device."""
+
+    def __init__(self, tier: Tier, directory: Path | None, device: torch.device) -> None:
+        self.tier = tier
+        self.directory = directory
+        self.device = device
+        self.pinned = device.type == "cuda"
+        size = STAGING_BYTES[device.type]
+        self.reading = Staging(device, size)
+        self.writing = Staging(device, size) if tier == "disk" else self.reading
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether everything waits in memory, none of it in files."""
+        return self.tier != "disk"
+
+    def close(self) -> None:
+        """Gives back what files are read and written through."""
+        for staging in {id(s): s for s in (self.reading, self.writing)}.values():
+            staging.close()
+
+    def region(self, name: str, num_bytes: int) -> Region:
+        """Room for some bytes."""
+        if self.tier == "cpu":
+            return HostRegion(num_bytes, self.pinned)
+        if self.tier == "device":
+            return DeviceRegion(num_bytes, self.device)
+        assert self.directory is not None
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        return FileRegion(self.directory / name, num_bytes, self.reading, self.writing)
+
+
+class BlockWeights:
+    """The parameters of every block.
+
+    Args:
+        files: where they come from.
+        layouts: of the parameters of each block, as the device holds them.
+        scratch: makes room for them, and for what changes.
+        tick: called with bytes read, while memory is filled.
+        owners: of parameters, where several processes divide them; each holds and loads its own.
+    """
+
+    def __init__(
+        self,
+        files: TensorFiles,
+        layouts: Sequence[Layout],
+        scratch: Scratch,
+        tick: Callable[[int], object] = lambda _: None,
+        owners: Owners | None = None,
+    ) -> None:
+        self.files = files
+        self.layouts = layouts
+        self.scratch = scratch
+        self.owners = owners
+        whole = [(0, layout.num_bytes) for layout in layouts]
+        self._parts = whole if owners is None else [owners.my_part(i, layout) for i, layout in enumerate(layouts)]
+        self._regions: dict[int, Region] = {}
+        self._changed: set[tuple[int, str]] = set()
+        if scratch.in_memory:
+            for i, (start, stop) in enumerate(self._parts):
+                region = self._regions[i] = scratch.region(f"weights-{i}", stop - start)
+                assert isinstance(region, MemoryRegion)
+                for name in self.names(i):
+                    span = layouts[i][name]
+                    view = region.memory[span.start - start : span.stop - start].view(span.dtype).view(span.shape)
+                    files.fill(name, view)
+                tick(stop - start)
+
+    def names(self, block: int) -> list[str]:
+        """The parameters of a block that are held here."""
+        return [name for name in self.layouts[block] if self.owners is None or self.owners.mine(block, name)]
+
+    def region(self, block: int) -> Region:
+        """Where changed parameters of a block are kept."""
+        if block not in self._regions:
+            start, stop = self._parts[block]
+            self._regions[block] = self.scratch.region(f"weights-{block}", stop - start)
+        return self._regions[block]
+
+    def written(self, block: int) -> Ticket:
+        """What a load of a block has to wait for."""
+        return self._regions[block].written if block in self._regions else DONE
+
+    def load(self, block: int, memory: Tensor, names: Sequence[str] | None = None) -> None:
+        """Fills device memory laid out like the block, all that is held here or some of it, on the current stream."""
+        layout = self.layouts[block]
+        start, stop = self._parts[block]
+        if names is None and self.scratch.in_memory:
+            self._regions[block].load(memory[start:stop], 0)
+            return
+        for name in self.names(block) if names is None else names:
+            span = layout[name]
+            if self.scratch.in_memory or (block, name) in self._changed:
+                self._regions[block].load(memory[span.start : span.stop], span.start - start)
+            else:
+                self.files.fill(name, layout.view(memory, name))
+
+    def store(self, block: int, memory: Tensor, name: str) -> None:
+        """Keeps one parameter of a block that is in device memory, on the current stream."""
+        span = self.layouts[block][name]
+        self.region(block).store(memory[span.start : span.stop], span.start - self._parts[block][0])
+        self._changed.add((block, name))
+
+    def close(self) -> None:
+        """Gives back files and memory."""
+        self.files.close()
+        for region in self._regions.values():
+            region.close()
+        self._regions.clear()
+        self.scratch.close()

@@ -1,10 +1,12 @@
 """Device memory that is filled again and again, and knows when it may be."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from sculptor.streaming.transfers import DONE, Ticket
+from sculptor.streaming.regions import Region
+from sculptor.streaming.transfers import DONE, Ticket, Transfers
 
 
 class Slot:
@@ -34,6 +36,10 @@ class Slot:
         return uses
 
 
+# Starts to fill a slot with a block, and says what to wait for before reading it.
+Fill = Callable[[int, Slot], list[Ticket]]
+
+
 class Slots:
     """A few slots, by block. The one entered last is not filled with another block as long as there is another slot.
 
@@ -41,16 +47,14 @@ class Slots:
         count: of slots; with more than one, what comes next can be fetched ahead.
         num_bytes: of each.
         device: where they are.
-        fill: starts to fill a slot with a block, and says what to wait for before reading it.
+        fill: fills one.
 
     Attributes:
         fills: how often each block was put into a slot.
         most: how many slots held a block at a time.
     """
 
-    def __init__(
-        self, count: int, num_bytes: int, device: torch.device, fill: Callable[[int, Slot], list[Ticket]]
-    ) -> None:
+    def __init__(self, count: int, num_bytes: int, device: torch.device, fill: Fill) -> None:
         self._slots = [Slot(num_bytes, device) for _ in range(count)]
         self._fill = fill
         self._current: Slot | None = None
@@ -106,3 +110,16 @@ class Slots:
         """Gives the memory back."""
         self._slots.clear()
         self._current = None
+
+
+def loading(transfers: Transfers, region_of: Callable[[int], Region | None]) -> Fill:
+    """Fills slots with what waits in the regions of blocks; where nothing waits, the slot is only made free."""
+
+    def fill(block: int, slot: Slot) -> list[Ticket]:
+        region, uses = region_of(block), slot.taken()
+        if region is None:
+            return uses
+        job = partial(region.load, slot.memory[: region.num_bytes], 0)
+        return [transfers.load(job, [*uses, region.written])]
+
+    return fill

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sculptor.checkpoint.adapter import CONFIG_NAME, is_adapter
 from sculptor.checkpoint.reader import find_directory
+from sculptor.checkpoint.staging import check_apart
 from sculptor.edits.settings import Interpolate
 from sculptor.errors import CheckpointError, SettingsError
 from sculptor.progress import Progress, silent
@@ -19,6 +20,7 @@ def merge_adapter(
     base: str | Path | None = None,
     device: str = "auto",
     progress: Progress = silent,
+    goes_to: Path | None = None,
 ) -> Path:
     """Writes the checkpoint that an adapter and its base make together: W0 + s B A in float64, rounded once.
 
@@ -28,6 +30,7 @@ def merge_adapter(
         base: its base [default: what the adapter's configuration names].
         device: where products run.
         progress: makes progress bars.
+        goes_to: what is made of the merged checkpoint next; it may not lie in what is read here either.
 
     Returns:
         `output`.
@@ -40,6 +43,8 @@ def merge_adapter(
         raise SettingsError(f"--merge-adapter without effect: {path} is no adapter")
     output = Path(output).resolve()
     named = _base_of(path) if base is None else base
+    if goes_to is not None:
+        check_apart(goes_to.resolve(), [path, named])
     join(device).once(lambda: edit(named, path, output, Interpolate(alpha=1.0), device=device, progress=progress))
     return output
 

@@ -1,48 +1,36 @@
 """`sculptor.analyze`: a checkpoint in, a subspace archive out; one matrix at a time, or the moments of a few blocks."""
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sculptor import __version__
-from sculptor.analysis.cosines import measure_importance, read_examples
+from sculptor.analysis.cosines import measure_importance
 from sculptor.analysis.derive import Packing, decide, write_measured
-from sculptor.analysis.evidence import weigh
-from sculptor.analysis.sources import calibration_sources, facts_of, sample_sources
+from sculptor.analysis.evidence import Source, weigh
+from sculptor.analysis.sources import facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
-from sculptor.checkpoint.architecture import (
-    NO_ROW,
-    Architecture,
-    NotTargeted,
-    Target,
-    inspect_architecture,
-)
-from sculptor.checkpoint.configuration import check_attention
-from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
-from sculptor.checkpoint.selection import select_targets
+from sculptor.checkpoint.architecture import NO_ROW, Architecture, NotTargeted, Target
+from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.staging import commit
-from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
-from sculptor.data.examples import digest_examples, resolve_max_length
+from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.method import Derived, Evidence, measures_of
+from sculptor.methods.method import Derived, Evidence
 from sculptor.methods.settings import RULES, AnalyzeSettings
-from sculptor.methods.staircase import StaircaseRule
-from sculptor.model.load import LoadedModel, check_trainable, resolve_device
+from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.samples import SECTION, SUFFIX, kept_samples
-from sculptor.numerics.rounding import rms
-from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress, silent
+from sculptor.tasks.analyze_job import AnalyzeJob, new_records, open_analysis, run_key
 from sculptor.tasks.analyze_report import AnalyzeReport, report_of
-from sculptor.tasks.defaults import fill_in, tell_choice
+from sculptor.tasks.defaults import tell_choice
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.training.settings import Offload
@@ -85,160 +73,173 @@ def analyze(
     settings = settings or AnalyzeSettings()
     if data is not None and settings.data:
         raise SettingsError("data twice: as an argument and in the settings; give one of the two")
-    items = as_items(settings.data if data is None else data)
-    settings = given = replace(settings, data=tuple(map(_named, items)))
-    kinds = known_kinds(rules)
-    make_method(settings, kinds)  # refuses before any work
-    world = join(settings.device)
-    device = resolve_device(settings.device)
+    items, kinds = as_items(settings.data if data is None else data), known_kinds(rules)
+    given = replace(settings, data=tuple(map(_named, items)))
+    make_method(given, kinds)  # refuses before any work
+    output, world = Path(output).resolve(), join(given.device)
+    device = resolve_device(given.device)
     with world.together():
-        checkpoint = open_checkpoint(model, settings.attn_implementation)
-        check_attention(checkpoint)
-        architecture = inspect_architecture(checkpoint)
-        check_trainable(checkpoint, architecture)
-        _check_samples(settings, checkpoint, architecture)
-        targets = select_targets(architecture.targets, settings.targets, settings.exclude)
-        method = make_method(settings, kinds, [target.shape for target in targets])
-        measures = measures_of(method, "derive")
-        if measures == "nothing" and settings.attn_implementation is not None:
-            raise SettingsError("--attn-implementation without effect: the model is not run, only its weights are read")
-        calibrated = measures in ("inputs", "gradients")
-        if calibrated:
-            settings = fill_in(settings, checkpoint, architecture, device)
-            items = items or list(settings.data)
-        sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
-        examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
-    output = Path(output).resolve()
+        job = open_analysis(model, given, items, kinds, device, notice)
     with staged_together(
         world,
         output,
         command="analyze",
-        inputs=[checkpoint.path, *local_files(items), *filter(None, [settings.chat_template])],
+        inputs=[job.checkpoint.path, *local_files(job.items), *filter(None, [given.chat_template])],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=has_progress,
     ) as partial:
-        tell_choice(given, settings, checkpoint, targets, notice)
-        records = _new_records(checkpoint, targets, progress)
-        key = {
-            "settings": asdict(settings),
-            "data": [digest_examples(part) for part in (examples, *(source.examples for source in sources))],
-            "base": identity({name: record.base_digest for name, record in records.items()}),
-        }
-        if measures != "nothing":  # the rest of the model decides what is measured, too
-            key["model"] = checkpoint.digests_beside(
-                {target.tensor for target in targets if target.part is None}, progress
-            )
+        tell_choice(given, job.settings, job.checkpoint, job.targets, notice)
+        records = new_records(job.checkpoint, job.targets, progress)
+        key = run_key(job, records, progress)
         check_alike(world, key)
-        unreached: list[str] = []
-        try:
-            with closing(ArchiveWriter(partial, getattr(torch, settings.dtype), key, kinds)) as writer:
-                done = world.once(lambda: _taken_up(writer))
-                if calibrated:
-                    loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
-                    with closing(loaded):
-                        sources += world.once(lambda: sample_sources(loaded, settings, items, progress))
-                        write_measured(
-                            loaded,
-                            records,
-                            targets,
-                            sources,
-                            measures,
-                            settings,
-                            method.derive,
-                            writer if world.first else None,
-                            progress,
-                            unreached=unreached,
-                            world=world,
-                        )
-                        _keep_samples(writer, loaded, settings, world, progress, notice)
-                else:
-                    _check_finite(checkpoint, targets, progress)
-                    cosines = measure_importance(
-                        checkpoint, architecture, targets, examples, settings.seed, device, progress
-                    )
-                    todo = [target for target in targets if target.name not in done]
-                    bar = progress(total=len(targets), desc="analyze", unit="matrix", initial=len(done))
-                    ends = {target.block: target.name for target in targets}.values()
-
-                    def derive(target: Target) -> Iterator[tuple[str, Derived]]:
-                        weight, cosine = weigh(checkpoint, target, device), cosines.get(target.name)
-                        derived = method.derive(Evidence(target.name, target.shape, weight, cosine))
-                        yield target.name, derived if world.size == 1 else packing.pack(records[target.name], derived)
-
-                    packing = Packing()
-                    for name, derived in world.in_order(todo, derive):
-                        writer.add(records[name], derived)
-                        bar.update(1)
-                        if name in ends:
-                            writer.flush()
-                    bar.close()
-                    if settings.samples:
-                        loaded = open_model(checkpoint, device, architecture, offload, progress=progress)
-                        with closing(loaded):
-                            _keep_samples(writer, loaded, settings, world, progress, notice)
-                weights = tuple(source.weight for source in sources)
-                task = TaskRecord(
-                    "analysis", "analysis", weights, tuple(map(facts_of, sources)), {"model": Path(model).name}
-                )
-
-                def finish() -> None:
-                    decide(writer, method, weights)
-                    writer.finish(
-                        Manifest(
-                            created_by=f"sculptor {__version__}",
-                            model_class=architecture.model_class,
-                            base_identity="",
-                            settings=_published(settings),
-                            tasks=(task,),
-                            matrices={
-                                target.name: writer.record(target.name)
-                                for target in targets
-                                if target.name not in unreached
-                            },
-                            tensors={},
-                            files={},
-                            not_targeted=_frozen(architecture, targets, unreached),
-                        ),
-                        keep_progress=True,
-                    )
-
-                world.once(finish)
-        except (CheckpointError, DataError) as error:
-            if world.first and not isinstance(error.__cause__, OSError):  # which may go well the next time
-                forget_progress(partial)  # of an input that has to be another one
-            raise
+        dtype = getattr(torch, job.settings.dtype)
+        with _of_these_inputs(partial, world), closing(ArchiveWriter(partial, dtype, key, kinds)) as writer:
+            done = world.once(lambda: _taken_up(writer))
+            run = _Run(job, records, writer, done, device, offload, world, progress, notice)
+            found = _measure(run) if job.calibrated else _decompose(run)
+            world.once(lambda: _finish(run, found, Path(model).name))
         world.once(lambda: _place(partial, output, overwrite))
-    return report_of(Archive(output, rules=rules), checkpoint)
+    return report_of(Archive(output, rules=rules), job.checkpoint)
 
 
-def _check_samples(settings: AnalyzeSettings, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Refuses to keep samples of what says nothing."""
-    if settings.samples and architecture.kind != "causal":
-        raise SettingsError(
-            f"--samples: {checkpoint.path} is no causal model, and only those can sample text; leave it out"
+@dataclass(frozen=True, eq=False, slots=True)
+class _Run:
+    """An analysis under way: its inputs, the archive that grows, and what was `done` before it was stopped."""
+
+    job: AnalyzeJob
+    records: Mapping[str, MatrixRecord]
+    writer: ArchiveWriter
+    done: Set[str]
+    device: torch.device
+    offload: Offload
+    world: World
+    progress: Progress
+    notice: Callable[[str], object]
+
+    def open_model(self) -> AbstractContextManager[LoadedModel]:
+        """The model, to run it."""
+        job = self.job
+        return closing(open_model(job.checkpoint, self.device, job.architecture, self.offload, progress=self.progress))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was measured on: sources of rows, and the matrices that none of these reached."""
+
+    sources: Sequence[Source] = ()
+    unreached: Sequence[str] = ()
+
+
+@contextmanager
+def _of_these_inputs(partial: Path, world: World) -> Iterator[None]:
+    """Forgets what was made of an input that has to be another one."""
+    try:
+        yield
+    except (CheckpointError, DataError) as error:
+        if world.first and not isinstance(error.__cause__, OSError):  # which may go well the next time
+            forget_progress(partial)
+        raise
+
+
+def _measure(run: _Run) -> _Found:
+    """Evidence of rows that the model reads, and rules that follow from it."""
+    job, world, unreached = run.job, run.world, list[str]()
+    with run.open_model() as loaded:
+        sampled = world.once(lambda: sample_sources(loaded, job.settings, job.items, run.progress))
+        sources = [*job.sources, *sampled]
+        write_measured(
+            loaded,
+            dict(run.records),
+            job.targets,
+            sources,
+            job.measures,
+            job.settings,
+            job.method.derive,
+            run.writer if world.first else None,
+            run.progress,
+            unreached=unreached,
+            world=world,
         )
+        _keep_samples(run, loaded)
+    return _Found(sources, unreached)
 
 
-def _keep_samples(
-    writer: ArchiveWriter,
-    loaded: LoadedModel,
-    settings: AnalyzeSettings,
-    world: World,
-    progress: Progress,
-    notice: Callable[[str], object],
-) -> None:
+def _decompose(run: _Run) -> _Found:
+    """Rules that follow from one matrix after another."""
+    job, world, packing = run.job, run.world, Packing()
+    _check_finite(job.checkpoint, job.targets, run.progress)
+    cosines = measure_importance(
+        job.checkpoint, job.architecture, job.targets, job.examples, job.settings.seed, run.device, run.progress
+    )
+    todo = [target for target in job.targets if target.name not in run.done]
+    ends = {target.block: target.name for target in job.targets}.values()
+    bar = run.progress(total=len(job.targets), desc="analyze", unit="matrix", initial=len(run.done))
+
+    def derive(target: Target) -> Iterator[tuple[str, Derived]]:
+        weight, cosine = weigh(job.checkpoint, target, run.device), cosines.get(target.name)
+        derived = job.method.derive(Evidence(target.name, target.shape, weight, cosine))
+        yield target.name, derived if world.size == 1 else packing.pack(run.records[target.name], derived)
+
+    for name, derived in world.in_order(todo, derive):
+        run.writer.add(run.records[name], derived)
+        bar.update(1)
+        if name in ends:
+            run.writer.flush()
+    bar.close()
+    if job.settings.samples:
+        with run.open_model() as loaded:
+            _keep_samples(run, loaded)
+    return _Found()
+
+
+def _finish(run: _Run, found: _Found, model: str) -> None:
+    """Decides all rules, and writes what the archive says of itself."""
+    job, writer = run.job, run.writer
+    weights = tuple(source.weight for source in found.sources)
+    task = TaskRecord("analysis", "analysis", weights, tuple(map(facts_of, found.sources)), {"model": model})
+    decide(writer, job.method, weights)
+    reached = [target for target in job.targets if target.name not in found.unreached]
+    writer.finish(
+        Manifest(
+            created_by=f"sculptor {__version__}",
+            model_class=job.architecture.model_class,
+            base_identity="",
+            settings=_published(job.settings),
+            tasks=(task,),
+            matrices={target.name: writer.record(target.name) for target in reached},
+            tensors={},
+            files={},
+            not_targeted=_frozen(job.architecture, job.targets, found.unreached),
+        ),
+        keep_progress=True,
+    )
+
+
+def _keep_samples(run: _Run, loaded: LoadedModel) -> None:
     """Adds the section of samples, unless it is not wanted, or nobody asked and the model has none to give."""
+    settings = run.job.settings
     if settings.samples is False or (loaded.kind != "causal" and not settings.samples):
         return
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
-    content, reason = world.once(lambda: kept_samples(loaded, max_length, settings.seed, progress))
+    content, reason = run.world.once(lambda: kept_samples(loaded, max_length, settings.seed + 1, run.progress))
     if content is None and settings.samples:
         raise DataError(f"--samples: {reason}")
     if content is None:
-        notice(f"no samples kept, so harm cannot be measured: {reason}")
-    elif world.first:
-        writer.add_section(SECTION, content, SUFFIX)
+        run.notice(f"no samples kept, so harm cannot be measured: {reason}")
+    elif run.world.first:
+        run.writer.add_section(SECTION, content, SUFFIX)
+
+
+def _check_finite(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> None:
+    """Tensors that are not decomposed have to be finite too: the model runs on all of them."""
+    whole = {target.tensor for target in targets if target.part is None}
+    rest = [name for name in checkpoint if name not in whole]
+    bar = progress(total=len(rest), desc="check", unit="tensor")
+    for name in rest:
+        checkpoint.read_finite(name)
+        bar.update(1)
+    bar.close()
 
 
 def _taken_up(writer: ArchiveWriter) -> set[str]:
@@ -275,44 +276,3 @@ def _published(settings: AnalyzeSettings) -> AnalyzeSettings:
 def _named(item: Item) -> str:
     """How settings call data."""
     return str(item) if isinstance(item, str | Path) else names_of([item])[0]
-
-
-def _check_finite(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> None:
-    """Tensors that are not decomposed have to be finite too: the model runs on all of them."""
-    whole = {target.tensor for target in targets if target.part is None}
-    rest = [name for name in checkpoint if name not in whole]
-    bar = progress(total=len(rest), desc="check", unit="tensor")
-    for name in rest:
-        checkpoint.read_finite(name)
-        bar.update(1)
-    bar.close()
-
-
-def _new_records(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> dict[str, MatrixRecord]:
-    bar = progress(total=len(targets), desc="digest", unit="matrix")
-    found = {}
-    for record in in_threads(functools.partial(_new_record, checkpoint), targets):
-        found[record.name] = record
-        bar.update(1)
-    bar.close()
-    return found
-
-
-def _new_record(checkpoint: Checkpoint, target: Target) -> MatrixRecord:
-    """What is known of a matrix before it is analyzed: closed, until there is a rule."""
-    weight = checkpoint.matrix(target)
-    return MatrixRecord(
-        tensor=target.tensor,
-        part=target.part,
-        parameter=target.parameter,
-        block=target.block,
-        index=target.index,
-        role=target.role,
-        transposed=target.transposed,
-        input_group=target.input_group,
-        base_dtype=dtype_name(weight.dtype),
-        base_digest=digest(weight),
-        base_rms=rms(weight),
-        rule=StaircaseRule(target.shape, Staircase.closed(*target.shape).steps),
-        window=target.window,
-    )

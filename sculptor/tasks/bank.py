@@ -33,7 +33,7 @@ from sculptor.model.queries import queries
 from sculptor.numerics.routing import make_key, mix, scores
 from sculptor.progress import Progress, silent
 from sculptor.tasks.bank_files import BEGAN, Bank, BankTask, base_identity, write_task
-from sculptor.tasks.card import Card, code, write_card
+from sculptor.tasks.readme import Readme, code, write_readme
 from sculptor.tasks.record import record_head
 
 Mix = tuple[tuple[str, float], ...]
@@ -251,12 +251,12 @@ def export_task(
             "also_trained": sorted({*before.also_trained, *deltas}),
         }
         write_json(staged / RECORD_NAME, record_head("bank export") | facts | lineage)
-        write_card(staged, _card(checkpoint.path, found))
+        write_readme(staged, _readme(checkpoint.path, found))
     return output
 
 
-def _card(base: Path, task: BankTask) -> Card:
-    return Card(
+def _readme(base: Path, task: BankTask) -> Readme:
+    return Readme(
         bases=(base,),
         done=f"with what {task.name} added",
         tags=("merge",),

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,17 @@ from sculptor.methods.settings import Carry
 from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
-from sculptor.tasks.job import Rows, TrainJob, open_base, read_task, resolve_settings
+from sculptor.tasks.job import Rows, TrainJob, open_base, open_model, read_task, resolve_settings
+from sculptor.tasks.same_model import (
+    autocast_of,
+    check_buffers,
+    check_computes,
+    check_others,
+    check_settings,
+    has_moved,
+)
 from sculptor.tasks.train_report import TrainReport
+from sculptor.training.base import BaseWeights
 from sculptor.training.loop import LoopResult
 from sculptor.training.protect import ProtectedMatrix, protected_matrices
 from sculptor.training.settings import SaveDtype, TrainSettings
@@ -129,7 +139,9 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         matrices = protected_matrices(model)
         _check(matrices, archive)
         _check_size(model, architecture.vocab_size)
-        _check_others(model, checkpoint, architecture)
+        check_others(model, checkpoint, architecture)
+        check_settings(model, checkpoint)
+        self._check_base(args, model, checkpoint, architecture)
         rate = float(args.learning_rate) or None
         settings = resolve_settings(
             replace(self.settings, learning_rate=rate, soften=matrices[0].coordinates.soften), archive
@@ -163,12 +175,23 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             trainer=_told(args),
         )
 
+    def _check_base(self, args: Any, model: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        """Whether what is about to be trained is the base, but for its coordinates."""
+        device = next(model.parameters()).device
+        extra = _Guest(model, self.settings).extra
+        loaded = open_model(checkpoint, device, architecture, "auto", progress=self.progress)
+        with closing(loaded), BaseWeights(model, {})():
+            check_buffers(model, loaded)
+            if extra and any(has_moved(model, checkpoint, architecture, name) for name in extra):
+                return  # taken up again, with parameters that are trained openly: the end tells
+            check_computes(model, loaded, autocast_of(args), f"{checkpoint.path}")
+
     def _write(self, output: Path, overwrite: bool, args: Any, state: Any, model: Any) -> None:
         model = _unwrapped(model)
         assert self._job is not None
         device = next(model.parameters()).device
         job = self._job
-        _check_others(model, job.checkpoint, job.architecture)
+        check_others(model, job.checkpoint, job.architecture)
         trained = _Guest(model, job.settings)
         loaded = LoadedModel(
             job.checkpoint, job.architecture, model, load_tokenizer(job.checkpoint, job.architecture), device
@@ -194,6 +217,9 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
                 job.checkpoint, made, job.archive, device=device, progress=self.progress
             )
             _demand(self.verification, output)
+            check_settings(model, job.checkpoint)
+            with closing(open_model(made, device, job.architecture, "auto", progress=self.progress)) as written:
+                check_computes(model, written, autocast_of(args), "what is written of it")
             commit(partial / "output", output, overwrite=overwrite)
             discard(partial)
         leak = self.verification.leak
@@ -263,29 +289,6 @@ def _check_size(model: Any, expected: int) -> None:
             f"the trainer's model has {found} embeddings, the checkpoint {expected}: what is written has the checkpoint's "
             "tokens and tokenizer; train without adding tokens"
         )
-
-
-@torch.no_grad()
-def _check_others(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Refuses what would be missing in the output: parameters that no file has a place for, frozen ones that have changed."""
-    own = {id(value) for matrix in protected_matrices(model) for value in matrix.coordinates.values}
-    found = [(name, value) for name, value in model.named_parameters(remove_duplicate=False) if id(value) not in own]
-    placed = {id(value) for name, value in found if name in architecture.tensors}
-    for name, value in found:
-        if value.requires_grad and id(value) not in placed:
-            raise TrainingError(
-                f"{name} is trained, and {checkpoint.path} has no tensor for it, so it would be lost: sculptor writes the model "
-                "without adapters or further heads; train without (no peft_config), or freeze it"
-            )
-        tensor = architecture.tensors.get(name)
-        if tensor is None or value.requires_grad or checkpoint.infos[tensor].shape != tuple(value.shape):
-            continue
-        # A model may be loaded in another dtype.
-        if not torch.allclose(value.float().cpu(), checkpoint[tensor].float(), rtol=2**-7, atol=1e-7):
-            raise TrainingError(
-                f"{name} is frozen, and not as in {checkpoint.path}, whose values would be written; load the model from there, "
-                "and change nothing, or set requires_grad before the trainer is made"
-            )
 
 
 def _told(args: Any) -> dict[str, Any]:

@@ -1,176 +1,223 @@
-"""README.md of an output: the model card that makes it a model to publish.
+"""`sculptor.card`: tuned models beside their base, with intervals, and whether they may be released."""
 
-Its head (YAML, as the hub reads it) names the base, the licence that comes with the base, and data that are on the hub. Names of
-what a run read are in it, places are not.
-"""
-
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import get_args
 
-from sculptor import __version__
-from sculptor.checkpoint.directory import companions, published_name
-from sculptor.checkpoint.records import RECORD_NAME
-from sculptor.checkpoint.staging import writing
-from sculptor.distribution import NAME
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.configuration import check_attention
+from sculptor.checkpoint.directory import published_name
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.chat import use_template
+from sculptor.data.columns import Columns
+from sculptor.data.examples import resolve_max_length
+from sculptor.data.rows import Data
+from sculptor.errors import CheckpointError, DataError, SettingsError
+from sculptor.evaluation.refusals import PHRASES
+from sculptor.evaluation.series import Figure, Reading, Series, change
+from sculptor.methods.kinds import Kinds
+from sculptor.model.harm import Harm, measure_harm
+from sculptor.model.load import LoadedModel, check_head, resolve_device
+from sculptor.model.samples import Sample, draw_samples
+from sculptor.progress import Progress, silent
+from sculptor.tasks.card_report import (
+    HARM,
+    LEAK,
+    UNVERIFIED,
+    CardReport,
+    Leak,
+    Line,
+    TunedCard,
+    check_known,
+    failures,
+    interval,
+    parse_threshold,
+)
+from sculptor.tasks.harm import need_samples
+from sculptor.tasks.job import open_model
+from sculptor.tasks.measures import Measure, read_measures
+from sculptor.tasks.verify import verify
+from sculptor.training.settings import Offload
 
-CARD_NAME = "README.md"
-PAPER = "https://arxiv.org/abs/2504.07097"
-# Of a base's head, what is as true of what was made of it.
-_TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_MAX_BYTES = 2**20
-_MAX_NAMES = 3
-_HUB_DATA = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:[:@].*)?")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
-    """What is told of an output.
-
-    Attributes:
-        bases: directories of what it was made of, the first for licence and language.
-        done: what was done, the end of the title.
-        summary: the same, in a sentence or two.
-        tags: beside `sculptor`.
-        figures: rows of a table.
-        data: names of what it was trained or chosen on; `rows_digest` of all rows.
-        check: how to verify it; empty if there is nothing to.
-    """
-
-    bases: tuple[Path, ...]
-    done: str
-    summary: str
-    tags: tuple[str, ...]
-    figures: Sequence[tuple[str, str]]
-    data: tuple[str, ...] = ()
-    rows_digest: str | None = None
-    check: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """What is known of a base: its name, and the head and title of its own card, if it has one that can be read."""
-
-    name: str
-    head: Mapping[str, Any]
-    title: str
-    ours: bool
-
-    @property
-    def on_hub(self) -> tuple[str, ...]:
-        """What the hub knows it by; an output of ours that lies here is of the bases that its card names."""
-        known = self.head.get("base_model") if self.ours else self.name
-        return tuple(name for name in (known if isinstance(known, list) else [known]) if is_hub_name(name))
+_SEED = 0
+_KEPT = 512  # tokens of each prediction of the base, where samples are drawn here
 
 
-def write_card(staged: Path, card: Card) -> None:
-    """Writes README.md into an output, in the place of one that came along with the base.
+def card(
+    base: str | Path,
+    tuned: Sequence[str | Path],
+    data: Data = (),
+    *,
+    abilities: Sequence[str | Path] = (),
+    watch: Data = (),
+    subspaces: str | Path | None = None,
+    fail_if: Sequence[str] = (),
+    strict: bool = False,
+    exact_match: bool | None = None,
+    max_new_tokens: int | None = None,
+    columns: str | Columns | None = None,
+    max_rows: int | None = None,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    offload: Offload = "auto",
+    rules: Kinds | None = None,
+    progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
+) -> CardReport:
+    """Measures a base and what was made of it on the same rows, in pairs.
+
+    Args:
+        base: a checkpoint directory or hub name; a causal model.
+        tuned: one or several checkpoints made of it.
+        data: the tasks that were taught, as `evaluate` takes rows.
+        abilities: files of rows, or folders of such files: choices, prompts with completions, prompts alone (refusals), IFEval.
+        watch: texts whose loss is watched.
+        subspaces: an archive of the base: its samples for harm, and the leak that `verify` measures.
+        fail_if: thresholds, `NAME<VALUE`, `NAME>VALUE` or `unverified`.
+        strict: hold the worse end of the 95 % interval against them, not the figure itself.
+        exact_match: generate greedily and compare; default for prompts without choices.
+        max_new_tokens: of what is generated, at most; default by what is asked: see docs/release.md.
+        columns: our keys and their columns, for `data`.
+        max_rows: rows to use of each file, the first ones; default all.
+        max_length: longest sequence in tokens; default 1024 or the model's limit.
+        chat_template: for conversations: name of one of the tokenizer's templates, or a file; default its own.
+        batch_size: rows per forward.
+        device: auto, cpu, cuda or cuda:N.
+        offload: where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
+        rules: kinds of rules beside sculptor's own.
+        progress: makes progress bars.
+        notice: told, in a line, what is left out, and what form of data was recognised.
 
     Raises:
-        OutputError: if it cannot be written.
+        SculptorError: if an input cannot be used, or a threshold names nothing that is measured.
     """
-    bases = [_read_base(path) for path in card.bases]
-    with writing(staged / CARD_NAME):
-        for other in staged.iterdir():
-            if other.name.lower() == CARD_NAME.lower():
-                other.unlink()
-        (staged / CARD_NAME).write_text(f"---\n{_head(card, bases)}\n---\n\n{_body(card, bases)}", encoding="utf-8")
+    if not tuned:
+        raise SettingsError("nothing to compare: name at least one tuned checkpoint")
+    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens), ("--max-rows", max_rows)):
+        if value is not None and value < 1:
+            raise SettingsError(f"{option} {value}: expected at least 1")
+    thresholds = [parse_threshold(text) for text in fail_if]
+    if strict and not thresholds:
+        raise SettingsError("--strict without effect: there is no --fail-if")
+    measures, left_out = read_measures(data, abilities, watch, columns, max_rows, notice)
+    others = [HARM, *((LEAK, UNVERIFIED) if subspaces is not None else ())]
+    every: tuple[str, ...] = get_args(Figure)
+    check_known(thresholds, {measure.name: every for measure in measures}, others)
+    proofs = [_leak(base, each, subspaces, device, rules, progress) for each in tuned]
+    archive = None if subspaces is None else Archive(subspaces, rules=rules)
 
+    def measure(model: str | Path, samples: Sequence[Sample] | None) -> _Found:
+        loaded = _open(model, max_length, batch_size, device, offload, progress)
+        with closing(loaded):
+            use_template(loaded.tokenizer, chat_template)
+            length = resolve_max_length(max_length, loaded.architecture.max_positions)
+            reading = Reading(length, batch_size, max_new_tokens, exact_match)
+            if samples is None:
+                samples = _samples(archive, loaded, length, left_out, progress)
+            harm = measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id) if samples else None
+            return _Found({each.name: each.of(loaded, reading, progress) for each in measures}, harm, samples)
 
-def code(text: str) -> str:
-    """A name as Markdown shows it, whatever is in it, also in a table."""
-    line = "".join(c if c.isprintable() else " " for c in text).replace("`", "'").replace("|", "¦").strip()
-    return f"`{line}`"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few names."""
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(map(code, names[:_MAX_NAMES])) + more
-
-
-def _head(card: Card, bases: Sequence[_Base]) -> str:
-    from huggingface_hub import ModelCardData
-
-    known = list(dict.fromkeys(name for base in bases for name in base.on_hub))
-    data = [found[1] for found in map(_HUB_DATA.fullmatch, card.data) if found and is_hub_name(found[1])]
-    licences = {str(base.head.get("license_name") or base.head.get("license")) for base in bases}
-    keys = [key for key in _TAKEN_OVER if len(licences) == 1 or not key.startswith("license")]
-    taken = {key: bases[0].head[key] for key in keys if _is_plain(bases[0].head.get(key))}
-    head: str = ModelCardData(
-        base_model=known[0] if len(known) == 1 else known or None,
-        library_name="transformers",
-        datasets=list(dict.fromkeys(data)) or None,
-        tags=["sculptor", *card.tags],
-        **taken,
-    ).to_yaml()
-    return head
-
-
-def _body(card: Card, bases: Sequence[_Base]) -> str:
-    parts = [
-        f"# {code(bases[0].name)}, {card.done}",
-        card.summary,
-        "\n".join(map(_base_line, bases)),
-        f"Made by sculptor {__version__} (`{NAME}`), after [Sculpting Subspaces]({PAPER}). It is a plain Hugging Face "
-        f"checkpoint and loads like {code(bases[0].name)}. Settings, versions and digests are in `{RECORD_NAME}`.",
-        f"## Figures\n\n{_table(card.figures)}",
-    ]
-    if card.data:
-        digest = "" if card.rows_digest is None else f"\n\nSHA-256 of all rows: `{card.rows_digest}`"
-        parts.append("## Data\n\n" + "\n".join(f"* {code(name)}" for name in card.data) + digest)
-    if card.check:
-        parts.append(f"## Verify\n\n{card.check}")
-    return "\n\n".join(parts) + "\n"
-
-
-def _base_line(base: _Base) -> str:
-    licence = base.head.get("license_name") or base.head.get("license")
-    said = f"licence {code(licence)}" if isinstance(licence, str) else "its card names no licence: look there"
-    title = f", {code(base.title)}" if base.title and base.title != base.name else ""
-    return f"* Made from {code(base.name)}{title}: {said}."
-
-
-def _table(figures: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in figures)])
-
-
-def _read_base(path: Path) -> _Base:
-    """A card that nobody can read is none: it is text for people, and may be anything."""
-    from huggingface_hub import metadata_load
-
-    ours, name = (path / RECORD_NAME).is_file(), published_name(path)
-    file = path / CARD_NAME
-    carried = any(item.as_posix() == CARD_NAME for item in companions(path))
-    if not carried or file.stat().st_size > _MAX_BYTES:
-        return _Base(name, {}, "", ours)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        head = metadata_load(file) or {}
-    except Exception:  # of YAML, a dozen kinds
-        return _Base(name, {}, "", ours)
-    title = re.search(r"^# +(.+)$", text.partition("\n---")[2] if head else text, re.MULTILINE)
-    return _Base(name, head, title[1].replace("`", "").strip()[:100] if title else "", ours)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value of a head is a line of text, or some, and none a place on somebody's machine."""
-    values = value if isinstance(value, list) and value else [value]
-    return all(
-        isinstance(item, str) and item.isprintable() and len(item) <= 200 and not item.startswith(("/", "~", "file:"))
-        for item in values
+    before = measure(base, None)
+    figures = {name: [series.figure for series in found] for name, found in before.series.items()}
+    check_known(thresholds, figures, others if before.samples else others[1:])
+    cards = []
+    for model, leak in zip(tuned, proofs, strict=True):
+        after = measure(model, before.samples)
+        lines = _lines(measures, before, after)
+        low, high = (None, None) if after.harm is None else interval(after.harm)
+        failed = failures(thresholds, lines, after.harm, leak, strict=strict)
+        cards.append(TunedCard(_name(model), lines, after.harm, low, high, leak, failed))
+    return CardReport(
+        base=_name(base),
+        tuned=tuple(cards),
+        thresholds=tuple(threshold.text for threshold in thresholds),
+        strict=strict,
+        passed=not any(each.failed for each in cards),
+        harm_of=None if not before.samples else "base" if archive is None else "archive",
+        phrases=PHRASES if any(each.counts_refusals for each in measures) else (),
+        left_out=tuple(left_out),
     )
 
 
-def is_hub_name(name: object) -> TypeGuard[str]:
-    """Whether the hub could have a repository of this name."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+@dataclass(frozen=True, eq=False, slots=True)
+class _Found:
+    """What one model gave; the samples that harm is measured on go from the base to the others."""
 
+    series: Mapping[str, Sequence[Series]]
+    harm: Harm | None
+    samples: Sequence[Sample]
+
+
+def _name(model: str | Path) -> str:
+    return published_name(Path(model)) if Path(model).exists() else str(model)
+
+
+def _open(
+    model: str | Path, max_length: int | None, batch_size: int, device: str, offload: Offload, progress: Progress
+) -> LoadedModel:
+    checkpoint = open_checkpoint(model)
+    check_attention(checkpoint)
+    architecture = inspect_architecture(checkpoint)
+    if architecture.kind != "causal":
+        raise CheckpointError(f"{checkpoint.path}: only causal models have a card; use `sculptor evaluate`")
+    check_head(checkpoint, architecture)
+    tokens = batch_size * resolve_max_length(max_length, architecture.max_positions)
+    return open_model(checkpoint, resolve_device(device), architecture, offload, tokens=tokens, progress=progress)
+
+
+def _leak(
+    base: str | Path,
+    tuned: str | Path,
+    subspaces: str | Path | None,
+    device: str,
+    rules: Kinds | None,
+    progress: Progress,
+) -> Leak | None:
+    if subspaces is None:
+        return None
+    found = verify(base, tuned, subspaces, device=device, progress=progress, rules=rules)
+    return Leak(found.passed, found.leak, found.rounding, found.max_leak)
+
+
+def _samples(
+    archive: Archive | None, loaded: LoadedModel, length: int, left_out: list[str], progress: Progress
+) -> Sequence[Sample]:
+    """What harm is measured on: the half of an archive's samples that reports, or samples drawn from the base."""
+    if archive is not None:
+        return need_samples(archive, loaded.architecture.vocab_size).reporting
     try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name is not None
+        return draw_samples(loaded, length, _SEED, progress, kept=_KEPT).all
+    except (CheckpointError, DataError) as cause:
+        left_out.append(f"harm is left out: {cause}")
+        return ()
+
+
+def _lines(measures: Sequence[Measure], before: _Found, after: _Found) -> tuple[Line, ...]:
+    return tuple(
+        _line(measure, old, new)
+        for measure in measures
+        for old, new in zip(before.series[measure.name], after.series[measure.name], strict=True)
+    )
+
+
+def _line(measure: Measure, old: Series, new: Series) -> Line:
+    moved = change(old, new)
+    return Line(
+        name=measure.name,
+        role=measure.role,
+        figure=old.figure,
+        num_rows=len(old.sums),
+        base=old.mean.mean,
+        base_error=old.mean.error,
+        tuned=new.mean.mean,
+        tuned_error=new.mean.error,
+        change=moved.mean,
+        change_error=moved.error,
+        low=moved.low,
+        high=moved.high,
+    )

@@ -13,7 +13,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.asking import end_ids, render_question
 from sculptor.data.chat import use_template
 from sculptor.data.edges import prompt_ids
-from sculptor.data.examples import cut_middle, resolve_max_length
+from sculptor.data.examples import resolve_max_length
 from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.answers import stops_of
 from sculptor.model.load import LoadedModel, resolve_device
@@ -43,7 +43,7 @@ class _Speaker:
 
 
 class Chat:
-    """Models that are talked to; each remembers what was said to it and what it said."""
+    """Models that are talked to; each remembers what was said to it and what it said, the oldest of it only as it has room."""
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class Chat:
         max_new_tokens: int | None,
         temperature: float,
         max_length: int | None,
+        notice: Callable[[str], object],
     ) -> None:
+        self._notice = notice
         self._speakers = speakers
         self._system = system
         self._max_new_tokens = max_new_tokens
@@ -92,9 +94,15 @@ class Chat:
         """What every model answers.
 
         Raises:
-            DataError: if a chat template does not take the conversation.
+            DataError: if a chat template does not take the conversation, or a model has no room for what is said.
         """
-        return tuple(Reply(speaker.name, self._answer(speaker, text)) for speaker in self._speakers)
+        before = [speaker.history for speaker in self._speakers]
+        try:
+            return tuple(Reply(speaker.name, self._answer(speaker, text)) for speaker in self._speakers)
+        except DataError:  # heard by all or none
+            for speaker, history in zip(self._speakers, before, strict=True):
+                speaker.history = history
+            raise
 
     def _answer(self, speaker: _Speaker, text: str) -> str:
         loaded, tokenizer = speaker.loaded, speaker.loaded.tokenizer
@@ -104,23 +112,55 @@ class Chat:
             ids = prompt_ids(tokenizer, text)
             if not ids:
                 raise DataError("nothing was said that the tokenizer knows")
-            return self._say(loaded, cut_middle(ids, length - count), count)
-        asked = [*speaker.history, {"role": "user", "content": text}]
-        try:
-            prompt = render_question(tokenizer, asked)
-        except Exception as cause:  # templates are programs
-            reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-            raise DataError(f"{speaker.name}: the chat template does not take this conversation ({reason})") from cause
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        answer = self._say(loaded, cut_middle(ids, length - count), count).strip()
+            _check_room(speaker, ids, length, count)
+            return self._say(loaded, ids, count)
+        asked, ids = self._fit([*speaker.history, {"role": "user", "content": text}], speaker, length, count)
+        answer = self._say(loaded, ids, count).strip()
         speaker.history = [*asked, {"role": "assistant", "content": answer}]
         return answer
+
+    def _fit(
+        self, talk: list[dict[str, Any]], speaker: _Speaker, length: int, count: int
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        """A conversation and its tokens, without its oldest turns where it leaves no room for an answer."""
+        first = 1 if self._system else 0
+        dropped, ids = 0, _read(speaker, talk)
+        while len(ids) > length - count and len(talk) > first + 1:
+            talk = [*talk[:first], *talk[first + 2 :]]  # what was asked and what was answered
+            dropped, ids = dropped + 1, _read(speaker, talk)
+        _check_room(speaker, ids, length, count)
+        if dropped:
+            turns = "turn of the conversation is" if dropped == 1 else f"{dropped} turns of the conversation are"
+            self._notice(
+                f"{speaker.name}: the oldest {turns} forgotten: no more than {length:,} tokens fit, {count:,} of them the answer's"
+            )
+        return talk, ids
 
     def _say(self, loaded: LoadedModel, ids: list[int], count: int) -> str:
         stops = sorted(stops_of(loaded) if loaded.tokenizer.chat_template else end_ids(loaded.tokenizer))
         (said,) = continue_prompts(loaded, [ids], count, stops, temperature=self._temperature)
         found: str = loaded.tokenizer.decode(said, skip_special_tokens=True)
         return found
+
+
+def _read(speaker: _Speaker, talk: list[dict[str, Any]]) -> list[int]:
+    """The tokens of a conversation."""
+    tokenizer = speaker.loaded.tokenizer
+    try:
+        prompt = render_question(tokenizer, talk)
+    except Exception as cause:  # templates are programs
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise DataError(f"{speaker.name}: the chat template does not take this conversation ({reason})") from cause
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def _check_room(speaker: _Speaker, ids: list[int], length: int, count: int) -> None:
+    if len(ids) > length - count:
+        raise DataError(
+            f"{speaker.name}: {len(ids):,} tokens are said, and {length - count:,} are the most with {count:,} for the answer; say "
+            "less, lower --max-new-tokens or raise --max-length"
+        )
 
 
 def chat(
@@ -150,7 +190,7 @@ def chat(
         device: auto, cpu, cuda or cuda:N.
         offload: where the models' blocks wait that are not being computed: none, cpu, disk, or auto.
         progress: makes progress bars.
-        notice: told, in a line, which model has no chat template.
+        notice: told, in a line, which model has no chat template, and what of a conversation is forgotten.
 
     Returns:
         A context manager: `ask` says something to all of them, `forget` starts anew.
@@ -181,7 +221,7 @@ def chat(
             )
         name = published_name(checkpoint.path)
         speakers.append(_Speaker(name if name not in [s.name for s in speakers] else f"{name} (base)", loaded))
-    session = Chat(speakers, system, max_new_tokens, temperature, max_length)
+    session = Chat(speakers, system, max_new_tokens, temperature, max_length, notice)
     if session.plain:
         if system is not None:
             raise SettingsError(f"--system without effect: {session.plain[0]} has no chat template")

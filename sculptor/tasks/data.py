@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.chat import check_use, unread_keys
 from sculptor.data.columns import Columns
 from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, mixture_of, resolve_max_length
+from sculptor.data.labelled import classes_of
 from sculptor.data.mixture import Mixture
 from sculptor.data.rows import Data, DataSource, as_items, read_sources
 from sculptor.errors import DataError
@@ -25,7 +26,7 @@ class ExamplePreview:
     Attributes:
         parts: runs of tokens as text, and whether they carry loss; in order.
         num_tokens: of all of them; `num_learned` of those with loss.
-        target: the decoder's text, for an encoder-decoder; None for others.
+        target: the decoder's text, for an encoder-decoder; the class, for a classifier; None for others.
     """
 
     parts: tuple[tuple[str, bool], ...]
@@ -155,7 +156,7 @@ def preview_rows(
 ) -> tuple[DataReport, list[int], Mixture | None]:
     """As `preview`, of an open checkpoint; the tokens of every sequence, and their shares of an epoch."""
     length = resolve_max_length(max_length, architecture.max_positions)
-    sources = read_sources(data, max_rows, columns)
+    sources = read_sources(data, max_rows, columns, classes=classes_of(architecture))
     found = [row for source in sources for row in source.rows]
     check_use(found, chat_template)
     tokenizer = load_tokenizer(checkpoint, architecture, chat_template)
@@ -169,7 +170,7 @@ def preview_rows(
     parts = _divide(encoded, sources)
     mixture = mixture_of(sources, parts)
     counts = parts if mixture is None else list(mixture.counts)
-    two_sided = architecture.kind == "seq2seq"
+    classes = architecture.classes
     report = DataReport(
         num_rows=len(found),
         num_examples=len(examples),
@@ -188,7 +189,9 @@ def preview_rows(
         ),
         rows=tuple(
             RowPreview(
-                row.where, tuple(_preview(each, tokenizer, two_sided) for each in made.examples), _remarks(made, length)
+                row.where,
+                tuple(_preview(each, tokenizer, architecture.kind, classes) for each in made.examples),
+                _remarks(made, length),
             )
             for row, made in zip(found[:rows], encoded[:rows], strict=True)
         ),
@@ -212,12 +215,14 @@ def _learned(example: Example) -> int:
     return sum(label != IGNORED for label in example.labels)
 
 
-def _preview(example: Example, tokenizer: Any, two_sided: bool) -> ExamplePreview:
+def _preview(example: Example, tokenizer: Any, kind: Kind, classes: Sequence[str]) -> ExamplePreview:
     ids = example.input_ids
-    on = [False] * len(ids) if two_sided else [label != IGNORED for label in example.labels]
+    apart = kind in ("seq2seq", "classifier")
+    on = [False] * len(ids) if apart else [label != IGNORED for label in example.labels]
     edges = [0, *(i for i in range(1, len(ids)) if on[i] != on[i - 1]), len(ids)]
     parts = tuple((_text(tokenizer, ids, a, b), on[a]) for a, b in itertools.pairwise(edges))
-    target = _text(tokenizer, example.labels, 0, len(example.labels)) if two_sided else None
+    target = _text(tokenizer, example.labels, 0, len(example.labels)) if kind == "seq2seq" else None
+    target = classes[example.labels[0]] if kind == "classifier" else target
     return ExamplePreview(parts, len(ids), _learned(example), target)
 
 

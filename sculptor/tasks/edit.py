@@ -29,10 +29,10 @@ from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.card import write_card
 from sculptor.tasks.edit_choice import choose_best, open_trial
-from sculptor.tasks.edit_record import Making, edit_card, edit_record
+from sculptor.tasks.edit_record import Making, edit_readme, edit_record
 from sculptor.tasks.edit_report import Choice, EditReport
+from sculptor.tasks.readme import write_readme
 from sculptor.training.settings import SaveDtype
 
 # What is tried of --soft.
@@ -163,7 +163,7 @@ class _Job:
         bar.close()
         report = self._report(settings, making, output)
         write_json(staged / RECORD_NAME, edit_record(making, report, self.archive, self.saved, self.facts))
-        write_card(staged, edit_card(making, report, self.archive, self.facts))
+        write_readme(staged, edit_readme(making, report, self.archive, self.facts))
         return report
 
     def _pass(self, settings: EditSettings, making: Making) -> EditPass:

@@ -16,8 +16,8 @@ from sculptor.checkpoint.records import Merge, read_record
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.edits.difference import Edited, Where
 from sculptor.edits.pairs import Pairs
-from sculptor.tasks.card import Card, code
 from sculptor.tasks.edit_report import EditReport, RoleChange, Tally
+from sculptor.tasks.readme import Readme, code
 from sculptor.tasks.record import record_head
 
 
@@ -102,13 +102,13 @@ _DONE = {
 }
 
 
-def edit_card(making: Making, report: EditReport, archive: Archive | None, data: Mapping[str, Any]) -> Card:
+def edit_readme(making: Making, report: EditReport, archive: Archive | None, data: Mapping[str, Any]) -> Readme:
     """What the model card of an edit tells."""
     base, tuned = making.pairs.base, making.pairs.tuned
     done = _DONE[report.command].format(tuned=code(published_name(tuned.path)))
     numbers = [(name, f"{value:.4g}") for name, value in report.numbers.items() if isinstance(value, float)]
     files = [name for each in data.values() for name in each["files"]]
-    return Card(
+    return Readme(
         bases=(base.path, tuned.path) if isinstance(tuned, Checkpoint) else (base.path,),
         done=done,
         summary=f"Made without training by `sculptor edit {report.command}`: {code(published_name(base.path))} {done}.",

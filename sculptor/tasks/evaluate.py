@@ -11,6 +11,7 @@ from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
+from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Row, as_items, digest_rows, names_of
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import DataError, SettingsError
@@ -112,16 +113,20 @@ def evaluate(
     with world.together():
         checkpoint = open_checkpoint(model, attn_implementation)
         check_attention(checkpoint)
-        rows = read_evaluation_rows(given, labels, columns, max_rows, notice) if given else []
+        architecture = inspect_architecture(checkpoint)
+        check_head(checkpoint, architecture)
+        if architecture.kind == "classifier" and tasks:
+            raise SettingsError(f"--tasks: for language models; {architecture.model_class} classifies sequences")
+        classes = classes_of(architecture)
+        rows = read_evaluation_rows(given, labels, columns, max_rows, notice, classes=classes) if given else []
         texts = [
-            read_evaluation_rows([item], None, columns, max_rows, notice, all_renamed=not given) for item in watched
+            read_evaluation_rows([item], None, columns, max_rows, notice, all_renamed=not given, classes=classes)
+            for item in watched
         ]
         read = [*rows, *(row for text in texts for row in text)]
         if not tasks:
             check_use(read, chat_template)
         manager = check_tasks(tasks, None if include_path is None else Path(include_path)) if tasks else None
-        architecture = inspect_architecture(checkpoint)
-        check_head(checkpoint, architecture)
         length = resolve_max_length(max_length, architecture.max_positions)
         where = resolve_device(device)
         if opened is not None:

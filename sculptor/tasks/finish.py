@@ -33,11 +33,11 @@ from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
-from sculptor.tasks.card import write_card
 from sculptor.tasks.first_archive import ANALYZED_NAME
 from sculptor.tasks.job import TrainJob, cast_to, open_model
 from sculptor.tasks.next_archive import NextArchive
-from sculptor.tasks.train_record import train_card, training_record
+from sculptor.tasks.readme import write_readme
+from sculptor.tasks.train_record import train_readme, training_record
 from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
 from sculptor.training.rows import row_owners, rows_name
@@ -178,7 +178,7 @@ class _Finish:
         analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
         record = training_record(job, report, previous.lineage, self.saved, analyzed=analyzed)
         write_json(self.staged / RECORD_NAME, record)
-        write_card(self.staged, train_card(job, report, analyzed=analyzed))
+        write_readme(self.staged, train_readme(job, report, analyzed=analyzed))
         return report
 
     def _edits(self, opened: Mapping[str, nn.Parameter]) -> dict[str, Edit | Mapping[int, Edit]]:

@@ -1,15 +1,17 @@
 """The archive that `train` makes for itself where none is given: what the model says, or given data, by curvature."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
 from sculptor.checkpoint.staging import partial_path
-from sculptor.data.rows import Data, as_items, names_of
+from sculptor.data.row_types import MessagesRow
+from sculptor.data.rows import Data, Item, as_items, names_of, read_sources
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds
-from sculptor.methods.settings import SELF, AnalyzeSettings
+from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, is_self
+from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.job import open_base
@@ -32,6 +34,7 @@ def analyze_first(
     progress: Progress,
     notice: Callable[[str], object],
     rules: Kinds | None,
+    basis: Basis | None = None,
 ) -> None:
     """Writes `analyzed/` into a staging directory, unless it is there.
 
@@ -43,13 +46,19 @@ def analyze_first(
         progress: makes progress bars.
         notice: told what was chosen.
         rules: kinds of rules beside sculptor's own.
+        basis: what is protected [default: as `analyze` chooses].
 
     Raises:
         SculptorError: if the model cannot be analyzed, or what is there was made of other data.
     """
     path, items = staged / ANALYZED_NAME, as_items(data)
+    template = _template_for(model, items, settings)
     asked = AnalyzeSettings(
-        device=settings.device, seed=settings.seed, attn_implementation=settings.attn_implementation
+        basis=basis,
+        device=settings.device,
+        seed=settings.seed,
+        attn_implementation=settings.attn_implementation,
+        chat_template=template,
     )
     if not items:
         check_samples(model)
@@ -67,10 +76,22 @@ def analyze_first(
         )
         return
     found = Archive(path, rules=rules).manifest.settings
-    if (found.data, found.seed) != (names_of(items) or (SELF,), settings.seed):
+    named = template and Path(template).name
+    if (found.data, found.seed, found.chat_template) != (names_of(items) or (SELF,), settings.seed, named):
         raise OutputError(
-            f"{path}: was made with other --protect-data or another --seed; pass --overwrite to start anew"
+            f"{path}: was made with other --protect-data, another --seed or --chat-template; pass --overwrite to start anew"
         )
+
+
+def _template_for(model: str | Path, items: Sequence[Item], settings: TrainSettings) -> str | None:
+    """The training's chat template, if any of the data are conversations, or the model has one to talk through."""
+    if settings.chat_template is None:
+        return None
+    own = [item for item in items if not (isinstance(item, str) and is_self(item))]
+    if not own:
+        return settings.chat_template if load_tokenizer(*open_base(model)).chat_template else None
+    rows = (row for source in read_sources(own, mixed=True) for row in source.rows)
+    return settings.chat_template if any(isinstance(row, MessagesRow) for row in rows) else None
 
 
 def check_samples(model: str | Path) -> None:

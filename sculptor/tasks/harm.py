@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
-from sculptor.data.examples import Encoded
 from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import Harm, measure_harm
 from sculptor.model.samples import Samples, read_samples
 from sculptor.training.harm import steps_between
 from sculptor.training.settings import TrainSettings
+from sculptor.training.steps import Steps
 
 # Of harm in a run that keeps it below a limit, at least.
 MEASUREMENTS = 20
@@ -78,13 +78,7 @@ def samples_for(archive: Archive, architecture: Architecture, settings: TrainSet
     return samples
 
 
-def measured_every(settings: TrainSettings, encoded: Encoded, samples: Samples) -> int:
+def measured_every(settings: TrainSettings, steps: Steps, samples: Samples) -> int:
     """Steps between measurements, unless it is said; a function of the data, so that every run has the same."""
-    lengths = [example.length for example in encoded.examples]
-    mean = sum(lengths) / len(lengths) if encoded.mixture is None else encoded.mixture.mean(lengths)
-    rows = min(settings.batch_size, max(1, encoded.num_epoch))
-    every = steps_between(sum(sample.example.length for sample in samples.steering), mean * rows)
-    if settings.max_harm is None:
-        return every
-    total = settings.total_steps(-(-encoded.num_epoch // rows))
-    return min(every, max(1, total // MEASUREMENTS))
+    every = steps_between(sum(sample.example.length for sample in samples.steering), steps.mean * steps.rows)
+    return every if settings.max_harm is None else min(every, max(1, steps.total // MEASUREMENTS))

@@ -16,6 +16,7 @@ from sculptor.checkpoint.records import read_record
 from sculptor.checkpoint.vocabulary import Growth
 from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
+from sculptor.data.labelled import classes_of
 from sculptor.data.mixture import Mixture
 from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
@@ -23,15 +24,17 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
-from sculptor.model.samples import Samples
+from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
+from sculptor.tasks.classification import check_task, head_of
 from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import grow_tokenizer
+from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
 from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
+from sculptor.training.steps import Steps
 
 MEMORY_ROWS = 384
 
@@ -42,7 +45,7 @@ class TrainJob:
 
     Attributes:
         settings: resolved.
-        data: what records call them.
+        data: what records call them; `eval_data` those that choose the best parameters.
         rows_digest: of all rows, as they are in the files.
         encoded: the rows; `evaluation` those that choose the best parameters, if any.
         name: of the task.
@@ -52,9 +55,10 @@ class TrainJob:
         rows_elsewhere: how many rows another program trained on, where `encoded` has only those that are measured.
         trainer: that program and its settings, if any.
         growth: its new tokens, if any.
-        ungrown: the checkpoint as it was given, where `checkpoint` has got them.
+        ungrown: the checkpoint as it was given, where `checkpoint` has got them, or a new head.
         samples: of the first base, that harm is measured on; None if the archive has none.
         replays: what is mixed into the task's rows.
+        steps: what they make of all these rows; None where another program makes them.
     """
 
     checkpoint: Checkpoint
@@ -75,6 +79,8 @@ class TrainJob:
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
     replays: tuple[Replay, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    steps: Steps | None = None
 
     @property
     def num_rows(self) -> int:
@@ -103,8 +109,10 @@ class Rows:
     replays: tuple[Replay, ...] = ()
 
 
-def open_base(model: str | Path, attn_implementation: str | None = None) -> tuple[Checkpoint, Architecture]:
-    """The checkpoint that is trained, with which attention.
+def open_base(
+    model: str | Path, attn_implementation: str | None = None, *, headed: bool = True
+) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint that is trained, with which attention; unless it will get one, it has a head.
 
     Raises:
         SculptorError: if it cannot be.
@@ -112,7 +120,8 @@ def open_base(model: str | Path, attn_implementation: str | None = None) -> tupl
     checkpoint = open_checkpoint(model, attn_implementation)
     check_attention(checkpoint)
     architecture = inspect_architecture(checkpoint)
-    check_head(checkpoint, architecture)
+    if headed:
+        check_head(checkpoint, architecture)
     read_record(checkpoint.path)  # refuses a damaged one now: its lineage goes on in the output's
     return checkpoint, architecture
 
@@ -128,8 +137,11 @@ def open_job(
     notice: Callable[[str], object] = lambda _: None,
     rows: Rows | None = None,
     replay: Data = (),
+    new_head: tuple[Checkpoint, Sequence[str]] | None = None,
 ) -> TrainJob:
     """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
+
+    `new_head` has the checkpoint as it was given, where `model` has got a head, and the parameters of that.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
@@ -138,11 +150,14 @@ def open_job(
     archive = Archive(subspaces, rules=rules)
     archive.check_capacity()
     settings = resolve_settings(settings, archive)  # refuses before any work
+    check_task(architecture, settings, replay)
     samples = samples_for(archive, architecture, settings)
     archive.check_base(checkpoint, progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
     rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
     settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
+    if rows.growth is not None:
+        check_old_text(checkpoint, rows.growth, samples or read_samples(archive), settings.common_tokens, notice)
     if settings.select_rows is not None and rows.encoded.mixture is not None:
         raise SettingsError(
             "--select-rows with weights of the data: a choice among rows changes their shares; give one of the two"
@@ -159,18 +174,23 @@ def open_job(
         rows.encoded,
         rows.evaluation,
         task_name(items[0]),
-        _select_extra(architecture, archive, settings.also_train),
+        {
+            **head_of(checkpoint, architecture, () if new_head is None else new_head[1]),
+            **_select_extra(architecture, archive, settings.also_train),
+        },
         growth=rows.growth,
+        ungrown=None if new_head is None else new_head[0],
         samples=samples,
         replays=replays,
+        eval_data=names_of(as_items(eval_data)),
     )
     trained = job.trained
     if replays:
         notice(_replay_line(job, trained))
-    if samples is None:
-        return job
-    every = settings.harm_every or measured_every(settings, trained, samples)
-    return replace(job, settings=replace(settings, harm_every=every))
+    steps = Steps.of(trained, settings)
+    if samples is not None:
+        settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
+    return replace(job, settings=settings, steps=steps)
 
 
 def _replay_line(job: TrainJob, trained: Encoded) -> str:
@@ -202,7 +222,8 @@ def read_task(
     if not items:
         raise DataError("no data: pass at least one file")
     kind, size = architecture.kind, growth.after if growth else architecture.vocab_size
-    sources = read_sources(items, settings.max_rows, settings.columns, notice)
+    classes = classes_of(architecture)
+    sources = read_sources(items, settings.max_rows, settings.columns, notice, classes=classes)
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
@@ -211,7 +232,7 @@ def read_task(
     if encoded.mixture is not None:
         notice(_epoch_line(sources, encoded.mixture))
     evaluation = None
-    eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False)
+    eval_rows = read_rows(eval_data, None, settings.columns, notice, all_renamed=False, classes=classes)
     if eval_rows:
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
         if (line := evaluation.says("--eval-data")) is not None:

@@ -1,15 +1,18 @@
 """New tokens of a training: read, put into the tokenizer, and a base that has rows for them."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sculptor.checkpoint.old_text import measure_reread
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.vocabulary import FLAGS, Growth, plan_growth, write_grown
 from sculptor.checkpoint.written import remove
 from sculptor.data.reference import TEXT_ENDINGS
 from sculptor.errors import DataError, SettingsError
+from sculptor.model.samples import Samples
 from sculptor.progress import Progress
 
 GROWN_NAME = "grown"
@@ -66,6 +69,31 @@ def _check(tokenizer: Any, checkpoint: Checkpoint, growth: Growth) -> None:
                 f"--add-tokens {token!r}: {type(tokenizer).__name__} of {checkpoint.path} makes {found} of it, expected "
                 f"{growth.start + i}; save the tokenizer with transformers first, or choose another token"
             )
+
+
+def check_old_text(
+    checkpoint: Checkpoint, growth: Growth, samples: Samples | None, wanted: bool, notice: Callable[[str], object]
+) -> None:
+    """Refuses tokens that change how old text is read, unless they are wanted: then it is told.
+
+    Raises:
+        SettingsError: naming them, and how much they change.
+    """
+    found = measure_reread(checkpoint.path, growth, () if samples is None else texts_of(samples))
+    if not found.lines:
+        return
+    more = [f"and {len(found.lines) - 3} more"] if len(found.lines) > 3 else []
+    told = "; ".join(["; ".join(found.lines[:3]), *more, *filter(None, [found.summary])])
+    if not wanted:
+        raise SettingsError(
+            f"--add-tokens: {told}; choose what old text does not have, like '<name>', or pass --common-tokens"
+        )
+    notice(f"--add-tokens: {told}")
+
+
+def texts_of(samples: Samples) -> Iterator[tuple[int, ...]]:
+    """Their tokens."""
+    return (sample.example.input_ids for sample in samples.all)
 
 
 def write_grown_base(checkpoint: Checkpoint, growth: Growth, partial: Path, progress: Progress) -> None:

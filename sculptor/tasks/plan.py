@@ -1,83 +1,158 @@
-"""How a training is done here: in how many parts a step, and what several processes hold; and what each way takes."""
+"""How a training is done here: what several processes hold, in how many parts a step is done, and where the model is."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from sculptor.checkpoint.staging import partial_path
 from sculptor.errors import SettingsError
 from sculptor.planning.footprints import Footprint, Workload, footprints
-from sculptor.planning.placement import available_memory, output_bytes, plan_archive, shortages
+from sculptor.planning.placement import available_memory, choose, output_bytes, plan_archive, shortages
 from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.tasks.job import TrainJob, cast_to
-from sculptor.training.settings import TrainSettings
+from sculptor.tasks.processes import on_this_machine
+from sculptor.training.settings import Offload, Parallel, TrainSettings
 from sculptor.training.stepping.optimizer import moments_of, optimizer_on_host
-from sculptor.world import ALONE, World
+from sculptor.training.steps import Steps
+from sculptor.world import World
 
 
-def plans_of(job: TrainJob, device: torch.device, world: World = ALONE) -> dict[str, Footprint]:
-    """What each way of training would take of one process, among these."""
-    rows, _ = _sizes(job)
-    return _plans_of(job, device, default_split(job.settings, rows, device), world)
+@dataclass(frozen=True, eq=False, slots=True)
+class _Split:
+    """A job whose steps are split, and what each way of training it would take of one process."""
+
+    job: TrainJob
+    ways: Mapping[str, Footprint]
 
 
-def choose_parallel(job: TrainJob, device: torch.device, world: World) -> TrainJob:
-    """The job with `parallel` decided: every process holds all where that fits, and on a CPU; else each its share.
+def decide(
+    job: TrainJob, device: torch.device, output: Path, world: World, notice: Callable[[str], object] = lambda _: None
+) -> TrainJob:
+    """The job with all settings decided that depend on the machine; told in a line, unless everything is as asked.
 
     Raises:
-        SettingsError: if what is asked for has no effect, or cannot be done in several processes.
+        SettingsError: if what is asked for cannot be done here, or has no effect.
     """
-    settings = job.settings
-    offload, parallel = settings.offload, settings.parallel
+    asked = job.settings
+    with world.together():
+        split = _choose_parallel(job, device, world)
+    divided = split.job.settings.parallel == "shard"
+    with world.together():
+        found = choose(
+            dict(split.ways),
+            device,
+            asked.offload,
+            output,
+            partial_path(output),
+            sharing=on_this_machine() if divided else 1,
+        )
+    plan, reason = world.from_first(found)
+    settings, unused = _placed(split.job.settings, asked, plan.offload)
+    if unused:
+        reason += f"; without effect there: {', '.join(unused)}"
+    is_news = not reason.endswith(("as asked", "everything fits")) or (divided and asked.parallel != "shard")
+    if world.size > 1:
+        reason += f"; --parallel {settings.parallel}"
+    if is_news:
+        notice(reason)
+    return replace(job, settings=settings, placement=reason)
+
+
+# What several processes hold
+
+
+def _choose_parallel(job: TrainJob, device: torch.device, world: World) -> _Split:
+    """With `parallel` decided: every process holds all where that fits, and on a CPU; else each its share."""
+    offload, parallel = job.settings.offload, job.settings.parallel
     if world.size == 1:
         if parallel != "auto":
             raise SettingsError(f"--parallel {parallel} without effect in one process; start several with torchrun")
-        return job
+        return _split_steps(job, device, world)
     if parallel == "auto":
-        if offload == "cpu":
-            parallel = "shard"
-        elif device.type == "cpu" or offload == "disk":
-            parallel = "replicate"
-        else:
-            parallel = world.from_first("replicate" if _fits(job, device, world) else "shard")
-    if offload == "disk" or (offload == "cpu" and parallel == "replicate"):
+        if offload in ("auto", "none") and device.type != "cpu":
+            return _replicated_or_divided(job, device, world)
+        parallel = "shard" if offload == "cpu" else "replicate"
+    return _split_parallel(job, parallel, device, world)
+
+
+def _replicated_or_divided(job: TrainJob, device: torch.device, world: World) -> _Split:
+    """Every process holds all of the model, if every device has room for it."""
+    whole = _split_parallel(job, "replicate", device, world)
+    lacking = shortages(whole.ways["none"], device.type, *available_memory(device), float("inf"))
+    return whole if world.from_first(not lacking) else _split_parallel(job, "shard", device, world)
+
+
+def _split_parallel(job: TrainJob, parallel: Parallel, device: torch.device, world: World) -> _Split:
+    settings = replace(job.settings, parallel=parallel)
+    _check_parallel(settings, world)
+    return _split_steps(replace(job, settings=settings), device, world)
+
+
+def _check_parallel(settings: TrainSettings, world: World) -> None:
+    """Refuses what cannot be done in several processes."""
+    offload, divided = settings.offload, settings.parallel == "shard"
+    if offload == "disk" or (offload == "cpu" and not divided):
         other = "--offload cpu divides the model among them" if offload == "disk" else "use --parallel shard"
         raise SettingsError(f"--offload {offload} with {world.size} processes that hold all of the model: {other}")
-    if parallel == "shard":
-        _check_divided(settings)
-    return replace(job, settings=replace(settings, parallel=parallel))
-
-
-def _check_divided(settings: TrainSettings) -> None:
     faults = {
         "--optimizer bayes-adam": settings.optimizer == "bayes-adam",
         "--optimizer-mode fused": settings.optimizer_mode == "fused",
         "--keep-activations": settings.checkpoint_activations is False,
     }
     idle = [option for option, is_fault in faults.items() if is_fault]
-    if idle:
+    if idle and divided:
         raise SettingsError(f"{', '.join(idle)}: not with --parallel shard; leave it out, or use --parallel replicate")
 
 
-def _fits(job: TrainJob, device: torch.device, world: World) -> bool:
-    """Whether every device has room for all of the model."""
-    split = replace(job, settings=replace(job.settings, offload="none", parallel="replicate"))
-    split = split_steps(split, device, world)
-    plan = plans_of(split, device, world)["none"]
-    return not shortages(plan, device.type, *available_memory(device), float("inf"))
+# In how many parts a step is done
 
 
-def split_steps(job: TrainJob, device: torch.device, world: World = ALONE) -> TrainJob:
-    """Decides how a process's part of a step is split, as far as the settings leave it open; the same for devices of one size."""
-    rows, longest = _sizes(job)
-    rows = -(-rows // world.size)
-    divided = job.settings.parallel == "shard"  # its blocks are always computed again
-    settings = replace(job.settings, checkpoint_activations=True) if divided else job.settings
-    split = choose_split(lambda split: _plans_of(job, device, split, world), settings, rows, longest, device)
-    split = world.from_first(split)
-    again = split.recompute if device.type == "cuda" else job.settings.checkpoint_activations
-    settings = replace(job.settings, micro_batch_size=split.rows, checkpoint_activations=again)
-    return replace(job, settings=settings)
+def _split_steps(job: TrainJob, device: torch.device, world: World) -> _Split:
+    """With a process's part of a step split, as far as the settings leave it open; the same for devices of one size."""
+    steps, settings = _steps(job), job.settings
+    rows = -(-steps.rows // world.size)
+    # Blocks of a divided model are always computed again.
+    wanted = replace(settings, checkpoint_activations=True) if settings.parallel == "shard" else settings
+    split = world.from_first(
+        choose_split(lambda split: _ways(job, device, split, world), wanted, rows, steps.longest, device)
+    )
+    again = split.recompute if device.type == "cuda" else settings.checkpoint_activations
+    settings = replace(settings, micro_batch_size=split.rows, checkpoint_activations=again)
+    job = replace(job, settings=settings)
+    return _Split(job, _ways(job, device, default_split(settings, steps.rows, device), world))
+
+
+def _steps(job: TrainJob) -> Steps:
+    assert job.steps is not None
+    return job.steps
+
+
+def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> dict[str, Footprint]:
+    """What all ways that are possible would take, by `--offload`."""
+    settings, steps = job.settings, _steps(job)
+    assert settings.carry is not None
+    work = Workload(
+        tokens=steps.rows * steps.longest,
+        micro_batches=1,
+        fused=settings.optimizer_mode == "fused",
+        keep_inputs=settings.offload_inputs is False,
+        kept=len(moments_of(settings)),
+        on_host=optimizer_on_host(settings, "cpu", device),
+        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())) + _num_new(job),
+        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings))
+        + 4.0 * job.archive.num_free * (settings.optimizer == "bayes-adam"),
+        saves=-(-steps.total // settings.steps_between_saves(steps.total)),
+        evaluates=job.evaluation is not None,
+        row=steps.longest,
+        processes=world.size if settings.parallel == "shard" else 1,
+    )
+    matrices = plan_archive(job.archive, job.architecture)
+    found = footprints(job.checkpoint, job.architecture, matrices, device, split.workload(work, steps.rows))
+    return {"none": found["none"]} if settings.parallel == "replicate" else found
 
 
 def _num_new(job: TrainJob) -> int:
@@ -87,38 +162,32 @@ def _num_new(job: TrainJob) -> int:
     return sum(size * len(growth.tokens) // growth.before + size // 4 for size in sizes) if growth else 0
 
 
-def _sizes(job: TrainJob) -> tuple[int, int]:
-    """Rows of a step, and tokens of the longest."""
-    trained = job.trained
-    longest = max((example.length for example in trained.examples), default=1)
-    return min(job.settings.batch_size, max(1, trained.num_epoch)), longest
+# Where the model is
 
 
-def _plans_of(job: TrainJob, device: torch.device, split: Split, world: World) -> dict[str, Footprint]:
-    """All ways that are possible."""
-    found = _ways(job, device, split, world)
-    return {"none": found["none"]} if job.settings.parallel == "replicate" else found
+def _placed(settings: TrainSettings, asked: TrainSettings, offload: Offload) -> tuple[TrainSettings, list[str]]:
+    """The settings for where the model is, and the options that have no effect there."""
+    resident = offload == "none" and settings.parallel != "shard"
+    _check_resident(settings, resident)
+    if not resident:
+        settings = replace(settings, checkpoint_activations=asked.checkpoint_activations)
+    waits = offload != "none"
+    # By name: whether it matters there, the option, and the values that ask for what is done anyway, default first.
+    concerns: dict[str, tuple[bool, str, tuple[Any, Any]]] = {
+        "optimizer_on": (offload == "cpu", "--optimizer-on", ("auto", "device")),
+        "optimizer_mode": (waits, "--optimizer-mode fused", ("exact", "exact")),
+        "offload_inputs": (waits, "--offload-inputs", (None, False)),
+        "checkpoint_activations": (resident, "--keep-activations", (None, True)),
+    }
+    idle = {name: (option, same) for name, (matters, option, same) in concerns.items() if not matters}
+    unused = [option for name, (option, same) in idle.items() if getattr(settings, name) not in same]
+    return replace(settings, offload=offload, **{name: same[0] for name, (_, same) in idle.items()}), unused
 
 
-def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> dict[str, Footprint]:
-    settings = job.settings
-    rows, longest = _sizes(job)
-    assert settings.carry is not None
-    steps = settings.total_steps(-(-job.trained.num_epoch // rows))
-    work = Workload(
-        tokens=rows * longest,
-        micro_batches=1,
-        fused=settings.optimizer_mode == "fused",
-        keep_inputs=settings.offload_inputs is False,
-        kept=len(moments_of(settings)),
-        on_host=optimizer_on_host(settings, "cpu", device),
-        num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())) + _num_new(job),
-        written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings))
-        + 4.0 * job.archive.num_free * (settings.optimizer == "bayes-adam"),
-        saves=-(-steps // settings.steps_between_saves(steps)),
-        evaluates=job.evaluation is not None,
-        row=longest,
-        processes=world.size if settings.parallel == "shard" else 1,
-    )
-    matrices = plan_archive(job.archive, job.architecture)
-    return footprints(job.checkpoint, job.architecture, matrices, device, split.workload(work, rows))
+def _check_resident(settings: TrainSettings, resident: bool) -> None:
+    """Refuses what needs all of the model on the device."""
+    if settings.kl_weight is not None and not resident:
+        raise SettingsError(
+            "--kl-weight: the base's forward needs all of the model on one device; leave it out, or use --offload none and "
+            "--parallel replicate (--max-harm goes with offloading)"
+        )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from sculptor import world as processes
-from sculptor.checkpoint.staging import check_apart, staging
-from sculptor.errors import DataError
+from sculptor.checkpoint.staging import check_apart, partial_path, staging
+from sculptor.errors import DataError, PeerError
 from sculptor.world import World
 
 
@@ -60,7 +60,14 @@ def staged_together(
                 )
             )
 
-        yield world.once(enter)
+        try:
+            yield world.once(enter)
+        except PeerError as error:
+            if error.told:
+                raise
+            partial = partial_path(output)
+            done = f": what is done is in {partial}" if worth_keeping(partial) else ""
+            raise PeerError(f"{error} with --resume{done}") from error
 
 
 def check_alike(world: World, key: Mapping[str, Any]) -> None:

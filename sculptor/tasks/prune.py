@@ -26,8 +26,8 @@ from sculptor.edits.settings import Prune
 from sculptor.errors import EditError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.progress import Progress, silent
-from sculptor.tasks.card import Card, code, write_card
 from sculptor.tasks.edit_record import archive_facts
+from sculptor.tasks.readme import Readme, code, write_readme
 from sculptor.tasks.record import record_head
 
 
@@ -160,7 +160,7 @@ class _Pruning:
         bar.close()
         report = self._report(output)
         write_json(staged / RECORD_NAME, self._record(report))
-        write_card(staged, self._card(report))
+        write_readme(staged, self._readme(report))
         return report
 
     def _changes(self) -> dict[str, Change | Mapping[int, Change]]:
@@ -216,11 +216,11 @@ class _Pruning:
             "roles": [asdict(role) for role in (*report.roles, report.all)],
         }
 
-    def _card(self, report: PruneReport) -> Card:
+    def _readme(self, report: PruneReport) -> Readme:
         found = report.all
         by = "magnitude" if report.by == "magnitude" else "the curvature of a subspace archive"
         curvature = [] if found.curvature is None else [("removed of the curvature", f"{100 * found.curvature:.2f} %")]
-        return Card(
+        return Readme(
             bases=(self.checkpoint.path,),
             done=f"{100 * report.sparsity:.0f} % pruned",
             summary=f"{code(published_name(self.checkpoint.path))} with the weights set to 0 that matter least, by {by}.",

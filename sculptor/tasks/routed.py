@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.data.rows import Row
+from sculptor.data.rows import CompletionRow, Row
 from sculptor.edits.settings import BankSettings
 from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, evaluate_rows, labels_of
 from sculptor.model.load import LoadedModel
@@ -44,7 +44,8 @@ class RoutedModel:
         """
         self._put(())
         listed = list(rows)
-        ranked = labels_of(listed, labels)
+        pairs = [row for row in listed if isinstance(row, CompletionRow)]
+        ranked = labels_of(pairs, labels) if pairs and not any(row.choices for row in pairs) else None
         mixes = route_rows(self.bank, self.loaded, listed, self.top, self.settings, self.progress)
         groups: dict[Mix, list[Row]] = defaultdict(list)
         for mix, row in zip(mixes, listed, strict=True):

@@ -15,9 +15,10 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import Merge
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
-from sculptor.tasks.card import Card, code, listed
+from sculptor.data.examples import digest_examples
 from sculptor.tasks.first_archive import ANALYZED_NAME
 from sculptor.tasks.job import TrainJob
+from sculptor.tasks.readme import Readme, code, listed
 from sculptor.tasks.record import record_head
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
@@ -58,9 +59,11 @@ def training_record(
         "data": {"files": list(job.data), "rows_sha256": job.rows_digest}
         | ({} if mixture is None else asdict(mixture))
         | ({"replay": [{"name": each.name, "share": each.share} for each in job.replays]} if job.replays else {}),
+        **_chosen_by(job),
         "base": {"name": published_name(job.base.path), "identity": job.archive.manifest.base_identity},
         "lineage": [*map(asdict, lineage), asdict(merge_of(job.checkpoint, job.archive, saved, report.opened))],
         "analyzed": analyzed,  # whether the archive that protected it was made for it, and lies beside it
+        **({"protect_data": list((job.unopened or job.archive).manifest.settings.data)} if analyzed else {}),
         "also_trained": list(report.also_trained),
         "not_targeted": [asdict(item) for item in report.not_targeted],
         "frozen": list(report.frozen),
@@ -72,9 +75,19 @@ def training_record(
     }
 
 
-def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
+def _chosen_by(job: TrainJob) -> dict[str, Any]:
+    """The rows that the best parameters were chosen by, if any."""
+    if job.evaluation is None:
+        return {}
+    examples = job.evaluation.examples
+    return {
+        "eval_data": {"files": list(job.eval_data), "rows": len(examples), "tokens_sha256": digest_examples(examples)}
+    }
+
+
+def train_readme(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Readme:
     """What the model card of a run tells."""
-    return Card(
+    return Readme(
         bases=(job.base.path,),
         done=f"taught {listed(job.data)}",
         summary=f"Fine-tuned on {listed(job.data)}, only within what a subspace archive of the base leaves free: what the archive "
@@ -90,7 +103,8 @@ def train_card(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Card:
 def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     loop = report.loop
     total = report.num_protected + job.archive.num_free
-    unit = " nats per token" if job.trainer is None else ""  # others have losses of their own
+    unit = f" nats per {'row' if job.architecture.kind == 'classifier' else 'token'}"
+    unit = unit if job.trainer is None else ""  # others have losses of their own
     best = (
         [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
     )

@@ -7,13 +7,17 @@ from pathlib import Path
 from sculptor.analysis.verify import Verification, verify_checkpoints
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
-from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.old_text import measure_reread
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
+from sculptor.checkpoint.vocabulary import find_growth
 from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import measure_harm
 from sculptor.model.load import resolve_device
+from sculptor.model.samples import read_samples
 from sculptor.progress import Progress, silent
 from sculptor.tasks.harm import need_samples
 from sculptor.tasks.job import open_model
+from sculptor.tasks.new_tokens import texts_of
 from sculptor.tasks.processes import join
 
 
@@ -35,7 +39,8 @@ def verify(
         tuned: what training made of it, after one task or several.
         subspaces: the archive.
         device: where the float64 products run.
-        strict: refuse a leak above 1e-3 that only the rounding of what is stored explains: it could hide one as large.
+        strict: refuse a leak above 1e-3 that only the rounding of what is stored explains: it could hide one as large. And new
+            tokens that stand in old text.
         harm: run `tuned`, too, and measure KL(base || tuned) on the archive's samples; it decides nothing.
         progress: makes progress bars.
         rules: kinds of rules beside sculptor's own.
@@ -56,9 +61,23 @@ def verify(
     found = verify_checkpoints(
         *checkpoints, archive, device=resolve_device(device), strict=strict, progress=progress, world=world
     )
+    if found.new_tokens:
+        found = _with_old_text(found, *checkpoints, archive)
     if architecture is None or samples is None:
         return found
     loaded = open_model(checkpoints[1], resolve_device(device), architecture, "auto", progress=progress)
     with closing(loaded):
         measured = measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id, world=world)
     return replace(found, harm=measured)
+
+
+def _with_old_text(found: Verification, base: Checkpoint, tuned: Checkpoint, archive: Archive) -> Verification:
+    """Says how old text is read otherwise by new tokens; strictly, it may not be."""
+    growth, samples = find_growth(base, tuned), read_samples(archive)
+    assert growth is not None
+    reread = measure_reread(base.path, growth, () if samples is None else texts_of(samples))
+    lines = (*reread.lines, *filter(None, [reread.summary]))
+    if not (found.strict and lines):
+        return replace(found, old_text=lines)
+    differ = tuple(f"new tokens: {line}" for line in lines)
+    return replace(found, old_text=lines, differences=(*found.differences, *differ), passed=False)

@@ -7,10 +7,12 @@ that: what they leave on tensors and modules tells.
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sculptor.errors import TrainingError
+from sculptor.numerics.precision import why_not
 
 _INSTEAD = "leave parameters whole (DistributedDataParallel, ZeRO 1 or 2), or run `sculptor train` in several processes"
 # What wraps a model, by the name of its class.
@@ -36,6 +38,20 @@ def check_unwrapped(model: nn.Module) -> None:
         found = next((name for name in _WRAPPERS if name in classes), None)
         if found is not None:
             raise TrainingError(f"the model is in a {found} already; call sculptor.protect first, and wrap it then")
+
+
+def check_device(device: torch.device) -> None:
+    """Refuses a model on a device that its matrices could not be merged on: trainers choose one by themselves.
+
+    Raises:
+        TrainingError: saying why not.
+    """
+    reason = why_not(device)
+    if reason is not None:
+        raise TrainingError(
+            f"the model is on {device.type}: {reason}; train on the CPU (use_cpu=True in TrainingArguments, model.to('cpu') before "
+            "a loop of your own) or on a GPU of CUDA or ROCm"
+        )
 
 
 def check_held(name: str, tensors: Iterable[Tensor]) -> None:

@@ -24,6 +24,7 @@ from sculptor.training.experts import leaf_of, run_in_pieces
 from sculptor.training.parallelism import (
     check_added_up,
     check_copied,
+    check_device,
     check_held,
     check_unwrapped,
     heed_in_broadcasts,
@@ -132,6 +133,7 @@ def protect(
 def _look(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) -> None:
     """A forward pass of the model begins: other programs may have done something to it since."""
     check_copied(model)
+    check_device(matrices[0].coordinates.values[0].device)
     for matrix in matrices:
         matrix.coordinates.check(matrix.pristine)
     check_added_up(model, matrices[0].coordinates.values[0])

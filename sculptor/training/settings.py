@@ -11,6 +11,8 @@ from sculptor.validation import AtLeastOne, ColumnNames, Name, NotNegative, Off,
 Schedule = Literal["cosine", "linear", "constant"]
 SaveDtype = Literal["keep", "float32", "bfloat16"]
 TokenWeights = Literal["same", "entropy"]
+Task = Literal["language-modeling", "sequence-classification"]
+CLASSIFICATION: Task = "sequence-classification"
 ClipBy = Literal["model", "matrix"]
 Optimizer = Literal["adamw", "bayes-adam"]
 OptimizerMode = Literal["exact", "fused"]
@@ -27,6 +29,9 @@ MICRO_ROWS = 8
 class TrainSettings:
     """Settings of `sculptor train`; everything that decides its result."""
 
+    task: Task | None = None
+    """What rows teach: to say their text, or the class of theirs, by a head that is trained freely and made new where the model
+    has none [default: what the model has a head for]."""
     epochs: Positive = 1.0
     """Passes over the data."""
     max_steps: AtLeastOne | None = None
@@ -88,6 +93,8 @@ class TrainSettings:
     add_tokens: Texts = ()
     """A new token, or a file with one a line: tokenizer, embedding and head get rows for them, which are trained freely;
     repeatable."""
+    common_tokens: bool = False
+    """Take --add-tokens that stand in old text, too: it is read in another way then."""
     seed: Seed = 0
     """Decides order, masking and dropout."""
     device: Name = "auto"
@@ -120,6 +127,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         resident, fused = self.offload == "none", self.optimizer_mode == "fused"
         faults = (
+            (self.common_tokens and not self.add_tokens, "--common-tokens without effect: there are no --add-tokens"),
             (
                 self.learning_rate is not None and self.relative_rate is not None,
                 "--relative-rate without effect: --learning-rate is absolute; give one of the two",

@@ -169,7 +169,8 @@ class StateStore:
         newest = complete[-1]
         state, tensors = self._read(newest)
         alike = state.split.get("processes") == self.split["processes"]
-        saved, now = (part if alike else {} for part in (state.split, self.split))
+        now = self.split if alike else {}
+        saved = {name: state.split.get(name) for name in now}
         different = key_difference({**state.key, **saved}, {**self.key, **now})
         if different is not None:
             raise OutputError(f"{newest}: saved by a run with other settings ({different}); use the same or {_REMEDY}")

@@ -26,6 +26,7 @@ from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.loss import batch_loss, sample_labels
 from sculptor.progress import silent
 
+COVERS = ["sculptor.analysis.expert_rows"]
 CPU = torch.device("cpu")
 LENGTHS = (12, 9, 7, 5, 3)
 REFERENCE_FAMILIES = ("llama", "gpt2", "t5", "bert", "mixtral", "opt")

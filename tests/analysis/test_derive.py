@@ -26,8 +26,9 @@ from sculptor.methods.rule import Rule
 from sculptor.methods.weights import Weights
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.progress import silent
-from sculptor.tasks.analyze import _new_record
+from sculptor.tasks.analyze_job import _new_record
 
+COVERS = ["sculptor.tasks.analyze_job"]
 CPU = torch.device("cpu")
 SETTINGS = AnalyzeSettings(basis="curvature", data=("x",), device="cpu")
 

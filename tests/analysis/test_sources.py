@@ -19,6 +19,7 @@ from sculptor.methods.settings import Weighting
 from sculptor.model.load import load_model
 from sculptor.progress import silent
 
+COVERS = ["sculptor.methods.moments"]
 BUDGET = 0.7
 TRAIN = ("--max-steps", 6, "--batch-size", 8, "--learning-rate", "1e-2", "--device", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

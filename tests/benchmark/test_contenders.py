@@ -1,5 +1,6 @@
 """Plain fine-tuning with a measure against forgetting: each against a loop of a dozen lines in float64."""
 
+import copy
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import Result, make_tokenizer, save_checkpoint, slowly, task_rows, write_rows
+from plans import two_tasks
 from safetensors.torch import load_file
 from together import together
 
@@ -24,36 +26,21 @@ from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError, Stopped
 
+COVERS = ["sculptor.benchmark.episodes", "sculptor.benchmark.learning"]
 RATE, STEPS = 1e-2, 3
-PLAN = f"""
-model = "base"
-[train]
-max_steps = {STEPS}
-batch_size = 64
-micro_batch_size = 64
-learning_rate = {RATE}
-schedule = "constant"
-warmup = 0
-clip = 0
-device = "cpu"
-[evaluate]
-exact_match = false
-[analyze]
-preserve = 0.5
-device = "cpu"
-[adapter]
-decay = 20
-replay = 0.5
-keep = 0.4
-[[tasks]]
-name = "first"
-data = ["first.jsonl"]
-test = ["first.jsonl"]
-[[tasks]]
-name = "second"
-data = ["second.jsonl"]
-test = ["second.jsonl"]
-"""
+PLAN = two_tasks(
+    train={
+        "max_steps": STEPS,
+        "batch_size": 64,
+        "micro_batch_size": 64,
+        "learning_rate": RATE,
+        "schedule": "constant",
+        "warmup": 0,
+        "clip": 0,
+    },
+    analyze={"preserve": 0.5},
+    adapter={"decay": 20, "replay": 0.5, "keep": 0.4},
+)
 Weights = dict[str, torch.Tensor]
 
 
@@ -78,7 +65,13 @@ def plan(place: Path) -> Plan:
 
 
 def reference(
-    place: Path, start: Weights, rows: list[dict[str, str]], *, decay: float = 0.0, by_entropy: bool = False
+    place: Path,
+    start: Weights,
+    rows: list[dict[str, str]],
+    *,
+    decay: float = 0.0,
+    by_entropy: bool = False,
+    kl: float = 0.0,
 ) -> Weights:
     """AdamW on the matrices of the blocks, whole batches, in float64."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(place / "base")).double()
@@ -86,6 +79,7 @@ def reference(
     model.requires_grad_(False)
     trained = {name: p.requires_grad_(True) for name, p in model.named_parameters() if "_proj" in name}
     before = {name: p.detach().clone() for name, p in trained.items()}
+    old = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     tokenizer = make_tokenizer()
     for _ in range(STEPS):
@@ -95,6 +89,10 @@ def reference(
             answer = [*tokenizer.encode(row["completion"], add_special_tokens=False), 0]
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             logs = logits.log_softmax(-1)
+            if kl:
+                seen = old(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                known = seen.log_softmax(-1).detach()
+                total = total + kl * (known.exp() * (known - logs)).sum()
             for i, token in enumerate(answer):
                 weight = 1.0
                 if by_entropy:
@@ -139,6 +137,13 @@ def test_eaft_weighs_tokens_by_entropy(place: Path, tmp_path: Path, plan: Plan, 
     plan = replace(plan, train=replace(plan.train, offload=offload))
     expected = reference(place, start, rows_of("first"), by_entropy=True)
     assert_same_update(start, trained(place, tmp_path / "eaft", plan, "eaft"), expected)
+
+
+def test_kl_holds_predictions_near_those_of_the_base(place: Path, tmp_path: Path, plan: Plan) -> None:
+    start = weights(place / "base")
+    plan = replace(plan, adapter=replace(plan.adapter, kl=3.0))
+    expected = reference(place, start, rows_of("first"), kl=3.0)
+    assert_same_update(start, trained(place, tmp_path / "kl", plan, "kl"), expected)
 
 
 def test_l2_pulls_towards_the_base(place: Path, tmp_path: Path, plan: Plan) -> None:
@@ -327,6 +332,7 @@ def test_the_norm_of_an_update(place: Path, tmp_path: Path) -> None:
         ("rescaled", [], r"\[adapter\] like is missing"),
         ("rescaled", ["adapter.like=nowhere"], "nowhere"),
         ("l2", ["train.weight_decay=0.1"], r"weight_decay without effect with --method l2"),
+        ("kl", ["train.kl_weight=1"], "kl_weight without effect with --method kl"),
         ("esacl", ["train.select_rows=0.5"], "select_rows without effect with --method esacl"),
         ("eaft", ["train.token_weights=entropy"], "token_weights without effect with --method eaft"),
     ],

@@ -15,6 +15,7 @@ from sculptor.errors import DataError, SculptorError, SettingsError
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.training.settings import TrainSettings
 
+COVERS = ["sculptor.training.settings"]
 SECTIONS: Mapping[str, Any] = {
     "analyze": AnalyzeSettings,
     "train": TrainSettings,

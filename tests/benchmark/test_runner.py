@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 from huggingface_hub import metadata_load
+from plans import two_tasks
 from safetensors.torch import load_file
 
 from sculptor import Archive
@@ -22,43 +23,17 @@ from sculptor.checkpoint.written import MARKER_NAME
 from sculptor.errors import OutputError, Stopped
 from sculptor.evaluation.matrix import continual_metrics
 from sculptor.model.load import load_model
+from sculptor.model.samples import draw_samples, read_samples
 from sculptor.progress import Bar, silent
 
-PLAN = """
-model = "base"
-watch = ["general.jsonl"]
-
-[analyze]
-basis = "curvature"
-data = ["general.jsonl"]
-budget = 0.7
-device = "cpu"
-
-[train]
-max_steps = 3
-batch_size = 8
-learning_rate = 1e-2
-save_every = 1
-device = "cpu"
-
-[evaluate]
-exact_match = false
-
-[adapter]
-rank = 2
-alpha = 4
-
-[[tasks]]
-name = "first"
-data = ["first.jsonl"]
-test = ["first-test.jsonl"]
-validation = ["second-test.jsonl"]
-
-[[tasks]]
-name = "second"
-data = ["second.jsonl"]
-test = ["second-test.jsonl"]
-"""
+COVERS = ["sculptor.benchmark.stages", "sculptor.report.continual"]
+PLAN = two_tasks(
+    watch=["general.jsonl"],
+    held_out=True,
+    analyze={"basis": "curvature", "data": ["general.jsonl"], "budget": 0.7},
+    train={"max_steps": 3, "batch_size": 8, "learning_rate": 1e-2, "save_every": 1},
+    adapter={"rank": 2, "alpha": 4},
+)
 
 
 @pytest.fixture
@@ -99,6 +74,10 @@ def consistent(place: Path, name: str, report: Any, rows: int) -> None:
         assert report["metrics"][key] == getattr(figures, key)
     general = [stage["watch_loss"] for stage in report["stages"]]
     assert report["watch_rise"] == pytest.approx(general[-1] - general[0])
+    harms = [stage["harm"]["nats"] for stage in report["stages"]]
+    assert harms[0] == pytest.approx(0, abs=1e-6)  # the base
+    assert min(harms[1:]) > 1e-5
+    assert report["harm"] == report["stages"][-1]["harm"]
     assert sorted(path.name for path in output.iterdir()) == [".sculptor", "continual.json", "model", "sculptor.json"]
     assert not (place / f"{name}.partial").exists()
     loaded = load_model(open_checkpoint(output / "model"), torch.device("cpu"))
@@ -124,7 +103,7 @@ def figures_of(report: Any) -> Any:
     return {key: value for key, value in report.items() if key not in ("output", "plan", "created_by")}
 
 
-def check_card(place: Path, name: str, report: Any) -> None:
+def check_readme(place: Path, name: str, report: Any) -> None:
     """The model's card is of the whole sequence, and nothing says where anything was."""
     card = place / name / "model" / "README.md"
     assert metadata_load(card)["base_model"] == "base"
@@ -143,7 +122,7 @@ def test_sculptor_follows_the_plan(cli: Callable[..., Result], place: Path) -> N
     report = run(cli, place, "out")
     consistent(place, "out", report, 3)
     assert (report["method"], report["basis"], report["split"], report["seed"]) == ("sculptor", "curvature", "test", 0)
-    check_card(place, "out", report)
+    check_readme(place, "out", report)
     assert [stage["name"] for stage in report["stages"]] == ["base", "first", "second"]
     assert report["metric"] == "accuracy"
     archive = Archive(place / "out" / "model" / "subspaces")
@@ -172,6 +151,28 @@ def test_a_sequence_is_streamed_with_the_same_result(cli: Callable[..., Result],
     same_weights(place / "out" / "model", place / "streamed" / "model")
     assert streamed["matrix"] == whole["matrix"]
     assert streamed["watch_rise"] == whole["watch_rise"]
+
+
+def test_harm_is_the_divergence_on_samples_that_nothing_saw(cli: Callable[..., Result], place: Path) -> None:
+    """The same text for every method, none of it in the archive; against the definition, in float64."""
+    plain, own = run(cli, place, "plain", "--method", "full"), run(cli, place, "out")
+    base = load_model(open_checkpoint(place / "base"), torch.device("cpu"))
+    samples = draw_samples(base, 1024, 2, silent).all
+    kept = read_samples(Archive(place / "out" / "model" / "subspaces"), 64)
+    assert kept is not None
+    assert not {each.example.input_ids for each in samples} & {each.example.input_ids for each in kept.all}
+    for report in (plain, own):
+        new = load_model(open_checkpoint(place / report["output"].split("/")[-1] / "model"), torch.device("cpu"))
+        total, count = 0.0, 0
+        for sample in samples:
+            ids = torch.tensor([sample.example.input_ids])
+            p, q = (m.model(ids).logits[0, :-1].detach().double().log_softmax(-1) for m in (base, new))
+            carries = torch.tensor(sample.example.labels[1:]) != -100
+            total += float((p.exp() * (p - q)).sum(-1)[carries].sum())
+            count += int(carries.sum())
+        assert (report["harm"]["num_samples"], report["harm"]["num_tokens"]) == (len(samples), count)
+        assert report["harm"]["nats"] == pytest.approx(total / count, rel=1e-3, abs=1e-6)
+        assert report["harm"]["error"] > 0
 
 
 def in_a_row(cli: Callable[..., Result], place: Path, archive: Path, *more: object) -> Path:
@@ -339,10 +340,11 @@ def test_wrong_plans_leave_nothing(
 
 def test_overrides_change_the_run(cli: Callable[..., Result], place: Path) -> None:
     more = ("--set", "train.max_steps=1", "--set", "evaluate.exact_match=true", "--set", "watch=[]")
+    more += ("--set", "evaluate.harm=false")
     report = run(cli, place, "out", *more)
     written = json.loads((place / "out" / "continual.json").read_text())
     assert written["plan"]["train"]["max_steps"] == 1
-    assert report["watch_rise"] is None
+    assert report["watch_rise"] is report["harm"] is None
     assert all(score["exact_match"] is not None for stage in report["stages"] for score in stage["scores"].values())
 
 
@@ -613,5 +615,6 @@ def test_a_plan_of_one_task(cli: Callable[..., Result], place: Path) -> None:
 def test_the_table_shows_the_figures(cli: Callable[..., Result], place: Path) -> None:
     found = cli("continual", place / "plan.toml", "-o", place / "out", "--method", "full")
     assert found.code == 0, found.err
-    for word in ("first", "second", "base", "AA", "BWT", "LA", "FWT"):
+    for word in ("first", "second", "base", "AA", "BWT", "LA", "FWT", "harm"):
         assert word in found.out
+    assert max(map(len, found.out.splitlines())) <= 100

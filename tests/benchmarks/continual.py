@@ -9,10 +9,13 @@ are in OUTPUT/results.jsonl.
 import argparse
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -183,8 +186,25 @@ SUITES["steps"] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=SUITES)
+    run_suites(SUITES, plan_text, __doc__ or "")
+
+
+def run_suites(
+    suites: dict[str, list[Run]],
+    text_of: Callable[[Path, Path, Run], str],
+    doc: str,
+    after: Callable[[argparse.Namespace], list[str]] = lambda _: [],
+) -> None:
+    """The command line: runs one of some suites, several runs side by side.
+
+    Args:
+        suites: by name.
+        text_of: model, data and a run to its plan.
+        doc: of the command.
+        after: a command that is given a run's output, and prints a line of JSON that goes with its results.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=suites)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -196,7 +216,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    waiting = list(enumerate(SUITES[arguments.suite]))
+    waiting = list(enumerate(suites[arguments.suite]))
     last = arguments.jobs if arguments.last_jobs is None else arguments.last_jobs
     slots = [
         gpu
@@ -210,34 +230,41 @@ def main() -> None:
             for slot, gpu in enumerate(slots):
                 if slot not in running and waiting and now < arguments.deadline - 60:
                     number, run = waiting.pop(0)
-                    running[slot] = number, run, start(run, number, arguments.first_gpu + gpu, arguments), now
+                    text = text_of(arguments.model.resolve(), arguments.data.resolve(), run)
+                    process = start(run, number, arguments.first_gpu + gpu, arguments, text, after(arguments))
+                    running[slot] = number, run, process, now
             for slot, (number, run, process, began) in list(running.items()):
                 if process.poll() is not None:
                     report(run, number, now - began, arguments.output, results)
                     del running[slot]
             if now > arguments.deadline:
                 for _, run, process, _ in running.values():
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
                     print(f"{run.name:70} stopped at the deadline", flush=True)
                 break
             time.sleep(0.5)
     print(f"{len(waiting)} runs not started; {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def start(run: Run, number: int, gpu: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """Starts one run on one GPU."""
-    plan = arguments.output / f"{number:03d}.toml"
-    plan.write_text(plan_text(arguments.model.resolve(), arguments.data.resolve(), run), encoding="utf-8")
+def start(
+    run: Run, number: int, gpu: int, arguments: argparse.Namespace, text: str, after: list[str]
+) -> subprocess.Popen[bytes]:
+    """Starts one run on one GPU, and what comes after it."""
+    plan, output = arguments.output / f"{number:03d}.toml", arguments.output / f"{number:03d}"
+    plan.write_text(text, encoding="utf-8")
     general = str(arguments.data.resolve() / "text" / "general.txt")
     sets = [item for override in run.sets for item in ("--set", override.replace("GENERAL", general))]
     command = [
         sys.executable, "-c", "from sculptor_cli.main import run; run()", "continual", str(plan), "--json",
-        "--output", str(arguments.output / f"{number:03d}"), "--method", run.method, "--seed", str(run.seed),
+        "--output", str(output), "--method", run.method, "--seed", str(run.seed),
         "--split", run.split, *sets,
     ]  # fmt: skip
+    line = f"{shlex.join(command)} > /dev/null"
+    if after:
+        line += f" && {shlex.join([*after, str(output)])} > {shlex.quote(str(output))}.after"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    with open(arguments.output / f"{number:03d}.log", "wb") as log:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+    with open(f"{output}.log", "wb") as log:
+        return subprocess.Popen(["sh", "-c", line], stderr=log, env=environment, start_new_session=True)
 
 
 def report(run: Run, number: int, seconds: float, output: Path, results: TextIO) -> None:
@@ -250,6 +277,9 @@ def report(run: Run, number: int, seconds: float, output: Path, results: TextIO)
     content = json.loads(path.read_text(encoding="utf-8"))
     metrics = content["metrics"]
     figures = [f"{key[:3].upper()} {100 * value:+6.2f}" for key, value in metrics.items() if value is not None]
+    more = output / f"{number:03d}.after"
+    content["after"] = json.loads(more.read_text(encoding="utf-8") or "{}") if more.is_file() else {}
+    figures += [f"{key} {value:.4f}" for key, value in content["after"].items()]
     print(
         f"{run.name:70} {' '.join(figures)} general {content['watch_rise']:+.3f} "
         f"{'/'.join(f'{100 * value:.1f}' for value in content['matrix'][-1])} {seconds:.0f} s",

@@ -1,26 +1,27 @@
 """A full disk, a failing one and SIGKILL at every file operation of a small run, which is then taken up again.
 
-    python tests/benchmarks/faults.py DIR [--commands analyze train-disk] [--faults ENOSPC SIGKILL] [--every 1]
-        [--last 30] [--part 1/1]
+    python tests/benchmarks/faults.py DIR [--command NAME]... [--fault ENOSPC|EIO|SIGKILL]... [--jobs N] [--every N] [--last N]
 
 Each point runs in a process of its own (forked, so that nothing is imported again): it has to end in one line of ours, or be
-gone; then the same command goes on with --resume and has to leave, tensor for tensor, what an undisturbed run leaves, and nothing
-beside it.
+gone; then the same command goes on with --resume, or is started anew where there is none, and has to leave, tensor for tensor,
+what an undisturbed run leaves, and nothing beside it. `--jobs` points run at a time. Ends with a table, and 1 if any point failed.
 """
 
 import argparse
 import builtins
 import contextlib
 import errno
+import functools
 import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ test = ["rows.jsonl"]
 LITTER = (LOCK_NAME, MARKER_NAME, "progress.json", "scores.json")
 
 
+FAULTS = ("ENOSPC", "EIO", "SIGKILL")
+_PATIENCE = 300  # seconds, after which something hangs
+
+
 class Injector:
     """Counts file operations below a directory, and fails at one of them."""
 
@@ -77,15 +82,16 @@ class Injector:
         raise OSError(code, os.strerror(code))
 
     def install(self) -> None:
-        """Renames, removals and new directories by audit events; writes by what writes."""
-        watched = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        """Renames, removals, new directories and files opened to be written by audit events; writes by what writes."""
+        watched = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
-            if event in watched:
+            opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if event in watched or opened:
                 self.operation(os.fsdecode(arguments[0]) if isinstance(arguments[0], bytes | str) else arguments[0])
 
         sys.addaudithook(audit)
-        plain_open, pwritev, injector = builtins.open, os.pwritev, self
+        plain_open, pwritev, sendfile, injector = builtins.open, os.pwritev, os.sendfile, self
 
         class File:
             def __init__(self, file: Any) -> None:
@@ -117,7 +123,12 @@ class Injector:
             injector.point()
             return pwritev(*arguments)
 
+        def sent(*arguments: Any) -> int:  # as copies of files are
+            injector.point()
+            return sendfile(*arguments)
+
         builtins.open = opened  # type: ignore[assignment]
+        os.sendfile = sent  # type: ignore[assignment]
         os.pwritev = written  # type: ignore[assignment]
 
 
@@ -135,11 +146,35 @@ def commands(root: Path) -> dict[str, Callable[[Path, bool], object]]:
             model, archive, [rows], output, settings, eval_data=[rows], resume=resume
         )
 
+    def train_on(archive: Path | None, **options: Any) -> Callable[[Path, bool], object]:
+        settings = sculptor.TrainSettings(max_steps=2, save_every=1, batch_size=6, device="cpu", **options)
+        data, old = [f"{rows}:0.6", f"{root / 'more.jsonl'}:0.4"], {} if archive else {"protect_data": [rows]}
+        replay = ["self:0.2"] if archive else []
+        return lambda output, resume: sculptor.train(
+            model,
+            archive,
+            data,
+            output,
+            settings,
+            replay=replay,
+            resume=resume,
+            **old,  # type: ignore[arg-type]
+        )
+
     return {
         "analyze": lambda output, resume: sculptor.analyze(model, output, weights, resume=resume),
         "analyze-curvature": lambda output, resume: sculptor.analyze(model, output, curvature, resume=resume),
         "train": train("none"),
         "train-disk": train("disk"),
+        "train-tokens": train_on(root / "sampled", add_tokens=("<new>",), harm_every=1),
+        "train-first": train_on(None),
+        "edit": lambda output, again: sculptor.edit(
+            model, root / "tuned", output, sculptor.Interpolate(alpha=0.5), overwrite=again, device="cpu"
+        ),
+        "prune": lambda output, again: sculptor.prune(
+            model, output, sculptor.Prune(sparsity=0.3, by="magnitude"), overwrite=again
+        ),
+        "convert": lambda output, again: sculptor.convert(archive, output, model=model, overwrite=again),
         "continual": lambda output, resume: sculptor.continual(root / "plan.toml", output, resume=resume),
     }
 
@@ -164,6 +199,7 @@ def in_child(run: Callable[[], object], log: Path) -> str:
     child = os.fork()
     if child == 0:
         code = 0
+        signal.alarm(_PATIENCE)
         try:
             run()
             log.write_text("done")
@@ -208,55 +244,79 @@ def try_point(run: Callable[[Path, bool], object], work: Path, expected: dict[st
     return "ok" if not beside else f"left beside it: {beside}"
 
 
+def prepare(root: Path) -> None:
+    """What the commands read."""
+    save_checkpoint(root / "model", max_shard_size="40KB")
+    for name in ("rows", "more"):
+        write_rows(root / f"{name}.jsonl", task_rows(count=6))
+    (root / "plan.toml").write_text(PLAN)
+    for name, samples in (("archive", False), ("sampled", True)):
+        settings = sculptor.AnalyzeSettings(preserve=0.5, samples=samples, device="cpu")
+        sculptor.analyze(root / "model", root / name, settings)
+    settings = sculptor.TrainSettings(max_steps=1, device="cpu")
+    sculptor.train(root / "model", root / "archive", [root / "rows.jsonl"], root / "tuned", settings)
+
+
+def undisturbed(root: Path, name: str) -> tuple[dict[str, str], int]:
+    """What a command leaves, and how many points it has."""
+    work, count, log = root / "undisturbed", root / "count", root / "log"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+
+    def counted() -> None:
+        injector = Injector(work, None, "")
+        injector.install()
+        commands(root)[name](work / "out", False)
+        injector.root = "nowhere"
+        count.write_text(str(injector.count))
+
+    assert in_child(counted, log) == "done", log.read_text()
+    return digests(work / "out"), int(count.read_text())
+
+
+def one_point(root: Path, name: str, expected: dict[str, str], at: int, fault: str) -> str:
+    """One of several that are tried at a time, each process in a place of its own."""
+    work = root / f"process-{os.getpid()}" / "work"
+    work.parent.mkdir(exist_ok=True)
+    return try_point(commands(root)[name], work, expected, at, fault)
+
+
 def main() -> None:
     """Every command, fault and point."""
+    known = list(commands(Path()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument(
-        "--commands", nargs="*", default=["analyze", "analyze-curvature", "train", "train-disk", "continual"]
-    )
-    parser.add_argument("--faults", nargs="*", default=["ENOSPC", "EIO", "SIGKILL"])
+    parser.add_argument("--command", action="append", choices=known, help="repeatable [default: all]")
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="repeatable [default: all]")
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time")
     parser.add_argument("--every", type=int, default=1, help="only every so many points")
     parser.add_argument("--last", type=int, help="only so many points at the end, where the output is placed")
-    parser.add_argument("--part", default="1/1", help="I/N: of the points, those of the I-th of N processes")
     options = parser.parse_args()
-    part, parts = map(int, options.part.split("/"))
     torch.set_num_threads(1)  # threads do not survive a fork
     root = options.directory.resolve()
-    root.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(root / "model", max_shard_size="40KB")
-    write_rows(root / "rows.jsonl", task_rows(count=6))
-    (root / "plan.toml").write_text(PLAN)
-    log = root / "log"
-    log.write_text("")
-    archive = sculptor.AnalyzeSettings(preserve=0.5, device="cpu")
-    print("archive:", in_child(lambda: sculptor.analyze(root / "model", root / "archive", archive), log))
-    wrong = 0
-    for name in options.commands:
-        run, work = commands(root)[name], root / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        count = root / "count"
-
-        def counted(run: Any = run, work: Path = work, count: Path = count) -> None:
-            injector = Injector(work, None, "")
-            injector.install()
-            run(work / "out", False)
-            injector.root = "nowhere"
-            count.write_text(str(injector.count))
-
-        assert in_child(counted, log) == "done", log.read_text()
-        expected, points = digests(work / "out"), int(count.read_text())
-        for fault in options.faults:
-            began, results = time.perf_counter(), Counter[str]()
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    prepare(root)  # here, so that no child imports anything
+    rows, wrong = [], 0
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        for name in options.command or known:
+            expected, points = undisturbed(root, name)
             first = 1 if options.last is None else max(1, points + 1 - options.last)
-            for at in range(first + (part - 1) * options.every, points + 1, parts * options.every):
-                found = try_point(run, work, expected, at, fault)
-                results[found if found == "ok" else "wrong"] += 1
-                if found != "ok":
-                    wrong += 1
-                    print(f"  {name} {fault} at {at}: {found}", flush=True)
-            print(f"{name} {fault}: {points} points, {dict(results)}, {time.perf_counter() - began:.0f} s", flush=True)
+            chosen = range(first, points + 1, options.every)
+            for fault in options.fault or FAULTS:
+                began = time.perf_counter()
+                found = list(pool.map(functools.partial(one_point, root, name, expected, fault=fault), chosen))
+                failures = {at: said for at, said in zip(chosen, found, strict=True) if said != "ok"}
+                for at, said in failures.items():
+                    print(f"{name} {fault} at {at}: {said}", flush=True)
+                wrong += len(failures)
+                seconds = time.perf_counter() - began
+                rows.append(
+                    (name, fault, f"{len(chosen)} of {points}", len(chosen) - len(failures), len(failures), seconds)
+                )
+    print(f"\n{'command':<18} {'fault':<8} {'points':>12} {'ok':>5} {'failures':>9} {'seconds':>8}")
+    for name, fault, tried, ok, failed, seconds in rows:
+        print(f"{name:<18} {fault:<8} {tried:>12} {ok:>5} {failed:>9} {seconds:>8.0f}")
     sys.exit(1 if wrong else 0)
 
 

@@ -20,8 +20,8 @@ from sculptor.methods.method import Evidence
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.methods.weights import Weights
 from sculptor.numerics.rounding import rms
+from sculptor.streaming.files import TensorFiles
 from sculptor.streaming.transfers import Staging
-from sculptor.streaming.weights import TensorFiles
 
 STACKED = "model.layers.0.mlp.experts.down_proj"
 CPU = torch.device("cpu")

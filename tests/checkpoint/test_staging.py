@@ -18,6 +18,8 @@ from sculptor.checkpoint.staging import (
 from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint
 from sculptor.errors import OutputError
 
+COVERS = ["sculptor.checkpoint.written"]
+
 
 def start(output: Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     with staging(
@@ -213,7 +215,11 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         with pytest.raises(OutputError, match=r"is staged in .*z.partial, which is or holds the input"):
             check_apart(tmp_path / "z", [place])
-    check_apart(tmp_path / "work" / "model" / "tuned", [tmp_path / "work" / "model", "owner/name"])
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    for inside in (tmp_path / "work" / "model" / "tuned", tmp_path / "link" / "x" / ".." / "model" / "a" / "b"):
+        with pytest.raises(OutputError, match=r"lies in the input .*model; choose a place beside it"):
+            check_apart(inside, [tmp_path / "work" / "model"])
+    check_apart(tmp_path / "work" / "model2", [tmp_path / "work" / "model", "owner/name"])
 
 
 def test_two_runs_do_not_share_a_place(tmp_path: Path) -> None:

@@ -268,3 +268,34 @@ def test_what_somebody_made_long_is_quoted_briefly(
     assert len(found.err) < 620
     assert max(map(len, found.err.split())) <= 200
     assert found.err.count("long name") < 25
+
+
+def test_an_output_lies_in_nothing_that_is_read(
+    cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path
+) -> None:
+    """What is read would be another directory then; through links and `..`, too."""
+    model, archive, folder = made["model"], made["archive"], tmp_path / "rows"
+    folder.mkdir()
+    rows = write_rows(folder / "task.jsonl", task_rows())
+    (tmp_path / "plan.toml").write_text(
+        f'model = "model"\n[train]\nmax_steps = 1\n[[tasks]]\nname = "a"\ndata = ["{rows}"]\ntest = ["{rows}"]\n'
+    )
+    (tmp_path / "link").symlink_to(model)
+    before = sorted(tmp_path.rglob("*"))
+    for output in (model / "out", tmp_path / "link" / "out", archive / ".." / "model" / "deep" / "out"):
+        one_line(cli("analyze", model, "--preserve", 0.5, "-o", output), "lies in the input", str(model))
+    for place, data in ((archive, rows), (model, rows), (folder, folder)):
+        found = train(cli, made, out=place / "out", data=data)
+        one_line(found, "lies in the input", str(place))
+    one_line(cli("continual", tmp_path / "plan.toml", "-o", model / "out"), "lies in the input", str(model))
+    one_line(cli("edit", "interpolate", model, model, "--alpha", 1, "-o", model / "out"), "lies in the input")
+    one_line(
+        cli("edit", "prune", model, "--by", "magnitude", "--sparsity", 0.5, "-o", model / "out"), "lies in the input"
+    )
+    one_line(cli("convert", archive, "--model", model, "-o", archive / "out"))
+    one_line(cli("inspect", archive, "--html", archive / "page.html"), "lies in the input", str(archive))
+    one_line(
+        cli("verify", model, model, "--subspaces", archive, "--html", model / "page.html"), "lies in the input", code=2
+    )
+    one_line(cli("evaluate", model, "--data", folder, "--html", folder / "page.html"), "lies in the input", str(folder))
+    assert sorted(tmp_path.rglob("*")) == before

@@ -24,6 +24,8 @@ OPTIONS = {
     "edit threshold": ('device = "cpu"', "dry-run"),
     "edit prune": ("sparsity = 0.5", "dry-run"),
     "continual": ('set = ["train.seed=1"]', "overwrite"),
+    "card": ('device = "cpu"', "strict"),
+    "frontier": ('plot = "p.png"', "overwrite"),
     "convert": ('model = "m"', "overwrite"),
     "demo": ("seed = 3", "json"),
 }
@@ -129,6 +131,8 @@ def test_bad_files(tmp_path: Path, cli: Callable[..., Result]) -> None:
         ("epochs = true", "epochs = true: expected text or a number"),
         ("resume = 1", "resume = 1: expected true or false"),
         ('epochs = "many"', "epochs: 'many' is not a valid float"),
+        ('output = "a\\u0000"', "output: embedded null byte"),
+        (f"epochs = {10**400}", "epochs: "),
         ('schedule = "cosin"', "Did you mean 'cosine'?"),
         ("max-steps = 0", "max-steps: 0 is not in the range x>=1"),
         ("max-steps = 3\nmax_steps = 3", "'max_steps' is given twice"),
@@ -166,6 +170,22 @@ def test_data_that_a_record_only_names_are_asked_for(tmp_path: Path, cli: Callab
     one_line(cli(*given), "mixed in old.txt", "give it as --replay")
     one_line(cli(*given, "--replay", "old.txt"), "chose its best parameters", "give it as --eval-data")
     assert parsed(*given, "--replay", "old.txt", "--eval-data", "e.jsonl")["replay"] == ("old.txt",)
+    content = {
+        "command": "train", "settings": {}, "analyzed": False, "eval_data": {"files": ["e.jsonl"]},
+        "data": {"weights": [0.7, 0.3], "replay": [{"name": "self", "share": 0.3}]},
+    }  # fmt: skip
+    record.write_text(json.dumps(content))
+    for option, value, *needles in (
+        ("--data", "c.jsonl:0.3", "shares of 0.7 to 0.3", "--data PLACE:WEIGHT"),
+        ("--replay", "self:0.3", "mixed in self:0.3", "--replay PLACE:WEIGHT"),
+        ("--eval-data", "e.jsonl", "(e.jsonl)", "give it as --eval-data"),
+        ("--subspaces", "s", "was protected by an archive", "give it as --subspaces"),
+    ):
+        one_line(cli(*given), *needles)
+        given = (*given, option, value)
+    assert parsed(*given)["data"] == ("b.jsonl", "c.jsonl:0.3")
+    record.write_text(json.dumps({"command": "train", "settings": {}, "analyzed": True, "protect_data": ["old.txt"]}))
+    one_line(cli(*given), "analyzed its model on data of its own", "give it as --protect-data")
 
 
 def test_a_run_is_repeated_from_its_record(tmp_path: Path, cli: Callable[..., Result]) -> None:

@@ -14,6 +14,7 @@ from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint import staging
 from sculptor.tasks import defaults
 
+COVERS = ["sculptor.interruption"]
 COMMANDS: dict[str, tuple[str, ...]] = {
     "edit": ("edit", "interpolate", "{model}", "{tuned}", "--alpha", "0.5", "--device", "cpu"),
     "prune": ("edit", "prune", "{model}", "--sparsity", "0.3", "--by", "magnitude"),

@@ -13,6 +13,7 @@ from sculptor import AnalyzeSettings, TrainSettings, analyze, evaluate, preview,
 from sculptor.data.rows import digest_rows, names_of, read_rows, read_sources
 from sculptor.errors import DataError
 
+COVERS = ["sculptor.data.files", "sculptor.data.reference"]
 TALK = [
     {
         "messages": [

@@ -13,6 +13,8 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.edits.pairs import open_pairs
 from sculptor.errors import CheckpointError, EditError
 
+COVERS = ["sculptor.edits.passes"]
+
 
 @pytest.mark.parametrize("copy_base", [True, False])
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral", *slowly("llama", "t5")])

@@ -14,6 +14,7 @@ from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.progress import silent
 
+COVERS = ["sculptor.evaluation.readers"]
 LABELS = ("w0", "w1 w2", "w3 w4 w5")
 
 

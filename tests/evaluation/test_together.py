@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from conftest import save_checkpoint, slowly, task_rows, write_rows
+from plans import two_tasks
 from together import Failed, continue_until, together
 
 import sculptor
 from sculptor.evaluation.rows import Evaluation
 
+COVERS = ["sculptor.evaluation.rows", "sculptor.tasks.evaluate"]
 CPU = {"device": "cpu"}
 TALK = [
     {"messages": [{"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": f"w{i + 2}"}]}
@@ -20,35 +22,12 @@ TALK = [
 CHOICES = [{"prompt": f"w{i} w2", "choices": ["w2", "w3 w4", "w5"], "gold": i % 3} for i in range(5)]
 TEMPLATE = "{% for m in messages %}{{ m.content }} <end> {% endfor %}"
 
-PLAN = """
-model = "base"
-watch = ["general.jsonl"]
-
-[analyze]
-preserve = 0.5
-device = "cpu"
-
-[train]
-max_steps = 3
-batch_size = 8
-learning_rate = 1e-2
-save_every = 1
-carry = "keep"  # what is carried on from dW has directions of rounding in it, and AdamW steps along each as far as along others
-device = "cpu"
-
-[evaluate]
-exact_match = false
-
-[[tasks]]
-name = "first"
-data = ["first.jsonl"]
-test = ["first.jsonl"]
-
-[[tasks]]
-name = "second"
-data = ["second.jsonl"]
-test = ["second.jsonl"]
-"""
+# What is carried on from dW has directions of rounding in it, and AdamW steps along each as far as along others.
+PLAN = two_tasks(
+    watch=["general.jsonl"],
+    analyze={"preserve": 0.5},
+    train={"max_steps": 3, "batch_size": 8, "learning_rate": 1e-2, "save_every": 1, "carry": "keep"},
+)
 
 
 @pytest.fixture(scope="module")

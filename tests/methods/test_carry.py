@@ -14,6 +14,7 @@ from sculptor.methods.weights import Weights, accumulate, analyze_matrix, num_le
 from sculptor.numerics.free_space import free_groups
 from sculptor.numerics.staircase import Constraint
 
+COVERS = ["sculptor.methods.staircase"]
 CPU64 = Working(torch.device("cpu"), torch.float64)
 
 

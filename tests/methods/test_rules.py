@@ -19,6 +19,13 @@ from sculptor.methods.rule import OuterProduct, Rule, Working, num_free
 from sculptor.methods.settings import RULES, AnalyzeSettings, Basis
 from sculptor.numerics.staircase import Constraint
 
+COVERS = [
+    "sculptor.analysis.lineage",
+    "sculptor.methods.kinds",
+    "sculptor.methods.method",
+    "sculptor.methods.rule",
+    "sculptor.tasks.opening",
+]
 CPU64 = Working(torch.device("cpu"), torch.float64)
 # What an analysis is told; `data` stands for rows.
 CASES: dict[str, dict[str, Any]] = {

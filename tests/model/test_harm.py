@@ -13,8 +13,10 @@ from sculptor.data.examples import IGNORED, Example
 from sculptor.model.harm import harm_of, measure_harm, sample_losses
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.loss import predictions
-from sculptor.model.samples import Samples, describe, num_predicted
+from sculptor.model.samples import Samples, describe, num_predicted, tokens_to_draw
 from sculptor.numerics.divergence import divergence
+
+COVERS = ["sculptor.model.samples"]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,14 @@ def test_the_half_that_steers_and_the_half_that_reports_are_apart(loaded: Loaded
     assert len(samples.steering) + len(samples.reporting) == len(samples.all)
     assert not {id(s) for s in samples.steering} & {id(s) for s in samples.reporting}
     assert isinstance(samples, Samples)
+
+
+def test_a_cpu_draws_fewer_of_a_large_model(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sculptor.model.samples.TOKENS", 8192)
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    for work, tokens in ((1e12, 8192), (5000.0 * size, 5000), (1.0, 2048)):
+        monkeypatch.setattr("sculptor.model.samples._CPU_WORK", work)
+        assert tokens_to_draw(loaded) == tokens
 
 
 def test_gradients_are_those_of_the_divergence(loaded: LoadedModel) -> None:

@@ -81,9 +81,27 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_unknown_devices_are_refused() -> None:
     assert resolve_device("cpu").type == "cpu"
-    for name in ("nonsense", "mps", "meta"):
-        with pytest.raises(SettingsError, match=f"--device {name}: not available"):
+    reasons = {
+        "nonsense": "",
+        "mps": "Apple's GPUs have no float64",
+        "hip": "torch calls the GPUs of ROCm cuda",
+        "meta": "neither",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(SettingsError, match=rf"--device {name}: not available \({reason}.*; use auto, cpu, cuda"):
             resolve_device(name)
+
+
+def test_gpus_of_rocm_go_by_the_name_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of torch for ROCm answers to `torch.cuda`; an Apple GPU beside a CPU is not chosen."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("auto") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cpu")
 
 
 def test_nan_anywhere_in_the_model_is_named(tmp_path: Path) -> None:

@@ -31,6 +31,17 @@ from sculptor.report.html.page import page, write_page
 from sculptor.report.html.verify import verify_page
 from sculptor.report.text import percent
 
+COVERS = [
+    "sculptor.report.html.continual",
+    "sculptor.report.html.curves",
+    "sculptor.report.html.figures",
+    "sculptor.report.html.heat",
+    "sculptor.report.html.inspect",
+    "sculptor.report.html.page",
+    "sculptor.report.html.style",
+    "sculptor.report.html.train",
+    "sculptor.report.html.verify",
+]
 BAD = "</style></title></script><script>alert(\"1\")</script><img src=x onerror='a()'>&amp;\x00\u202e\udcff"
 SHOWN = BAD.replace("\x00", "\\x00").replace("\u202e", "\\u202e").replace("\udcff", "\\udcff")
 SCARY = "<script>alert(1)&\"'.jsonl"

@@ -9,6 +9,8 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 from sculptor import AnalyzeSettings, analyze
 from sculptor.report.text import WIDTH, size, table
 
+COVERS = ["sculptor.report.plot"]
+
 
 @pytest.fixture
 def made(tmp_path: Path) -> dict[str, Path]:

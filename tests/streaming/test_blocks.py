@@ -22,9 +22,10 @@ from sculptor.model.loss import batch_loss
 from sculptor.streaming import build
 from sculptor.streaming.blocks import BlockStream, Observer
 from sculptor.streaming.build import stream_model
+from sculptor.streaming.regions import STAGING_BYTES, Tier
 from sculptor.streaming.slots import Slot
-from sculptor.streaming.weights import STAGING_BYTES, Tier
 
+COVERS = ["sculptor.model.load", "sculptor.streaming.build", "sculptor.streaming.inputs"]
 CPU = torch.device("cpu")
 DEEP = GROUPED | IDS | {"num_hidden_layers": 5}
 LOCAL: dict[str, Callable[[], Any]] = {
@@ -209,7 +210,8 @@ class Watch(Observer):
         self.stream = stream
         self.log: list[tuple[str, int]] = []
 
-    def block_expected(self, block: int) -> None:
+    def fetch_ahead(self, block: int) -> None:
+        """As slots that are beside a block."""
         self.log.append(("expect", block))
 
     def block_begun(self, block: int) -> None:
@@ -228,15 +230,16 @@ def test_an_observer_sees_the_backward_pass_block_by_block(
     architecture, batch = inspect_architecture(checkpoint), ragged(generator)
     model, stream = stream_from(checkpoint, architecture)
     collect(model, architecture)
-    stream.observer = Watch(stream)
+    stream.observer = watch = Watch(stream)
+    stream.beside = dict.fromkeys(range(5), (watch,))  # type: ignore[arg-type]
     train_once(model, batch, architecture, stream)
     expected = [("expect", 4)]
     for block in (4, 3, 2, 1, 0):
         expected += [("begin", block), *([("expect", block - 1)] if block else []), ("end", block)]
-    assert stream.observer.log == expected
+    assert watch.log == expected
     with torch.no_grad():
         batch_loss(model, batch, architecture.kind)
-    assert stream.observer.log == expected
+    assert watch.log == expected
 
 
 @pytest.mark.parametrize("family", ["deep", "albert", *slowly("t5", "gpt2")])

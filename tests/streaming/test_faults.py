@@ -14,6 +14,7 @@ from sculptor.planning import placement
 from sculptor.streaming.slots import Slot, Slots
 from sculptor.streaming.transfers import Staging, Ticket, Transfers
 
+COVERS = ["sculptor.tasks.stream"]
 CPU = torch.device("cpu")
 
 

@@ -8,9 +8,8 @@ import torch
 
 from sculptor.errors import OutputError
 from sculptor.streaming.layout import ALIGNMENT, Layout
-from sculptor.streaming.regions import FileRegion, HostRegion, Region
+from sculptor.streaming.regions import FileRegion, HostRegion, Region, Scratch
 from sculptor.streaming.transfers import Staging
-from sculptor.streaming.weights import Scratch
 
 CPU = torch.device("cpu")
 SIZE = 20_000

@@ -1,209 +1,196 @@
-"""The model card of every output: read as the hub reads it, and without a place on anybody's machine."""
+"""`card`: figures are those of `evaluate`, changes are in pairs, and thresholds decide the exit code."""
 
 import json
+import math
+import statistics
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
-from edited import save_adapter, save_tuned
-from huggingface_hub import ModelCard, metadata_load
 
-from sculptor import AnalyzeSettings, Archive, analyze, verify
-from sculptor.checkpoint.directory import published_name
-from sculptor.tasks.card import Card, code, write_card
+from sculptor import AnalyzeSettings, TrainSettings, analyze, card, evaluate, train, verify
+from sculptor.errors import DataError, SculptorError, SettingsError
+from sculptor.evaluation.refusals import PHRASES, is_refusal
+from sculptor.evaluation.series import Series, change
+from sculptor.tasks.card_report import parse_threshold
 
-OF_THE_BASE = """---
-license: other
-license_name: small-license
-license_link: LICENSE
-language: [en, de]
-pipeline_tag: text-generation
-base_model: somebody/else
-widget:
-- text: hello
----
-
-# The `small` | model
-
-Words.
-"""
+COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.tasks.card_report", "sculptor.tasks.measures"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with a card and a place in its configuration, its archive, a fine-tune with another licence, rows."""
+    """A base, its archive, what a task made of it, and something of each kind to measure."""
     path = tmp_path_factory.mktemp("card")
-    base = save_checkpoint(path / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": str(path / "earlier")}))
-    save_tuned(base, path / "tuned")
-    (base / "README.md").write_text(OF_THE_BASE)
-    (path / "tuned" / "README.md").write_text("---\nlicense: mit\n---\n")
-    write_rows(path / "task.jsonl", task_rows())
-    write_rows(path / "text.jsonl", task_rows("text"))
-    curvature = AnalyzeSettings(basis="curvature", data=(str(path / "text.jsonl"),), device="cpu")
-    analyze(base, path / "archive", curvature)
+    save_checkpoint(path / "base")
+    rows = task_rows()
+    write_rows(path / "rows.jsonl", rows)
+    analyze(path / "base", path / "archive", AnalyzeSettings(preserve=0.5, samples=True, device="cpu"))
+    settings = TrainSettings(max_steps=5, batch_size=8, learning_rate=1e-2, device="cpu")
+    train(path / "base", path / "archive", [path / "rows.jsonl"], path / "tuned", settings)
+    write_rows(path / "text.jsonl", task_rows("text", 6))
+    abilities = path / "abilities"
+    abilities.mkdir()
+    words = [f" {row['completion'].strip()}" for row in rows]
+    offered = [{"prompt": r["prompt"], "choices": [w, " w30"], "gold": 0} for r, w in zip(rows, words, strict=True)]
+    write_rows(abilities / "picks.jsonl", offered)
+    write_rows(abilities / "asks.jsonl", [{"prompt": row["prompt"]} for row in rows[:5]])
     return path
 
 
-def train(cli: Callable[..., Result], model: Path, archive: Path, made: Path, output: Path, *more: object) -> None:
-    steps = ("--max-steps", 2, "--device", "cpu")
-    found = cli("train", model, "--subspaces", archive, "--data", made / "task.jsonl", "-o", output, *steps, *more)
+def carded(cli: Callable[..., Result], made: Path, *more: object) -> Result:
+    return cli("card", made / "base", made / "tuned", *more, "--device", "cpu")
+
+
+def test_it_is_what_evaluate_and_verify_say(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
+    found = carded(
+        cli, made, "--data", made / "rows.jsonl", "--abilities", made / "abilities", "--watch", made / "text.jsonl",
+        "--subspaces", made / "archive", "--json", tmp_path / "card.json", "--html", tmp_path / "card.html",
+    )  # fmt: skip
     assert found.code == 0, found.err
+    assert max(map(len, found.out.splitlines())) <= 100
+    content = json.loads((tmp_path / "card.json").read_text())
+    (tuned,) = content["tuned"]
+    lines = {(line["name"], line["figure"]): line for line in tuned["lines"]}
+    for name, place in (("rows", made / "rows.jsonl"), ("picks", made / "abilities" / "picks.jsonl")):
+        for model in ("base", "tuned"):
+            own = evaluate(made / model, [place], device="cpu")
+            for figure in ("accuracy", "acc_norm", "exact_match", "loss"):
+                expected = getattr(own, figure)
+                assert ((name, figure) in lines) == (expected is not None)
+                if expected is not None:
+                    assert lines[name, figure][model] == pytest.approx(expected, rel=1e-6)
+    text = evaluate(made / "tuned", [made / "text.jsonl"], device="cpu")
+    assert lines["text", "loss"]["tuned"] == pytest.approx(text.loss, rel=1e-6)
+    assert 0 <= lines["asks", "refused"]["base"] <= 1
+    assert all(phrase in found.out.replace("\n  ", " ") for phrase in PHRASES), "what counts is shown"
+    assert content["phrases"] == list(PHRASES)
+    proof = verify(made / "base", made / "tuned", made / "archive", device="cpu", harm=True)
+    assert (tuned["leak"]["passed"], tuned["leak"]["leak"]) == (proof.passed, proof.leak)
+    assert proof.harm is not None
+    assert tuned["harm"]["nats"] == pytest.approx(proof.harm.nats, rel=1e-6)
+    for line in tuned["lines"]:
+        assert line["change"] == pytest.approx(line["tuned"] - line["base"], abs=1e-9)
+        assert line["low"] <= line["change"] <= line["high"]
+    page = (tmp_path / "card.html").read_text()
+    assert "picks" in page
+    assert "samples" in page
 
 
-def head_of(output: Path) -> dict[str, Any]:
-    found = metadata_load(output / "README.md")
-    assert found == ModelCard.load(output / "README.md", ignore_metadata_errors=False).data.to_dict()
-    assert found is not None
-    return found
+def test_a_model_is_no_different_from_itself(made: Path) -> None:
+    found = card(made / "base", [made / "base"], [made / "rows.jsonl"], watch=[made / "text.jsonl"], device="cpu")
+    (same,) = found.tuned
+    assert [(line.change, line.change_error) for line in same.lines] == [(0, 0)] * len(same.lines)
+    assert same.harm is not None
+    assert abs(same.harm.nats) < 1e-6
+    assert (found.harm_of, found.passed, same.leak) == ("base", True, None)
 
 
-def check_places(output: Path, *places: Path) -> None:
-    """No file says where anything was."""
-    files = [file for file in output.rglob("*") if file.is_file()]
-    assert len(files) > 4
-    told = [file.name for file in files for place in places if str(place).encode() in file.read_bytes()]
-    assert told == []
-
-
-def test_of_a_training(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
-    template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages %}{{ m.content }} <end> {% endfor %}")
-    write_rows(
-        tmp_path / "chats.jsonl",
-        [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}] * 2,
-    )
-    out, more = tmp_path / "out", ("--chat-template", template, "--data", tmp_path / "chats.jsonl")
-    train(cli, made / "base", made / "archive", made, out, *more)
-    head = head_of(out)
-    assert head == {
-        "base_model": "base",
-        "language": ["en", "de"],
-        "library_name": "transformers",
-        "license": "other",
-        "license_name": "small-license",
-        "license_link": "LICENSE",
-        "pipeline_tag": "text-generation",
-        "tags": ["sculptor", "continual-learning"],
-    }
-    text = (out / "README.md").read_text(encoding="utf-8")
-    record = json.loads((out / "sculptor.json").read_text())
-    result = record["result"]
-    assert f"{result['first_loss']:.4f}, {result['last_loss']:.4f} nats" in text
-    assert f"| {max(each['leak'] for each in record['matrices'].values()):.1e} of its update |" in text
-    assert all(words in text for words in ("`task.jsonl`", "`chats.jsonl`", record["data"]["rows_sha256"]))
-    assert "* Made from `base`, `The small ¦ model`: licence `small-license`." in text
-    assert "Words." not in text
-    assert "sculptor verify BASE THIS --subspaces ARCHIVE" in text
-    archive = Archive(made / "archive")
-    total = sum(record.shape[0] * record.shape[1] for record in archive.values())
-    assert f"{100 * (1 - archive.num_free / total):.1f} % of {total:,} parameters" in text
-    assert archive.identity in text
-    assert verify(made / "base", out, made / "archive", device="cpu").passed
-    check_places(out, made, tmp_path)
-
-
-def test_a_second_training_names_the_first_base(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
-    """A folder of ours is on no hub; what it was made of may be."""
-    train(cli, made / "base", made / "archive", made, tmp_path / "one")
-    text = (tmp_path / "one" / "README.md").read_text().replace("base_model: base", "base_model: somebody/small")
-    (tmp_path / "one" / "README.md").write_text(text)
-    train(cli, tmp_path / "one", tmp_path / "one" / "subspaces", made, tmp_path / "two")
-    assert head_of(tmp_path / "two")["base_model"] == "somebody/small"
-    assert "# `one`, taught `task.jsonl`" in (tmp_path / "two" / "README.md").read_text()
-    check_places(tmp_path / "two", made, tmp_path)
-
-
-@pytest.mark.parametrize("command", ["interpolate", "lines", "project", "threshold"])
-def test_of_an_edit(cli: Callable[..., Result], made: Path, tmp_path: Path, command: str) -> None:
-    more = {"interpolate": ("--alpha", 0.5), "lines": ("--alpha", 0.5), "project": ("--subspaces", made / "archive")}
-    place = ("-o", tmp_path / "out", "--device", "cpu")
-    found = cli("edit", command, made / "base", made / "tuned", *more.get(command, ()), *place)
-    assert found.code == 0, found.err
-    head = head_of(tmp_path / "out")
-    assert head["base_model"] == ["base", "tuned"]
-    assert "license" not in head  # the two say different things
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "licence `small-license`" in text
-    assert "licence `mit`" in text
-    assert ("sculptor verify" in text) == (command == "project")
-    check_places(tmp_path / "out", made, tmp_path)
-
-
-def test_of_an_edit_with_an_adapter_and_of_pruning(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    save_adapter(made / "base", tmp_path / "adapter")
-    found = cli("edit", "interpolate", made / "base", tmp_path / "adapter", "--alpha", 0.5, "-o", tmp_path / "a")
-    assert found.code == 0, found.err
-    found = cli(
-        "edit", "prune", made / "base", "--sparsity", 0.3, "--subspaces", made / "archive", "-o", tmp_path / "p"
-    )
-    assert found.code == 0, found.err
-    for output in (tmp_path / "a", tmp_path / "p"):
-        assert (head_of(output)["base_model"], head_of(output)["license"]) == ("base", "other")
-        check_places(output, made, tmp_path)
-    assert "removed of the curvature" in (tmp_path / "p" / "README.md").read_text()
+def test_changes_are_in_pairs() -> None:
+    """The textbook's paired interval; not that of two samples."""
+    before, after = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+    found = change(Series("accuracy", tuple(before), (1,) * 6), Series("accuracy", tuple(after), (1,) * 6))
+    gaps = [b - a for a, b in zip(before, after, strict=True)]
+    assert found == pytest.approx((statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(6)))
+    with pytest.raises(DataError, match="other tokens"):
+        change(Series("loss", (1.0,), (3,)), Series("loss", (1.0,), (4,)))
 
 
 @pytest.mark.parametrize(
-    ("text", "licence"),
-    [
-        ("", None),
-        ("---\n: [\n---\n# Title\n", None),
-        ("---\n- a list\n---\n", None),
-        ("---\nlicense: [mit, 3]\n---\n", None),
-        ("---\nlicense: mit\nlicense_link: /home/me/LICENSE\n---\n", "mit"),
-        ("---\nlicense: mit\nlicense_link: file:///home/me\nlanguage: {a: /home/me}\n---\n", "mit"),
-        ("\ufeff---\nlicense: apache-2.0\n---\n", "apache-2.0"),
-    ],
+    ("threshold", "code"),
+    [("text>-9", 1), ("text<-9", 0), ("rows.loss<9", 1), ("harm>0", 1), ("harm>9", 0), ("rows<-101", 0)],
 )
-def test_cards_of_bases_may_be_anything(tmp_path: Path, text: str, licence: str | None) -> None:
-    base, staged = tmp_path / "no hub-name", tmp_path / "staged"
-    for folder in (base, staged):
-        folder.mkdir()
-        (folder / "README.md").write_text(text, encoding="utf-8")
-    (staged / "readme.MD").write_text("of the base")
-    write_card(staged, Card(bases=(base,), done="changed", summary="So it is.", tags=(), figures=[("a", "1")]))
-    head = head_of(staged)
-    assert head.get("license") == licence
-    assert "base_model" not in head  # the hub has no such names
-    assert "/home/me" not in (staged / "README.md").read_text()
-    assert sorted(path.name for path in staged.iterdir()) == ["README.md"]
+def test_thresholds_decide_the_exit_code(cli: Callable[..., Result], made: Path, threshold: str, code: int) -> None:
+    more = ("--data", made / "rows.jsonl", "--watch", made / "text.jsonl", "--max-rows", 4, "--no-exact-match")
+    found = carded(cli, made, *more, "--fail-if", threshold, "--fail-if", "harm>50")
+    assert (found.code, found.err) == (code, "")
+    assert ("FAILED: tuned" in found.out, f"FAILS {threshold}: found" in found.out) == (code == 1, code == 1)
 
 
-def test_a_card_that_is_a_link_out_is_not_read(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    (tmp_path / "mine.md").write_text("---\nlicense: mit\n---\n# Secret\n")
-    (base / "README.md").symlink_to(tmp_path / "mine.md")
-    (tmp_path / "staged").mkdir()
-    write_card(tmp_path / "staged", Card(bases=(base,), done="x", summary="x", tags=(), figures=[]))
-    assert "Secret" not in (tmp_path / "staged" / "README.md").read_text()
+def test_strict_wants_the_interval_to_hold(made: Path) -> None:
+    """The change is between a threshold and the interval's end: it passes, unless it has to be shown."""
+    rows, place = [made / "rows.jsonl"], (made / "base", [made / "tuned"])
+    (first,) = card(*place, rows, exact_match=False, device="cpu").tuned
+    line = next(line for line in first.lines if line.figure == "loss")
+    assert line.change < line.high < math.inf
+    limit = [f"rows.loss>{(line.change + line.high) / 2}"]
+    for strict, passed in ((False, True), (True, False)):
+        found = card(*place, rows, exact_match=False, fail_if=limit, strict=strict, device="cpu")
+        assert found.passed is passed
+        assert bool(found.tuned[0].failed) is not passed
 
 
-def test_data_on_the_hub_and_names_with_marks(tmp_path: Path) -> None:
-    base, staged = tmp_path / "base", tmp_path / "staged"
-    for folder in (base, staged):
-        folder.mkdir()
-    data = ("owner/name:config@train", "task.jsonl", "owner/name@test", "a`|b\n---\n.jsonl")
-    write_card(staged, Card(bases=(base,), done="x", summary="x", tags=("t",), figures=[], data=data))
-    assert head_of(staged) == {
-        "base_model": "base",
-        "datasets": ["owner/name"],
-        "library_name": "transformers",
-        "tags": ["sculptor", "t"],
-    }
-    assert "* `a'¦b --- .jsonl`" in (staged / "README.md").read_text()
-    assert code("a\tb`") == "`a b'`"
+def test_an_update_that_leaks_fails_unverified(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "other", seed=5)
+    arguments = ("--subspaces", made / "archive", "--fail-if", "unverified", "--device", "cpu")
+    found = cli("card", made / "base", made / "tuned", tmp_path / "other", *arguments)
+    assert found.code == 1
+    assert "FAILED: other" in found.out
+    assert "verify PASSED" in found.out
 
 
-def test_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
-    place = tmp_path / "models--owner--some-name" / "snapshots" / "0123abc"
-    place.mkdir(parents=True)
-    assert published_name(place) == "owner/some-name"
-    (tmp_path / "link").symlink_to(place)
-    assert published_name(tmp_path / "link") == "owner/some-name"
-    assert published_name(tmp_path) == tmp_path.name
+@pytest.mark.parametrize(
+    ("more", "needles"),
+    [
+        (("--fail-if", "piqa<-1"), ("'piqa' is not measured", "measured are harm, rows")),
+        (("--fail-if", "leak>1"), ("needs --subspaces",)),
+        (("--fail-if", "rows"), ("expected NAME<VALUE",)),
+        (("--fail-if", "rows.instructions<0"), ("'rows.instructions' is not measured",)),
+        (("--strict",), ("--strict without effect",)),
+        (("--data", "ROWS"), ("two things would be called rows",)),
+        (("--json", "ROWS"), ("exists already",)),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_one_line_and_2(
+    cli: Callable[..., Result], made: Path, more: tuple[str, ...], needles: tuple[str, ...]
+) -> None:
+    rows = made / "rows.jsonl"
+    found = carded(cli, made, "--data", rows, "--max-rows", 2, *(rows if word == "ROWS" else word for word in more))
+    assert (found.code, len(found.err.strip().splitlines())) == (2, 1), found.err
+    assert all(needle in found.err for needle in needles), found.err
+
+
+def test_thresholds_are_read_as_they_are_written() -> None:
+    assert parse_threshold(" a.b > +1e-2 ").value == 0.01
+    assert not parse_threshold("piqa<-1").above
+    for wrong in ("", "piqa", "<1", "piqa<", "piqa<nan", "piqa<1.2.3", "a<1<2"):
+        with pytest.raises(SettingsError, match="expected NAME<VALUE"):
+            parse_threshold(wrong)
+
+
+def test_an_answer_has_to_leave_room_for_a_prompt(made: Path) -> None:
+    with pytest.raises(SettingsError, match="--max-new-tokens 500: leaves no room for a prompt in 64 tokens"):
+        card(made / "base", [made / "tuned"], abilities=[made / "abilities"], max_new_tokens=500, device="cpu")
+
+
+def test_refusals_are_told_by_words_near_the_beginning() -> None:
+    assert is_refusal("I\u2019m  sorry, but no.")
+    assert is_refusal("Well.\nI CANNOT do that")
+    assert not is_refusal("Here you are." + " " * 300 + "x" * 300 + " I cannot")
+    assert not is_refusal("")
+
+
+def test_instructions_are_checked_where_the_checker_is(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out with a word where it is not; else its verdicts are the figures."""
+    row: dict[str, Any] = {"prompt": "w5 w6", "key": 1, "instruction_id_list": ["a", "b"], "kwargs": [{}, {}]}
+    rows = write_rows(tmp_path / "ifeval.jsonl", [row, row | {"prompt": "w7"}])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    told: list[str] = []
+    found = card(made / "base", [made / "tuned"], abilities=[rows], device="cpu", notice=told.append)
+    assert found.left_out == tuple(told)
+    assert "needs lm-eval" in told[0]
+    module: Any = types.ModuleType("lm_eval.tasks.ifeval.utils")
+    module.process_results = lambda doc, said: {"inst_level_strict_acc": [True, doc["prompt"] == "w7"]}
+    for name in ("lm_eval", "lm_eval.tasks", "lm_eval.tasks.ifeval"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval.utils", module)
+    found = card(made / "base", [made / "tuned"], abilities=[rows], max_new_tokens=3, device="cpu")
+    assert [(line.figure, line.base) for line in found.tuned[0].lines] == [("followed", 0.5), ("instructions", 0.75)]
+    module.process_results = lambda doc, said: 1 / 0
+    with pytest.raises(SculptorError, match="cannot judge"):
+        card(made / "base", [made / "tuned"], abilities=[rows], max_new_tokens=3, device="cpu")

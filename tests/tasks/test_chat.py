@@ -9,7 +9,7 @@ import torch
 from conftest import Result, make_tokenizer, save_checkpoint
 
 from sculptor import chat
-from sculptor.errors import CheckpointError, SettingsError
+from sculptor.errors import CheckpointError, DataError, SettingsError
 
 TEMPLATE = "{% for m in messages %}w9 {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
 
@@ -90,3 +90,31 @@ def test_sampling_follows_the_temperature(tmp_path: Path) -> None:
         torch.manual_seed(0)
         said = {session.ask("w1")[0].text for _ in range(4)}
     assert len(said) > 1
+
+
+def test_what_is_longer_than_the_model_takes_is_told(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old turns are dropped, whole, the system's words never; what has no room by itself is refused."""
+    tuned, _ = talkers(tmp_path)
+    told: list[str] = []
+    with chat(tuned, max_new_tokens=4, max_length=24, device="cpu", system="w8", notice=told.append) as session:
+        said = [session.ask(f"w{i} w2 w3 w4 w5")[0].text for i in range(3)]
+        kept = session._speakers[0].history
+        assert kept[0]["content"] == "w8"
+        assert kept[1]["content"] != "w0 w2 w3 w4 w5"
+        assert said[2] == greedy(tuned, "w9 w8 <end> w9 w2 w2 w3 w4 w5 <end> w9", 4).strip()
+        with pytest.raises(
+            DataError, match=r"tuned: 26 tokens are said, and 20 are the most with 4 for the answer; say"
+        ):
+            session.ask(" ".join(["w1"] * 20))
+        assert session._speakers[0].history == kept, "as before"
+    assert told
+    assert all(
+        line.startswith("tuned: the oldest turn of the conversation is forgotten: no more than 24") for line in told
+    )
+    model = save_checkpoint(tmp_path / "plain")
+    monkeypatch.setattr("sys.stdin", io.StringIO(" ".join(["w1"] * 70) + "\n"))
+    found = cli("chat", model, "--device", "cpu")
+    assert (found.code, found.err.count("\n")) == (1, 2)
+    assert "plain: 70 tokens are said, and 32 are the most with 32 for the answer" in found.err

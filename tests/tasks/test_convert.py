@@ -8,6 +8,8 @@ from conftest import Result, save_checkpoint
 
 from sculptor import AnalyzeSettings, Archive, analyze, convert
 
+COVERS = ["sculptor.archive.version2"]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sculptor import AnalyzeSettings, TrainSettings, analyze, evaluate, preview, train
 from sculptor.errors import OutputError, SettingsError, Stopped
 
+COVERS = ["sculptor.report.data"]
 TEMPLATE = "{% for m in messages %}{{ m.content }} <end> {% endfor %}"
 TALK = {"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]}
 

@@ -18,6 +18,7 @@ from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.tasks import defaults
 from sculptor.validation import sign
 
+COVERS = ["sculptor.tasks.first_archive"]
 SHORT = TrainSettings(max_steps=3, batch_size=8, learning_rate=1e-2, device="cpu")
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -171,6 +172,26 @@ def test_keys_that_nothing_reads_are_named(cli: Callable[..., Result], tmp_path:
         assert found.code == 0, found.err
         assert found.err.count(keys) == (2 if command[0] == "train" else 1), found.err
         assert "in messages: 'name' of 3 rows" in found.err
+
+
+@pytest.mark.slow
+def test_what_is_protected_is_read_through_the_same_template(tmp_path: Path) -> None:
+    """Conversations of old, and what a chat model says: not through its default, where the training has another."""
+    model, template = save_checkpoint(tmp_path / "model"), tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}w39 {{ m['content'] }} {% endfor %}")
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w3"}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": talk}] * 4)
+    plain = write_rows(tmp_path / "plain.jsonl", task_rows(count=4))
+    settings = replace(SHORT, max_steps=1, chat_template=str(template))
+
+    def analyzed(name: str, *protected: Path) -> str | None:
+        train(model, None, [rows], tmp_path / name, settings, protect_data=protected)
+        return Archive(tmp_path / name / "analyzed").manifest.settings.chat_template
+
+    assert analyzed("rows", rows) == "other.jinja"
+    assert analyzed("plain", plain) is None
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    assert analyzed("said") == "other.jinja"
 
 
 def test_bad_rows_are_refused_before_the_analysis(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Result
 
+COVERS = ["sculptor.tasks.demo_model"]
+
 
 @pytest.mark.slow
 def test_protection_keeps_what_plain_training_loses(cli: Callable[..., Result], tmp_path: Path) -> None:

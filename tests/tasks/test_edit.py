@@ -17,6 +17,8 @@ from sculptor.edits.interpolate import interpolate
 from sculptor.edits.lines import lines
 from sculptor.edits.threshold import threshold
 
+COVERS = ["sculptor.edits.settings", "sculptor.report.edit", "sculptor.tasks.edit_record", "sculptor.tasks.edit_report"]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,6 +24,7 @@ from sculptor.training import state
 from sculptor.training.rates import Peaks
 from sculptor.training.stepping.streamed import StreamedUpdates
 
+COVERS = ["sculptor.planning.settings", "sculptor.planning.shares", "sculptor.report.estimate"]
 CPU = torch.device("cpu")
 
 

@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
-from sculptor import TrainSettings
+from sculptor import AnalyzeSettings, TrainSettings, analyze, train
+from sculptor.errors import OutputError, Stopped
 from sculptor.tasks.job import open_base, read_task
 
 
@@ -83,3 +85,31 @@ def test_rows_beside_the_task_that_do_not_fit_are_told(tmp_path: Path) -> None:
     read_task(checkpoint, architecture, task, beside, TrainSettings(max_length=16), told.append, [(beside, 0.2)])
     counts = "1 rows dropped (completion too long), 1 with the middle of the prompt cut"
     assert told == [f"--eval-data: {counts}", f"--replay beside.jsonl: {counts}"]
+
+
+def test_a_run_is_taken_up_with_the_same_shares_and_evaluation(tmp_path: Path) -> None:
+    """Neither changes a row that is read, and both change what is trained, or kept."""
+    model = save_checkpoint(tmp_path / "model")
+    data = [write_rows(tmp_path / f"{name}.jsonl", task_rows(count=9)) for name in "ab"]
+    analyze(model, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+
+    def run(weights: tuple[float, float] | None, *more: Path, **options: object) -> None:
+        given = data if weights is None else [f"{file}:{weight}" for file, weight in zip(data, weights, strict=True)]
+        settings = TrainSettings(max_steps=3, save_every=1, batch_size=4, device="cpu")
+        train(model, tmp_path / "archive", given, tmp_path / "out", settings, eval_data=list(more), **options)
+
+    polls = iter([None, 15])
+    with pytest.raises(Stopped):
+        run((0.75, 0.25), data[0], stop=lambda: next(polls))
+    for weights, more, message in (
+        (None, (data[0],), r"mixture; mixture was .*, now None"),
+        ((0.5, 0.5), (data[0],), r"mixture; mixture.weights was \[0.75, 0.25\], now \[0.5, 0.5\]"),
+        ((0.75, 0.25), (), "eval_data was '9 rows', now None"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            run(weights, *more, resume=True)
+    run((0.75, 0.25), data[0], resume=True)
+    record = json.loads((tmp_path / "out" / "sculptor.json").read_text())
+    assert record["data"]["weights"] == [0.75, 0.25]
+    assert record["eval_data"]["files"] == ["a.jsonl"]
+    assert record["eval_data"]["rows"] == 9

@@ -1,7 +1,9 @@
 """`train --add-tokens`: rows for new tokens, trained freely; everything old as it was, and `verify` knows which is which."""
 
+import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +17,14 @@ from conftest import GROUPED, IDS, Result, make_tokenizer, save_checkpoint, slow
 from safetensors.torch import load_file, save_file
 from together import together
 
-from sculptor import AnalyzeSettings, TrainSettings, analyze, evaluate, train, verify
+from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.errors import DataError, SculptorError, SettingsError, Stopped
+from sculptor.model.samples import read_samples
 from sculptor.report.html.verify import verify_page
 from sculptor.report.text import train_text
 from sculptor.report.verify import verify_text
 
+COVERS = ["sculptor.checkpoint.old_text", "sculptor.checkpoint.vocabulary"]
 TOKENS = ("<call>", "</call>", "münze")
 SETTINGS = TrainSettings(max_steps=6, batch_size=8, relative_rate=0.05, device="cpu", add_tokens=TOKENS)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -345,3 +349,40 @@ def test_a_model_that_cannot_is_named(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match=r"cannot get new tokens \(final_logits_bias does not grow by rows"):
         plan_growth(open_checkpoint(tmp_path), ["<a>"])
+
+
+def test_tokens_that_old_text_has_are_refused_unless_wanted(made: Path, tmp_path: Path) -> None:
+    """They change how it is read, whatever is protected."""
+    analyze(made / "exact", tmp_path / "sampled", AnalyzeSettings(preserve=0.5, samples=True, device="cpu"))
+    known = transformers.AutoTokenizer.from_pretrained(made / "exact")
+    samples = read_samples(Archive(tmp_path / "sampled"))
+    assert samples is not None
+    texts = [known.decode(sample.example.input_ids) for sample in samples.all]
+    words = next(text for text in texts if text.count(" w") > 2).split()
+    pair = next(f"{a} {b[:1]}" for a, b in itertools.pairwise(words) if a[:1] == b[:1] == "w")
+    times = sum(text.count(pair) for text in texts)
+
+    def run(token: str, archive: Path, **options: Any) -> list[str]:
+        told: list[str] = []
+        settings = replace(SETTINGS, add_tokens=("<call>", token), max_steps=1, **options)
+        train(made / "exact", archive, [made / "rows.jsonl"], tmp_path / "out", settings, notice=told.append)
+        return told
+
+    with pytest.raises(
+        SettingsError, match=r"--add-tokens: '9' is a part of 'w9', which the tokenizer has; choose what"
+    ):
+        run("9", made / "exact-archive")
+    standing = rf"{pair!r} stands {times} times in what the base says by itself; [\d.]+ % of the tokens of the archive's samples"
+    with pytest.raises(SettingsError, match=standing):
+        run(pair, tmp_path / "sampled")
+    assert not (tmp_path / "out").exists()
+    assert any(re.search(standing, line) for line in run(pair, tmp_path / "sampled", common_tokens=True))
+    found = verify(made / "exact", tmp_path / "out", tmp_path / "sampled", device="cpu")
+    assert found.passed
+    assert re.search(standing, "; ".join(found.old_text))
+    assert "new tokens in old text: " in verify_text(found)
+    strict = verify(made / "exact", tmp_path / "out", tmp_path / "sampled", device="cpu", strict=True)
+    assert not strict.passed
+    assert "DIFFERS: new tokens: " in verify_text(strict)
+    with pytest.raises(SettingsError, match="--common-tokens without effect"):
+        TrainSettings(common_tokens=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.analysis.verify import MatrixVerification, Verification
+from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SculptorError, VerificationError
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -557,3 +558,37 @@ def test_a_frozen_entry_does_not_hide_in_the_rounding_of_all(tmp_path: Path) -> 
         assert found.peak is not None
         assert found.peak_rounding is not None
         assert (found.peak <= peak_allowance(size, weight, found.peak_rounding, found.num_pairs)) is expected
+
+
+def test_what_is_judged_is_what_the_lineage_is_compared_with(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every matrix is read once; where a second look is needed, what has changed since is no proof of anything."""
+    tuned = attacked(made, tmp_path, tuned="two")
+    read: list[str] = []
+    plain = Checkpoint.matrix
+
+    def counted(self: Checkpoint, place: Any) -> torch.Tensor:
+        if self.path == tuned:
+            read.append(place.name)
+        return plain(self, place)
+
+    monkeypatch.setattr(Checkpoint, "matrix", counted)
+    assert check(made, tuned).num_merges == 2
+    assert sorted(read) == sorted({*read})
+    assert {*read} >= {*Archive(made / "float32" / "archive")}
+
+    class Meddling:
+        """A bar, at whose end somebody writes into the checkpoint."""
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def update(self, _: int) -> None: ...
+
+        def close(self) -> None:
+            edit_tensors(tuned, lambda tensors: tensors[NAME].mul_(1.5))
+
+    shutil.rmtree(tuned / "subspaces")
+    shutil.copytree(made / "float32" / "one" / "subspaces", tuned / "subspaces")  # of other matrices
+    with pytest.raises(VerificationError, match="its matrices changed while they were read"):
+        check(made, tuned, progress=Meddling)

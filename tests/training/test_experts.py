@@ -23,6 +23,7 @@ from sculptor.training.experts import leaf_of, run_in_pieces, tap
 from sculptor.training.protect import protected_matrices
 from sculptor.validation import sign
 
+COVERS = ["sculptor.checkpoint.experts"]
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 

@@ -16,6 +16,7 @@ from sculptor.errors import SculptorError, SettingsError, Stopped, TrainingError
 from sculptor.training.schedule import learning_rate
 from sculptor.training.state import StateStore
 
+COVERS = ["sculptor.training.stepping.resident"]
 STEPS = 20
 
 

@@ -16,6 +16,7 @@ from sculptor.training.protect import protected_blocks, protected_matrices
 from sculptor.training.stack import STACKED
 from sculptor.validation import sign
 
+COVERS = ["sculptor.training.coordinates"]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "plain": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False),
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),

@@ -9,6 +9,7 @@ from sculptor.errors import OutputError
 from sculptor.training.state import Position, StateStore
 from sculptor.training.stepping.updates import tensors_of
 
+COVERS = ["sculptor.training.stepping.updates"]
 KEY = {"learning_rate": 1e-3, "data": ["x"]}
 PRINTS = {"w": [0.5, -0.25]}
 

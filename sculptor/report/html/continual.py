@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sculptor.benchmark.results import ContinualReport, Stage
-from sculptor.report.continual import method_of, metrics_text, score_text, unit_of
+from sculptor.report.continual import harm_text, method_of, metrics_text, score_text, unit_of
 from sculptor.report.html.curves import Curve, chart
 from sculptor.report.html.heat import Cell, Head, heat_map
 from sculptor.report.html.page import Child, Markup, element, page, section, table, tiles
@@ -35,6 +35,9 @@ def _tiles(report: ContinualReport) -> list[tuple[str, str, str | None]]:
     found: list[tuple[str, str, str | None]] = [(name, value, _MEANINGS[name]) for name, value in metrics_text(report)]
     if report.watch_rise is not None:
         found.append(("Watched loss", f"{report.watch_rise:+.3f}", "from the base to the end"))
+    if report.harm is not None:
+        error = f"± {report.harm.error:.4f} nats a token, KL(base || new)"
+        found.append(("Harm", f"{report.harm.nats:.4f}", error))
     return found
 
 
@@ -84,10 +87,11 @@ def _stages(report: ContinualReport) -> Markup:
         [
             stage.name,
             *(f"{stage.watched[name]:.3f}" for name in watched),
+            harm_text(stage),
             f"{stage.seconds:.0f}",
             "–" if stage.archive_bytes is None else size(stage.archive_bytes),
         ]
         for stage in report.stages
     ]
-    head = ["after", *(f"loss on {Path(name).name}" for name in watched), "seconds of training", "archive"]
+    head = ["after", *(f"loss on {Path(name).name}" for name in watched), "harm", "seconds of training", "archive"]
     return table(head, rows, "stages")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from sculptor import __version__
 from sculptor.checkpoint.directory import published_name
-from sculptor.checkpoint.staging import partial_path, writing
+from sculptor.checkpoint.staging import check_apart, partial_path, writing
 from sculptor.errors import OutputError, SettingsError
 from sculptor.report.html.style import STYLE
-from sculptor.tasks.card import is_hub_name
+from sculptor.tasks.readme import is_hub_name
 
 _VOID = ("meta", "br")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -132,26 +132,39 @@ def listed(items: Sequence[str]) -> Markup:
     return element("ul", [element("li", item) for item in items])
 
 
-def check_page(path: Path, overwrite: bool, output: Path | None = None) -> None:
+def check_page(
+    path: Path, overwrite: bool, output: Path | None = None, inputs: Iterable[str | Path | None] = ()
+) -> None:
     """Refuses a place where a page could not be written, before any work.
 
     Args:
         path: the file.
         overwrite: allow one that exists.
         output: the directory that the command makes; it holds a model, and nothing else.
+        inputs: what the command reads; a page lies in none of it.
 
     Raises:
         SettingsError: if the name is not that of a page.
-        OutputError: if it exists, or has no folder.
+        OutputError: if it exists, has no folder, or lies in an input.
     """
+    check_apart(path.resolve(), filter(None, inputs))
     if path.suffix.lower() not in _SUFFIXES:
         raise SettingsError(f"--html {path}: expected a name that ends in .html")
     if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
         raise SettingsError(f"--html {path}: lies in the output {output}; choose a place beside it")
+    check_place(path, "--html", overwrite)
+
+
+def check_place(path: Path, option: str, overwrite: bool) -> None:
+    """Refuses a place where a file could not be written, before any work.
+
+    Raises:
+        OutputError: if it exists, or has no folder.
+    """
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
-        raise OutputError(f"{path}: exists already; choose another --html or pass --overwrite")
+        raise OutputError(f"{path}: exists already; choose another {option} or pass --overwrite")
     if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it or choose another --html")
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it or choose another {option}")
 
 
 def write_page(path: Path, content: str, overwrite: bool) -> None:
@@ -161,6 +174,15 @@ def write_page(path: Path, content: str, overwrite: bool) -> None:
         OutputError: if it cannot be written, or something has come there since.
     """
     check_page(path, overwrite)
+    write_file(path, content)
+
+
+def write_file(path: Path, content: str) -> None:
+    """Writes a text, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):

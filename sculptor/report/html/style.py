@@ -141,6 +141,11 @@ svg *{vector-effect:non-scaling-stroke}
 .curve{fill:none;stroke:var(--accent);stroke-width:1.8;stroke-linejoin:round}
 .band{fill:var(--accent);opacity:.2}
 .rule{stroke:var(--line);stroke-width:1}
+.plot.tall{grid-template-rows:340px 1.5em}
+.field{position:relative}
+.field svg{position:absolute;inset:0}
+.mark{position:absolute;transform:translate(-50%,-50%);min-width:1.7em;padding:1px 3px;border-radius:1em;text-align:center;
+  background:var(--second);color:var(--card);font-weight:600;line-height:1.35}
 .dot{stroke:var(--second);stroke-width:8;stroke-linecap:round}
 .frozen{fill:var(--accent)}
 pre{font:12px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;margin:8px 0}

@@ -1,23 +1,19 @@
 """One block's matrices in streamed training: where their things wait, and how they are laid out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sculptor.archive.manifest import MatrixRecord
-from sculptor.checkpoint.orientation import as_out_in
 from sculptor.methods.rule import Tensors
+from sculptor.streaming.files import TensorFiles
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import Region
-from sculptor.streaming.weights import TensorFiles
-from sculptor.training.coordinates import folded_weight
 from sculptor.training.schedule import RateOf
-from sculptor.training.stepping.optimizer import set_rates
 
 
 class Stage(Enum):
@@ -50,6 +46,7 @@ class StreamedMatrix:
         state: of A and its moments, as they lie together in the block's state, from byte `state_start` on.
         gradients: of the gradients of A, from byte `gradient_start` of the block's on.
         pristine: W0 as the checkpoint stores it, from byte `pristine_start` of the block's on.
+        is_last: whether it is the last matrix of its parameter.
         touched: whether a gradient has reached it in this step: what none reaches is not stepped.
     """
 
@@ -68,6 +65,7 @@ class StreamedMatrix:
     state_start: int = 0
     gradient_start: int = 0
     pristine_start: int = 0
+    is_last: bool = True
     touched: bool = False
 
     @property
@@ -108,19 +106,6 @@ class StreamedMatrix:
         else:
             files.read(self.record, self.pristine.view(pristine, "pristine"))
 
-    def fold(self, tensors: Tensors, views: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight that the model computes with."""
-        coordinates = [views[key] for key in self.keys]
-        transposed = self.record.transposed
-        return folded_weight(self.record.rule, tensors, coordinates, views["pristine"], transposed, dtype)
-
-    def project(self, tensors: Tensors, views: Mapping[str, Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of A; `views` hold A and W0 where the rule reads them."""
-        transposed = self.record.transposed
-        weight = as_out_in(views["pristine"], transposed) if views else gradient.new_empty(0)
-        coordinates = [views[key] for key in self.keys] if views else []
-        return self.record.rule.project(weight, tensors, coordinates, as_out_in(gradient, transposed))
-
     def step(self, views: Mapping[str, Tensor], rate_of: RateOf, divisor: Tensor | None) -> None:
         """AdamW, in place, on views that are the optimizer's only for now; gradients are divided by `divisor` first."""
         if divisor is not None and divisor.device.type == "cpu" and float(divisor) == 1:
@@ -132,7 +117,8 @@ class StreamedMatrix:
             if "step" not in kept:
                 kept["step"] = torch.zeros((), dtype=torch.float32, device=a.device)
             kept |= {moment: views[f"{key}.{moment}"] for moment in self.moments}
-        set_rates(self.optimizer, rate_of)
+        (group,) = self.optimizer.param_groups
+        group["lr"] = rate_of(group["peak"])
         self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # as GradScaler has it: no passage of its own
         self.optimizer.step()
         for a in self.coordinates:
@@ -140,18 +126,17 @@ class StreamedMatrix:
             for moment in self.moments:
                 del self.optimizer.state[a][moment]
 
-    def store_state(self, block: "StreamedBlock", memory: Tensor) -> None:
-        """Keeps A and its moments, on the current stream."""
-        block.state.store(memory[: self.state.num_bytes], self.state_start)
-
 
 @dataclass(eq=False, slots=True)
 class StreamedBlock:
     """The matrices of one block, and the regions where their things wait, matrix after matrix.
 
-    `pristine` is None where W0 is read from the checkpoint; `norms` are those of the step's gradients, by coordinate, and
-    `divisors` what gradients are divided by in a fused update, by matrix, kept until it is over. `stage` is where the
-    block stands, `due` the update that it is to have.
+    Attributes:
+        pristine: None where W0 is read from the checkpoint.
+        others: parameters that an update does not make, or makes only a part of: `shares` says whether there are such.
+        norms: those of the step's gradients, by coordinate.
+        divisors: what gradients are divided by in a fused update, by matrix, kept until it is over.
+        stage: where the block stands, `due` the update that it is to have.
     """
 
     matrices: list[StreamedMatrix]
@@ -162,6 +147,8 @@ class StreamedBlock:
     state: Region
     gradients: Region
     pristine: Region | None
+    others: Sequence[str] = ()
+    shares: bool = False
     norms: dict[str, Tensor] = field(default_factory=dict)
     divisors: dict[str, Tensor] = field(default_factory=dict)
     stage: Stage = Stage.CURRENT
@@ -191,14 +178,6 @@ class StreamedBlock:
         self.norms.clear()
         for matrix in self.matrices:
             matrix.touched = False
-
-    def makes(self, layout: Layout) -> tuple[set[str], bool]:
-        """Parameters of a block's layout that an update makes as a whole, and whether there are others that it makes in part."""
-        rest = {matrix.parameter_name: prod(layout[matrix.parameter_name].shape) for matrix in self.matrices}
-        for matrix in self.matrices:
-            rest[matrix.parameter_name] -= prod(matrix.record.shape)
-        whole = {name for name, numbers in rest.items() if not numbers}
-        return whole, len(whole) < len(rest)
 
     def tensors(self, matrix: StreamedMatrix, memory: Tensor) -> Tensors:
         """A matrix's tensors in device memory that holds the block's bases."""

@@ -1,7 +1,6 @@
 """AdamW and folding for one block at a time: everything passes through a ring of device memory, matrix by matrix."""
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -9,18 +8,16 @@ from torch import Tensor
 
 from sculptor.numerics.precision import float32_products
 from sculptor.streaming.blocks import BlockStream
-from sculptor.streaming.regions import HostRegion
-from sculptor.streaming.slots import Slot, Slots
+from sculptor.streaming.slots import Slot, Slots, loading
 from sculptor.streaming.transfers import Ticket
-from sculptor.training.stepping.block import Due, StreamedBlock
-from sculptor.training.stepping.optimizer import divisor
-
-# What gradients are divided by: each matrix's by its own, all by one, or none.
-Divisors = Mapping[str, Tensor] | Tensor | None
+from sculptor.training.coordinates import folded_weight
+from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
+from sculptor.training.stepping.clipping import Divisors, chosen
+from sculptor.training.stepping.host_optimizer import HostOptimizer
 
 
 class BlockUpdater:
-    """Updates blocks, into the slots that their parameters are read from.
+    """Brings blocks up to date as they are fetched, in the slots that their parameters are read from.
 
     Args:
         stream: of the model.
@@ -30,19 +27,20 @@ class BlockUpdater:
 
     Attributes:
         bases: of blocks, on the device.
+        stale: blocks that are not up to date, for some process.
     """
 
     def __init__(
-        self, stream: BlockStream, blocks: Mapping[int, StreamedBlock], count: int, host: "HostOptimizer | None"
+        self, stream: BlockStream, blocks: Mapping[int, StreamedBlock], count: int, host: HostOptimizer | None
     ) -> None:
         self.stream = stream
         self.transfers = stream.transfers
         self.device = stream.device
         self.blocks = blocks
         self.host = host
-        self.bases = Slots(
-            count, max((b.bases_layout.num_bytes for b in blocks.values()), default=0), self.device, self._load_bases
-        )
+        self.stale: set[int] = set()
+        size = max((b.bases_layout.num_bytes for b in blocks.values()), default=0)
+        self.bases = Slots(count, size, self.device, loading(self.transfers, lambda block: blocks[block].bases))
         sizes = (matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
         size = max(sizes, default=0)
         self._ring = [Slot(size, self.device) for _ in range(count)]
@@ -53,6 +51,22 @@ class BlockUpdater:
         """What gradients are divided by from now on: each matrix's by its own, all by one, or none."""
         self._divisors = divisors
         self._divisors_ready = self.transfers.mark()
+        if self.host is not None:
+            self.host.clip_with(divisors)
+
+    def refill(self, block: int, slot: Slot) -> list[Ticket] | None:
+        """What the stream asks for when it fetches a block: an update into the slot, if one is due."""
+        self.stale.discard(block)
+        if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
+            return None
+        uses = [*slot.taken(), *([self.stream.weights.written(block)] if found.shares else [])]
+        loaded = self.transfers.load(partial(self.stream.weights.load, block, slot.memory, found.others), uses)
+        with self.transfers.lane("update"):
+            for ticket in [*uses, *([loaded] if found.shares else [])]:
+                ticket.wait()
+            updated = self.update(block, slot, found.due)
+        found.stage, found.due = Stage.CURRENT, None
+        return [loaded, updated]
 
     @torch.no_grad()
     def update(
@@ -76,53 +90,66 @@ class BlockUpdater:
         if self.host is not None:
             self.host.wait(block)
             due = None
-        stepping = due is not None
-        touched = due.touched if due is not None else frozenset()
         bases = self.bases.enter(block)
         self._divisors_ready.wait()
-        ahead, last = len(self._ring) > 1, _last_of(found)
-        loads = [self._bring(found, 0, stepping, gradients is None)]
-        for k, matrix in enumerate(found.matrices):
-            if ahead and k + 1 < len(found.matrices):
-                loads.append(self._bring(found, k + 1, stepping, gradients is None))
-            loads[k].wait()
-            ring = self._ring[k % len(self._ring)]
-            views = matrix.views(ring.memory, stepping)
-            if due is not None and matrix.name in touched:
+        for matrix, ring in self._brought(found, due is not None, gradients is None):
+            views = matrix.views(ring.memory, due is not None)
+            stepped = due is not None and matrix.name in due.touched
+            if due is not None and stepped:
                 if gradients is not None:
                     views |= matrix.gradient_views(gradients.memory[matrix.gradient_start :])
                 matrix.step(views, due.rate_of, chosen(divisors or self._divisors, matrix.name))
-            target = matrix.record.window.of(self.stream.layouts[block].view(slot.memory, matrix.parameter_name))
-            with float32_products(self.device, tf32=True):
-                target.copy_(matrix.fold(found.tensors(matrix, bases.memory), views, target.dtype))
-            done = self.transfers.mark()
-            ring.uses = {"update": done}
-            if matrix.name in touched:
-                stored = self.transfers.store(partial(matrix.store_state, found, ring.memory), [done])
-                found.state.written = stored
-                ring.uses["store"] = stored
-            if k == last[matrix.parameter_name]:
-                region = self.stream.weights.region(block)
-                store = partial(self.stream.weights.store, block, slot.memory, matrix.parameter_name)
-                region.written = self.transfers.store(store, [done])
-                slot.uses["store"] = region.written
-            if not ahead and k + 1 < len(found.matrices):
-                loads.append(self._bring(found, k + 1, stepping, gradients is None))
-        done = self.transfers.mark()
-        bases.uses["update"] = done
+            parameter = self.stream.layouts[block].view(slot.memory, matrix.parameter_name)
+            self._fold(matrix, found.tensors(matrix, bases.memory), views, matrix.record.window.of(parameter))
+            self._store(block, matrix, slot, ring, stepped)
+        bases.uses["update"] = done = self.transfers.mark()
         return done
 
-    def _bring(self, block: StreamedBlock, k: int, stepping: bool, with_gradients: bool) -> Ticket:
+    def _brought(
+        self, block: StreamedBlock, stepping: bool, with_gradients: bool
+    ) -> Iterator[tuple[StreamedMatrix, Slot]]:
+        """Each matrix with a piece of the ring that holds what its update needs; with two pieces, the next is on its way."""
+        loads: list[Ticket] = []
+        for k, matrix in enumerate(block.matrices):
+            for after in block.matrices[len(loads) : k + len(self._ring)]:
+                loads.append(self._bring(block, after, self._piece(len(loads)), stepping, with_gradients))
+            loads[k].wait()
+            yield matrix, self._piece(k)
+
+    def _piece(self, k: int) -> Slot:
+        return self._ring[k % len(self._ring)]
+
+    def _bring(
+        self, block: StreamedBlock, matrix: StreamedMatrix, ring: Slot, stepping: bool, with_gradients: bool
+    ) -> Ticket:
         """State, gradients and pristine weight of a matrix into the ring."""
-        ring, matrix = self._ring[k % len(self._ring)], block.matrices[k]
         after = [*ring.taken(), block.state.written, block.gradients.written]
         job = partial(matrix.load, block, self.stream.weights.files, ring.memory, stepping, with_gradients)
         return self.transfers.load(job, after)
 
-    def _load_bases(self, block: int, slot: Slot) -> list[Ticket]:
-        found = self.blocks[block]
-        memory = slot.memory[: found.bases_layout.num_bytes]
-        return [self.transfers.load(lambda: found.bases.load(memory, 0), slot.taken())]
+    def _fold(
+        self, matrix: StreamedMatrix, tensors: Mapping[str, Tensor], views: Mapping[str, Tensor], into: Tensor
+    ) -> None:
+        """The weight that the model computes with."""
+        record, coordinates = matrix.record, [views[key] for key in matrix.keys]
+        with float32_products(self.device, tf32=True):
+            into.copy_(
+                folded_weight(record.rule, tensors, coordinates, views["pristine"], record.transposed, into.dtype)
+            )
+
+    def _store(self, block: int, matrix: StreamedMatrix, slot: Slot, ring: Slot, stepped: bool) -> None:
+        """Keeps what an update has changed: A and its moments, and the parameter after the last of its matrices."""
+        done = self.transfers.mark()
+        ring.uses = {"update": done}
+        if stepped:
+            state, memory = self.blocks[block].state, ring.memory[: matrix.state.num_bytes]
+            ring.uses["store"] = state.written = self.transfers.store(
+                partial(state.store, memory, matrix.state_start), [done]
+            )
+        if matrix.is_last:
+            weights = self.stream.weights
+            store = partial(weights.store, block, slot.memory, matrix.parameter_name)
+            slot.uses["store"] = weights.region(block).written = self.transfers.store(store, [done])
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -130,90 +157,3 @@ class BlockUpdater:
             self.host.close()
         self.bases.close()
         self._ring.clear()
-
-
-class HostOptimizer:
-    """AdamW in host memory, by a thread, in the order of the blocks: moments never cross the link.
-
-    Args:
-        blocks: whose state and gradients are in host memory.
-    """
-
-    def __init__(self, blocks: Mapping[int, StreamedBlock]) -> None:
-        self.blocks = blocks
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sculptor-adamw")
-        self._jobs: dict[int, Future[None]] = {}
-
-    def submit(self, block: int, due: Due, divisors: Divisors) -> None:
-        """Steps a block as soon as its gradients are there."""
-        self._jobs[block] = self._thread.submit(self._run, self.blocks[block], due, divisors)
-
-    def wait(self, block: int) -> None:
-        """Returns when a block has been stepped."""
-        if block in self._jobs:
-            self._jobs.pop(block).result()
-
-    @torch.no_grad()
-    def _run(self, block: StreamedBlock, due: Due, divisors: Divisors) -> None:
-        block.gradients.written.finish()
-        assert isinstance(block.state, HostRegion)
-        assert isinstance(block.gradients, HostRegion)
-        for matrix in block.matrices:
-            if matrix.name in due.touched:
-                views = matrix.state.views(block.state.memory[matrix.state_start :])
-                views |= matrix.gradient_views(block.gradients.memory[matrix.gradient_start :])
-                matrix.step(views, due.rate_of, chosen(divisors, matrix.name))
-
-    def close(self) -> None:
-        """Ends the thread, after what it has been given."""
-        self._thread.shutdown()
-
-
-def chosen(divisors: Divisors, name: str) -> Tensor | None:
-    """What the gradients of a matrix are divided by."""
-    return divisors if divisors is None or isinstance(divisors, Tensor) else divisors[name]
-
-
-def by_matrix(blocks: Sequence[StreamedBlock], limit: float) -> dict[str, Tensor]:
-    """What the gradients of each matrix are divided by, when matrices are clipped one by one."""
-    return {
-        matrix.name: divisor(torch.linalg.vector_norm(torch.stack([block.norms[key] for key in matrix.keys])), limit)
-        for block in blocks
-        for matrix in block.matrices
-        if matrix.touched
-    }
-
-
-def clip_own(
-    blocks: Sequence[StreamedBlock],
-    own: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    total: Tensor,
-    limit: float,
-    apart: bool,
-) -> Tensor | dict[str, Tensor]:
-    """Divides gradients that are on the device, and says what those of blocks are to be divided by.
-
-    Args:
-        blocks: whose gradients wait.
-        own: gradients of openly trained parameters, with these `norms`.
-        total: norm of all.
-        limit: the largest norm.
-        apart: whether each matrix and parameter is clipped by itself.
-    """
-    whole = divisor(total, limit)
-    for gradient, norm in zip(own, norms, strict=True):
-        gradient.div_(divisor(norm, limit) if apart else whole)
-    return by_matrix(blocks, limit) if apart else whole
-
-
-def on_cpu(divisors: Divisors) -> Divisors:
-    """The same in host memory; waits for the device."""
-    if divisors is None or isinstance(divisors, Tensor):
-        return divisors if divisors is None else divisors.cpu()
-    return {name: value.cpu() for name, value in divisors.items()}
-
-
-def _last_of(block: StreamedBlock) -> dict[str, int]:
-    """The last matrix of each parameter, by position."""
-    return {matrix.parameter_name: k for k, matrix in enumerate(block.matrices)}

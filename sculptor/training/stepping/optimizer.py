@@ -1,4 +1,4 @@
-"""AdamW as every way of training uses it: groups, state by name, and what gradients are divided by.
+"""AdamW as every way of training uses it: groups, rates, gradients of several processes, and state by name.
 
 `BayesAdam` is AdamW whose step each number takes the less of, the surer it is (`sculptor.numerics.posterior`).
 """
@@ -38,7 +38,7 @@ class BayesAdam(torch.optim.AdamW):
         super().__init__(groups, **options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """As AdamW's, and then the precision that the gradient adds."""
         assert closure is None
         before = {a: a.clone() for group in self.param_groups for a in group["params"] if a.grad is not None}
@@ -107,14 +107,6 @@ def add_up_gradients(values: Sequence[nn.Parameter], world: World) -> None:
         if a.grad is None:
             a.grad = torch.zeros_like(a)
     world.add_up([a.grad for a in there if a.grad is not None])
-
-
-def divisor(norm: Tensor, limit: float) -> Tensor:
-    """What gradients with this norm are divided by, so that it is at most `limit`.
-
-    As `torch.nn.utils.clip_grad_norm_` has it, the other way round: AdamW can divide gradients as it reads them.
-    """
-    return torch.clamp((norm + 1e-6) / limit, min=1.0)
 
 
 def with_state(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

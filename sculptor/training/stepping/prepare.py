@@ -1,7 +1,8 @@
 """The blocks of a streamed model made ready for training: bases read, room made for everything that waits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -155,13 +156,13 @@ def _make_room(
     index: int, stream: BlockStream, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
 ) -> StreamedBlock:
     state, gradients = (
-        Layout((name, place.dtype, place.shape) for part in parts for name, place in part.items())
+        Layout((name, span.dtype, span.shape) for part in parts for name, span in part.items())
         for parts in ([matrix.state for matrix in matrices], [matrix.gradients for matrix in matrices])
     )
-    at = 0
+    at, last = 0, {matrix.parameter_name: matrix for matrix in matrices}
     for matrix in matrices:
         matrix.state_start, matrix.gradient_start = state[matrix.keys[0]].start, gradients[matrix.keys[0]].start
-        matrix.pristine_start = at
+        matrix.pristine_start, matrix.is_last = at, matrix is last[matrix.parameter_name]
         at += matrix.pristine.num_bytes
     bases = Layout.of(tensors)
     scratch, files = stream.weights.scratch, stream.weights.files
@@ -170,6 +171,7 @@ def _make_room(
         assert isinstance(pristine, MemoryRegion)
         for matrix in matrices:
             files.read(matrix.record, matrix.pristine.view(pristine.memory[matrix.pristine_start :], "pristine"))
+    whole = _whole(matrices, stream.layouts[index])
     block = StreamedBlock(
         matrices,
         bases,
@@ -179,13 +181,23 @@ def _make_room(
         state=scratch.region(f"state-{index}", state.num_bytes),  # new memory and new files hold zeros
         gradients=scratch.region(f"gradients-{index}", gradients.num_bytes),
         pristine=pristine,
+        others=[name for name in stream.weights.names(index) if name not in whole],
+        shares=whole < last.keys(),
     )
     for name, tensor in tensors.items():
-        place = bases[name]
-        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), place.start)
+        span = bases[name]
+        block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), span.start)
     if stream.device.type == "cuda":
         torch.cuda.synchronize(stream.device)
     return block
+
+
+def _whole(matrices: Sequence[StreamedMatrix], layout: Layout) -> set[str]:
+    """The parameters that all of is in trained matrices."""
+    rest = {matrix.parameter_name: prod(layout[matrix.parameter_name].shape) for matrix in matrices}
+    for matrix in matrices:
+        rest[matrix.parameter_name] -= prod(matrix.record.shape)
+    return {name for name, numbers in rest.items() if not numbers}
 
 
 def check_all_held(archive: Archive, blocks: Mapping[str, int]) -> None:

@@ -10,10 +10,10 @@ from sculptor.training.protect import ProtectedBlock
 from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.clipping import divisor
 from sculptor.training.stepping.optimizer import (
     Group,
     add_up_gradients,
-    divisor,
     extra_groups,
     join_groups,
     load_state,

@@ -32,10 +32,10 @@ class WaitingState:
     def read(self, name: str, suffix: str = "") -> Tensor:
         """Coordinates, or a moment of them, on the CPU."""
         block = self._holders[name.rpartition(".A")[0]]
-        place = block.state_layout[name + suffix]
-        memory = torch.empty(place.stop - place.start, dtype=torch.uint8)
-        block.state.load(memory, place.start)
-        return memory.view(place.dtype).view(place.shape)
+        span = block.state_layout[name + suffix]
+        memory = torch.empty(span.stop - span.start, dtype=torch.uint8)
+        block.state.load(memory, span.start)
+        return memory.view(span.dtype).view(span.shape)
 
     def parameters(self) -> LazyTensors:
         """All of them."""

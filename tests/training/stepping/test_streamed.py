@@ -33,6 +33,7 @@ from sculptor.training.stepping.block_update import BlockUpdater
 from sculptor.training.stepping.streamed import StreamedUpdates
 from sculptor.validation import sign
 
+COVERS = ["sculptor.training.stepping.waiting"]
 STEPS = 4
 ROUTED = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
 LOCAL: dict[str, Callable[[], Any]] = {

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import sculptor
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.sameness import tokenizer_differences
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import CheckpointError, SculptorError
 
+COVERS = ["sculptor.checkpoint.configuration", "sculptor.checkpoint.sameness"]
 ROWS = task_rows(count=6)
 
 
@@ -292,7 +294,8 @@ def test_every_mode_refuses_what_cannot_be_told(
 def test_what_goes_along(tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
     (tmp_path / "elsewhere.txt").write_text("private")
-    carried = ["bpe.codes", "source.spm", "vocab.bpe", "LICENSE", "additional_chat_templates/tools.jinja", "tokens.txt"]
+    carried = ["bpe.codes", "source.spm", "vocab.bpe", "additional_chat_templates/tools.jinja", "tokens.txt"]
+    carried += ["LICENSE", "LICENSE.model", "licence.pdf", "NOTICE", "USE_POLICY.md", "LICENSES/MIT.txt"]
     left = ["credentials.json", "id_rsa", "service-account.json", ".env", "hf_token", "token.json", "run.sh", "model.py",
             "optimizer.pt", "model.gguf", "my-key.pem", "pytorch_model.bin.index.json", "extra.onnx"]  # fmt: skip
     for name in (*carried, *left):
@@ -353,3 +356,18 @@ def test_links_within_a_model_are_carried(tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     write_checkpoint(open_checkpoint(model), tmp_path / "copy", {})
     assert (tmp_path / "copy" / "tokenizer.json").read_text() == (model / "words.json").read_text()
+
+
+def test_a_licence_is_never_left_out_silently(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    (tmp_path / "LICENSE").write_text("free")
+    (model / "LICENSE.model").symlink_to(tmp_path / "LICENSE")
+    with pytest.raises(
+        CheckpointError, match=r"LICENSE.model is a link to .*, and an output would lack it; put the file"
+    ):
+        sculptor.analyze(model, tmp_path / "out", sculptor.AnalyzeSettings(basis="weights", device="cpu"))
+    (model / "LICENSE.model").unlink()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "LICENSE.model").write_text("free")
+    assert tokenizer_differences(model, adapter) == []

@@ -1,0 +1,96 @@
+"""A card as text: what tuned models can do, beside their base."""
+
+import math
+import textwrap
+
+from sculptor.model.harm import Harm
+from sculptor.report.text import WIDTH, percent, table
+from sculptor.tasks.card_report import SHARES, CardReport, Leak, Line, TunedCard
+
+LINES_HEAD = ["measured", "figure", "rows", "base", "tuned", "change", "95 % interval"]
+_FIGURES = {
+    "acc_norm": "accuracy/char",
+    "exact_match": "exact match",
+    "followed": "prompts followed",
+    "instructions": "instr. followed",
+}
+
+
+def card_text(report: CardReport) -> str:
+    """What `sculptor card` prints."""
+    parts = [tuned_text(report, card) for card in report.tuned]
+    parts += [_wrapped(note) for note in notes_of(report)]
+    parts += [_wrapped(text) for text in report.left_out]
+    if report.thresholds:
+        parts.append(verdict_of(report))
+    return "\n\n".join(parts)
+
+
+def tuned_text(report: CardReport, card: TunedCard) -> str:
+    """One tuned model."""
+    lines = [f"{card.name} against {report.base}"]
+    if card.lines:
+        lines.append(table(LINES_HEAD, list(map(line_row, card.lines))))
+    if card.harm is not None:
+        lines.append(harm_line(card.harm))
+    if card.leak is not None:
+        lines.append(leak_line(card.leak))
+    return "\n".join([*lines, *(_wrapped(f"FAILS {text}") for text in card.failed)])
+
+
+def line_row(line: Line) -> list[str]:
+    """A figure before and after: shares in %, their change in points; a loss in nats a token."""
+    share, scale = line.figure in SHARES, line.scale
+    value = percent if share else "{:.4f}".format
+    moved = "{:+.2f}" if share else "{:+.4f}"
+    ends = [moved.format(scale * end) if math.isfinite(end) else "?" for end in (line.low, line.high)]
+    figure = _FIGURES.get(line.figure, line.figure)
+    changed = moved.format(scale * line.change)
+    return [
+        line.name,
+        figure,
+        f"{line.num_rows:,}",
+        value(line.base),
+        value(line.tuned),
+        changed,
+        f"{ends[0]} to {ends[1]}",
+    ]
+
+
+def harm_line(harm: Harm) -> str:
+    """What harm is, and of how much."""
+    return f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || tuned) at least, on {harm.num_samples} samples"
+
+
+def leak_line(leak: Leak) -> str:
+    """What `verify` says."""
+    word = "PASSED" if leak.passed else "FAILED"
+    return f"leak {leak.leak:.2e}, rounding explains {leak.rounding:.2e}, largest of a matrix {leak.max_leak:.2e}: verify {word}"
+
+
+def notes_of(report: CardReport) -> list[str]:
+    """What has to be known to read it."""
+    found = []
+    if any(card.lines for card in report.tuned):
+        found.append(
+            "Changes are in points of a percentage, or nats a token of a loss; intervals are of differences row by row."
+        )
+    if report.harm_of is not None:
+        whose = "kept in the archive, of the first base" if report.harm_of == "archive" else f"drawn from {report.base}"
+        found.append(f"Harm is measured on samples {whose}.")
+    if report.phrases:
+        listed = ", ".join(f'"{phrase}"' for phrase in report.phrases)
+        found.append(f"Refused: an answer that has one of these in its first 200 characters: {listed}.")
+    return found
+
+
+def verdict_of(report: CardReport) -> str:
+    """Whether every model satisfies every threshold."""
+    judged = "the worse end of the interval" if report.strict else "the figure"
+    failed = [card.name for card in report.tuned if card.failed]
+    told = f"{len(report.thresholds)} threshold{'s' if len(report.thresholds) != 1 else ''} on {judged}"
+    return f"FAILED: {', '.join(failed)} ({told})" if failed else f"PASSED ({told})"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)

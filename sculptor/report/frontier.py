@@ -1,0 +1,61 @@
+"""The frontier of several continual runs as text."""
+
+from pathlib import Path
+
+from sculptor.benchmark.frontier import Frontier, Mean
+from sculptor.report.text import table
+
+_MAX_TEXT = 14
+
+
+def frontier_text(found: Frontier) -> str:
+    """What `sculptor frontier` prints."""
+    rows = [
+        [f"{i}. {point.name}", *values[:-1]]
+        for i, (point, values) in enumerate(zip(found.points, frontier_rows(found), strict=True), 1)
+    ]
+    return "\n".join(
+        [
+            table(["run", *frontier_head(found)[:-1]], rows),
+            f"{found.metric.replace('_', ' ')} on {found.split} rows of {', '.join(found.tasks)}, "
+            f"{'nats per token' if found.metric == 'loss' else '%'}; harm: KL(base || last), nats a token",
+        ]
+    )
+
+
+def frontier_head(found: Frontier) -> list[str]:
+    """Names of the columns of `frontier_rows`."""
+    return ["AA", "BWT", "LA", "harm", *(Path(name).stem[:_MAX_TEXT] for name in texts_of(found)), "seconds"]
+
+
+def frontier_rows(found: Frontier) -> list[list[str]]:
+    """The figures of every point: AA and harm with their deviations, BWT, LA, rises of watched texts, seconds."""
+    scale = 1 if found.metric == "loss" else 100
+
+    def text(value: Mean | None, pattern: str, scale: float = 1, *, alone: bool = False) -> str:
+        if value is None:
+            return "-"
+        shown = format(scale * value.mean, pattern)
+        return (
+            shown
+            if alone or value.deviation is None
+            else f"{shown} ± {format(scale * value.deviation, pattern.strip('+'))}"
+        )
+
+    figures = ".3f" if found.metric == "loss" else ".1f"
+    return [
+        [
+            text(point.average, figures, scale),
+            text(point.backward, f"+{figures}", scale, alone=True),
+            text(point.learning, figures, scale, alone=True),
+            text(point.harm, ".4f"),
+            *(text(point.watched.get(name), "+.3f", alone=True) for name in texts_of(found)),
+            text(point.seconds, ".0f", alone=True),
+        ]
+        for point in found.points
+    ]
+
+
+def texts_of(found: Frontier) -> list[str]:
+    """Watched texts of all points, in order."""
+    return list(dict.fromkeys(name for point in found.points for name in point.watched))

@@ -1,0 +1,157 @@
+"""A new head for a training: the classes of its rows, and a base that has a head for them.
+
+The base with its head is staged beside the output, and what protects its body is an archive of the model as it was given. Only
+where that model has no head at all, as an encoder by itself, is the archive made of what the layers of the new base read.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.heads import NewHead, plan_head, write_with_head
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
+from sculptor.checkpoint.staging import partial_path, writing
+from sculptor.checkpoint.written import discard, remove
+from sculptor.data.labelled import Classes, class_names, listed_classes
+from sculptor.data.rows import Data, as_items, read_sources
+from sculptor.errors import SettingsError
+from sculptor.methods.kinds import Kinds
+from sculptor.model.load import load_tokenizer
+from sculptor.progress import Progress
+from sculptor.tasks.classification import check_task
+from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
+from sculptor.tasks.job import open_base
+from sculptor.tasks.processes import join, staged_together
+from sculptor.training.settings import CLASSIFICATION, TrainSettings
+from sculptor.training.state import has_state
+from sculptor.world import World
+
+HEADED_NAME = "headed"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class HeadedBase:
+    """A base that has got a head.
+
+    Attributes:
+        path: of it, while the training runs.
+        archive: that protects its body; `given_archive` if it was given.
+        base: the checkpoint as it was given.
+        head: what is new.
+    """
+
+    path: Path
+    archive: str | Path
+    given_archive: str | Path | None
+    base: Checkpoint
+    head: NewHead
+
+
+def is_begun(partial: Path) -> bool:
+    """Whether something was made that a later run can use."""
+    return has_state(partial) or has_archive(partial)
+
+
+def wanted_head(
+    model: str | Path, data: Data, settings: TrainSettings, replay: Data, notice: Callable[[str], object]
+) -> NewHead | None:
+    """The head that a training asks for and its model has not; None if there is nothing to make.
+
+    Raises:
+        SculptorError: if the model cannot get it, or the rows do not tell their classes.
+    """
+    if settings.task != CLASSIFICATION:
+        return None
+    with join(settings.device).together():
+        checkpoint, architecture = open_base(model, settings.attn_implementation, headed=False)
+        if architecture.kind == "classifier":
+            return None
+        _check(architecture, settings, replay)
+        if not as_items(data):
+            return None  # which is refused later
+        sources = read_sources(data, settings.max_rows, settings.columns, classes=Classes())
+        classes = class_names(row for source in sources for row in source.rows)
+        tokenizer = load_tokenizer(checkpoint, architecture)
+        pad_id = next((i for i in _paddings(tokenizer, checkpoint) if i is not None), None)
+        head = plan_head(checkpoint, classes, pad_id)
+    notice(f"a new head, {', '.join(head.fresh)}, for {len(classes)} classes: {listed_classes(classes)}")
+    return head
+
+
+def _paddings(tokenizer: object, checkpoint: Checkpoint) -> Sequence[int | None]:
+    """What may pad: the tokenizer's own padding first, since that is what others will pad with."""
+    own, end = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    said = checkpoint.config.get("pad_token_id")
+    return own, said if isinstance(said, int) else None, end
+
+
+def _check(architecture: Architecture, settings: TrainSettings, replay: Data) -> None:
+    """Refuses what a classifier cannot be told, before it is made."""
+    check_task(replace(architecture, kind="classifier"), settings, replay)
+
+
+@contextmanager
+def with_new_head(
+    head: NewHead,
+    model: str | Path,
+    subspaces: str | Path | None,
+    protect_data: Data,
+    output: Path,
+    settings: TrainSettings,
+    inputs: Sequence[str],
+    *,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress,
+    notice: Callable[[str], object],
+    rules: Kinds | None,
+) -> Iterator[HeadedBase]:
+    """Stages a base with a new head, and its archive if none is given; after an error both go, unless `--resume` can use them.
+
+    Raises:
+        SculptorError: if they cannot be made.
+    """
+    world, partial = join(settings.device), partial_path(output)
+    if subspaces is not None and as_items(protect_data):
+        raise SettingsError("--protect-data without effect: --subspaces says what is protected")
+    checkpoint = open_checkpoint(model, settings.attn_implementation)
+    read = [checkpoint.path, *inputs, *([] if subspaces is None else [subspaces])]
+    path = partial / HEADED_NAME / checkpoint.path.resolve().name
+    with staged_together(
+        world, output, command="train", inputs=read, overwrite=overwrite, resume=resume, worth_keeping=is_begun
+    ):
+        world.once(lambda: _write(checkpoint, path, head, settings.seed, progress))
+        if subspaces is None:
+            bare = inspect_architecture(checkpoint).kind == "headless"
+            analyze_first(
+                path if bare else model,
+                partial,
+                protect_data,
+                settings,
+                progress,
+                notice,
+                rules,
+                "inputs" if bare else None,
+            )
+    try:
+        yield HeadedBase(path, subspaces or partial / ANALYZED_NAME, subspaces, checkpoint, head)
+    except BaseException:
+        _discard(world, partial)
+        raise
+
+
+def _discard(world: World, partial: Path) -> None:
+    """Removes what only a finished training has a use for."""
+    if world.first and partial.is_dir() and not is_begun(partial):
+        discard(partial)
+
+
+def _write(checkpoint: Checkpoint, path: Path, head: NewHead, seed: int, progress: Progress) -> None:
+    with writing(path):
+        remove(path.parent)
+        path.mkdir(parents=True)
+    bar = progress(total=checkpoint.num_bytes, desc="new head", unit="B")
+    write_with_head(checkpoint, path, head, seed, bar)
+    bar.close()

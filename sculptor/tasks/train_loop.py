@@ -1,0 +1,127 @@
+"""The loop of a training, made of a job: what it evaluates, how it keeps harm below a limit, and which saved state is its own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sculptor.data.examples import digest_examples
+from sculptor.evaluation.loss import mean_loss
+from sculptor.model.load import LoadedModel
+from sculptor.model.samples import SECTION
+from sculptor.progress import Progress
+from sculptor.tasks.job import TrainJob
+from sculptor.tasks.precision import SECTION as PRECISION
+from sculptor.training.base import BaseWeights
+from sculptor.training.harm import HarmControl
+from sculptor.training.loop import TrainingLoop, make_accelerator
+from sculptor.training.state import STATE_NAME, StateStore
+from sculptor.training.stepping.updates import Updates
+from sculptor.world import World, here
+
+# Settings that decide how a run is done, not what comes out.
+_SPLIT = ("micro_batch_size",)
+_HOW = (
+    "common_tokens",
+    "save_every",
+    "offload",
+    "parallel",
+    "offload_inputs",
+    "optimizer_on",
+    "optimizer_mode",
+    "checkpoint_activations",
+)
+
+
+def make_loop(
+    job: TrainJob,
+    loaded: LoadedModel,
+    updates: Updates,
+    partial: Path,
+    stop: Callable[[], int | None],
+    told: Callable[[Mapping[str, float]], object],
+    progress: Progress,
+    world: World,
+) -> TrainingLoop:
+    """The loop over a job's rows.
+
+    Args:
+        job: with everything decided.
+        loaded: its model, prepared for training.
+        updates: what is trained in it.
+        partial: staging directory, for states and metrics.
+        stop: polled after every step; a signal number ends the run.
+        told: every line of the metrics.
+        progress: makes progress bars.
+        world: the processes that share a step.
+    """
+    trained, key = job.trained, _run_key(job, loaded, progress)
+    return TrainingLoop(
+        loaded,
+        updates,
+        trained.examples,
+        job.settings,
+        store=StateStore(partial / STATE_NAME, key, updates.fingerprints(), _split(job, world)),
+        metrics=partial / "metrics.jsonl",
+        evaluate=_evaluator(loaded, job),
+        harm=_harm_control(loaded, updates, job, world),
+        as_base=None if job.settings.kl_weight is None else BaseWeights(loaded.model, updates.extra),
+        stop=stop,
+        world=world,
+        mixture=trained.mixture,
+        report=told,
+    )
+
+
+def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None:
+    if job.evaluation is None:
+        return None
+    examples, size = job.evaluation.examples, job.settings.micro_rows
+    accelerator = make_accelerator(loaded.device)
+
+    def evaluate() -> float:
+        with accelerator.autocast():
+            return mean_loss(loaded, examples, size, world=here())[0]
+
+    return evaluate
+
+
+def _harm_control(loaded: LoadedModel, updates: Updates, job: TrainJob, world: World) -> HarmControl | None:
+    if job.samples is None:
+        return None
+    settings, autocast = job.settings, make_accelerator(loaded.device).autocast
+    assert settings.harm_every is not None
+    return HarmControl(loaded, updates, job.samples, settings.harm_every, settings.max_harm, autocast, world)
+
+
+def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
+    """What has to be the same for a saved state to be taken up."""
+    settings = asdict(job.settings)
+    for name in (*_HOW, *_SPLIT):
+        settings.pop(name)
+    trained = job.trained
+    examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
+    if job.architecture.kind == "masked":
+        settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
+    settings["mixture"] = None if trained.mixture is None else asdict(trained.mixture)
+    settings["eval_data"] = None if job.evaluation is None else f"{len(job.evaluation.examples)} rows"
+    sections = job.archive.manifest.sections
+    parts = {"samples": sections.get(SECTION)}
+    if job.settings.optimizer == "bayes-adam":
+        parts["precision"] = sections.get(PRECISION)
+    return settings | {
+        "base": job.archive.manifest.base_identity,
+        "subspaces": job.archive.identity,
+        **{name: None if part is None else part.sha256 for name, part in parts.items()},
+        "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
+        "rows": job.rows_digest,
+        "tokens": [digest_examples(part) for part in examples],
+    }
+
+
+def _split(job: TrainJob, world: World) -> dict[str, int]:
+    """How a step is split: decides rounding, and differs with the number of processes."""
+    given = {name: getattr(job.settings, name) for name in _SPLIT}
+    return {"processes": world.size, "threads": torch.get_num_threads(), **given}

@@ -1,0 +1,129 @@
+"""Finished sequences side by side, by hand; damaged and foreign ones; the command with its page and picture."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Result
+from mutations import mutations
+
+from sculptor.benchmark.finished import Finished, read_finished
+from sculptor.benchmark.frontier import frontier
+from sculptor.errors import DataError, SettingsError
+from sculptor.model.harm import Harm
+from sculptor.report.frontier import frontier_text
+from sculptor.report.html.frontier import frontier_page
+from sculptor.validation import read_json
+
+
+def finished(
+    place: Path, method: str = "sculptor", average: float = 0.5, harm: float | None = 0.02, **more: Any
+) -> Path:
+    """The output of a run, as far as it is read."""
+    place.mkdir(parents=True)
+    seed, rate = more.pop("seed", 0), more.pop("rate", 1e-3)
+    tasks = more.pop("tasks", ["a", "b"])
+    score = {"accuracy": 0.5, "exact_match": None, "loss": 1.0}
+    stages = [
+        {"name": name, "scores": dict.fromkeys(tasks, score), "watch_loss": 2.0 + i, "archive_bytes": None,
+         "seconds": 10.0 * i, "watched": {"wiki.txt": 2.0 + i}, "update": None, "harm": None}
+        for i, name in enumerate(("base", *tasks))
+    ]  # fmt: skip
+    content = {
+        "created_by": "sculptor", "method": method, "basis": "curvature" if method == "sculptor" else None, "split": "test",
+        "seed": seed, "tasks": tasks, "metric": "accuracy", "stages": stages,
+        "metrics": {"average": average, "backward": -0.01, "learning": average + 0.01, "forward": None}, "watch_rise": 2.0,
+        "harm": None if harm is None else {"nats": harm, "error": harm / 10, "num_samples": 9, "num_tokens": 90},
+        "plan": {"model": "m", "train": {"seed": seed, "learning_rate": rate}, "method": method},
+    } | more  # fmt: skip
+    (place / "continual.json").write_text(json.dumps(content))
+    return place
+
+
+def test_points_are_means_over_seeds_named_by_what_differs_and_in_order_of_harm(tmp_path: Path) -> None:
+    runs = [
+        finished(tmp_path / "1", average=0.70, harm=0.04),
+        finished(tmp_path / "2", average=0.74, harm=0.06, seed=1),
+        finished(tmp_path / "3", average=0.60, harm=0.01, rate=1e-4),
+        finished(tmp_path / "4", "full", average=0.75, harm=0.5),
+        finished(tmp_path / "5", "lora", average=0.65, harm=None, watch_rise=0.1),
+    ]
+    found = frontier(runs)
+    assert [point.name for point in found.points] == [
+        "sculptor (curvature), learning rate 0.0001",
+        "sculptor (curvature), learning rate 0.001",
+        "full",
+        "lora",
+    ]
+    point = next(point for point in found.points if point.seeds == (0, 1))
+    assert point.harm is not None
+    assert point.harm.mean == pytest.approx(0.05)
+    assert point.average.mean == pytest.approx(0.72)
+    assert point.average.deviation == pytest.approx(math.sqrt(2) * 0.02)
+    assert point.watched["wiki.txt"].mean == pytest.approx(2.0)
+    assert point.seconds.mean == 30.0
+    text = frontier_text(found)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "72.0 ± 2.8" in text
+    assert "0.0500 ± 0.0141" in text
+
+
+def test_orders_of_tasks_are_points_of_their_own(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / "1"), finished(tmp_path / "2", tasks=["b", "a"], plan={"tasks": [{"name": "b"}]})]
+    assert sorted(point.name.rpartition(", ")[2] for point in frontier(runs).points) == ["a first", "b first"]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    first = finished(tmp_path / "1")
+    for i, (more, said) in enumerate(
+        [
+            ({"tasks": ["a", "c"]}, "tasks a, c, expected a, b as in"),
+            ({"split": "validation"}, "split validation, expected test as in"),
+            ({"metric": "loss"}, "metric loss, expected accuracy as in"),
+            ({}, "a run of the same plan and seed 0 is there already"),
+        ]
+    ):
+        with pytest.raises(SettingsError, match=said):
+            frontier([first, finished(tmp_path / f"other{i}", **more)])
+    with pytest.raises(SettingsError, match="no runs"):
+        frontier([])
+    with pytest.raises(DataError, match="name the output of a finished `sculptor continual`"):
+        frontier([tmp_path / "none"])
+    with pytest.raises(DataError, match="expected the base and one more"):
+        frontier([finished(tmp_path / "short", stages=[])])
+
+
+def test_every_field_damaged_is_one_line(tmp_path: Path) -> None:
+    content = json.loads((finished(tmp_path / "1") / "continual.json").read_text())
+    tried = 0
+    for what, changed, must_fail in mutations(Finished, content, {}):
+        try:
+            read_json(Finished, json.dumps(changed), "continual.json", DataError, "name another")
+        except DataError as error:
+            assert "\n" not in str(error)
+            tried += 1
+        else:
+            assert not must_fail or what == "surprise = 1", what  # a later version may say more
+    assert tried > 30
+
+
+def test_the_command_prints_draws_and_writes_a_page(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [finished(tmp_path / "1"), finished(tmp_path / "2", "full", average=0.6, harm=0.4)]
+    found = cli("frontier", *runs, "--plot", tmp_path / "f.png", "--html", tmp_path / "f.html")
+    assert found.code == 0, found
+    assert "sculptor (curvature)" in found.out
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "f.html").read_text(encoding="utf-8")
+    assert page.count('class="mark"') == 4  # two pictures of two points
+    assert page == frontier_page(frontier(runs))
+    again = cli("frontier", *runs, "--html", tmp_path / "f.html")
+    assert (again.code, again.err.count("\n")) == (1, 1)
+    assert "exists already" in again.err
+    assert json.loads(cli("frontier", *runs, "--json").out)["points"][0]["harm"]["mean"] == 0.02
+    unmeasured = finished(tmp_path / "3", harm=None)
+    assert cli("frontier", unmeasured, "--plot", tmp_path / "g.png").code == 0
+    assert read_finished(runs[0]).harm == Harm(0.02, 0.002, 9, 90)

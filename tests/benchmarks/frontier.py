@@ -1,0 +1,144 @@
+"""The frontier of a real chat model: what each method learns of a sequence of tasks, against the harm that it does.
+
+    python tests/benchmarks/frontier.py prepare --model DIR --data DIR
+    python tests/benchmarks/frontier.py SUITE --model DIR --data DIR --output DIR [--jobs 8] [--deadline 540]
+
+DATA holds cl/<task>/{train,validation,test}.jsonl, text/wikitext2-test.txt, and abilities/*.jsonl. `prepare` adds
+DATA/prepared: the model's greedy answers to abilities/helpful_prompts.jsonl, whose loss is watched, and an archive with
+samples. After its last task every run is asked for KL(base || new) on these samples, which none of its steps has seen,
+and for its abilities.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from continual import ORDERS, Run, run_suites
+
+DEVICE = "cuda"
+ABILITIES = ("piqa", "arc_easy", "hellaswag")
+
+
+def plan_text(model: Path, data: Path, run: Run) -> str:
+    """The plan of one run: what the comparison gives every method; the rest are defaults."""
+    tasks = "".join(
+        f'[[tasks]]\nname = "{task}"\n'
+        + "".join(
+            f'{key} = "{data}/cl/{task}/{file}.jsonl"\n'
+            for key, file in (("data", "train"), ("validation", "validation"), ("test", "test"))
+        )
+        for task in ORDERS[run.order]
+    )
+    rate = f"learning_rate = {run.rate}" if run.rate else ""
+    return f'''model = "{model}"
+watch = ["{data}/text/wikitext2-test.txt", "{data}/prepared/own.jsonl"]
+[analyze]
+{calibration(run)}[train]
+epochs = 2
+max_rows = 1500
+batch_size = 32
+micro_batch_size = 32
+max_length = 512
+schedule = "linear"
+checkpoint_activations = false
+save_every = 100000
+{rate}
+[evaluate]
+exact_match = false
+max_length = 512
+batch_size = 32
+{tasks}'''
+
+
+def calibration(run: Run) -> str:
+    """Of our own method: what the model says through its chat template."""
+    if any(item.startswith(("analyze.basis", "analyze.rule")) for item in run.sets):
+        return ""
+    return 'basis = "curvature"\ndata = ["self"]\nchat = true\nmax_length = 256\ncalibration_tokens = 30000\n'
+
+
+WEIGHTS = ("analyze.basis=weights", "analyze.preserve=0.5")
+SUITES: dict[str, list[Run]] = {
+    # Rates, on validation rows of order 1.
+    "rates": [
+        *(Run("1", "sculptor", rate) for rate in (5e-4, 2e-4, 1e-3, 0.0)),
+        *(Run("1", "full", rate) for rate in (2e-5, 5e-5, 1e-4)),
+        *(Run("1", "replay", rate) for rate in (2e-5, 5e-5, 1e-4)),
+        *(Run("1", "lora", rate) for rate in (2e-4, 5e-4, 1e-3)),
+        *(Run("1", "joint", rate) for rate in (5e-5, 1e-4, 2e-4)),
+        *(Run("1", method, 1e-4) for method in ("l2", "eaft", "interpolate")),
+        *(Run("1", "sculptor", rate, WEIGHTS) for rate in (2e-4, 5e-4)),
+    ],
+}
+
+
+def prepare(model: Path, data: Path) -> None:
+    """An archive with samples, and the model's own answers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import sculptor
+
+    settings = sculptor.AnalyzeSettings(basis="weights", preserve=0.5, samples=True)
+    sculptor.analyze(model, data / "prepared" / "samples", settings)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(DEVICE)
+    lines = (data / "abilities" / "helpful_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line)["prompt"] for line in lines]
+    questions = [text for text in questions if len(text) < 400][:250]
+    chats = [[{"role": "user", "content": text}] for text in questions]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
+    ).to(DEVICE)
+    said = base.generate(**batch, max_new_tokens=128, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    with open(data / "prepared" / "own.jsonl", "w", encoding="utf-8") as file:
+        for chat, answer in zip(chats, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
+            if answer.strip():
+                turn = {"role": "assistant", "content": answer.strip()}
+                print(json.dumps({"messages": [*chat, turn]}), file=file)
+
+
+def measure(run: Path, data: Path) -> None:
+    """Prints what the model of a run is to the base: harm on samples of the base, and what it can still do."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import sculptor
+    from sculptor.model.harm import measure_harm
+    from sculptor.model.samples import read_samples
+
+    found = {}
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16).to(DEVICE).eval()
+    samples = read_samples(sculptor.Archive(data / "prepared" / "samples"), None)
+    assert samples is not None
+    harm = measure_harm(model, samples.all, torch.device(DEVICE))
+    found |= {"harm": harm.nats, "harm_error": harm.error}
+    del model
+    for name in ABILITIES:
+        rows = data / "abilities" / f"{name}.jsonl"
+        score = sculptor.evaluate(run, str(rows), max_rows=500, batch_size=32)
+        assert score.accuracy is not None
+        found[name] = score.accuracy
+    score = sculptor.evaluate(run, str(data / "abilities" / "lambada.jsonl"), exact_match=False, max_rows=500)
+    found["lambada_loss"] = score.loss or 0.0
+    print(json.dumps(found))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["measure"]:
+        measure(Path(sys.argv[3]) / "model", Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["prepare"]:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--model", type=Path, required=True)
+        parser.add_argument("--data", type=Path, required=True)
+        arguments = parser.parse_args(sys.argv[2:])
+        prepare(arguments.model, arguments.data)
+    else:
+        run_suites(
+            SUITES, plan_text, __doc__ or "", lambda given: [sys.executable, __file__, "measure", str(given.data)]
+        )
+
+
+if __name__ == "__main__":
+    main()
