@@ -79,7 +79,8 @@ def setting_differences(checkpoint: Checkpoint, config: Mapping[str, Any]) -> li
     read = _as_loaded(checkpoint)
     if isinstance(read, str):
         return []
-    before, now = _without(read), _without(config)
+    # As files have them: numbers as keys are text there.
+    before, now = (_without(json.loads(json.dumps(each, default=str))) for each in (read, config))
     return [line for line in _settings(before, now) if not line.partition(" was ")[2].startswith("not there")]
 
 

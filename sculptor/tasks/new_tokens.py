@@ -108,8 +108,10 @@ def texts_of(samples: Samples) -> Iterator[tuple[int, ...]]:
     return (sample.example.input_ids for sample in samples.all)
 
 
-def tell_unseen(growth: Growth, examples: Iterable[Example], notice: Callable[[str], object]) -> None:
-    """Says which new tokens stand in no row: nothing moves theirs."""
+def tell_unseen(growth: Growth | None, examples: Iterable[Example], notice: Callable[[str], object]) -> None:
+    """Says which new tokens, if there are any, stand in no row: nothing moves theirs."""
+    if growth is None:
+        return
     seen = {token for example in examples for token in (*example.input_ids, *example.labels)}
     unseen = [token for i, token in enumerate(growth.tokens) if growth.start + i not in seen]
     if unseen:

@@ -15,6 +15,8 @@ from sculptor.errors import ArchiveError
 from sculptor.model.load import load_model
 from sculptor.model.protected import SECTION, hold_out, read_protected
 
+COVERS = ["sculptor.model.protected"]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
