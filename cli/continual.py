@@ -19,7 +19,7 @@ from .options import (
 
 _METHODS = [
     "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "crispedit",
-    "inflora", "sara", "orthsr", "bayes-adam", "esacl", "mamf", "lora", "olora", "osf",
+    "inflora", "sara", "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ _METHODS = [
     show_default=True,
     help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, plain with "
     "replay, l2, kl (KL to the base in the loss), interpolate (WiSE-FT), lines (LiNeS), eaft (entropy-weighted) or rescaled to "
-    "the norm of another run, CrispEdit's mask, InfLoRA, SaRA, OrthSR, bayes-adam (BAdam), EsaCL-style, MAMF, or (extra "
+    "the norm of another run, CrispEdit's mask, InfLoRA, SaRA, OrthSR, bayes-adam (BAdam), EsaCL-style, MAMF, SLM, or (extra "
     "`baselines`) LoRA, O-LoRA and OSF through PEFT.",
 )
 @click.option(

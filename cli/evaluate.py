@@ -56,6 +56,10 @@ from .options import (
 @click.option("--show", type=click.IntRange(0), default=0, help="Show what is answered to the first rows, so many.")
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
+@click.option(
+    "--bank", type=click.Path(), help="Bank of MODEL: each row is answered by the task that it is nearest to."
+)
+@click.option("--bank-top", type=click.IntRange(1), help="With --bank: tasks that answer a row, mixed [default: 1].")
 @settings_options(TrainSettings, "max_rows", "columns", "chat_template", "attn_implementation", "device", "offload")
 @adapter_option
 @html_option
@@ -81,6 +85,7 @@ def command(
     \b
     Examples:
       sculptor evaluate ./tuned --data test.jsonl --watch general.txt --watch code.txt
+      sculptor evaluate ./model --bank ./bank --data test.jsonl
       sculptor evaluate ./tuned --data chats.jsonl --exact-match --show 5
       sculptor evaluate ./tuned --tasks my_task,arc_easy --include-path ./tasks
     """

@@ -32,6 +32,7 @@ _COMMANDS = {
     "card": ("card", "Measure TUNED beside BASE, row by row, and say whether it may be released."),
     "chat": ("chat", "Talk to MODEL, and to the one it was tuned from beside it."),
     "edit": ("edit", "Make a checkpoint from one or two others, without training."),
+    "bank": ("bank", "Keep what tasks changed in MODEL beside each other, and route rows to them."),
     "continual": ("continual", "Train the tasks of PLAN in order and evaluate all of them after each."),
     "frontier": ("frontier", "Compare RUNS of `sculptor continual`: what each learned, against the harm that it did."),
     "convert": ("convert", "Write ARCHIVE, of an earlier version of the format, in today's."),

@@ -14,6 +14,7 @@ __distribution__ = NAME  # by which the command knows this package from another 
 
 _HOMES = {
     "AnalyzeSettings": "sculptor.methods.settings",
+    "BankSettings": "sculptor.edits.settings",
     "Choose": "sculptor.edits.settings",
     "EstimateSettings": "sculptor.planning.settings",
     "Archive": "sculptor.archive.store",
@@ -26,6 +27,7 @@ _HOMES = {
     "SculptorError": "sculptor.errors",
     "Threshold": "sculptor.edits.settings",
     "TrainSettings": "sculptor.training.settings",
+    "add_to_bank": "sculptor.tasks.bank",
     "analyze": "sculptor.tasks.analyze",
     "card": "sculptor.tasks.card",
     "chat": "sculptor.tasks.chat",
@@ -33,6 +35,7 @@ _HOMES = {
     "edit": "sculptor.tasks.edit",
     "estimate": "sculptor.tasks.estimate",
     "evaluate": "sculptor.tasks.evaluate",
+    "export_task": "sculptor.tasks.bank",
     "frontier": "sculptor.benchmark.frontier",
     "harm": "sculptor.tasks.harm",
     "inspect": "sculptor.tasks.inspect_archive",
@@ -43,6 +46,7 @@ _HOMES = {
     "protect": "sculptor.training.protect",
     "prune": "sculptor.tasks.prune",
     "push": "sculptor.tasks.push",
+    "route": "sculptor.tasks.bank",
     "stream": "sculptor.tasks.stream",
     "train": "sculptor.tasks.train",
     "verify": "sculptor.tasks.verify",
@@ -51,6 +55,7 @@ _HOMES = {
 __all__ = [
     "AnalyzeSettings",
     "Archive",
+    "BankSettings",
     "Choose",
     "EstimateSettings",
     "Interpolate",
@@ -63,6 +68,7 @@ __all__ = [
     "Threshold",
     "TrainSettings",
     "__version__",
+    "add_to_bank",
     "analyze",
     "card",
     "chat",
@@ -71,6 +77,7 @@ __all__ = [
     "edit",
     "estimate",
     "evaluate",
+    "export_task",
     "frontier",
     "harm",
     "inspect",
@@ -81,6 +88,7 @@ __all__ = [
     "protect",
     "prune",
     "push",
+    "route",
     "stream",
     "train",
     "verify",
@@ -90,13 +98,14 @@ if TYPE_CHECKING:
     from sculptor.archive.store import Archive
     from sculptor.benchmark.frontier import frontier
     from sculptor.benchmark.runner import continual
-    from sculptor.edits.settings import Choose, Interpolate, Lines, Project, Prune, Threshold
+    from sculptor.edits.settings import BankSettings, Choose, Interpolate, Lines, Project, Prune, Threshold
     from sculptor.errors import SculptorError
     from sculptor.methods.kinds import Kind
     from sculptor.methods.settings import AnalyzeSettings
     from sculptor.planning.settings import EstimateSettings
     from sculptor.tasks.adapter import merge_adapter
     from sculptor.tasks.analyze import analyze
+    from sculptor.tasks.bank import add_to_bank, export_task, route
     from sculptor.tasks.callback import SculptorCallback
     from sculptor.tasks.card import card
     from sculptor.tasks.chat import chat

@@ -37,6 +37,10 @@ class TrainingError(SculptorError):
     """A run that cannot go on, for example because its loss is not finite."""
 
 
+class BankError(SculptorError):
+    """A bank cannot be read, or does not go with a model."""
+
+
 class EditError(SculptorError):
     """Checkpoints that do not go together, or an edit that cannot be made of them."""
 

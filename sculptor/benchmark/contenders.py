@@ -53,6 +53,8 @@ def analysis_of(plan: Plan, method: Contender) -> AnalyzeSettings:
     if method in RULES_OF:
         rule, told = RULES_OF[method]
         return AnalyzeSettings(rule=rule, **{name: getattr(plan.adapter, name) for name in told}, **shared)
+    if method == "slm":
+        return AnalyzeSettings(rule="lowrank", rank=plan.adapter.rank, **shared)
     preserve = 0.0 if method != "random" else 0.5 if settings.preserve is None else settings.preserve
     basis: Basis = "random" if method == "random" else "weights"
     return AnalyzeSettings(basis=basis, constraint=settings.constraint, preserve=preserve, **shared)
@@ -66,6 +68,10 @@ def check_contender(plan: Plan, method: Contender) -> None:
     """
     if method in ("joint", "replay", "esacl") and len({task.columns for task in plan.tasks}) > 1:
         raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
+    if method == "slm" and plan.train.offload in ("cpu", "disk"):
+        raise SettingsError(
+            f"[train] offload = {plan.train.offload!r} with --method slm: rows have models of their own; use none"
+        )
     if method == "l2" and plan.train.weight_decay:
         raise SettingsError("[train] weight_decay without effect with --method l2: [adapter] decay is what it takes")
     if method == "kl" and plan.train.kl_weight is not None:
@@ -106,6 +112,8 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
         changes["kl_weight"] = settings.kl_weight or plan.adapter.kl
     if method == "bayes-adam":
         changes |= {"optimizer": "bayes-adam", "evidence": plan.adapter.evidence, "carry": "keep"}
+    if method == "slm":
+        changes["carry"] = "keep"
     if method == "esacl":
         changes |= {"carry": None, "select_rows": plan.adapter.select if plan.adapter.select < 1 else None}
     if method == "replay":

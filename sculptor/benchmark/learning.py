@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import train_adapter
 from sculptor.benchmark.contenders import SHRUNK, analysis_of, data_of, settings_of, shrink
 from sculptor.benchmark.episodes import Episode, episodes_of
@@ -17,11 +18,13 @@ from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
 from sculptor.checkpoint.staging import partial_path
 from sculptor.checkpoint.written import remove
 from sculptor.data.rows import Data
-from sculptor.edits.settings import Prune
+from sculptor.edits.settings import BankSettings, Prune
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
+from sculptor.tasks.bank import add_to_bank
+from sculptor.tasks.bank_files import Bank
 from sculptor.tasks.prune import prune
 from sculptor.tasks.train import train
 from sculptor.training.settings import TrainSettings
@@ -58,6 +61,37 @@ class Learning:
         if not self.world.once(target.is_dir):  # else the run was killed before it was evaluated
             self._learn(task, model, archive, target)
         self.world.once(lambda: _clear(target))
+        if self.method == "slm":
+            self._remember(task, target)
+
+    @property
+    def bank(self) -> Path:
+        """SLM's."""
+        return self.partial / "bank"
+
+    def num_kept_bytes(self, target: Path) -> int | None:
+        """Of what goes along beside a checkpoint: an archive, or a bank."""
+        if self.method == "slm":
+            return Bank(self.bank).num_bytes
+        return Archive(target / "subspaces", rules=self.rules).num_bytes if self.carries else None
+
+    def _remember(self, task: PlannedTask, target: Path) -> None:
+        """SLM's step after a task, which was learned from the base: what it changed goes into the bank."""
+        if self.bank.is_dir() and task.name in Bank(self.bank).names:
+            return
+        told = self.plan.evaluate
+        settings = BankSettings(max_length=told.max_length, batch_size=told.batch_size, device=self.plan.train.device)
+        columns = self.plan.train_settings(task).columns
+        add_to_bank(
+            self.bank,
+            self.plan.model,
+            target,
+            task.data,
+            name=task.name,
+            columns=columns,
+            settings=settings,
+            progress=self.progress,
+        )
 
     def _learn(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
         if self.method in ("lora", "olora", "osf"):
@@ -84,6 +118,8 @@ class Learning:
         elif self.method == "mamf":
             episodes, settings = episodes_of(self.plan, task, settings)
             self._train(task, self._run(episodes, task, model, target), None, data, target, settings)
+        elif self.method == "slm":
+            self._train(task, self.plan.model, None, data, target, settings)
         else:
             self._train(task, model, archive, data, target, settings)
 

@@ -21,7 +21,7 @@ from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, 
 T = TypeVar("T")
 Contender = Literal[
     "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "crispedit",
-    "inflora", "sara", "orthsr", "bayes-adam", "esacl", "mamf", "lora", "olora", "osf",
+    "inflora", "sara", "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
 ]  # fmt: skip
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
 # Published systems that are rules of sculptor's own, and what of [adapter] they are told.
@@ -52,7 +52,7 @@ class AdapterSettings:
     """What the compared methods are told."""
 
     rank: AtLeastOne = 8
-    """Rank of LoRA, O-LoRA and InfLoRA."""
+    """Rank of LoRA, O-LoRA, InfLoRA and SLM."""
     alpha: AtLeastOne = 16
     """Their scale."""
     orthogonality: NotNegative = 0.5

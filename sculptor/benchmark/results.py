@@ -143,13 +143,20 @@ def continual_readme(plan: Plan, report: ContinualReport) -> Readme:
     return Readme(
         bases=(find_directory(plan.model),),
         done=f"taught {listed(report.tasks)}",
-        summary=f"Fine-tuned on {len(report.tasks)} tasks, one after another, {how}; {kept}."
-        if report.method != "joint"
-        else f"Fine-tuned on {len(report.tasks)} tasks at once.",
+        summary=_summary(report, how, kept),
         tags=("continual-learning",),
         figures=_figures(report),
         data=tuple(name for task in plan.tasks for name in names_of(task.data)),
     )
+
+
+def _summary(report: ContinualReport, how: str, kept: str) -> str:
+    count = len(report.tasks)
+    if report.method == "joint":
+        return f"Fine-tuned on {count} tasks at once."
+    if report.method == "slm":
+        return f"Fine-tuned on the last of {count} tasks; what each changed is in the bank beside it, for the base."
+    return f"Fine-tuned on {count} tasks, one after another, {how}; {kept}."
 
 
 def _figures(report: ContinualReport) -> list[tuple[str, str]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from sculptor import __version__
-from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import require_peft
 from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, update_norm
 from sculptor.benchmark.crispedit import KIND as CRISPEDIT
@@ -38,13 +37,16 @@ from sculptor.checkpoint.staging import commit, write_json, writing
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.data.rows import local_files
+from sculptor.edits.settings import BankSettings
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.model.load import resolve_device
+from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.bank_files import Bank
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.readme import write_readme
+from sculptor.tasks.routed import RoutedModel
 from sculptor.validation import read_file, read_json
 from sculptor.world import World
 
@@ -100,10 +102,9 @@ def continual(
     check_contender(resolved, method)
     if method in ("lora", "olora", "osf"):
         require_peft()
-        if world.size > 1:
-            raise SettingsError(
-                f"--method {method} with {world.size} processes: PEFT's methods run in one; start it alone"
-            )
+    if method in ("lora", "olora", "osf", "slm") and world.size > 1:
+        whose = "a bank's rows are" if method == "slm" else "PEFT's methods run"
+        raise SettingsError(f"--method {method} with {world.size} processes: {whose} in one; start it alone")
     output = Path(output).resolve()
     files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
     with staged_together(
@@ -196,9 +197,9 @@ class _Run:
             if i >= len(self.stages):
                 started = time.perf_counter()
                 self.learning.learn(task, model, archive, target)
-                carries = self.learning.carries
-                archive_bytes = Archive(target / "subspaces", rules=self.rules).num_bytes if carries else None
-                self._finish_stage(name, str(target), archive_bytes, time.perf_counter() - started, model)
+                self._finish_stage(
+                    name, str(target), self.learning.num_kept_bytes(target), time.perf_counter() - started, model
+                )
                 bar.update(1)
             if i > 1:
                 before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
@@ -229,8 +230,11 @@ class _Run:
     ) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
         device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
+        routes = self.method == "slm" and before is not None
         with self.world.together():
-            checkpoint = open_checkpoint(model)
+            after = open_checkpoint(model)
+            checkpoint = open_checkpoint(self.plan.model) if routes else after
+            offload = "none" if routes else offload
             loaded = open_model(checkpoint, device, inspect_architecture(checkpoint), offload, progress=self.progress)
             use_template(loaded.tokenizer, self.plan.train.chat_template)
         with closing(loaded):
@@ -238,12 +242,20 @@ class _Run:
                 why = self.world.once(lambda: draw_once(loaded, self.plan, self.partial, self.progress))
                 if why:
                     self.notice(f"harm cannot be measured: {why}")
-            found = measure_stage(loaded, self.plan, self.inputs, self.partial, self.progress, self.world)
-        update = None if before is None else self.world.once(lambda: update_norm(open_checkpoint(before), checkpoint))
+            routed = self._routed(loaded) if routes else None
+            found = measure_stage(loaded, self.plan, self.inputs, self.partial, self.progress, self.world, routed)
+        start = self.plan.model if routes else before
+        update = None if start is None else self.world.once(lambda: update_norm(open_checkpoint(start), after))
         stage = Stage(name, found.scores, found.watch_loss, archive_bytes, seconds, found.watched, update, found.harm)
         self.stages.append(self.world.from_first(stage))
         noted = {"key": self.key, "stages": [asdict(stage) for stage in self.stages]}
         self.world.once(lambda: write_json(self.partial / SCORES_NAME, noted))
+
+    def _routed(self, loaded: LoadedModel) -> RoutedModel:
+        """The base with SLM's bank."""
+        options = self.plan.evaluate
+        told = BankSettings(max_length=options.max_length, batch_size=options.batch_size)
+        return RoutedModel(Bank(self.learning.bank), loaded, 1, told, self.progress)
 
     def _restored(self) -> list[Stage]:
         """Rows of a run that was killed.

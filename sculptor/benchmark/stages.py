@@ -19,6 +19,7 @@ from sculptor.model.harm import Harm, measure_harm
 from sculptor.model.load import LoadedModel
 from sculptor.model.samples import SUFFIX, kept_samples, parse_samples
 from sculptor.progress import Progress
+from sculptor.tasks.routed import RoutedModel
 from sculptor.validation import read_file
 from sculptor.world import World
 
@@ -57,19 +58,28 @@ def harm_to_base(loaded: LoadedModel, partial: Path, world: World) -> Harm | Non
 
 
 def measure_stage(
-    loaded: LoadedModel, plan: Plan, inputs: Inputs, partial: Path, progress: Progress, world: World
+    loaded: LoadedModel,
+    plan: Plan,
+    inputs: Inputs,
+    partial: Path,
+    progress: Progress,
+    world: World,
+    routed: RoutedModel | None = None,
 ) -> Measured:
-    """Everything that is measured of one model."""
+    """Everything that is measured of one model; rows of one that is `routed` have weights of their own, and no harm."""
     options = plan.evaluate
+    generation = Generation(exact_match=None if options.exact_match else False)
 
     def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
+        if routed is not None:
+            return routed.evaluate(rows, labels, generation)
         return evaluate_rows(
             loaded,
             rows,
             labels,
             options.max_length,
             options.batch_size,
-            generation=Generation(exact_match=None if options.exact_match else False),
+            generation=generation,
             progress=progress,
             world=world,
         )
@@ -81,7 +91,7 @@ def measure_stage(
     texts = {name: measure(rows, None) for name, rows in inputs.watched.items()}
     tokens = sum(found.num_tokens for found in texts.values())
     total = sum(_loss(found) * found.num_tokens for found in texts.values()) / tokens if texts else None
-    harm = harm_to_base(loaded, partial, world)
+    harm = None if routed is not None else harm_to_base(loaded, partial, world)
     return Measured(scores, total, {name: _loss(found) for name, found in texts.items()}, harm)
 
 

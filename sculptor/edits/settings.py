@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from sculptor.errors import SettingsError
-from sculptor.validation import AtLeastOne, NotNegative, Share, Texts, settings
+from sculptor.validation import AtLeastOne, Name, NotNegative, Share, Texts, settings
 
 By = Literal["curvature", "magnitude"]
 
@@ -94,3 +94,15 @@ class Choose:
     def alphas(self) -> tuple[float, ...]:
         """What is tried of --alpha."""
         return tuple(i / (self.grid - 1) for i in range(self.grid))
+
+
+@settings
+class BankSettings:
+    """How rows are read and routed."""
+
+    max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
+    """Longest sequence in tokens [default: 1024 or the model's limit]."""
+    batch_size: AtLeastOne = 16
+    """Rows per forward."""
+    device: Name = "auto"
+    """auto, cpu, cuda or cuda:N."""

@@ -1,8 +1,8 @@
 """What a loaded model makes of rows: loss, perplexity, exact match, ranking of labels or choices, answers to look at."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from sculptor.data.columns import Columns
 from sculptor.data.examples import encode, resolve_max_length
@@ -63,6 +63,7 @@ class Evaluation:
         answers: the first ones.
         watched: a figure for each of the watched texts.
         tasks: figures of lm-eval.
+        routed: with a bank, how many rows each of its tasks answered, as the nearest.
     """
 
     loss: float | None
@@ -78,6 +79,7 @@ class Evaluation:
     tasks: tuple[TaskResult, ...] = ()
     num_dropped: int = 0
     num_cut: int = 0
+    routed: Mapping[str, int] = field(default_factory=dict)
     classified: bool = False
 
 

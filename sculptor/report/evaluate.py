@@ -62,6 +62,7 @@ def measures_rows(result: Evaluation) -> list[list[str]]:
     rows.append(["rows", f"{result.num_rows:,}"])
     if not result.classified:
         rows.append(["tokens", f"{result.num_tokens:,}"])
+    rows += [[f"rows to {task}", f"{count:,}"] for task, count in result.routed.items()]
     if result.num_dropped:
         rows.append(["rows dropped, too long", f"{result.num_dropped:,}"])
     if result.num_cut:

@@ -135,7 +135,7 @@ def train_text(report: TrainReport) -> str:
     if report.num_dropped or report.num_cut:
         lines.append(
             f"Data: {report.num_examples} rows; {report.num_dropped} dropped (completion too long), "
-            f"{report.num_cut} with the middle of the prompt cut"
+            f"{report.num_cut} with {'a text' if report.classes else 'the middle of the prompt'} cut"
             + ("; raise --max-length to keep more." if report.num_cut > 0.2 * report.num_examples else ".")
         )
     lines += not_targeted_lines(report.not_targeted)

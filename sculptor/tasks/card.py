@@ -106,11 +106,11 @@ def card(
     if strict and not thresholds:
         raise SettingsError("--strict without effect: there is no --fail-if")
     measures, left_out = read_measures(data, abilities, watch, columns, max_rows, notice)
-    others = [HARM, *((LEAK, UNVERIFIED) if subspaces is not None else ())]
+    archive = None if subspaces is None else Archive(subspaces, rules=rules)
+    others = [HARM, *(() if archive is None else (LEAK, UNVERIFIED, *_names(archive, measures)))]
     every: tuple[str, ...] = get_args(Figure)
     check_known(thresholds, {measure.name: every for measure in measures}, others)
     proofs = [_leak(base, each, subspaces, device, rules, progress) for each in tuned]
-    archive = None if subspaces is None else Archive(subspaces, rules=rules)
 
     def measure(model: str | Path, samples: Sequence[Sample] | None) -> _Found:
         loaded = _open(model, max_length, batch_size, device, offload, progress)
@@ -134,7 +134,7 @@ def card(
         after = measure(model, before.samples)
         lines = _lines(measures, before, after)
         low, high = (None, None) if after.harm is None else interval(after.harm)
-        failed = failures(thresholds, lines, after.harm, leak, strict=strict)
+        failed = failures(thresholds, lines, after.harm, leak, after.named, strict=strict)
         cards.append(TunedCard(_name(model), lines, after.harm, low, high, leak, failed, after.named))
     return CardReport(
         base=_name(base),
@@ -156,6 +156,17 @@ class _Found:
     harm: Harm | None
     samples: Sequence[Sample]
     named: tuple[NamedHarm, ...]
+
+
+def _names(archive: Archive, measures: Sequence[Measure]) -> list[str]:
+    """What the archive protects by name, and reports on; thresholds have to tell it from everything else."""
+    names = [each.name for each in read_protected(archive)]
+    twice = sorted({*names} & ({measure.name for measure in measures} | {HARM, LEAK, UNVERIFIED}))
+    if twice:
+        raise SettingsError(
+            f"{twice[0]}: a file and a name that the archive protects are called the same; rename the file"
+        )
+    return names
 
 
 def _name(model: str | Path) -> str:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.names import Conversion, find_converted
 from sculptor.data.rows import Row, digest_rows
 from sculptor.edits.difference import Edit
 from sculptor.edits.interpolate import Even
@@ -24,6 +23,7 @@ from sculptor.edits.settings import Choose
 from sculptor.errors import EditError
 from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows, read_evaluation_rows
 from sculptor.model.load import LoadedModel, load_model
+from sculptor.model.put import put_tensors
 from sculptor.progress import Progress, silent
 from sculptor.tasks.edit_report import Choice, Measure, Point
 
@@ -50,7 +50,8 @@ class Trial:
 
     def measure(self, edit: Edit) -> Measured:
         """Puts a candidate into the model, and measures it."""
-        self._put(EditPass(self.pairs, edit, self.loaded.device, self.saved, kept=self.kept))
+        made = EditPass(self.pairs, edit, self.loaded.device, self.saved, kept=self.kept)
+        put_tensors(self.loaded, self.pairs.source, self.pairs.by_name, made.tensor)
         task, watch = (self._evaluate(rows) for rows in (self.rows, self.text))
         assert task.loss is not None
         assert watch.loss is not None
@@ -63,22 +64,6 @@ class Trial:
         return evaluate_rows(
             self.loaded, rows, None, length, size, generation=Generation(exact_match=False), progress=silent
         )
-
-    @torch.no_grad()
-    def _put(self, made: EditPass) -> None:
-        source, model = self.pairs.source, self.loaded.model
-
-        def read(name: str) -> Tensor:
-            return made.tensor(name) if name in self.pairs.by_name else source[name]
-
-        values = model.state_dict()
-        for parameter, name in self.loaded.architecture.tensors.items():
-            if parameter in values and name in self.pairs.by_name:
-                values[parameter].copy_(made.tensor(name))
-        conversions: dict[int, Conversion] = {id(each): each for each in find_converted(model, source).values()}
-        for conversion in conversions.values():
-            for parameter, value in conversion.make(read).items():
-                values[parameter].copy_(value)
 
 
 def open_trial(

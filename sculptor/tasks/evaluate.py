@@ -12,14 +12,17 @@ from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.labelled import classes_of
-from sculptor.data.rows import Data, as_items, digest_rows, names_of
+from sculptor.data.rows import Data, Row, as_items, digest_rows, names_of
+from sculptor.edits.settings import BankSettings
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
 from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, Watched, evaluate_rows, read_evaluation_rows
 from sculptor.model.load import check_head, resolve_device
 from sculptor.progress import Progress, silent
+from sculptor.tasks.bank_files import Bank
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join
+from sculptor.tasks.routed import RoutedModel
 from sculptor.training.settings import Offload
 
 
@@ -44,6 +47,8 @@ def evaluate(
     attn_implementation: str | None = None,
     device: str = "auto",
     offload: Offload = "auto",
+    bank: str | Path | None = None,
+    bank_top: int | None = None,
     progress: Progress = silent,
     notice: Callable[[str], object] = lambda _: None,
 ) -> Evaluation:
@@ -69,13 +74,20 @@ def evaluate(
         attn_implementation: eager, sdpa, ...; default transformers' choice.
         device: auto, cpu, cuda or cuda:N.
         offload: where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
+        bank: of the model; each row is answered by the tasks that it is nearest to.
+        bank_top: how many of them, mixed; default the nearest alone.
         progress: makes progress bars.
         notice: told, in a line, what form of data was recognised.
 
     Raises:
         SculptorError: if the checkpoint or the data cannot be used.
     """
-    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens), ("--max-rows", max_rows)):
+    for option, value in (
+        ("--bank-top", bank_top),
+        ("--batch-size", batch_size),
+        ("--max-new-tokens", max_new_tokens),
+        ("--max-rows", max_rows),
+    ):
         if value is not None and value < 1:
             raise SettingsError(f"{option} {value}: expected at least 1")
     given, watched = as_items(data), as_items(watch)
@@ -89,7 +101,13 @@ def evaluate(
             and (include_path is not None or num_fewshot is not None or chat),
         }
     )
+    opened = None if bank is None else Bank(bank)
+    _check_bank(opened is not None, bank_top, tasks, offload)
     world = join(device)
+    if opened is not None and world.size > 1:
+        raise SettingsError(
+            f"--bank with {world.size} processes: rows have models of their own; start it without a launcher"
+        )
     if tasks and world.size > 1:
         raise SettingsError(f"--tasks with {world.size} processes: lm-eval runs in one; start it without a launcher")
     with world.together():
@@ -111,6 +129,9 @@ def evaluate(
         manager = check_tasks(tasks, None if include_path is None else Path(include_path)) if tasks else None
         length = resolve_max_length(max_length, architecture.max_positions)
         where = resolve_device(device)
+        if opened is not None:
+            opened.check_base(checkpoint, progress)
+            offload = "none"  # weights change from row to row
         loaded = open_model(checkpoint, where, architecture, offload, tokens=batch_size * length, progress=progress)
     if world.size > 1:
         check_alike(world, {"rows": digest_rows(read), "model": identity(checkpoint.digests_beside((), progress))})
@@ -119,22 +140,23 @@ def evaluate(
         use_template(loaded.tokenizer, chat_template)
         tell_unread("rows", read, loaded.tokenizer, notice)
         found = NOTHING
-        if rows:
-            found = evaluate_rows(
+        routed = None
+        if opened is not None:
+            told = BankSettings(max_length=length, batch_size=batch_size)
+            routed = RoutedModel(opened, loaded, bank_top or 1, told, progress)
+
+        def measure(rows: Sequence[Row], labels: Sequence[str] | None, generation: Generation) -> Evaluation:
+            if routed is not None:
+                return routed.evaluate(rows, labels, generation)
+            return evaluate_rows(
                 loaded, rows, labels, length, batch_size, generation=generation, progress=progress, world=world
             )
+
+        if rows:
+            found = measure(rows, labels, generation)
         alone = []
         for name, text in zip(names_of(watched), texts, strict=True):
-            one = evaluate_rows(
-                loaded,
-                text,
-                None,
-                length,
-                batch_size,
-                generation=Generation(exact_match=False),
-                progress=progress,
-                world=world,
-            )
+            one = measure(text, None, Generation(exact_match=False))
             assert one.loss is not None
             assert one.perplexity is not None
             alone.append(Watched(name, one.loss, one.perplexity, one.num_tokens))
@@ -145,6 +167,15 @@ def evaluate(
                 num_fewshot=num_fewshot, chat=chat,
             )  # fmt: skip
     return replace(found, watched=tuple(alone), tasks=results)
+
+
+def _check_bank(given: bool, top: int | None, tasks: Sequence[str], offload: Offload) -> None:
+    if not given and top is not None:
+        raise SettingsError("--bank-top without effect: there is no --bank")
+    if given and tasks:
+        raise SettingsError("--tasks with --bank: lm-eval asks one model; export a task with `sculptor bank export`")
+    if given and offload in ("cpu", "disk"):
+        raise SettingsError(f"--offload {offload} with --bank: weights change from row to row; use --offload none")
 
 
 def _check_effect(unused: dict[str, bool]) -> None:

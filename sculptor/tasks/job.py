@@ -1,6 +1,5 @@
 """The opened and checked inputs of a job, with everything that follows from them."""
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from sculptor.tasks.classification import check_task, head_of
 from sculptor.tasks.harm import measured_every, samples_for
 from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer, tell_unseen
 from sculptor.tasks.replay import fill_in_samples, read_replay
+from sculptor.training.openly import select_extra
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
 from sculptor.training.steps import Steps
@@ -142,9 +142,7 @@ def open_job(
     replay: Data = (),
     new_head: tuple[Checkpoint, Sequence[str]] | None = None,
 ) -> TrainJob:
-    """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
-
-    `new_head` has the checkpoint as it was given, where `model` has got a head, and the parameters of that.
+    """Opens and checks all that a training reads; `rows` if read before, `new_head`: the model as given, a new head's parameters.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
@@ -179,7 +177,7 @@ def open_job(
         task_name(items[0]),
         {
             **head_of(checkpoint, architecture, () if new_head is None else new_head[1]),
-            **_select_extra(architecture, archive, settings.also_train),
+            **select_extra(architecture, archive, settings.also_train),
         },
         growth=rows.growth,
         ungrown=None if new_head is None else new_head[0],
@@ -293,27 +291,6 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
         memory_rows=(settings.memory_rows or MEMORY_ROWS) if measures else None,
         memory_weight=(settings.memory_weight or method.defaults.memory_weight) if weighs else None,
     )
-
-
-def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequence[str]) -> dict[str, str]:
-    """Openly trained parameters: parameter of the model -> tensor of the checkpoint."""
-    protected = {record.tensor for record in archive.values()}
-    candidates = {
-        parameter: name
-        for parameter, name in architecture.tensors.items()
-        if name not in protected and parameter in architecture.parameters
-    }
-    chosen: dict[str, str] = {}
-    for pattern in patterns:
-        found = {
-            p: name for p, name in candidates.items() if fnmatch.fnmatchcase(p, pattern) or pattern in p.split(".")
-        }
-        if not found:
-            raise SettingsError(
-                f"--also-train {pattern!r} matches no unprotected parameter; use a glob on names like {next(iter(candidates))}"
-            )
-        chosen |= found
-    return chosen
 
 
 def cast_to(settings: TrainSettings) -> torch.dtype | None:

@@ -18,7 +18,7 @@ from plans import two_tasks
 from safetensors.torch import load_file
 from together import together
 
-from sculptor import AnalyzeSettings, analyze, train
+from sculptor import AnalyzeSettings, analyze, evaluate, train
 from sculptor.benchmark.contenders import data_of, settings_of, update_norm
 from sculptor.benchmark.episodes import episodes_of, shorten
 from sculptor.benchmark.plan import Contender, Plan, read_plan
@@ -208,6 +208,7 @@ def one_task(place: Path, tmp_path: Path) -> Path:
     return plan
 
 
+@pytest.mark.slow
 def test_esacl_trains_what_it_has_pruned_alone(place: Path, tmp_path: Path) -> None:
     told: list[str] = []
     sparse = ["adapter.sparsity=0.25", "adapter.select=0.5"]
@@ -221,7 +222,7 @@ def test_esacl_trains_what_it_has_pruned_alone(place: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["esacl", "mamf", "bayes-adam", "lines"])
+@pytest.mark.parametrize("method", ["esacl", "mamf", "bayes-adam", "lines", "slm"])
 def test_a_stopped_run_of_several_steps_goes_on(place: Path, tmp_path: Path, method: Contender) -> None:
     plan, more = one_task(place, tmp_path), {"method": method}
     continual(plan, tmp_path / "whole", **more)
@@ -236,6 +237,25 @@ def test_a_stopped_run_of_several_steps_goes_on(place: Path, tmp_path: Path, met
     assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
     assert all(torch.equal(value, weights(tmp_path / "whole" / "model")[name])
                for name, value in weights(tmp_path / "cut" / "model").items())  # fmt: skip
+
+
+@pytest.mark.slow
+def test_slm_forgets_nothing_where_rows_find_their_task(place: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "second.jsonl", [row | {"prompt": f"w30 w31 {row['prompt']}"} for row in rows_of("second")])
+    for name in ("base", "first.jsonl"):
+        (tmp_path / name).symlink_to(place / name)
+    (tmp_path / "plan.toml").write_text(PLAN.replace("max_steps = 3", "max_steps = 16"))
+    report = continual(tmp_path / "plan.toml", tmp_path / "out", method="slm")
+    base, first, last = report.stages
+    assert last.scores["first"].loss == pytest.approx(first.scores["first"].loss, rel=1e-6)
+    assert last.scores["first"].loss < base.scores["first"].loss
+    assert last.scores["second"].loss < base.scores["second"].loss
+    assert [stage.archive_bytes for stage in report.stages][1:] == sorted(
+        (tmp_path / "out/bank/first.safetensors").stat().st_size * scale + extra
+        for scale, extra in ((1, 0), (1, (tmp_path / "out/bank/second.safetensors").stat().st_size))
+    )
+    told = evaluate(tmp_path / "base", [str(tmp_path / "first.jsonl")], bank=tmp_path / "out/bank", device="cpu")
+    assert told.loss == pytest.approx(last.scores["first"].loss, rel=1e-5)
 
 
 def test_mamf_draws_sub_tasks_in_half_of_the_steps(plan: Plan) -> None:

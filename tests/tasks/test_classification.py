@@ -13,7 +13,7 @@ import transformers
 from conftest import SMALL, WORDS, Result, make_tokenizer, save_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
-from sculptor import AnalyzeSettings, TrainSettings, analyze, estimate, evaluate, train, verify
+from sculptor import AnalyzeSettings, TrainSettings, analyze, continual, estimate, evaluate, train, verify
 from sculptor.checkpoint.heads import find_new_head
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import CheckpointError, DataError, SculptorError, SettingsError
@@ -21,6 +21,7 @@ from sculptor.report.evaluate import evaluate_text
 from sculptor.report.verify import verify_text
 from sculptor.tasks.data import preview
 
+COVERS = ["sculptor.checkpoint.heads", "sculptor.data.labelled", "sculptor.tasks.new_head"]
 SETTINGS = TrainSettings(
     task="sequence-classification", epochs=6, batch_size=6, relative_rate=0.05, device="cpu", micro_batch_size=3
 )
@@ -282,6 +283,14 @@ def test_models_that_are_no_classifiers_of_rows(pairs: Path, tmp_path: Path) -> 
         evaluate(pairs / "bert-tuned", [pairs / "bert.jsonl"], show=1, device="cpu")
     with pytest.raises(SettingsError, match="--tasks: for language models"):
         evaluate(pairs / "bert-tuned", tasks=["piqa"], device="cpu")
+    task = '[[tasks]]\nname = "a"\ndata = ["llama.jsonl"]\ntest = ["llama.jsonl"]\n'
+    for name, model, section in (
+        ("one", "llama", '[train]\ntask = "sequence-classification"\n'),
+        ("two", "llama-tuned", ""),
+    ):
+        (pairs / f"{name}.toml").write_text(f'model = "{model}"\n{section}{task}')
+        with pytest.raises(SettingsError, match="a classifier's head has the classes of one task"):
+            continual(pairs / f"{name}.toml", tmp_path / "sequence")
     shutil.copytree(pairs / "llama-tuned", tmp_path / "padless")
     config = json.loads((tmp_path / "padless" / "config.json").read_text()) | {"pad_token_id": None}
     (tmp_path / "padless" / "config.json").write_text(json.dumps(config))

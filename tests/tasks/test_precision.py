@@ -1,6 +1,7 @@
 """`train --optimizer bayes-adam`: its steps against float64, and what it knows from task to task."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.errors import ArchiveError
+from sculptor.methods.settings import RULES
+from sculptor.tasks.job import resolve_settings
 
 SETTINGS = TrainSettings(
     optimizer="bayes-adam", evidence=0.3, max_steps=4, batch_size=8, learning_rate=1e-2, schedule="constant", warmup=0,
@@ -152,7 +155,17 @@ def test_what_does_not_go_together_is_refused(cli: Callable[..., Result], place:
 
     assert "--evidence without effect with --optimizer adamw" in said("--evidence", "0.1")
     assert "use --carry keep" in said("--optimizer", "bayes-adam", "--carry", "accumulate")
-    for rule in ("rotation", "lowrank"):
+    page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    (row,) = re.findall(r"^\| `bayes-adam` \| ([^|]+) \| `keep` \|", page, re.MULTILINE)
+    goes = set(re.findall(r"`(\w+)`", row))
+    assert goes == {"staircase", "mask"}
+    for rule in RULES:
+        if rule in goes:
+            opened = tmp_path / f"{rule}-goes"
+            analyze(place / "model", opened, AnalyzeSettings(rule=rule, basis="weights", device="cpu"))
+            resolved = resolve_settings(TrainSettings(optimizer="bayes-adam"), Archive(opened))
+            assert (resolved.carry, resolved.evidence) == ("keep", 0.01)
+            continue
         archive = tmp_path / rule
         analyze(place / "model", archive, AnalyzeSettings(rule=rule, device="cpu"))
         assert f"does not go with an archive with rule {rule}" in said("--optimizer", "bayes-adam", archive=archive)

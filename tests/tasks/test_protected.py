@@ -15,6 +15,8 @@ from sculptor.errors import ArchiveError
 from sculptor.model.load import load_model
 from sculptor.model.protected import SECTION, hold_out, read_protected
 
+COVERS = ["sculptor.model.protected"]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,6 +76,26 @@ def test_a_name_has_its_lines_in_every_report(cli: Callable[..., Result], made: 
     assert [(k.name, k.losses) for k in kept] == [(k.name, k.losses) for k in gone], "carried to the next archive"
     card = cli("card", made / "base", tmp_path / "tuned", "--subspaces", tmp_path / "archive", "--device", "cpu")
     assert f"tools: loss {told[1]['rise']:+.4f}" in card.out
+    arguments = (made / "base", tmp_path / "tuned", "--subspaces", tmp_path / "archive", "--device", "cpu")
+    gate = cli("card", *arguments, "--fail-if", f"tools>{told[1]['rise'] - 0.01}", "--fail-if", "danish>99")
+    assert gate.code == 1
+    assert gate.out.count("FAILS") == 1
+    assert cli("card", *arguments, "--data", write_rows(tmp_path / "tools.jsonl", task_rows())).code == 2, "which one?"
+
+
+@pytest.mark.slow
+def test_a_streamed_model_is_reported_on_alike(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
+    assert analyzed(cli, made, tmp_path / "archive", "--protect", f"tools={made / 'tools.jsonl'}").code == 0
+    told = []
+    for offload in ("none", "disk"):
+        trained = cli(
+            "train", made / "base", "--subspaces", tmp_path / "archive", "--data", made / "task.jsonl", "-o",
+            tmp_path / offload, "--max-steps", 3, "--batch-size", 8, "--device", "cpu", "--offload", offload, "--json",
+        )  # fmt: skip
+        assert trained.code == 0, trained.err
+        told.append(trained.json["loop"]["named"])
+    assert told[0] == told[1]
+    assert told[0][0]["rise"] != 0
 
 
 def against_definition(made: Path, tuned: Path, archive: Archive, told: list[dict[str, float]]) -> None:
