@@ -73,6 +73,7 @@ def command(
       sculptor card ./model ./tuned --data test.jsonl --abilities ./abilities --watch general.txt
       sculptor card ./model ./tuned --abilities piqa.jsonl --fail-if 'piqa<-1' --fail-if 'harm>0.02'
     """
+    from sculptor.data.rows import local_files
     from sculptor.errors import SculptorError
     from sculptor.report.card import card_text
     from sculptor.report.html.card import card_page
@@ -84,10 +85,12 @@ def command(
     if overwrite and html is None and json_file is None:
         raise click.UsageError("--overwrite without effect: there is no --html and no --json")
     try:
+        read = [base, *tuned, options["subspaces"], *options["abilities"]]
+        read += local_files([*options["data"], *options["watch"]])
         if html is not None:
-            check_page(html, overwrite)
+            check_page(html, overwrite, inputs=read)
         if json_file is not None:
-            check_place(json_file, "--json", overwrite)
+            check_place(json_file, "--json", overwrite, read)
         report = card(base, tuned, progress=bars, notice=tell, **options)
         click.echo(card_text(report))
         if json_file is not None:

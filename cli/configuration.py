@@ -199,6 +199,6 @@ def _value(ctx: click.Context, path: Path, key: str, value: Any, parameter: clic
         parameter.type_cast_value(ctx, made)
     except click.BadParameter as cause:
         raise _error(path, f"{key}: {cause.message}") from cause
-    except (ValueError, OverflowError) as cause:  # a NUL in a path, a number that is none
+    except (TypeError, ValueError, OverflowError) as cause:  # a NUL in a path, or a number; a number that is none
         raise _error(path, f"{key}: {cause}") from cause
     return made

@@ -18,8 +18,8 @@ from .options import (
 )
 
 _METHODS = [
-    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "inflora", "sara",
-    "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "crispedit",
+    "inflora", "sara", "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
 ]  # fmt: skip
 
 
@@ -33,8 +33,8 @@ _METHODS = [
     show_default=True,
     help="sculptor as the plan says; to compare: random directions, plain fine-tuning, all tasks at once, plain with "
     "replay, l2, kl (KL to the base in the loss), interpolate (WiSE-FT), lines (LiNeS), eaft (entropy-weighted) or rescaled to "
-    "the norm of another run, InfLoRA, SaRA, OrthSR, bayes-adam (BAdam), EsaCL-style, MAMF, SLM, or (extra `baselines`) LoRA, O-LoRA "
-    "and OSF through PEFT.",
+    "the norm of another run, CrispEdit's mask, InfLoRA, SaRA, OrthSR, bayes-adam (BAdam), EsaCL-style, MAMF, SLM, or (extra "
+    "`baselines`) LoRA, O-LoRA and OSF through PEFT.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override the plan's value; repeatable."

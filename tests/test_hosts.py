@@ -20,6 +20,8 @@ from sculptor.errors import SettingsError, TrainingError
 from sculptor.training.parallelism import check_device
 from sculptor.training.protect import protected_matrices
 
+COVERS = ["sculptor.axolotl"]
+
 
 class BasePlugin:
     """axolotl's, as far as it is asked."""

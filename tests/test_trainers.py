@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import sculptor
 from sculptor.data.collated import batch_examples
 
-COVERS = ["sculptor.data.collated", "sculptor.tasks.callback", "sculptor.tasks.same_model"]
+COVERS = ["sculptor.data.collated", "sculptor.tasks.callback", "sculptor.tasks.same_model", "sculptor.training.saved"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "trainers.md"
 
 
@@ -159,6 +159,8 @@ def test_what_could_not_be_written_is_refused_before_a_step(place: Path, bases: 
     (place / "there").mkdir()
     with pytest.raises(sculptor.SculptorError, match="exists already"):
         Best(place).train("there")
+    with pytest.raises(sculptor.SculptorError, match="lies in the input"):
+        Best(bases["model"]).train("out", archive=str(bases["moments"]))
     model = AutoModelForCausalLM.from_pretrained("model")
     callback = sculptor.SculptorCallback("model", "subspaces", "out")
     arguments = TrainingArguments("run", use_cpu=True, report_to="none", max_steps=1)

@@ -26,11 +26,12 @@ from sculptor.progress import Progress
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """Calibration rows whose moments are scaled to one trace."""
+    """Calibration rows whose moments are scaled to one trace; `protects` is the name that they stand for, if any."""
 
     name: str
     examples: Sequence[Example]
     weight: float = 1.0
+    protects: str = ""
 
 
 def weigh(checkpoint: Checkpoint, target: Target, device: torch.device) -> functools.partial[Tensor]:

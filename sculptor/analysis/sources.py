@@ -99,4 +99,6 @@ def facts_of(source: Source) -> SourceFacts:
         rows=len(source.examples),
         tokens=sum(len(example.input_ids) for example in source.examples),
         tokens_with_loss=sum(label != IGNORED for label in labels),
+        protects=source.protects or None,
+        weight=source.weight,
     )

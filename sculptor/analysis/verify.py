@@ -12,6 +12,7 @@ How many merges are believed is in `analysis.lineage`; what is loaded beside ten
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.vocabulary import Growth, find_growth
 from sculptor.errors import ArchiveError, VerificationError
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.rounding import leak_allowance, peak_allowance
 from sculptor.progress import Progress, silent
 from sculptor.world import ALONE, World
@@ -73,8 +74,7 @@ class Verification:
 
     Attributes:
         passed: every matrix holds, and everything else that a user loads is untouched.
-        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise.
-        max_leak: of the matrix with the largest.
+        leak: over all matrices together, ||frozen parts|| / ||updates||; `rounding` likewise; `max_leak` of the largest.
         eaten: share of the whole update that rounding ate.
         num_targets: matrices of the archive.
         num_changed: those with an update.
@@ -88,11 +88,12 @@ class Verification:
         strict: whether a leak that only rounding explains was refused, too.
         cast: dtype everything was cast to, None if dtypes are the same.
         matrices: one by one.
+        protected: share of all matrices together that the archive forbids to change.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
         new_head: tensors of a classifier's head that the base has not; they are free.
         old_text: how they change the way in which text is read that was there before.
-        harm: to what the first base says by itself, where that was asked for.
+        harm: to what the first base says by itself, where that was asked for; `named` what became of protected names.
     """
 
     passed: bool
@@ -113,11 +114,13 @@ class Verification:
     strict: bool
     cast: str | None
     matrices: tuple[MatrixVerification, ...]
+    protected: float = 0.0
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
     new_head: tuple[str, ...] = ()
     old_text: tuple[str, ...] = ()
     harm: Harm | None = None
+    named: tuple[NamedHarm, ...] = ()
 
 
 def verify_checkpoints(
@@ -259,6 +262,8 @@ def _verdict(
         strict=strict,
         cast=", ".join(sorted(cast)).replace("torch.", "") or None,
         matrices=matrices,
+        protected=sum(one.violation.num_pairs for one, _ in measured)
+        / sum(prod(each.shape) for each in archive.values()),
         kept=1 - touched / at_random if at_random else None,
         new_tokens=growth.tokens if growth else (),
         new_head=head.fresh if head else (),

@@ -32,7 +32,7 @@ from sculptor.validation import (
 FORMAT = "sculptor-subspaces"
 VERSION = 3
 # Optional sections there may be beside the matrices; a reader refuses others, since it would lose them.
-SECTIONS = frozenset({"samples", "optimizer"})
+SECTIONS = frozenset({"samples", "protected", "optimizer"})
 REMEDY = "run `sculptor analyze` again"
 
 
@@ -105,7 +105,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """One source of rows that an analysis calibrated on."""
+    """One source of rows that an analysis calibrated on; `protects` is the name it was given for, if any."""
 
     __pydantic_config__ = STRICT
 
@@ -113,6 +113,8 @@ class SourceFacts:
     rows: Count
     tokens: Count
     tokens_with_loss: Count
+    protects: Name | None = None
+    weight: Positive = 1.0
 
 
 @dataclass(frozen=True, slots=True)

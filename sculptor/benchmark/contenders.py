@@ -24,13 +24,18 @@ from sculptor.data.mixture import Mixture
 from sculptor.data.rows import check_weights, read_sources
 from sculptor.edits.settings import Interpolate, Lines
 from sculptor.errors import SettingsError
-from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
+from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, Carry
 from sculptor.progress import Progress
 from sculptor.tasks.edit import edit
 from sculptor.training.settings import TrainSettings
 
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
+# What of [analyze] says how rows are measured, for methods that measure them as our own does.
+_CALIBRATION = (
+    "budget", "protect", "chat", "chat_template", "columns", "max_rows", "calibration_tokens", "max_length", "fisher", "dtype",
+    "device_memory",
+)  # fmt: skip
 SHRUNK = ("interpolate", "lines", "rescaled")
 _PIECE = 8192  # rows of a large tensor that are read at once
 
@@ -41,6 +46,10 @@ def analysis_of(plan: Plan, method: Contender) -> AnalyzeSettings:
     if method == "sculptor":
         return settings
     shared = {name: getattr(settings, name) for name in ("seed", "targets", "exclude", "device")}
+    if method == "crispedit":
+        given = {name: getattr(settings, name) for name in _CALIBRATION}
+        data = settings.data or (SELF,)
+        return AnalyzeSettings(rule="crispedit", basis="curvature", data=data, **given, **shared)
     if method in RULES_OF:
         rule, told = RULES_OF[method]
         return AnalyzeSettings(rule=rule, **{name: getattr(plan.adapter, name) for name in told}, **shared)
@@ -87,6 +96,9 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
     settings = plan.train_settings(task)
     if method == "sculptor":
         return settings
+    if method == "crispedit":
+        merged: TrainSettings = replace(settings, soften=None, carry=None)
+        return merged
     # Plain fine-tuning protects nothing, so there is nothing to carry; rules go on in their own way.
     plain: Carry | None = "accumulate" if method == "random" else None if method in RULES_OF else "retake"
     changes: dict[str, Any] = dict.fromkeys(OF_MOMENTS) | {"carry": plain}

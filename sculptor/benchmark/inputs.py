@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sculptor.benchmark.plan import Plan, Split
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.rows import Row, digest_rows, names_of, read_sources
+from sculptor.errors import SettingsError
 from sculptor.evaluation.rows import read_evaluation_rows
 from sculptor.methods.settings import is_self
+from sculptor.training.settings import CLASSIFICATION
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,6 +37,11 @@ def read_inputs(plan: Plan, split: Split) -> Inputs:
     Raises:
         SculptorError: if any cannot be used.
     """
+    if plan.train.task == CLASSIFICATION or inspect_architecture(open_checkpoint(plan.model)).kind == "classifier":
+        raise SettingsError(
+            "a classifier's head has the classes of one task: give 'prompt' and 'completion' rows, or call `sculptor train` for "
+            "each task"
+        )
     rows = {
         task.name: read_evaluation_rows(
             plan.rows_of(task, split), task.labels, task.columns or plan.train.columns, all_renamed=False
@@ -50,6 +59,8 @@ def _trained_digest(plan: Plan) -> str:
     analysis = plan.analyze
     calibrated = [item for item in analysis.data if not is_self(item)]
     sources = read_sources(calibrated, analysis.max_rows, analysis.columns, mixed=True)
+    if analysis.protected:
+        sources += read_sources([*analysis.protected.values()], analysis.max_rows, analysis.columns, mixed=True)
     for task in plan.tasks:
         settings = plan.train_settings(task)
         sources += read_sources(task.data, settings.max_rows, settings.columns)

@@ -47,7 +47,7 @@ class Learning:
     @property
     def carries(self) -> bool:
         """Whether an archive goes along from task to task."""
-        return self.method in ("sculptor", "random", "bayes-adam", *RULES_OF)
+        return self.method in ("sculptor", "random", "bayes-adam", "crispedit", *RULES_OF)
 
     def learn(self, task: PlannedTask, model: str, archive: Path | None, target: Path) -> None:
         """Makes a checkpoint that knows one task more.

@@ -20,8 +20,8 @@ from sculptor.validation import AtLeastOne, ColumnNames, NotNegative, Positive, 
 
 T = TypeVar("T")
 Contender = Literal[
-    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "inflora", "sara",
-    "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
+    "sculptor", "random", "full", "joint", "replay", "l2", "kl", "interpolate", "eaft", "rescaled", "lines", "crispedit",
+    "inflora", "sara", "orthsr", "bayes-adam", "esacl", "mamf", "slm", "lora", "olora", "osf",
 ]  # fmt: skip
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
 # Published systems that are rules of sculptor's own, and what of [adapter] they are told.
@@ -197,6 +197,9 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
     if "data" in analyze:
         files = _strings(analyze["data"], f"{path} [analyze]: data")
         analyze["data"] = tuple(item if is_self(item) else locate(item, place) for item in files)
+    if "protect" in analyze:
+        named = (item.partition("=") for item in _strings(analyze["protect"], f"{path} [analyze]: protect"))
+        analyze["protect"] = tuple(f"{name}{sign}{locate(item, place)}" for name, sign, item in named)
     adapter = _section(content, "adapter", path)
     if isinstance(adapter.get("like"), str):
         adapter["like"] = _locate(adapter["like"], place)

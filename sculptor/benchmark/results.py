@@ -196,4 +196,6 @@ def published(value: Any, name: str = "") -> Any:
         return [published(item, name) for item in value]
     if name in _DATA and isinstance(value, str):
         return names_of(value)[0]
+    if name == "protect" and isinstance(value, str):
+        return f"{value.partition('=')[0]}={names_of(value.partition('=')[2])[0]}"
     return Path(value).name if name in _PATHS and isinstance(value, str) else value

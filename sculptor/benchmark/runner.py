@@ -16,6 +16,7 @@ from typing import Any
 from sculptor import __version__
 from sculptor.benchmark.adapters import require_peft
 from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, update_norm
+from sculptor.benchmark.crispedit import KIND as CRISPEDIT
 from sculptor.benchmark.inputs import read_inputs
 from sculptor.benchmark.learning import Learning
 from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
@@ -110,7 +111,11 @@ def continual(
         world,
         output,
         command="continual",
-        inputs=[plan, resolved.model, *local_files([*files, *resolved.watch, *resolved.analyze.data])],
+        inputs=[
+            plan,
+            resolved.model,
+            *local_files([*files, *resolved.watch, *resolved.analyze.data, *resolved.analyze.protected.values()]),
+        ],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=_has_scores,
@@ -160,7 +165,7 @@ class _Run:
         world: World,
     ) -> None:
         self.world = world
-        self.rules = rules if method == "sculptor" else None
+        self.rules = rules if method == "sculptor" else {"crispedit": CRISPEDIT} if method == "crispedit" else None
         self.plan = plan
         self.method = method
         self.partial = partial
@@ -180,7 +185,7 @@ class _Run:
     def run(self) -> list[Stage]:
         self.stages = self.world.once(self._restored)
         given = [f"train.{name}" for name in OF_MOMENTS if getattr(self.plan.train, name) is not None]
-        if given and self.method != "sculptor":
+        if given and self.method not in ("sculptor", "crispedit"):
             self.notice(f"without effect with --method {self.method}: {', '.join(given)}")
         steps = self._trainings()
         bar = self.progress(total=len(steps), desc="tasks", unit="task", initial=max(0, len(self.stages) - 1))

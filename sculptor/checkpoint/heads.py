@@ -190,8 +190,22 @@ def find_new_head(base: Checkpoint, tuned: Checkpoint) -> NewHead | None:
         if found.kind != "classifier":
             return None
         pad_id = tuned.config.get("pad_token_id")
+        if pad_id not in _paddings(base):  # where a sequence ends decides what is read of it
+            return None
         head = plan_head(base, found.classes, pad_id if isinstance(pad_id, int) else None)
     except SculptorError:  # no such head could have been made
         return None
     same = head.model_class == found.model_class and set(tuned) == (set(base) - head.dropped) | set(head.fresh)
     return head if same else None
+
+
+def _paddings(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    """What a classifier of a checkpoint may be said to be padded with."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception:  # damaged files break its parts in any way they like
+        tokenizer = None
+    own = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    return None, checkpoint.config.get("pad_token_id"), *own

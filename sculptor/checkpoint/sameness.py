@@ -79,7 +79,8 @@ def setting_differences(checkpoint: Checkpoint, config: Mapping[str, Any]) -> li
     read = _as_loaded(checkpoint)
     if isinstance(read, str):
         return []
-    before, now = _without(read), _without(config)
+    # As files have them: numbers as keys are text there.
+    before, now = (_without(json.loads(json.dumps(each, default=str))) for each in (read, config))
     return [line for line in _settings(before, now) if not line.partition(" was ")[2].startswith("not there")]
 
 
@@ -199,19 +200,19 @@ def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any] | str:
         ).to_dict()
     except Exception as cause:  # it raises what it likes
         return " ".join(str(cause).split())[:120] or type(cause).__name__
-    if isinstance(found.get("id2label"), dict):
-        found["id2label"] = {str(number): name for number, name in found["id2label"].items()}
     # What is no setting of the class is kept by it; code is named in the file alone.
     return found | {key: checkpoint.config[key] for key in ("auto_map", "architectures") if key in checkpoint.config}
 
 
 def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *_DTYPES)) -> dict[str, Any]:
     """A configuration, and those in it, without what may differ; an inner dtype gives way to the outer one."""
-    return {
-        key: _without(value, _DTYPES) if isinstance(value, dict) and key.endswith("config") else value
-        for key, value in config.items()
-        if key not in free
-    }
+    kept = {key: value for key, value in config.items() if key not in free}
+    for key, value in kept.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            kept[key] = _without(value, _DTYPES)
+        elif isinstance(value, dict) and key == "id2label":  # numbers, which files have as texts
+            kept[key] = {str(number): name for number, name in value.items()}
+    return kept
 
 
 def _dtype(config: Mapping[str, Any], keys: Sequence[str] = _DTYPES) -> str | None:

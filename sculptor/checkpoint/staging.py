@@ -57,7 +57,7 @@ def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
         for resolved, place in itertools.product((each.resolve() for each in read), (output, partial_path(output))):
             if resolved == place.resolve() or place.resolve() in resolved.parents:
                 staged = "" if place == output else f"is staged in {place}, which "
-                raise OutputError(f"{output}: {staged}is or holds the input {item}; choose another --output")
+                raise OutputError(f"{output}: {staged}is or holds the input {item}; choose another place")
 
 
 @contextmanager

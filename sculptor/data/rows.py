@@ -19,7 +19,7 @@ from sculptor.errors import DataError, SettingsError
 
 __all__ = [
     "CompletionRow", "Data", "DataSource", "Item", "MessagesRow", "Row", "TextRow", "as_items", "check_weights", "digest_rows",
-    "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "weight_of",
+    "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "unweighted", "weight_of",
 ]  # fmt: skip
 
 # A name (`PLACE[:CONFIG][@SPLIT][:WEIGHT]`), a Dataset, an iterable of dicts, or one of these with its weight.
@@ -136,6 +136,12 @@ def check_weights(data: Data) -> list[float] | None:
 def weight_of(item: Item) -> float | None:
     """The weight that one of the data is given with."""
     return _open(item).weight
+
+
+def unweighted(item: str) -> str:
+    """What data are called without the weight that they are given with."""
+    opened = _open(item)
+    return item if opened.reference is None else opened.reference.text
 
 
 def as_items(data: Data) -> list[Item]:

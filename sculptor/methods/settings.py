@@ -1,5 +1,6 @@
 """What an analysis can be told. Every field's help is the text the command line shows."""
 
+import re
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -54,6 +55,9 @@ class AnalyzeSettings:
     """Rows to calibrate on, or `self` for text the model says [default: self, with --chat where there is a chat template];
     with weights, rows that measure importance for the adaptive rank; with --rule lowrank, rows whose inputs are protected
     from the start; repeatable."""
+    protect: Texts = ()
+    """NAME=FILE[:WEIGHT]: also protect what these rows need (safety, a tool format, a language), as much as one of --data
+    unless a weight says otherwise, and report on it by name; inputs, curvature; repeatable."""
     chat: bool = False
     """With `--data self`: sample through the chat template."""
     chat_template: Name | None = None
@@ -115,11 +119,31 @@ class AnalyzeSettings:
     def __post_init__(self) -> None:
         if self.chat and self.data and not any(map(is_self, self.data)):
             raise SettingsError("--chat without effect: it samples conversations for --data self")
+        _ = self.protected
 
     def given(self, *names: str) -> list[str]:
         """Those of some options that are not at their defaults."""
         defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
         return [option(name) for name in names if getattr(self, name) != defaults[name]]
+
+    @property
+    def protected(self) -> dict[str, str]:
+        """The data of every protected name.
+
+        Raises:
+            SettingsError: if one is no name with data, or is there twice.
+        """
+        found: dict[str, str] = {}
+        for text in self.protect:
+            name, equals, data = text.partition("=")
+            if not equals or not data or not re.fullmatch(r"[\w-]{1,40}", name) or is_self(data):
+                raise SettingsError(
+                    f"--protect {text!r}: expected NAME=FILE, with letters, digits, - and _ in the name"
+                )
+            if name in found:
+                raise SettingsError(f"--protect {name}: the name is given twice")
+            found[name] = data
+        return found
 
     @property
     def resolved_basis(self) -> Basis:
@@ -133,7 +157,7 @@ class AnalyzeSettings:
     @property
     def tokens_per_source(self) -> int:
         """The part of the calibration tokens that each file, or sampled text, has."""
-        return -(-(self.calibration_tokens or CALIBRATION_TOKENS) // max(1, len(self.data)))
+        return -(-(self.calibration_tokens or CALIBRATION_TOKENS) // max(1, len(self.data) + len(self.protect)))
 
     @property
     def free_budget(self) -> float:

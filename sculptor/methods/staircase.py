@@ -6,6 +6,7 @@
 (`weights.py`) or from moments (`moments.py`), which also store eigenvalues: the importance of the pair (i, j) is g_i c_j.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,12 @@ from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_
 from sculptor.numerics.rounding import noise_spectrum
 from sculptor.numerics.staircase import Staircase
 from sculptor.validation import STRICT, AtLeastOne, Count, Finite, NotNegative
+
+
+@functools.lru_cache(maxsize=4096)
+def _staircase(shape: tuple[int, int], steps: tuple[tuple[int, int], ...]) -> Staircase:
+    """Every fold and projection asks for it, and checking it takes as long as a small product."""
+    return Staircase(*shape, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,7 @@ class StaircaseRule:
     @property
     def staircase(self) -> Staircase:
         """Which pairs are frozen."""
-        return Staircase(*self.shape, self.steps)
+        return _staircase(self.shape, self.steps)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ from sculptor.model.loss import predictions
 from sculptor.model.samples import ROWS, Sample
 from sculptor.numerics.divergence import Truncated, truncated_divergence
 from sculptor.numerics.ratio import ratio_of_sums
-from sculptor.validation import STRICT, Count, Finite, NotNegative
+from sculptor.validation import STRICT, Count, Finite, Name, NotNegative
 from sculptor.world import ALONE, World
 
 
@@ -35,6 +35,24 @@ class Harm:
     error: NotNegative
     num_samples: Count
     num_tokens: Count
+
+
+@dataclass(frozen=True, slots=True)
+class NamedHarm:
+    """What became of one name.
+
+    Attributes:
+        name: of the protected text.
+        harm: KL(base || new) on it.
+        rise: of the loss on it, in nats a token, with its standard error.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: Name
+    harm: Harm
+    rise: Finite
+    rise_error: NotNegative
 
 
 def harm_of(sums: Sequence[float], counts: Sequence[int]) -> Harm:

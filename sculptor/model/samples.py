@@ -131,16 +131,20 @@ def kept_samples(
 
 def write_samples(samples: Samples) -> bytes:
     """The section's bytes: a safetensors file."""
-    examples = [sample.example for sample in samples.all]
-    tensors = {
+    content: bytes = save(tensors_of(samples.all))
+    return content
+
+
+def tensors_of(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Samples as tensors; `parse_tensors` reads them."""
+    examples = [sample.example for sample in samples]
+    return {
         "input_ids": torch.tensor([token for each in examples for token in each.input_ids], dtype=torch.int32),
         "has_loss": torch.tensor([label != IGNORED for each in examples for label in each.labels]),
         "lengths": torch.tensor([each.length for each in examples], dtype=torch.int32),
-        "top_ids": torch.cat([sample.base.ids for sample in samples.all]),
-        "log_probabilities": torch.cat([sample.base.log_probabilities for sample in samples.all]),
+        "top_ids": torch.cat([sample.base.ids for sample in samples]),
+        "log_probabilities": torch.cat([sample.base.log_probabilities for sample in samples]),
     }
-    content: bytes = save(tensors)
-    return content
 
 
 def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | None:
@@ -171,9 +175,18 @@ def parse_samples(content: bytes, vocab_size: int | None = None) -> Samples:
         ValueError: if it is anything else, or of another vocabulary.
     """
     try:
-        return Samples(tuple(_parse(load(content), vocab_size)))
+        return Samples(parse_tensors(load(content), vocab_size))
     except SafetensorError as cause:
         raise ValueError(str(cause)) from cause
+
+
+def parse_tensors(tensors: Mapping[str, Tensor], vocab_size: int | None) -> tuple[Sample, ...]:
+    """What `tensors_of` made.
+
+    Raises:
+        ValueError: if it is anything else, or of another vocabulary.
+    """
+    return tuple(_parse(tensors, vocab_size))
 
 
 def _parse(tensors: Mapping[str, Tensor], vocab_size: int | None) -> Iterator[Sample]:

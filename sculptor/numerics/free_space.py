@@ -21,14 +21,9 @@ from sculptor.numerics.reflectors import FreeSide, named_tensors
 from sculptor.numerics.staircase import RowGroup, Staircase, merge_steps
 
 
-def free_groups(staircase: Staircase) -> tuple[RowGroup, ...]:
-    """The row groups with free pairs: the last ones."""
-    return tuple(group for group in staircase.groups if group.reach < staircase.columns)
-
-
 def coordinate_shapes(staircase: Staircase) -> tuple[tuple[int, ...], ...]:
     """Of A: (p, q) of the only row group with free pairs, or (pairs,) of several; none where all is frozen."""
-    groups = free_groups(staircase)
+    groups = staircase.free
     if len(groups) > 1:
         return ((staircase.num_free,),)
     return tuple((group.stop - group.start, staircase.columns - group.reach) for group in groups)
@@ -36,7 +31,7 @@ def coordinate_shapes(staircase: Staircase) -> tuple[tuple[int, ...], ...]:
 
 def first_free(staircase: Staircase) -> tuple[int, int]:
     """The first direction of the outputs, and of the inputs, that has a free pair."""
-    groups = free_groups(staircase)
+    groups = staircase.free
     return groups[0].start, groups[-1].reach
 
 
@@ -67,7 +62,7 @@ class FreeSpace:
     @property
     def groups(self) -> tuple[RowGroup, ...]:
         """The row groups with free pairs: the last ones."""
-        return free_groups(self.staircase)
+        return self.staircase.free
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -9,7 +9,7 @@ literature are staircases (arXiv 2504.07097 prints `core`, its released code mea
     core:   reach = k for i < k, else 0       U_h^T dW V_h = 0
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Constraint = Literal["double", "input", "core"]
@@ -31,11 +31,14 @@ class Staircase:
         rows: m, the number of output directions.
         columns: n, the number of input directions.
         steps: (stop row, reach) pairs, stop rows increasing up to m, reaches decreasing.
+        groups: the rows, grouped by reach, in order; `free` those with free pairs, the last ones. Asked for in every step.
     """
 
     rows: int
     columns: int
     steps: tuple[tuple[int, int], ...]
+    groups: tuple[RowGroup, ...] = field(init=False, repr=False, compare=False)
+    free: tuple[RowGroup, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         stops = [stop for stop, _ in self.steps]
@@ -45,6 +48,10 @@ class Staircase:
             raise ValueError(f"steps {self.steps} do not descend over {self.rows} rows")
         if not 0 <= reaches[-1] <= reaches[0] <= self.columns:
             raise ValueError(f"steps {self.steps} reach outside the {self.columns} columns")
+        rows = zip((0, *stops), stops, reaches, strict=False)
+        groups = tuple(RowGroup(start, stop, reach) for start, stop, reach in rows)
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "free", tuple(group for group in groups if group.reach < self.columns))
 
     @classmethod
     def of(cls, constraint: Constraint, rows: int, columns: int, outputs: int, inputs: int) -> "Staircase":
@@ -65,12 +72,6 @@ class Staircase:
     def closed(cls, rows: int, columns: int) -> "Staircase":
         """Everything is frozen."""
         return cls(rows, columns, ((rows, columns),))
-
-    @property
-    def groups(self) -> tuple[RowGroup, ...]:
-        """The rows, grouped by reach, in order."""
-        starts = (0, *(stop for stop, _ in self.steps))
-        return tuple(RowGroup(start, stop, reach) for start, (stop, reach) in zip(starts, self.steps, strict=False))
 
     @property
     def outputs(self) -> int:

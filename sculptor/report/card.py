@@ -4,7 +4,7 @@ import math
 import textwrap
 
 from sculptor.model.harm import Harm
-from sculptor.report.text import WIDTH, percent, table
+from sculptor.report.text import WIDTH, named_line, percent, table
 from sculptor.tasks.card_report import SHARES, CardReport, Leak, Line, TunedCard
 
 LINES_HEAD = ["measured", "figure", "rows", "base", "tuned", "change", "95 % interval"]
@@ -33,6 +33,7 @@ def tuned_text(report: CardReport, card: TunedCard) -> str:
         lines.append(table(LINES_HEAD, list(map(line_row, card.lines))))
     if card.harm is not None:
         lines.append(harm_line(card.harm))
+    lines += list(map(named_line, card.named))
     if card.leak is not None:
         lines.append(leak_line(card.leak))
     return "\n".join([*lines, *(_wrapped(f"FAILS {text}") for text in card.failed)])

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sculptor.archive.manifest import FrozenMatrices
+from sculptor.archive.manifest import FrozenMatrices, SourceFacts
 from sculptor.methods.method import Terms
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.tasks.analyze_report import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.inspect_archive import Inspection
@@ -55,7 +55,7 @@ def analyze_text(report: AnalyzeReport) -> str:
     ratio = report.archive_bytes / max(1, report.checkpoint_bytes)
     if report.calibration:
         lines += [
-            f"Calibrated on {c.source}: {c.rows:,} rows, {c.tokens:,} tokens, {c.tokens_with_loss:,} of them with loss."
+            f"Calibrated on {_called(c)}: {c.rows:,} rows, {c.tokens:,} tokens, {c.tokens_with_loss:,} of them with loss."
             for c in report.calibration
         ]
         if min(c.tokens_with_loss for c in report.calibration) < report.most_directions:
@@ -135,7 +135,7 @@ def train_text(report: TrainReport) -> str:
     if report.num_dropped or report.num_cut:
         lines.append(
             f"Data: {report.num_examples} rows; {report.num_dropped} dropped (completion too long), "
-            f"{report.num_cut} with the middle of the prompt cut"
+            f"{report.num_cut} with {'a text' if report.classes else 'the middle of the prompt'} cut"
             + ("; raise --max-length to keep more." if report.num_cut > 0.2 * report.num_examples else ".")
         )
     lines += not_targeted_lines(report.not_targeted)
@@ -150,7 +150,7 @@ def train_text(report: TrainReport) -> str:
     if report.new_tokens:
         shown = ", ".join(map(repr, report.new_tokens[:_MAX_LISTED]))
         lines.append(f"New tokens, whose rows were trained: {len(report.new_tokens)} ({shown}).")
-    lines += harm_lines(loop.harm, loop.steering_harm, report.max_harm)
+    lines += harm_lines(loop.harm, loop.steering_harm, report.max_harm, loop.named)
     if report.also_trained:
         lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")
     if any(matrix.update for matrix in report.matrices.values()):
@@ -182,7 +182,9 @@ def train_text(report: TrainReport) -> str:
     return "\n".join(lines)
 
 
-def harm_lines(harm: Harm | None, steering: float | None = None, limit: float | None = None) -> list[str]:
+def harm_lines(
+    harm: Harm | None, steering: float | None = None, limit: float | None = None, named: Sequence[NamedHarm] = ()
+) -> list[str]:
     """What a model lost of its first base's own predictions."""
     if harm is None:
         return []
@@ -190,7 +192,16 @@ def harm_lines(harm: Harm | None, steering: float | None = None, limit: float | 
     lines = [f"Harm to what the first base says by itself: {found}."]
     if steering is not None and limit is not None:
         lines.append(f"On the samples that steered it: {steering:.4f}, of {limit:g} allowed (--max-harm).")
-    return lines
+    return lines + list(map(named_line, named))
+
+
+def named_line(found: NamedHarm) -> str:
+    """What became of a text that was protected by name."""
+    harm = found.harm
+    return (
+        f"{found.name}: loss {found.rise:+.4f} ± {found.rise_error:.4f}, KL {harm.nats:.4f} ± {harm.error:.4f} nats a token, on "
+        f"{harm.num_samples} rows kept"
+    )
 
 
 def _rate_line(report: TrainReport) -> str:
@@ -211,6 +222,7 @@ def inspect_text(found: Inspection, every: bool = False) -> str:
     if found.belongs:
         head.append("belongs to the model: every matrix is, byte for byte, the one that was analyzed")
     head += [f"task {i}: {task.name} ({task.kind})" for i, task in enumerate(found.tasks)]
+    head += list(map(_source_line, (source for task in found.tasks for source in task.calibration if source.protects)))
     parts = ["\n".join(head), roles_table(found.roles, found.terms)]
     parts.append(table(*blocks_rows(found)))
     parts += [_shares_table(found)] if found.shares else []
@@ -220,6 +232,15 @@ def inspect_text(found: Inspection, every: bool = False) -> str:
     if every:
         parts.append(table(*matrices_rows(found)))
     return "\n\n".join(parts)
+
+
+def _called(source: SourceFacts) -> str:
+    return source.source + (f" (protects {source.protects})" if source.protects else "")
+
+
+def _source_line(source: SourceFacts) -> str:
+    told = f"{source.rows:,} rows, {source.tokens:,} tokens, weight {source.weight:g}"
+    return f"protects {source.protects}: {source.source}, {told}"
 
 
 def _shares_table(found: Inspection) -> str:

@@ -21,6 +21,7 @@ def verify_text(result: Verification) -> str:
     lines = [
         f"leak {result.leak:.2e} over {result.num_targets} matrices ({result.num_changed} changed), largest {result.max_leak:.2e}; "
         f"rounding explains {result.rounding:.2e}",
+        f"the archive protects {percent(result.protected)} of these matrices",
         f"rounding removed {percent(result.eaten)} of the update"
         + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
         f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
@@ -29,7 +30,7 @@ def verify_text(result: Verification) -> str:
         lines.append(
             f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
         )
-    lines += harm_lines(result.harm)
+    lines += harm_lines(result.harm, named=result.named)
     if result.eaten > 0.5:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]

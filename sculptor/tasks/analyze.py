@@ -33,6 +33,7 @@ from sculptor.tasks.analyze_report import AnalyzeReport, report_of
 from sculptor.tasks.defaults import tell_choice
 from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join, staged_together
+from sculptor.tasks.protected import keep_protected
 from sculptor.training.settings import Offload
 from sculptor.world import World
 
@@ -84,7 +85,11 @@ def analyze(
         world,
         output,
         command="analyze",
-        inputs=[job.checkpoint.path, *local_files(job.items), *filter(None, [given.chat_template])],
+        inputs=[
+            job.checkpoint.path,
+            *local_files([*job.items, *given.protected.values()]),
+            *filter(None, [given.chat_template]),
+        ],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=has_progress,
@@ -162,6 +167,7 @@ def _measure(run: _Run) -> _Found:
             world=world,
         )
         _keep_samples(run, loaded)
+        keep_protected(run.writer, loaded, job.settings, job.named, world, run.notice)
     return _Found(sources, unreached)
 
 
@@ -270,7 +276,8 @@ def _published(settings: AnalyzeSettings) -> AnalyzeSettings:
     """Settings as an archive keeps them: names of files, no folders."""
     template = settings.chat_template and Path(settings.chat_template).name
     basis = settings.resolved_basis if settings.rule in RULES else settings.basis
-    return replace(settings, basis=basis, data=names_of(settings.data), chat_template=template)
+    protect = [f"{name}={names_of([item])[0]}" for name, item in settings.protected.items()]
+    return replace(settings, basis=basis, data=names_of(settings.data), protect=tuple(protect), chat_template=template)
 
 
 def _named(item: Item) -> str:

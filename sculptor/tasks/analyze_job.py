@@ -29,6 +29,7 @@ from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress
 from sculptor.tasks.defaults import fill_in
+from sculptor.tasks.protected import Named, named_sources
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,6 +43,7 @@ class AnalyzeJob:
         method: derives their rules.
         measures: what it has to see.
         sources: rows that the model reads to measure it; `examples` are those of the paper's importance.
+        named: what of these stands for a protected name.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +55,7 @@ class AnalyzeJob:
     measures: Measures
     sources: Sequence[Source]
     examples: Sequence[Example]
+    named: Sequence[Named] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -84,12 +87,18 @@ def open_analysis(
     if measures == "nothing" and settings.attn_implementation is not None:
         raise SettingsError("--attn-implementation without effect: the model is not run, only its weights are read")
     calibrated = measures in ("inputs", "gradients")
+    if settings.protect and not calibrated:
+        raise SettingsError(
+            "--protect without effect: what rows need is measured with --basis curvature or inputs only"
+        )
     if calibrated:
         settings = fill_in(settings, checkpoint, architecture, device)
         items = items or list(settings.data)
     sources = calibration_sources(checkpoint, architecture, settings, items, notice) if calibrated else []
+    named = named_sources(checkpoint, architecture, settings, notice) if calibrated else []
+    sources += [each.source for each in named]
     examples = read_examples(checkpoint, architecture, settings, items, notice) if measures == "cosines" else ()
-    return AnalyzeJob(checkpoint, architecture, settings, items, targets, method, measures, sources, examples)
+    return AnalyzeJob(checkpoint, architecture, settings, items, targets, method, measures, sources, examples, named)
 
 
 def _check_samples(settings: AnalyzeSettings, checkpoint: Checkpoint, architecture: Architecture) -> None:

@@ -119,7 +119,9 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         self._began = time.perf_counter()
         if self.output.exists() and not self.overwrite:
             raise OutputError(f"{self.output}: exists already; choose another output or pass overwrite=True")
-        check_apart(self.output, [self.base, self.subspaces])
+        merged = [Path(args.output_dir).resolve() / "checkpoint-0" / MERGED_NAME] if self.at_save else []
+        for place in (self.output, *merged):
+            check_apart(place, [self.base, self.subspaces])
         here().once(lambda: self._open(args, _unwrapped(given["model"]), given.get("train_dataloader")))
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -19,8 +19,9 @@ from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.refusals import PHRASES
 from sculptor.evaluation.series import Figure, Reading, Series, change
 from sculptor.methods.kinds import Kinds
-from sculptor.model.harm import Harm, measure_harm
+from sculptor.model.harm import Harm, NamedHarm, measure_harm
 from sculptor.model.load import LoadedModel, check_head, resolve_device
+from sculptor.model.protected import measure_protected, read_protected
 from sculptor.model.samples import Sample, draw_samples
 from sculptor.progress import Progress, silent
 from sculptor.tasks.card_report import (
@@ -105,11 +106,11 @@ def card(
     if strict and not thresholds:
         raise SettingsError("--strict without effect: there is no --fail-if")
     measures, left_out = read_measures(data, abilities, watch, columns, max_rows, notice)
-    others = [HARM, *((LEAK, UNVERIFIED) if subspaces is not None else ())]
+    archive = None if subspaces is None else Archive(subspaces, rules=rules)
+    others = [HARM, *(() if archive is None else (LEAK, UNVERIFIED, *_names(archive, measures)))]
     every: tuple[str, ...] = get_args(Figure)
     check_known(thresholds, {measure.name: every for measure in measures}, others)
     proofs = [_leak(base, each, subspaces, device, rules, progress) for each in tuned]
-    archive = None if subspaces is None else Archive(subspaces, rules=rules)
 
     def measure(model: str | Path, samples: Sequence[Sample] | None) -> _Found:
         loaded = _open(model, max_length, batch_size, device, offload, progress)
@@ -120,7 +121,10 @@ def card(
             if samples is None:
                 samples = _samples(archive, loaded, length, left_out, progress)
             harm = measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id) if samples else None
-            return _Found({each.name: each.of(loaded, reading, progress) for each in measures}, harm, samples)
+            kept = () if archive is None else read_protected(archive, loaded.architecture.vocab_size)
+            named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in kept]
+            series = {each.name: each.of(loaded, reading, progress) for each in measures}
+            return _Found(series, harm, samples, tuple(named))
 
     before = measure(base, None)
     figures = {name: [series.figure for series in found] for name, found in before.series.items()}
@@ -130,8 +134,8 @@ def card(
         after = measure(model, before.samples)
         lines = _lines(measures, before, after)
         low, high = (None, None) if after.harm is None else interval(after.harm)
-        failed = failures(thresholds, lines, after.harm, leak, strict=strict)
-        cards.append(TunedCard(_name(model), lines, after.harm, low, high, leak, failed))
+        failed = failures(thresholds, lines, after.harm, leak, after.named, strict=strict)
+        cards.append(TunedCard(_name(model), lines, after.harm, low, high, leak, failed, after.named))
     return CardReport(
         base=_name(base),
         tuned=tuple(cards),
@@ -151,6 +155,18 @@ class _Found:
     series: Mapping[str, Sequence[Series]]
     harm: Harm | None
     samples: Sequence[Sample]
+    named: tuple[NamedHarm, ...]
+
+
+def _names(archive: Archive, measures: Sequence[Measure]) -> list[str]:
+    """What the archive protects by name, and reports on; thresholds have to tell it from everything else."""
+    names = [each.name for each in read_protected(archive)]
+    twice = sorted({*names} & ({measure.name for measure in measures} | {HARM, LEAK, UNVERIFIED}))
+    if twice:
+        raise SettingsError(
+            f"{twice[0]}: a file and a name that the archive protects are called the same; rename the file"
+        )
+    return names
 
 
 def _name(model: str | Path) -> str:

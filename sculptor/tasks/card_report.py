@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sculptor.errors import SettingsError
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.ratio import Z95, Ratio
 
 Role = Literal["task", "ability", "watched"]
@@ -69,6 +69,7 @@ class TunedCard:
         harm: KL(base || tuned) on samples of the base; `harm_low` and `harm_high` are its 95 % confidence interval.
         leak: None without an archive.
         failed: thresholds that it does not satisfy, each with what was found.
+        named: what became of texts that the archive protects by name.
     """
 
     name: str
@@ -78,6 +79,7 @@ class TunedCard:
     harm_high: float | None
     leak: Leak | None
     failed: tuple[str, ...]
+    named: tuple[NamedHarm, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def check_known(thresholds: Sequence[Threshold], figures: Mapping[str, Sequence[
     Args:
         thresholds: parsed.
         figures: of every measure.
-        others: which of harm, leak and unverified there will be.
+        others: which of harm, leak and unverified there will be, and names that the archive protects.
 
     Raises:
         SettingsError: naming what there is.
@@ -162,12 +164,18 @@ def check_known(thresholds: Sequence[Threshold], figures: Mapping[str, Sequence[
 
 
 def failures(
-    thresholds: Sequence[Threshold], lines: Sequence[Line], harm: Harm | None, leak: Leak | None, *, strict: bool
+    thresholds: Sequence[Threshold],
+    lines: Sequence[Line],
+    harm: Harm | None,
+    leak: Leak | None,
+    named: Sequence[NamedHarm],
+    *,
+    strict: bool,
 ) -> tuple[str, ...]:
     """The thresholds that do not hold, with what was found; `strict` looks at the worse end of the 95 % interval."""
     failed = []
     for threshold in thresholds:
-        found, unit = _found(threshold, lines, harm, leak)
+        found, unit = _found(threshold, lines, harm, leak, named)
         if threshold.name == UNVERIFIED:
             failed += ["unverified: verify says FAILED"] if found.mean else []
             continue
@@ -179,7 +187,9 @@ def failures(
     return tuple(failed)
 
 
-def _found(threshold: Threshold, lines: Sequence[Line], harm: Harm | None, leak: Leak | None) -> tuple[Ratio, str]:
+def _found(
+    threshold: Threshold, lines: Sequence[Line], harm: Harm | None, leak: Leak | None, named: Sequence[NamedHarm]
+) -> tuple[Ratio, str]:
     """What a threshold is about, in its unit."""
     if threshold.name == HARM:
         assert harm is not None
@@ -187,6 +197,9 @@ def _found(threshold: Threshold, lines: Sequence[Line], harm: Harm | None, leak:
     if threshold.name in (LEAK, UNVERIFIED):
         assert leak is not None
         return Ratio(leak.leak if threshold.name == LEAK else float(not leak.passed), 0.0), ""
+    for each in named:
+        if each.name == threshold.name:
+            return Ratio(each.rise, each.rise_error), " nats"
     line = next(each for each in lines if threshold.name in (each.name, f"{each.name}.{each.figure}"))
     unit = " points" if line.figure in SHARES else " nats"
     return Ratio(line.scale * line.change, line.scale * line.change_error), unit

@@ -173,6 +173,7 @@ class _Finish:
             max_harm=job.settings.max_harm,
             matrices={name: self.reports[name] for name in job.archive},
             new_tokens=job.growth.tokens if job.growth else (),
+            classes=job.architecture.classes,
         )
         self.archive.finish(report.num_examples, result.steps, self.updates, report.opened)
         analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()

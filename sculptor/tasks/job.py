@@ -1,6 +1,5 @@
 """The opened and checked inputs of a job, with everything that follows from them."""
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +23,16 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
+from sculptor.model.protected import Protected, read_protected
 from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.tasks.classification import check_task, head_of
 from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer
+from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer, tell_unseen
 from sculptor.tasks.replay import fill_in_samples, read_replay
+from sculptor.training.openly import select_extra
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
 from sculptor.training.steps import Steps
@@ -57,6 +58,7 @@ class TrainJob:
         growth: its new tokens, if any.
         ungrown: the checkpoint as it was given, where `checkpoint` has got them, or a new head.
         samples: of the first base, that harm is measured on; None if the archive has none.
+        named: what the archive keeps of texts that were protected by name.
         replays: what is mixed into the task's rows.
         steps: what they make of all these rows; None where another program makes them.
     """
@@ -78,6 +80,7 @@ class TrainJob:
     growth: Growth | None = None
     ungrown: Checkpoint | None = None
     samples: Samples | None = None
+    named: tuple[Protected, ...] = ()
     replays: tuple[Replay, ...] = ()
     eval_data: tuple[str, ...] = ()
     steps: Steps | None = None
@@ -139,9 +142,7 @@ def open_job(
     replay: Data = (),
     new_head: tuple[Checkpoint, Sequence[str]] | None = None,
 ) -> TrainJob:
-    """Opens and checks everything that a training reads, before any work; `rows` if they were read before.
-
-    `new_head` has the checkpoint as it was given, where `model` has got a head, and the parameters of that.
+    """Opens and checks all that a training reads; `rows` if read before, `new_head`: the model as given, a new head's parameters.
 
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
@@ -176,11 +177,12 @@ def open_job(
         task_name(items[0]),
         {
             **head_of(checkpoint, architecture, () if new_head is None else new_head[1]),
-            **_select_extra(architecture, archive, settings.also_train),
+            **select_extra(architecture, archive, settings.also_train),
         },
         growth=rows.growth,
         ungrown=None if new_head is None else new_head[0],
         samples=samples,
+        named=read_protected(archive, architecture.vocab_size),
         replays=replays,
         eval_data=names_of(as_items(eval_data)),
     )
@@ -227,6 +229,7 @@ def read_task(
     rows = [row for source in sources for row in source.rows]
     check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
+    tell_unseen(growth, encoded.examples, notice)
     for source in sources:
         tell_unread(source.name, source.rows, tokenizer, notice)
     if encoded.mixture is not None:
@@ -288,27 +291,6 @@ def resolve_settings(settings: TrainSettings, archive: Archive) -> TrainSettings
         memory_rows=(settings.memory_rows or MEMORY_ROWS) if measures else None,
         memory_weight=(settings.memory_weight or method.defaults.memory_weight) if weighs else None,
     )
-
-
-def _select_extra(architecture: Architecture, archive: Archive, patterns: Sequence[str]) -> dict[str, str]:
-    """Openly trained parameters: parameter of the model -> tensor of the checkpoint."""
-    protected = {record.tensor for record in archive.values()}
-    candidates = {
-        parameter: name
-        for parameter, name in architecture.tensors.items()
-        if name not in protected and parameter in architecture.parameters
-    }
-    chosen: dict[str, str] = {}
-    for pattern in patterns:
-        found = {
-            p: name for p, name in candidates.items() if fnmatch.fnmatchcase(p, pattern) or pattern in p.split(".")
-        }
-        if not found:
-            raise SettingsError(
-                f"--also-train {pattern!r} matches no unprotected parameter; use a glob on names like {next(iter(candidates))}"
-            )
-        chosen |= found
-    return chosen
 
 
 def cast_to(settings: TrainSettings) -> torch.dtype | None:

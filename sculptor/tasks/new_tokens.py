@@ -1,7 +1,7 @@
 """New tokens of a training: read, put into the tokenizer, and a base that has rows for them."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.vocabulary import FLAGS, Growth, plan_growth, write_grown
 from sculptor.checkpoint.written import remove
+from sculptor.data.examples import Example
 from sculptor.data.reference import TEXT_ENDINGS
 from sculptor.errors import DataError, SettingsError
 from sculptor.model.samples import Samples
@@ -33,14 +34,25 @@ def read_tokens(given: tuple[str, ...]) -> list[str]:
                 )
             found.append(item)
             continue
-        try:
-            lines = Path(item).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as cause:
-            raise DataError(f"--add-tokens {item}: no text file in UTF-8 ({cause})") from cause
-        found += [line for line in lines if line.strip()]
-        if not any(line.strip() for line in lines):
-            raise DataError(f"--add-tokens {item}: the file holds no token; expected one a line")
+        found += _read_lines(item)
     return found
+
+
+def _read_lines(file: str) -> list[str]:
+    """What is not blank; what an editor leaves at an end of a line would be a part of a token."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise DataError(f"--add-tokens {file}: no text file in UTF-8 ({cause})") from cause
+    found = {i: line for i, line in enumerate(lines, start=1) if line.strip()}
+    for i, line in found.items():
+        if line != line.rstrip():
+            raise DataError(
+                f"--add-tokens {file}, line {i}: {line[:60]!r} has white space at its end, where text will not; remove it"
+            )
+    if not found:
+        raise DataError(f"--add-tokens {file}: the file holds no token; expected one a line")
+    return list(found.values())
 
 
 def grow_tokenizer(tokenizer: Any, checkpoint: Checkpoint, given: tuple[str, ...]) -> Growth | None:
@@ -94,6 +106,17 @@ def check_old_text(
 def texts_of(samples: Samples) -> Iterator[tuple[int, ...]]:
     """Their tokens."""
     return (sample.example.input_ids for sample in samples.all)
+
+
+def tell_unseen(growth: Growth | None, examples: Iterable[Example], notice: Callable[[str], object]) -> None:
+    """Says which new tokens, if there are any, stand in no row: nothing moves theirs."""
+    if growth is None:
+        return
+    seen = {token for example in examples for token in (*example.input_ids, *example.labels)}
+    unseen = [token for i, token in enumerate(growth.tokens) if growth.start + i not in seen]
+    if unseen:
+        more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
+        notice(f"--add-tokens: no row has {', '.join(map(repr, unseen[:8]))}{more}, so what they begin as stays")
 
 
 def write_grown_base(checkpoint: Checkpoint, growth: Growth, partial: Path, progress: Progress) -> None:

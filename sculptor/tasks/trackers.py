@@ -1,17 +1,19 @@
 """`--report-to`: the metrics of a training to an experiment tracker, through accelerate."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from sculptor.checkpoint.staging import check_apart
 from sculptor.errors import SettingsError
 from sculptor.training.loop import make_accelerator
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 PROJECT = "sculptor"
+FOLDER = "runs"  # beside the output
 # How a tracker is told the name of a run.
 _NAMED: dict[str, Any] = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
 _SHOWN = (
@@ -33,6 +35,19 @@ def check_trackers(names: Sequence[Tracker]) -> None:
             raise SettingsError(f"--report-to {name}: its package is not installed; pip install {name}")
 
 
+def check_folder(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuses a run whose trackers would write into its own output, or into what it reads.
+
+    Raises:
+        SettingsError: if the output is the trackers' folder.
+        OutputError: if an input is, or holds it.
+    """
+    folder = output.parent / FOLDER
+    if output == folder:
+        raise SettingsError(f"--report-to: its files go to {folder}, which is the output; choose another --output")
+    check_apart(folder / output.name, inputs)
+
+
 class Trackers:
     """Open trackers of one run; `log` takes a line of metrics.jsonl. The first process reports.
 
@@ -50,7 +65,7 @@ class Trackers:
         self, names: Sequence[Tracker], output: Path, settings: Mapping[str, Any], device: torch.device
     ) -> None:
         names = tuple(dict.fromkeys(names))
-        self._accelerator = make_accelerator(device, log_with=list(names), project_dir=output.parent / "runs")
+        self._accelerator = make_accelerator(device, log_with=list(names), project_dir=output.parent / FOLDER)
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
         self._seconds: float | None = None
         try:

@@ -32,7 +32,7 @@ from sculptor.tasks.plan import decide
 from sculptor.tasks.precision import load_precision
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.selection import select_rows
-from sculptor.tasks.trackers import Tracker, Trackers, check_trackers
+from sculptor.tasks.trackers import Tracker, Trackers, check_folder, check_trackers
 from sculptor.tasks.train_loop import make_loop
 from sculptor.tasks.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
@@ -147,6 +147,9 @@ def _train(
     check_alike(world, key)
     job = decide(job, device, output, world, notice)
     read += [job.base.path, *([] if given is None else [given])]
+    if report_to:
+        with world.together():
+            check_folder(output, read)
     with staged(inputs=read, resume=resume) as partial:
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
         report = _run(job, device, output, partial, report_to, stop, progress, notice, world)

@@ -93,7 +93,7 @@ def _harm_control(loaded: LoadedModel, updates: Updates, job: TrainJob, world: W
         return None
     settings, autocast = job.settings, make_accelerator(loaded.device).autocast
     assert settings.harm_every is not None
-    return HarmControl(loaded, updates, job.samples, settings.harm_every, settings.max_harm, autocast, world)
+    return HarmControl(loaded, updates, job.samples, settings.harm_every, settings.max_harm, autocast, world, job.named)
 
 
 def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class TrainReport:
     """What `train` did; `placement` says where the model's blocks were, and why; `max_harm` is what was allowed.
 
     `opened` was trained without protection by this run, `also_trained` by this or one before; `scaled` says whether the relative
-    rate is one of each matrix's size; `new_tokens` are those that the run added.
+    rate is one of each matrix's size; `new_tokens` are those that the run added; `classes` those of a classifier.
     """
 
     output: Path
@@ -63,6 +63,7 @@ class TrainReport:
     max_harm: float | None
     matrices: Mapping[str, MatrixReport]
     new_tokens: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @property
     def max_leak(self) -> float:

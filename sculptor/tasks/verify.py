@@ -13,6 +13,7 @@ from sculptor.checkpoint.vocabulary import find_growth
 from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import measure_harm
 from sculptor.model.load import resolve_device
+from sculptor.model.protected import measure_protected, read_protected
 from sculptor.model.samples import read_samples
 from sculptor.progress import Progress, silent
 from sculptor.tasks.harm import need_samples
@@ -58,6 +59,7 @@ def verify(
         archive = Archive(subspaces, rules=rules)
         architecture = inspect_architecture(checkpoints[1]) if harm else None
         samples = None if architecture is None else need_samples(archive, architecture.vocab_size).reporting
+        kept = () if architecture is None else read_protected(archive, architecture.vocab_size)
     found = verify_checkpoints(
         *checkpoints, archive, device=resolve_device(device), strict=strict, progress=progress, world=world
     )
@@ -68,7 +70,8 @@ def verify(
     loaded = open_model(checkpoints[1], resolve_device(device), architecture, "auto", progress=progress)
     with closing(loaded):
         measured = measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id, world=world)
-    return replace(found, harm=measured)
+        named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in kept]
+    return replace(found, harm=measured, named=tuple(named))
 
 
 def _with_old_text(found: Verification, base: Checkpoint, tuned: Checkpoint, archive: Archive) -> Verification:

@@ -7,12 +7,13 @@ streamed, does the same. What was tried beside it is in docs/harm.md.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from sculptor.model.harm import Harm, measure_harm
+from sculptor.model.harm import Harm, NamedHarm, measure_harm
 from sculptor.model.load import LoadedModel
+from sculptor.model.protected import Protected, measure_protected
 from sculptor.model.samples import Sample, Samples
 from sculptor.training.stepping.updates import Updates
 from sculptor.world import ALONE, World
@@ -80,6 +81,7 @@ class HarmControl:
         limit: nats a token, or None to measure only.
         autocast: makes the context that the model computes in.
         world: the processes that share the work.
+        named: what is kept of texts that were protected by name, to report on.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class HarmControl:
         limit: float | None,
         autocast: Callable[[], AbstractContextManager[object]],
         world: World,
+        named: Sequence[Protected] = (),
     ) -> None:
+        self._named = named
         self._loaded = loaded
         self._updates = updates
         self._samples = samples
@@ -127,9 +131,13 @@ class HarmControl:
 
         return harm_at
 
-    def final(self) -> tuple[float, Harm]:
-        """Of the model as it is: on the steering samples, and on those that no step depended on."""
-        return self._measure(self._samples.steering).nats, self._measure(self._samples.reporting)
+    def final(self) -> tuple[float, Harm, tuple[NamedHarm, ...]]:
+        """Of the model as it is: on the steering samples, on those that no step depended on, and what became of every name."""
+        steering, reporting = (self._measure(half) for half in (self._samples.steering, self._samples.reporting))
+        loaded = self._loaded
+        with self._autocast():
+            named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in self._named]
+        return steering.nats, reporting, tuple(named)
 
     def _measure(self, samples: tuple[Sample, ...]) -> Harm:
         loaded = self._loaded

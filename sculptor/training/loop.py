@@ -22,7 +22,7 @@ from sculptor.data.batches import Batch, BatchPlan
 from sculptor.data.examples import Example
 from sculptor.data.mixture import Mixture
 from sculptor.errors import SettingsError, Stopped, TrainingError
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import AsBase, batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
@@ -57,6 +57,7 @@ class LoopResult:
     seconds: float
     harm: Harm | None = None
     steering_harm: float | None = None
+    named: tuple[NamedHarm, ...] = ()
 
 
 class TrainingLoop:
@@ -159,7 +160,7 @@ class TrainingLoop:
             self.updates.load(self.store.load_best(position.best_step), optimizer=False)
         assert position.first_loss is not None
         assert position.last_loss is not None
-        steering, harm = self.harm.final() if self.harm is not None else (None, None)
+        steering, harm, named = self.harm.final() if self.harm is not None else (None, None, ())
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,
@@ -170,6 +171,7 @@ class TrainingLoop:
             seconds=position.seconds,
             harm=harm,
             steering_harm=steering,
+            named=named,
         )
 
     @property

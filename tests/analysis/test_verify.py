@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
 from sculptor.errors import VerificationError
 
-COVERS = ["sculptor.analysis.rest", "sculptor.report.verify"]
+COVERS = ["sculptor.analysis.rest"]
 NAME = "model.layers.1.mlp.gate_proj.weight"
 
 

@@ -18,6 +18,8 @@ from sculptor.report.frontier import frontier_text
 from sculptor.report.html.frontier import frontier_page
 from sculptor.validation import read_json
 
+COVERS = ["sculptor.report.html.frontier"]
+
 
 def finished(
     place: Path, method: str = "sculptor", average: float = 0.5, harm: float | None = 0.02, **more: Any

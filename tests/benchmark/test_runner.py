@@ -23,6 +23,7 @@ from sculptor.checkpoint.written import MARKER_NAME
 from sculptor.errors import OutputError, Stopped
 from sculptor.evaluation.matrix import continual_metrics
 from sculptor.model.load import load_model
+from sculptor.model.protected import read_protected
 from sculptor.model.samples import draw_samples, read_samples
 from sculptor.progress import Bar, silent
 
@@ -340,10 +341,13 @@ def test_wrong_plans_leave_nothing(
 
 def test_overrides_change_the_run(cli: Callable[..., Result], place: Path) -> None:
     more = ("--set", "train.max_steps=1", "--set", "evaluate.exact_match=true", "--set", "watch=[]")
-    more += ("--set", "evaluate.harm=false")
+    more += ("--set", "evaluate.harm=false", "--set", 'analyze.protect=["tools=second.jsonl"]')
     report = run(cli, place, "out", *more)
     written = json.loads((place / "out" / "continual.json").read_text())
     assert written["plan"]["train"]["max_steps"] == 1
+    assert written["plan"]["analyze"]["protect"] == ["tools=second.jsonl"]
+    (kept,) = read_protected(Archive(place / "out" / "model" / "subspaces"))
+    assert kept.name == "tools"
     assert report["watch_rise"] is report["harm"] is None
     assert all(score["exact_match"] is not None for stage in report["stages"] for score in stage["scores"].values())
 

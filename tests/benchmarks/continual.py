@@ -279,15 +279,14 @@ def report(run: Run, number: int, seconds: float, output: Path, results: TextIO)
     figures = [f"{key[:3].upper()} {100 * value:+6.2f}" for key, value in metrics.items() if value is not None]
     more = output / f"{number:03d}.after"
     content["after"] = json.loads(more.read_text(encoding="utf-8") or "{}") if more.is_file() else {}
+    figures += [] if content["harm"] is None else [f"harm {content['harm']['nats']:.4f}"]
     figures += [f"{key} {value:.4f}" for key, value in content["after"].items()]
     print(
         f"{run.name:70} {' '.join(figures)} general {content['watch_rise']:+.3f} "
         f"{'/'.join(f'{100 * value:.1f}' for value in content['matrix'][-1])} {seconds:.0f} s",
         flush=True,
     )
-    content["run"] = run.name
-    content.pop("plan")
-    print(json.dumps(content), file=results, flush=True)
+    print(json.dumps(content | {"run": run.name}), file=results, flush=True)
     shutil.rmtree(path.parent)
 
 

@@ -245,7 +245,8 @@ def try_point(run: Callable[[Path, bool], object], work: Path, expected: dict[st
 
 
 def prepare(root: Path) -> None:
-    """What the commands read."""
+    """What the commands read; imports what they are made of, so that no child has to."""
+    assert all((sculptor.edit, sculptor.prune, sculptor.convert, sculptor.continual))
     save_checkpoint(root / "model", max_shard_size="40KB")
     for name in ("rows", "more"):
         write_rows(root / f"{name}.jsonl", task_rows(count=6))
@@ -296,7 +297,7 @@ def main() -> None:
     root = options.directory.resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    prepare(root)  # here, so that no child imports anything
+    prepare(root)
     rows, wrong = [], 0
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
         for name in options.command or known:

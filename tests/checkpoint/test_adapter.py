@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import save_checkpoint
 from edited import change_tensors, save_adapter, tensors_of
+from fuzz.readers import save_adapter as save_by_hand
 
 from sculptor.checkpoint.adapter import Adapter
 from sculptor.checkpoint.places import find_places
@@ -129,3 +130,15 @@ def test_tied_weights_are_refused(tmp_path: Path) -> None:
 def test_another_base_is_refused(plain: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is it the adapter's base\?"):
         opened(save_checkpoint(tmp_path / "other", "gpt2"), plain[1])
+
+
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused(tmp_path: Path) -> None:
+    """It divides the scale: all of the change would be too large or too small."""
+    base, path = open_checkpoint(save_checkpoint(tmp_path / "base")), save_by_hand(tmp_path / "adapter")
+    assert Adapter(path, base, find_places(base))
+    file = path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"q_proj": 2', '"q_proj": 4'))
+    with pytest.raises(
+        CheckpointError, match=r"lora_A.weight is of rank 2, by adapter_config.json of 4, which decides the"
+    ):
+        Adapter(path, base, find_places(base))

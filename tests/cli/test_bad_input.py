@@ -294,6 +294,9 @@ def test_an_output_lies_in_nothing_that_is_read(
     )
     one_line(cli("convert", archive, "--model", model, "-o", archive / "out"))
     one_line(cli("inspect", archive, "--html", archive / "page.html"), "lies in the input", str(archive))
+    card = ("card", model, model, "--data", rows, "--overwrite", "--json")
+    one_line(cli(*card, rows), "is or holds the input", str(rows), code=2)
+    one_line(cli(*card, model / "config.json"), "lies in the input", str(model), code=2)
     one_line(
         cli("verify", model, model, "--subspaces", archive, "--html", model / "page.html"), "lies in the input", code=2
     )

@@ -133,6 +133,7 @@ def test_bad_files(tmp_path: Path, cli: Callable[..., Result]) -> None:
         ('epochs = "many"', "epochs: 'many' is not a valid float"),
         ('output = "a\\u0000"', "output: embedded null byte"),
         (f"epochs = {10**400}", "epochs: "),
+        ("output = 1.5", "output: "),
         ('schedule = "cosin"', "Did you mean 'cosine'?"),
         ("max-steps = 0", "max-steps: 0 is not in the range x>=1"),
         ("max-steps = 3\nmax_steps = 3", "'max_steps' is given twice"),

@@ -11,7 +11,6 @@ from sculptor.methods.method import Derived, Evidence
 from sculptor.methods.rule import Working, num_free
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.methods.weights import Weights, accumulate, analyze_matrix, num_leading
-from sculptor.numerics.free_space import free_groups
 from sculptor.numerics.staircase import Constraint
 
 COVERS = ["sculptor.methods.staircase"]
@@ -34,7 +33,7 @@ def update_of(found: Derived, generator: torch.Generator, rank: int | None = Non
     rule = rule_of(found)
     prepared = rule.prepare(found.tensors, CPU64).tensors
     parts = []
-    for group in free_groups(rule.staircase):
+    for group in rule.staircase.free:
         p, q = group.stop - group.start, rule.shape[1] - group.reach
         r = rank or min(p, q)
         left = torch.randn(p, r, dtype=torch.float64, generator=generator)

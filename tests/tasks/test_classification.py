@@ -13,7 +13,7 @@ import transformers
 from conftest import SMALL, WORDS, Result, make_tokenizer, save_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
-from sculptor import AnalyzeSettings, TrainSettings, analyze, estimate, evaluate, train, verify
+from sculptor import AnalyzeSettings, TrainSettings, analyze, continual, estimate, evaluate, train, verify
 from sculptor.checkpoint.heads import find_new_head
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import CheckpointError, DataError, SculptorError, SettingsError
@@ -21,6 +21,7 @@ from sculptor.report.evaluate import evaluate_text
 from sculptor.report.verify import verify_text
 from sculptor.tasks.data import preview
 
+COVERS = ["sculptor.checkpoint.heads", "sculptor.data.labelled", "sculptor.tasks.new_head"]
 SETTINGS = TrainSettings(
     task="sequence-classification", epochs=6, batch_size=6, relative_rate=0.05, device="cpu", micro_batch_size=3
 )
@@ -56,16 +57,30 @@ def save_bert(path: Path, cls: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder and a masked language model, each tuned to classify, the encoder pairs."""
+    """A decoder, tuned to classify."""
     path = tmp_path_factory.mktemp("classes")
     write_rows(path / "llama.jsonl", labelled_rows())
-    write_rows(path / "bert.jsonl", labelled_rows(pairs=True))
     save_checkpoint(path / "llama", "llama-tied")
-    save_bert(path / "bert", transformers.BertForMaskedLM)
-    for name in ("llama", "bert"):
-        analyze(path / name, path / f"{name}-archive", AnalyzeSettings(preserve=0.5, device="cpu"))
-        train(path / name, path / f"{name}-archive", [path / f"{name}.jsonl"], path / f"{name}-tuned", SETTINGS)
+    _tune(path, "llama")
     return path
+
+
+@pytest.fixture(scope="module")
+def pairs(made: Path) -> Path:
+    """A masked language model beside it, tuned to classify pairs."""
+    write_rows(made / "bert.jsonl", labelled_rows(pairs=True))
+    save_bert(made / "bert", transformers.BertForMaskedLM)
+    _tune(made, "bert")
+    return made
+
+
+def _tune(path: Path, name: str) -> None:
+    analyze(
+        path / name,
+        path / f"{name}-archive",
+        AnalyzeSettings(basis="weights", preserve=0.5, samples=False, device="cpu"),
+    )
+    train(path / name, path / f"{name}-archive", [path / f"{name}.jsonl"], path / f"{name}-tuned", SETTINGS)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -93,9 +108,15 @@ def plain_loop(path: Path, rows: list[dict[str, Any]], size: int) -> tuple[float
 
 @pytest.mark.parametrize(("name", "fresh"), [
     ("llama", ("score.weight",)),
-    ("bert", ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")),
+    pytest.param(
+        "bert", ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"),
+        marks=pytest.mark.slow,
+    ),
 ])  # fmt: skip
-def test_a_new_head_is_learned_and_the_body_verifies(made: Path, name: str, fresh: tuple[str, ...]) -> None:
+def test_a_new_head_is_learned_and_the_body_verifies(
+    request: pytest.FixtureRequest, name: str, fresh: tuple[str, ...]
+) -> None:
+    made = request.getfixturevalue("made" if name == "llama" else "pairs")
     base, tuned, rows = made / name, made / f"{name}-tuned", made / f"{name}.jsonl"
     for size in (1, 2, 6):
         loss, accuracy = plain_loop(tuned, labelled_rows(name == "bert"), size)
@@ -119,10 +140,11 @@ def test_a_new_head_is_learned_and_the_body_verifies(made: Path, name: str, fres
     assert not (made / f"{name}-tuned.partial").exists()
 
 
-def test_what_else_changed_does_not_verify(made: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_else_changed_does_not_verify(pairs: Path, tmp_path: Path) -> None:
     def tampered(change: Callable[[dict[str, torch.Tensor]], None] = lambda _: None, **config: Any) -> Path:
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
-        shutil.copytree(made / "llama-tuned", tmp_path / "other")
+        shutil.copytree(pairs / "llama-tuned", tmp_path / "other")
         values = tensors(tmp_path / "other")
         change(values)
         save_file(values, tmp_path / "other" / "model.safetensors", {"format": "pt"})
@@ -131,7 +153,7 @@ def test_what_else_changed_does_not_verify(made: Path, tmp_path: Path) -> None:
         return tmp_path / "other"
 
     def passes(other: Path) -> bool:
-        return verify(made / "llama", other, made / "llama-archive", device="cpu").passed
+        return verify(pairs / "llama", other, pairs / "llama-archive", device="cpu").passed
 
     assert passes(tampered())
     assert passes(tampered(lambda values: values["score.weight"].mul_(2))), "the head is free"
@@ -139,19 +161,22 @@ def test_what_else_changed_does_not_verify(made: Path, tmp_path: Path) -> None:
     assert not passes(tampered(rms_norm_eps=0.1))
     assert not passes(tampered(problem_type="regression"))
     assert not passes(tampered(lambda values: values["model.layers.0.mlp.up_proj.weight"].add_(0.1)))
+    with pytest.raises(SculptorError, match="tensors differ"):  # a sequence would end before each of these words
+        passes(tampered(pad_token_id=9))
     with pytest.raises(CheckpointError, match=r"score\.weight has 1 NaN"):
         passes(tampered(lambda values: values["score.weight"][0, 0].fill_(torch.nan)))
     with pytest.raises(SculptorError, match="2 added, first extra"):
         passes(tampered(lambda values: values.update(extra=torch.ones(2))))
-    assert find_new_head(*map(open_checkpoint, (made / "llama", made / "llama"))) is None
+    assert find_new_head(*map(open_checkpoint, (pairs / "llama", pairs / "llama"))) is None
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
-def test_streamed_is_resident(made: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_streamed_is_resident(pairs: Path, tmp_path: Path, name: str) -> None:
     settings = replace(SETTINGS, epochs=1)
     for offload in ("none", "cpu"):
         train(
-            made / name, made / f"{name}-archive", [made / f"{name}.jsonl"], tmp_path / offload,
+            pairs / name, pairs / f"{name}-archive", [pairs / f"{name}.jsonl"], tmp_path / offload,
             replace(settings, offload=offload),
         )  # fmt: skip
     resident, streamed = tensors(tmp_path / "none"), tensors(tmp_path / "cpu")
@@ -159,8 +184,9 @@ def test_streamed_is_resident(made: Path, tmp_path: Path, name: str) -> None:
         assert torch.equal(value, streamed[tensor]), tensor
 
 
-def test_a_model_with_a_head_goes_on(made: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
-    tuned, rows = made / "bert-tuned", made / "bert.jsonl"
+@pytest.mark.slow
+def test_a_model_with_a_head_goes_on(pairs: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    tuned, rows = pairs / "bert-tuned", pairs / "bert.jsonl"
     said = cli(
         "train", tuned, "--subspaces", tuned / "subspaces", "--data", rows, "-o", tmp_path / "out", "--max-steps", 2,
         "--device", "cpu", "--eval-data", rows,
@@ -168,7 +194,7 @@ def test_a_model_with_a_head_goes_on(made: Path, tmp_path: Path, cli: Callable[.
     assert said.code == 0, said.err
     assert "classifier.weight" in said.out
     assert verify(tuned, tmp_path / "out", tuned / "subspaces", device="cpu").passed
-    whole = verify(made / "bert", tmp_path / "out", made / "bert-archive", device="cpu")
+    whole = verify(pairs / "bert", tmp_path / "out", pairs / "bert-archive", device="cpu")
     assert (whole.passed, whole.num_merges, "classifier.bias" in whole.also_trained) == (True, 2, True)
     again = evaluate(tmp_path / "out", [rows], watch=[rows], device="cpu")
     assert again.watched[0].loss == pytest.approx(again.loss)
@@ -187,15 +213,16 @@ def test_a_model_with_a_head_goes_on(made: Path, tmp_path: Path, cli: Callable[.
         )
 
 
+@pytest.mark.slow
 def test_without_an_archive_the_model_as_given_is_analyzed(
-    made: Path, tmp_path: Path, cli: Callable[..., Result]
+    pairs: Path, tmp_path: Path, cli: Callable[..., Result]
 ) -> None:
     """Of an encoder that has no head at all, what its layers read is protected."""
     base, text = (
         save_bert(tmp_path / "bare", transformers.BertModel),
         write_rows(tmp_path / "text.jsonl", [{"text": " ".join(WORDS[i : i + 6])} for i in range(20)]),
     )
-    arguments = ("train", base, "--task", "sequence-classification", "--data", made / "bert.jsonl", "--max-steps", 2,
+    arguments = ("train", base, "--task", "sequence-classification", "--data", pairs / "bert.jsonl", "--max-steps", 2,
         "--device", "cpu", "-o", tmp_path / "out")  # fmt: skip
     refused = cli(*arguments)
     assert (refused.code, "give --protect-data" in refused.err) == (2, True), refused.err
@@ -205,7 +232,7 @@ def test_without_an_archive_the_model_as_given_is_analyzed(
     assert "a new head, classifier.weight, classifier.bias, for 3 classes: 'calm', 'loud', 'odd one'" in said.err
     assert verify(base, tmp_path / "out", tmp_path / "out" / "analyzed", device="cpu").passed
     assert plain_loop(tmp_path / "out", labelled_rows(pairs=True), 6)[0] == pytest.approx(
-        evaluate(tmp_path / "out", [made / "bert.jsonl"], device="cpu").loss, abs=1e-5
+        evaluate(tmp_path / "out", [pairs / "bert.jsonl"], device="cpu").loss, abs=1e-5
     )
 
 
@@ -234,35 +261,45 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_are_no_classifiers_of_rows(made: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_models_that_are_no_classifiers_of_rows(pairs: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "t5", "t5")
     with pytest.raises(SettingsError, match="is an encoder-decoder"):
-        train(tmp_path / "t5", None, [made / "llama.jsonl"], tmp_path / "out", SETTINGS)
+        train(tmp_path / "t5", None, [pairs / "llama.jsonl"], tmp_path / "out", SETTINGS)
     with pytest.raises(SettingsError, match="says no text; it has a classifier's head"):
         train(
-            made / "bert-tuned", made / "bert-tuned" / "subspaces", [made / "bert.jsonl"], tmp_path / "out",
+            pairs / "bert-tuned", pairs / "bert-tuned" / "subspaces", [pairs / "bert.jsonl"], tmp_path / "out",
             replace(SETTINGS, task="language-modeling"),
         )  # fmt: skip
     for number, (change, said) in enumerate({
         "problem_type": ("multi_label_classification", "gives scores"), "id2label": ({"0": "score"}, "requires `num_labels"),
     }.items()):  # fmt: skip
-        shutil.copytree(made / "bert-tuned", tmp_path / str(number))
+        shutil.copytree(pairs / "bert-tuned", tmp_path / str(number))
         config = json.loads((tmp_path / str(number) / "config.json").read_text()) | {change: said[0]}
         (tmp_path / str(number) / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=said[1]):
-            evaluate(tmp_path / str(number), [made / "bert.jsonl"], device="cpu")
+            evaluate(tmp_path / str(number), [pairs / "bert.jsonl"], device="cpu")
     with pytest.raises(SettingsError, match="a classifier has classes, and says no text"):
-        evaluate(made / "bert-tuned", [made / "bert.jsonl"], show=1, device="cpu")
+        evaluate(pairs / "bert-tuned", [pairs / "bert.jsonl"], show=1, device="cpu")
     with pytest.raises(SettingsError, match="--tasks: for language models"):
-        evaluate(made / "bert-tuned", tasks=["piqa"], device="cpu")
-    shutil.copytree(made / "llama-tuned", tmp_path / "padless")
+        evaluate(pairs / "bert-tuned", tasks=["piqa"], device="cpu")
+    task = '[[tasks]]\nname = "a"\ndata = ["llama.jsonl"]\ntest = ["llama.jsonl"]\n'
+    for name, model, section in (
+        ("one", "llama", '[train]\ntask = "sequence-classification"\n'),
+        ("two", "llama-tuned", ""),
+    ):
+        (pairs / f"{name}.toml").write_text(f'model = "{model}"\n{section}{task}')
+        with pytest.raises(SettingsError, match="a classifier's head has the classes of one task"):
+            continual(pairs / f"{name}.toml", tmp_path / "sequence")
+    shutil.copytree(pairs / "llama-tuned", tmp_path / "padless")
     config = json.loads((tmp_path / "padless" / "config.json").read_text()) | {"pad_token_id": None}
     (tmp_path / "padless" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match='no "pad_token_id"'):
-        evaluate(tmp_path / "padless", [made / "llama.jsonl"], device="cpu")
+        evaluate(tmp_path / "padless", [pairs / "llama.jsonl"], device="cpu")
 
 
-def test_columns_numbers_and_names_of_a_dataset(made: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_columns_numbers_and_names_of_a_dataset(pairs: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = labelled_rows(pairs=True)
     features = datasets.Features(
@@ -270,5 +307,5 @@ def test_columns_numbers_and_names_of_a_dataset(made: Path, tmp_path: Path) -> N
     )
     given = [{"a": row["text"], "b": row["text_pair"], "gold": row["label"]} for row in rows]
     dataset = datasets.Dataset.from_list(given, features=features)
-    found = evaluate(made / "bert-tuned", dataset, columns="text=a,text_pair=b,label=gold", device="cpu")
-    assert found.loss == pytest.approx(evaluate(made / "bert-tuned", [made / "bert.jsonl"], device="cpu").loss)
+    found = evaluate(pairs / "bert-tuned", dataset, columns="text=a,text_pair=b,label=gold", device="cpu")
+    assert found.loss == pytest.approx(evaluate(pairs / "bert-tuned", [pairs / "bert.jsonl"], device="cpu").loss)

@@ -17,7 +17,6 @@ from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train
 from sculptor.errors import ArchiveError, SettingsError, Stopped
 from sculptor.model.samples import SECTION, SUFFIX, read_samples
 
-COVERS = ["sculptor.tasks.replay"]
 FILE = SECTION + SUFFIX
 HOT = TrainSettings(max_steps=8, batch_size=8, learning_rate=3e-2, device="cpu", carry="keep")
 CURVED = AnalyzeSettings(basis="curvature", data=("self",), calibration_tokens=400, max_length=16, device="cpu")

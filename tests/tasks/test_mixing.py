@@ -11,6 +11,8 @@ from sculptor import AnalyzeSettings, TrainSettings, analyze, train
 from sculptor.errors import OutputError, Stopped
 from sculptor.tasks.job import open_base, read_task
 
+COVERS = ["sculptor.tasks.replay"]
+
 
 def test_weights_decide_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")

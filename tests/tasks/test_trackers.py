@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
-from sculptor.tasks.trackers import Trackers, check_trackers
+from sculptor.errors import OutputError, SettingsError
+from sculptor.tasks.trackers import Trackers, check_folder, check_trackers
 
 
 @pytest.mark.slow
@@ -66,3 +67,12 @@ def test_others_are_told_the_name_of_the_run(tmp_path: Path, monkeypatch: pytest
     assert told[0] == {"project": "sculptor", "name": "tuned"}
     assert told[-4:-2] == [(1, {"loss": 2.0}), (2, {"loss": 1.0, "tokens_per_second": 20.0})]
     assert told[-2:] == [(2, {"harm": 0.5, "harm_scale": 0.75}), "finished"]
+
+
+def test_trackers_write_into_nothing_that_is_read_or_made(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SettingsError, match=r"its files go to .*runs, which is the output"):
+        check_folder(tmp_path / "runs", [])
+    with pytest.raises(OutputError, match=r"lies in the input .*runs"):
+        check_folder(tmp_path / "out", [tmp_path / "runs"])
+    check_folder(tmp_path / "out", [tmp_path / "model"])

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
 from sculptor.errors import ArchiveError, CheckpointError, SettingsError, VerificationError
 
+COVERS = ["sculptor.report.verify"]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,7 @@ from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, ve
 from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SculptorError, VerificationError
+from sculptor.report.verify import verify_text
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 FAST = TrainSettings(max_steps=6, batch_size=8, learning_rate=1e-2, device="cpu")
@@ -592,3 +593,12 @@ def test_what_is_judged_is_what_the_lineage_is_compared_with(
     shutil.copytree(made / "float32" / "one" / "subspaces", tuned / "subspaces")  # of other matrices
     with pytest.raises(VerificationError, match="its matrices changed while they were read"):
         check(made, tuned, progress=Meddling)
+
+
+def test_how_much_an_archive_protects_is_told(made: Path) -> None:
+    """One that forbids next to nothing proves as much."""
+    archive = Archive(made / "float32" / "archive")
+    total = sum(record.shape[0] * record.shape[1] for record in archive.values())
+    found = check(made, made / "float32" / "one")
+    assert found.protected == pytest.approx(1 - archive.num_free / total)
+    assert f"the archive protects {100 * found.protected:.1f} % of these matrices" in verify_text(found)

@@ -17,8 +17,6 @@ from sculptor import AnalyzeSettings
 from sculptor.errors import TrainingError
 from sculptor.training.protect import protected_matrices
 
-COVERS = ["sculptor.training.saved"]
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

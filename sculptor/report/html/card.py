@@ -2,6 +2,7 @@
 
 from sculptor.report.card import LINES_HEAD, harm_line, leak_line, line_row, notes_of, verdict_of
 from sculptor.report.html.page import Child, Markup, element, listed, note, page, section, table
+from sculptor.report.text import named_line
 from sculptor.tasks.card_report import CardReport, TunedCard
 
 
@@ -37,6 +38,7 @@ def _tuned(card: TunedCard) -> list[Child]:
         parts.append(table(LINES_HEAD, list(map(line_row, card.lines)), card.name))
     if card.harm is not None:
         parts.append(element("p", harm_line(card.harm)))
+    parts += [element("p", named_line(each)) for each in card.named]
     if card.leak is not None:
         parts.append(element("p", leak_line(card.leak)))
     return parts

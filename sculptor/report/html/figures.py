@@ -1,21 +1,25 @@
 """Figures of matrices that several pages show as heat maps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from sculptor.model.harm import Harm
+from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.rounding import ROUNDING_SLACK
 from sculptor.report.html.heat import Spot, by_block_and_role
 from sculptor.report.html.page import Markup
 from sculptor.report.text import percent
 
 
-def harm_tile(harm: Harm | None) -> list[tuple[str, str, str | None]]:
-    """What a model lost of its first base's own predictions, where that was measured."""
+def harm_tile(harm: Harm | None, named: Sequence[NamedHarm] = ()) -> list[tuple[str, str, str | None]]:
+    """What a model lost of its first base's own predictions, and of protected names, where that was measured."""
     if harm is None:
         return []
-    return [
+    found = [
         ("Harm", f"{harm.nats:.4f} ± {harm.error:.4f}", f"nats a token, KL(base || new), {harm.num_samples} samples")
     ]
+    for each in named:
+        told = f"change of the loss; KL {each.harm.nats:.4f} nats a token, {each.harm.num_samples} rows"
+        found.append((f"Of {each.name}", f"{each.rise:+.4f} ± {each.rise_error:.4f}", told))
+    return [*found]
 
 
 def leak_spot(name: str, role: str, update: float, leak: float, rounding: float, *, holds: bool = True) -> Spot:

@@ -147,20 +147,20 @@ def check_page(
         SettingsError: if the name is not that of a page.
         OutputError: if it exists, has no folder, or lies in an input.
     """
-    check_apart(path.resolve(), filter(None, inputs))
     if path.suffix.lower() not in _SUFFIXES:
         raise SettingsError(f"--html {path}: expected a name that ends in .html")
     if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
         raise SettingsError(f"--html {path}: lies in the output {output}; choose a place beside it")
-    check_place(path, "--html", overwrite)
+    check_place(path, "--html", overwrite, inputs)
 
 
-def check_place(path: Path, option: str, overwrite: bool) -> None:
-    """Refuses a place where a file could not be written, before any work.
+def check_place(path: Path, option: str, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Refuses a place where a file could not be written, before any work; it lies in no input, and is none.
 
     Raises:
-        OutputError: if it exists, or has no folder.
+        OutputError: if it exists, has no folder, or lies in an input.
     """
+    check_apart(path.resolve(), filter(None, inputs))
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
         raise OutputError(f"{path}: exists already; choose another {option} or pass --overwrite")
     if not path.parent.is_dir():

@@ -84,7 +84,7 @@ def _tiles(report: TrainReport, changed: bool) -> list[tuple[str, str, str | Non
         ]
     else:
         found.append(("Update", "none", "no matrix changed"))
-    return found + harm_tile(loop.harm)
+    return found + harm_tile(loop.harm, loop.named)
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> Child:

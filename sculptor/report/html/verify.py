@@ -98,6 +98,7 @@ def _tiles(result: Verification) -> list[tuple[str, str, str | None]]:
         ("Rounding explains", f"{result.rounding:.2e}", "of the leak"),
         ("Largest leak", f"{result.max_leak:.2e}", "of a matrix's update"),
         ("Matrices", f"{result.num_targets:,}", f"{result.num_changed:,} changed"),
+        ("Protected", percent(result.protected), "of these matrices"),
         ("Removed by rounding", percent(result.eaten), f"of the update{rounded}"),
         ("Other tensors", f"{result.num_untouched:,}", f"matrices now {result.cast}" if result.cast else "compared"),
     ]
@@ -109,7 +110,7 @@ def _tiles(result: Verification) -> list[tuple[str, str, str | None]]:
                 "of what an update of this size in random directions would disturb",
             )
         )
-    return found + harm_tile(result.harm)
+    return found + harm_tile(result.harm, result.named)
 
 
 def _elsewhere(result: Verification) -> Sequence[Child]:

@@ -108,6 +108,7 @@ def test_a_block_is_updated_when_it_is_next_fetched(made: Path, streamed: Stream
             assert float((allowed - moved.double()).norm()) <= 1e-5 * float(moved.norm()) + 1e-6
 
 
+@pytest.mark.slow
 def test_what_no_update_makes_is_loaded(tmp_path: Path) -> None:
     """Of experts that are stacked, a parameter is made whole only if all of them are trained."""
     save_checkpoint(tmp_path / "model", "mixtral")
