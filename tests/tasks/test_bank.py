@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "b.jsonl", other_rows())
     mixed = [row for pair in zip(task_rows(), other_rows(), strict=True) for row in pair]
     write_rows(root / "both.jsonl", mixed)
-    told = TrainSettings(max_steps=20, batch_size=12, learning_rate=3e-3, device="cpu")
+    told = TrainSettings(max_steps=6, batch_size=12, learning_rate=3e-3, device="cpu")
     analyze(root / "model", root / "few", AnalyzeSettings(rule="lowrank", basis="random", rank=2, device="cpu"))
     analyze(root / "model", root / "all", AnalyzeSettings(preserve=0.0, device="cpu"))
     for name, archive in (("a", "few"), ("b", "all")):
@@ -44,7 +44,7 @@ def test_a_task_comes_back_to_rounding(cli: Callable[..., Result], place: Path, 
         back, tuned = (load_file(path / "model.safetensors") for path in (tmp_path / name, place / f"tuned-{name}"))
         for key, value in tuned.items():
             apart = float((back[key].double() - value.double()).norm())
-            assert apart <= (0 if name == "b" else 1.5 * float(rounding_variance(value).sum()) ** 0.5), key
+            assert apart <= 1.5 * float(rounding_variance(value).sum()) ** 0.5, key
     record = json.loads((tmp_path / "a" / "sculptor.json").read_text())
     assert record["task"]["name"] == "a"
 
@@ -68,6 +68,7 @@ def test_rows_find_their_task_alone_and_together(place: Path) -> None:
     assert both.accuracy is not None
 
 
+@pytest.mark.slow
 def test_tasks_that_are_mixed(place: Path) -> None:
     one, two = (
         evaluate(place / "model", [str(place / "a.jsonl")], bank=place / "bank", bank_top=top, max_rows=4, device="cpu")

@@ -122,6 +122,7 @@ def test_what_is_known_goes_on(place: Path, tmp_path: Path) -> None:
     assert "optimizer" not in Archive(tmp_path / "retaken/subspaces").manifest.sections
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, save_every=1)
     data, archive = [str(place / "b.jsonl")], place / "first/subspaces"
@@ -134,6 +135,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_section_is_refused(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "first/subspaces", tmp_path / "archive")
     file = tmp_path / "archive/optimizer.safetensors"
