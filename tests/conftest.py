@@ -182,7 +182,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 COMMANDS = (
-    "estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "card", "chat", "edit", "continual", "convert", "demo",
+    "estimate", "data", "analyze", "train", "inspect", "verify", "evaluate", "card", "chat", "edit", "bank", "continual",
+    "frontier", "convert", "demo",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, plan_archive
 from sculptor.planning.settings import EstimateSettings
 from sculptor.tasks import estimate, train
+from sculptor.tasks import plan as deciding
 from sculptor.training import state
 from sculptor.training.rates import Peaks
 from sculptor.training.stepping.streamed import StreamedUpdates
@@ -295,7 +296,7 @@ def test_what_a_run_needs_of_the_disk_is_planned(
     monkeypatch.setattr(state, "write_tensors", measured(state.write_tensors, True))
     monkeypatch.setattr(train, "commit", measured(train.commit, False))
     plans: list[Footprint] = []
-    monkeypatch.setattr(train, "choose", lambda found, *_, **__: plans.append(found["none"]) or (found["none"], ""))
+    monkeypatch.setattr(deciding, "choose", lambda found, *_, **__: plans.append(found["none"]) or (found["none"], ""))
     settings = sculptor.TrainSettings(max_steps=3, eval_every=1 if evaluates else None, **changes)
     output = tmp_path / "tuned"
     sculptor.train(
@@ -331,7 +332,7 @@ def test_settings_reach_the_plan(tmp_path: Path, change: dict[str, Any], monkeyp
         found.append(plans["cpu"])
         raise InterruptedError
 
-    monkeypatch.setattr(train, "choose", stop)
+    monkeypatch.setattr(deciding, "choose", stop)
     for settings in ({}, change):
         whole = sculptor.TrainSettings(batch_size=2, clip_by="matrix", **settings)
         with pytest.raises(InterruptedError):

@@ -209,13 +209,12 @@ def test_a_symlinked_output_is_followed(task: dict[str, Any], tmp_path: Path) ->
     assert (tmp_path / "elsewhere" / "config.json").is_file()
 
 
-def test_outputs_inside_the_model_directory_do_not_travel(task: dict[str, Any], tmp_path: Path) -> None:
+def test_folders_inside_the_model_directory_do_not_travel(task: dict[str, Any], tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(task["subspaces"], task["model"] / "archive")
-    train(**task, output=task["model"] / "first", settings=settings())
-    train(**task, output=task["model"] / "second", settings=settings())
-    assert sorted(p.name for p in (task["model"] / "second").iterdir() if p.is_dir()) == ["subspaces"]
+    train(**task, output=tmp_path / "out", settings=settings())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["subspaces"]
 
 
 def test_options_without_effect_are_refused(task: dict[str, Any], tmp_path: Path) -> None:
