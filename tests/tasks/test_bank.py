@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from sculptor import AnalyzeSettings, Interpolate, TrainSettings, add_to_bank, analyze, edit, evaluate, route, train
 from sculptor.numerics.rounding import rounding_variance
 
+COVERS = ["sculptor.tasks.bank_files", "sculptor.tasks.routed"]
+
 
 def other_rows(count: int = 24) -> list[dict[str, str]]:
     return [{"prompt": f"w30 w31 w{i % 5 + 32} w33", "completion": f"w{i % 3 + 20}"} for i in range(count)]
