@@ -187,7 +187,7 @@ def digests(output: Path) -> dict[str, str]:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118
-                    value = tensors.get_tensor(key).contiguous().view(torch.uint8).numpy().tobytes()
+                    value = tensors.get_tensor(key).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
                     found[f"{name}:{key}"] = hashlib.sha256(value).hexdigest()
         elif file.is_file():
             found[name] = ""
