@@ -31,7 +31,7 @@ PAIRS = [
 TEXTS = [{"text": row["prompt"]} for row in PAIRS]
 CASES = [(kind, name) for kind, names in SUPPORTED.items() for name in names]
 OLDER = Version(transformers.__version__) < Version("5.24")
-FAST = [("causal", "llama"), ("seq2seq", "m2m_100")]
+FAST = [("causal", "llama")]
 
 
 def reference_loss(model: Any, tokenizer: Any, kind: str) -> float:

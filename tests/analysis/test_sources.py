@@ -74,7 +74,7 @@ def shapes(archive: Archive) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("family", ["llama", *slowly("t5", "gpt2", "bert", "mixtral")])
-@pytest.mark.parametrize("basis", ["curvature", "inputs"])
+@pytest.mark.parametrize("basis", ["curvature", *slowly("inputs")])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_two_tasks_on_moments(cli: Callable[..., Result], tmp_path: Path, family: str, basis: str, dtype: str) -> None:
     model = save_checkpoint(tmp_path / "model", family, dtype=DTYPES[dtype], max_shard_size="30KB")
@@ -263,7 +263,7 @@ def test_other_measures_verify_too(cli: Callable[..., Result], tmp_path: Path, o
     assert after.manifest.settings == archive.manifest.settings
 
 
-@pytest.mark.parametrize("basis", ["curvature", "inputs"])
+@pytest.mark.parametrize("basis", ["curvature", *slowly("inputs")])
 def test_a_causal_model_calibrates_on_itself(cli: Callable[..., Result], tmp_path: Path, basis: str) -> None:
     model, data = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "task.jsonl", "llama")
     more = ("--calibration-tokens", 300)

@@ -56,7 +56,7 @@ def rounded(found: Evaluation) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("data", "options", "size"),
     [
-        ("pairs", {"show": 2}, 2),
+        *slowly(("pairs", {"show": 2}, 2)),
         ("choices", {"exact_match": True}, 3),
         ("talk", {"exact_match": True, "show": 1, "max_new_tokens": 3, "chat_template": "template.jinja"}, 2),
         ("general", {}, 2),

@@ -17,9 +17,9 @@ TRAIN = ("--max-steps", 12, "--batch-size", 8, "--learning-rate", "1e-2", "--dev
     [
         ("llama", "double"),
         ("gpt2", "core"),
-        ("t5", "input"),
-        ("mixtral", "double"),
         *slowly(
+            ("t5", "input"),
+            ("mixtral", "double"),
             ("llama", "core"),
             ("qwen3", "double"),
             ("qwen3", "input"),

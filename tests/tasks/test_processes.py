@@ -84,7 +84,7 @@ SHARD = {"parallel": "shard"}
     ("family", "size", "changes"),
     [
         ("llama", 2, SHARD),
-        ("t5", 3, {}),
+        *slowly(("t5", 3, {})),
         *slowly(*((family, 2, {}) for family in ("llama", "llama-tied", "qwen3", "t5", "mixtral"))),
         *slowly(("llama", 3, {}), ("mixtral", 3, {})),
         *slowly(*((family, 2, SHARD) for family in ("llama-tied", "qwen3", "t5", "mixtral"))),
@@ -150,8 +150,11 @@ def test_rules_are_opened_together(made: Path, parallel: Any, tmp_path: Path) ->
     [
         ({"preserve": 0.5}, 2),
         ({"basis": "curvature"}, 3),
-        ({"rule": "lowrank", "basis": "inputs"}, 2),
-        *slowly(({"rule": "mask"}, 2), ({"rule": "rotation", "preserve": 0.4}, 2)),
+        *slowly(
+            ({"rule": "lowrank", "basis": "inputs"}, 2),
+            ({"rule": "mask"}, 2),
+            ({"rule": "rotation", "preserve": 0.4}, 2),
+        ),
         *slowly(({"basis": "inputs"}, 2), ({"basis": "curvature"}, 2), ({"preserve": 0.3, "constraint": "core"}, 3)),
         *slowly(
             ({"basis": "curvature", "data": ("self",)}, 2),
@@ -283,7 +286,8 @@ def test_a_run_of_two_goes_on_bit_for_bit(made: Path, tmp_path: Path) -> None:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
-@pytest.mark.parametrize("parallel", ["replicate", *slowly("shard")])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_more_processes_than_rows(made: Path, parallel: Any, tmp_path: Path) -> None:
     inputs = (made / "llama", made / "weights", [made / "rows.jsonl"])
     chosen = settings(max_steps=3, batch_size=1, micro_batch_size=1)

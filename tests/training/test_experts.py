@@ -148,7 +148,7 @@ def test_experts_of_a_loop_of_ones_own_are_trained_and_merged(family: str, basis
     ("family", "options"),
     [
         ("qwen3_moe", {"exclude": ("*experts.0.*", "*experts.1.up_proj*")}),
-        ("gpt_oss", {"exclude": ("*down_proj[[]2]",), "basis": "curvature"}),
+        *slowly(("gpt_oss", {"exclude": ("*down_proj[[]2]",), "basis": "curvature"})),
         *slowly(("mixtral", {"targets": ("*.experts.1.*",)}), ("deepseek_v3", {"basis": "inputs"})),
     ],
 )

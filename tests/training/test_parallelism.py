@@ -54,6 +54,7 @@ def assert_same_update(made: tuple[Path, Path], one: Path, other: Path) -> None:
     assert checked.leak <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, *slowly({"find_unused_parameters": True, "gradient_as_bucket_view": True})])
 def test_ddp_trains_as_one_process(made: Any, alone: Path, options: dict[str, Any], tmp_path: Path) -> None:
     found = together(2, guests.ddp, *made, tmp_path / "tuned", **options)

@@ -148,8 +148,7 @@ SHARED = 1e-5
     "family",
     [
         "llama",
-        "gpt2",
-        "t5",
+        *slowly("gpt2", "t5"),
         *slowly(
             "qwen3-moe", "albert", "llama-tied", "qwen3", "gemma2", "opt", "neox", "phi3", "bert", "mixtral-router"
         ),
