@@ -7,8 +7,8 @@ import torch
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why a device will not do; None for a CPU, for GPUs of CUDA or ROCm, both of which torch calls cuda, and for meta."""
-    if device.type in ("cpu", "cuda", "meta"):  # meta: weights that wait elsewhere
+    """Why a device will not do; None for a CPU, and for GPUs of CUDA or ROCm, both of which torch calls cuda."""
+    if device.type in ("cpu", "cuda"):
         return None
     if device.type == "mps":
         return "Apple's GPUs have no float64, which the decompositions and the merge need"

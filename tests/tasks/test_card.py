@@ -141,7 +141,7 @@ def test_an_update_that_leaks_fails_unverified(cli: Callable[..., Result], made:
         (("--fail-if", "rows.instructions<0"), ("'rows.instructions' is not measured",)),
         (("--strict",), ("--strict without effect",)),
         (("--data", "ROWS"), ("two things would be called rows",)),
-        (("--json", "ROWS"), ("exists already",)),
+        (("--json", "ROWS"), ("is or holds the input",)),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_line_and_2(
