@@ -36,7 +36,7 @@ class SculptorArgs(BaseModel):
         sculptor_data: rows for an archive with moments, in the place of the trainer's own.
         sculptor_carry: how the archive goes on.
         sculptor_save_dtype: of the merged checkpoint.
-        sculptor_soften: slows down free directions that matter.
+        sculptor_soften: slows down free directions that matter; default as `sculptor train`.
     """
 
     sculptor_subspaces: str
@@ -44,7 +44,7 @@ class SculptorArgs(BaseModel):
     sculptor_data: list[str] = []  # pydantic copies it
     sculptor_carry: Literal["merge", "accumulate", "redecompose", "keep"] | None = None
     sculptor_save_dtype: Literal["keep", "float32", "bfloat16"] = "keep"
-    sculptor_soften: float = 0.0
+    sculptor_soften: float | None = None
 
 
 class SculptorPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not installed where types are checked
@@ -67,7 +67,7 @@ class SculptorPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not instal
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Protects a model that is trained, or is the reference of one, which then answers as its base does."""
-        protect(model, cfg["sculptor_subspaces"], soften=cfg.get("sculptor_soften") or 0.0)
+        protect(model, cfg["sculptor_subspaces"], soften=cfg.get("sculptor_soften"))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[SculptorCallback]:
         """What writes the output."""

@@ -17,7 +17,7 @@ NAME = "sculptor"
 
 
 def register(
-    model: str | Path, subspaces: str | Path, output: str | Path, *, soften: float = 0.0, **options: Any
+    model: str | Path, subspaces: str | Path, output: str | Path, *, soften: float | None = None, **options: Any
 ) -> None:
     """Tells ms-swift of the tuner and of the callback, both called sculptor.
 

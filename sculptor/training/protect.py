@@ -82,7 +82,7 @@ def protect(
     *,
     compute_dtype: torch.dtype | None = None,
     fold: FoldMode = "automatic",
-    soften: float = 0.0,
+    soften: float | None = None,
     rules: Kinds | None = None,
 ) -> Any:
     """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
@@ -96,8 +96,8 @@ def protect(
         archive: the subspace archive of its checkpoint, or its path.
         compute_dtype: dtype of the folded weights; default each weight's own.
         fold: "manual" if the caller refreshes the matrices after each optimizer step.
-        soften: with moments, slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); `train` uses
-            3 with curvature.
+        soften: with moments, slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); default as
+            `train`: 3 with curvature.
         rules: kinds of rules beside sculptor's own.
 
     Returns:
@@ -121,7 +121,8 @@ def protect(
         _check_bytes(archive, name, archive[name].window.of(model.get_parameter(parameter)))
     for name, parameter in parameters.items():
         archive.note_rms(name, archive[name].window.of(model.get_parameter(parameter)))
-    attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=soften)
+    gentle = (archive.method.defaults.soften or 0.0) if soften is None else soften
+    attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=gentle)
     matrices = protected_matrices(model)
     model.register_forward_pre_hook(functools.partial(_look, matrices))
     ignore_in_broadcasts(model, _buffers(matrices))

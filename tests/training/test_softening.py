@@ -7,7 +7,7 @@ import torch
 from conftest import save_checkpoint, task_rows, write_rows
 from transformers import AutoModelForCausalLM
 
-from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
+from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, protect, train, verify
 from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.methods.rule import Working
 from sculptor.numerics.free_space import FreeSpace
@@ -68,6 +68,18 @@ def test_softened_training_keeps_the_constraint_and_touches_less_curvature(made:
     assert kept[30.0] is not None
     assert kept[0.0] is not None
     assert kept[30.0] > kept[0.0]
+
+
+def test_protect_softens_as_train_does_unless_told(made: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    analyze(made / "model", plain, AnalyzeSettings(basis="weights", preserve=0.5))
+    for archive, told, expected in (
+        (made / "archive", {}, 3.0),
+        (made / "archive", {"soften": 0.0}, 0.0),
+        (plain, {}, 0.0),
+    ):
+        model = protect(AutoModelForCausalLM.from_pretrained(made / "model", dtype=torch.float32), archive, **told)
+        assert {matrix.coordinates.soften for matrix in protected_matrices(model)} == {expected}
 
 
 def test_without_moments_it_is_refused(made: Path, tmp_path: Path) -> None:

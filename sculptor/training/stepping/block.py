@@ -17,12 +17,12 @@ from sculptor.training.schedule import RateOf
 
 
 class Stage(Enum):
-    """Where a block stands between two updates; one follows the other, the last the first."""
+    """Where a block stands between two updates: the first four in turn, but for steps of several micro-batches, and fused ones."""
 
     CURRENT = auto()  # what waits is up to date
     OPEN = auto()  # its gradients are appearing
-    COLLECTED = auto()  # gradients of this step wait
-    DUE = auto()  # the step was taken: it is updated when it is next fetched
+    COLLECTED = auto()  # gradients of this step wait; OPEN again with the next micro-batch
+    DUE = auto()  # the step was taken: it is updated when it is next fetched; CURRENT then
     REPLACED = auto()  # its coordinates were replaced: it is folded when it is next fetched
 
 
