@@ -96,8 +96,7 @@ def protect(
         archive: the subspace archive of its checkpoint, or its path.
         compute_dtype: dtype of the folded weights; default each weight's own.
         fold: "manual" if the caller refreshes the matrices after each optimizer step.
-        soften: with moments, slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); default as
-            `train`: 3 with curvature.
+        soften: with moments, slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); default as `train`.
         rules: kinds of rules beside sculptor's own.
 
     Returns:
