@@ -141,6 +141,30 @@ def read_file(path: Path, error: type[SculptorError], remedy: str) -> bytes:
         raise error(f"{path}: cannot be read ({cause.strerror or cause}); {remedy}") from cause
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path, sha256: str, error: type[SculptorError], remedy: str) -> None:
+    """Refuses a file that is not as it was written.
+
+    Raises:
+        error: if it has another digest, or cannot be read.
+    """
+    try:
+        same = file_digest(path) == sha256
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}); {remedy}") from cause
+    if not same:
+        raise error(f"{path}: has changed since it was written (its digest differs); {remedy}")
+
+
 def parse(
     text: bytes, where: object, error: type[SculptorError], remedy: str, *, allow_inf_nan: bool = False
 ) -> dict[str, Any]:

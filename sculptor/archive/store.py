@@ -18,7 +18,7 @@ from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.numerics.linalg import orthonormal_prefixes, orthonormality_error
 from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress, silent
-from sculptor.validation import read_file
+from sculptor.validation import check_file, read_file
 
 MANIFEST_NAME = "archive.json"
 # float32 rounding of an orthonormal basis is near 1e-7; a basis this far off was not written by us. Bases in narrower
@@ -98,16 +98,6 @@ class SectionTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._infos)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Archive(Mapping[str, MatrixRecord]):
@@ -264,12 +254,7 @@ class Archive(Mapping[str, MatrixRecord]):
         if part is None:
             return None
         file = self.path / part.file
-        try:
-            same = file_digest(file) == part.sha256
-        except OSError as cause:
-            raise ArchiveError(f"{file}: cannot be read ({cause.strerror}); {REMEDY}") from cause
-        if not same:
-            raise ArchiveError(f"{file}: has changed since it was written (its digest differs); {REMEDY}")
+        check_file(file, part.sha256, ArchiveError, REMEDY)
         return SectionTensors(file)
 
     def check_capacity(self) -> None:

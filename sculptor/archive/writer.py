@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTensor
-from sculptor.archive.store import MANIFEST_NAME, Archive, file_digest
+from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
 from sculptor.checkpoint.staging import key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, dtype_name, read_tensor, write_tensors
@@ -21,7 +21,7 @@ from sculptor.checkpoint.written import empty
 from sculptor.errors import OutputError
 from sculptor.methods.kinds import KINDS, Kinds
 from sculptor.methods.method import Derived
-from sculptor.validation import STRICT, FileName, Name, read_file, read_json
+from sculptor.validation import STRICT, FileName, Name, file_digest, read_file, read_json
 
 PROGRESS_NAME = "progress.json"
 # Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.

@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor
 
 from sculptor import __version__
-from sculptor.archive.store import file_digest
 from sculptor.checkpoint.reader import Checkpoint, identity
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import read_header, read_known, write_tensors
@@ -25,7 +24,20 @@ from sculptor.edits.compact import Compact
 from sculptor.errors import BankError
 from sculptor.numerics.routing import Key
 from sculptor.progress import Progress, silent
-from sculptor.validation import STRICT, Count, FileName, Name, Sha256, Share, parse, read_file, read_json, sign
+from sculptor.validation import (
+    STRICT,
+    Count,
+    FileName,
+    Name,
+    Sha256,
+    Share,
+    check_file,
+    file_digest,
+    parse,
+    read_file,
+    read_json,
+    sign,
+)
 
 BANK_NAME = "bank.json"
 FORMAT, VERSION = "sculptor-bank", 1
@@ -132,12 +144,7 @@ class Bank:
             raise BankError(f"{self.path}: no task {name!r}; there are {', '.join(self.names)}")
         if name not in self._deltas:
             file = self.path / found.file
-            try:
-                same = file_digest(file) == found.sha256
-            except OSError as cause:
-                raise BankError(f"{file}: cannot be read ({cause.strerror}); {_REMEDY}") from cause
-            if not same:
-                raise BankError(f"{file}: has changed since it was written (its digest differs); {_REMEDY}")
+            check_file(file, found.sha256, BankError, _REMEDY)
             self._deltas[name] = Deltas(file, found.rows)
         return self._deltas[name]
 
