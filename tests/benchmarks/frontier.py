@@ -69,6 +69,16 @@ SUITES: dict[str, list[Run]] = {
         Run("1", "sculptor", 1e-4, WEIGHTS, split="test"),
         *(Run("1", "sculptor", rate, seed=seed, split="test") for seed in (1, 2) for rate in (0.0, 1e-3)),
     ],
+    # The default again in the other order and with other seeds, and what comes nearest to it.
+    "again": [
+        Run("2", "sculptor", 0.0, split="test"),
+        *(Run("1", "sculptor", 0.0, seed=seed, split="test") for seed in (1, 2)),
+        Run("2", "replay", 5e-5, split="test"),
+        Run("2", "kl", 5e-5, split="test"),
+        Run("2", "sculptor", 2e-4, split="test"),
+        *(Run("1", "joint", 5e-5, seed=seed, split="test") for seed in (1, 2)),
+        Run("2", "joint", 5e-5, split="test"),
+    ],
     "rates": [
         Run("1", "sculptor", 3e-4, WEIGHTS, split="test"),
         *(Run("1", "kl", rate, split="test") for rate in (1e-4, 5e-5)),
