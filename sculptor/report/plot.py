@@ -78,6 +78,7 @@ def plot_frontier(found: Frontier, path: Path) -> None:
         OutputError: if the picture cannot be written.
         SettingsError: if nothing was measured that it could cost.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     if found.against is None:
@@ -87,6 +88,7 @@ def plot_frontier(found: Frontier, path: Path) -> None:
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.subplots()
     scale = 1 if found.metric == "loss" else 100
+    colors = colormaps["tab20"].resampled(20)
     for i, method in enumerate(dict.fromkeys(point.method for point, _ in drawn)):
         own = sorted(
             ((value, point.average) for point, value in drawn if point.method == method), key=lambda each: each[0].mean
@@ -94,7 +96,7 @@ def plot_frontier(found: Frontier, path: Path) -> None:
         axes.errorbar(
             [x.mean for x, _ in own], [scale * y.mean for _, y in own],
             xerr=[x.deviation or 0 for x, _ in own], yerr=[scale * (y.deviation or 0) for _, y in own],
-            marker="os^Dv<>Phd*X"[i % 12], markersize=6, linewidth=1.2, label=method,
+            marker="os^Dv<>Phd*X"[i % 12], color=colors(i % 20), markersize=6, linewidth=1.2, label=method,
         )  # fmt: skip
     if min(value.mean for _, value in drawn) > 0:
         axes.set_xscale("log")
