@@ -13,8 +13,8 @@ import torch
 
 from sculptor.analysis.lineage import OPENED
 from sculptor.checkpoint.architecture import inspect_architecture
-from sculptor.checkpoint.staging import commit, partial_path, writing
-from sculptor.checkpoint.written import discard, remove
+from sculptor.checkpoint.staging import partial_path, put_in_place, writing
+from sculptor.checkpoint.written import remove
 from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
 from sculptor.interruption import signals_wait
@@ -188,8 +188,7 @@ def _place(partial: Path, output: Path, overwrite: bool) -> None:
         if (partial / name).is_dir():
             with writing(partial / "output" / name):
                 (partial / name).replace(partial / "output" / name)
-    commit(partial / "output", output, overwrite=overwrite)
-    discard(partial)
+    put_in_place(partial, output, overwrite=overwrite)
 
 
 def _run(
