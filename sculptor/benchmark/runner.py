@@ -34,7 +34,7 @@ from sculptor.benchmark.results import (
 from sculptor.benchmark.stages import draw_once, measure_stage
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.checkpoint.staging import STAGED_NAME, put_in_place, write_json, writing
+from sculptor.checkpoint.staging import STAGED_NAME, move, put_in_place, write_json, writing
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.data.rows import local_files
@@ -214,8 +214,7 @@ class _Run:
         for made, name in ((self.learning.bank, "bank"), (model, "model")):
             if made.exists():  # else there is none, or a run that was killed after this had put it there
                 remove(staged / name)
-                with writing(staged / name):
-                    made.rename(staged / name)
+                move(made, staged / name)
 
     def _trainings(self) -> list[tuple[str, PlannedTask]]:
         """Name and task of every training."""

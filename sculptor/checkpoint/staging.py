@@ -24,6 +24,7 @@ from sculptor.checkpoint.written import (
     list_files,
     not_ours,
     note,
+    note_moved,
     strange_file,
 )
 from sculptor.errors import OutputError
@@ -291,6 +292,20 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{where}: cannot write ({cause.strerror or cause}); free some space or choose another place"
         ) from cause
+
+
+def move(old: Path, new: Path) -> None:
+    """Moves a directory to another place in the same staging directory, where nothing is; what is ours in it stays ours."""
+    with writing(new):
+        note_moved(old, new)
+        old.rename(new)
+
+
+def move_back(partial: Path, name: str) -> None:
+    """Undoes a `move` into the output of a run that could not put that in its place, so that nothing is made twice."""
+    moved = partial / STAGED_NAME / name
+    if moved.is_dir() and not (partial / name).exists():
+        move(moved, partial / name)
 
 
 def write_json(path: Path, content: dict[str, Any], *, allow_nan: bool = False, indent: int | None = 1) -> None:

@@ -56,6 +56,15 @@ def note(path: Path) -> None:
     _NOTED.add(path)
 
 
+def note_moved(old: Path, new: Path) -> None:
+    """Lists what is about to be moved inside a staging directory, with all in it that is ours, under its new name."""
+    note(new)
+    if not (old / MARKER_NAME).is_file():  # else it has a list of its own
+        for path, ours in _sort(old):
+            if ours:
+                note(new / path.relative_to(old))
+
+
 def list_files(staged: Path) -> dict[str, str]:
     """Name and fingerprint of everything in a staged directory that is ours; what else came to lie there goes along."""
     names = [path.relative_to(staged).as_posix() for path, ours in _sort(staged) if ours]

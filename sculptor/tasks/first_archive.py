@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
-from sculptor.checkpoint.staging import partial_path
+from sculptor.checkpoint.staging import move_back, partial_path
 from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, names_of, read_sources
 from sculptor.errors import OutputError, SettingsError
@@ -15,6 +15,7 @@ from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.job import open_base
+from sculptor.tasks.processes import join
 from sculptor.training.settings import TrainSettings
 
 ANALYZED_NAME = "analyzed"
@@ -62,6 +63,7 @@ def analyze_first(
     )
     if not items:
         check_samples(model)
+    join(settings.device).once(lambda: move_back(staged, ANALYZED_NAME))
     if not (path / MANIFEST_NAME).is_file():
         analyze(
             model,
