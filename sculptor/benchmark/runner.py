@@ -18,7 +18,7 @@ from sculptor import __version__
 from sculptor.benchmark.adapters import require_peft
 from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, update_norm
 from sculptor.benchmark.crispedit import KIND as CRISPEDIT
-from sculptor.benchmark.inputs import read_inputs
+from sculptor.benchmark.inputs import digests_beside, files_of, read_inputs
 from sculptor.benchmark.learning import Learning
 from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import (
@@ -37,7 +37,6 @@ from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import STAGED_NAME, move, put_in_place, write_json, writing
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
-from sculptor.data.rows import local_files
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -107,16 +106,11 @@ def continual(
         whose = "a bank's rows are" if method == "slm" else "PEFT's methods run"
         raise SettingsError(f"--method {method} with {world.size} processes: {whose} in one; start it alone")
     output = Path(output).resolve()
-    files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
     with staged_together(
         world,
         output,
         command="continual",
-        inputs=[
-            plan,
-            resolved.model,
-            *local_files([*files, *resolved.watch, *resolved.analyze.data, *resolved.analyze.protected.values()]),
-        ],
+        inputs=[plan, *files_of(resolved)],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=_has_scores,
@@ -171,10 +165,16 @@ class _Run:
         self.stop = stop
         self.learning = Learning(plan, method, partial, progress, notice, stop, self.rules, world)
         self.inputs = read_inputs(plan, split)  # before the first task is trained
-        own = {"method": method, "split": split, "version": __version__, "evaluated rows": self.inputs.evaluated_digest}
+        own: dict[str, Any] = {
+            "method": method,
+            "split": split,
+            "version": __version__,
+            "evaluated rows": self.inputs.evaluated_digest,
+        }
         own |= {
             "model files": identity(open_checkpoint(plan.model).digests_beside(())),
             "data files": self.inputs.trained_digest,
+            "files beside": digests_beside(plan),
         }
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []

@@ -303,6 +303,23 @@ def test_an_input_is_no_output(cli: Callable[..., Result], place: Path, name: st
     assert sorted(path.name for path in place.iterdir()) == before
 
 
+def test_a_page_or_a_picture_is_in_no_input_and_no_output(cli: Callable[..., Result], place: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (place / "texts").mkdir()
+    write_rows(place / "texts" / "general.jsonl", task_rows("text", 6))
+    before = sorted(place.rglob("*"))
+    for option, name in (("--html", "page.html"), ("--plot", "matrix.png")):
+        for folder, message, code in (
+            ("base", "lies in the input", 1),
+            ("texts", "lies in the input", 1),
+            ("out", "lies in the output", 2),
+            ("nowhere", "there is no folder", 1),
+        ):
+            more = (option, place / folder / name, "--set", 'watch=["texts"]')
+            refused(cli("continual", place / "plan.toml", "-o", place / "out", *more), message, code=code)
+    assert sorted(place.rglob("*")) == before
+
+
 def test_overwriting_spares_calibration_rows(cli: Callable[..., Result], place: Path) -> None:
     """`analyze.data` is an input like any other."""
     run(cli, place, "out", "--method", "full")

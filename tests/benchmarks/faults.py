@@ -55,7 +55,7 @@ data = ["rows.jsonl"]
 test = ["rows.jsonl"]
 """
 # What a run that is killed at its very end may leave in a complete output.
-LITTER = (LOCK_NAME, MARKER_NAME, "progress.json", "scores.json")
+LITTER = (LOCK_NAME, MARKER_NAME, "progress.json")
 
 
 FAULTS = ("ENOSPC", "EIO", "SIGKILL")
@@ -232,7 +232,9 @@ def try_point(run: Callable[[Path, bool], object], work: Path, expected: dict[st
     if said == "killed" and fault != "SIGKILL":
         return "killed without a signal"
     if output.exists():  # placed; what tidying up left is no part of it
-        found, whole = ({n: v for n, v in each.items() if n not in LITTER} for each in (digests(output), expected))
+        found, whole = (
+            {n: v for n, v in each.items() if Path(n).name not in LITTER} for each in (digests(output), expected)
+        )
         wrong = sorted(name for name in {*found, *whole} if found.get(name) != whole.get(name))
         return "ok" if not wrong else f"after {said[:100]!r}: placed, and {len(wrong)} differ, first {wrong[0]}"
     again = in_child(lambda: run(output, True), log)
@@ -309,15 +311,15 @@ def main() -> None:
             chosen = options.at or range(first, points + 1, options.every)
             for fault in options.fault or FAULTS:
                 began = time.perf_counter()
-                found = list(pool.map(functools.partial(one_point, root, name, expected, fault=fault), chosen))
-                failures = {at: said for at, said in zip(chosen, found, strict=True) if said != "ok"}
-                for at, said in failures.items():
-                    print(f"{name} {fault} at {at}: {said}", flush=True)
-                wrong += len(failures)
+                failed = 0
+                found = pool.map(functools.partial(one_point, root, name, expected, fault=fault), chosen)
+                for at, said in zip(chosen, found, strict=True):
+                    if said != "ok":
+                        failed += 1
+                        print(f"{name} {fault} at {at}: {said}", flush=True)
+                wrong += failed
                 seconds = time.perf_counter() - began
-                rows.append(
-                    (name, fault, f"{len(chosen)} of {points}", len(chosen) - len(failures), len(failures), seconds)
-                )
+                rows.append((name, fault, f"{len(chosen)} of {points}", len(chosen) - failed, failed, seconds))
     print(f"\n{'command':<18} {'fault':<8} {'points':>12} {'ok':>5} {'failures':>9} {'seconds':>8}")
     for name, fault, tried, ok, failed, seconds in rows:
         print(f"{name:<18} {fault:<8} {tried:>12} {ok:>5} {failed:>9} {seconds:>8.0f}")
