@@ -176,6 +176,7 @@ def commands(root: Path) -> dict[str, Callable[[Path, bool], object]]:
             model, output, sculptor.Prune(sparsity=0.3, by="magnitude"), overwrite=again
         ),
         "convert": lambda output, again: sculptor.convert(archive, output, model=model, overwrite=again),
+        "bank": lambda output, _: sculptor.add_to_bank(output, model, root / "tuned", [rows], name="one"),
         "continual": lambda output, resume: sculptor.continual(root / "plan.toml", output, resume=resume),
     }
 
