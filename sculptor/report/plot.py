@@ -7,10 +7,11 @@ from typing import Any
 from sculptor.archive.store import Archive
 from sculptor.benchmark.frontier import HARM, Frontier
 from sculptor.benchmark.results import ContinualReport
-from sculptor.checkpoint.staging import check_apart, writing
+from sculptor.checkpoint.staging import writing
 from sculptor.distribution import extra
-from sculptor.errors import OutputError, SettingsError
+from sculptor.errors import SettingsError
 from sculptor.methods.rule import Directed
+from sculptor.report.html.page import check_place
 
 
 def require_matplotlib() -> None:
@@ -25,8 +26,10 @@ def require_matplotlib() -> None:
         raise SettingsError(f"--plot needs matplotlib: {extra('plot')}") from None
 
 
-def check_picture(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Refuses a picture file that exists, lies in one of the inputs or is of no known format, before any work.
+def check_picture(
+    path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), output: Path | None = None
+) -> None:
+    """Refuses a picture file that exists, lies in one of the inputs or the output or is of no known format, before any work.
 
     Raises:
         OutputError: if it exists, or lies there.
@@ -35,9 +38,7 @@ def check_picture(path: Path, overwrite: bool, inputs: Iterable[str | Path | Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    check_apart(path.resolve(), filter(None, inputs))
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; choose another --plot or pass --overwrite")
+    check_place(path, "--plot", overwrite, inputs, output)
     if path.suffix.lstrip(".") not in FigureCanvasAgg(Figure()).get_supported_filetypes():
         raise SettingsError(f"--plot {path}: unknown picture format {path.suffix!r}; use .png, .pdf or .svg")
 

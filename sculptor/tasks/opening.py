@@ -12,7 +12,7 @@ from sculptor.analysis.lineage import OPENED
 from sculptor.analysis.sources import spread_rows
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter
-from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.staging import move_back, writing
 from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, open_model
@@ -54,6 +54,7 @@ def open_rules(
     if not isinstance(method, Opens) or measures == "nothing":
         return job
     path = partial / OPENED
+    world.once(lambda: move_back(partial, OPENED))
     if not world.from_first((path / MANIFEST_NAME).is_file()):
         with writing(path):
             path.mkdir(exist_ok=True)

@@ -13,8 +13,8 @@ import torch
 
 from sculptor.analysis.lineage import OPENED
 from sculptor.checkpoint.architecture import inspect_architecture
-from sculptor.checkpoint.staging import commit, partial_path, writing
-from sculptor.checkpoint.written import discard, remove
+from sculptor.checkpoint.staging import STAGED_NAME, move, partial_path, put_in_place
+from sculptor.checkpoint.written import remove
 from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
 from sculptor.interruption import signals_wait
@@ -186,10 +186,8 @@ def _grown(job: TrainJob, partial: Path, progress: Progress, world: World) -> Tr
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
     for name in _OWN:
         if (partial / name).is_dir():
-            with writing(partial / "output" / name):
-                (partial / name).replace(partial / "output" / name)
-    commit(partial / "output", output, overwrite=overwrite)
-    discard(partial)
+            move(partial / name, partial / STAGED_NAME / name)
+    put_in_place(partial, output, overwrite=overwrite)
 
 
 def _run(
