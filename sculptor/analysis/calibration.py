@@ -24,6 +24,7 @@ from sculptor.methods.settings import Labels, Weighting
 from sculptor.model.head import find_head
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, sample_labels
+from sculptor.numerics.moments import add_symmetric, mirror
 from sculptor.numerics.precision import float32_products
 from sculptor.progress import Bar
 from sculptor.streaming.parts import without_cache
@@ -313,13 +314,15 @@ class _Recorder:
         tokens |= {group: float(total) for group, total in self.weight_sums.items()}
         for group, total in self.sums.inputs.items():
             total /= tokens[group] or 1.0
+            mirror(total)
         for name, total in self.sums.outputs.items():
             total /= self.num_gradients[name]
+            mirror(total)
         return self.sums
 
 
 def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor | None = None) -> None:
-    """sums[key] += rows^T rows in float32, each row counted `weights` times.
+    """sums[key] += rows^T rows in float32, each row counted `weights` times; on and above the diagonal; `mirror` does the rest.
 
     Products of bf16 numbers are exact in TF32, whose sums are float32: the fast path loses nothing. Wider rows are
     multiplied in full float32.
@@ -330,4 +333,4 @@ def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor 
     rows32 = rows.to(torch.float32)
     left32 = rows32 if weights is None else rows32 * weights[:, None]
     with float32_products(rows.device, tf32=rows.dtype == torch.bfloat16 and weights is None):
-        sums[key].addmm_(left32.T, rows32)
+        add_symmetric(sums[key], left32, rows32)

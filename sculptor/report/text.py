@@ -169,7 +169,8 @@ def train_text(report: TrainReport) -> str:
     if report.carry == "keep":
         lines.append("The archive protects what it protected before (--carry keep).")
     elif report.carry == "merge":
-        lines.append("The archive holds what the task uses beside what was there before: see inspect.")
+        rows = "" if report.num_measured is None else f" ({report.num_measured:,} of its rows were measured)"
+        lines.append(f"The archive holds what the task uses{rows} beside what was there before: see inspect.")
     elif added:
         lines.append(f"The archive gained {added:,} directions over {len(report.matrices)} matrices.")
     else:

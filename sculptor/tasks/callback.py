@@ -34,6 +34,7 @@ from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.job import Rows, TrainJob, open_base, open_model, read_task, resolve_settings
+from sculptor.tasks.memory import fit_memory
 from sculptor.tasks.same_model import (
     autocast_of,
     check_buffers,
@@ -48,7 +49,7 @@ from sculptor.training.loop import LoopResult
 from sculptor.training.protect import ProtectedMatrix, protected_matrices
 from sculptor.training.settings import SaveDtype, TrainSettings
 from sculptor.training.stepping.updates import Trained
-from sculptor.world import here
+from sculptor.world import ALONE, here
 
 # Of a trainer's arguments, what a record tells.
 _TOLD = (
@@ -160,7 +161,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             rows = Rows(Encoded(found, 0, 0), None, None)
         seen = getattr(loader, "dataset", None)
         names = names_of(items) if items else (f"the trainer's rows ({type(args).__name__})",)
-        self._job = TrainJob(
+        job = TrainJob(
             checkpoint,
             architecture,
             archive,
@@ -175,6 +176,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             rows_elsewhere=len(seen) if isinstance(seen, Sized) else 0,
             trainer=_told(args),
         )
+        device = next(model.parameters()).device
+        self._job = fit_memory(job, self.settings.memory_rows, None, device, self.notice, ALONE)
 
     def _check_base(self, args: Any, model: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
         """Whether what is about to be trained is the base, but for its coordinates."""

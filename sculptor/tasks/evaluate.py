@@ -1,18 +1,19 @@
 """`sculptor.evaluate`: what a checkpoint makes of rows, of watched texts, and of tasks of lm-eval."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
-from sculptor.checkpoint.reader import identity, open_checkpoint
+from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.labelled import classes_of
-from sculptor.data.rows import Data, Row, as_items, digest_rows, names_of
+from sculptor.data.rows import Data, Item, Row, as_items, digest_rows, names_of
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
@@ -24,12 +25,14 @@ from sculptor.tasks.job import open_model
 from sculptor.tasks.processes import check_alike, join
 from sculptor.tasks.routed import RoutedModel
 from sculptor.training.settings import Offload
+from sculptor.world import World
 
 
 def evaluate(
     model: str | Path,
     data: Data = (),
     *,
+    base: str | Path | None = None,
     labels: Sequence[str] | None = None,
     watch: Data = (),
     tasks: Sequence[str] = (),
@@ -57,6 +60,7 @@ def evaluate(
     Args:
         model: a checkpoint directory or hub name.
         data: as `train` takes them, all of one kind of row.
+        base: another checkpoint, for instance what the first was tuned from, that is measured likewise, without `bank`.
         labels: completions to rank; default the distinct completions of the rows, when there are at most 32.
         watch: further data, each by itself: one loss for each.
         tasks: tasks, groups or patterns of lm-eval.
@@ -90,7 +94,7 @@ def evaluate(
     ):
         if value is not None and value < 1:
             raise SettingsError(f"{option} {value}: expected at least 1")
-    given, watched = as_items(data), as_items(watch)
+    given, watched = _to_read_again(data), _to_read_again(watch)
     if not given and not watched and not tasks:
         raise DataError("nothing to measure: pass data, texts to watch, or tasks")
     _check_effect(
@@ -110,13 +114,83 @@ def evaluate(
         )
     if tasks and world.size > 1:
         raise SettingsError(f"--tasks with {world.size} processes: lm-eval runs in one; start it without a launcher")
+    if base is not None:  # what cannot be compared is told before anything is measured
+        with world.together():
+            _check_base(model, base, attn_implementation, tasks)
+    one = functools.partial(
+        _evaluate, given=given, watched=watched, labels=labels, tasks=tasks, include_path=include_path,
+        num_fewshot=num_fewshot, chat=chat, generation=Generation(exact_match, max_new_tokens, show), columns=columns,
+        max_rows=max_rows, max_length=max_length, chat_template=chat_template, batch_size=batch_size,
+        attn_implementation=attn_implementation, device=device, offload=offload, world=world, progress=progress,
+        notice=_each_once(notice),
+    )  # fmt: skip
+    found = one(model, bank=opened, bank_top=bank_top)
+    return found if base is None else replace(found, base=one(base, bank=None, bank_top=None))
+
+
+def _to_read_again(data: Data) -> list[Item]:
+    """Data as a list, of which nothing is used up by being read."""
+    return [list(item) if isinstance(item, Iterator) else item for item in as_items(data)]
+
+
+def _each_once(notice: Callable[[str], object]) -> Callable[[str], object]:
+    """Tells each line once, whichever models it is about."""
+    told: set[str] = set()
+
+    def tell(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            notice(text)
+
+    return tell
+
+
+def _open(model: str | Path, attn_implementation: str | None, tasks: Sequence[str]) -> tuple[Checkpoint, Architecture]:
+    checkpoint = open_checkpoint(model, attn_implementation)
+    check_attention(checkpoint)
+    architecture = inspect_architecture(checkpoint)
+    check_head(checkpoint, architecture)
+    if architecture.kind == "classifier" and tasks:
+        raise SettingsError(f"--tasks: for language models; {architecture.model_class} classifies sequences")
+    return checkpoint, architecture
+
+
+def _check_base(model: str | Path, base: str | Path, attn_implementation: str | None, tasks: Sequence[str]) -> None:
+    (_, one), (checkpoint, other) = (_open(path, attn_implementation, tasks) for path in (model, base))
+    if one.kind != other.kind:
+        raise SettingsError(
+            f"--base {checkpoint.path}: {other.model_class} does not do what {one.model_class} does; compare models of one kind"
+        )
+
+
+def _evaluate(
+    model: str | Path,
+    *,
+    given: list[Item],
+    watched: list[Item],
+    labels: Sequence[str] | None,
+    tasks: Sequence[str],
+    include_path: str | Path | None,
+    num_fewshot: int | None,
+    chat: bool,
+    generation: Generation,
+    columns: str | Columns | None,
+    max_rows: int | None,
+    max_length: int | None,
+    chat_template: str | None,
+    batch_size: int,
+    attn_implementation: str | None,
+    device: str,
+    offload: Offload,
+    bank: Bank | None,
+    bank_top: int | None,
+    world: World,
+    progress: Progress,
+    notice: Callable[[str], object],
+) -> Evaluation:
+    """`evaluate` of one model."""
     with world.together():
-        checkpoint = open_checkpoint(model, attn_implementation)
-        check_attention(checkpoint)
-        architecture = inspect_architecture(checkpoint)
-        check_head(checkpoint, architecture)
-        if architecture.kind == "classifier" and tasks:
-            raise SettingsError(f"--tasks: for language models; {architecture.model_class} classifies sequences")
+        checkpoint, architecture = _open(model, attn_implementation, tasks)
         classes = classes_of(architecture)
         rows = read_evaluation_rows(given, labels, columns, max_rows, notice, classes=classes) if given else []
         texts = [
@@ -129,21 +203,20 @@ def evaluate(
         manager = check_tasks(tasks, None if include_path is None else Path(include_path)) if tasks else None
         length = resolve_max_length(max_length, architecture.max_positions)
         where = resolve_device(device)
-        if opened is not None:
-            opened.check_base(checkpoint, progress)
+        if bank is not None:
+            bank.check_base(checkpoint, progress)
             offload = "none"  # weights change from row to row
         loaded = open_model(checkpoint, where, architecture, offload, tokens=batch_size * length, progress=progress)
     if world.size > 1:
         check_alike(world, {"rows": digest_rows(read), "model": identity(checkpoint.digests_beside((), progress))})
-    generation = Generation(exact_match, max_new_tokens, show)
     with closing(loaded):
         use_template(loaded.tokenizer, chat_template)
         tell_unread("rows", read, loaded.tokenizer, notice)
         found = NOTHING
         routed = None
-        if opened is not None:
+        if bank is not None:
             told = BankSettings(max_length=length, batch_size=batch_size)
-            routed = RoutedModel(opened, loaded, bank_top or 1, told, progress)
+            routed = RoutedModel(bank, loaded, bank_top or 1, told, progress)
 
         def measure(rows: Sequence[Row], labels: Sequence[str] | None, generation: Generation) -> Evaluation:
             if routed is not None:

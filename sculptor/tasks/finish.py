@@ -174,6 +174,7 @@ class _Finish:
             matrices={name: self.reports[name] for name in job.archive},
             new_tokens=job.growth.tokens if job.growth else (),
             classes=job.architecture.classes,
+            num_measured=self.archive.num_measured,
         )
         self.archive.finish(report.num_examples, result.steps, self.updates, report.opened)
         analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()

@@ -9,7 +9,6 @@ import torch
 from sculptor import __version__
 from sculptor.analysis.derive import decide, write_measured
 from sculptor.analysis.evidence import Source
-from sculptor.analysis.sources import spread_rows
 from sculptor.archive.manifest import MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive, Entry
 from sculptor.archive.writer import ArchiveWriter
@@ -21,6 +20,7 @@ from sculptor.model.load import LoadedModel
 from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob
+from sculptor.tasks.memory import memory_of
 from sculptor.tasks.precision import SECTION as PRECISION_SECTION
 from sculptor.tasks.precision import write_precision
 from sculptor.training.stepping.updates import Trained
@@ -48,6 +48,8 @@ class NextArchive:
         )
         self.waiting: dict[str, MatrixRecord] = {}
         """Matrices whose rules wait for what is to be measured."""
+        self.num_measured: int | None = None
+        """Of the task's rows, once they are."""
 
     def make(self, entry: Entry, merged: Merged) -> tuple[MatrixRecord, Derived | None]:
         """What is known of a matrix as it will be written, and its rule carried on, if that is decided by now."""
@@ -108,14 +110,12 @@ class NextArchive:
         """
         job, archive, method = self._job, self._job.archive, self._method
         assert isinstance(method, Carrying)
-        assert job.settings.memory_rows is not None
-        weight = job.settings.memory_weight or 1.0
-        chosen = spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows)
+        weight, rows = job.settings.memory_weight or 1.0, memory_of(job)
         write_measured(
             loaded,
             waiting,
             [target for target in job.architecture.targets if target.name in waiting],
-            [Source(job.name, chosen, weight)],
+            [Source(job.name, rows, weight)],
             self._measures,
             archive.manifest.settings,
             lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
@@ -125,7 +125,7 @@ class NextArchive:
             world=world,
         )
         world.once(lambda: decide(self._writer, method, [*archive.manifest.source_weights, weight]))
-        self.waiting = {}
+        self.waiting, self.num_measured = {}, len(rows)
 
     def finish(self, rows: int, steps: int, trained: Trained, opened: Sequence[str] = ()) -> None:
         """Writes the last shard and archive.json, with the task in its history, and how sure its optimizer was."""

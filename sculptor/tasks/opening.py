@@ -9,13 +9,13 @@ import torch
 from sculptor.analysis.derive import decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.analysis.lineage import OPENED
-from sculptor.analysis.sources import spread_rows
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import move_back, writing
 from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
 from sculptor.tasks.job import TrainJob, open_model
+from sculptor.tasks.memory import memory_of
 from sculptor.world import ALONE, World
 
 
@@ -58,8 +58,7 @@ def open_rules(
     if not world.from_first((path / MANIFEST_NAME).is_file()):
         with writing(path):
             path.mkdir(exist_ok=True)
-        assert job.settings.memory_rows is not None
-        source = Source(job.name, spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows))
+        source = Source(job.name, memory_of(job))
         targets = [target for target in job.architecture.targets if target.name in archive]
         settings, task = archive.manifest.settings, len(archive.manifest.tasks)
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:

@@ -25,6 +25,7 @@ from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
 from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first
 from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
+from sculptor.tasks.memory import fit_memory
 from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
 from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
@@ -151,6 +152,7 @@ def _train(
         with world.together():
             check_folder(output, read)
     with staged(inputs=read, resume=resume) as partial:
+        job = fit_memory(job, settings.memory_rows, partial, device, notice, world)
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
         report = _run(job, device, output, partial, report_to, stop, progress, notice, world)
         world.once(lambda: _place(partial, output, overwrite))

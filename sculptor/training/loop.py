@@ -146,7 +146,7 @@ class TrainingLoop:
             signal_number = self.world.most(self.stop() or 0)
             if done == self.total or signal_number or self._should_save(done):
                 self._save()
-            if signal_number and done < self.total:
+            if signal_number:
                 bar.close()
                 raise Stopped(
                     f"stopped by signal {signal_number} after step {done} of {self.total}; the state is saved, "
