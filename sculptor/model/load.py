@@ -58,7 +58,7 @@ class LoadedModel:
     def pass_by(self) -> None:
         """Does this process's part of a forward pass without gradients that others have rows for."""
         if self.stream is not None:
-            self.stream.end_pass(training=False)
+            self.stream.pass_by(training=False)
 
     def close(self) -> None:
         """Gives back what its blocks take elsewhere; a streamed model cannot be used any more."""

@@ -17,10 +17,12 @@ from sculptor.errors import CheckpointError
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.files import TensorFiles
+from sculptor.streaming.hooks import Hooks
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.owners import Owners
 from sculptor.streaming.regions import BlockWeights, Scratch, Tier
 from sculptor.streaming.transfers import Transfers, return_freed_memory
+from sculptor.streaming.waiting import WaitingBlocks
 
 Divide = Callable[[Sequence[Mapping[str, int]]], Owners]
 
@@ -120,7 +122,7 @@ def stream_model(
     weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore, held)
     if bar is not None:
         bar.close()
-    stream = BlockStream(
+    waiting = WaitingBlocks(
         model,
         blocks,
         list(streamed.values()),
@@ -129,7 +131,7 @@ def stream_model(
         num_slots=2 if device.type == "cuda" else 1,
         keep_inputs=device.type == "cpu" if keep_inputs is None else keep_inputs,
     )
-    return model.eval(), stream
+    return model.eval(), BlockStream(waiting, Hooks())
 
 
 def _num_bytes(parameter: Tensor, shape: tuple[int, ...]) -> int:

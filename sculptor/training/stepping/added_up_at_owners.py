@@ -9,22 +9,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sculptor.streaming.blocks import BlockStream, Observer
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.owners import Owners
 from sculptor.streaming.slots import Slot
 from sculptor.streaming.transfers import Ticket
+from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.stepping.gradients import GradientSource
 from sculptor.training.stepping.optimizer import add_up_gradients
 from sculptor.training.stepping.projected_at_once import ProjectedAtOnce
 
 
-class AddedUpAtOwners(Observer):
+class AddedUpAtOwners:
     """The gradients of one block after another: collected, and added up once the block is finished.
 
     Args:
         own: projects those of the matrices that are held here.
-        stream: of the model.
+        waiting: the blocks of the model.
         owners: of its parameters.
         trained: of each block that is trained, where gradients come from, by matrix, whoever owns it.
         count: of blocks at a time; 2 to add up while the next one is computed.
@@ -33,7 +33,7 @@ class AddedUpAtOwners(Observer):
     def __init__(
         self,
         own: ProjectedAtOnce,
-        stream: BlockStream,
+        waiting: WaitingBlocks,
         owners: Owners,
         trained: Mapping[int, Mapping[str, GradientSource]],
         count: int,
@@ -41,19 +41,20 @@ class AddedUpAtOwners(Observer):
         self.own = own
         self.owners = owners
         self.trained = trained
-        self.transfers = stream.transfers
-        self.device = stream.device
+        self.transfers = waiting.transfers
+        self.device = waiting.device
         self.layouts = {
-            block: Layout((name, at.dtype, at.shape) for name, at in stream.layouts[block].items() if name in names)
+            block: Layout((name, at.dtype, at.shape) for name, at in waiting.layouts[block].items() if name in names)
             for block, sources in trained.items()
             for names in [{source.parameter_name for source in sources.values()}]
         }
         size = max(layout.num_bytes for layout in self.layouts.values())
-        self._slots = [Slot(size, stream.device) for _ in range(count)]
+        self._slots = [Slot(size, waiting.device) for _ in range(count)]
         self._there: set[str] = set()
         self._reached: set[str] = set()  # by a gradient, in this step and process
 
     def block_begun(self, block: int) -> None:
+        """Makes room for the gradients of a block."""
         if block in self.trained:
             self._take_slot(block)
         with self.transfers.lane("update"):
@@ -83,6 +84,7 @@ class AddedUpAtOwners(Observer):
         return source.window.of(self.layouts[block].view(self._slots[0].memory, source.parameter_name))
 
     def block_done(self, block: int, slot: Slot) -> None:
+        """Adds them up at their owners."""
         if block not in self.trained:
             return
         added = self._add_up(block)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sculptor.numerics.precision import float32_products
-from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.slots import Slot, Slots, loading
 from sculptor.streaming.transfers import Ticket
+from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.coordinates import folded_weight
 from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
 from sculptor.training.stepping.clipping import Divisors, chosen
@@ -20,7 +20,7 @@ class BlockUpdater:
     """Brings blocks up to date as they are fetched, in the slots that their parameters are read from.
 
     Args:
-        stream: of the model.
+        waiting: the blocks of the model.
         blocks: those that are trained.
         host: does the stepping, or None to step on the device.
         count: of slots for bases and of pieces of the ring; 2 to load ahead.
@@ -31,11 +31,11 @@ class BlockUpdater:
     """
 
     def __init__(
-        self, stream: BlockStream, blocks: Mapping[int, StreamedBlock], count: int, host: HostOptimizer | None
+        self, waiting: WaitingBlocks, blocks: Mapping[int, StreamedBlock], count: int, host: HostOptimizer | None
     ) -> None:
-        self.stream = stream
-        self.transfers = stream.transfers
-        self.device = stream.device
+        self.waiting = waiting
+        self.transfers = waiting.transfers
+        self.device = waiting.device
         self.blocks = blocks
         self.host = host
         self.stale: set[int] = set()
@@ -59,8 +59,8 @@ class BlockUpdater:
         self.stale.discard(block)
         if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
-        uses = [*slot.taken(), *([self.stream.weights.written(block)] if found.shares else [])]
-        loaded = self.transfers.load(partial(self.stream.weights.load, block, slot.memory, found.others), uses)
+        uses = [*slot.taken(), *([self.waiting.weights.written(block)] if found.shares else [])]
+        loaded = self.transfers.load(partial(self.waiting.weights.load, block, slot.memory, found.others), uses)
         with self.transfers.lane("update"):
             for ticket in [*uses, *([loaded] if found.shares else [])]:
                 ticket.wait()
@@ -99,7 +99,7 @@ class BlockUpdater:
                 if gradients is not None:
                     views |= matrix.gradient_views(gradients.memory[matrix.gradient_start :])
                 matrix.step(views, due.rate_of, chosen(divisors or self._divisors, matrix.name))
-            parameter = self.stream.layouts[block].view(slot.memory, matrix.parameter_name)
+            parameter = self.waiting.layouts[block].view(slot.memory, matrix.parameter_name)
             self._fold(matrix, found.tensors(matrix, bases.memory), views, matrix.record.window.of(parameter))
             self._store(block, matrix, slot, ring, stepped)
         bases.uses["update"] = done = self.transfers.mark()
@@ -124,7 +124,7 @@ class BlockUpdater:
     ) -> Ticket:
         """State, gradients and pristine weight of a matrix into the ring."""
         after = [*ring.taken(), block.state.written, block.gradients.written]
-        job = partial(matrix.load, block, self.stream.weights.files, ring.memory, stepping, with_gradients)
+        job = partial(matrix.load, block, self.waiting.weights.files, ring.memory, stepping, with_gradients)
         return self.transfers.load(job, after)
 
     def _fold(
@@ -147,7 +147,7 @@ class BlockUpdater:
                 partial(state.store, memory, matrix.state_start), [done]
             )
         if matrix.is_last:
-            weights = self.stream.weights
+            weights = self.waiting.weights
             store = partial(weights.store, block, slot.memory, matrix.parameter_name)
             slot.uses["store"] = weights.region(block).written = self.transfers.store(store, [done])
 

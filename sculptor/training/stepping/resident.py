@@ -102,8 +102,8 @@ class ResidentUpdates(Updates):
     def begin(self, rate_of: RateOf) -> None:
         """Gradients add up in the parameters themselves."""
 
-    def end_backward(self) -> None:
-        """Gradients add up in the parameters themselves."""
+    def pass_by(self) -> None:
+        """A process has all of the model."""
 
     def clip(self) -> float:
         add_up_gradients(list(self._named.values()), self.world)
