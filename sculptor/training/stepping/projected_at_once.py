@@ -15,7 +15,7 @@ from sculptor.streaming.transfers import DONE, Ticket
 from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
-from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
+from sculptor.training.stepping.block import Divisors, Due, Stage, StreamedBlock, StreamedMatrix
 from sculptor.training.stepping.block_update import BlockUpdater
 from sculptor.training.stepping.clipping import by_matrix
 
@@ -128,12 +128,10 @@ class ProjectedAtOnce:
     def _update(self, block: int, slot: Slot, gradients: Slot) -> None:
         """The update of a block within the backward pass, into the slot that its parameters were read from."""
         found = self.blocks[block]
-        found.divisors = by_matrix([found], self.settings.clip) if self.settings.clip else {}
-        done = self.transfers.mark()
+        by_name = by_matrix([found], self.settings.clip) if self.settings.clip else {}
+        found.due = Due(self.rate_of, found.touched(), Divisors(by_matrix=by_name, ready=self.transfers.mark()))
         with self.transfers.lane("update"):
-            done.wait()
-            due = Due(self.rate_of, found.touched())
-            updated = self.updater.update(block, slot, due, gradients, found.divisors or None)
+            updated = self.updater.update(block, slot, found.due, found.gradient_views(gradients.memory))
         slot.ready = [updated]
         gradients.uses["update"] = updated
 

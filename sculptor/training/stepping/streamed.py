@@ -10,6 +10,7 @@ is updated as soon as its gradients are complete.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.added_up_at_owners import AddedUpAtOwners
-from sculptor.training.stepping.block import Stage
+from sculptor.training.stepping.block import Divisors, Stage
 from sculptor.training.stepping.block_update import BlockUpdater
 from sculptor.training.stepping.clipping import clip
 from sculptor.training.stepping.gradients import listen
@@ -94,6 +95,7 @@ class StreamedUpdates(Updates):
         self._gradients = (
             AddedUpAtOwners(self._at_once, waiting, divided, found.trained, count) if divided else self._at_once
         )
+        self._divisors = Divisors()  # of the step under way, from `clip` to `step`
         self._listening: list[Any] = []
         for i, sources in self._trained.items():
             self._listening += listen(model, sources, partial(self._gradients.collect, i), self.device)
@@ -126,10 +128,6 @@ class StreamedUpdates(Updates):
         self.stream.pass_by(training=True)
 
     def clip(self) -> float:
-        if (
-            self._updater.stale
-        ):  # a block that this forward did not come by still waits for the divisors of the last step
-            self.flush()
         coordinates = self._gradients.complete(list(self.extra.values()))
         own = [value.grad for value in self.extra.values() if value.grad is not None]
         norms = list(map(torch.linalg.vector_norm, own))
@@ -137,7 +135,9 @@ class StreamedUpdates(Updates):
         total = torch.linalg.vector_norm(torch.stack(every)) if every else torch.zeros(())
         limit = 0.0 if self._fused and not own else self.settings.clip  # its blocks have been updated
         apart = self.settings.clip_by == "matrix"
-        self._updater.clip_with(clip(list(self.blocks.values()), own, norms, total, limit, apart))
+        divisors = clip(list(self.blocks.values()), own, norms, total, limit, apart)
+        on_host = self._updater.host is not None
+        self._divisors = divisors.on_cpu() if on_host else replace(divisors, ready=self.stream.transfers.mark())
         return float(total)
 
     def step(self, rate_of: RateOf) -> None:
@@ -146,8 +146,7 @@ class StreamedUpdates(Updates):
             self._extra_optimizer.step()
             self._extra_optimizer.zero_grad(set_to_none=True)
         for i, block in self.blocks.items():
-            if block.take_step(rate_of, updated=self._fused):
-                assert block.due is not None
+            if block.take_step(rate_of, self._divisors, updated=self._fused):
                 if self._updater.host is not None:
                     self._updater.host.submit(i, block.due)
                 self._updater.stale.add(i)
