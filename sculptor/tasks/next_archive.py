@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sculptor import __version__
-from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.analysis.sources import spread_rows
 from sculptor.archive.manifest import MatrixRecord, TaskRecord
@@ -111,19 +111,16 @@ class NextArchive:
         assert job.settings.memory_rows is not None
         weight = job.settings.memory_weight or 1.0
         chosen = spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows)
-        write_measured(
-            loaded,
-            waiting,
-            [target for target in job.architecture.targets if target.name in waiting],
-            [Source(job.name, chosen, weight)],
-            self._measures,
-            archive.manifest.settings,
-            lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
-            self._writer if world.first else None,
-            progress,
-            self.task,
-            world=world,
+        asked = Measurement(
+            records=waiting,
+            targets=[target for target in job.architecture.targets if target.name in waiting],
+            sources=[Source(job.name, chosen, weight)],
+            measures=self._measures,
+            settings=archive.manifest.settings,
+            make=lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
+            task=self.task,
         )
+        write_measured(loaded, asked, self._writer if world.first else None, progress, world)
         world.once(lambda: decide(self._writer, method, [*archive.manifest.source_weights, weight]))
         self.waiting = {}
 
