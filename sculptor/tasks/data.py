@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture
+from sculptor.checkpoint.architecture import Architecture, ModelKind, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.chat import check_use, unread_keys
 from sculptor.data.columns import Columns
@@ -215,7 +215,7 @@ def _learned(example: Example) -> int:
     return sum(label != IGNORED for label in example.labels)
 
 
-def _preview(example: Example, tokenizer: Any, kind: Kind, classes: Sequence[str]) -> ExamplePreview:
+def _preview(example: Example, tokenizer: Any, kind: ModelKind, classes: Sequence[str]) -> ExamplePreview:
     ids = example.input_ids
     apart = kind in ("seq2seq", "classifier")
     on = [False] * len(ids) if apart else [label != IGNORED for label in example.labels]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
 from sculptor.checkpoint.staging import partial_path
@@ -17,12 +18,10 @@ from sculptor.tasks.analyze import analyze
 from sculptor.tasks.job import open_base
 from sculptor.training.settings import TrainSettings
 
-ANALYZED_NAME = "analyzed"
-
 
 def has_archive(staged: Path) -> bool:
     """Whether a staging directory holds such an archive, or a part of one."""
-    path = staged / ANALYZED_NAME
+    path = staged / ANALYZED
     return (path / MANIFEST_NAME).is_file() or has_progress(partial_path(path))
 
 
@@ -51,7 +50,7 @@ def analyze_first(
     Raises:
         SculptorError: if the model cannot be analyzed, or what is there was made of other data.
     """
-    path, items = staged / ANALYZED_NAME, as_items(data)
+    path, items = staged / ANALYZED, as_items(data)
     template = _template_for(model, items, settings)
     asked = AnalyzeSettings(
         basis=basis,

@@ -96,7 +96,7 @@ class TrainJob:
         return self.ungrown or self.checkpoint
 
     @property
-    def trained(self) -> Encoded:
+    def of_steps(self) -> Encoded:
         """What steps are made of: the task's rows, and what is mixed in."""
         return with_replay(self.encoded, self.replays)
 
@@ -184,10 +184,10 @@ def open_job(
         replays=replays,
         eval_data=names_of(as_items(request.eval_data)),
     )
-    trained = job.trained
+    mixed = job.of_steps
     if replays:
-        notice(_replay_line(job, trained))
-    steps = Steps.of(trained, settings)
+        notice(_replay_line(job, mixed))
+    steps = Steps.of(mixed, settings)
     if samples is not None:
         settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
     return replace(job, settings=settings, steps=steps)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sculptor.analysis.lineage import ANALYZED
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.heads import NewHead, plan_head, write_with_head
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
@@ -19,7 +20,7 @@ from sculptor.data.rows import Data, as_items, read_sources
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.classification import check_task
-from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
+from sculptor.tasks.first_archive import analyze_first, has_archive
 from sculptor.tasks.job import open_base
 from sculptor.tasks.processes import join, staged_together
 from sculptor.tasks.train_request import TrainRequest
@@ -125,7 +126,7 @@ def with_new_head(head: NewHead, request: TrainRequest) -> Iterator[HeadedBase]:
                 "inputs" if bare else None,
             )
     try:
-        yield HeadedBase(path, subspaces or partial / ANALYZED_NAME, subspaces, checkpoint, head)
+        yield HeadedBase(path, subspaces or partial / ANALYZED, subspaces, checkpoint, head)
     except BaseException:
         _discard(world, partial)
         raise

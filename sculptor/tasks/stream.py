@@ -115,7 +115,7 @@ class StreamedModel:
             settings.offload,
             architecture,
             scratch=Path(self._scratch.name),
-            trained=trained_dtypes(architecture, self.archive, device),
+            compute_dtypes=trained_dtypes(architecture, self.archive, device),
             keep_inputs=None if settings.offload_inputs is None else not settings.offload_inputs,
             progress=progress,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sculptor.analysis.lineage import OPENED
+from sculptor.analysis.lineage import ANALYZED, OPENED
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.staging import commit, partial_path, writing
 from sculptor.checkpoint.written import discard, remove
@@ -21,12 +21,12 @@ from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.finish import write_output
-from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first
+from sculptor.tasks.first_archive import analyze_first
 from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
 from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
 from sculptor.tasks.new_tokens import open_grown, write_grown_base
 from sculptor.tasks.opening import open_rules
-from sculptor.tasks.plan import decide
+from sculptor.tasks.plan import plan_job
 from sculptor.tasks.precision import load_precision
 from sculptor.tasks.processes import check_alike, join, staged_together
 from sculptor.tasks.selection import select_rows
@@ -38,7 +38,7 @@ from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import prepare_model
 from sculptor.world import World
 
-_OWN = (ANALYZED_NAME, OPENED)  # archives made on the way, which go along
+_OWN = (ANALYZED, OPENED)  # archives made on the way, which go along
 
 
 def train(
@@ -119,12 +119,12 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             )
         with staged(inputs=[checkpoint.path, *read], resume=request.resume) as partial:
             analyze_first(request.model, partial, request.protect_data, settings, progress, notice, request.rules)
-        request = replace(request, subspaces=partial_path(output) / ANALYZED_NAME, resume=True)
+        request = replace(request, subspaces=partial_path(output) / ANALYZED, resume=True)
     with world.together():
         job = open_job(request, rows, None if made is None else (made.base, made.head.fresh))
     key = {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     check_alike(world, key)
-    job = decide(job, device, output, world, notice)
+    job = plan_job(job, device, output, world, notice)
     read += [job.base.path, *([] if given is None else [given])]
     if request.report_to:
         with world.together():

@@ -65,7 +65,7 @@ def prepare_model(
         tier,
         architecture,
         scratch=scratch,
-        trained=trained_dtypes(architecture, archive, device),
+        compute_dtypes=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
         keep_inputs=True if tier == "device" else keep,
         progress=progress,

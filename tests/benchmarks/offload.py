@@ -273,7 +273,7 @@ def prepare(
     trained = {target.parameter: compute for target in architecture.targets}
     tier: Any = mode
     loaded = load_streamed(
-        checkpoint, device, tier, architecture, scratch=options.scratch, trained=trained,
+        checkpoint, device, tier, architecture, scratch=options.scratch, compute_dtypes=trained,
         keep_inputs=True if options.keep_inputs else None,
     )  # fmt: skip
     assert loaded.stream is not None

@@ -15,7 +15,7 @@ from sculptor.errors import SettingsError
 from sculptor.planning import placement, splits
 from sculptor.tasks import plan
 from sculptor.tasks.job import TrainJob, open_job
-from sculptor.tasks.plan import decide
+from sculptor.tasks.plan import plan_job
 from sculptor.tasks.train_request import TrainRequest
 from sculptor.world import ALONE, World
 
@@ -70,7 +70,7 @@ def decided(opened: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setattr(module, "available_memory", lambda _: (memory, 1e10))
         said: list[str] = []
         job = replace(opened, settings=replace(opened.settings, **changes))
-        found = decide(job, device, tmp_path / "out", world, said.append)
+        found = plan_job(job, device, tmp_path / "out", world, said.append)
         return found.settings, said, list(planned)
 
     return run

@@ -28,13 +28,13 @@ class PreparedBlocks:
 
     Attributes:
         blocks: by index, with the matrices that are held here.
-        trained: of each block that is trained, where gradients come from, by matrix, whoever owns it.
+        sources: of each block that is trained, where gradients come from, by matrix, whoever owns it.
         owners: of matrices, by name, where several processes divide them.
         num_coordinates: how many numbers of all of them are trained.
     """
 
     blocks: Mapping[int, StreamedBlock]
-    trained: Mapping[int, Mapping[str, GradientSource]]
+    sources: Mapping[int, Mapping[str, GradientSource]]
     owners: Mapping[str, int]
     num_coordinates: int
 
@@ -66,13 +66,13 @@ def prepare_blocks(
     """
     owners = waiting.weights.owners
     blocks: dict[int, StreamedBlock] = {}
-    trained: dict[int, dict[str, GradientSource]] = {}
+    sources: dict[int, dict[str, GradientSource]] = {}
     held_by: dict[str, int] = {}
     for i, found in enumerate(waiting.parameters):
         names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
         mine = {name: p for name, p in names.items() if owners is None or owners.mine(i, p)}
         if names:
-            trained[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
+            sources[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
         if mine:
             blocks[i] = prepare_block(i, waiting, archive, mine, peaks, settings, optimizer_device, num_trained)
         held_by |= dict.fromkeys(names, i)
@@ -80,7 +80,7 @@ def prepare_blocks(
     check_all_held(archive, held_by)
     return PreparedBlocks(
         blocks,
-        trained,
+        sources,
         {} if owners is None else {name: owners.blocks[i][parameters[name]] for name, i in held_by.items()},
         sum(torch.Size(shape).numel() for name in archive.open_names for shape in archive[name].rule.shapes),
     )

@@ -83,7 +83,7 @@ class StreamedUpdates(Updates):
         where = torch.device("cpu") if on_host else self.device
         parameters = find_parameters(model, archive)
         found = prepare_blocks(waiting, archive, parameters, peaks, settings, where, num_trained, tick)
-        self.blocks, self._trained, self.owners = dict(found.blocks), found.trained, found.owners
+        self.blocks, self._sources, self.owners = dict(found.blocks), found.sources, found.owners
         self._num_coordinates = found.num_coordinates
         self._keys = {matrix.name: matrix.keys for block in self.blocks.values() for matrix in block.matrices}
         self._fingerprints = _gather_fingerprints(waiting, found)
@@ -93,11 +93,11 @@ class StreamedUpdates(Updates):
         self._at_once = ProjectedAtOnce(waiting, self._updater, settings, count)
         divided = waiting.weights.owners
         self._gradients = (
-            AddedUpAtOwners(self._at_once, waiting, divided, found.trained, count) if divided else self._at_once
+            AddedUpAtOwners(self._at_once, waiting, divided, found.sources, count) if divided else self._at_once
         )
         self._divisors = Divisors()  # of the step under way, from `clip` to `step`
         self._listening: list[Any] = []
-        for i, sources in self._trained.items():
+        for i, sources in self._sources.items():
             self._listening += listen(model, sources, partial(self._gradients.collect, i), self.device)
         self.stream = stream.with_hooks(self._hooks(model))
 
@@ -151,7 +151,7 @@ class StreamedUpdates(Updates):
                     self._updater.host.submit(i, block.due)
                 self._updater.stale.add(i)
         if self.stream.divided:  # some process may have one that is due
-            self._updater.stale.update(self._trained)
+            self._updater.stale.update(self._sources)
         for i in self._updater.stale:
             self.stream.slots.forget(i)
 
@@ -183,8 +183,8 @@ class StreamedUpdates(Updates):
         self._state.load(saved, optimizer=optimizer)
         for block in self.blocks.values():
             block.stage = Stage.REPLACED
-        self._updater.stale.update(self._trained)
-        for i in self._trained:
+        self._updater.stale.update(self._sources)
+        for i in self._sources:
             self.stream.slots.forget(i)
 
     def coordinates(self, name: str) -> list[Tensor] | None:
