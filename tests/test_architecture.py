@@ -71,14 +71,26 @@ def shown() -> list[tuple[int, str, str]]:
 
 
 @functools.cache
-def imported_by(file: str) -> frozenset[str]:
-    """The files that a file of sculptor imports, and that these do."""
+def imports_of(file: str) -> frozenset[str]:
+    """The files of sculptor that a file imports."""
+    modules = [
+        node.module or ""
+        for node in ast.walk(ast.parse((ROOMS / file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    paths = ["/".join(module.split(".")[1:]) + ".py" for module in modules if module.startswith("sculptor.")]
+    return frozenset(path for path in paths if (ROOMS / path).is_file())
+
+
+def imported_by(file: str) -> set[str]:
+    """The same, and what these import."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((ROOMS / file).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sculptor."):
-            path = "/".join(str(node.module).split(".")[1:]) + ".py"
-            found |= {path, *imported_by(path)} if (ROOMS / path).is_file() else set()
-    return frozenset(found)
+    todo = [file]
+    while todo:
+        new = imports_of(todo.pop()) - found
+        found |= new
+        todo += new
+    return found
 
 
 def goes_up(caller: str, called: str) -> bool:

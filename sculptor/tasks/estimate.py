@@ -24,7 +24,8 @@ from sculptor.planning.settings import EstimateSettings
 from sculptor.planning.speeds import decomposition_seconds, measure_speeds
 from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress, silent
-from sculptor.tasks.data import DataReport, preview_rows
+from sculptor.tasks.data import preview_rows
+from sculptor.tasks.data_report import DataReport
 from sculptor.tasks.estimate_report import Estimate, Mode
 from sculptor.training.settings import OptimizerMode, TrainSettings
 
