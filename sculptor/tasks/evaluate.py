@@ -95,10 +95,15 @@ def evaluate(
     opened_bank = None if bank is None else Bank(bank)
     world = join(device)
     request.check_world(world)
+    return _evaluate(request, opened_bank, world)
+
+
+def _evaluate(request: EvaluateRequest, bank: Bank | None, world: World) -> Evaluation:
+    """`evaluate` of what goes together; `bank` is the request's, opened."""
     with world.together():
-        asked = _open(request, opened_bank)
+        asked = _open(request, bank)
     if world.size > 1:
-        others = asked.loaded.checkpoint.digests_beside((), progress)
+        others = asked.loaded.checkpoint.digests_beside((), request.progress)
         check_alike(world, {"rows": digest_rows(asked.every_row), "model": identity(others)})
     with closing(asked.loaded):
         return _measure(request, asked, world)
