@@ -225,7 +225,8 @@ def read_task(
     classes = classes_of(architecture)
     sources = read_sources(items, settings.max_rows, settings.columns, notice, classes=classes)
     rows = [row for source in sources for row in source.rows]
-    check_use(rows, settings.chat_template)
+    if not as_items(replay):  # else its conversations count, too
+        check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
     tell_unseen(growth, encoded.examples, notice)
     for source in sources:
@@ -238,7 +239,7 @@ def read_task(
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
         if (line := evaluation.says("--eval-data")) is not None:
             notice(line)
-    replays = read_replay(replay, tokenizer, architecture, max_length, settings, notice)
+    replays = read_replay(replay, rows, tokenizer, architecture, max_length, settings, notice)
     return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth, replays)
 
 

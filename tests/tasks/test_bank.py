@@ -58,7 +58,11 @@ def test_a_task_comes_back_to_rounding(cli: Callable[..., Result], place: Path, 
 
 
 @pytest.mark.slow
-def test_rows_find_their_task_alone_and_together(place: Path) -> None:
+def test_rows_find_their_task_alone_and_together(place: Path, cli: Callable[..., Result]) -> None:
+    told = cli(
+        "bank", "route", place / "bank", place / "model", "--data", place / "a.jsonl", "--json", "--device", "cpu"
+    )
+    assert [one["chosen"] for one in json.loads(told.out)] == [{"a": 24, "b": 0}]
     found = route(place / "bank", place / "model", [str(place / name) for name in ("a.jsonl", "b.jsonl")])
     assert [dict(one.chosen) for one in found] == [{"a": 24, "b": 0}, {"a": 0, "b": 24}]
     by_task = {}
