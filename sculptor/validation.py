@@ -5,6 +5,7 @@ types, ranges, finite numbers and names are checked, and nothing unknown passes.
 whenever they are made, since people make them.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 import pydantic_core
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,7 +23,7 @@ from sculptor.errors import SculptorError, SettingsError
 
 T = TypeVar("T")
 
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 MAX_JSON_BYTES = 2**30
 _MAX_LISTED = 4
 _MAX_SHOWN = 60
@@ -81,7 +82,8 @@ def settings(cls: type[T]) -> type[T]:
 
     A fault is a SettingsError that names the option.
     """
-    made: Any = checked_dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)(cls)
+    config = ConfigDict(**STRICT, use_attribute_docstrings=True)
+    made: Any = checked_dataclass(frozen=True, kw_only=True, slots=True, config=config)(cls)
     make = made.__init__
 
     def __init__(self: Any, **values: Any) -> None:
@@ -98,6 +100,12 @@ def settings(cls: type[T]) -> type[T]:
 def option(name: str) -> str:
     """How the command line calls a field."""
     return "--" + name.replace("_", "-")
+
+
+@functools.cache
+def adapter(cls: Any) -> TypeAdapter[Any]:
+    """Of a checked type. Made once: that takes longer than reading a file with it, and a manifest has thousands of rules."""
+    return TypeAdapter(cls)
 
 
 def read_json(
@@ -117,7 +125,8 @@ def read_json(
         error: with all faults, in one line.
     """
     try:
-        return TypeAdapter(cls).validate_json(text, context=context)
+        value: T = adapter(cast("Any", cls)).validate_json(text, context=context)
+        return value
     except ValidationError as cause:
         raise error(f"{where}: damaged ({faults(cause)}); {remedy}") from None
     except RecursionError:

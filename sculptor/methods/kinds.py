@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import pydantic_core
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from sculptor.errors import SettingsError
 from sculptor.methods.lowrank import LowRank, LowRankRule
@@ -22,7 +22,7 @@ from sculptor.methods.settings import AnalyzeSettings, Basis, Carry
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.methods.weights import Weights
 from sculptor.numerics.staircase import Constraint
-from sculptor.validation import faults, option
+from sculptor.validation import adapter, faults, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +171,7 @@ def parse_rule(value: Any, kinds: Kinds) -> Rule:
     if unknown:
         raise ValueError(f"rule: {unknown[0]!r} is unknown")
     try:
-        rule: Rule = _adapter(cls).validate_json(pydantic_core.to_json(value))
+        rule: Rule = adapter(cls).validate_json(pydantic_core.to_json(value))
     except ValidationError as error:
         raise ValueError(f"rule: {faults(error)}") from None
     return rule
-
-
-_adapters: dict[Any, TypeAdapter[Any]] = {}
-
-
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    """Made once for each class: a manifest has thousands of rules."""
-    if cls not in _adapters:
-        _adapters[cls] = TypeAdapter(cls)
-    return _adapters[cls]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import Archive
-from sculptor.benchmark.frontier import Frontier
+from sculptor.benchmark.frontier import HARM, Frontier
 from sculptor.benchmark.results import ContinualReport
 from sculptor.checkpoint.staging import writing
 from sculptor.distribution import extra
@@ -73,28 +73,23 @@ def plot_matrix(report: ContinualReport, path: Path) -> None:
 
 
 def plot_frontier(found: Frontier, path: Path) -> None:
-    """Draws what was learned against the harm done, or, where that was not measured, against the rise of the first watched text.
+    """Draws what was learned against what it cost.
 
     Raises:
         OutputError: if the picture cannot be written.
-        SettingsError: if no point has either.
+        SettingsError: if nothing was measured that it could cost.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    measured = [(point, point.harm) for point in found.points]
-    label = "harm: KL(base || last), nats a token"
-    if not any(value for _, value in measured):
-        name = next((name for point in found.points for name in point.watched), None)
-        if name is None:
-            raise SettingsError("--plot: the runs measured neither harm nor watched texts")
-        measured, label = (
-            [(point, point.watched.get(name)) for point in found.points],
-            f"rise of the loss on {name}, nats",
-        )
-    drawn = [(point, value) for point, value in measured if value is not None]
+    if found.against is None:
+        raise SettingsError("--plot: the runs measured neither harm nor watched texts")
+    label = "KL(base || last)" if found.against == HARM else "rise of the loss"
+    drawn = [(point, value) for point in found.points if (value := point.cost(found.against)) is not None]
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.subplots()
     scale = 1 if found.metric == "loss" else 100
+    colors = colormaps["tab20"].resampled(20)
     for i, method in enumerate(dict.fromkeys(point.method for point, _ in drawn)):
         own = sorted(
             ((value, point.average) for point, value in drawn if point.method == method), key=lambda each: each[0].mean
@@ -102,11 +97,14 @@ def plot_frontier(found: Frontier, path: Path) -> None:
         axes.errorbar(
             [x.mean for x, _ in own], [scale * y.mean for _, y in own],
             xerr=[x.deviation or 0 for x, _ in own], yerr=[scale * (y.deviation or 0) for _, y in own],
-            marker="os^Dv<>Phd*X"[i % 12], markersize=6, linewidth=1.2, label=method,
+            marker="os^Dv<>Phd*X"[i % 12], color=colors(i % 20), markersize=6, linewidth=1.2, label=method,
         )  # fmt: skip
     if min(value.mean for _, value in drawn) > 0:
         axes.set_xscale("log")
-    axes.set(xlabel=label, ylabel=f"AA, {'nats per token' if found.metric == 'loss' else '%'}")
+    axes.set(
+        xlabel=f"{found.against}: {label}, nats a token",
+        ylabel=f"AA, {'nats per token' if found.metric == 'loss' else '%'}",
+    )
     axes.set_title(f"{', '.join(found.tasks)}: up is better, left is safer")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
