@@ -15,6 +15,8 @@ from plans import two_tasks
 from safetensors.torch import load_file
 
 from sculptor import Archive
+from sculptor.benchmark.inputs import digests_beside, files_of
+from sculptor.benchmark.plan import read_plan
 from sculptor.benchmark.results import ContinualReport
 from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
@@ -578,6 +580,21 @@ def test_what_was_trained_on_may_not_change_before_a_resume(place: Path, replace
         write_rows(place / replaced, task_rows("text" if replaced == "general.jsonl" else "pairs", 5))
     with pytest.raises(OutputError, match=r"another plan .*(files|rows)"):
         continual(place / "plan.toml", place / "cut", resume=True)
+
+
+def test_what_is_read_beside_models_and_rows_is_told_by_content(place: Path) -> None:
+    template, like = place / "talk.jinja", place / "like"
+    template.write_text("{{ messages }}")
+    like.mkdir()
+    (like / "continual.json").write_text("{}")
+    plan = read_plan(place / "plan.toml", [f"train.chat_template={template}", f"adapter.like={like}"])
+    before = digests_beside(plan)
+    assert before.keys() == {"train.chat_template", "adapter.like"}
+    assert {str(template), str(like), str(place / "base")} <= set(files_of(plan))
+    for file in (template, like / "continual.json"):
+        file.write_text("{} ")
+        assert digests_beside(plan) != before
+        before = digests_beside(plan)
 
 
 def test_what_was_of_use_on_the_way_does_not_reach_the_output(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
