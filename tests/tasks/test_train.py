@@ -201,9 +201,13 @@ def test_resuming_where_nothing_was_left_starts_anew(made: Path, tmp_path: Path)
     assert run(made, tmp_path / "out", resume=True).loop.steps == 3
 
 
-def test_a_signal_after_the_last_step_is_no_reason_to_stop(made: Path, tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_stops_before_anything_is_written(made: Path, tmp_path: Path) -> None:
+    """What follows, rows to measure and a checkpoint to write, may take minutes."""
     polls = iter([None, None, 15])
-    assert run(made, tmp_path / "out", stop=lambda: next(polls)).loop.steps == 3
+    with pytest.raises(Stopped, match=r"after step 3 of 3; the state is saved"):
+        run(made, tmp_path / "out", stop=lambda: next(polls))
+    assert not (tmp_path / "out.partial" / "output").exists()
+    assert run(made, tmp_path / "out", resume=True).loop.steps == 3
 
 
 def test_an_input_is_no_output(made: Path, tmp_path: Path) -> None:
