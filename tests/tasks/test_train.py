@@ -72,6 +72,9 @@ def test_the_report_the_record_and_the_metrics_say_the_same(made: Path, tmp_path
     entries = sum(r.shape[0] * r.shape[1] for r in Archive(made / "archive").values())
     assert report.num_trainable + report.num_protected == entries
     assert f"Peak learning rate {report.relative_rate:.3g} of each matrix's RMS" in train_text(report)
+    for lost, told in ((0.2, False), (0.4, True)):
+        matrices = {name: replace(matrix, rounding_loss=lost) for name, matrix in report.matrices.items()}
+        assert ("; --save-dtype float32 keeps all of it." in train_text(replace(report, matrices=matrices))) is told
 
 
 def test_the_record_says_what_was_used_where_auto_was_asked_for(made: Path, tmp_path: Path) -> None:
