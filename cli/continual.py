@@ -75,6 +75,8 @@ def command(
       sculptor continual plan.toml --output ./run
       sculptor continual plan.toml --output ./plain --method full --set train.learning_rate=3e-4
     """
+    from sculptor.benchmark.inputs import files_of
+    from sculptor.benchmark.plan import read_plan
     from sculptor.benchmark.runner import continual
     from sculptor.interruption import asked_to_stop
     from sculptor.report.continual import continual_text
@@ -84,11 +86,12 @@ def command(
     from sculptor.report.plot import check_picture, plot_matrix, require_matplotlib
 
     quiet_libraries()
+    inputs: list[str | Path | None] = [plan, *files_of(read_plan(plan, overrides))]
     if plot is not None:
         require_matplotlib()
-        check_picture(plot, overwrite)
+        check_picture(plot, overwrite, inputs, output)
     if html is not None:
-        check_page(html, overwrite, output, [plan])
+        check_page(html, overwrite, output, inputs)
     report = continual(
         plan,
         output,

@@ -9,11 +9,16 @@ from .options import SuggestingCommand, html_option, json_option, overwrite_opti
 
 @click.command("frontier", cls=SuggestingCommand)
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw AA against harm into this picture file.")
+@click.option(
+    "--against", metavar="harm|TEXT", help="What a run costs: harm, or the rise on a watched text, by its file name."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw AA against what it costs into this picture file.")
 @html_option
 @overwrite_option
 @json_option
-def command(runs: tuple[str, ...], plot: Path | None, html: Path | None, overwrite: bool, as_json: bool) -> None:
+def command(
+    runs: tuple[str, ...], against: str | None, plot: Path | None, html: Path | None, overwrite: bool, as_json: bool
+) -> None:
     """Compare RUNS of `sculptor continual`: what each learned, against the harm that it did.
 
     Runs of the same tasks; those that differ in their seed alone are one point, with its standard deviation.
@@ -22,6 +27,7 @@ def command(runs: tuple[str, ...], plot: Path | None, html: Path | None, overwri
     Examples:
       sculptor frontier ./run ./plain ./replay
       sculptor frontier ./runs/* --plot frontier.png --html frontier.html
+      sculptor frontier ./runs/* --against wikitext2-test.txt --plot frontier.png
     """
     from sculptor.benchmark.frontier import frontier
     from sculptor.report.frontier import frontier_text
@@ -38,7 +44,7 @@ def command(runs: tuple[str, ...], plot: Path | None, html: Path | None, overwri
         check_picture(plot, overwrite, runs)
     if html is not None:
         check_page(html, overwrite, inputs=runs)
-    found = frontier(runs)
+    found = frontier(runs, against)
     if plot is not None:
         plot_frontier(found, plot)
         tell(f"Drew {plot}.")

@@ -106,6 +106,7 @@ def command(
     """
     from sculptor.data.rows import local_files
     from sculptor.interruption import asked_to_stop
+    from sculptor.methods.settings import is_self
     from sculptor.report.html.page import check_page, write_page
     from sculptor.report.html.train import train_page
     from sculptor.report.json_text import to_json
@@ -115,7 +116,9 @@ def command(
 
     quiet_libraries()
     if html is not None:
-        check_page(html, overwrite, output, [model, merge_adapter, subspaces, *local_files([*data, *eval_data])])
+        rows = [item for item in (*data, *eval_data, *protect_data, *replay) if not is_self(item)]
+        template = settings["chat_template"]
+        check_page(html, overwrite, output, [model, merge_adapter, subspaces, template, *local_files(rows)])
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
             merged(model, merge_adapter, settings["device"], output),

@@ -20,10 +20,10 @@ from sculptor.benchmark.plan import AdapterSettings, Contender
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME
-from sculptor.checkpoint.staging import commit, staging, write_json, writing
+from sculptor.checkpoint.staging import put_in_place, staging, write_json, writing
 from sculptor.checkpoint.tensors import digest, read_header, read_tensor
 from sculptor.checkpoint.writer import output_dtype, write_checkpoint
-from sculptor.checkpoint.written import discard, remove
+from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.data.examples import Encoded, digest_examples, encode_sources, resolve_max_length
 from sculptor.data.rows import read_sources
@@ -142,8 +142,7 @@ def train_adapter(
             _write_earlier(staged, earlier, parameters)
         record = {"created_by": f"sculptor {__version__}", "method": method, "settings": published(settings)}
         write_json(staged / RECORD_NAME, record | {"adapter": asdict(adapter), "result": asdict(result)})
-        commit(staged, output, overwrite=False)
-        discard(partial)
+        put_in_place(partial, output, overwrite=False)
 
 
 def _split(

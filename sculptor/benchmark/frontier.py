@@ -11,6 +11,8 @@ from typing import Any
 from sculptor.benchmark.finished import Finished, read_finished
 from sculptor.errors import SettingsError
 
+HARM = "harm"
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -44,30 +46,37 @@ class Point:
     watched: Mapping[str, Mean]
     seconds: Mean
 
+    def cost(self, against: str | None) -> Mean | None:
+        """What was done to what the model knew: `HARM`, or the rise on a watched text."""
+        return self.harm if against == HARM else self.watched.get(against or "")
+
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """Points of the same tasks, by harm; those that did not measure it by the rise of the watched loss.
+    """Points of the same tasks, in the order of what they cost.
 
     Attributes:
         metric: what AA is of: accuracy, exact_match, or loss (negative, so that more is better).
+        against: what they cost: `HARM`, or the name of a watched text; None where no run measured either.
     """
 
     tasks: tuple[str, ...]
     metric: str
     split: str
+    against: str | None
     points: tuple[Point, ...]
 
 
-def frontier(runs: Sequence[str | Path]) -> Frontier:
+def frontier(runs: Sequence[str | Path], against: str | None = None) -> Frontier:
     """Reads finished runs of the same tasks, in any order, and puts those together that differ in their seed alone.
 
     Args:
         runs: outputs of `sculptor continual`, or their continual.json.
+        against: `HARM`, or the name of a text that the runs watched; default harm, or else the first text.
 
     Raises:
         DataError: if one cannot be read.
-        SettingsError: if they are of other tasks, rows or measures, or one is there twice.
+        SettingsError: if they are of other tasks, rows or measures, or one is there twice, or none measured `against`.
     """
     if not runs:
         raise SettingsError("no runs: name at least one output of `sculptor continual`")
@@ -93,7 +102,21 @@ def frontier(runs: Sequence[str | Path]) -> Frontier:
     points = [
         _point([found[i] for i in members], _name(found, members, groups.values())) for members in groups.values()
     ]
-    return Frontier(found[0].tasks, found[0].metric, found[0].split, tuple(sorted(points, key=_order)))
+    against = _against(points, against)
+    points.sort(key=lambda point: _order(point, against))
+    return Frontier(found[0].tasks, found[0].metric, found[0].split, against, tuple(points))
+
+
+def _against(points: Sequence[Point], asked: str | None) -> str | None:
+    measured = [HARM] * any(point.harm is not None for point in points)
+    measured += dict.fromkeys(text for point in points for text in point.watched)
+    if asked is None:
+        return measured[0] if measured else None
+    if asked not in measured:
+        raise SettingsError(
+            f"--against {asked}: expected one of {', '.join(measured) or 'nothing'}, which the runs measured"
+        )
+    return asked
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -121,7 +144,13 @@ def _name(found: Sequence[Finished], members: Sequence[int], groups: Collection[
     own = dict(_flat(_unseeded(first.plan)))
     names = sorted({key for each in flat for key in each if "." in key})
     differs = [key for key in names if len({each.get(key) for each in flat}) > 1]
-    told = [f"{key.rpartition('.')[2].replace('_', ' ')} {json.loads(own.get(key, 'null'))}" for key in differs]
+    values = {key.rpartition(".")[2]: json.loads(own.get(key, "null")) for key in differs}
+    told = [
+        f"{key.replace('learning_rate', 'rate').replace('_', ' ')} {value}"
+        for key, value in values.items()
+        if value is not None
+    ]
+    told += ["defaults"] if differs and not told else []
     if len({one.tasks for one in others}) > 1:
         told.append(f"{first.tasks[0]} first")
     return ", ".join([_method(first), *told])
@@ -167,6 +196,6 @@ def _mean(values: Sequence[float]) -> Mean:
     return Mean(mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)))
 
 
-def _order(point: Point) -> tuple[float, float]:
-    measured = point.harm or next(iter(point.watched.values()), None)
-    return (math.inf if measured is None else measured.mean), -point.average.mean
+def _order(point: Point, against: str | None) -> tuple[float, float]:
+    cost = point.cost(against)
+    return (math.inf if cost is None else cost.mean), -point.average.mean

@@ -1,17 +1,20 @@
 """Everything that a plan trains, calibrates and evaluates on, read before any of it is used."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sculptor.benchmark.plan import Plan, Split
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.rows import Row, digest_rows, names_of, read_sources
+from sculptor.data.rows import Row, digest_rows, local_files, names_of, read_sources
 from sculptor.errors import SettingsError
 from sculptor.evaluation.rows import read_evaluation_rows
 from sculptor.methods.settings import is_self
 from sculptor.training.settings import CLASSIFICATION
+from sculptor.validation import file_digest
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -29,6 +32,33 @@ class Inputs:
     watched: Mapping[str, list[Row]]
     evaluated_digest: str
     trained_digest: str
+
+
+def files_of(plan: Plan) -> list[str]:
+    """Every file and folder that a plan names."""
+    rows = [file for task in plan.tasks for file in (*task.data, *task.test, *task.validation)]
+    rows += [*plan.watch, *plan.analyze.data, *plan.analyze.protected.values()]
+    return [plan.model, *local_files(rows), *_beside(plan).values()]
+
+
+def digests_beside(plan: Plan) -> dict[str, str]:
+    """SHA-256 of files that are read beside models and rows: templates, and the run that is to be like."""
+    found = {}
+    for name, given in _beside(plan).items():
+        path = Path(given) / "continual.json" if os.path.isdir(given) else Path(given)
+        if os.path.isfile(path):
+            found[name] = file_digest(path)
+    return found
+
+
+def _beside(plan: Plan) -> dict[str, str]:
+    """By section and setting."""
+    given = {
+        "analyze.chat_template": plan.analyze.chat_template,
+        "train.chat_template": plan.train.chat_template,
+        "adapter.like": plan.adapter.like,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def read_inputs(plan: Plan, split: Split) -> Inputs:

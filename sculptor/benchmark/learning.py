@@ -24,7 +24,7 @@ from sculptor.methods.settings import AnalyzeSettings
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.bank import add_to_bank
-from sculptor.tasks.bank_files import Bank
+from sculptor.tasks.bank_files import BANK_NAME, Bank
 from sculptor.tasks.prune import prune
 from sculptor.tasks.train import train
 from sculptor.training.settings import TrainSettings
@@ -77,7 +77,7 @@ class Learning:
 
     def _remember(self, task: PlannedTask, target: Path) -> None:
         """SLM's step after a task, which was learned from the base: what it changed goes into the bank."""
-        if self.bank.is_dir() and task.name in Bank(self.bank).names:
+        if (self.bank / BANK_NAME).is_file() and task.name in Bank(self.bank).names:
             return
         told = self.plan.evaluate
         settings = BankSettings(max_length=told.max_length, batch_size=told.batch_size, device=self.plan.train.device)

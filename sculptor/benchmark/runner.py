@@ -1,14 +1,15 @@
 """`sculptor.continual`: a sequence of tasks, one after another, with everything evaluated after each.
 
-Everything is staged in `<output>.partial`: one directory per task while it is trained, and scores.json, which grows by
-a row per task. A run that was killed goes on behind the last complete row, inside a task at its last saved state.
+Everything is staged in `<output>.partial`: one directory per task while it is trained, scores.json, which grows by a row
+per task, and `output`, which is put in its place at the end. A run that was killed goes on behind the last complete row, inside
+a task at its last saved state.
 """
 
 import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sculptor import __version__
 from sculptor.benchmark.adapters import require_peft
 from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, update_norm
 from sculptor.benchmark.crispedit import KIND as CRISPEDIT
-from sculptor.benchmark.inputs import read_inputs
+from sculptor.benchmark.inputs import digests_beside, files_of, read_inputs
 from sculptor.benchmark.learning import Learning
 from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
 from sculptor.benchmark.results import (
@@ -30,13 +31,12 @@ from sculptor.benchmark.results import (
     published,
     report_of,
 )
-from sculptor.benchmark.stages import SAMPLES_NAME, draw_once, measure_stage
+from sculptor.benchmark.stages import draw_once, measure_stage
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
-from sculptor.checkpoint.staging import commit, write_json, writing
+from sculptor.checkpoint.staging import STAGED_NAME, move, put_in_place, write_json, writing
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
-from sculptor.data.rows import local_files
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -106,16 +106,11 @@ def continual(
         whose = "a bank's rows are" if method == "slm" else "PEFT's methods run"
         raise SettingsError(f"--method {method} with {world.size} processes: {whose} in one; start it alone")
     output = Path(output).resolve()
-    files = [file for task in resolved.tasks for file in (*task.data, *task.test, *task.validation)]
     with staged_together(
         world,
         output,
         command="continual",
-        inputs=[
-            plan,
-            resolved.model,
-            *local_files([*files, *resolved.watch, *resolved.analyze.data, *resolved.analyze.protected.values()]),
-        ],
+        inputs=[plan, *files_of(resolved)],
         overwrite=overwrite,
         resume=resume,
         worth_keeping=_has_scores,
@@ -133,16 +128,12 @@ def continual(
 def _place(
     report: ContinualReport, plan: Plan, key: Mapping[str, Any], partial: Path, output: Path, overwrite: bool
 ) -> None:
-    write_readme(partial / "model", continual_readme(plan, report))
+    staged = partial / STAGED_NAME
+    write_readme(staged / "model", continual_readme(plan, report))
     made_by = {"created_by": f"sculptor {__version__}"}
-    write_json(
-        partial / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name}
-    )
-    write_json(partial / "sculptor.json", made_by | {"command": "continual"})
-    commit(partial, output, overwrite=overwrite)
-    with suppress(OSError):
-        for name in (SCORES_NAME, SAMPLES_NAME):  # only now: until here a killed run could go on
-            (output / name).unlink(missing_ok=True)
+    write_json(staged / REPORT_NAME, made_by | {"plan": published(dict(key))} | plain(report) | {"output": output.name})
+    write_json(staged / "sculptor.json", made_by | {"command": "continual"})
+    put_in_place(partial, output, overwrite=overwrite)
 
 
 def _has_scores(partial: Path) -> bool:
@@ -174,10 +165,16 @@ class _Run:
         self.stop = stop
         self.learning = Learning(plan, method, partial, progress, notice, stop, self.rules, world)
         self.inputs = read_inputs(plan, split)  # before the first task is trained
-        own = {"method": method, "split": split, "version": __version__, "evaluated rows": self.inputs.evaluated_digest}
+        own: dict[str, Any] = {
+            "method": method,
+            "split": split,
+            "version": __version__,
+            "evaluated rows": self.inputs.evaluated_digest,
+        }
         own |= {
             "model files": identity(open_checkpoint(plan.model).digests_beside(())),
             "data files": self.inputs.trained_digest,
+            "files beside": digests_beside(plan),
         }
         self.key: dict[str, Any] = json.loads(json.dumps(plan.to_json() | own))
         self.stages: list[Stage] = []
@@ -210,11 +207,14 @@ class _Run:
         return self.stages
 
     def _keep_last(self, model: Path) -> None:
-        remove(self.partial / "archive")
-        if model.exists():  # else a run that was killed after this had put it there
-            remove(self.partial / "model")
-            with writing(self.partial / "model"):
-                model.rename(self.partial / "model")
+        """Moves what goes out to where the output is made."""
+        staged = self.partial / STAGED_NAME
+        with writing(staged):
+            staged.mkdir(exist_ok=True)
+        for made, name in ((self.learning.bank, "bank"), (model, "model")):
+            if made.exists():  # else there is none, or a run that was killed after this had put it there
+                remove(staged / name)
+                move(made, staged / name)
 
     def _trainings(self) -> list[tuple[str, PlannedTask]]:
         """Name and task of every training."""

@@ -17,7 +17,7 @@ from torch import nn
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.directory import wrapper_hint
 from sculptor.checkpoint.experts import StackedParameter, expert_role, find_routers, find_stacked, find_windows
-from sculptor.checkpoint.kinds import Kind as Kind
+from sculptor.checkpoint.kinds import ModelKind as ModelKind
 from sculptor.checkpoint.kinds import kind_of
 from sculptor.checkpoint.linear import linear_maps, max_positions, vocab_size
 from sculptor.checkpoint.names import Origins
@@ -106,10 +106,11 @@ class Architecture:
         max_positions: longest sequence its positions allow, None where they have no limit.
         vocab_size: ids it has embeddings for.
         classes: of a classifier, names by number.
+        score_heads: heads whose attention scores are written out, a number for each two tokens of a row; 0 where they are not.
     """
 
     model_class: str
-    kind: Kind
+    kind: ModelKind
     targets: tuple[Target, ...]
     not_targeted: tuple[NotTargeted, ...]
     tensors: Mapping[str, str]
@@ -117,6 +118,7 @@ class Architecture:
     max_positions: int | None
     vocab_size: int
     classes: tuple[str, ...] = ()
+    score_heads: int = 0
 
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
@@ -173,7 +175,12 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
     Raises:
         CheckpointError: if the model cannot be built, has no targets, or the files lack some of them.
     """
-    key = (json.dumps(checkpoint.config), *((name, info.dtype, info.shape) for name, info in checkpoint.infos.items()))
+    asked = checkpoint.attn_implementation
+    key = (
+        json.dumps(checkpoint.config),
+        asked,
+        *((name, info.dtype, info.shape) for name, info in checkpoint.infos.items()),
+    )
     if key not in _known:
         if len(_known) >= _KNOWN:
             _known.pop(next(iter(_known)))
@@ -214,7 +221,14 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
         max_positions=max_positions(skeleton),
         vocab_size=vocab_size(checkpoint, skeleton),
         classes=tuple(skeleton.config.id2label.values()) if kind == "classifier" else (),
+        score_heads=_score_heads(checkpoint, skeleton),
     )
+
+
+def _score_heads(checkpoint: Checkpoint, skeleton: Any) -> int:
+    """As transformers chooses: its own kernels where a model has them, unless it is told otherwise."""
+    written_out = not skeleton._supports_sdpa or checkpoint.attn_implementation == "eager"
+    return int(getattr(skeleton.config.get_text_config(), "num_attention_heads", 0) or 0) if written_out else 0
 
 
 def role_of(module: str, block: str, several_stacks: bool) -> str:

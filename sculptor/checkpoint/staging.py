@@ -24,10 +24,13 @@ from sculptor.checkpoint.written import (
     list_files,
     not_ours,
     note,
+    note_moved,
     strange_file,
 )
 from sculptor.errors import OutputError
 from sculptor.interruption import Interrupted, signals_wait
+
+STAGED_NAME = "output"  # where in a staging directory an output is made that leaves other things behind on its way
 
 
 class NotPlacedError(OutputError):
@@ -90,7 +93,7 @@ def staging(
         raise OutputError(
             f"{output}: names that end in .partial are those of unfinished outputs; choose another --output"
         )
-    with writing(output):
+    with writing(output), writing(partial):
         _check_output(output, overwrite=overwrite, resume=resume)
         _check_left_over(partial, command, overwrite=overwrite, resume=resume)
         lock = _lock(partial)
@@ -118,12 +121,11 @@ def staging(
 def one_pass(output: Path, *, command: str, overwrite: bool) -> Iterator[Path]:
     """`staging` of what is written at once, with nothing to resume: yields the directory that then becomes the output."""
     with staging(output, command=command, overwrite=overwrite, resume=None, worth_keeping=lambda _: False) as partial:
-        staged = partial / "output"
+        staged = partial / STAGED_NAME
         with writing(staged):
             staged.mkdir()
         yield staged
-        commit(staged, output, overwrite=overwrite)
-        discard(partial)
+        put_in_place(partial, output, overwrite=overwrite)
 
 
 def _lock(partial: Path) -> FileLock:
@@ -189,6 +191,17 @@ def _in_the_way(partial: Path) -> str | None:
     if partial.exists() and any(partial.iterdir()) and not (partial / MARKER_NAME).is_file():
         return f"is in the way and not ours (no {MARKER_NAME} in it)"
     return None
+
+
+def put_in_place(partial: Path, output: Path, *, overwrite: bool) -> None:
+    """Puts what is complete in a staging directory's folder `output` in its place, and removes what was of use on the way only.
+
+    Raises:
+        NotPlacedError: as `commit` does.
+    """
+    with signals_wait():  # the output is complete: nothing is left to go on with
+        commit(partial / STAGED_NAME, output, overwrite=overwrite)
+        discard(partial)
 
 
 def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
@@ -279,6 +292,20 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{where}: cannot write ({cause.strerror or cause}); free some space or choose another place"
         ) from cause
+
+
+def move(old: Path, new: Path) -> None:
+    """Moves a directory to another place in the same staging directory, where nothing is; what is ours in it stays ours."""
+    with writing(new):
+        note_moved(old, new)
+        old.rename(new)
+
+
+def move_back(partial: Path, name: str) -> None:
+    """Undoes a `move` into the output of a run that could not put that in its place, so that nothing is made twice."""
+    moved = partial / STAGED_NAME / name
+    if moved.is_dir() and not (partial / name).exists():
+        move(moved, partial / name)
 
 
 def write_json(path: Path, content: dict[str, Any], *, allow_nan: bool = False, indent: int | None = 1) -> None:

@@ -18,7 +18,7 @@ MARKER_NAME = (
 )
 _MARKS = (LOCK_NAME, MARKER_NAME)
 # Of no output, but of the way there: may be left where tidying up failed.
-_OF_THE_WAY = (*_MARKS, "progress.json", "scores.json", "base_samples.safetensors")
+_OF_THE_WAY = (*_MARKS, "progress.json")
 _WHOLE = 2**20  # bytes up to which a file is read whole; of larger ones, as many pieces
 _PIECES = 64
 _NOTED: set[Path] = set()  # of the runs of this process
@@ -54,6 +54,15 @@ def note(path: Path) -> None:
                 marker.write(json.dumps(path.relative_to(place).as_posix()) + "\n")
             break
     _NOTED.add(path)
+
+
+def note_moved(old: Path, new: Path) -> None:
+    """Lists what is about to be moved inside a staging directory, with all in it that is ours, under its new name."""
+    note(new)
+    if not (old / MARKER_NAME).is_file():  # else it has a list of its own
+        for path, ours in _sort(old):
+            if ours:
+                note(new / path.relative_to(old))
 
 
 def list_files(staged: Path) -> dict[str, str]:
@@ -193,7 +202,7 @@ def _is_listed(path: Path, listings: Sequence[_Listing]) -> bool:
 
 
 def _is_of_the_way(path: Path, name: str) -> bool:
-    """Whether a file was left by a run that could not tidy up: people call theirs `scores.json`, too."""
+    """Whether a file was left by a run that could not tidy up: people call theirs `progress.json`, too."""
     if name in _MARKS:
         return True
     try:

@@ -19,18 +19,19 @@ from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import ArchiveError, CheckpointError, DataError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import predictions
-from sculptor.model.sampling import sample_examples
+from sculptor.model.sampling import sample_examples, template_tokens
 from sculptor.numerics.divergence import Truncated, truncate
 from sculptor.progress import Progress
 
 SECTION = "samples"
 SUFFIX = ".safetensors"
-# Some 128 sequences and two MB; docs/harm.md has how far the bound is from the whole with so many tokens kept.
+# Some 128 sequences, or 85 conversations: two MB. docs/harm.md has how far the bound is from the whole with so many kept.
 TOKENS = 8192
 # On a CPU, where sampling takes as long as the rest of an analysis: tokens times parameters, and the fewest tokens.
 _CPU_WORK = 4e11
 _CPU_TOKENS = 2048
 LENGTH = 64
+CHAT_LENGTH = 96  # beside what a chat template adds; at least half of it is the answer, which alone carries loss
 KEPT = 64
 ROWS = 8  # at a time, when they are measured
 _FIELDS = {"input_ids": (torch.int32, 1), "has_loss": (torch.bool, 1), "lengths": (torch.int32, 1),
@@ -77,14 +78,12 @@ def draw_samples(
         CheckpointError: if it cannot sample.
         DataError: if it says too little.
     """
-    examples = sample_examples(
-        loaded,
-        tokens_to_draw(loaded),
-        min(LENGTH, max_length),
-        chat=bool(loaded.tokenizer.chat_template),
-        seed=seed,
-        progress=progress,
-    )
+    chat = bool(loaded.tokenizer.chat_template)
+    own = CHAT_LENGTH if chat else LENGTH
+    length = min(own + (template_tokens(loaded) if chat else 0), max_length)
+    # The template's tokens are not the model's: as much of its own words is drawn with a long one as with none.
+    num_tokens = tokens_to_draw(loaded) * length // min(own, length)
+    examples = sample_examples(loaded, num_tokens, length, chat=chat, seed=seed, progress=progress)
     examples = tuple(example for example in examples if num_predicted(example))
     if len(examples) < 2:
         raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")

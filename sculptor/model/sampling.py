@@ -14,6 +14,7 @@ from sculptor.progress import Bar, Progress
 _CACHE_BYTES = {"cuda": 6e9, "cpu": 1e9}
 _ROWS = (4, 256)
 _MAX_USER_TOKENS = 96
+_MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
 
@@ -108,17 +109,44 @@ def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int, heard: _
     return [Example((start, *ids), (start, *ids)) for ids in said if ids]
 
 
-def _converse(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> list[Example]:
-    """A user's turn in the model's own words, then its answer."""
-    tokenizer = loaded.tokenizer
-    shown = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+def template_tokens(loaded: LoadedModel) -> int:
+    """How many tokens a chat template adds to a user's words, up to where the answer begins.
+
+    Raises:
+        CheckpointError: if it leaves out the words.
+    """
+    before, after = _around_words(loaded, answer=True)
+    return len(_ids(loaded, before)) + len(_ids(loaded, after))
+
+
+def _around_words(loaded: LoadedModel, *, answer: bool = False) -> tuple[str, str]:
+    """What a chat template says before a user's words and after them."""
+    shown = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=answer
+    )
     before, found, after = shown.partition(_MARK)
     if not found:
         raise CheckpointError(f"{loaded.checkpoint.path}: the chat template leaves out the user's words")
-    opening = tokenizer(before, add_special_tokens=False).input_ids
-    closing = tokenizer(after.lstrip(), add_special_tokens=False).input_ids
-    ends = [tokenizer.eos_token_id, *closing[:1]]
-    questions = continue_prompts(loaded, [opening] * rows, min(_MAX_USER_TOKENS, max_length // 2), ends, heard=heard)
+    return before, after
+
+
+def _ids(loaded: LoadedModel, text: str) -> list[int]:
+    return list(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _converse(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> list[Example]:
+    """A user's turn in the model's own words, then its answer, which has at least half of what the template leaves."""
+    tokenizer = loaded.tokenizer
+    left = max_length - template_tokens(loaded)
+    if left < _MIN_WORDS:
+        raise CheckpointError(
+            f"{loaded.checkpoint.path}: the chat template takes {max_length - left} tokens, and sequences have {max_length}: "
+            "too few for a conversation; give longer ones (--max-length), or leave out --chat"
+        )
+    before, after = _around_words(loaded)
+    ends = [tokenizer.eos_token_id, *_ids(loaded, after.lstrip())[:1]]
+    opening = _ids(loaded, before)
+    questions = continue_prompts(loaded, [opening] * rows, min(_MAX_USER_TOKENS, left // 2), ends, heard=heard)
     prompts = []
     for ids in questions:
         text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True).strip()
@@ -126,16 +154,14 @@ def _converse(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) ->
             rendered = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=True, return_dict=True, add_generation_prompt=True
             )
-            prompts.append(list(rendered["input_ids"])[: max_length - 2])
+            prompts.append(list(rendered["input_ids"]))
+    # Words that were cut inside of a character may take more tokens than they were.
+    prompts = [prompt for prompt in prompts if len(prompt) < max_length]
     if not prompts:
         return []
-    longest = max(map(len, prompts))
-    answers = continue_prompts(loaded, prompts, max_length - longest, ends, heard=heard)
-    return [
-        Example((*prompt, *ids), (*(IGNORED,) * len(prompt), *ids))
-        for prompt, ids in zip(prompts, answers, strict=True)
-        if ids
-    ]
+    answers = continue_prompts(loaded, prompts, max_length - min(map(len, prompts)), ends, heard=heard)
+    cut = [(prompt, ids[: max_length - len(prompt)]) for prompt, ids in zip(prompts, answers, strict=True)]
+    return [Example((*prompt, *ids), (*(IGNORED,) * len(prompt), *ids)) for prompt, ids in cut if ids]
 
 
 @torch.no_grad()

@@ -26,6 +26,9 @@ RUNTIME = {"cuda": 0.7e9, "cpu": 0.45e9}
 _HOST_RUNTIME = 2.1e9
 # Activations inside a block over the widths of its matrices: norms in float32, attention, products of gates.
 _ACTIVATIONS = 1.6
+# Bytes of a written-out attention score: its softmax in float32 and once more in the model's dtype, and, in the one block that is
+# worked on, gradients of both. On an H100, bf16, 128 to 2,048 tokens a row: 6.0 and up to 7.8.
+_SCORE, _SCORE_NOW = 4, 8
 
 
 def added_up(num_trainable: float, processes: int) -> float:
@@ -186,14 +189,18 @@ class _Sizes:
         micro = work.micro_rows * work.row or work.tokens / work.micro_batches
         widths_in = [t.shape[1] for t in architecture.targets]
         hidden = max(set(widths_in), key=widths_in.count)  # what most matrices read
+        scores = architecture.score_heads * micro * (work.row or micro / max(1, work.micro_rows))
         self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro
+        self.inside += (_SCORE + (self.size if self.size < _SCORE else 0)) * scores
         # A router's loss is over the whole batch, which is not split then.
         whole = checkpoint.config.get("output_router_logits") or self.kind not in PART_TOKENS
         part = micro if whole else max(PART_TOKENS[self.kind], work.row)
         self.inside_part = self.inside * min(1.0, part / micro)
         per_token = self.size * hidden * self.num_blocks
         self.inputs, self.inputs_of_step = per_token * micro, float(per_token * work.tokens)
-        self.loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
+        loss = 3 * 4 * min(SLICE[self.kind], int(micro) * architecture.vocab_size)
+        self.working = max(_SCORE_NOW * scores, loss)  # one after the other
+        self.working_part = max(_SCORE_NOW * scores * min(1.0, part / micro), loss)
         used = sum(t.shape[0] * t.shape[1] * t.share for t in architecture.targets)
         forward = 2 * (used + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
         self.operations = 4 * forward  # forward, again, and twice as much backward
@@ -228,7 +235,7 @@ class _Sizes:
             + self.rest_size * (in_matrices + self.rest_in_blocks + self.outside),
             "bases": sum(self.bases.values()),
             "coordinates, gradients, AdamW": (self.work.state + 4) * self.num_coordinates,
-            "activations": self.inside * (1 if self.work.recompute else self.num_blocks) + self.inputs + self.loss,
+            "activations": self.inside * (1 if self.work.recompute else self.num_blocks) + self.inputs + self.working,
             "work space": RUNTIME[self.kind] + 12 * self.largest + 4 * (self.work.kept - 2) * self.num_coordinates,
         } | self.extra()
         host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
@@ -256,7 +263,7 @@ class _Sizes:
         }
         host = {"copies": 2.0 * STAGING_BYTES[self.kind]}
         if offload == "none":
-            device = held | device | {"activations": self.inside_part + self.loss + self.inputs}
+            device = held | device | {"activations": self.inside_part + self.inputs + self.working_part}
         else:
             host = {name: size for name, size in alone.host.items() if name not in held} | held
         weights = sum(sum(block.values()) for block in blocks.values())
@@ -284,7 +291,9 @@ class _Sizes:
             "embedding, head, norms": self.rest_size * self.outside,
             "bases": slots * largest["b"],
             "coordinates, gradients, AdamW": slots * (4 * largest["c"] + (self.host_ring if on_host else self.ring)),
-            "activations": self.inside_part + self.loss + (self.inputs if keep else 3 * self.inputs / self.num_blocks),
+            "activations": self.inside_part
+            + self.working_part
+            + (self.inputs if keep else 3 * self.inputs / self.num_blocks),
             "work space": RUNTIME[self.kind] + 12 * self.largest,
         } | self.extra()
         waiting = {

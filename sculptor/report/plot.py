@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import Archive
-from sculptor.benchmark.frontier import Frontier
+from sculptor.benchmark.frontier import HARM, Frontier
 from sculptor.benchmark.results import ContinualReport
-from sculptor.checkpoint.staging import check_apart, writing
+from sculptor.checkpoint.staging import writing
 from sculptor.distribution import extra
-from sculptor.errors import OutputError, SettingsError
+from sculptor.errors import SettingsError
 from sculptor.methods.rule import Directed
+from sculptor.report.html.page import check_place
 
 
 def require_matplotlib() -> None:
@@ -25,8 +26,10 @@ def require_matplotlib() -> None:
         raise SettingsError(f"--plot needs matplotlib: {extra('plot')}") from None
 
 
-def check_picture(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Refuses a picture file that exists, lies in one of the inputs or is of no known format, before any work.
+def check_picture(
+    path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), output: Path | None = None
+) -> None:
+    """Refuses a picture file that exists, lies in one of the inputs or the output or is of no known format, before any work.
 
     Raises:
         OutputError: if it exists, or lies there.
@@ -35,9 +38,7 @@ def check_picture(path: Path, overwrite: bool, inputs: Iterable[str | Path | Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    check_apart(path.resolve(), filter(None, inputs))
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; choose another --plot or pass --overwrite")
+    check_place(path, "--plot", overwrite, inputs, output)
     if path.suffix.lstrip(".") not in FigureCanvasAgg(Figure()).get_supported_filetypes():
         raise SettingsError(f"--plot {path}: unknown picture format {path.suffix!r}; use .png, .pdf or .svg")
 
@@ -72,28 +73,23 @@ def plot_matrix(report: ContinualReport, path: Path) -> None:
 
 
 def plot_frontier(found: Frontier, path: Path) -> None:
-    """Draws what was learned against the harm done, or, where that was not measured, against the rise of the first watched text.
+    """Draws what was learned against what it cost.
 
     Raises:
         OutputError: if the picture cannot be written.
-        SettingsError: if no point has either.
+        SettingsError: if nothing was measured that it could cost.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    measured = [(point, point.harm) for point in found.points]
-    label = "harm: KL(base || last), nats a token"
-    if not any(value for _, value in measured):
-        name = next((name for point in found.points for name in point.watched), None)
-        if name is None:
-            raise SettingsError("--plot: the runs measured neither harm nor watched texts")
-        measured, label = (
-            [(point, point.watched.get(name)) for point in found.points],
-            f"rise of the loss on {name}, nats",
-        )
-    drawn = [(point, value) for point, value in measured if value is not None]
+    if found.against is None:
+        raise SettingsError("--plot: the runs measured neither harm nor watched texts")
+    label = "KL(base || last)" if found.against == HARM else "rise of the loss"
+    drawn = [(point, value) for point in found.points if (value := point.cost(found.against)) is not None]
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.subplots()
     scale = 1 if found.metric == "loss" else 100
+    colors = colormaps["tab20"].resampled(20)
     for i, method in enumerate(dict.fromkeys(point.method for point, _ in drawn)):
         own = sorted(
             ((value, point.average) for point, value in drawn if point.method == method), key=lambda each: each[0].mean
@@ -101,11 +97,14 @@ def plot_frontier(found: Frontier, path: Path) -> None:
         axes.errorbar(
             [x.mean for x, _ in own], [scale * y.mean for _, y in own],
             xerr=[x.deviation or 0 for x, _ in own], yerr=[scale * (y.deviation or 0) for _, y in own],
-            marker="os^Dv<>Phd*X"[i % 12], markersize=6, linewidth=1.2, label=method,
+            marker="os^Dv<>Phd*X"[i % 12], color=colors(i % 20), markersize=6, linewidth=1.2, label=method,
         )  # fmt: skip
     if min(value.mean for _, value in drawn) > 0:
         axes.set_xscale("log")
-    axes.set(xlabel=label, ylabel=f"AA, {'nats per token' if found.metric == 'loss' else '%'}")
+    axes.set(
+        xlabel=f"{found.against}: {label}, nats a token",
+        ylabel=f"AA, {'nats per token' if found.metric == 'loss' else '%'}",
+    )
     axes.set_title(f"{', '.join(found.tasks)}: up is better, left is safer")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -20,16 +20,21 @@ COMPARISON_LEGEND = (
 )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be; the first is left-aligned and shortened to fit 100 columns."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, keep_start: bool = False) -> str:
+    """Columns as wide as they need to be; the first is left-aligned and shortened to fit 100 columns.
+
+    Of names of matrices the end tells them apart; `keep_start` is for those that begin with what does.
+    """
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    lines = [_line(head, widths), "  ".join("-" * width for width in widths)]
-    return "\n".join([*lines, *(_line(row, widths) for row in rows)])
+    lines = [_line(head, widths, keep_start), "  ".join("-" * width for width in widths)]
+    return "\n".join([*lines, *(_line(row, widths, keep_start) for row in rows)])
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0] if len(cells[0]) <= widths[0] else "…" + cells[0][-(widths[0] - 1) :]
+def _line(cells: Sequence[str], widths: Sequence[int], keep_start: bool) -> str:
+    first, width = cells[0], widths[0]
+    if len(first) > width:
+        first = first[: width - 1] + "…" if keep_start else "…" + first[-(width - 1) :]
     rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
     return "  ".join([first.ljust(widths[0]), *rest]).rstrip()
 

@@ -10,7 +10,7 @@ import torch
 
 from sculptor import __version__
 from sculptor.analysis.cosines import measure_importance
-from sculptor.analysis.derive import Packing, decide, write_measured
+from sculptor.analysis.derive import Measurement, Packing, decide, write_measured
 from sculptor.analysis.evidence import Source, weigh
 from sculptor.analysis.sources import facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
@@ -149,23 +149,20 @@ def _of_these_inputs(partial: Path, world: World) -> Iterator[None]:
 
 def _measure(run: _Run) -> _Found:
     """Evidence of rows that the model reads, and rules that follow from it."""
-    job, world, unreached = run.job, run.world, list[str]()
+    job, world = run.job, run.world
     with run.open_model() as loaded:
         sampled = world.once(lambda: sample_sources(loaded, job.settings, job.items, run.progress))
         sources = [*job.sources, *sampled]
-        write_measured(
-            loaded,
-            dict(run.records),
-            job.targets,
-            sources,
-            job.measures,
-            job.settings,
-            job.method.derive,
-            run.writer if world.first else None,
-            run.progress,
-            unreached=unreached,
-            world=world,
+        asked = Measurement(
+            records=dict(run.records),
+            targets=job.targets,
+            sources=sources,
+            measures=job.measures,
+            settings=job.settings,
+            make=job.method.derive,
+            leaves_out=True,
         )
+        unreached = write_measured(loaded, asked, run.writer if world.first else None, run.progress, world)
         _keep_samples(run, loaded)
         keep_protected(run.writer, loaded, job.settings, job.named, world, run.notice)
     return _Found(sources, unreached)

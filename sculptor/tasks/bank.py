@@ -19,7 +19,7 @@ from torch import Tensor
 from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
-from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
+from sculptor.checkpoint.staging import check_apart, one_pass, write_json
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
@@ -32,7 +32,7 @@ from sculptor.model.load import LoadedModel, load_model, resolve_device
 from sculptor.model.queries import queries
 from sculptor.numerics.routing import make_key, mix, scores
 from sculptor.progress import Progress, silent
-from sculptor.tasks.bank_files import BEGAN, Bank, BankTask, base_identity, write_task
+from sculptor.tasks.bank_files import BEGAN, Bank, BankTask, bank_to_add_to, base_identity, write_task
 from sculptor.tasks.readme import Readme, code, write_readme
 from sculptor.tasks.record import record_head
 
@@ -92,9 +92,7 @@ def add_to_bank(
     settings, directory = settings or BankSettings(), Path(bank).resolve()
     pairs = open_pairs(base, tuned, copy_base=True)
     check_apart(directory, [pairs.base.path, pairs.tuned.path])
-    found = Bank(directory) if directory.exists() else None
-    if found is not None and name in found.names:
-        raise BankError(f"{directory}: has a task {name} already; choose another --name")
+    found = bank_to_add_to(directory, name)
     if re.fullmatch(r"[\w-]{1,100}", name) is None:
         raise BankError(f"--name {name!r}: expected letters, digits, - and _")
     if rank is not None and rank < 1:
@@ -121,13 +119,10 @@ def add_to_bank(
     bar.close()
     if not deltas:
         raise EditError(f"{pairs.tuned.path}: has the weights of {pairs.base.path}; there is nothing to add")
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    others = () if found is None else found.tasks
     kept = math.sqrt(max(0.0, 1 - squares[0] / squares[1]))
-    task = write_task(directory, identity, others, name, key, deltas, kept)
+    tasks = write_task(directory, identity, name, key, deltas, kept)
     factored = sum(each.right is not None for each in deltas.values())
-    return AddReport(directory, task, factored, tuple(one.name for one in (*others, task)))
+    return AddReport(directory, tasks[-1], factored, tuple(one.name for one in tasks))
 
 
 def _spread(rows: list[Row]) -> list[Row]:

@@ -7,12 +7,14 @@ NAME.safetensors        key.mean (g, d), key.scatter (g, d, d);  of each changed
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
 import torch
+from filelock import FileLock
 from pydantic import Field
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from sculptor import __version__
 from sculptor.checkpoint.reader import Checkpoint, identity
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import read_header, read_known, write_tensors
+from sculptor.checkpoint.written import LOCK_NAME
 from sculptor.edits.compact import Compact
 from sculptor.errors import BankError
 from sculptor.numerics.routing import Key
@@ -167,26 +170,73 @@ def base_identity(checkpoint: Checkpoint, progress: Progress) -> str:
     return identity(checkpoint.digests_beside((), progress))
 
 
+def bank_to_add_to(directory: Path, name: str) -> Bank | None:
+    """The bank that gets a task; None if it is still to be made, in no or an empty directory, or where that was broken off.
+
+    Raises:
+        BankError: if it has the task, or is no bank.
+    """
+    begun = (directory / LOCK_NAME).is_file() and not (directory / BANK_NAME).exists()
+    if begun or not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return None
+    found = Bank(directory)
+    if name in found.names:
+        raise BankError(f"{directory}: has a task {name} already; choose another --name")
+    return found
+
+
 def write_task(
-    directory: Path,
-    base: str,
-    others: tuple[BankTask, ...],
-    name: str,
-    key: Key,
-    deltas: Mapping[str, Compact],
-    kept: float,
-) -> BankTask:
-    """Writes a task's file, and then the bank's: until then it is as it was.
+    directory: Path, base: str, name: str, key: Key, deltas: Mapping[str, Compact], kept: float
+) -> tuple[BankTask, ...]:
+    """Writes a task's file, and then the bank's: until then it is as it was, or not there.
 
     Args:
-        directory: of the bank.
+        directory: of the bank, which another run may be adding to.
         base: digest of its checkpoint.
-        others: tasks that it has.
         name: of the task.
         key: of its rows.
         deltas: what it changed.
         kept: share of ||dW|| that is kept.
+
+    Returns:
+        All tasks of the bank; this one is the last.
+
+    Raises:
+        SculptorError: if it cannot be written, or another run has added that task, or one to another checkpoint.
     """
+    with _locked(directory):
+        found = bank_to_add_to(directory, name)
+        if found is not None and found.base != base:
+            raise BankError(f"{directory}: bank of another checkpoint now; {BEGAN}")
+        others = () if found is None else found.tasks
+        tasks = (*others, _write_file(directory, name, key, deltas, kept))
+        content = json.loads(json.dumps(asdict(_Manifest(f"sculptor {__version__}", base, tasks))))
+        write_json(directory / BANK_NAME, {"format": FORMAT, "version": VERSION} | content | {"sha256": sign(content)})
+    return tasks
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """While nobody else adds to a bank; if it fails before there is one, nothing is left."""
+    path = directory / LOCK_NAME
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(path)
+        with writing(path):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+    finally:
+        with suppress(OSError):
+            if [item.name for item in directory.iterdir()] == [LOCK_NAME]:
+                path.unlink()
+                directory.rmdir()
+
+
+def _write_file(directory: Path, name: str, key: Key, deltas: Mapping[str, Compact], kept: float) -> BankTask:
     tensors = {"key.mean": key.mean.to(torch.float32), "key.scatter": key.scatter.to(torch.float32)}
     for tensor, found in deltas.items():
         tensors[tensor + _LEFT] = found.left
@@ -194,11 +244,12 @@ def write_task(
             tensors[tensor + _RIGHT] = found.right
     file, staged = directory / f"{name}.safetensors", directory / f"{name}.safetensors.tmp"
     entries = [(each, value.dtype, tuple(value.shape)) for each, value in tensors.items()]
-    write_tensors(staged, entries, tensors.__getitem__, {"format": "pt"})
-    task = BankTask(name, file.name, staged.stat().st_size, file_digest(staged), key.rows, len(deltas), kept)
-    manifest = _Manifest(f"sculptor {__version__}", base, (*others, task))
-    content = json.loads(json.dumps(asdict(manifest)))
-    with writing(file):
-        staged.replace(file)
-    write_json(directory / BANK_NAME, {"format": FORMAT, "version": VERSION} | content | {"sha256": sign(content)})
+    try:
+        write_tensors(staged, entries, tensors.__getitem__, {"format": "pt"})
+        with writing(file):
+            task = BankTask(name, file.name, staged.stat().st_size, file_digest(staged), key.rows, len(deltas), kept)
+            staged.replace(file)
+    finally:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
     return task

@@ -22,8 +22,7 @@ from sculptor.analysis.verify import Verification, verify_checkpoints
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
-from sculptor.checkpoint.staging import check_apart, commit, staging, writing
-from sculptor.checkpoint.written import discard
+from sculptor.checkpoint.staging import check_apart, put_in_place, staging, writing
 from sculptor.data.collated import collated_examples
 from sculptor.data.examples import Encoded, resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of, task_name
@@ -225,8 +224,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             check_settings(model, job.checkpoint)
             with closing(open_model(made, device, job.architecture, "auto", progress=self.progress)) as written:
                 check_computes(model, written, autocast_of(args), "what is written of it")
-            commit(partial / "output", output, overwrite=overwrite)
-            discard(partial)
+            put_in_place(partial, output, overwrite=overwrite)
         leak = self.verification.leak
         state.log_history.append({"sculptor_leak": leak, "step": state.global_step, "epoch": state.epoch})
         self.notice(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sculptor.planning.footprints import Footprint
 from sculptor.planning.placement import Shortage
-from sculptor.tasks.data import DataReport
+from sculptor.tasks.data_report import DataReport
 
 
 @dataclass(frozen=True, slots=True)

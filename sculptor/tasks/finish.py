@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sculptor.analysis.derive import Packing
 from sculptor.analysis.leak import measure_leak
+from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.architecture import Architecture
@@ -33,7 +34,6 @@ from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
-from sculptor.tasks.first_archive import ANALYZED_NAME
 from sculptor.tasks.job import TrainJob, cast_to, open_model
 from sculptor.tasks.next_archive import NextArchive
 from sculptor.tasks.readme import write_readme
@@ -177,7 +177,7 @@ class _Finish:
             num_measured=self.archive.num_measured,
         )
         self.archive.finish(report.num_examples, result.steps, self.updates, report.opened)
-        analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
+        analyzed = (self.staged.parent / ANALYZED).is_dir()
         record = training_record(job, report, previous.lineage, self.saved, analyzed=analyzed)
         write_json(self.staged / RECORD_NAME, record)
         write_readme(self.staged, train_readme(job, report, analyzed=analyzed))

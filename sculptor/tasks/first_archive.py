@@ -1,13 +1,15 @@
 """The archive that `train` makes for itself where none is given: what the model says, or given data, by curvature."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
-from sculptor.checkpoint.staging import partial_path
+from sculptor.checkpoint.staging import key_difference, move_back, partial_path, write_json
 from sculptor.data.row_types import MessagesRow
-from sculptor.data.rows import Data, Item, as_items, names_of, read_sources
+from sculptor.data.rows import Data, Item, as_items, digest_rows, names_of, read_sources, weight_of
 from sculptor.errors import OutputError, SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, is_self
@@ -15,14 +17,17 @@ from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.job import open_base
+from sculptor.tasks.processes import join
 from sculptor.training.settings import TrainSettings
+from sculptor.validation import file_digest, parse, read_file
 
-ANALYZED_NAME = "analyzed"
+_READ_NAME = "analyzed_of.json"  # beside it, until the output is complete
+_REMEDY = "pass --overwrite to start anew"
 
 
 def has_archive(staged: Path) -> bool:
     """Whether a staging directory holds such an archive, or a part of one."""
-    path = staged / ANALYZED_NAME
+    path = staged / ANALYZED
     return (path / MANIFEST_NAME).is_file() or has_progress(partial_path(path))
 
 
@@ -51,7 +56,7 @@ def analyze_first(
     Raises:
         SculptorError: if the model cannot be analyzed, or what is there was made of other data.
     """
-    path, items = staged / ANALYZED_NAME, as_items(data)
+    path, items = staged / ANALYZED, as_items(data)
     template = _template_for(model, items, settings)
     asked = AnalyzeSettings(
         basis=basis,
@@ -62,6 +67,11 @@ def analyze_first(
     )
     if not items:
         check_samples(model)
+    world = join(settings.device)
+    with world.together():
+        read = _read_of(items, template)
+    world.once(lambda: move_back(staged, ANALYZED))
+    world.once(lambda: _check_same(staged, read))
     if not (path / MANIFEST_NAME).is_file():
         analyze(
             model,
@@ -78,9 +88,29 @@ def analyze_first(
     found = Archive(path, rules=rules).manifest.settings
     named = template and Path(template).name
     if (found.data, found.seed, found.chat_template) != (names_of(items) or (SELF,), settings.seed, named):
-        raise OutputError(
-            f"{path}: was made with other --protect-data, another --seed or --chat-template; pass --overwrite to start anew"
-        )
+        raise OutputError(f"{path}: was made with other --protect-data, another --seed or --chat-template; {_REMEDY}")
+
+
+def _read_of(items: Sequence[Item], template: str | None) -> dict[str, Any]:
+    """What a run that is taken up has to read as it was: names do not tell what is in files."""
+    own = [item for item in items if not (isinstance(item, str) and is_self(item))]
+    again = [item for item in own if not isinstance(item, Iterator)]  # those can be read once only
+    rows = (row for source in read_sources(again, mixed=True) for row in source.rows)
+    return {
+        "rows": digest_rows(rows),
+        "weights": [weight_of(item) for item in own],
+        "template": template and file_digest(Path(template)),
+    }
+
+
+def _check_same(staged: Path, read: Mapping[str, Any]) -> None:
+    """Refuses an archive that was made of something else; what is begun looks by itself."""
+    noted, path = staged / _READ_NAME, staged / ANALYZED
+    if noted.is_file() and (path / MANIFEST_NAME).is_file():
+        different = key_difference(parse(read_file(noted, OutputError, _REMEDY), noted, OutputError, _REMEDY), read)
+        if different is not None:
+            raise OutputError(f"{path}: was made with other --protect-data ({different}); {_REMEDY}")
+    write_json(noted, dict(read))
 
 
 def _template_for(model: str | Path, items: Sequence[Item], settings: TrainSettings) -> str | None:

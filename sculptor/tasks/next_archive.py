@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sculptor import __version__
-from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.archive.manifest import MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive, Entry
@@ -111,19 +111,16 @@ class NextArchive:
         job, archive, method = self._job, self._job.archive, self._method
         assert isinstance(method, Carrying)
         weight, rows = job.settings.memory_weight or 1.0, memory_of(job)
-        write_measured(
-            loaded,
-            waiting,
-            [target for target in job.architecture.targets if target.name in waiting],
-            [Source(job.name, rows, weight)],
-            self._measures,
-            archive.manifest.settings,
-            lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
-            self._writer if world.first else None,
-            progress,
-            self.task,
-            world=world,
+        asked = Measurement(
+            records=waiting,
+            targets=[target for target in job.architecture.targets if target.name in waiting],
+            sources=[Source(job.name, rows, weight)],
+            measures=self._measures,
+            settings=archive.manifest.settings,
+            make=lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
+            task=self.task,
         )
+        write_measured(loaded, asked, self._writer if world.first else None, progress, world)
         world.once(lambda: decide(self._writer, method, [*archive.manifest.source_weights, weight]))
         self.waiting, self.num_measured = {}, len(rows)
 

@@ -29,7 +29,7 @@ class _Split:
     ways: Mapping[str, Footprint]
 
 
-def decide(
+def plan_job(
     job: TrainJob, device: torch.device, output: Path, world: World, notice: Callable[[str], object] = lambda _: None
 ) -> TrainJob:
     """The job with all settings decided that depend on the machine; told in a line, unless everything is as asked.

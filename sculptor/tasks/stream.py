@@ -109,17 +109,17 @@ class StreamedModel:
             with writing(Path(directory)):
                 Path(directory).mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-", dir=directory)
-        self.loaded = load_streamed(
+        loaded = load_streamed(
             self.checkpoint,
             device,
             settings.offload,
             architecture,
             scratch=Path(self._scratch.name),
-            trained=trained_dtypes(architecture, self.archive, device),
+            compute_dtypes=trained_dtypes(architecture, self.archive, device),
             keep_inputs=None if settings.offload_inputs is None else not settings.offload_inputs,
             progress=progress,
         )
-        self.updates = streamed_updates(self.loaded, self.archive, {}, self.settings, progress)
+        self.loaded, self.updates = streamed_updates(loaded, self.archive, {}, self.settings, progress)
         self.updates.begin(_rate_of(None))
         self._open = True
 
@@ -149,7 +149,6 @@ class StreamedModel:
         self._check_open()
         self.updates.begin(_rate_of(learning_rate))
         loss.backward()  # type: ignore[no-untyped-call]
-        self.updates.end_backward()
 
     def step(self, learning_rate: float | None = None) -> float:
         """Clips and updates; returns the norm of the gradient before.

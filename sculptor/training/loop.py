@@ -210,10 +210,10 @@ class TrainingLoop:
                 share = share + self.settings.kl_weight * (found.divergence / total_tokens)
             if share.requires_grad:  # layer dropping may leave out everything that is trained
                 self.accelerator.backward(share)
-            self.updates.end_backward()
+            self.updates.pass_by()
         for _ in range(passes - len(batches)):  # of other processes, which have more rows
             self.updates.begin(rate_of)
-            self.updates.end_backward()
+            self.updates.pass_by()
         if self.penalty is not None and self.world.first:  # once, where gradients add up
             self.accelerator.backward(self.penalty())
         norm = self.updates.clip()

@@ -3,6 +3,7 @@
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,14 +66,14 @@ def prepare_model(
         tier,
         architecture,
         scratch=scratch,
-        trained=trained_dtypes(architecture, archive, device),
+        compute_dtypes=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
         keep_inputs=True if tier == "device" else keep,
         progress=progress,
         divide=_divide(checkpoint, architecture, archive, device) if divided else None,
     )
     opened = _open_extra(loaded, extra)
-    return loaded, streamed_updates(loaded, archive, opened, settings, progress, open_rows(loaded.model, growth))
+    return streamed_updates(loaded, archive, opened, settings, progress, open_rows(loaded.model, growth))
 
 
 def _divide(checkpoint: Checkpoint, architecture: Architecture, archive: Archive, device: torch.device) -> Divide:
@@ -106,8 +107,8 @@ def streamed_updates(
     settings: TrainSettings,
     progress: Progress,
     rows: Sequence[NewRows] = (),
-) -> StreamedUpdates:
-    """The optimizer of a streamed model; if that fails, the model's memory is given back.
+) -> tuple[LoadedModel, StreamedUpdates]:
+    """A streamed model as it trains, and its optimizer; if that fails, the model's memory is given back.
 
     Raises:
         SettingsError: if the host does not give enough memory.
@@ -117,7 +118,8 @@ def streamed_updates(
     extra = {**extra, **{new.name: new.values for new in rows}}
     bar = progress(total=len(loaded.stream.paths), desc="prepare", unit="block")
     try:
-        return StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
+        updates = StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
+        return replace(loaded, stream=updates.stream), updates
     except BaseException as cause:
         loaded.stream.close()
         if isinstance(cause, MemoryError):

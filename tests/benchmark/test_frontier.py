@@ -57,8 +57,8 @@ def test_points_are_means_over_seeds_named_by_what_differs_and_in_order_of_harm(
     ]
     found = frontier(runs)
     assert [point.name for point in found.points] == [
-        "sculptor (curvature), learning rate 0.0001",
-        "sculptor (curvature), learning rate 0.001",
+        "sculptor (curvature), rate 0.0001",
+        "sculptor (curvature), rate 0.001",
         "full",
         "lora",
     ]
@@ -73,6 +73,26 @@ def test_points_are_means_over_seeds_named_by_what_differs_and_in_order_of_harm(
     assert max(map(len, text.splitlines())) <= 100
     assert "72.0 ± 2.8" in text
     assert "0.0500 ± 0.0141" in text
+
+
+def test_what_a_run_costs_may_be_a_watched_text(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """Its order is another than that of harm, and a text that no run watched is refused."""
+
+    def run(name: str, method: str, harm: float, rise: float) -> Path:
+        place = finished(tmp_path / name, method, harm=harm)
+        content = json.loads((place / "continual.json").read_text())
+        content["stages"][-1]["watched"]["wiki.txt"] = 2.0 + rise
+        (place / "continual.json").write_text(json.dumps(content))
+        return place
+
+    runs = [run("1", "sculptor", 0.1, 0.3), run("2", "full", 0.2, 0.2)]
+    assert [point.method for point in frontier(runs).points] == ["sculptor (curvature)", "full"]
+    found = frontier(runs, "wiki.txt")
+    assert [point.method for point in found.points] == ["full", "sculptor (curvature)"]
+    assert [point.cost(found.against).mean for point in found.points] == pytest.approx([0.2, 0.3])  # type: ignore[union-attr]
+    refused = cli("frontier", *runs, "--against", "other.txt")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--against other.txt: expected one of harm, wiki.txt, which the runs measured" in refused.err
 
 
 def test_orders_of_tasks_are_points_of_their_own(tmp_path: Path) -> None:

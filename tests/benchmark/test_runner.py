@@ -15,11 +15,10 @@ from plans import two_tasks
 from safetensors.torch import load_file
 
 from sculptor import Archive
-from sculptor.benchmark import runner
 from sculptor.benchmark.results import ContinualReport
 from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.checkpoint.written import MARKER_NAME
+from sculptor.checkpoint.staging import NotPlacedError
 from sculptor.errors import OutputError, Stopped
 from sculptor.evaluation.matrix import continual_metrics
 from sculptor.model.load import load_model
@@ -304,6 +303,23 @@ def test_an_input_is_no_output(cli: Callable[..., Result], place: Path, name: st
     assert sorted(path.name for path in place.iterdir()) == before
 
 
+def test_a_page_or_a_picture_is_in_no_input_and_no_output(cli: Callable[..., Result], place: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (place / "texts").mkdir()
+    write_rows(place / "texts" / "general.jsonl", task_rows("text", 6))
+    before = sorted(place.rglob("*"))
+    for option, name in (("--html", "page.html"), ("--plot", "matrix.png")):
+        for folder, message, code in (
+            ("base", "lies in the input", 1),
+            ("texts", "lies in the input", 1),
+            ("out", "lies in the output", 2),
+            ("nowhere", "there is no folder", 1),
+        ):
+            more = (option, place / folder / name, "--set", 'watch=["texts"]')
+            refused(cli("continual", place / "plan.toml", "-o", place / "out", *more), message, code=code)
+    assert sorted(place.rglob("*")) == before
+
+
 def test_overwriting_spares_calibration_rows(cli: Callable[..., Result], place: Path) -> None:
     """`analyze.data` is an input like any other."""
     run(cli, place, "out", "--method", "full")
@@ -564,13 +580,16 @@ def test_what_was_trained_on_may_not_change_before_a_resume(place: Path, replace
         continual(place / "plan.toml", place / "cut", resume=True)
 
 
-def test_states_of_a_complete_task_do_not_reach_the_output(place: Path) -> None:
-    """Killed after a task was put in its place and before its states were removed."""
+def test_what_was_of_use_on_the_way_does_not_reach_the_output(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after a task was put in its place and before its states were removed, and then nothing can be removed."""
     with pytest.raises(Stopped):
         continual(place / "plan.toml", place / "cut", method="full", stop=StopAt(5))
     left = place / "cut.partial" / "02-second.partial"
     assert left.is_dir()
     shutil.copytree(place / "cut.partial" / "01-first", place / "cut.partial" / "02-second")
+    for module in ("benchmark.runner", "benchmark.learning", "checkpoint.staging"):
+        name = "discard" if module == "checkpoint.staging" else "remove"
+        monkeypatch.setattr(f"sculptor.{module}.{name}", lambda _: None)
     continual(place / "plan.toml", place / "cut", method="full", resume=True)
     assert sorted(path.name for path in (place / "cut").iterdir()) == [
         ".sculptor",
@@ -581,31 +600,25 @@ def test_states_of_a_complete_task_do_not_reach_the_output(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sculptor", "full"])
-def test_a_run_killed_at_its_very_end_can_be_finished(
+@pytest.mark.parametrize("method", ["sculptor", "slm"])
+def test_a_run_that_cannot_be_put_in_its_place_is_finished_later(
     place: Path, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All rows are there and the model has its place, only the report is missing."""
-    keys: list[Any] = []
-    write = runner.write_json
+    """All rows are there and so is the model, as after a kill at the very end."""
+    whole = continual(place / "plan.toml", place / "whole", method=method)
+    rename = Path.rename
 
-    def noted(path: Path, written: dict[str, Any]) -> None:
-        keys.extend([written["key"]] if path.name == "scores.json" else [])
-        write(path, written)
+    def failing(self: Path, target: Path) -> Path:
+        if target == place / "cut":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "write_json", noted)
-        whole = continual(place / "plan.toml", place / "whole", method=method)
-    content = json.loads((place / "whole" / "continual.json").read_text())
-    (place / "whole").rename(place / "whole.partial")
-    for name in ("continual.json", "sculptor.json"):
-        (place / "whole.partial" / name).unlink()
-    (place / "whole.partial" / MARKER_NAME).touch()
-    scores = {"key": keys[0], "stages": content["stages"]}
-    (place / "whole.partial" / "scores.json").write_text(json.dumps(scores))
-    finished = continual(place / "plan.toml", place / "whole", method=method, resume=True)
-    assert finished.matrix == whole.matrix
-    assert (place / "whole" / "model" / "config.json").is_file()
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(NotPlacedError, match=r"complete in .*, or pass --resume"):
+            continual(place / "plan.toml", place / "cut", method=method)
+    assert not (place / "cut").exists()
+    same_end(place, whole, continual(place / "plan.toml", place / "cut", method=method, resume=True))
 
 
 def test_a_plan_of_one_task(cli: Callable[..., Result], place: Path) -> None:

@@ -1,6 +1,7 @@
 """A full disk, a failing one and SIGKILL at every file operation of a small run, which is then taken up again.
 
     python tests/benchmarks/faults.py DIR [--command NAME]... [--fault ENOSPC|EIO|SIGKILL]... [--jobs N] [--every N] [--last N]
+        [--at N]...
 
 Each point runs in a process of its own (forked, so that nothing is imported again): it has to end in one line of ours, or be
 gone; then the same command goes on with --resume, or is started anew where there is none, and has to leave, tensor for tensor,
@@ -54,7 +55,7 @@ data = ["rows.jsonl"]
 test = ["rows.jsonl"]
 """
 # What a run that is killed at its very end may leave in a complete output.
-LITTER = (LOCK_NAME, MARKER_NAME, "progress.json", "scores.json")
+LITTER = (LOCK_NAME, MARKER_NAME, "progress.json")
 
 
 FAULTS = ("ENOSPC", "EIO", "SIGKILL")
@@ -175,6 +176,7 @@ def commands(root: Path) -> dict[str, Callable[[Path, bool], object]]:
             model, output, sculptor.Prune(sparsity=0.3, by="magnitude"), overwrite=again
         ),
         "convert": lambda output, again: sculptor.convert(archive, output, model=model, overwrite=again),
+        "bank": lambda output, _: sculptor.add_to_bank(output, model, root / "tuned", [rows], name="one"),
         "continual": lambda output, resume: sculptor.continual(root / "plan.toml", output, resume=resume),
     }
 
@@ -231,8 +233,11 @@ def try_point(run: Callable[[Path, bool], object], work: Path, expected: dict[st
     if said == "killed" and fault != "SIGKILL":
         return "killed without a signal"
     if output.exists():  # placed; what tidying up left is no part of it
-        found, whole = ({n: v for n, v in each.items() if n not in LITTER} for each in (digests(output), expected))
-        return "ok" if found == whole else "looks finished and is not"
+        found, whole = (
+            {n: v for n, v in each.items() if Path(n).name not in LITTER} for each in (digests(output), expected)
+        )
+        wrong = sorted(name for name in {*found, *whole} if found.get(name) != whole.get(name))
+        return "ok" if not wrong else f"after {said[:100]!r}: placed, and {len(wrong)} differ, first {wrong[0]}"
     again = in_child(lambda: run(output, True), log)
     if again != "done":
         return f"after {said[:200]!r}: {again}"
@@ -292,6 +297,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="points at a time")
     parser.add_argument("--every", type=int, default=1, help="only every so many points")
     parser.add_argument("--last", type=int, help="only so many points at the end, where the output is placed")
+    parser.add_argument("--at", type=int, action="append", help="only this point; repeatable")
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     root = options.directory.resolve()
@@ -303,18 +309,18 @@ def main() -> None:
         for name in options.command or known:
             expected, points = undisturbed(root, name)
             first = 1 if options.last is None else max(1, points + 1 - options.last)
-            chosen = range(first, points + 1, options.every)
+            chosen = options.at or range(first, points + 1, options.every)
             for fault in options.fault or FAULTS:
                 began = time.perf_counter()
-                found = list(pool.map(functools.partial(one_point, root, name, expected, fault=fault), chosen))
-                failures = {at: said for at, said in zip(chosen, found, strict=True) if said != "ok"}
-                for at, said in failures.items():
-                    print(f"{name} {fault} at {at}: {said}", flush=True)
-                wrong += len(failures)
+                failed = 0
+                found = pool.map(functools.partial(one_point, root, name, expected, fault=fault), chosen)
+                for at, said in zip(chosen, found, strict=True):
+                    if said != "ok":
+                        failed += 1
+                        print(f"{name} {fault} at {at}: {said}", flush=True)
+                wrong += failed
                 seconds = time.perf_counter() - began
-                rows.append(
-                    (name, fault, f"{len(chosen)} of {points}", len(chosen) - len(failures), len(failures), seconds)
-                )
+                rows.append((name, fault, f"{len(chosen)} of {points}", len(chosen) - failed, failed, seconds))
     print(f"\n{'command':<18} {'fault':<8} {'points':>12} {'ok':>5} {'failures':>9} {'seconds':>8}")
     for name, fault, tried, ok, failed, seconds in rows:
         print(f"{name:<18} {fault:<8} {tried:>12} {ok:>5} {failed:>9} {seconds:>8.0f}")

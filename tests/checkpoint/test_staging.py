@@ -269,17 +269,17 @@ def test_a_link_is_no_staging_directory(tmp_path: Path, resume: bool) -> None:
 
 
 @pytest.mark.parametrize(("content", "ours_too"), [('{"key": 1}', True), ("my evaluation", False), ("[1]", False)])
-def test_scores_of_somebody_else_are_kept(tmp_path: Path, content: str, ours_too: bool) -> None:
+def test_progress_of_somebody_else_are_kept(tmp_path: Path, content: str, ours_too: bool) -> None:
     output = tmp_path / "out"
     output.mkdir()
     ours(output, "sculptor.json")
-    (output / "scores.json").write_text(content)
+    (output / "progress.json").write_text(content)
     if ours_too:  # a run that could not tidy up
         start(output, overwrite=True)
         return
-    with pytest.raises(OutputError, match=r"holds scores\.json, which sculptor did not write"):
+    with pytest.raises(OutputError, match=r"holds progress\.json, which sculptor did not write"):
         start(output, overwrite=True)
-    assert (output / "scores.json").read_text() == content
+    assert (output / "progress.json").read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -377,3 +377,22 @@ def test_what_a_killed_run_was_writing_is_its_own(tmp_path: Path, name: str) -> 
     start(tmp_path / "out", resume=True)
     start(tmp_path / "out", overwrite=True)
     assert not (partial / name).exists()
+
+
+def test_a_place_that_cannot_be_locked_inside_another_is_known_as_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a task of a sequence, when the disk is full at just that moment."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    partial = start(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("filelock.FileLock.acquire", full)
+        with pytest.raises(OutputError, match="No space left"):
+            start(partial / "01-one")
+    assert (partial / "01-one.partial" / MARKER_NAME).is_file()
+    start(start(tmp_path / "out", resume=True) / "01-one", resume=True)
+    start(tmp_path / "out", overwrite=True)
+    assert not (partial / "01-one.partial").exists()

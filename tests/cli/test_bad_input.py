@@ -301,4 +301,7 @@ def test_an_output_lies_in_nothing_that_is_read(
         cli("verify", model, model, "--subspaces", archive, "--html", model / "page.html"), "lies in the input", code=2
     )
     one_line(cli("evaluate", model, "--data", folder, "--html", folder / "page.html"), "lies in the input", str(folder))
+    for option in ("--protect-data", "--replay"):
+        page = ("train", model, "--data", rows, option, folder, "-o", tmp_path / "out", "--html", folder / "page.html")
+        one_line(cli(*page), "lies in the input", str(folder))
     assert sorted(tmp_path.rglob("*")) == before

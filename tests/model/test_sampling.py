@@ -13,7 +13,8 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
 from sculptor.model.load import LoadedModel, load_model
-from sculptor.model.sampling import sample_examples
+from sculptor.model.samples import draw_samples, num_predicted, tokens_to_draw
+from sculptor.model.sampling import sample_examples, template_tokens
 from sculptor.progress import silent
 
 END = 0
@@ -164,6 +165,40 @@ def test_chat_learns_the_answers(loaded: LoadedModel) -> None:
     assert any(example.labels[0] == IGNORED for example in examples)
     assert sample(loaded, num_tokens=600, max_length=48, chat=True) == examples
     assert sample(loaded, num_tokens=600, max_length=48, chat=True, seed=1) != examples
+
+
+# A system's turn of thirty tokens goes first, as with many chat models.
+WORDY = "{{ '" + "w9 " * 30 + "' }}" + TEMPLATE
+
+
+def test_a_long_template_leaves_room_for_answers(loaded: LoadedModel) -> None:
+    """Of each conversation by itself: another's long question takes nothing from its answer."""
+    loaded.tokenizer.chat_template = WORDY
+    assert template_tokens(loaded) == 30 + 3
+    examples = sample(loaded, num_tokens=1200, max_length=64, chat=True)
+    for example in examples[:-1]:
+        prompt = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
+        assert prompt[-2:] == [TURN, ANSWER]
+        assert example.length == 64 or example.input_ids[-1] in (END, TURN)
+        assert len(prompt) <= 33 + (64 - 33) // 2
+
+
+def test_a_template_without_room_is_refused(loaded: LoadedModel) -> None:
+    loaded.tokenizer.chat_template = WORDY
+    with pytest.raises(CheckpointError, match="the chat template takes 33 tokens, and sequences have 40: too few"):
+        sample(loaded, max_length=40, chat=True)
+
+
+def test_what_is_kept_of_a_chat_model_is_its_answers(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of its own tokens with a long template as with a short one."""
+    monkeypatch.setattr("sculptor.model.samples.TOKENS", 1500)
+    found = []
+    for template in (TEMPLATE, WORDY):
+        loaded.tokenizer.chat_template = template
+        samples = draw_samples(loaded, 128, 3, silent)
+        found.append(sum(num_predicted(sample.example) for sample in samples.all))
+        assert found[-1] > 0.3 * tokens_to_draw(loaded)
+    assert found[1] == pytest.approx(found[0], rel=0.25)
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

@@ -50,6 +50,22 @@ def test_a_planned_matrix_counts_its_entries_and_coordinates(made: Path) -> None
     assert sum(matrix.num_free for matrix in planned) == archive.num_free
 
 
+def test_scores_that_are_written_out_grow_with_the_square_of_a_row(made: Path) -> None:
+    """Six bytes each in bf16 in every block whose activations are kept, eight more in the one that is worked on."""
+    work = Workload(4096, 1, micro_rows=2, row=2048, recompute=False)
+    plain = plans(made, work=work)["none"].device["activations"]
+    checkpoint = open_checkpoint(made / "model", "eager")
+    architecture = inspect_architecture(checkpoint)
+    config = checkpoint.config
+    heads, blocks = config["num_attention_heads"], config["num_hidden_layers"]
+    assert architecture.score_heads == heads
+    planned = plan_archive(Archive(made / "weights"), architecture)
+    eager = footprints(checkpoint, architecture, planned, GPU, work)
+    scores = heads * 2 * 2048**2
+    assert eager["none"].device["activations"] - plain == pytest.approx((6 * blocks + 8) * scores, rel=0.05)
+    assert eager["cpu"].device["activations"] > plans(made, work=work)["cpu"].device["activations"]
+
+
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_coordinates_take_sixteen_bytes_each(made: Path, device: torch.device) -> None:
     """Themselves, their gradients, and AdamW's two moments, float32."""

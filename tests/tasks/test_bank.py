@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, Interpolate, TrainSettings, add_to_bank, analyze, edit, evaluate, route, train
+from sculptor.checkpoint.written import LOCK_NAME
+from sculptor.edits.compact import Compact
+from sculptor.errors import BankError, OutputError
 from sculptor.numerics.rounding import rounding_variance
+from sculptor.numerics.routing import Key
+from sculptor.tasks.bank_files import Bank, bank_to_add_to, write_task
 
 COVERS = ["sculptor.tasks.bank_files", "sculptor.tasks.routed"]
 
@@ -128,3 +134,33 @@ def test_a_damaged_bank_is_refused(cli: Callable[..., Result], place: Path, tmp_
         assert name in found.err
         assert len(found.err.strip().splitlines()) == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_two_at_once_and_one_that_broke_off_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, bank = Key(2, torch.zeros(1, 2), torch.zeros(1, 2, 2)), tmp_path / "bank"
+
+    def add(name: str) -> None:
+        write_task(bank, "0" * 64, name, key, {"w": Compact(torch.ones(2, 2), None)}, 1.0)
+
+    def full(path: Path) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sculptor.tasks.bank_files.file_digest", full)
+        with pytest.raises(OutputError, match="No space left"):
+            add("a")
+    assert not bank.exists()
+    bank.mkdir()
+    for left in (LOCK_NAME, "a.safetensors.tmp", "b.safetensors"):  # killed
+        (bank / left).write_text("")
+    names = [f"task-{i}" for i in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(add, names))
+    assert sorted(Bank(bank).names) == names
+    with pytest.raises(BankError, match="has a task task-1 already"):
+        add("task-1")
+    assert len(Bank(bank).keys()) == 6
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(BankError, match=r"no bank\.json"):
+        bank_to_add_to(tmp_path / "mine", "a")

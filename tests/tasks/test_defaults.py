@@ -130,12 +130,17 @@ def test_a_stopped_one_goes_on_with_its_archive(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="other --protect-data"):
         train(model, None, [rows], tmp_path / "cut", SHORT, resume=True)
     assert archive.stat().st_mtime_ns == before
-    # The same rows in another order are another run.
+    # The same rows in another order are another run, of what is learned and of what is protected.
     lines = rows.read_text().splitlines(keepends=True)
-    rows.write_text("".join(lines[::-1]))
-    with pytest.raises(OutputError, match=r"other settings|other inputs"):
-        train(model, None, [rows], tmp_path / "cut", SHORT, protect_data=[rows], resume=True)
-    rows.write_text("".join(lines))
+    (tmp_path / "turned").mkdir()
+    turned = tmp_path / "turned" / rows.name
+    turned.write_text("".join(lines[::-1]))
+    for data, protected, message in (
+        (turned, rows, "other settings|other inputs"),
+        (rows, turned, r"other --protect-data \(rows; the data files hold other rows now\)"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            train(model, None, [data], tmp_path / "cut", SHORT, protect_data=[protected], resume=True)
     # What somebody put there stays, is named, and hinders until it is moved.
     for name in ("output/notes.txt", "analyzed/notes.txt", "state/step-notes.txt"):
         mine = tmp_path / "cut.partial" / name

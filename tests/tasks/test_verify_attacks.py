@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.written import not_ours
 from sculptor.errors import SculptorError, VerificationError
 from sculptor.report.verify import verify_text
 
@@ -534,6 +535,7 @@ def test_an_archive_that_protects_nothing_proves_nothing(made: Path, tmp_path: P
     analyze(base, tmp_path / "archive", AnalyzeSettings(rule="lowrank", rank=4, device="cpu"))
     train(base, tmp_path / "archive", [made / "rows.jsonl"], tmp_path / "tuned", FAST)
     assert verify(base, tmp_path / "tuned", tmp_path / "tuned" / "opened", device="cpu").passed
+    assert not_ours(tmp_path / "tuned") is None  # so it can be overwritten
     with pytest.raises(VerificationError, match=r"protects nothing in any of its 14 matrices.*tuned/opened$"):
         verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu")
 

@@ -149,17 +149,24 @@ def check_page(
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise SettingsError(f"--html {path}: expected a name that ends in .html")
-    if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
-        raise SettingsError(f"--html {path}: lies in the output {output}; choose a place beside it")
-    check_place(path, "--html", overwrite, inputs)
+    check_place(path, "--html", overwrite, inputs, output)
 
 
-def check_place(path: Path, option: str, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Refuses a place where a file could not be written, before any work; it lies in no input, and is none.
+def check_place(
+    path: Path,
+    option: str,
+    overwrite: bool,
+    inputs: Iterable[str | Path | None] = (),
+    output: Path | None = None,
+) -> None:
+    """Refuses a place where a file could not be written, before any work; it lies in no input or output, and is none.
 
     Raises:
+        SettingsError: if it lies in the output.
         OutputError: if it exists, has no folder, or lies in an input.
     """
+    if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
+        raise SettingsError(f"{option} {path}: lies in the output {output}; choose a place beside it")
     check_apart(path.resolve(), filter(None, inputs))
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
         raise OutputError(f"{path}: exists already; choose another {option} or pass --overwrite")
