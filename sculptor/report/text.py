@@ -13,6 +13,7 @@ from sculptor.tasks.train_report import TrainReport
 
 WIDTH = 100
 _MAX_LISTED = 8
+_MUCH = 0.25  # of an update that rounding removes: worth another dtype
 _NEAR_BUDGET = 0.005
 COMPARISON_LEGEND = (
     "a/b: directions here / in the other; overlap: share of the smaller inside the larger; angle: largest"
@@ -161,7 +162,8 @@ def train_text(report: TrainReport) -> str:
     if any(matrix.update for matrix in report.matrices.values()):
         lines.append(
             f"Leak into what is protected, beyond what rounding explains: {max(0.0, report.unexplained_leak):.1e} of the update.\n"
-            f"Storing the result removed {percent(report.rounding_loss)} of the update, by rounding."
+            f"Storing the result removed {percent(report.rounding_loss)} of the update, by rounding"
+            + ("; --save-dtype float32 keeps all of it." if report.rounding_loss > _MUCH else ".")
         )
     else:
         lines.append("No matrix changed.")

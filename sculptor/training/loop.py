@@ -153,7 +153,6 @@ class TrainingLoop:
                     "go on with --resume",
                     signal_number,
                 )
-        bar.close()
         self.loaded.model.eval()
         position = self.position
         if position.best_step is not None:
@@ -161,6 +160,7 @@ class TrainingLoop:
         assert position.first_loss is not None
         assert position.last_loss is not None
         steering, harm, named = self.harm.final() if self.harm is not None else (None, None, ())
+        bar.close()
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,

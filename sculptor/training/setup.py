@@ -1,5 +1,6 @@
 """A checkpoint made ready for training: resident, or streamed from host memory or disk."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def prepare_model(
     remove(scratch)
     divided = settings.parallel == "shard"
     if settings.offload == "none" and not divided:
-        return _prepare_resident(checkpoint, architecture, archive, settings, extra, device, growth)
+        return _prepare_resident(checkpoint, architecture, archive, settings, extra, device, growth, progress)
     assert settings.offload != "auto"
     keep = None if settings.offload_inputs is None else not settings.offload_inputs
     tier = "device" if settings.offload == "none" else settings.offload
@@ -136,11 +137,17 @@ def _prepare_resident(
     extra: Sequence[str],
     device: torch.device,
     growth: Growth | None,
+    progress: Progress,
 ) -> tuple[LoadedModel, Updates]:
     loaded = load_model(checkpoint, device, architecture)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else None
-    attach_coordinates(loaded.model, archive, compute_dtype=dtype, fold="manual", soften=settings.soften or 0.0)
+    bar = progress(total=len(archive.open_names), desc="prepare", unit="matrix")
+    soften = settings.soften or 0.0
+    attach_coordinates(
+        loaded.model, archive, compute_dtype=dtype, fold="manual", soften=soften, done=functools.partial(bar.update, 1)
+    )
+    bar.close()
     opened = _open_extra(loaded, extra)
     rows = open_rows(loaded.model, growth)
     recompute = on_gpu if settings.checkpoint_activations is None else settings.checkpoint_activations
