@@ -26,7 +26,7 @@ from sculptor.model.protected import read_protected
 from sculptor.model.samples import draw_samples, read_samples
 from sculptor.progress import Bar, silent
 
-COVERS = ["sculptor.benchmark.stages", "sculptor.report.continual"]
+COVERS = ["sculptor.benchmark.inputs", "sculptor.benchmark.stages", "sculptor.report.continual"]
 PLAN = two_tasks(
     watch=["general.jsonl"],
     held_out=True,
