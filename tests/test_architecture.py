@@ -97,7 +97,7 @@ def goes_up(caller: str, called: str) -> bool:
     """Whether a call goes to a higher floor, or to a file that stands on the caller's: against the imports either way."""
     floors = {
         room: int(floor)
-        for floor, rooms in re.findall(r"^\| (\d) \| (.*) \|$", PAGE, re.M)
+        for floor, rooms in re.findall(r"^\| (\d+) \| (.*) \|$", PAGE, re.M)
         for room in re.findall(r"\w+", rooms)
     }
     below, above = floors[caller.split("/")[0]], floors[called.split("/")[0]]

@@ -74,7 +74,7 @@ def test_the_rule_of_the_page_is_a_rule(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_readme_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sculptor.tasks.defaults._CPU_TOKENS", (400, 400))
+    monkeypatch.setattr("sculptor.jobs.defaults._CPU_TOKENS", (400, 400))
     save_checkpoint(tmp_path / "model")
     for name in ("task", "next", "test"):
         write_rows(tmp_path / f"{name}.jsonl", task_rows())

@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from sculptor.errors import OutputError, SettingsError
+from sculptor.jobs.card_report import SHARES, CardReport, Leak, Line, TunedCard
 from sculptor.model.harm import Harm
 from sculptor.report.html.page import check_place
 from sculptor.report.text import WIDTH, named_line, percent, table
-from sculptor.tasks.card_report import SHARES, CardReport, Leak, Line, TunedCard
 
 LINES_HEAD = ["measured", "figure", "rows", "base", "tuned", "change", "95 % interval"]
 _FIGURES = {

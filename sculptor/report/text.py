@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sculptor.archive.manifest import FrozenMatrices, SourceFacts
+from sculptor.jobs.analyze_report import AnalyzeReport, RoleSummary
+from sculptor.jobs.train_report import TrainReport
 from sculptor.methods.method import Terms
 from sculptor.model.harm import Harm, NamedHarm
-from sculptor.tasks.analyze_report import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.inspect_archive import Inspection
-from sculptor.tasks.train_report import TrainReport
 
 WIDTH = 100
 _MAX_LISTED = 8

@@ -22,18 +22,18 @@ from sculptor.checkpoint.staging import commit
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
+from sculptor.jobs.analyze_job import AnalyzeJob, new_records, open_analysis, run_key
+from sculptor.jobs.analyze_report import AnalyzeReport, report_of
+from sculptor.jobs.defaults import tell_choice
+from sculptor.jobs.job import open_model
+from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.protected import keep_protected
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence
 from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.samples import SECTION, SUFFIX, kept_samples
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze_job import AnalyzeJob, new_records, open_analysis, run_key
-from sculptor.tasks.analyze_report import AnalyzeReport, report_of
-from sculptor.tasks.defaults import tell_choice
-from sculptor.tasks.job import open_model
-from sculptor.tasks.processes import check_alike, join, staged_together
-from sculptor.tasks.protected import keep_protected
 from sculptor.training.settings import Offload
 from sculptor.world import World
 

@@ -27,15 +27,10 @@ from sculptor.data.collated import collated_examples
 from sculptor.data.examples import Encoded, resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of, task_name
 from sculptor.errors import ArchiveError, OutputError, SettingsError, TrainingError
-from sculptor.methods.kinds import Kinds
-from sculptor.methods.method import measures_of
-from sculptor.methods.settings import Carry
-from sculptor.model.load import LoadedModel, load_tokenizer
-from sculptor.progress import Progress, silent
-from sculptor.tasks.finish import write_output
-from sculptor.tasks.job import Rows, TrainJob, open_base, open_model, read_task, resolve_settings
-from sculptor.tasks.memory import fit_memory
-from sculptor.tasks.same_model import (
+from sculptor.jobs.finish import write_output
+from sculptor.jobs.job import Rows, TrainJob, open_base, open_model, read_task, resolve_settings
+from sculptor.jobs.memory import fit_memory
+from sculptor.jobs.same_model import (
     autocast_of,
     check_buffers,
     check_computes,
@@ -43,7 +38,12 @@ from sculptor.tasks.same_model import (
     check_settings,
     has_moved,
 )
-from sculptor.tasks.train_report import TrainReport
+from sculptor.jobs.train_report import TrainReport
+from sculptor.methods.kinds import Kinds
+from sculptor.methods.method import measures_of
+from sculptor.methods.settings import Carry
+from sculptor.model.load import LoadedModel, load_tokenizer
+from sculptor.progress import Progress, silent
 from sculptor.training.base import BaseWeights
 from sculptor.training.loop import LoopResult
 from sculptor.training.protect import ProtectedMatrix, protected_matrices

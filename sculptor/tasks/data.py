@@ -14,9 +14,9 @@ from sculptor.data.labelled import classes_of
 from sculptor.data.mixture import Mixture
 from sculptor.data.rows import Data, DataSource, as_items, read_sources
 from sculptor.errors import DataError
+from sculptor.jobs.data_report import DataReport, ExamplePreview, RowPreview, SourcePreview
 from sculptor.model.load import check_trainable, load_tokenizer
 from sculptor.progress import Progress, silent
-from sculptor.tasks.data_report import DataReport, ExamplePreview, RowPreview, SourcePreview
 
 
 def preview(

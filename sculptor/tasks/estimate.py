@@ -14,6 +14,8 @@ from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of
 from sculptor.errors import DataError, SettingsError
+from sculptor.jobs.data_report import DataReport
+from sculptor.jobs.estimate_report import Estimate, Mode
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Plans
 from sculptor.model.load import check_trainable, resolve_device
@@ -25,8 +27,6 @@ from sculptor.planning.speeds import decomposition_seconds, measure_speeds
 from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
-from sculptor.tasks.data_report import DataReport
-from sculptor.tasks.estimate_report import Estimate, Mode
 from sculptor.training.settings import OptimizerMode, TrainSettings
 
 _GPUS_OF_A_MACHINE = 8  # which share its host memory

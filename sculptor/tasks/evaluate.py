@@ -18,12 +18,12 @@ from sculptor.edits.settings import BankSettings
 from sculptor.errors import SettingsError
 from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
 from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, Watched, evaluate_rows, read_evaluation_rows
+from sculptor.jobs.bank_files import Bank
+from sculptor.jobs.evaluate_request import EvaluateRequest
+from sculptor.jobs.job import open_model
+from sculptor.jobs.processes import check_alike, join
 from sculptor.model.load import LoadedModel, check_head, resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.bank_files import Bank
-from sculptor.tasks.evaluate_request import EvaluateRequest
-from sculptor.tasks.job import open_model
-from sculptor.tasks.processes import check_alike, join
 from sculptor.tasks.routed import RoutedModel
 from sculptor.training.settings import Offload
 from sculptor.world import World

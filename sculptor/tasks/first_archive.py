@@ -11,13 +11,13 @@ from sculptor.checkpoint.staging import key_difference, move_back, partial_path,
 from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, digest_rows, names_of, read_sources, weight_of
 from sculptor.errors import OutputError, SettingsError
+from sculptor.jobs.job import open_base
+from sculptor.jobs.processes import join
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, is_self
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
-from sculptor.tasks.job import open_base
-from sculptor.tasks.processes import join
 from sculptor.training.settings import TrainSettings
 from sculptor.validation import file_digest, parse, read_file
 

@@ -17,13 +17,13 @@ from sculptor.checkpoint.staging import partial_path, writing
 from sculptor.checkpoint.written import discard, remove
 from sculptor.data.labelled import Classes, class_names, listed_classes
 from sculptor.data.rows import Data, as_items, read_sources
+from sculptor.jobs.classification import check_task
+from sculptor.jobs.job import open_base
+from sculptor.jobs.processes import join, staged_together
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
-from sculptor.tasks.classification import check_task
 from sculptor.tasks.first_archive import analyze_first, has_archive
-from sculptor.tasks.job import open_base
-from sculptor.tasks.processes import join, staged_together
-from sculptor.tasks.train_request import TrainRequest
 from sculptor.training.settings import CLASSIFICATION, TrainSettings
 from sculptor.training.state import has_state
 from sculptor.world import World

@@ -19,13 +19,13 @@ from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
 from sculptor.checkpoint.writer import edits_of, write_checkpoint
 from sculptor.errors import SettingsError, TrainingError
+from sculptor.jobs.job import resolve_settings
+from sculptor.jobs.train_record import merge_of
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import load_streamed, resolve_device
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
-from sculptor.tasks.job import resolve_settings
-from sculptor.tasks.train_record import merge_of
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import streamed_updates, trained_dtypes

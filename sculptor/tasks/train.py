@@ -17,24 +17,24 @@ from sculptor.checkpoint.staging import STAGED_NAME, move, partial_path, put_in_
 from sculptor.checkpoint.written import remove
 from sculptor.data.rows import Data
 from sculptor.interruption import signals_wait
+from sculptor.jobs.finish import write_output
+from sculptor.jobs.job import TrainJob, open_base, open_job, read_task
+from sculptor.jobs.memory import fit_memory
+from sculptor.jobs.new_tokens import open_grown, write_grown_base
+from sculptor.jobs.opening import open_rules
+from sculptor.jobs.plan import plan_job
+from sculptor.jobs.precision import load_precision
+from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.selection import select_rows
+from sculptor.jobs.trackers import Tracker, Trackers, check_folder, check_trackers
+from sculptor.jobs.train_loop import make_loop
+from sculptor.jobs.train_report import TrainReport
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.finish import write_output
 from sculptor.tasks.first_archive import analyze_first
-from sculptor.tasks.job import TrainJob, open_base, open_job, read_task
-from sculptor.tasks.memory import fit_memory
 from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
-from sculptor.tasks.new_tokens import open_grown, write_grown_base
-from sculptor.tasks.opening import open_rules
-from sculptor.tasks.plan import plan_job
-from sculptor.tasks.precision import load_precision
-from sculptor.tasks.processes import check_alike, join, staged_together
-from sculptor.tasks.selection import select_rows
-from sculptor.tasks.trackers import Tracker, Trackers, check_folder, check_trackers
-from sculptor.tasks.train_loop import make_loop
-from sculptor.tasks.train_report import TrainReport
-from sculptor.tasks.train_request import TrainRequest
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import prepare_model
 from sculptor.world import World

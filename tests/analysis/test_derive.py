@@ -20,15 +20,15 @@ from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import DataError
+from sculptor.jobs.analyze_job import _new_record
 from sculptor.methods.kinds import make_method
 from sculptor.methods.method import Decides, Derived, Evidence
 from sculptor.methods.rule import Rule
 from sculptor.methods.weights import Weights
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.progress import silent
-from sculptor.tasks.analyze_job import _new_record
 
-COVERS = ["sculptor.tasks.analyze_job"]
+COVERS = ["sculptor.jobs.analyze_job"]
 CPU = torch.device("cpu")
 SETTINGS = AnalyzeSettings(basis="curvature", data=("x",), device="cpu")
 

@@ -13,7 +13,7 @@ from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.analysis import calibration
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint import staging
-from sculptor.tasks import defaults
+from sculptor.jobs import defaults
 from sculptor.training.loop import TrainingLoop
 
 COVERS = ["sculptor.interruption"]

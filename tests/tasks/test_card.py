@@ -17,10 +17,10 @@ from sculptor import AnalyzeSettings, TrainSettings, analyze, card, evaluate, tr
 from sculptor.errors import DataError, OutputError, SculptorError, SettingsError
 from sculptor.evaluation.refusals import PHRASES, is_refusal
 from sculptor.evaluation.series import Series, change
+from sculptor.jobs.card_report import CardReport, parse_threshold
 from sculptor.report.card import check_card_file
-from sculptor.tasks.card_report import CardReport, parse_threshold
 
-COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.tasks.card_report", "sculptor.tasks.measures"]
+COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.jobs.card_report", "sculptor.jobs.measures"]
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import sculptor
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError
+from sculptor.jobs import plan as deciding
 from sculptor.model.load import load_streamed
 from sculptor.planning import placement, speeds
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, plan_archive
 from sculptor.planning.settings import EstimateSettings
 from sculptor.tasks import estimate, train
-from sculptor.tasks import plan as deciding
 from sculptor.training import state
 from sculptor.training.rates import Peaks
 from sculptor.training.stepping.streamed import StreamedUpdates

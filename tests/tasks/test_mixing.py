@@ -9,9 +9,9 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train
 from sculptor.errors import OutputError, SettingsError, Stopped
-from sculptor.tasks.job import open_base, read_task
+from sculptor.jobs.job import open_base, read_task
 
-COVERS = ["sculptor.tasks.replay"]
+COVERS = ["sculptor.jobs.replay"]
 
 
 def test_weights_decide_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> None:

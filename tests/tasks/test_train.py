@@ -17,10 +17,10 @@ from sculptor.planning import placement
 from sculptor.report.text import train_text
 
 COVERS = [
-    "sculptor.tasks.finish",
-    "sculptor.tasks.train_loop",
-    "sculptor.tasks.train_record",
-    "sculptor.tasks.train_report",
+    "sculptor.jobs.finish",
+    "sculptor.jobs.train_loop",
+    "sculptor.jobs.train_record",
+    "sculptor.jobs.train_report",
 ]
 SHORT = TrainSettings(max_steps=3, batch_size=8, learning_rate=1e-2, device="cpu")
 
@@ -107,7 +107,7 @@ def test_evaluation_rows_choose_the_step(made: Path, tmp_path: Path) -> None:
 
 
 def test_of_equal_evaluations_the_first_is_kept(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sculptor.tasks import train_loop as module
+    from sculptor.jobs import train_loop as module
 
     monkeypatch.setattr(module, "mean_loss", lambda *_, **__: (1.25, 0))
     settings = replace(SHORT, eval_every=1)

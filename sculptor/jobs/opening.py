@@ -12,10 +12,10 @@ from sculptor.analysis.lineage import OPENED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import move_back, writing
+from sculptor.jobs.job import TrainJob, open_model
+from sculptor.jobs.memory import memory_of
 from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob, open_model
-from sculptor.tasks.memory import memory_of
 from sculptor.world import ALONE, World
 
 

@@ -19,12 +19,12 @@ from together import together
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.errors import DataError, SculptorError, SettingsError, Stopped
+from sculptor.jobs.job import open_base, read_task
+from sculptor.jobs.new_tokens import read_tokens
 from sculptor.model.samples import read_samples
 from sculptor.report.html.verify import verify_page
 from sculptor.report.text import train_text
 from sculptor.report.verify import verify_text
-from sculptor.tasks.job import open_base, read_task
-from sculptor.tasks.new_tokens import read_tokens
 
 COVERS = ["sculptor.checkpoint.old_text", "sculptor.checkpoint.vocabulary"]
 TOKENS = ("<call>", "</call>", "münze")

@@ -16,10 +16,10 @@ from sculptor.checkpoint.records import Merge
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.data.examples import digest_examples
-from sculptor.tasks.job import TrainJob
-from sculptor.tasks.readme import Readme, code, listed
-from sculptor.tasks.record import record_head
-from sculptor.tasks.train_report import TrainReport
+from sculptor.jobs.job import TrainJob
+from sculptor.jobs.readme import Readme, code, listed
+from sculptor.jobs.record import record_head
+from sculptor.jobs.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
 
 # What an output depends on that another program's training ended with.

@@ -20,6 +20,11 @@ from sculptor.data.mixture import Mixture
 from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import DataError, SettingsError
+from sculptor.jobs.classification import check_task, head_of
+from sculptor.jobs.harm import measured_every, samples_for
+from sculptor.jobs.new_tokens import check_old_text, grow_tokenizer, tell_unseen
+from sculptor.jobs.replay import fill_in_samples, read_replay
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
 from sculptor.model.protected import Protected, read_protected
@@ -27,11 +32,6 @@ from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
-from sculptor.tasks.classification import check_task, head_of
-from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer, tell_unseen
-from sculptor.tasks.replay import fill_in_samples, read_replay
-from sculptor.tasks.train_request import TrainRequest
 from sculptor.training.openly import select_extra
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings

@@ -12,8 +12,8 @@ from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.errors import CapacityError, DataError, SettingsError
-from sculptor.tasks.job import MEMORY_ROWS, cast_to, open_job, resolve_settings
-from sculptor.tasks.train_request import TrainRequest
+from sculptor.jobs.job import MEMORY_ROWS, cast_to, open_job, resolve_settings
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.training.rates import default_relative_rate
 
 BASES = ("weights", "random", "inputs", "curvature")

@@ -9,8 +9,8 @@ import torch
 from sculptor.analysis.sources import spread_rows
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.examples import Example
-from sculptor.tasks.defaults import tokens_for
-from sculptor.tasks.job import MEMORY_ROWS, TrainJob
+from sculptor.jobs.defaults import tokens_for
+from sculptor.jobs.job import MEMORY_ROWS, TrainJob
 from sculptor.training.state import STATE_NAME, saved_key
 from sculptor.world import World
 

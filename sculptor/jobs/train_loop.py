@@ -9,11 +9,11 @@ import torch
 
 from sculptor.data.examples import digest_examples
 from sculptor.evaluation.loss import mean_loss
+from sculptor.jobs.job import TrainJob
+from sculptor.jobs.precision import SECTION as PRECISION
 from sculptor.model.load import LoadedModel
 from sculptor.model.samples import SECTION
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob
-from sculptor.tasks.precision import SECTION as PRECISION
 from sculptor.training.base import BaseWeights
 from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop, make_accelerator

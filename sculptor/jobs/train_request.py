@@ -6,10 +6,10 @@ from pathlib import Path
 
 from sculptor.data.rows import Data, as_items, local_files
 from sculptor.errors import SettingsError
+from sculptor.jobs.trackers import Tracker
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import is_self
 from sculptor.progress import Progress, silent
-from sculptor.tasks.trackers import Tracker
 from sculptor.training.settings import TrainSettings
 
 

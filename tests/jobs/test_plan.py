@@ -12,11 +12,11 @@ from conftest import save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze
 from sculptor.errors import SettingsError
+from sculptor.jobs import plan
+from sculptor.jobs.job import TrainJob, open_job
+from sculptor.jobs.plan import plan_job
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.planning import placement, splits
-from sculptor.tasks import plan
-from sculptor.tasks.job import TrainJob, open_job
-from sculptor.tasks.plan import plan_job
-from sculptor.tasks.train_request import TrainRequest
 from sculptor.world import ALONE, World
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -12,9 +12,9 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train
 from sculptor.errors import Stopped
-from sculptor.tasks import defaults, memory
-from sculptor.tasks.job import MEMORY_ROWS
-from sculptor.tasks.memory import rows_for
+from sculptor.jobs import defaults, memory
+from sculptor.jobs.job import MEMORY_ROWS
+from sculptor.jobs.memory import rows_for
 from sculptor.training.state import saved_key
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

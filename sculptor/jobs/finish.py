@@ -30,15 +30,15 @@ from sculptor.checkpoint.vocabulary import Growth
 from sculptor.checkpoint.writer import Edit, edits_of, output_dtype, write_checkpoint, written_order
 from sculptor.checkpoint.written import remove
 from sculptor.edits.merge import Merged
+from sculptor.jobs.job import TrainJob, cast_to, open_model
+from sculptor.jobs.next_archive import NextArchive
+from sculptor.jobs.readme import write_readme
+from sculptor.jobs.train_record import train_readme, training_record
+from sculptor.jobs.train_report import MatrixReport, TrainReport
 from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob, cast_to, open_model
-from sculptor.tasks.next_archive import NextArchive
-from sculptor.tasks.readme import write_readme
-from sculptor.tasks.train_record import train_readme, training_record
-from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
 from sculptor.training.rows import row_owners, rows_name
 from sculptor.training.stepping.updates import Trained, merge_trained

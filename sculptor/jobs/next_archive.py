@@ -15,14 +15,14 @@ from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.edits.merge import Merged
+from sculptor.jobs.job import TrainJob
+from sculptor.jobs.memory import memory_of
+from sculptor.jobs.precision import SECTION as PRECISION_SECTION
+from sculptor.jobs.precision import write_precision
 from sculptor.methods.method import Carrying, Derived, Evidence, carries_of, measures_of
 from sculptor.model.load import LoadedModel
 from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob
-from sculptor.tasks.memory import memory_of
-from sculptor.tasks.precision import SECTION as PRECISION_SECTION
-from sculptor.tasks.precision import write_precision
 from sculptor.training.stepping.updates import Trained
 from sculptor.world import World
 
