@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from sculptor.analysis.lineage import ANALYZED, OPENED
+from sculptor.archive.writer import forget_progress
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.staging import STAGED_NAME, move, partial_path, put_in_place
 from sculptor.checkpoint.written import remove
@@ -152,6 +153,7 @@ def _grown(job: TrainJob, partial: Path, progress: Progress, world: World) -> Tr
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
     for name in _OWN:
         if (partial / name).is_dir():
+            forget_progress(partial / name)  # which one that was killed at its very end has left
             move(partial / name, partial / STAGED_NAME / name)
     put_in_place(partial, output, overwrite=overwrite)
 
