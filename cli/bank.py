@@ -83,12 +83,12 @@ def route(bank: Path, model: str, data: tuple[str, ...], as_json: bool, **settin
       sculptor bank route ./bank ./model --data news-test.jsonl --data law-test.jsonl
     """
     from sculptor.report.bank import route_text
-    from sculptor.report.json_text import to_json
+    from sculptor.report.json_text import list_to_json
     from sculptor.tasks.bank import route
 
     quiet_libraries()
     report = route(bank, model, data, BankSettings(**settings), progress=bars, notice=tell)
-    click.echo(to_json(report) if as_json else route_text(report))
+    click.echo(list_to_json(report) if as_json else route_text(report))
 
 
 @command.command("export")

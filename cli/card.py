@@ -75,9 +75,9 @@ def command(
     """
     from sculptor.data.rows import local_files
     from sculptor.errors import SculptorError
-    from sculptor.report.card import card_text
+    from sculptor.report.card import card_text, check_card_file
     from sculptor.report.html.card import card_page
-    from sculptor.report.html.page import check_page, check_place, write_file, write_page
+    from sculptor.report.html.page import check_page, write_file, write_page
     from sculptor.report.json_text import to_json
     from sculptor.tasks.card import card
 
@@ -90,11 +90,11 @@ def command(
         if html is not None:
             check_page(html, overwrite, inputs=read)
         if json_file is not None:
-            check_place(json_file, "--json", overwrite, read)
+            check_card_file(json_file, overwrite, read)
         report = card(base, tuned, progress=bars, notice=tell, **options)
         click.echo(card_text(report))
         if json_file is not None:
-            check_place(json_file, "--json", overwrite)  # something may have come there since
+            check_card_file(json_file, overwrite)  # something may have come there since
             write_file(json_file, to_json(report) + "\n")
             tell(f"Wrote {json_file}.")
         if html is not None:

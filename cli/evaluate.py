@@ -31,6 +31,10 @@ from .options import (
     type=click.Path(),
     help="Rows, all of one kind: a file, a folder or a hub name, PLACE[:CONFIG][@SPLIT]; repeatable.",
 )
+@click.option(
+    "--base",
+    help="Another checkpoint, such as the one MODEL was tuned from: its figures and answers stand beside MODEL's.",
+)
 @click.option("--watch", multiple=True, type=click.Path(), help="Rows whose loss is shown by itself; repeatable.")
 @click.option(
     "--tasks", multiple=True, help="Tasks of lm-eval (extra `harness`), separated by commas; groups and patterns too."
@@ -69,6 +73,7 @@ def command(
     model: str,
     merge_adapter: str | None,
     data: tuple[str, ...],
+    base: str | None,
     watch: tuple[str, ...],
     tasks: tuple[str, ...],
     labels: tuple[str, ...],
@@ -85,6 +90,7 @@ def command(
     \b
     Examples:
       sculptor evaluate ./tuned --data test.jsonl --watch general.txt --watch code.txt
+      sculptor evaluate ./tuned --base ./model --data test.jsonl --show 5
       sculptor evaluate ./model --bank ./bank --data test.jsonl
       sculptor evaluate ./tuned --data chats.jsonl --exact-match --show 5
       sculptor evaluate ./tuned --tasks my_task,arc_easy --include-path ./tasks
@@ -99,10 +105,11 @@ def command(
     quiet_libraries()
     check_overwrite(html, overwrite)
     if html is not None:
-        check_page(html, overwrite, inputs=[model, merge_adapter, *local_files([*data, *watch])])
+        check_page(html, overwrite, inputs=[model, base, merge_adapter, *local_files([*data, *watch])])
     result = evaluate(
         merged(model, merge_adapter, options["device"]),
         data,
+        base=base,
         watch=watch,
         tasks=[name.strip() for listed in tasks for name in listed.split(",") if name.strip()],
         labels=labels or None,
@@ -112,5 +119,5 @@ def command(
     )
     click.echo(to_json(result) if as_json else evaluate_text(result))
     if html is not None and speaks():
-        write_page(html, evaluate_page(result, model), overwrite)
+        write_page(html, evaluate_page(result, model, base), overwrite)
         tell(f"Wrote {html}.")

@@ -37,7 +37,7 @@ _HOMES = {
     "evaluate": "sculptor.tasks.evaluate",
     "export_task": "sculptor.tasks.bank",
     "frontier": "sculptor.benchmark.frontier",
-    "harm": "sculptor.tasks.harm",
+    "harm": "sculptor.jobs.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
     "merge": "sculptor.training.protect",
@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from sculptor.benchmark.runner import continual
     from sculptor.edits.settings import BankSettings, Choose, Interpolate, Lines, Project, Prune, Threshold
     from sculptor.errors import SculptorError
+    from sculptor.jobs.harm import harm
     from sculptor.methods.kinds import Kind
     from sculptor.methods.settings import AnalyzeSettings
     from sculptor.planning.settings import EstimateSettings
@@ -114,7 +115,6 @@ if TYPE_CHECKING:
     from sculptor.tasks.edit import edit
     from sculptor.tasks.estimate import estimate
     from sculptor.tasks.evaluate import evaluate
-    from sculptor.tasks.harm import harm
     from sculptor.tasks.inspect_archive import inspect
     from sculptor.tasks.prune import prune
     from sculptor.tasks.push import push

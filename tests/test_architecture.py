@@ -1,5 +1,6 @@
 """The calls of a streamed step that docs/architecture.md shows are made, and counted right."""
 
+import ast
 import functools
 import re
 import sys
@@ -69,6 +70,40 @@ def shown() -> list[tuple[int, str, str]]:
     return lines
 
 
+@functools.cache
+def imports_of(file: str) -> frozenset[str]:
+    """The files of sculptor that a file imports."""
+    modules = [
+        node.module or ""
+        for node in ast.walk(ast.parse((ROOMS / file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    paths = ["/".join(module.split(".")[1:]) + ".py" for module in modules if module.startswith("sculptor.")]
+    return frozenset(path for path in paths if (ROOMS / path).is_file())
+
+
+def imported_by(file: str) -> set[str]:
+    """The same, and what these import."""
+    found: set[str] = set()
+    todo = [file]
+    while todo:
+        new = imports_of(todo.pop()) - found
+        found |= new
+        todo += new
+    return found
+
+
+def goes_up(caller: str, called: str) -> bool:
+    """Whether a call goes to a higher floor, or to a file that stands on the caller's: against the imports either way."""
+    floors = {
+        room: int(floor)
+        for floor, rooms in re.findall(r"^\| (\d+) \| (.*) \|$", PAGE, re.M)
+        for room in re.findall(r"\w+", rooms)
+    }
+    below, above = floors[caller.split("/")[0]], floors[called.split("/")[0]]
+    return above > below or caller in imported_by(called)
+
+
 def test_the_calls_of_a_streamed_step_are_those_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = save_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", task_rows())
     archive, tuned = tmp_path / "archive", tmp_path / "tuned"
@@ -78,9 +113,12 @@ def test_the_calls_of_a_streamed_step_are_those_of_the_page(tmp_path: Path, monk
 
     lines = shown()
     above: dict[int, str] = {}
+    upwards = 0
     for depth, file, name in lines:
         if depth:
             assert (above[depth - 1], (file, name)) in hops, f"{above[depth - 1]} calls no {name} of {file}"
+            upwards += goes_up(above[depth - 1], file)
         above[depth] = file
     depths = [depth for depth, _, _ in lines]
     assert f"Every line but the first is one: {len(lines) - 1}, the deepest {max(depths)} below the loop." in PAGE
+    assert f"{upwards} of the hops go upwards" in PAGE

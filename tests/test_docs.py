@@ -74,12 +74,13 @@ def test_the_rule_of_the_page_is_a_rule(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_readme_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sculptor.jobs.defaults._CPU_TOKENS", (400, 400))
     save_checkpoint(tmp_path / "model")
     for name in ("task", "next", "test"):
         write_rows(tmp_path / f"{name}.jsonl", task_rows())
     (tmp_path / "general.txt").write_text(" ".join(row["text"] for row in task_rows("text")), encoding="utf-8")
     found = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("sculptor ")]
-    assert len(found) == 5
+    assert len(found) == 8
     for command in found:
         result = cli(*shlex.split(command)[1:])
         assert result.code == 0, command + result.err
@@ -162,7 +163,7 @@ def test_commands_on_data_and_evaluation_are_real(
         for block in blocks(f"docs/{page}.md", "sh")
         for line in block.splitlines()
     ]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         result = cli(*shlex.split(command)[1:])
         assert result.code == 0, command + result.err

@@ -16,6 +16,7 @@ FLOORS = [
     {"model", "edits"},
     {"analysis", "training", "evaluation"},
     {"planning"},
+    {"jobs"},
     {"tasks"},
     {"benchmark", "axolotl", "swift"},
     {"report"},

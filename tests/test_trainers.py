@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import sculptor
 from sculptor.data.collated import batch_examples
 
-COVERS = ["sculptor.data.collated", "sculptor.tasks.callback", "sculptor.tasks.same_model", "sculptor.training.saved"]
+COVERS = ["sculptor.data.collated", "sculptor.tasks.callback", "sculptor.jobs.same_model", "sculptor.training.saved"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "trainers.md"
 
 

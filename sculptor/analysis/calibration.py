@@ -8,7 +8,7 @@ gradients the graph begins at the first measured matrix, and blocks are computed
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from sculptor.methods.settings import Labels, Weighting
 from sculptor.model.head import find_head
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import batch_loss, sample_labels
+from sculptor.numerics.moments import add_symmetric, mirror
 from sculptor.numerics.precision import float32_products
 from sculptor.progress import Bar
 from sculptor.streaming.parts import without_cache
@@ -134,22 +135,17 @@ def measure_moments(
         for handle in recorder.watch(model.get_submodule(target.module), target)
     ]
     handles += watch_experts(model, targets, recorder)
-    restore = _recompute_blocks(loaded, recorder) if gradients else lambda: None
+    restore = _recompute_blocks(loaded) if gradients else lambda: None
     try:
         for batch in make_batches(loaded, examples, seed):
             if gradients and labels == "sampled":
-                recorder.masks = None
                 with torch.no_grad():
                     batch = sample_labels(model, batch, loaded.kind, generator)
-            recorder.masks = find_masks(batch, loaded)
-            recorder.calls = 0
             with torch.set_grad_enabled(gradients), suppress(_EnoughError):
-                found = batch_loss(model, batch, loaded.kind)
-                if gradients:
+                with recorder.recording(find_masks(batch, loaded)):
+                    found = batch_loss(model, batch, loaded.kind)
+                if gradients:  # blocks run a second time in it, which is not recorded
                     found.total.backward()  # type: ignore[no-untyped-call]
-                    if loaded.stream is not None:
-                        loaded.stream.end_backward()
-            recorder.calls_per_forward = recorder.calls
             bar.update(batch.input_ids.shape[0])
     finally:
         restore()
@@ -158,18 +154,14 @@ def measure_moments(
     return recorder.means()
 
 
-def _recompute_blocks(loaded: LoadedModel, recorder: "_Recorder") -> Callable[[], None]:
+def _recompute_blocks(loaded: LoadedModel) -> Callable[[], None]:
     """Keeps no activations inside blocks for the backward pass; returns what undoes it.
 
     On the instances' `forward`, since transformers' own switch asks for training mode; a streamed model does it anyway.
     """
-    stream = loaded.stream
-    if stream is not None:
-        stream.recompute = recorder.paused
-        return lambda: setattr(stream, "recompute", nullcontext)
-    blocks = list(find_blocks(loaded.model).values())
+    blocks = [] if loaded.stream is not None else list(find_blocks(loaded.model).values())
     for block in blocks:
-        block.forward = functools.partial(_run_twice, block.forward, recorder.paused)
+        block.forward = functools.partial(_run_twice, block.forward)
 
     def restore() -> None:
         for block in blocks:
@@ -178,10 +170,9 @@ def _recompute_blocks(loaded: LoadedModel, recorder: "_Recorder") -> Callable[[]
     return restore
 
 
-def _run_twice(forward: Callable[..., Any], again: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+def _run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     args, kwargs = without_cache(args, kwargs)
-    twice = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-    return twice(*args, context_fn=lambda: (nullcontext(), again()), **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -199,7 +190,8 @@ class _Recorder:
     def __init__(self, targets: Sequence[Target], gradients: bool, weighting: Weighting) -> None:
         self.gradients = gradients
         self.weighted = gradients and weighting == "gradients"
-        self.masks: list[Mask] | None = None  # for each shape a layer may see; None while nothing is recorded
+        self.is_recording = False  # else a forward is none of the measurement
+        self.masks: list[Mask] = []  # of the batch, for each shape a layer may see
         self.sums = MeasuredMoments()
         self.leaders = {target.input_group: target.name for target in reversed(targets)}
         self.calls = 0  # inputs read in the forward under way
@@ -208,13 +200,13 @@ class _Recorder:
         self.num_gradients: dict[str, int] = defaultdict(int)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Counts nothing: the blocks run a second time for the backward pass."""
-        masks, self.masks = self.masks, None
+    def recording(self, masks: list[Mask]) -> Iterator[None]:
+        """The forward of a batch, which is what is read; its gradients follow outside."""
+        self.masks, self.calls, self.is_recording = masks, 0, True
         try:
             yield
         finally:
-            self.masks = masks
+            self.is_recording, self.calls_per_forward = False, self.calls
 
     def watch(self, module: nn.Module, target: Target) -> list[Any]:
         handles = []
@@ -226,17 +218,13 @@ class _Recorder:
 
     def _read_input(self, target: Target) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.masks is None:
+            if not self.is_recording:
                 return
             if not self.weighted:
                 self.add_input(target.input_group, self._counted(_first_input(args, kwargs)))
             self.call_counted()
 
         return hook
-
-    @property
-    def is_recording(self) -> bool:
-        return self.masks is not None
 
     def call_counted(self) -> None:
         """One of the calls of a forward is over."""
@@ -257,7 +245,7 @@ class _Recorder:
             replaced = None
             if not y.requires_grad:  # the graph begins here; a copy, since models may go on in place
                 y = replaced = y.detach().requires_grad_(True).clone()
-            if self.masks is not None:
+            if self.is_recording:
                 x = _first_input(args, kwargs) if self.weighted else None
                 y.register_hook(self._read_gradient(target, x))  # type: ignore[no-untyped-call]
             return replaced
@@ -289,13 +277,11 @@ class _Recorder:
 
     def real_tokens(self, num_tokens: int) -> Tensor | None:
         """Which of a batch's tokens are no padding (tokens,); None if all are."""
-        assert self.masks is not None
         mask = next((mask for mask in self.masks if mask.real.numel() == num_tokens), None)
         return None if mask is None or mask.count == num_tokens else mask.real.reshape(-1)
 
     def _counted(self, x: Tensor) -> Tensor:
         """The rows (tokens, d) of an input that are no padding."""
-        assert self.masks is not None
         flat = x.reshape(-1, x.shape[-1])
         for mask in self.masks:
             same_shape = x.ndim == 3 and mask.real.shape == x.shape[:2]
@@ -305,7 +291,6 @@ class _Recorder:
 
     def _num_counted(self, rows: int) -> int:
         """Tokens among `rows` that are no padding."""
-        assert self.masks is not None
         return next((mask.count for mask in self.masks if mask.real.numel() == rows), rows)
 
     def means(self) -> MeasuredMoments:
@@ -313,13 +298,15 @@ class _Recorder:
         tokens |= {group: float(total) for group, total in self.weight_sums.items()}
         for group, total in self.sums.inputs.items():
             total /= tokens[group] or 1.0
+            mirror(total)
         for name, total in self.sums.outputs.items():
             total /= self.num_gradients[name]
+            mirror(total)
         return self.sums
 
 
 def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor | None = None) -> None:
-    """sums[key] += rows^T rows in float32, each row counted `weights` times.
+    """sums[key] += rows^T rows in float32, each row counted `weights` times; on and above the diagonal; `mirror` does the rest.
 
     Products of bf16 numbers are exact in TF32, whose sums are float32: the fast path loses nothing. Wider rows are
     multiplied in full float32.
@@ -330,4 +317,4 @@ def _add_outer(sums: dict[str, Tensor], key: str, rows: Tensor, weights: Tensor 
     rows32 = rows.to(torch.float32)
     left32 = rows32 if weights is None else rows32 * weights[:, None]
     with float32_products(rows.device, tf32=rows.dtype == torch.bfloat16 and weights is None):
-        sums[key].addmm_(left32.T, rows32)
+        add_symmetric(sums[key], left32, rows32)

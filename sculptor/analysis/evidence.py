@@ -66,8 +66,9 @@ def measure_evidence(
     gradients = measures == "gradients"
     groups = plan_passes(loaded, targets, sources, measures, settings)
     rows = sum(len(source.examples) for source in sources)
-    bar = progress(total=rows * len(groups), desc="calibrate", unit="row")
-    for chosen in groups:
+    made = 0
+    for turn, chosen in enumerate(groups):
+        bar = progress(total=rows * len(groups), desc="calibrate", unit="row", initial=rows * turn)
         total = MeasuredMoments()
         traces: dict[str, list[float]] = defaultdict(list)
         for i, source in enumerate(sources):
@@ -85,7 +86,10 @@ def measure_evidence(
             _add(total.outputs, found.outputs, traces, "output ", source.weight)
         reached = {target.name for target in chosen if _is_reached(target, total, gradients)}
         inputs = {group: Moment(total.inputs.pop(group)) for group in list(total.inputs)}
+        bar.close()
+        bar = progress(total=len(targets), desc="derive", unit="matrix", initial=made)
         for target in chosen:
+            bar.update(1)
             if target.name not in reached:
                 yield _unreached(loaded, target, len(sources), task)
                 continue
@@ -100,7 +104,8 @@ def measure_evidence(
                 traces=tuple(zip(of_inputs, of_outputs, strict=True)),
                 task=task,
             )
-    bar.close()
+        made += len(chosen)
+        bar.close()
 
 
 def plan_passes(

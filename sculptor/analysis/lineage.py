@@ -16,6 +16,7 @@ from sculptor.errors import SculptorError
 
 CARRIED = "subspaces"  # where an output has the archive for the next task
 OPENED = "opened"  # and the one that it was trained with, if its rules were chosen by the task's rows
+ANALYZED = "analyzed"  # and the one that `train` made first, if none was given
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from sculptor.archive.version2 import upgrade
 from sculptor.checkpoint.reader import part_name
 from sculptor.checkpoint.windows import WHOLE, Window
 from sculptor.errors import ArchiveError
-from sculptor.methods.kinds import KINDS, Kinds, make_method, parse_rule
-from sculptor.methods.method import Method
+from sculptor.methods.kinds import KINDS, Kinds, parse_rule
 from sculptor.methods.rule import Rule
 from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.validation import (
@@ -187,10 +186,6 @@ class Manifest:
     def source_weights(self) -> tuple[float, ...]:
         """Weights of the sources of moments, in the order they were added; empty without moments."""
         return tuple(weight for task in self.tasks for weight in task.weights)
-
-    def method(self, kinds: Kinds) -> Method:
-        """What made the rules, and carries them on."""
-        return make_method(self.settings, kinds)
 
     def check(self) -> None:
         """Checks that records, tensors and files belong together.

@@ -1,5 +1,6 @@
 """Reading archives: lazy and checked."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from sculptor.archive.manifest import REMEDY, Manifest, MatrixRecord
 from sculptor.checkpoint.reader import Checkpoint, identity
 from sculptor.checkpoint.tensors import TensorInfo, digest, in_threads, read_header, read_known
 from sculptor.errors import ArchiveError, CapacityError
-from sculptor.methods.kinds import Kinds, known_kinds
+from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Method
 from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.numerics.linalg import orthonormal_prefixes, orthonormality_error
@@ -168,10 +169,10 @@ class Archive(Mapping[str, MatrixRecord]):
         """The matrices in which something may change."""
         return [name for name, record in self.items() if is_open(record.rule)]
 
-    @property
+    @functools.cached_property
     def method(self) -> Method:
         """What made its rules, and carries them on."""
-        return self.manifest.method(self.kinds)
+        return make_method(self.manifest.settings, self.kinds)
 
     @property
     def identity(self) -> str:

@@ -30,11 +30,11 @@ from sculptor.data.rows import read_sources
 from sculptor.distribution import extra
 from sculptor.errors import OutputError, SettingsError
 from sculptor.interruption import signals_wait
+from sculptor.jobs.train_record import published
 from sculptor.model.load import LoadedModel, checkpoint_activations, load_model, resolve_device
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress
-from sculptor.tasks.train_record import published
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings

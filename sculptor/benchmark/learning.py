@@ -19,12 +19,12 @@ from sculptor.checkpoint.staging import partial_path
 from sculptor.checkpoint.written import remove
 from sculptor.data.rows import Data
 from sculptor.edits.settings import BankSettings, Prune
+from sculptor.jobs.bank_files import BANK_NAME, Bank
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
 from sculptor.tasks.bank import add_to_bank
-from sculptor.tasks.bank_files import BANK_NAME, Bank
 from sculptor.tasks.prune import prune
 from sculptor.tasks.train import train
 from sculptor.training.settings import TrainSettings

@@ -11,9 +11,9 @@ from sculptor.benchmark.plan import Contender, Plan, Split
 from sculptor.checkpoint.reader import find_directory
 from sculptor.data.rows import names_of
 from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
+from sculptor.jobs.readme import Readme, code, listed
+from sculptor.jobs.train_record import HARM
 from sculptor.model.harm import Harm
-from sculptor.tasks.readme import Readme, code, listed
-from sculptor.tasks.train_record import HARM
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
 # Keys of a plan whose values are paths.

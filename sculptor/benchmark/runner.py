@@ -39,13 +39,13 @@ from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import OutputError, SettingsError
+from sculptor.jobs.bank_files import Bank
+from sculptor.jobs.job import open_model
+from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.readme import write_readme
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.bank_files import Bank
-from sculptor.tasks.job import open_model
-from sculptor.tasks.processes import check_alike, join, staged_together
-from sculptor.tasks.readme import write_readme
 from sculptor.tasks.routed import RoutedModel
 from sculptor.validation import read_file, read_json
 from sculptor.world import World

@@ -17,7 +17,7 @@ from torch import nn
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.directory import wrapper_hint
 from sculptor.checkpoint.experts import StackedParameter, expert_role, find_routers, find_stacked, find_windows
-from sculptor.checkpoint.kinds import Kind as Kind
+from sculptor.checkpoint.kinds import ModelKind as ModelKind
 from sculptor.checkpoint.kinds import kind_of
 from sculptor.checkpoint.linear import linear_maps, max_positions, vocab_size
 from sculptor.checkpoint.names import Origins
@@ -110,7 +110,7 @@ class Architecture:
     """
 
     model_class: str
-    kind: Kind
+    kind: ModelKind
     targets: tuple[Target, ...]
     not_targeted: tuple[NotTargeted, ...]
     tensors: Mapping[str, str]

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-Kind = Literal["causal", "seq2seq", "masked", "classifier", "headless"]
+ModelKind = Literal["causal", "seq2seq", "masked", "classifier", "headless"]
 
 
-def kind_of(skeleton: Any) -> Kind:
+def kind_of(skeleton: Any) -> ModelKind:
     """How a model is trained; headless where it is not."""
     from transformers.models.auto import modeling_auto as known
 

@@ -1,17 +1,21 @@
 """What new tokens do to text that was there before them: where one stands in it, it is read in another way.
 
 A new token stands for its characters wherever they are, so one that is a frequent word, or a part of words, changes what the
-model has read all its life. Two things tell without any data of the user's: what the older tokens of the vocabulary stand
-for, and text that the model says by itself.
+model has read all its life. Three things tell without any data of the user's: what the older tokens of the vocabulary stand
+for, the chat template, and text that the model says by itself.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sculptor.checkpoint.directory import TEMPLATES
 from sculptor.checkpoint.vocabulary import Growth, open_tokenizer, token_entries
+from sculptor.errors import CheckpointError
+from sculptor.validation import parse, read_file
 
+_MEND = "mend the file"
 _BETWEEN = "\n\0\n"  # stands in no token
 _SPACES = str.maketrans({"\u2581": " ", "\u0120": " "})  # how vocabularies write a space
 
@@ -22,11 +26,13 @@ class Reread:
 
     Attributes:
         inside: new token -> an older one that it is a part of.
+        in_template: new tokens that stand in a chat template of the base: every conversation is read through them.
         times: new token -> how often it stands in the samples, of those that do.
         num_tokens: of the samples, and `num_replaced`, those of them that are others now.
     """
 
     inside: Mapping[str, str]
+    in_template: Sequence[str]
     times: Mapping[str, int]
     num_tokens: int
     num_replaced: int
@@ -42,11 +48,10 @@ class Reread:
         found = {
             token: f"{token!r} is a part of {old!r}, which the tokenizer has" for token, old in self.inside.items()
         }
+        for token in self.in_template:
+            _add(found, token, "stands in the base's chat template")
         for token, times in self.times.items():
-            said = f"{token!r} stands {times:,} times in what the base says by itself"
-            found[token] = (
-                f"{found[token]}, and stands {times:,} times in what the base says" if token in found else said
-            )
+            _add(found, token, f"stands {times:,} times in what the base says by itself")
         return list(found.values())
 
     @property
@@ -81,7 +86,33 @@ def measure_reread(base: Path, growth: Growth, samples: Iterable[Sequence[int]])
         num_tokens += len(old)
         num_replaced += len(old) - (len(new) - len(found)) if found else 0
     standing = {token: count for token, count in times.items() if count}
-    return Reread(_inside(before, growth), standing, num_tokens, max(0, num_replaced))
+    written = "\n".join(_templates(base))
+    in_template = [token for token in growth.tokens if token in written]
+    return Reread(_inside(before, growth), in_template, standing, num_tokens, max(0, num_replaced))
+
+
+def _add(found: dict[str, str], token: str, said: str) -> None:
+    found[token] = f"{found[token]}, and {said}" if token in found else f"{token!r} {said}"
+
+
+def _templates(base: Path) -> Iterator[str]:
+    """What a tokenizer's chat templates say, wherever they are kept."""
+    for file in sorted([*base.glob("*.jinja"), *base.glob(f"{TEMPLATES}/*.jinja")]):
+        yield read_file(file, CheckpointError, _MEND).decode("utf-8", errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (base / name).is_file():
+            yield from _texts(
+                parse(read_file(base / name, CheckpointError, _MEND), base / name, CheckpointError, _MEND)
+            )
+
+
+def _texts(content: Mapping[str, Any]) -> Iterator[str]:
+    """One template, or a list of named ones."""
+    given = content.get("chat_template")
+    for each in given if isinstance(given, list) else [given]:
+        text = each.get("template") if isinstance(each, dict) else each
+        if isinstance(text, str):
+            yield text
 
 
 def _inside(tokenizer: Any, growth: Growth) -> dict[str, str]:

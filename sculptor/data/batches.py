@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.architecture import Kind
+from sculptor.checkpoint.architecture import ModelKind
 from sculptor.data.examples import IGNORED, Example
 from sculptor.data.mixture import Mixture
 from sculptor.world import ALONE, World
@@ -139,7 +139,7 @@ def mask_tokens(example: Example, mask_id: int, vocab_size: int, seed: int) -> E
 
 def make_batch(
     examples: Sequence[Example],
-    kind: Kind,
+    kind: ModelKind,
     pad_id: int,
     mask_id: int | None,
     vocab_size: int,

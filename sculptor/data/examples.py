@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sculptor.checkpoint.architecture import Kind
+from sculptor.checkpoint.architecture import ModelKind
 from sculptor.data.chat import render_conversation
 from sculptor.data.edges import completion_ids, is_apart, prompt_ids, sequence_frame, target_ids
 from sculptor.data.mixture import Mixture
@@ -116,7 +116,9 @@ class EncodedRow:
     apart: bool = False
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> Encoded:
+def encode(
+    rows: Sequence[Row], tokenizer: Any, kind: ModelKind, max_length: int, vocab_size: int | None = None
+) -> Encoded:
     """Tokenises rows for a kind of model.
 
     Long `text` is cut into consecutive windows, each behind the tokenizer's own start of a sequence. Of any other over-long
@@ -142,7 +144,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, kind: Kind, max_length: int, voc
 
 
 def encode_sources(
-    sources: Sequence[DataSource], tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None
+    sources: Sequence[DataSource], tokenizer: Any, kind: ModelKind, max_length: int, vocab_size: int | None = None
 ) -> Encoded:
     """As `encode`, of several data, with the shares that their weights give them.
 
@@ -167,7 +169,7 @@ def mixture_of(sources: Sequence[DataSource], sizes: Sequence[int]) -> Mixture |
     return Mixture(tuple(sizes), weights) if weights else None
 
 
-def encode_row(row: Row, tokenizer: Any, kind: Kind, max_length: int, vocab_size: int | None = None) -> EncodedRow:
+def encode_row(row: Row, tokenizer: Any, kind: ModelKind, max_length: int, vocab_size: int | None = None) -> EncodedRow:
     """Tokenises one row; as `encode`.
 
     Raises:
@@ -222,7 +224,7 @@ def cut_middle(ids: list[int], budget: int) -> list[int]:
     return ids[:head] + ids[len(ids) - (budget - head) :]
 
 
-def _encode_text(row: TextRow, tokenizer: Any, kind: Kind, max_length: int) -> list[Example]:
+def _encode_text(row: TextRow, tokenizer: Any, kind: ModelKind, max_length: int) -> list[Example]:
     if kind == "seq2seq":
         raise DataError(f"{row.where}: an encoder-decoder model trains on 'prompt' and 'completion' rows")
     if kind == "masked":

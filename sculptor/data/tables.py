@@ -86,7 +86,7 @@ def choose_split(splits: Mapping[str, Any], name: str) -> Any:
     """
     if "train" in splits or len(splits) == 1:
         return splits["train"] if "train" in splits else next(iter(splits.values()))
-    raise DataError(f"{name}: has the splits {', '.join(splits) or '(none)'}; choose one: {name}@SPLIT")
+    raise DataError(f"{name}: has the splits {', '.join(map(str, splits)) or '(none)'}; choose one: {name}@SPLIT")
 
 
 def _open(datasets: Any, reference: Reference, kind: str | None, bounded: bool) -> Any:
@@ -148,7 +148,7 @@ def _split_of(found: Any, reference: Reference) -> Any:
     if reference.split is None:
         return choose_split(found, reference.text)
     if reference.split not in found:
-        raise DataError(f"{reference.text}: no split {reference.split!r}; it has {', '.join(found)}")
+        raise DataError(f"{reference.text}: no split {reference.split!r}; it has {', '.join(map(str, found))}")
     return found[reference.split]
 
 

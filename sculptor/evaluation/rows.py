@@ -59,6 +59,7 @@ class Evaluation:
         num_rows: rows read; `num_tokens` tokens, or rows of a classifier, that the loss is over.
         num_dropped: of the rows, those that did not fit and were not measured; `num_cut` lost a part of their prompt, or text.
         classified: by a classifier's head.
+        base: the same of the model that it is compared with, if any.
         labels: what was ranked for all rows, or the classes.
         answers: the first ones.
         watched: a figure for each of the watched texts.
@@ -81,6 +82,7 @@ class Evaluation:
     num_cut: int = 0
     routed: Mapping[str, int] = field(default_factory=dict)
     classified: bool = False
+    base: "Evaluation | None" = None
 
 
 NOTHING = Evaluation(None, None, None, None, 0, 0, None)

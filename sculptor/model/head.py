@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.architecture import Kind
+from sculptor.checkpoint.architecture import ModelKind
 
 
 class Head:
@@ -27,7 +27,7 @@ class Head:
         kind: encoder-decoder models are called differently.
     """
 
-    def __init__(self, model: Any, body: Any, kind: Kind) -> None:
+    def __init__(self, model: Any, body: Any, kind: ModelKind) -> None:
         self._model = weakref.ref(model)  # what is known of a model must not keep it
         self.body = body
         self.kind = kind
@@ -85,7 +85,7 @@ def _overridden(module: Any, forward: Any) -> Iterator[None]:
 _known: WeakKeyDictionary[Any, Head | None] = WeakKeyDictionary()
 
 
-def find_head(model: Any, kind: Kind) -> Head | None:
+def find_head(model: Any, kind: ModelKind) -> Head | None:
     """The head of a model, or None where its `forward` cannot be split like that."""
     if kind == "classifier":  # a few logits a row
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture
+from sculptor.checkpoint.architecture import Architecture, ModelKind, inspect_architecture
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import EXACT, Batch, Widths, make_batch
@@ -35,7 +35,7 @@ class LoadedModel:
     stream: BlockStream | None = None  # if its blocks are not on the device
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ModelKind:
         """How it is trained."""
         return self.architecture.kind
 
@@ -58,7 +58,7 @@ class LoadedModel:
     def pass_by(self) -> None:
         """Does this process's part of a forward pass without gradients that others have rows for."""
         if self.stream is not None:
-            self.stream.end_pass(training=False)
+            self.stream.pass_by(training=False)
 
     def close(self) -> None:
         """Gives back what its blocks take elsewhere; a streamed model cannot be used any more."""
@@ -133,7 +133,7 @@ def load_streamed(
     architecture: Architecture | None = None,
     *,
     scratch: Path | None = None,
-    trained: Mapping[str, torch.dtype] | None = None,
+    compute_dtypes: Mapping[str, torch.dtype] | None = None,
     resident: frozenset[str] = frozenset(),
     keep_inputs: bool | None = None,
     progress: Progress = silent,
@@ -147,7 +147,7 @@ def load_streamed(
         tier: where blocks wait.
         architecture: of the checkpoint.
         scratch: directory for what changes, in the disk tier.
-        trained: parameters of blocks that will change, and the dtype they are to have on the device.
+        compute_dtypes: parameters of blocks that will change, and the dtype they are to have on the device.
         resident: parameters of blocks that stay on the device.
         keep_inputs: whether activation checkpoints stay on the device; default on a CPU only.
         progress: makes progress bars.
@@ -166,7 +166,7 @@ def load_streamed(
             device,
             tier,
             scratch=scratch,
-            compute_dtypes=trained,
+            compute_dtypes=compute_dtypes,
             resident=resident,
             keep_inputs=keep_inputs,
             progress=progress,
@@ -175,7 +175,7 @@ def load_streamed(
     except MemoryError as cause:
         raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause
     try:
-        check_model(checkpoint, architecture, model, device, mixed=bool(trained))
+        check_model(checkpoint, architecture, model, device, mixed=bool(compute_dtypes))
         tokenizer = load_tokenizer(checkpoint, architecture)
     except BaseException:
         stream.close()  # host memory that is pinned stays so else

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sculptor.checkpoint.architecture import Kind
+from sculptor.checkpoint.architecture import ModelKind
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
 from sculptor.model.head import Head, find_head
@@ -45,13 +45,13 @@ class BatchLoss(NamedTuple):
     divergence: Tensor | None = None
 
 
-def num_loss_tokens(batch: Batch, kind: Kind) -> int:
+def num_loss_tokens(batch: Batch, kind: ModelKind) -> int:
     """Tokens that carry loss, rows for a classifier: a decoder never predicts the first token of a sequence."""
     return int((_read_labels(batch, kind) != IGNORED).sum())
 
 
 def batch_loss(
-    model: Any, batch: Batch, kind: Kind, *, by_entropy: bool = False, as_base: AsBase | None = None
+    model: Any, batch: Batch, kind: ModelKind, *, by_entropy: bool = False, as_base: AsBase | None = None
 ) -> BatchLoss:
     """Cross-entropy of a batch that is on the model's device; with `as_base` KL(base || new) on the same tokens, too.
 
@@ -116,7 +116,7 @@ def _slice_sums(
     return found
 
 
-def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generator) -> Batch:
+def sample_labels(model: Any, batch: Batch, kind: ModelKind, generator: torch.Generator) -> Batch:
     """The batch with every label that carries loss drawn anew from the model's own prediction.
 
     Args:
@@ -132,12 +132,12 @@ def sample_labels(model: Any, batch: Batch, kind: Kind, generator: torch.Generat
     return replace(batch, labels=labels)
 
 
-def predictions(model: Any, batch: Batch, kind: Kind) -> Tensor:
+def predictions(model: Any, batch: Batch, kind: ModelKind) -> Tensor:
     """Logits (tokens with loss, vocabulary) of a batch that is on the model's device, row by row."""
     return _predict(model, batch, kind)[1]
 
 
-def row_errors(model: Any, batch: Batch, kind: Kind) -> Tensor:
+def row_errors(model: Any, batch: Batch, kind: ModelKind) -> Tensor:
     """Mean over the tokens with loss of each row (B,) of ||p - y|| (`numerics.el2n`); 0 where it has none."""
     _, logits, wanted = _predict(model, batch, kind)
     counts = wanted.sum(dim=1)
@@ -146,12 +146,12 @@ def row_errors(model: Any, batch: Batch, kind: Kind) -> Tensor:
     return norms.new_zeros(len(counts)).index_add(0, rows, norms) / counts.clamp(min=1)
 
 
-def _read_labels(batch: Batch, kind: Kind) -> Tensor:
+def _read_labels(batch: Batch, kind: ModelKind) -> Tensor:
     """Labels in the place of the logits that predict them: a decoder predicts the next token."""
     return batch.labels[:, 1:] if kind == "causal" else batch.labels
 
 
-def _predict(model: Any, batch: Batch, kind: Kind) -> tuple[Any, Tensor, Tensor]:
+def _predict(model: Any, batch: Batch, kind: ModelKind) -> tuple[Any, Tensor, Tensor]:
     """The model's outputs, its logits (tokens with loss, vocabulary), and the mask (B, L) of these tokens."""
     inputs = _inputs(model, batch, kind)
     labels = _read_labels(batch, kind)
@@ -167,12 +167,12 @@ def _predict(model: Any, batch: Batch, kind: Kind) -> tuple[Any, Tensor, Tensor]
     return outputs, logits[wanted], wanted
 
 
-def logits_of(model: Any, batch: Batch, kind: Kind) -> Tensor:
+def logits_of(model: Any, batch: Batch, kind: ModelKind) -> Tensor:
     """All logits (B, L, vocabulary), or (B, classes), of a batch that is on the model's device."""
     return torch.as_tensor(model(**_inputs(model, batch, kind)).logits)
 
 
-def _inputs(model: Any, batch: Batch, kind: Kind) -> dict[str, Any]:
+def _inputs(model: Any, batch: Batch, kind: ModelKind) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:  # a cache would be met again when blocks are recomputed

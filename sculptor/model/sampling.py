@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
 from sculptor.model.load import LoadedModel
-from sculptor.progress import Progress
+from sculptor.progress import Bar, Progress
 
 # Rows sampled side by side: as many as their caches (keys and values of every layer) fit into, within bounds.
 _CACHE_BYTES = {"cuda": 6e9, "cpu": 1e9}
@@ -47,7 +48,7 @@ def sample_examples(
     most = _rows_at_once(loaded, max_length)
     found: list[Example] = []
     total = 0
-    bar = progress(total=num_tokens, desc="sample", unit="token")
+    heard = _Heard(progress(total=num_tokens, desc="sample", unit="token"), num_tokens, loaded.pad_id)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for _ in range(_MAX_ROUNDS):
@@ -56,18 +57,45 @@ def sample_examples(
             # Conversations end long before the longest: as many as the mean of those so far asks for.
             likely = max(2, total // len(found)) if chat and found else max_length
             rows = max(1, min(most, -(-(num_tokens - total) // likely)))
-            sampled = _converse(loaded, rows, max_length) if chat else _speak(loaded, rows, start, max_length)
+            sampled = (
+                _converse(loaded, rows, max_length, heard) if chat else _speak(loaded, rows, start, max_length, heard)
+            )
             for example in sampled:
                 kept = min(example.length, num_tokens - total)
                 if kept > 1:
                     found.append(Example(example.input_ids[:kept], example.labels[:kept]))
                     total += kept
-                    bar.update(kept)
-    bar.close()
+            heard.up_to(total)
+    heard.bar.close()
     found = [example for example in found if set(example.labels) != {IGNORED}]
     if not found:
         raise DataError(f"{place}: the model says nothing by itself; give --data files instead of self")
     return tuple(found)
+
+
+class _Heard:
+    """A streamer for `generate`: moves a bar with every token that is said, not only when a whole round is over."""
+
+    def __init__(self, bar: Bar, most: int, pad_id: int) -> None:
+        self.bar = bar
+        self._most = most
+        self._pad_id = pad_id
+        self._shown = 0
+
+    def put(self, tokens: Tensor) -> None:
+        """The prompts (rows, tokens), which do not count; then one token of every row (rows,)."""
+        if tokens.ndim == 1:
+            self.up_to(self._shown + int((tokens != self._pad_id).sum()))
+
+    def end(self) -> None:
+        """All rows have ended."""
+
+    def up_to(self, count: int) -> None:
+        """Moves the bar on; where more was said than is kept, it waits."""
+        count = min(count, self._most)
+        if count > self._shown:
+            self.bar.update(count - self._shown)
+            self._shown = count
 
 
 def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
@@ -76,8 +104,8 @@ def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
     return int(min(max(_CACHE_BYTES[loaded.device.type] / (per_token * max_length), _ROWS[0]), _ROWS[1]))
 
 
-def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int) -> list[Example]:
-    said = continue_prompts(loaded, [[start]] * rows, max_length - 1, [loaded.tokenizer.eos_token_id])
+def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int, heard: _Heard) -> list[Example]:
+    said = continue_prompts(loaded, [[start]] * rows, max_length - 1, [loaded.tokenizer.eos_token_id], heard=heard)
     return [Example((start, *ids), (start, *ids)) for ids in said if ids]
 
 
@@ -106,7 +134,7 @@ def _ids(loaded: LoadedModel, text: str) -> list[int]:
     return list(loaded.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _converse(loaded: LoadedModel, rows: int, max_length: int) -> list[Example]:
+def _converse(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> list[Example]:
     """A user's turn in the model's own words, then its answer, which has at least half of what the template leaves."""
     tokenizer = loaded.tokenizer
     left = max_length - template_tokens(loaded)
@@ -117,7 +145,8 @@ def _converse(loaded: LoadedModel, rows: int, max_length: int) -> list[Example]:
         )
     before, after = _around_words(loaded)
     ends = [tokenizer.eos_token_id, *_ids(loaded, after.lstrip())[:1]]
-    questions = continue_prompts(loaded, [_ids(loaded, before)] * rows, min(_MAX_USER_TOKENS, left // 2), ends)
+    opening = _ids(loaded, before)
+    questions = continue_prompts(loaded, [opening] * rows, min(_MAX_USER_TOKENS, left // 2), ends, heard=heard)
     prompts = []
     for ids in questions:
         text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True).strip()
@@ -130,7 +159,7 @@ def _converse(loaded: LoadedModel, rows: int, max_length: int) -> list[Example]:
     prompts = [prompt for prompt in prompts if len(prompt) < max_length]
     if not prompts:
         return []
-    answers = continue_prompts(loaded, prompts, max_length - min(map(len, prompts)), ends)
+    answers = continue_prompts(loaded, prompts, max_length - min(map(len, prompts)), ends, heard=heard)
     cut = [(prompt, ids[: max_length - len(prompt)]) for prompt, ids in zip(prompts, answers, strict=True)]
     return [Example((*prompt, *ids), (*(IGNORED,) * len(prompt), *ids)) for prompt, ids in cut if ids]
 
@@ -142,6 +171,8 @@ def continue_prompts(
     num_new: int,
     ends: Sequence[int],
     temperature: float = 1.0,
+    *,
+    heard: _Heard | None = None,
 ) -> list[list[int]]:
     """Continuations up to the first of `ends`, which is part of them; at temperature 0 the most likely ones."""
     from transformers import GenerationConfig
@@ -161,7 +192,9 @@ def continue_prompts(
     )
     try:
         output = loaded.model.generate(
-            input_ids=torch.tensor(ids, device=loaded.device), attention_mask=torch.tensor(mask, device=loaded.device)
+            input_ids=torch.tensor(ids, device=loaded.device),
+            attention_mask=torch.tensor(mask, device=loaded.device),
+            streamer=heard,
         )
     finally:
         loaded.model.generation_config = own

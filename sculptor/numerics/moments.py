@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Bands of rows that are computed at a time: as wide as products are fast on a CPU, and no more than saves something.
+_BAND = 256
+_MOST_BANDS = 8
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Factor:
@@ -153,3 +157,27 @@ def spread_profile(found: Tensor, dim: int) -> Tensor:
     rest = (found[-1] / max(1, dim - count)).expand(dim - count)
     spread = torch.cat([found[:-1], rest]).to(torch.float64)
     return spread / spread.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def add_symmetric(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right where that is symmetric: on the diagonal and above it, for `mirror` to complete.
+
+    In bands from their diagonal block on, little more than half of the products where there are many.
+
+    Args:
+        total: (d, d), changed in place.
+        left, right: (tokens, d); the rows of one are those of the other, scaled.
+    """
+    for start, stop in _bands(total.shape[0]):
+        total[start:stop, start:].addmm_(left[:, start:stop].T, right[:, start:])
+
+
+def mirror(total: Tensor) -> None:
+    """Writes what stands above the diagonal of (d, d) below it, in place."""
+    for start, stop in _bands(total.shape[0]):
+        total[stop:, start:stop] = total[start:stop, stop:].T
+
+
+def _bands(d: int) -> list[tuple[int, int]]:
+    count = min(max(1, d // _BAND), _MOST_BANDS)
+    return [(d * i // count, d * (i + 1) // count) for i in range(count)]

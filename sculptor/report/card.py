@@ -1,11 +1,17 @@
 """A card as text: what tuned models can do, beside their base."""
 
+import json
 import math
 import textwrap
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
 
+from sculptor.errors import OutputError, SettingsError
+from sculptor.jobs.card_report import SHARES, CardReport, Leak, Line, TunedCard
 from sculptor.model.harm import Harm
+from sculptor.report.html.page import check_place
 from sculptor.report.text import WIDTH, named_line, percent, table
-from sculptor.tasks.card_report import SHARES, CardReport, Leak, Line, TunedCard
 
 LINES_HEAD = ["measured", "figure", "rows", "base", "tuned", "change", "95 % interval"]
 _FIGURES = {
@@ -14,6 +20,27 @@ _FIGURES = {
     "followed": "prompts followed",
     "instructions": "instr. followed",
 }
+
+
+def check_card_file(path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Refuses a place for a card's JSON: only an earlier card is ever replaced, since a model is full of other JSON.
+
+    Raises:
+        SculptorError: if it has another ending, is something else, or could not be written.
+    """
+    check_place(path, "--json", overwrite, inputs)
+    if path.suffix.lower() != ".json":
+        raise SettingsError(f"--json {path}: expected a name that ends in .json")
+    if path.exists() and not _is_card(path):
+        raise OutputError(f"{path}: is no card of sculptor's; choose another --json")
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {field.name for field in fields(CardReport)} <= found.keys()
 
 
 def card_text(report: CardReport) -> str:

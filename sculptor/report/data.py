@@ -2,8 +2,8 @@
 
 import textwrap
 
+from sculptor.jobs.data_report import DataReport, ExamplePreview
 from sculptor.report.text import WIDTH, table
-from sculptor.tasks.data import DataReport, ExamplePreview
 
 _SHOWN = 600  # characters of a sequence
 _SEQUENCES = 4  # of a row

@@ -1,7 +1,7 @@
 """What edits did, as text."""
 
+from sculptor.jobs.edit_report import Choice, EditReport, RoleChange
 from sculptor.report.text import percent, table
-from sculptor.tasks.edit_report import Choice, EditReport, RoleChange
 from sculptor.tasks.prune import PrunedRole, PruneReport
 
 _MAX_LISTED = 8

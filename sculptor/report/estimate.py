@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
+from sculptor.jobs.estimate_report import Estimate
 from sculptor.planning.placement import remedy
 from sculptor.planning.shares import Share
 from sculptor.report.data import data_text
 from sculptor.report.text import size, table
-from sculptor.tasks.estimate_report import Estimate
 
 _RANKS = 8  # columns of a table that are read
 

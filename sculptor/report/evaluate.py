@@ -1,5 +1,6 @@
 """What a checkpoint can do, as text."""
 
+import itertools
 import textwrap
 
 from sculptor.evaluation.answers import Answer
@@ -13,13 +14,30 @@ def evaluate_text(result: Evaluation) -> str:
     """What `sculptor evaluate` prints."""
     parts = []
     if result.loss is not None:
-        parts.append(table(["measure", "value"], measures_rows(result)))
+        parts.append(table(*measures_table(result)))
     if result.watched:
         parts.append(table(*watched_rows(result)))
     if result.tasks:
         parts.append(table(*tasks_rows(result)))
-    parts += map(_answer, result.answers)
+    parts += itertools.starmap(_answer, beside(result))
     return "\n\n".join(parts)
+
+
+def beside(result: Evaluation) -> list[tuple[Answer, Answer | None]]:
+    """Answers, each with what the base says to the same row."""
+    others = (None,) * len(result.answers) if result.base is None else result.base.answers
+    return list(zip(result.answers, others, strict=True))
+
+
+def measures_table(result: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of what was measured on the rows, the base's figures in a column of their own."""
+    rows = measures_rows(result)
+    if result.base is None:
+        return ["measure", "value"], rows
+    named = {row[0]: row[1] for row in rows}
+    other = {row[0]: row[1] for row in measures_rows(result.base)}
+    names = [*named, *(name for name in other if name not in named)]
+    return ["measure", "model", "base"], [[name, named.get(name, "-"), other.get(name, "-")] for name in names]
 
 
 def watched_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
@@ -27,7 +45,12 @@ def watched_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     rows = [
         [text.name, f"{text.loss:.4f}", f"{text.perplexity:,.2f}", f"{text.num_tokens:,}"] for text in result.watched
     ]
-    return ["watched", "loss", "perplexity", "tokens"], rows
+    head = ["watched", "loss", "perplexity", "tokens"]
+    if result.base is None:
+        return head, rows
+    return [*head, "base's loss"], [
+        [*row, f"{text.loss:.4f}"] for row, text in zip(rows, result.base.watched, strict=True)
+    ]
 
 
 def tasks_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
@@ -42,7 +65,13 @@ def tasks_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
         ]
         for task in result.tasks
     ]
-    return ["task of lm-eval", "metric", "value", "error", "rows"], rows
+    head = ["task of lm-eval", "metric", "value", "error", "rows"]
+    if result.base is None:
+        return head, rows
+    known = {(task.name, task.metric): f"{task.value:.4f}" for task in result.base.tasks}
+    return [*head, "base"], [
+        [*row, known.get((task.name, task.metric), "-")] for row, task in zip(rows, result.tasks, strict=True)
+    ]
 
 
 def measures_rows(result: Evaluation) -> list[list[str]]:
@@ -70,13 +99,18 @@ def measures_rows(result: Evaluation) -> list[list[str]]:
     return rows
 
 
-def _answer(answer: Answer) -> str:
+def _answer(answer: Answer, base: Answer | None) -> str:
     lines = [answer.where]
-    for name, text in (("asked", answer.prompt), ("expected", answer.expected), ("said", answer.said)):
+    parts = [("asked", answer.prompt), ("expected", answer.expected), ("said", answer.said)]
+    for name, text in [*parts, *([] if base is None else [("base", base.said)])]:
         lines += textwrap.wrap(
             _printable(text), WIDTH, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False
         ) or [f"  {name:9}(nothing)"]
-    return "\n".join([*lines, "  exact" if answer.exact else "  not exact"])
+    return "\n".join([*lines, f"  {_mark(answer)}" + ("" if base is None else f"; the base: {_mark(base)}")])
+
+
+def _mark(answer: Answer) -> str:
+    return "exact" if answer.exact else "not exact"
 
 
 def _printable(text: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ def to_json(result: object, **extra: Any) -> str:
     assert dataclasses.is_dataclass(result)
     assert not isinstance(result, type)
     return json.dumps(_plain(dataclasses.asdict(result) | extra), indent=1, allow_nan=False)
+
+
+def list_to_json(results: Sequence[object]) -> str:
+    """Dataclasses as a JSON list of such objects."""
+    return json.dumps([json.loads(to_json(result)) for result in results], indent=1, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

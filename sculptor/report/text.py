@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sculptor.archive.manifest import FrozenMatrices, SourceFacts
+from sculptor.jobs.analyze_report import AnalyzeReport, RoleSummary
+from sculptor.jobs.train_report import TrainReport
 from sculptor.methods.method import Terms
 from sculptor.model.harm import Harm, NamedHarm
-from sculptor.tasks.analyze_report import AnalyzeReport, RoleSummary
 from sculptor.tasks.demo import DemoReport
 from sculptor.tasks.inspect_archive import Inspection
-from sculptor.tasks.train_report import TrainReport
 
 WIDTH = 100
 _MAX_LISTED = 8
+_MUCH = 0.25  # of an update that rounding removes: worth another dtype
 _NEAR_BUDGET = 0.005
 COMPARISON_LEGEND = (
     "a/b: directions here / in the other; overlap: share of the smaller inside the larger; angle: largest"
@@ -161,7 +162,8 @@ def train_text(report: TrainReport) -> str:
     if any(matrix.update for matrix in report.matrices.values()):
         lines.append(
             f"Leak into what is protected, beyond what rounding explains: {max(0.0, report.unexplained_leak):.1e} of the update.\n"
-            f"Storing the result removed {percent(report.rounding_loss)} of the update, by rounding."
+            f"Storing the result removed {percent(report.rounding_loss)} of the update, by rounding"
+            + ("; --save-dtype float32 keeps all of it." if report.rounding_loss > _MUCH else ".")
         )
     else:
         lines.append("No matrix changed.")
@@ -169,7 +171,8 @@ def train_text(report: TrainReport) -> str:
     if report.carry == "keep":
         lines.append("The archive protects what it protected before (--carry keep).")
     elif report.carry == "merge":
-        lines.append("The archive holds what the task uses beside what was there before: see inspect.")
+        rows = "" if report.num_measured is None else f" ({report.num_measured:,} of its rows were measured)"
+        lines.append(f"The archive holds what the task uses{rows} beside what was there before: see inspect.")
     elif added:
         lines.append(f"The archive gained {added:,} directions over {len(report.matrices)} matrices.")
     else:

@@ -3,16 +3,16 @@
 Every block's `forward` is overridden on the instance. It waits until the block's parameters are in a slot of device
 memory, points the parameters there, starts to fill the other slot with what comes next, and runs. In training it runs
 inside our own non-reentrant checkpoint, so the same happens again in the backward pass, last block first; a block is
-finished there when the one before it begins. Parameters stay the same objects: only their `.data` moves between a slot
-and nothing. Waiting is done by the device, on events.
+left there when the pass comes to the one before it, or ends. Parameters stay the same objects: only their `.data` moves
+between a slot and nothing. Waiting is done by the device, on events.
 
 Where several processes divide the parameters, each shows the others its part of a block as it is fetched. So all of them fetch
 the same blocks in the same order, whatever they make of them: what one process leaves out, a block that its rows skip or a
 whole pass for which it has no rows, it passes by.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,90 +21,55 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sculptor.errors import TrainingError
+from sculptor.streaming.hooks import Hooks
 from sculptor.streaming.inputs import InputStore
-from sculptor.streaming.layout import Layout
 from sculptor.streaming.parts import Call, is_norm, join, parts_work, split_call, split_paths, without_cache
-from sculptor.streaming.regions import BlockWeights
 from sculptor.streaming.slots import Slot, Slots
-from sculptor.streaming.transfers import Ticket, Transfers
-
-
-class Observer:
-    """What training adds to a backward pass; this one adds nothing."""
-
-    def block_begun(self, block: int) -> None:
-        """Its gradients are about to appear."""
-
-    def block_done(self, block: int, slot: Slot) -> None:
-        """They have all appeared; its parameters are in `slot`."""
+from sculptor.streaming.transfers import Ticket
+from sculptor.streaming.waiting import WaitingBlocks
 
 
 class BlockStream:
     """The blocks of a model on their way to the device and back.
 
     Args:
-        model: the model; parameters of the blocks that are streamed hold nothing.
-        blocks: path -> block, in the order of the model.
-        parameters: of each block, by name.
-        weights: where these wait.
-        transfers: the lanes.
-        num_slots: blocks on the device at a time; 2 to load ahead.
-        keep_inputs: whether activation checkpoints, the inputs of the blocks, stay on the device.
+        waiting: the blocks, which no other stream has at the time.
+        hooks: what training adds to passes.
 
     Attributes:
         slots: device memory for blocks, which counts how often each was brought there.
-        recompute: what to enter around the second run of a block, in the backward pass.
-        refill: fills a slot with a block that has changed since it was stored, and says what to wait for; None if it has not.
-        beside: of blocks, what else has to be on the device for their backward passes.
-        observer: what training adds to these.
-        part_tokens: of a batch with more tokens, a block sees so many at a time (or one row, if longer), and so does a
-            norm outside of the blocks; None for all at once.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Mapping[str, nn.Module],
-        parameters: Sequence[Mapping[str, nn.Parameter]],
-        weights: BlockWeights,
-        transfers: Transfers,
-        *,
-        num_slots: int,
-        keep_inputs: bool,
-    ) -> None:
-        self.paths = list(blocks)
-        self.parameters = [dict(found) for found in parameters]
-        self.weights = weights
-        self.transfers = transfers
-        self.device = transfers.device
-        self.recompute: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.refill: Callable[[int, Slot], list[Ticket] | None] = lambda block, slot: None
-        self.beside: Mapping[int, Sequence[Slots]] = {}
-        self.observer = Observer()
-        size = max(layout.num_bytes for layout in weights.layouts)
-        self.slots = Slots(num_slots, size, self.device, self._fill)
-        self._inputs = None if keep_inputs else InputStore(transfers)
+    def __init__(self, waiting: WaitingBlocks, hooks: Hooks) -> None:
+        self.waiting = waiting
+        self.hooks = hooks
+        self.paths = waiting.paths
+        self.parameters = waiting.parameters
+        self.weights = waiting.weights
+        self.transfers = waiting.transfers
+        size = max(layout.num_bytes for layout in waiting.layouts)
+        self.slots = Slots(waiting.num_slots, size, waiting.device, self._fill)
+        self._inputs = None if waiting.keep_inputs else InputStore(self.transfers)
         self._order = list(range(len(self.paths)))  # blocks by call, as the last forward made them
         self._calls = 0  # in the forward under way
         self._backward: tuple[int, int] | None = None  # the block whose gradients are appearing, and its call
-        self.divided = weights.owners is not None
+        self.divided = self.weights.owners is not None
         self._passed = 0  # blocks that the forward pass has come by, where all processes have to
         self._left = len(self.paths)  # blocks that the backward pass has not come by
-        self.part_tokens: int | None = None
         self._parts_work: dict[tuple[Any, ...], bool] = {}  # by kind of call, as far as tried
-        self._hook = model.register_forward_pre_hook(lambda *_: self._begin())
-        for i, block in enumerate(blocks.values()):
+        self._handle = waiting.model.register_forward_pre_hook(lambda *_: self._begin())
+        for i, block in enumerate(waiting.modules.values()):
             block.forward = self._streamed(i, block)
-        self._blocks = list(blocks.values())
         inside = tuple(f"{path}." for path in self.paths)
-        self._norms = [m for path, m in model.named_modules() if is_norm(m) and not f"{path}.".startswith(inside)]
-        for norm in self._norms:
+        norms = [m for path, m in waiting.model.named_modules() if is_norm(m) and not f"{path}.".startswith(inside)]
+        for norm in norms:
             norm.forward = self._in_parts(norm)
+        self._overridden = [*waiting.modules.values(), *norms]
 
-    @property
-    def layouts(self) -> Sequence[Layout]:
-        """Of the parameters of each block."""
-        return self.weights.layouts
+    def with_hooks(self, hooks: Hooks) -> "BlockStream":
+        """A stream of the same blocks that does what `hooks` add; this one is over."""
+        self._release()
+        return BlockStream(self.waiting, hooks)
 
     def _begin(self) -> None:
         self._calls = self._passed = 0
@@ -125,7 +90,8 @@ class BlockStream:
                 with self._present(index, call):
                     return forward(*args, **kwargs)
             args, kwargs = without_cache(args, kwargs)
-            parts = split_call(args, kwargs, self.part_tokens) if self.part_tokens else None
+            tokens = self.hooks.part_tokens
+            parts = split_call(args, kwargs, tokens) if tokens else None
             if parts is None or not self._works_apart(index, call, block, forward, (args, kwargs), parts):
                 return self._checkpointed(index, call, 0, forward, args, kwargs)
             found = [self._checkpointed(index, call, i, forward, *part) for i, part in enumerate(parts)]
@@ -148,7 +114,7 @@ class BlockStream:
         forward = norm.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            tokens = self.part_tokens if torch.is_grad_enabled() and len(args) == 1 and not kwargs else None
+            tokens = self.hooks.part_tokens if torch.is_grad_enabled() and len(args) == 1 and not kwargs else None
             parts = split_call(args, kwargs, tokens) if tokens else None
             if parts is None:
                 return forward(*args, **kwargs)
@@ -209,7 +175,7 @@ class BlockStream:
 
     def _fetch_beside(self, index: int) -> None:
         """The backward pass of a block comes next but one."""
-        for slots in self.beside.get(index, ()):
+        for slots in self.hooks.beside.get(index, ()):
             slots.fetch_ahead(index)
 
     def _next(self, index: int, call: int) -> int | None:
@@ -229,16 +195,15 @@ class BlockStream:
                 pass
         self._passed = index + 1
 
-    def end_pass(self, training: bool) -> None:
-        """This process is done with a pass, if it had rows for it at all; comes by what it has left out."""
-        self.end_backward()
+    def pass_by(self, training: bool) -> None:
+        """Comes by what this process has left out of a pass, or all of it if it had no rows; for all processes to call."""
         if not self.divided:
             return
         with torch.set_grad_enabled(training):
             self._come_through()
         if training:
             self._turn_past(-1)
-            self.end_backward()
+            self._end_backward()
         self._passed, self._left = 0, len(self.paths)
 
     def _come_through(self) -> None:
@@ -258,21 +223,20 @@ class BlockStream:
         """The block runs again, and its gradients follow."""
         if self._backward != (index, call):  # else another part of its batch
             if self._backward is None:  # whoever calls backward need not say when it is over
-                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             if self.divided:
                 before = index - 1 if index else None
                 self._turn_past(index)
             self._turn_to(index, before, call)
-        with self.recompute():
-            yield
+        yield
 
     def _turn_to(self, index: int, before: int | None, call: int | None) -> None:
         """The backward pass comes to a block; None for `call` where it only passes by."""
-        self.end_backward()
+        self._leave()
         self._enter(index)
         self._backward = index, -1 if call is None else call
         self._left = index
-        self.observer.block_begun(index)
+        self.hooks.block_begun(index)
         if before is not None:
             # Weights last: after a fused update their slot is the last to be free, and the lane waits behind them.
             if self._inputs is not None and call is not None:
@@ -280,8 +244,12 @@ class BlockStream:
             self._fetch_beside(before)
             self.slots.fetch_ahead(before)
 
-    def end_backward(self) -> None:
-        """The backward pass is over, or goes on with another block."""
+    def _end_backward(self) -> None:
+        """The one end of a backward pass: autograd calls it, and where a process had no rows for the last blocks `pass_by`."""
+        self._leave()
+
+    def _leave(self) -> None:
+        """The block that the backward pass has come to has all its gradients."""
         if self._backward is None:
             return
         (index, _), self._backward = self._backward, None
@@ -289,11 +257,11 @@ class BlockStream:
         assert slot is not None
         slot.uses["compute"] = self.transfers.mark()
         self._empty(index)
-        self.observer.block_done(index, slot)
+        self.hooks.block_done(index, slot)
 
     def _enter(self, index: int) -> Slot:
         slot = self.slots.enter(index)
-        layout = self.layouts[index]
+        layout = self.waiting.layouts[index]
         for name, parameter in self.parameters[index].items():
             parameter.data = layout.view(slot.memory, name)
         return slot
@@ -303,23 +271,26 @@ class BlockStream:
             parameter.data = parameter.data.new_empty(0)
 
     def _fill(self, index: int, slot: Slot) -> list[Ticket]:
-        found = self.refill(index, slot)
+        found = self.hooks.refill(index, slot)
         if found is None:
             after = [*slot.taken(), self.weights.written(index)]
             found = [self.transfers.load(partial(self.weights.load, index, slot.memory), after)]
         if (owners := self.weights.owners) is None:
             return found
-        return [self.transfers.load(partial(owners.show, index, self.layouts[index], slot.memory), found)]
+        return [self.transfers.load(partial(owners.show, index, self.waiting.layouts[index], slot.memory), found)]
 
     def close(self) -> None:
         """Gives the blocks and norms their own `forward` back, and the memory. Their parameters hold nothing then."""
-        self._hook.remove()
-        for module in (*self._blocks, *self._norms):
+        self._release()
+        self.waiting.close()
+
+    def _release(self) -> None:
+        """Gives back what is this stream's own, when nothing is under way any more."""
+        self._handle.remove()
+        for module in self._overridden:
             del module.forward
-        self._blocks.clear()
-        self._norms.clear()
-        self.transfers.close()
-        self.weights.close()
+        self._overridden.clear()
+        self.transfers.settle()
         self.slots.close()
         if self._inputs is not None:
             self._inputs.close()

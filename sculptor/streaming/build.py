@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from sculptor.errors import CheckpointError
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.files import TensorFiles
+from sculptor.streaming.hooks import Hooks
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.owners import Owners
 from sculptor.streaming.regions import BlockWeights, Scratch, Tier
 from sculptor.streaming.transfers import Transfers, return_freed_memory
+from sculptor.streaming.waiting import WaitingBlocks
 
 Divide = Callable[[Sequence[Mapping[str, int]]], Owners]
 
@@ -68,68 +71,118 @@ def stream_model(
     _tie(model, checkpoint, architecture, dtype)
     home = Scratch(tier, scratch, device)
     files = TensorFiles(checkpoint, sources, home.reading)
-    names = defaultdict(list)  # a parameter may be known under several names
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
     blocks = find_blocks(model)
-    streamed: dict[str, dict[str, nn.Parameter]] = {path: {} for path in blocks}
-    shapes: dict[str, tuple[int, ...]] = {}
-    made: list[list[str]] = []
-    for group in names.values():
-        known = [name for name in group if name in sources]
-        shape = model.get_parameter(group[0]).shape
-        if not known and _is_made_at_load(model, group):
-            made.append(group)
-            continue
-        if not known:
-            raise CheckpointError(
-                f"{checkpoint.path}: parameter {group[0]} of {architecture.model_class} is not in the files; use --offload none"
-            )
-        source = sources[known[0]]
-        if isinstance(source, str) and checkpoint.infos[source].shape != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.infos[source].shape)}, config.json asks for "
-                f"{list(shape)}"
-            )
-        owners = {path for name in group for path in blocks if name.startswith(path + ".")}
-        outside = any(not name.startswith(tuple(path + "." for path in blocks)) for name in group)
-        wanted = (compute_dtypes or {}).get(known[0], _dtype(model, known[0], dtype))
-        if outside or len(owners) != 1 or resident & set(group):
-            value = torch.empty(shape, dtype=wanted, device=device)
-            files.fill(known[0], value)
-            new = nn.Parameter(value, requires_grad=False)
-        else:
-            new = nn.Parameter(torch.empty(0, dtype=wanted, device=device), requires_grad=False)
-            streamed[owners.pop()][known[0]] = new
-        for name in group:
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._parameters[leaf] = new
-        shapes[known[0]] = tuple(shape)
-    _make_at_load(model, made, dtype, device)
-    sizes = [{name: _num_bytes(parameter, shapes[name]) for name, parameter in of.items()} for of in streamed.values()]
-    held = None if divide is None else divide(sizes)
-    changed = set(compute_dtypes or {})
-    layouts = []
-    for i, found in enumerate(streamed.values()):
-        # What one process owns comes together, and of that what training changes last.
-        of = {name: (0 if held is None else held.order(i, name), name in changed) for name in found}
-        layouts.append(Layout((name, found[name].dtype, shapes[name]) for name in sorted(found, key=of.__getitem__)))
+    found = _place_parameters(model, files, architecture, _Memory(device, dtype, compute_dtypes or {}, resident))
+    held = None if divide is None else divide(found.sizes)
+    layouts = found.layouts(held, set(compute_dtypes or {}))
     _move_buffers(model, checkpoint, architecture, device)
-    total = sum(size for i, of in enumerate(sizes) for name, size in of.items() if held is None or held.mine(i, name))
+    total = sum(
+        size for i, of in enumerate(found.sizes) for name, size in of.items() if held is None or held.mine(i, name)
+    )
     bar = progress(total=total, desc="load", unit="B") if home.in_memory else None
     weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore, held)
     if bar is not None:
         bar.close()
-    stream = BlockStream(
+    waiting = WaitingBlocks(
         model,
         blocks,
-        list(streamed.values()),
+        found.streamed,
         weights,
         Transfers(device, threads=tier == "disk"),
         num_slots=2 if device.type == "cuda" else 1,
         keep_inputs=device.type == "cpu" if keep_inputs is None else keep_inputs,
     )
-    return model.eval(), stream
+    return model.eval(), BlockStream(waiting, Hooks())
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Where parameters go, and in which dtype: as `stream_model` has it, `dtype` the model's own."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compute_dtypes: Mapping[str, torch.dtype]
+    resident: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Placed:
+    """The parameters of blocks that are streamed, by the name that the files know: of each block, and the shapes of all."""
+
+    streamed: list[dict[str, nn.Parameter]]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def sizes(self) -> list[dict[str, int]]:
+        """Bytes of each."""
+        return [{name: _num_bytes(value, self.shapes[name]) for name, value in of.items()} for of in self.streamed]
+
+    def layouts(self, held: Owners | None, changed: set[str]) -> list[Layout]:
+        """Of each block: what one process owns comes together, and of that what training changes last."""
+        made = []
+        for i, found in enumerate(self.streamed):
+            of = {name: (0 if held is None else held.order(i, name), name in changed) for name in found}
+            order = sorted(found, key=of.__getitem__)
+            made.append(Layout((name, found[name].dtype, self.shapes[name]) for name in order))
+        return made
+
+
+def _place_parameters(model: Any, files: TensorFiles, architecture: Architecture, memory: _Memory) -> _Placed:
+    """Gives a model's parameters what they need on the device: all of a value, or nothing where it is streamed."""
+    blocks = list(find_blocks(model))
+    placed, made = _Placed([{} for _ in blocks], {}), []
+    for group in _names_of_each(model):
+        known = [name for name in group if name in files.sources]
+        if not known and _is_made_at_load(model, group):
+            made.append(group)
+            continue
+        shape = _checked_shape(model, files, architecture, group, known)
+        wanted = memory.compute_dtypes.get(known[0], _dtype(model, known[0], memory.dtype))
+        block = None if memory.resident & set(group) else _block_of(group, blocks)
+        value = torch.empty(shape if block is None else 0, dtype=wanted, device=memory.device)
+        if block is None:
+            files.fill(known[0], value)
+        new = nn.Parameter(value, requires_grad=False)
+        if block is not None:
+            placed.streamed[block][known[0]] = new
+        for name in group:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = new
+        placed.shapes[known[0]] = shape
+    _make_at_load(model, made, memory.dtype, memory.device)
+    return placed
+
+
+def _names_of_each(model: Any) -> list[list[str]]:
+    """The names of each parameter, which may be known under several."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return list(names.values())
+
+
+def _checked_shape(
+    model: Any, files: TensorFiles, architecture: Architecture, names: Sequence[str], known: Sequence[str]
+) -> tuple[int, ...]:
+    """The shape of a parameter, which its tensor has; `known` are those of its names that the files have."""
+    checkpoint, shape = files.checkpoint, tuple(model.get_parameter(names[0]).shape)
+    if not known:
+        raise CheckpointError(
+            f"{checkpoint.path}: parameter {names[0]} of {architecture.model_class} is not in the files; use --offload none"
+        )
+    source = files.sources[known[0]]
+    if isinstance(source, str) and tuple(checkpoint.infos[source].shape) != shape:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.infos[source].shape)}, config.json asks for "
+            f"{list(shape)}"
+        )
+    return shape
+
+
+def _block_of(names: Sequence[str], blocks: Sequence[str]) -> int | None:
+    """The one block that a parameter is of; None if it is outside of them, or of several."""
+    found = {next((i for i, path in enumerate(blocks) if name.startswith(path + ".")), None) for name in names}
+    return found.pop() if len(found) == 1 else None
 
 
 def _num_bytes(parameter: Tensor, shape: tuple[int, ...]) -> int:

@@ -116,12 +116,19 @@ class Transfers:
         with torch.cuda.device(self.device), torch.no_grad(), self.lane(lane):
             yield
 
-    def close(self) -> None:
-        """Ends the threads, after what they have been given."""
+    def settle(self) -> None:
+        """Returns when nothing is under way any more, whatever became of it."""
         for thread in self._threads.values():
-            thread.shutdown()
+            thread.submit(lambda: None).result()
         if self._streams:
             torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Ends the threads, after what they have been given."""
+        self.settle()
+        for thread in self._threads.values():
+            thread.shutdown()
+        self._threads.clear()
 
 
 class Staging:

@@ -7,9 +7,9 @@ from sculptor.checkpoint.reader import find_directory
 from sculptor.checkpoint.staging import check_apart
 from sculptor.edits.settings import Interpolate
 from sculptor.errors import CheckpointError, SettingsError
+from sculptor.jobs.processes import join
 from sculptor.progress import Progress, silent
 from sculptor.tasks.edit import edit
-from sculptor.tasks.processes import join
 from sculptor.validation import parse, read_file
 
 

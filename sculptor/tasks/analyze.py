@@ -10,7 +10,7 @@ import torch
 
 from sculptor import __version__
 from sculptor.analysis.cosines import measure_importance
-from sculptor.analysis.derive import Packing, decide, write_measured
+from sculptor.analysis.derive import Measurement, Packing, decide, write_measured
 from sculptor.analysis.evidence import Source, weigh
 from sculptor.analysis.sources import facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
@@ -22,18 +22,18 @@ from sculptor.checkpoint.staging import commit
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
+from sculptor.jobs.analyze_job import AnalyzeJob, new_records, open_analysis, run_key
+from sculptor.jobs.analyze_report import AnalyzeReport, report_of
+from sculptor.jobs.defaults import tell_choice
+from sculptor.jobs.job import open_model
+from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.protected import keep_protected
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence
 from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.samples import SECTION, SUFFIX, kept_samples
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze_job import AnalyzeJob, new_records, open_analysis, run_key
-from sculptor.tasks.analyze_report import AnalyzeReport, report_of
-from sculptor.tasks.defaults import tell_choice
-from sculptor.tasks.job import open_model
-from sculptor.tasks.processes import check_alike, join, staged_together
-from sculptor.tasks.protected import keep_protected
 from sculptor.training.settings import Offload
 from sculptor.world import World
 
@@ -149,23 +149,20 @@ def _of_these_inputs(partial: Path, world: World) -> Iterator[None]:
 
 def _measure(run: _Run) -> _Found:
     """Evidence of rows that the model reads, and rules that follow from it."""
-    job, world, unreached = run.job, run.world, list[str]()
+    job, world = run.job, run.world
     with run.open_model() as loaded:
         sampled = world.once(lambda: sample_sources(loaded, job.settings, job.items, run.progress))
         sources = [*job.sources, *sampled]
-        write_measured(
-            loaded,
-            dict(run.records),
-            job.targets,
-            sources,
-            job.measures,
-            job.settings,
-            job.method.derive,
-            run.writer if world.first else None,
-            run.progress,
-            unreached=unreached,
-            world=world,
+        asked = Measurement(
+            records=dict(run.records),
+            targets=job.targets,
+            sources=sources,
+            measures=job.measures,
+            settings=job.settings,
+            make=job.method.derive,
+            leaves_out=True,
         )
+        unreached = write_measured(loaded, asked, run.writer if world.first else None, run.progress, world)
         _keep_samples(run, loaded)
         keep_protected(run.writer, loaded, job.settings, job.named, world, run.notice)
     return _Found(sources, unreached)

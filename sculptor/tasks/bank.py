@@ -28,13 +28,13 @@ from sculptor.edits.compact import Compact, compact
 from sculptor.edits.pairs import open_pairs
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import BankError, DataError, EditError
+from sculptor.jobs.bank_files import BEGAN, Bank, BankTask, bank_to_add_to, base_identity, write_task
+from sculptor.jobs.readme import Readme, code, write_readme
+from sculptor.jobs.record import record_head
 from sculptor.model.load import LoadedModel, load_model, resolve_device
 from sculptor.model.queries import queries
 from sculptor.numerics.routing import make_key, mix, scores
 from sculptor.progress import Progress, silent
-from sculptor.tasks.bank_files import BEGAN, Bank, BankTask, bank_to_add_to, base_identity, write_task
-from sculptor.tasks.readme import Readme, code, write_readme
-from sculptor.tasks.record import record_head
 
 Mix = tuple[tuple[str, float], ...]
 _ROWS = 384  # of a task's, spread over all, that its key is of

@@ -27,14 +27,10 @@ from sculptor.data.collated import collated_examples
 from sculptor.data.examples import Encoded, resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of, task_name
 from sculptor.errors import ArchiveError, OutputError, SettingsError, TrainingError
-from sculptor.methods.kinds import Kinds
-from sculptor.methods.method import measures_of
-from sculptor.methods.settings import Carry
-from sculptor.model.load import LoadedModel, load_tokenizer
-from sculptor.progress import Progress, silent
-from sculptor.tasks.finish import write_output
-from sculptor.tasks.job import Rows, TrainJob, open_base, open_model, read_task, resolve_settings
-from sculptor.tasks.same_model import (
+from sculptor.jobs.finish import write_output
+from sculptor.jobs.job import Rows, TrainJob, open_base, open_model, read_task, resolve_settings
+from sculptor.jobs.memory import fit_memory
+from sculptor.jobs.same_model import (
     autocast_of,
     check_buffers,
     check_computes,
@@ -42,13 +38,18 @@ from sculptor.tasks.same_model import (
     check_settings,
     has_moved,
 )
-from sculptor.tasks.train_report import TrainReport
+from sculptor.jobs.train_report import TrainReport
+from sculptor.methods.kinds import Kinds
+from sculptor.methods.method import measures_of
+from sculptor.methods.settings import Carry
+from sculptor.model.load import LoadedModel, load_tokenizer
+from sculptor.progress import Progress, silent
 from sculptor.training.base import BaseWeights
 from sculptor.training.loop import LoopResult
 from sculptor.training.protect import ProtectedMatrix, protected_matrices
 from sculptor.training.settings import SaveDtype, TrainSettings
 from sculptor.training.stepping.updates import Trained
-from sculptor.world import here
+from sculptor.world import ALONE, here
 
 # Of a trainer's arguments, what a record tells.
 _TOLD = (
@@ -160,7 +161,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             rows = Rows(Encoded(found, 0, 0), None, None)
         seen = getattr(loader, "dataset", None)
         names = names_of(items) if items else (f"the trainer's rows ({type(args).__name__})",)
-        self._job = TrainJob(
+        job = TrainJob(
             checkpoint,
             architecture,
             archive,
@@ -175,6 +176,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             rows_elsewhere=len(seen) if isinstance(seen, Sized) else 0,
             trainer=_told(args),
         )
+        device = next(model.parameters()).device
+        self._job = fit_memory(job, self.settings.memory_rows, None, device, self.notice, ALONE)
 
     def _check_base(self, args: Any, model: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
         """Whether what is about to be trained is the base, but for its coordinates."""

@@ -18,13 +18,7 @@ from sculptor.data.rows import Data
 from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.refusals import PHRASES
 from sculptor.evaluation.series import Figure, Reading, Series, change
-from sculptor.methods.kinds import Kinds
-from sculptor.model.harm import Harm, NamedHarm, measure_harm
-from sculptor.model.load import LoadedModel, check_head, resolve_device
-from sculptor.model.protected import measure_protected, read_protected
-from sculptor.model.samples import Sample, draw_samples
-from sculptor.progress import Progress, silent
-from sculptor.tasks.card_report import (
+from sculptor.jobs.card_report import (
     HARM,
     LEAK,
     UNVERIFIED,
@@ -37,9 +31,15 @@ from sculptor.tasks.card_report import (
     interval,
     parse_threshold,
 )
-from sculptor.tasks.harm import need_samples
-from sculptor.tasks.job import open_model
-from sculptor.tasks.measures import Measure, read_measures
+from sculptor.jobs.harm import need_samples
+from sculptor.jobs.job import open_model
+from sculptor.jobs.measures import Measure, read_measures
+from sculptor.methods.kinds import Kinds
+from sculptor.model.harm import Harm, NamedHarm, measure_harm
+from sculptor.model.load import LoadedModel, check_head, resolve_device
+from sculptor.model.protected import measure_protected, read_protected
+from sculptor.model.samples import Sample, draw_samples
+from sculptor.progress import Progress, silent
 from sculptor.tasks.verify import verify
 from sculptor.training.settings import Offload
 

@@ -16,10 +16,10 @@ from sculptor.data.edges import prompt_ids
 from sculptor.data.examples import resolve_max_length
 from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.answers import stops_of
+from sculptor.jobs.job import open_model
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.sampling import continue_prompts
 from sculptor.progress import Progress, silent
-from sculptor.tasks.job import open_model
 from sculptor.training.settings import Offload
 
 _MOST_SAID = 256  # tokens of an answer, unless asked for otherwise

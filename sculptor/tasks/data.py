@@ -2,11 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.architecture import Architecture, Kind, inspect_architecture
+from sculptor.checkpoint.architecture import Architecture, ModelKind, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.chat import check_use, unread_keys
 from sculptor.data.columns import Columns
@@ -15,94 +14,9 @@ from sculptor.data.labelled import classes_of
 from sculptor.data.mixture import Mixture
 from sculptor.data.rows import Data, DataSource, as_items, read_sources
 from sculptor.errors import DataError
+from sculptor.jobs.data_report import DataReport, ExamplePreview, RowPreview, SourcePreview
 from sculptor.model.load import check_trainable, load_tokenizer
 from sculptor.progress import Progress, silent
-
-
-@dataclass(frozen=True, slots=True)
-class ExamplePreview:
-    """One sequence as the model sees it.
-
-    Attributes:
-        parts: runs of tokens as text, and whether they carry loss; in order.
-        num_tokens: of all of them; `num_learned` of those with loss.
-        target: the decoder's text, for an encoder-decoder; the class, for a classifier; None for others.
-    """
-
-    parts: tuple[tuple[str, bool], ...]
-    num_tokens: int
-    num_learned: int
-    target: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowPreview:
-    """One row.
-
-    Attributes:
-        where: file and line.
-        examples: what it becomes.
-        remarks: what was done to it, and why.
-    """
-
-    where: str
-    examples: tuple[ExamplePreview, ...]
-    remarks: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SourcePreview:
-    """One of several data.
-
-    Attributes:
-        name: as records call it.
-        num_rows: rows read; `num_off` more say that they are not trained.
-        form: what they were recognised as.
-        unread: keys that nothing looks at.
-        num_examples: sequences made of them; `num_epoch` of an epoch are from here.
-    """
-
-    name: str
-    num_rows: int
-    num_off: int
-    form: str
-    unread: tuple[str, ...]
-    num_examples: int
-    num_epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class DataReport:
-    """The result of `preview`.
-
-    Attributes:
-        num_rows: rows read; `num_examples` sequences made of them.
-        num_tokens: read by the model in an epoch; `num_learned` of them carry loss.
-        num_dropped: rows whose completion does not fit.
-        num_cut: rows that lost the middle of what comes before the loss.
-        num_split: rows that became several sequences.
-        num_ended: rows whose chat template gives turns no end, so that one was added.
-        num_apart: rows whose prompt and completion, joined, would be tokenised in another way at their edge.
-        num_epoch: sequences of an epoch, fewer than all with weights.
-        longest: tokens of the longest sequence; `max_length` is what they were fitted into.
-        sources: each of the data.
-        rows: the first ones.
-    """
-
-    num_rows: int
-    num_examples: int
-    num_tokens: int
-    num_learned: int
-    num_dropped: int
-    num_cut: int
-    num_split: int
-    num_ended: int
-    num_apart: int
-    num_epoch: int
-    longest: int
-    max_length: int
-    sources: tuple[SourcePreview, ...]
-    rows: tuple[RowPreview, ...]
 
 
 def preview(
@@ -215,7 +129,7 @@ def _learned(example: Example) -> int:
     return sum(label != IGNORED for label in example.labels)
 
 
-def _preview(example: Example, tokenizer: Any, kind: Kind, classes: Sequence[str]) -> ExamplePreview:
+def _preview(example: Example, tokenizer: Any, kind: ModelKind, classes: Sequence[str]) -> ExamplePreview:
     ids = example.input_ids
     apart = kind in ("seq2seq", "classifier")
     on = [False] * len(ids) if apart else [label != IGNORED for label in example.labels]

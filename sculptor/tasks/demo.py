@@ -17,10 +17,10 @@ import torch
 from sculptor.checkpoint.staging import writing
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import OutputError
+from sculptor.jobs.demo_model import KNOWN, NUM_COUNTRIES, TAUGHT, invent_facts, make_model
 from sculptor.methods.settings import SELF, AnalyzeSettings
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
-from sculptor.tasks.demo_model import KNOWN, NUM_COUNTRIES, TAUGHT, invent_facts, make_model
 from sculptor.tasks.evaluate import evaluate
 from sculptor.tasks.train import train
 from sculptor.tasks.verify import verify

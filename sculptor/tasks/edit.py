@@ -26,13 +26,13 @@ from sculptor.edits.project import Projection
 from sculptor.edits.settings import Choose, EditSettings, Interpolate, Lines, Project
 from sculptor.edits.threshold import Denoised
 from sculptor.errors import SettingsError
+from sculptor.jobs.edit_choice import choose_best, open_trial
+from sculptor.jobs.edit_record import Making, edit_readme, edit_record
+from sculptor.jobs.edit_report import Choice, EditReport
+from sculptor.jobs.readme import write_readme
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.edit_choice import choose_best, open_trial
-from sculptor.tasks.edit_record import Making, edit_readme, edit_record
-from sculptor.tasks.edit_report import Choice, EditReport
-from sculptor.tasks.readme import write_readme
 from sculptor.training.settings import SaveDtype
 
 # What is tried of --soft.

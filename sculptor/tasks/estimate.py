@@ -2,18 +2,20 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
 
 from sculptor.archive.store import Archive
-from sculptor.checkpoint.architecture import Target, inspect_architecture
-from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.checkpoint.architecture import Architecture, Target, inspect_architecture
+from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of
 from sculptor.errors import DataError, SettingsError
+from sculptor.jobs.data_report import DataReport
+from sculptor.jobs.estimate_report import Estimate, Mode
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Plans
 from sculptor.model.load import check_trainable, resolve_device
@@ -25,7 +27,6 @@ from sculptor.planning.speeds import decomposition_seconds, measure_speeds
 from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
-from sculptor.tasks.estimate_report import Estimate, Mode
 from sculptor.training.settings import OptimizerMode, TrainSettings
 
 _GPUS_OF_A_MACHINE = 8  # which share its host memory
@@ -62,7 +63,6 @@ def estimate(
     architecture = inspect_architecture(checkpoint)
     check_trainable(checkpoint, architecture)
     device = resolve_device(settings.device) if settings.gpu_memory is None else torch.device("cuda")
-    here = device.type == "cpu" or torch.cuda.is_available()
     archive = None if subspaces is None else Archive(subspaces, rules=rules)
     if archive is not None:
         archive.check_names(checkpoint)
@@ -70,115 +70,181 @@ def estimate(
     else:
         matrices = _planned(architecture.targets, settings, rules)
     archive_bytes = 4 * sum(map(_stored_numbers, matrices)) if archive is None else archive.num_bytes
-    report, mixture, lengths = None, None, [resolve_max_length(settings.max_length, architecture.max_positions)]
-    if as_items(data):
-        report, lengths, mixture = preview_rows(
-            checkpoint, architecture, data, max_length=settings.max_length, chat_template=settings.chat_template,
-            columns=settings.columns, max_rows=settings.max_rows, rows=1, progress=progress,
-        )  # fmt: skip
-        if not lengths:
-            raise DataError(f"{names_of(data)[0]}: no row fits into {report.max_length} tokens; raise --max-length")
-    elif settings.columns is not None or settings.max_rows is not None:
-        raise SettingsError("--columns and --max-rows without effect: there is no --data")
-    length = max(lengths)
-    batch = settings.batch_size if report is None else min(settings.batch_size, report.num_epoch)
-    share = -(-batch // settings.gpus)  # rows of each process
+    rows = _read_rows(checkpoint, architecture, data, settings, progress)
+    machine = _Machine.of(settings, device, Path(directory))
+    batch = rows.of_a_step(settings)
+    ways = _Ways(
+        settings,
+        machine,
+        functools.partial(footprints, checkpoint, architecture, matrices, device),
+        sum(matrix.num_free for matrix in matrices),
+        -(-batch // settings.gpus),
+    )
     work = Workload(
-        share * length,
+        ways.share * rows.longest,
         1,
         settings.fused,
         on_host=device.type == "cuda" and not settings.fused,
         written=float(checkpoint.num_bytes + archive_bytes),
         saves=2,
-        row=length,
+        row=rows.longest,
     )
-    num_trainable = sum(matrix.num_free for matrix in matrices)
-    free_device, free_host = available_memory(device if here else torch.device("cpu"))
-    free_device = 1e9 * settings.gpu_memory if settings.gpu_memory is not None else free_device
-    free_host = 1e9 * settings.host_memory if settings.host_memory is not None else free_host
-    if device.type == "cpu":
-        free_device = free_host
-
-    free_disk = available_disk(Path(directory))
-
-    def plans_for(work: Workload) -> dict[str, Footprint]:
-        take = functools.partial(footprints, checkpoint, architecture, matrices, device)
-        return _ways(settings, take, work, num_trainable)
-
-    def lacking(plan: Footprint) -> list[Shortage]:
-        sharing = min(settings.gpus, _GPUS_OF_A_MACHINE) if plan.shares else 1
-        return shortages(plan, device.type, free_device, free_host / sharing, free_disk)
-
-    def split_of(wanted: TrainSettings) -> Split:
-        """That of the first way that fits."""
-        names = list(plans_for(work)) if settings.gpus > 1 else []
-        for name in names:
-
-            def ways(split: Split, name: str = name) -> dict[str, Footprint]:
-                return {"none": plans_for(split.workload(work, share))[name]}
-
-            again = replace(wanted, checkpoint_activations=None if name == "replicate" else True)
-            split = choose_split(ways, again, share, length, device, free_device)
-            if name == names[-1] or not lacking(ways(split)["none"]):
-                return split
-        return choose_split(
-            lambda split: plans_for(split.workload(work, share)), wanted, share, length, device, free_device
-        )
-
-    mode: OptimizerMode = "fused" if settings.fused else "exact"
-    wanted = TrainSettings(
-        batch_size=share, micro_batch_size=settings.micro_batch_size, optimizer_mode=mode, clip_by="matrix"
-    )
-    average = sum(lengths) / len(lengths) if mixture is None else mixture.mean(lengths)
-    split = split_of(wanted)
-    plans = plans_for(split.workload(work, share))
-    work = split.workload(replace(work, tokens=round(share * average)), share)
-    works = plans_for(work)
+    split = ways.split(work)
+    plans = ways.plans(split.workload(work, ways.share))
+    work = split.workload(replace(work, tokens=round(ways.share * rows.average)), ways.share)
+    works = ways.plans(work)
     given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
-    speeds, measured = measure_speeds(given, device, here, Path(directory))
-    modes = {name: _mode(plan, works[name], speeds, device.type, lacking(plan)) for name, plan in plans.items()}
+    speeds, measured = measure_speeds(given, device, machine.here, Path(directory))
+    modes = {name: _mode(plan, works[name], speeds, device.type, ways.lacking(plan)) for name, plan in plans.items()}
     return Estimate(
         model=str(model),
         num_parameters=sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values()),
-        num_trainable=num_trainable,
+        num_trainable=ways.num_trainable,
         kind=device.type,
-        tokens=round(batch * average),
+        tokens=round(batch * rows.average),
         gpus=settings.gpus,
         micro_batches=work.micro_batches,
         modes=modes,
         speeds=speeds,
         measured=measured,
-        device_memory=free_device,
-        host_memory=free_host,
+        device_memory=machine.device_bytes,
+        host_memory=machine.host_bytes,
         archive_bytes=archive_bytes,
-        analysis_seconds=sum(
-            decomposition_seconds(matrix.target.shape, speeds["eigen"], device.type)
-            for matrix in matrices
-            if matrix.rule.orthonormal & matrix.rule.stored().keys()
-        ),
+        analysis_seconds=_analysis_seconds(matrices, speeds["eigen"], device.type),
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
-        data=report,
-        steps=None if report is None else -(-report.num_epoch // batch),
+        data=rows.report,
+        steps=None if rows.report is None else -(-rows.report.num_epoch // batch),
     )
 
 
-def _ways(
-    settings: EstimateSettings,
-    plan: Callable[[Workload], dict[str, Footprint]],
-    work: Workload,
-    num_trained: int,
-) -> dict[str, Footprint]:
-    """By name: of one process by `--offload`, of several by `--parallel`, and by `--offload` where the model is divided."""
-    if settings.gpus == 1:
-        return plan(work)
-    found: dict[str, Footprint] = {}
-    if settings.parallel != "shard":
-        alone = plan(work)["none"]
-        found["replicate"] = replace(alone, exchanged=added_up(num_trained, settings.gpus))
-    if settings.parallel != "replicate":
-        divided = plan(replace(work, processes=settings.gpus))
-        found |= {"shard": divided["none"], "shard, cpu": divided["cpu"]}
-    return found
+@dataclass(frozen=True, eq=False, slots=True)
+class _Rows:
+    """How long rows are: those of the data, or as long as they may be.
+
+    Attributes:
+        report: of the data, if they were given.
+        longest: tokens of the longest row, `average` of one as an epoch has them.
+    """
+
+    report: DataReport | None
+    longest: int
+    average: float
+
+    def of_a_step(self, settings: EstimateSettings) -> int:
+        """How many, all processes together."""
+        return settings.batch_size if self.report is None else min(settings.batch_size, self.report.num_epoch)
+
+
+def _read_rows(
+    checkpoint: Checkpoint, architecture: Architecture, data: Data, settings: EstimateSettings, progress: Progress
+) -> _Rows:
+    if not as_items(data):
+        if settings.columns is not None or settings.max_rows is not None:
+            raise SettingsError("--columns and --max-rows without effect: there is no --data")
+        length = resolve_max_length(settings.max_length, architecture.max_positions)
+        return _Rows(None, length, float(length))
+    report, lengths, mixture = preview_rows(
+        checkpoint, architecture, data, max_length=settings.max_length, chat_template=settings.chat_template,
+        columns=settings.columns, max_rows=settings.max_rows, rows=1, progress=progress,
+    )  # fmt: skip
+    if not lengths:
+        raise DataError(f"{names_of(data)[0]}: no row fits into {report.max_length} tokens; raise --max-length")
+    return _Rows(report, max(lengths), sum(lengths) / len(lengths) if mixture is None else mixture.mean(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """What a machine has: `here` says whether its device is this one's, and the bytes are free ones."""
+
+    device: torch.device
+    here: bool
+    device_bytes: float
+    host_bytes: float
+    disk_bytes: float
+
+    @classmethod
+    def of(cls, settings: EstimateSettings, device: torch.device, directory: Path) -> "_Machine":
+        """As the settings say, and this one where they say nothing."""
+        here = device.type == "cpu" or torch.cuda.is_available()
+        on_device, on_host = available_memory(device if here else torch.device("cpu"))
+        on_device = 1e9 * settings.gpu_memory if settings.gpu_memory is not None else on_device
+        on_host = 1e9 * settings.host_memory if settings.host_memory is not None else on_host
+        return cls(device, here, on_host if device.type == "cpu" else on_device, on_host, available_disk(directory))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Ways:
+    """The ways of training, by name: of one process by `--offload`, of several by `--parallel`, and `--offload` where these divide.
+
+    Attributes:
+        settings: the job and the machine.
+        machine: what that has.
+        take: what a step of one or several processes takes, by where the model waits.
+        num_trainable: how many numbers are trained.
+        share: rows of each process.
+    """
+
+    settings: EstimateSettings
+    machine: _Machine
+    take: Callable[[Workload], dict[str, Footprint]]
+    num_trainable: int
+    share: int
+
+    def plans(self, work: Workload) -> dict[str, Footprint]:
+        """What each takes for a step."""
+        settings = self.settings
+        if settings.gpus == 1:
+            return self.take(work)
+        found: dict[str, Footprint] = {}
+        if settings.parallel != "shard":
+            alone = self.take(work)["none"]
+            found["replicate"] = replace(alone, exchanged=added_up(self.num_trainable, settings.gpus))
+        if settings.parallel != "replicate":
+            divided = self.take(replace(work, processes=settings.gpus))
+            found |= {"shard": divided["none"], "shard, cpu": divided["cpu"]}
+        return found
+
+    def lacking(self, plan: Footprint) -> list[Shortage]:
+        """What the machine has not."""
+        has = self.machine
+        sharing = min(self.settings.gpus, _GPUS_OF_A_MACHINE) if plan.shares else 1
+        return shortages(plan, has.device.type, has.device_bytes, has.host_bytes / sharing, has.disk_bytes)
+
+    def split(self, work: Workload) -> Split:
+        """How a step is split: by one process as that does, by several as the first way that fits."""
+        settings = self.settings
+        mode: OptimizerMode = "fused" if settings.fused else "exact"
+        wanted = TrainSettings(
+            batch_size=self.share, micro_batch_size=settings.micro_batch_size, optimizer_mode=mode, clip_by="matrix"
+        )
+        names = list(self.plans(work)) if settings.gpus > 1 else []
+        for name in names:
+            split, fits = self._split_of(name, work, wanted)
+            if name == names[-1] or fits:
+                return split
+        return self._choose(lambda split: self.plans(split.workload(work, self.share)), work, wanted)
+
+    def _split_of(self, name: str, work: Workload, wanted: TrainSettings) -> tuple[Split, bool]:
+        """That of one way of several processes, and whether it fits."""
+
+        def plans(split: Split) -> dict[str, Footprint]:
+            return {"none": self.plans(split.workload(work, self.share))[name]}
+
+        again = replace(wanted, checkpoint_activations=None if name == "replicate" else True)
+        split = self._choose(plans, work, again)
+        return split, not self.lacking(plans(split)["none"])
+
+    def _choose(self, plans: Callable[[Split], dict[str, Footprint]], work: Workload, wanted: TrainSettings) -> Split:
+        return choose_split(plans, wanted, self.share, work.row, self.machine.device, self.machine.device_bytes)
+
+
+def _analysis_seconds(matrices: Sequence[PlannedMatrix], speed: float, kind: str) -> float:
+    """What decomposing them takes."""
+    return sum(
+        decomposition_seconds(matrix.target.shape, speed, kind)
+        for matrix in matrices
+        if matrix.rule.orthonormal & matrix.rule.stored().keys()
+    )
 
 
 def _planned(targets: Sequence[Target], settings: EstimateSettings, rules: Kinds | None) -> list[PlannedMatrix]:

@@ -1,35 +1,39 @@
 """`sculptor.evaluate`: what a checkpoint makes of rows, of watched texts, and of tasks of lm-eval."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
-from sculptor.checkpoint.reader import identity, open_checkpoint
+from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.labelled import classes_of
-from sculptor.data.rows import Data, Row, as_items, digest_rows, names_of
+from sculptor.data.rows import Data, Item, Row, as_items, digest_rows, names_of
 from sculptor.edits.settings import BankSettings
-from sculptor.errors import DataError, SettingsError
+from sculptor.errors import SettingsError
 from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
 from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, Watched, evaluate_rows, read_evaluation_rows
-from sculptor.model.load import check_head, resolve_device
+from sculptor.jobs.bank_files import Bank
+from sculptor.jobs.evaluate_request import EvaluateRequest
+from sculptor.jobs.job import open_model
+from sculptor.jobs.processes import check_alike, join
+from sculptor.model.load import LoadedModel, check_head, resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.bank_files import Bank
-from sculptor.tasks.job import open_model
-from sculptor.tasks.processes import check_alike, join
 from sculptor.tasks.routed import RoutedModel
 from sculptor.training.settings import Offload
+from sculptor.world import World
 
 
 def evaluate(
     model: str | Path,
     data: Data = (),
     *,
+    base: str | Path | None = None,
     labels: Sequence[str] | None = None,
     watch: Data = (),
     tasks: Sequence[str] = (),
@@ -57,6 +61,7 @@ def evaluate(
     Args:
         model: a checkpoint directory or hub name.
         data: as `train` takes them, all of one kind of row.
+        base: another checkpoint, for instance what the first was tuned from, that is measured likewise, without `bank`.
         labels: completions to rank; default the distinct completions of the rows, when there are at most 32.
         watch: further data, each by itself: one loss for each.
         tasks: tasks, groups or patterns of lm-eval.
@@ -82,104 +87,159 @@ def evaluate(
     Raises:
         SculptorError: if the checkpoint or the data cannot be used.
     """
-    for option, value in (
-        ("--bank-top", bank_top),
-        ("--batch-size", batch_size),
-        ("--max-new-tokens", max_new_tokens),
-        ("--max-rows", max_rows),
-    ):
-        if value is not None and value < 1:
-            raise SettingsError(f"{option} {value}: expected at least 1")
-    given, watched = as_items(data), as_items(watch)
-    if not given and not watched and not tasks:
-        raise DataError("nothing to measure: pass data, texts to watch, or tasks")
-    _check_effect(
-        {
-            "--labels, --exact-match, --max-new-tokens and --show": not given
-            and (labels is not None or exact_match is not None or max_new_tokens is not None or show > 0),
-            "--include-path, --num-fewshot and --chat": not tasks
-            and (include_path is not None or num_fewshot is not None or chat),
-        }
-    )
-    opened = None if bank is None else Bank(bank)
-    _check_bank(opened is not None, bank_top, tasks, offload)
+    request = EvaluateRequest(
+        model=model, data=_to_read_again(data), labels=labels, watch=_to_read_again(watch), tasks=tasks,
+        include_path=include_path, num_fewshot=num_fewshot, chat=chat,
+        generation=Generation(exact_match, max_new_tokens, show), columns=columns, max_rows=max_rows, max_length=max_length,
+        chat_template=chat_template, batch_size=batch_size, attn_implementation=attn_implementation, device=device,
+        offload=offload, bank=bank, bank_top=bank_top, progress=progress, notice=_each_once(notice),
+    )  # fmt: skip
+    request.check()
+    opened_bank = None if bank is None else Bank(bank)
     world = join(device)
-    if opened is not None and world.size > 1:
+    request.check_world(world)
+    if base is None:
+        return _evaluate(request, opened_bank, world)
+    other = replace(request, model=base, bank=None, bank_top=None)
+    with world.together():  # what cannot be compared is told before anything is measured
+        _check_comparable(request, other)
+    found = _evaluate(request, opened_bank, world)
+    return replace(found, base=_evaluate(other, None, world))
+
+
+def _to_read_again(data: Data) -> list[Item]:
+    """Data as a list, of which nothing is used up by being read."""
+    return [list(item) if isinstance(item, Iterator) else item for item in as_items(data)]
+
+
+def _each_once(notice: Callable[[str], object]) -> Callable[[str], object]:
+    """Tells each line once, whichever models it is about."""
+    told: set[str] = set()
+
+    def tell(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            notice(text)
+
+    return tell
+
+
+def _check_comparable(request: EvaluateRequest, other: EvaluateRequest) -> None:
+    (_, one), (checkpoint, base) = (_open_checkpoint(each) for each in (request, other))
+    if one.kind != base.kind:
         raise SettingsError(
-            f"--bank with {world.size} processes: rows have models of their own; start it without a launcher"
+            f"--base {checkpoint.path}: {base.model_class} does not do what {one.model_class} does; compare models of one kind"
         )
-    if tasks and world.size > 1:
-        raise SettingsError(f"--tasks with {world.size} processes: lm-eval runs in one; start it without a launcher")
+
+
+def _evaluate(request: EvaluateRequest, bank: Bank | None, world: World) -> Evaluation:
+    """`evaluate` of what goes together; `bank` is the request's, opened."""
     with world.together():
-        checkpoint = open_checkpoint(model, attn_implementation)
-        check_attention(checkpoint)
-        architecture = inspect_architecture(checkpoint)
-        check_head(checkpoint, architecture)
-        if architecture.kind == "classifier" and tasks:
-            raise SettingsError(f"--tasks: for language models; {architecture.model_class} classifies sequences")
-        classes = classes_of(architecture)
-        rows = read_evaluation_rows(given, labels, columns, max_rows, notice, classes=classes) if given else []
-        texts = [
-            read_evaluation_rows([item], None, columns, max_rows, notice, all_renamed=not given, classes=classes)
-            for item in watched
-        ]
-        read = [*rows, *(row for text in texts for row in text)]
-        if not tasks:
-            check_use(read, chat_template)
-        manager = check_tasks(tasks, None if include_path is None else Path(include_path)) if tasks else None
-        length = resolve_max_length(max_length, architecture.max_positions)
-        where = resolve_device(device)
-        if opened is not None:
-            opened.check_base(checkpoint, progress)
-            offload = "none"  # weights change from row to row
-        loaded = open_model(checkpoint, where, architecture, offload, tokens=batch_size * length, progress=progress)
+        asked = _open(request, bank)
     if world.size > 1:
-        check_alike(world, {"rows": digest_rows(read), "model": identity(checkpoint.digests_beside((), progress))})
-    generation = Generation(exact_match, max_new_tokens, show)
-    with closing(loaded):
-        use_template(loaded.tokenizer, chat_template)
-        tell_unread("rows", read, loaded.tokenizer, notice)
-        found = NOTHING
-        routed = None
-        if opened is not None:
-            told = BankSettings(max_length=length, batch_size=batch_size)
-            routed = RoutedModel(opened, loaded, bank_top or 1, told, progress)
-
-        def measure(rows: Sequence[Row], labels: Sequence[str] | None, generation: Generation) -> Evaluation:
-            if routed is not None:
-                return routed.evaluate(rows, labels, generation)
-            return evaluate_rows(
-                loaded, rows, labels, length, batch_size, generation=generation, progress=progress, world=world
-            )
-
-        if rows:
-            found = measure(rows, labels, generation)
-        alone = []
-        for name, text in zip(names_of(watched), texts, strict=True):
-            one = measure(text, None, Generation(exact_match=False))
-            assert one.loss is not None
-            assert one.perplexity is not None
-            alone.append(Watched(name, one.loss, one.perplexity, one.num_tokens))
-        results: tuple[TaskResult, ...] = ()
-        if tasks:
-            results = run_tasks(
-                loaded, tasks, manager, max_length=length, batch_size=batch_size, max_rows=max_rows,
-                num_fewshot=num_fewshot, chat=chat,
-            )  # fmt: skip
-    return replace(found, watched=tuple(alone), tasks=results)
+        others = asked.loaded.checkpoint.digests_beside((), request.progress)
+        check_alike(world, {"rows": digest_rows(asked.every_row), "model": identity(others)})
+    with closing(asked.loaded):
+        return _measure(request, asked, world)
 
 
-def _check_bank(given: bool, top: int | None, tasks: Sequence[str], offload: Offload) -> None:
-    if not given and top is not None:
-        raise SettingsError("--bank-top without effect: there is no --bank")
-    if given and tasks:
-        raise SettingsError("--tasks with --bank: lm-eval asks one model; export a task with `sculptor bank export`")
-    if given and offload in ("cpu", "disk"):
-        raise SettingsError(f"--offload {offload} with --bank: weights change from row to row; use --offload none")
+@dataclass(frozen=True, eq=False, slots=True)
+class _Asked:
+    """An opened model, and what it is measured on.
+
+    Attributes:
+        loaded: the model.
+        rows: that it is asked about.
+        texts: the watched ones, each with its name.
+        manager: of lm-eval's tasks, where there are some.
+        length: longest sequence in tokens.
+        bank: whose tasks answer rows, if they do.
+    """
+
+    loaded: LoadedModel
+    rows: Sequence[Row]
+    texts: Sequence[tuple[str, Sequence[Row]]]
+    manager: Any
+    length: int
+    bank: Bank | None
+
+    @property
+    def every_row(self) -> list[Row]:
+        """Those of all files."""
+        return [*self.rows, *(row for _, text in self.texts for row in text)]
 
 
-def _check_effect(unused: dict[str, bool]) -> None:
-    for options, is_unused in unused.items():
-        if is_unused:
-            needed = "--data" if "--labels" in options else "--tasks"
-            raise SettingsError(f"{options} without effect: there is no {needed}")
+def _open(request: EvaluateRequest, bank: Bank | None) -> _Asked:
+    """Reads the rows, and then loads the model."""
+    checkpoint, architecture = _open_checkpoint(request)
+    rows, texts = _read(request, architecture)
+    if not request.tasks:
+        check_use([*rows, *(row for _, text in texts for row in text)], request.chat_template)
+    include = None if request.include_path is None else Path(request.include_path)
+    manager = check_tasks(request.tasks, include) if request.tasks else None
+    length = resolve_max_length(request.max_length, architecture.max_positions)
+    device, offload = resolve_device(request.device), request.offload
+    if bank is not None:
+        bank.check_base(checkpoint, request.progress)
+        offload = "none"  # weights change from row to row
+    tokens = request.batch_size * length
+    loaded = open_model(checkpoint, device, architecture, offload, tokens=tokens, progress=request.progress)
+    return _Asked(loaded, rows, texts, manager, length, bank)
+
+
+def _open_checkpoint(request: EvaluateRequest) -> tuple[Checkpoint, Architecture]:
+    checkpoint = open_checkpoint(request.model, request.attn_implementation)
+    check_attention(checkpoint)
+    architecture = inspect_architecture(checkpoint)
+    check_head(checkpoint, architecture)
+    if architecture.kind == "classifier" and request.tasks:
+        raise SettingsError(f"--tasks: for language models; {architecture.model_class} classifies sequences")
+    return checkpoint, architecture
+
+
+def _read(request: EvaluateRequest, architecture: Architecture) -> tuple[list[Row], list[tuple[str, list[Row]]]]:
+    """Rows of the data, and of each watched text with its name."""
+    given, watched, classes = as_items(request.data), as_items(request.watch), classes_of(architecture)
+    columns, most, notice = request.columns, request.max_rows, request.notice
+    rows = read_evaluation_rows(given, request.labels, columns, most, notice, classes=classes) if given else []
+    texts = [
+        read_evaluation_rows([item], None, columns, most, notice, all_renamed=not given, classes=classes)
+        for item in watched
+    ]
+    return rows, list(zip(names_of(watched), texts, strict=True))
+
+
+def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluation:
+    """All figures, of one model in memory."""
+    loaded, length, size, progress = asked.loaded, asked.length, request.batch_size, request.progress
+    use_template(loaded.tokenizer, request.chat_template)
+    tell_unread("rows", asked.every_row, loaded.tokenizer, request.notice)
+    routed = None
+    if asked.bank is not None:
+        told = BankSettings(max_length=length, batch_size=size)
+        routed = RoutedModel(asked.bank, loaded, request.bank_top or 1, told, progress)
+
+    def measure(rows: Sequence[Row], labels: Sequence[str] | None, generation: Generation) -> Evaluation:
+        if routed is not None:
+            return routed.evaluate(rows, labels, generation)
+        return evaluate_rows(loaded, rows, labels, length, size, generation=generation, progress=progress, world=world)
+
+    found = measure(asked.rows, request.labels, request.generation) if asked.rows else NOTHING
+    watched = tuple(_watched(name, measure(text, None, Generation(exact_match=False))) for name, text in asked.texts)
+    return replace(found, watched=watched, tasks=_ask_tasks(request, asked))
+
+
+def _watched(name: str, found: Evaluation) -> Watched:
+    assert found.loss is not None
+    assert found.perplexity is not None
+    return Watched(name, found.loss, found.perplexity, found.num_tokens)
+
+
+def _ask_tasks(request: EvaluateRequest, asked: _Asked) -> tuple[TaskResult, ...]:
+    """What lm-eval's tasks say, if any are asked."""
+    if not request.tasks:
+        return ()
+    return run_tasks(
+        asked.loaded, request.tasks, asked.manager, max_length=asked.length, batch_size=request.batch_size,
+        max_rows=request.max_rows, num_fewshot=request.num_fewshot, chat=request.chat,
+    )  # fmt: skip

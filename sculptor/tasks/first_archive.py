@@ -4,30 +4,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
 from sculptor.checkpoint.staging import key_difference, move_back, partial_path, write_json
 from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, digest_rows, names_of, read_sources, weight_of
 from sculptor.errors import OutputError, SettingsError
+from sculptor.jobs.job import open_base
+from sculptor.jobs.processes import join
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, is_self
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
-from sculptor.tasks.job import open_base
-from sculptor.tasks.processes import join
 from sculptor.training.settings import TrainSettings
 from sculptor.validation import file_digest, parse, read_file
 
-ANALYZED_NAME = "analyzed"
 _READ_NAME = "analyzed_of.json"  # beside it, until the output is complete
 _REMEDY = "pass --overwrite to start anew"
 
 
 def has_archive(staged: Path) -> bool:
     """Whether a staging directory holds such an archive, or a part of one."""
-    path = staged / ANALYZED_NAME
+    path = staged / ANALYZED
     return (path / MANIFEST_NAME).is_file() or has_progress(partial_path(path))
 
 
@@ -56,7 +56,7 @@ def analyze_first(
     Raises:
         SculptorError: if the model cannot be analyzed, or what is there was made of other data.
     """
-    path, items = staged / ANALYZED_NAME, as_items(data)
+    path, items = staged / ANALYZED, as_items(data)
     template = _template_for(model, items, settings)
     asked = AnalyzeSettings(
         basis=basis,
@@ -70,7 +70,7 @@ def analyze_first(
     world = join(settings.device)
     with world.together():
         read = _read_of(items, template)
-    world.once(lambda: move_back(staged, ANALYZED_NAME))
+    world.once(lambda: move_back(staged, ANALYZED))
     world.once(lambda: _check_same(staged, read))
     if not (path / MANIFEST_NAME).is_file():
         analyze(
@@ -105,7 +105,7 @@ def _read_of(items: Sequence[Item], template: str | None) -> dict[str, Any]:
 
 def _check_same(staged: Path, read: Mapping[str, Any]) -> None:
     """Refuses an archive that was made of something else; what is begun looks by itself."""
-    noted, path = staged / _READ_NAME, staged / ANALYZED_NAME
+    noted, path = staged / _READ_NAME, staged / ANALYZED
     if noted.is_file() and (path / MANIFEST_NAME).is_file():
         different = key_difference(parse(read_file(noted, OutputError, _REMEDY), noted, OutputError, _REMEDY), read)
         if different is not None:

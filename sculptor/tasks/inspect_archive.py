@@ -9,11 +9,11 @@ from sculptor.analysis.shares import TaskShare, task_shares
 from sculptor.archive.manifest import FrozenMatrices, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.jobs.analyze_report import RoleSummary, summarize_blocks, summarize_roles
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import Terms
 from sculptor.methods.rule import num_free
 from sculptor.progress import Progress, silent
-from sculptor.tasks.analyze_report import RoleSummary, summarize_blocks, summarize_roles
 
 
 @dataclass(frozen=True, slots=True)

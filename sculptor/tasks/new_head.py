@@ -4,11 +4,12 @@ The base with its head is staged beside the output, and what protects its body i
 where that model has no head at all, as an encoder by itself, is the archive made of what the layers of the new base read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sculptor.analysis.lineage import ANALYZED
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.heads import NewHead, plan_head, write_with_head
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
@@ -16,14 +17,13 @@ from sculptor.checkpoint.staging import partial_path, writing
 from sculptor.checkpoint.written import discard, remove
 from sculptor.data.labelled import Classes, class_names, listed_classes
 from sculptor.data.rows import Data, as_items, read_sources
-from sculptor.errors import SettingsError
-from sculptor.methods.kinds import Kinds
+from sculptor.jobs.classification import check_task
+from sculptor.jobs.job import open_base
+from sculptor.jobs.processes import join, staged_together
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
-from sculptor.tasks.classification import check_task
-from sculptor.tasks.first_archive import ANALYZED_NAME, analyze_first, has_archive
-from sculptor.tasks.job import open_base
-from sculptor.tasks.processes import join, staged_together
+from sculptor.tasks.first_archive import analyze_first, has_archive
 from sculptor.training.settings import CLASSIFICATION, TrainSettings
 from sculptor.training.state import has_state
 from sculptor.world import World
@@ -54,21 +54,20 @@ def is_begun(partial: Path) -> bool:
     return has_state(partial) or has_archive(partial)
 
 
-def wanted_head(
-    model: str | Path, data: Data, settings: TrainSettings, replay: Data, notice: Callable[[str], object]
-) -> NewHead | None:
+def wanted_head(request: TrainRequest) -> NewHead | None:
     """The head that a training asks for and its model has not; None if there is nothing to make.
 
     Raises:
         SculptorError: if the model cannot get it, or the rows do not tell their classes.
     """
+    settings, data = request.settings, request.data
     if settings.task != CLASSIFICATION:
         return None
     with join(settings.device).together():
-        checkpoint, architecture = open_base(model, settings.attn_implementation, headed=False)
+        checkpoint, architecture = open_base(request.model, settings.attn_implementation, headed=False)
         if architecture.kind == "classifier":
             return None
-        _check(architecture, settings, replay)
+        _check(architecture, settings, request.replay)
         if not as_items(data):
             return None  # which is refused later
         sources = read_sources(data, settings.max_rows, settings.columns, classes=Classes())
@@ -76,7 +75,7 @@ def wanted_head(
         tokenizer = load_tokenizer(checkpoint, architecture)
         pad_id = next((i for i in _paddings(tokenizer, checkpoint) if i is not None), None)
         head = plan_head(checkpoint, classes, pad_id)
-    notice(f"a new head, {', '.join(head.fresh)}, for {len(classes)} classes: {listed_classes(classes)}")
+    request.notice(f"a new head, {', '.join(head.fresh)}, for {len(classes)} classes: {listed_classes(classes)}")
     return head
 
 
@@ -93,50 +92,41 @@ def _check(architecture: Architecture, settings: TrainSettings, replay: Data) ->
 
 
 @contextmanager
-def with_new_head(
-    head: NewHead,
-    model: str | Path,
-    subspaces: str | Path | None,
-    protect_data: Data,
-    output: Path,
-    settings: TrainSettings,
-    inputs: Sequence[str],
-    *,
-    overwrite: bool,
-    resume: bool,
-    progress: Progress,
-    notice: Callable[[str], object],
-    rules: Kinds | None,
-) -> Iterator[HeadedBase]:
+def with_new_head(head: NewHead, request: TrainRequest) -> Iterator[HeadedBase]:
     """Stages a base with a new head, and its archive if none is given; after an error both go, unless `--resume` can use them.
 
     Raises:
         SculptorError: if they cannot be made.
     """
-    world, partial = join(settings.device), partial_path(output)
-    if subspaces is not None and as_items(protect_data):
-        raise SettingsError("--protect-data without effect: --subspaces says what is protected")
-    checkpoint = open_checkpoint(model, settings.attn_implementation)
-    read = [checkpoint.path, *inputs, *([] if subspaces is None else [subspaces])]
+    settings, subspaces = request.settings, request.subspaces
+    world, partial = join(settings.device), partial_path(request.output)
+    request.check_protected()
+    checkpoint = open_checkpoint(request.model, settings.attn_implementation)
     path = partial / HEADED_NAME / checkpoint.path.resolve().name
     with staged_together(
-        world, output, command="train", inputs=read, overwrite=overwrite, resume=resume, worth_keeping=is_begun
+        world,
+        request.output,
+        command="train",
+        inputs=[checkpoint.path, *request.files(), *([] if subspaces is None else [subspaces])],
+        overwrite=request.overwrite,
+        resume=request.resume,
+        worth_keeping=is_begun,
     ):
-        world.once(lambda: _write(checkpoint, path, head, settings.seed, progress))
+        world.once(lambda: _write(checkpoint, path, head, settings.seed, request.progress))
         if subspaces is None:
             bare = inspect_architecture(checkpoint).kind == "headless"
             analyze_first(
-                path if bare else model,
+                path if bare else request.model,
                 partial,
-                protect_data,
+                request.protect_data,
                 settings,
-                progress,
-                notice,
-                rules,
+                request.progress,
+                request.notice,
+                request.rules,
                 "inputs" if bare else None,
             )
     try:
-        yield HeadedBase(path, subspaces or partial / ANALYZED_NAME, subspaces, checkpoint, head)
+        yield HeadedBase(path, subspaces or partial / ANALYZED, subspaces, checkpoint, head)
     except BaseException:
         _discard(world, partial)
         raise

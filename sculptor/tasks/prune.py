@@ -24,11 +24,11 @@ from sculptor.edits.prune import importance_of
 from sculptor.edits.prune import prune as prune_matrix
 from sculptor.edits.settings import Prune
 from sculptor.errors import EditError, SettingsError
+from sculptor.jobs.edit_record import archive_facts
+from sculptor.jobs.readme import Readme, code, write_readme
+from sculptor.jobs.record import record_head
 from sculptor.methods.kinds import Kinds
 from sculptor.progress import Progress, silent
-from sculptor.tasks.edit_record import archive_facts
-from sculptor.tasks.readme import Readme, code, write_readme
-from sculptor.tasks.record import record_head
 
 
 @dataclass(frozen=True, slots=True)

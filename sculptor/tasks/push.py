@@ -9,7 +9,7 @@ from typing import Any
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME
 from sculptor.errors import OutputError, SettingsError
-from sculptor.tasks.readme import is_hub_name
+from sculptor.jobs.readme import is_hub_name
 
 _OF_A_NEW_REPOSITORY = (".gitattributes", "README.md")
 

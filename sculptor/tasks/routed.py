@@ -11,11 +11,11 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.rows import CompletionRow, Row
 from sculptor.edits.settings import BankSettings
 from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, evaluate_rows, labels_of
+from sculptor.jobs.bank_files import Bank
 from sculptor.model.load import LoadedModel
 from sculptor.model.put import put_tensors
 from sculptor.progress import Progress
 from sculptor.tasks.bank import Mix, mixed, route_rows
-from sculptor.tasks.bank_files import Bank
 
 
 @dataclass(eq=False)

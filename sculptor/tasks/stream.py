@@ -19,13 +19,13 @@ from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
 from sculptor.checkpoint.writer import edits_of, write_checkpoint
 from sculptor.errors import SettingsError, TrainingError
+from sculptor.jobs.job import resolve_settings
+from sculptor.jobs.train_record import merge_of
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import load_streamed, resolve_device
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
-from sculptor.tasks.job import resolve_settings
-from sculptor.tasks.train_record import merge_of
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import streamed_updates, trained_dtypes
@@ -109,17 +109,17 @@ class StreamedModel:
             with writing(Path(directory)):
                 Path(directory).mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix="sculptor-", dir=directory)
-        self.loaded = load_streamed(
+        loaded = load_streamed(
             self.checkpoint,
             device,
             settings.offload,
             architecture,
             scratch=Path(self._scratch.name),
-            trained=trained_dtypes(architecture, self.archive, device),
+            compute_dtypes=trained_dtypes(architecture, self.archive, device),
             keep_inputs=None if settings.offload_inputs is None else not settings.offload_inputs,
             progress=progress,
         )
-        self.updates = streamed_updates(self.loaded, self.archive, {}, self.settings, progress)
+        self.loaded, self.updates = streamed_updates(loaded, self.archive, {}, self.settings, progress)
         self.updates.begin(_rate_of(None))
         self._open = True
 
@@ -149,7 +149,6 @@ class StreamedModel:
         self._check_open()
         self.updates.begin(_rate_of(learning_rate))
         loss.backward()  # type: ignore[no-untyped-call]
-        self.updates.end_backward()
 
     def step(self, learning_rate: float | None = None) -> float:
         """Clips and updates; returns the norm of the gradient before.

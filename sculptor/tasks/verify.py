@@ -10,16 +10,16 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.old_text import measure_reread
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.vocabulary import find_growth
+from sculptor.jobs.harm import need_samples
+from sculptor.jobs.job import open_model
+from sculptor.jobs.new_tokens import texts_of
+from sculptor.jobs.processes import join
 from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import measure_harm
 from sculptor.model.load import resolve_device
 from sculptor.model.protected import measure_protected, read_protected
 from sculptor.model.samples import read_samples
 from sculptor.progress import Progress, silent
-from sculptor.tasks.harm import need_samples
-from sculptor.tasks.job import open_model
-from sculptor.tasks.new_tokens import texts_of
-from sculptor.tasks.processes import join
 
 
 def verify(

@@ -146,14 +146,13 @@ class TrainingLoop:
             signal_number = self.world.most(self.stop() or 0)
             if done == self.total or signal_number or self._should_save(done):
                 self._save()
-            if signal_number and done < self.total:
+            if signal_number:
                 bar.close()
                 raise Stopped(
                     f"stopped by signal {signal_number} after step {done} of {self.total}; the state is saved, "
                     "go on with --resume",
                     signal_number,
                 )
-        bar.close()
         self.loaded.model.eval()
         position = self.position
         if position.best_step is not None:
@@ -161,6 +160,7 @@ class TrainingLoop:
         assert position.first_loss is not None
         assert position.last_loss is not None
         steering, harm, named = self.harm.final() if self.harm is not None else (None, None, ())
+        bar.close()
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,
@@ -210,10 +210,10 @@ class TrainingLoop:
                 share = share + self.settings.kl_weight * (found.divergence / total_tokens)
             if share.requires_grad:  # layer dropping may leave out everything that is trained
                 self.accelerator.backward(share)
-            self.updates.end_backward()
+            self.updates.pass_by()
         for _ in range(passes - len(batches)):  # of other processes, which have more rows
             self.updates.begin(rate_of)
-            self.updates.end_backward()
+            self.updates.pass_by()
         if self.penalty is not None and self.world.first:  # once, where gradients add up
             self.accelerator.backward(self.penalty())
         norm = self.updates.clip()

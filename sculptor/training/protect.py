@@ -1,7 +1,7 @@
 """`protect` and `merge`: coordinates put into a loaded model, and folded back into plain weights."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,9 @@ def attach_coordinates(
     compute_dtype: torch.dtype | None = None,
     fold: FoldMode = "automatic",
     soften: float = 0.0,
+    done: Callable[[], object] = lambda: None,
 ) -> Any:
-    """`protect` for a model whose weights are known to be those of the archive's base."""
+    """`protect` for a model whose weights are known to be those of the archive's base; `done` hears of each matrix."""
     parameters = find_parameters(model, archive)
     check_softening(archive, soften)
     archive.check_capacity()
@@ -161,11 +162,10 @@ def attach_coordinates(
     for name in archive.open_names:
         module = model.get_submodule(parameters[name].rpartition(".")[0])
         weight = archive[name].window.of(model.get_parameter(parameters[name]))
-        read = functools.partial(archive.read, name)
-        coordinates = Coordinates(read, weight, compute_dtype, known, soften)
-        coordinates.relative_rate, coordinates.scale = rate, scales[name]
-        coordinates.archive = archive.identity
+        coordinates = Coordinates(functools.partial(archive.read, name), weight, compute_dtype, known, soften)
+        coordinates.relative_rate, coordinates.scale, coordinates.archive = rate, scales[name], archive.identity
         prepared.append((module, coordinates))
+        done()
     model.requires_grad_(False)
     for module, coordinates in prepared:
         if coordinates.record.window.is_whole:

@@ -107,7 +107,8 @@ class TrainSettings:
     """Updated archive: merge the task's moments in, add what it learned, decompose again, or keep it as it is [default:
     merge if the archive has moments, else accumulate]."""
     memory_rows: AtLeastOne | None = None
-    """Rows of the task whose moments are merged in [default: 384]."""
+    """Rows of the task whose moments are merged in [default: 384; on a CPU as many as hold the tokens that `analyze` takes
+    there, at least 48]."""
     memory_weight: Positive | None = None
     """Weight of the task's moments against those of one earlier source [default: 1]."""
     checkpoint_activations: Annotated[bool | None, Off("keep-activations")] = None

@@ -1,7 +1,9 @@
 """A checkpoint made ready for training: resident, or streamed from host memory or disk."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,7 +56,7 @@ def prepare_model(
     remove(scratch)
     divided = settings.parallel == "shard"
     if settings.offload == "none" and not divided:
-        return _prepare_resident(checkpoint, architecture, archive, settings, extra, device, growth)
+        return _prepare_resident(checkpoint, architecture, archive, settings, extra, device, growth, progress)
     assert settings.offload != "auto"
     keep = None if settings.offload_inputs is None else not settings.offload_inputs
     tier = "device" if settings.offload == "none" else settings.offload
@@ -64,14 +66,14 @@ def prepare_model(
         tier,
         architecture,
         scratch=scratch,
-        trained=trained_dtypes(architecture, archive, device),
+        compute_dtypes=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
         keep_inputs=True if tier == "device" else keep,
         progress=progress,
         divide=_divide(checkpoint, architecture, archive, device) if divided else None,
     )
     opened = _open_extra(loaded, extra)
-    return loaded, streamed_updates(loaded, archive, opened, settings, progress, open_rows(loaded.model, growth))
+    return streamed_updates(loaded, archive, opened, settings, progress, open_rows(loaded.model, growth))
 
 
 def _divide(checkpoint: Checkpoint, architecture: Architecture, archive: Archive, device: torch.device) -> Divide:
@@ -105,8 +107,8 @@ def streamed_updates(
     settings: TrainSettings,
     progress: Progress,
     rows: Sequence[NewRows] = (),
-) -> StreamedUpdates:
-    """The optimizer of a streamed model; if that fails, the model's memory is given back.
+) -> tuple[LoadedModel, StreamedUpdates]:
+    """A streamed model as it trains, and its optimizer; if that fails, the model's memory is given back.
 
     Raises:
         SettingsError: if the host does not give enough memory.
@@ -116,7 +118,8 @@ def streamed_updates(
     extra = {**extra, **{new.name: new.values for new in rows}}
     bar = progress(total=len(loaded.stream.paths), desc="prepare", unit="block")
     try:
-        return StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
+        updates = StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
+        return replace(loaded, stream=updates.stream), updates
     except BaseException as cause:
         loaded.stream.close()
         if isinstance(cause, MemoryError):
@@ -134,11 +137,17 @@ def _prepare_resident(
     extra: Sequence[str],
     device: torch.device,
     growth: Growth | None,
+    progress: Progress,
 ) -> tuple[LoadedModel, Updates]:
     loaded = load_model(checkpoint, device, architecture)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else None
-    attach_coordinates(loaded.model, archive, compute_dtype=dtype, fold="manual", soften=settings.soften or 0.0)
+    bar = progress(total=len(archive.open_names), desc="prepare", unit="matrix")
+    soften = settings.soften or 0.0
+    attach_coordinates(
+        loaded.model, archive, compute_dtype=dtype, fold="manual", soften=soften, done=functools.partial(bar.update, 1)
+    )
+    bar.close()
     opened = _open_extra(loaded, extra)
     rows = open_rows(loaded.model, growth)
     recompute = on_gpu if settings.checkpoint_activations is None else settings.checkpoint_activations

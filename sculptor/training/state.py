@@ -88,6 +88,18 @@ def has_state(partial: Path) -> bool:
     return any((partial / STATE_NAME).glob("step-????????"))
 
 
+def saved_key(directory: Path) -> Mapping[str, Any]:
+    """The key of the newest complete state; nothing where there is none, or it cannot be read, which `load` says."""
+    newest = max(directory.glob("step-????????"), default=None) if directory.is_dir() else None
+    if newest is None:
+        return {}
+    path = newest / "state.json"
+    with suppress(OutputError):
+        found = parse(read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY).get("key")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 class StateStore:
     """The saved states of one run.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sculptor import AnalyzeSettings
 from sculptor.analysis import derive as module
-from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source, measure_evidence
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.writer import ArchiveWriter
@@ -20,15 +20,15 @@ from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import DataError
+from sculptor.jobs.analyze_job import _new_record
 from sculptor.methods.kinds import make_method
 from sculptor.methods.method import Decides, Derived, Evidence
 from sculptor.methods.rule import Rule
 from sculptor.methods.weights import Weights
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.progress import silent
-from sculptor.tasks.analyze_job import _new_record
 
-COVERS = ["sculptor.tasks.analyze_job"]
+COVERS = ["sculptor.jobs.analyze_job"]
 CPU = torch.device("cpu")
 SETTINGS = AnalyzeSettings(basis="curvature", data=("x",), device="cpu")
 
@@ -52,8 +52,19 @@ def write(
     loaded: LoadedModel, writer: ArchiveWriter, make: Callable[[Evidence], Derived], task: int = 0, **changes: Any
 ) -> None:
     settings = replace(SETTINGS, **changes)
-    targets, known = loaded.architecture.targets, records(loaded)
-    write_measured(loaded, known, targets, [source()], "gradients", settings, make, writer, silent, task)
+    write_measured(loaded, measurement(loaded, make, settings=settings, task=task), writer, silent)
+
+
+def measurement(loaded: LoadedModel, make: Callable[[Evidence], Derived], **changes: Any) -> Measurement:
+    usual = Measurement(
+        records=records(loaded),
+        targets=loaded.architecture.targets,
+        sources=[source()],
+        measures="gradients",
+        settings=SETTINGS,
+        make=make,
+    )
+    return replace(usual, **changes)
 
 
 @pytest.fixture
@@ -124,18 +135,8 @@ def test_what_went_on_is_what_would_have_been(loaded: LoadedModel, tmp_path: Pat
     write(loaded, whole, make_method(SETTINGS).derive)
     (tmp_path / "parts").mkdir()
     parts = ArchiveWriter(tmp_path / "parts", torch.float32, {}, max_shard_bytes=1)
-    first, settings = loaded.architecture.targets[:3], SETTINGS
-    write_measured(
-        loaded,
-        records(loaded),
-        first,
-        [source()],
-        "gradients",
-        settings,
-        lambda evidence: make_method(SETTINGS).derive(evidence),
-        parts,
-        silent,
-    )
+    first = loaded.architecture.targets[:3]
+    write_measured(loaded, measurement(loaded, make_method(SETTINGS).derive, targets=first), parts, silent)
     parts.all_records()
     write(loaded, parts, make_method(SETTINGS).derive)
     for one, two in zip(whole.all_records(), parts.all_records(), strict=True):

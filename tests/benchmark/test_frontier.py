@@ -20,8 +20,6 @@ from sculptor.validation import read_json
 
 COVERS = ["sculptor.report.html.frontier"]
 
-COVERS = ["sculptor.benchmark.finished", "sculptor.report.frontier", "sculptor.report.html.frontier"]
-
 
 def finished(
     place: Path, method: str = "sculptor", average: float = 0.5, harm: float | None = 0.02, **more: Any

@@ -98,7 +98,7 @@ class PlainUpdates:
 
     def begin(self, rate_of: Any) -> None: ...
 
-    def end_backward(self) -> None: ...
+    def pass_by(self) -> None: ...
 
     def clip(self) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
@@ -133,7 +133,7 @@ def measure(
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 found = batch_loss(model, Batch(ids, torch.ones_like(ids), ids), "causal")
             (found.total / (rows * (length - 1))).backward()
-            updates.end_backward()
+            updates.pass_by()
             total += found.total.detach()
         updates.clip()
         updates.step(lambda peak: peak)
@@ -273,7 +273,7 @@ def prepare(
     trained = {target.parameter: compute for target in architecture.targets}
     tier: Any = mode
     loaded = load_streamed(
-        checkpoint, device, tier, architecture, scratch=options.scratch, trained=trained,
+        checkpoint, device, tier, architecture, scratch=options.scratch, compute_dtypes=trained,
         keep_inputs=True if options.keep_inputs else None,
     )  # fmt: skip
     assert loaded.stream is not None

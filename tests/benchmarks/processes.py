@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import sculptor
-from sculptor.tasks.processes import join
+from sculptor.jobs.processes import join
 from sculptor.training.settings import Parallel
 
 WORDS = [

@@ -22,8 +22,8 @@ from sculptor.edits.pairs import open_pairs
 from sculptor.edits.project import Projection
 from sculptor.edits.settings import Choose
 from sculptor.edits.threshold import Denoised
+from sculptor.jobs.edit_choice import Trial, open_trial
 from sculptor.model.load import resolve_device
-from sculptor.tasks.edit_choice import Trial, open_trial
 
 LIMITS = (0.005, 0.02, 0.05, 0.1, 0.3, 1.0)
 

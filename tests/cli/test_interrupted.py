@@ -10,9 +10,11 @@ import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, analyze
+from sculptor.analysis import calibration
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint import staging
-from sculptor.tasks import defaults
+from sculptor.jobs import defaults
+from sculptor.training.loop import TrainingLoop
 
 COVERS = ["sculptor.interruption"]
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -107,3 +109,35 @@ def test_an_exchange_of_outputs_is_not_cut_in_two(
     assert found.code == 143
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_signal_in_the_last_step_and_while_rows_are_measured(
+    cli: Callable[..., Result], made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stops the run at the next safe place, and the end is that of a run that nothing stopped."""
+    analyze(made["model"], tmp_path / "a", AnalyzeSettings(basis="inputs", data=(made["rows"],), device="cpu"))
+    steps = ("--subspaces", str(tmp_path / "a"), "--batch-size", "4", "--save-every", "9")
+    command = [*(part.format(**made) for part in COMMANDS["train"]), *steps]
+    step = TrainingLoop._step
+
+    def last(loop: TrainingLoop, number: int, *given: Any) -> None:
+        step(loop, number, *given)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    partial = tmp_path / "out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_step", last)
+        found = cli(*command, "-o", tmp_path / "out")
+    assert found.code == 143
+    assert "stopped by signal 15 after step 3 of 3; the state is saved, go on with --resume" in found.err
+    assert not (partial / "output").exists(), "nothing was written after the signal"
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "find_masks", comes(calibration.find_masks, signal.SIGTERM))
+        found = cli(*command, "-o", tmp_path / "out", "--resume")
+    assert found.code == 143
+    assert f"stopped by SIGTERM; what is done is in {partial}, go on with --resume" in found.err
+    assert cli(*command, "-o", tmp_path / "out", "--resume").code == 0
+    assert cli(*command, "-o", tmp_path / "whole").code == 0
+    for name in ("model.safetensors", "subspaces/subspaces-00001.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

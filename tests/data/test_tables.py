@@ -151,9 +151,13 @@ def test_what_cannot_be_read_is_one_line(datasets: Any, tmp_path: Path) -> None:
     datasets.DatasetDict(a=forms["Dataset"], b=forms["Dataset"]).save_to_disk(tmp_path / "two")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "fold").mkdir()
+    for name in ("train", "test"):
+        write_rows(tmp_path / "fold" / f"{name}.jsonl", task_rows(count=2))
     for given, message in (
         (tmp_path / "two", "has the splits a, b; choose one: .*@SPLIT"),
         (f"{tmp_path / 'two'}@c", "no split 'c'; it has a, b"),
+        (f"{tmp_path / 'fold'}@dev", "no split 'dev'; it has train, test"),
         (f"{forms['saved']}@train", "without splits; leave out @train"),
         (tmp_path / "broken.parquet", "broken.parquet: the datasets library cannot read it"),
         (tmp_path / "empty", "empty: the datasets library cannot read it"),

@@ -130,6 +130,40 @@ def test_one_figure_for_each_watched_text(cli: Callable[..., Result], tmp_path: 
     assert cli("evaluate", path).err.startswith("error: nothing to measure")
 
 
+def test_a_base_stands_beside_the_model(cli: Callable[..., Result], tmp_path: Path) -> None:
+    model, base = save_checkpoint(tmp_path / "tuned"), save_checkpoint(tmp_path / "model", seed=1)
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows(count=4))
+    text = write_rows(tmp_path / "text.jsonl", task_rows("text", 4))
+    one, other = (evaluate(path, rows, watch=[text], show=2, device="cpu") for path in (model, base))
+    told: list[str] = []
+    items = (row for row in task_rows(count=4))  # read twice all the same
+    found = evaluate(model, items, base=base, watch=[text], show=2, device="cpu", notice=told.append)
+    assert len(told) == len(set(told))
+    assert found.base is not None
+    for mine, alone in ((found, one), (found.base, other)):
+        assert (mine.loss, mine.exact_match, mine.accuracy) == (alone.loss, alone.exact_match, alone.accuracy)
+        assert mine.watched == alone.watched
+        assert [answer.said for answer in mine.answers] == [answer.said for answer in alone.answers]
+    assert one.loss != other.loss
+
+    arguments = ("evaluate", model, "--base", base, "--data", rows, "--watch", text, "--show", 2, "--device", "cpu")
+    shown = cli(*arguments, "--html", tmp_path / "page.html")
+    lines = [line.split() for line in shown.out.splitlines()]
+    assert ["measure", "model", "base"] in lines
+    assert ["loss", f"{one.loss:.4f}", f"{other.loss:.4f}"] in lines
+    assert any(line[:1] == ["text.jsonl"] and line[-1] == f"{other.watched[0].loss:.4f}" for line in lines)
+    assert [line[1:] for line in lines if line[:1] == ["base"]] == [answer.said.split() for answer in other.answers]
+    assert shown.out.count("; the base: not exact") + shown.out.count("; the base: exact") == 2
+    page = (tmp_path / "page.html").read_text()
+    assert f"base: {other.loss:.4f}" in page
+    assert page.count("base said") == 2
+    assert cli(*arguments, "--json").json["base"]["loss"] == other.loss
+
+    foreign = cli("evaluate", model, "--base", save_checkpoint(tmp_path / "bert", "bert"), "--data", text)
+    assert (foreign.code, foreign.err.count("\n")) == (2, 1)
+    assert "BertForMaskedLM does not do what LlamaForCausalLM does; compare models of one kind" in foreign.err
+
+
 def test_abilities_are_read(shared: Path) -> None:
     for name in ("arc_easy", "hellaswag", "piqa"):
         rows = read_rows(shared / "data" / "abilities" / f"{name}.jsonl", 20)

@@ -13,7 +13,7 @@ from together import Failed, continue_until, together
 import sculptor
 from sculptor.evaluation.rows import Evaluation
 
-COVERS = ["sculptor.evaluation.rows", "sculptor.tasks.evaluate"]
+COVERS = ["sculptor.evaluation.rows", "sculptor.tasks.evaluate", "sculptor.jobs.evaluate_request"]
 CPU = {"device": "cpu"}
 TALK = [
     {"messages": [{"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": f"w{i + 2}"}]}

@@ -24,7 +24,6 @@ COVERS = [
     "sculptor.methods.kinds",
     "sculptor.methods.method",
     "sculptor.methods.rule",
-    "sculptor.tasks.opening",
 ]
 CPU64 = Working(torch.device("cpu"), torch.float64)
 # What an analysis is told; `data` stands for rows.

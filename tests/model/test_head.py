@@ -274,7 +274,6 @@ def test_a_streamed_model_is_sliced_as_well(
         found = batch_loss(loaded.model, batch, loaded.kind)
         found.total.backward()  # type: ignore[no-untyped-call]
         if loaded.stream is not None:
-            loaded.stream.end_backward()
             loaded.stream.close()
         assert max(rows) == ROWS
         results.append((found.total.detach(), gradients))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,3 +222,17 @@ def test_the_model_is_left_as_it_was(loaded: LoadedModel) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_bar_moves_while_the_model_speaks(loaded: LoadedModel, chat: bool) -> None:
+    """Not only behind a round, which takes a minute on a CPU; never back, nor beyond its end."""
+    loaded.tokenizer.chat_template = TEMPLATE
+    moved: list[int] = []
+    bar = SimpleNamespace(update=moved.append, close=lambda: moved.append(0))
+    found = sample_examples(loaded, 300, 32, chat=chat, seed=0, progress=lambda **_: bar)  # type: ignore[arg-type, return-value]
+    assert found == sample(loaded, chat=chat)
+    assert len(moved) > len(found)
+    assert min(moved[:-1]) > 0
+    assert moved[-1] == 0
+    assert num_tokens(found) <= sum(moved) <= 300

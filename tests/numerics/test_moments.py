@@ -6,7 +6,7 @@ from conftest import frozen_norm
 
 from sculptor.numerics.allocation import Importance, allocate, least_free_share
 from sculptor.numerics.bases import Basis
-from sculptor.numerics.moments import Factor, curvature, truncate
+from sculptor.numerics.moments import Factor, add_symmetric, curvature, mirror, truncate
 
 
 def unit_trace(moment: torch.Tensor) -> torch.Tensor:
@@ -121,3 +121,22 @@ def test_protected_share_is_what_the_frozen_pairs_hold(generator: torch.Generato
             if frozen_norm(pair, staircase, Basis(output.vectors, "leading"), Basis(input.vectors, "leading")) > 0.5:
                 total += float((root[0] @ pair @ root[1] @ pair.T).trace())
     assert found.protected_share(staircase) == pytest.approx(total / (root[0].trace() * root[1].trace()).item())
+
+
+@pytest.mark.parametrize("d", [1, 5, 255, 513, 2100])
+def test_a_symmetric_product_is_the_whole_product(d: int) -> None:
+    """Half of it and its mirror image against all of it in float64: weighted rows, none too, of widths that no band divides."""
+    generator = torch.Generator().manual_seed(d)
+    total = torch.zeros(d, d)
+    expected = torch.zeros(d, d, dtype=torch.float64)
+    for count in (7, 0, 3):
+        rows = torch.randn(count, d, generator=generator)
+        weights = torch.rand(count, 1, generator=generator)
+        add_symmetric(total, rows * weights, rows)
+        expected += (rows * weights).double().T @ rows.double()
+    mirror(total)
+    torch.testing.assert_close(total, total.T)
+    assert float((total - expected).norm()) <= 1e-6 * float(expected.norm())
+    again = total.clone()
+    mirror(again)
+    assert torch.equal(again, total)

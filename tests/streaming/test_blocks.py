@@ -20,10 +20,12 @@ from sculptor.errors import CheckpointError, OutputError, SettingsError
 from sculptor.model.load import load_model, load_streamed
 from sculptor.model.loss import batch_loss
 from sculptor.streaming import build
-from sculptor.streaming.blocks import BlockStream, Observer
+from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.build import stream_model
+from sculptor.streaming.hooks import Hooks
 from sculptor.streaming.regions import STAGING_BYTES, Tier
 from sculptor.streaming.slots import Slot
+from sculptor.streaming.waiting import WaitingBlocks
 
 COVERS = ["sculptor.model.load", "sculptor.streaming.build", "sculptor.streaming.inputs"]
 CPU = torch.device("cpu")
@@ -67,7 +69,7 @@ def ragged(generator: torch.Generator, rows: int = 3, length: int = 9) -> Batch:
     return Batch(torch.where(mask == 1, ids, 1), mask, torch.where(mask == 1, ids, IGNORED))
 
 
-def train_once(model: Any, batch: Batch, architecture: Architecture, stream: BlockStream | None = None) -> Tensor:
+def train_once(model: Any, batch: Batch, architecture: Architecture) -> Tensor:
     """The loss of a batch in training mode, with the same dropout every time; its gradients follow."""
     model.train()
     with torch.random.fork_rng(devices=[]):
@@ -75,8 +77,6 @@ def train_once(model: Any, batch: Batch, architecture: Architecture, stream: Blo
         found = batch_loss(model, batch, architecture.kind)
         loss = found.total if found.auxiliary is None else found.total + 10 * found.auxiliary
         loss.backward()  # type: ignore[no-untyped-call]
-        if stream is not None:
-            stream.end_backward()
     return loss.detach()
 
 
@@ -143,7 +143,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
         gradients = collect(model, architecture)
         for _ in range(2):  # the second time finds slots and the order of blocks as the first left them
             gradients.clear()
-            assert torch.equal(train_once(model, batch, architecture, stream), expected)
+            assert torch.equal(train_once(model, batch, architecture), expected)
             assert_equal(gradients, expected_gradients)
         assert stream.slots.most == 1
 
@@ -159,9 +159,9 @@ def test_every_block_is_loaded_once_forward_and_all_but_the_last_once_backward(
     with torch.no_grad():
         batch_loss(model, batch, architecture.kind)
     assert stream.slots.fills == {0: 1, 1: 1, 2: 1, 3: 1, 4: 1}
-    train_once(model, batch, architecture, stream)
+    train_once(model, batch, architecture)
     assert stream.slots.fills == {0: 3, 1: 3, 2: 3, 3: 3, 4: 2}
-    train_once(model, batch, architecture, stream)  # the first block is still there
+    train_once(model, batch, architecture)  # the first block is still there
     assert stream.slots.fills == {0: 4, 1: 5, 2: 5, 3: 5, 4: 3}
     assert stream.slots.most == 1
 
@@ -174,7 +174,7 @@ def test_a_block_that_all_layers_share_is_loaded_once(
     model, stream = stream_from(checkpoint, architecture, "disk")
     collect(model, architecture)
     for _ in range(2):
-        train_once(model, batch, architecture, stream)
+        train_once(model, batch, architecture)
     assert stream.slots.fills == {0: 1}
 
 
@@ -198,12 +198,12 @@ def test_parameters_of_blocks_hold_nothing_outside_their_turn(
     with torch.no_grad():
         batch_loss(model, batch, architecture.kind)
     assert is_empty()
-    train_once(model, batch, architecture, stream)
+    train_once(model, batch, architecture)
     assert is_empty()
     assert all(p.grad is None for p in model.parameters())
 
 
-class Watch(Observer):
+class Watch:
     """Writes down what it is told, and looks at the slots."""
 
     def __init__(self, stream: BlockStream) -> None:
@@ -230,9 +230,10 @@ def test_an_observer_sees_the_backward_pass_block_by_block(
     architecture, batch = inspect_architecture(checkpoint), ragged(generator)
     model, stream = stream_from(checkpoint, architecture)
     collect(model, architecture)
-    stream.observer = watch = Watch(stream)
-    stream.beside = dict.fromkeys(range(5), (watch,))  # type: ignore[arg-type]
-    train_once(model, batch, architecture, stream)
+    watch = Watch(stream)
+    beside: Any = dict.fromkeys(range(5), (watch,))
+    stream.with_hooks(Hooks(block_begun=watch.block_begun, block_done=watch.block_done, beside=beside))
+    train_once(model, batch, architecture)
     expected = [("expect", 4)]
     for block in (4, 3, 2, 1, 0):
         expected += [("begin", block), *([("expect", block - 1)] if block else []), ("end", block)]
@@ -258,15 +259,15 @@ def test_two_slots_give_the_same_numbers(
     architecture, batch = inspect_architecture(checkpoint), ragged(generator)
     expected, expected_gradients = resident(checkpoint, architecture, batch)
 
-    def two(*args: Any, **options: Any) -> BlockStream:
-        return BlockStream(*args, **options | {"num_slots": 2})
+    def two(*args: Any, **options: Any) -> WaitingBlocks:
+        return WaitingBlocks(*args, **options | {"num_slots": 2})
 
-    monkeypatch.setattr(build, "BlockStream", two)
+    monkeypatch.setattr(build, "WaitingBlocks", two)
     model, stream = stream_from(checkpoint, architecture, tier, keep_inputs=keep_inputs)
     gradients = collect(model, architecture)
     for _ in range(2):
         gradients.clear()
-        assert torch.equal(train_once(model, batch, architecture, stream), expected)
+        assert torch.equal(train_once(model, batch, architecture), expected)
         assert_equal(gradients, expected_gradients)
     assert stream.slots.most == (1 if family == "albert" else 2)
     if family == "deep":  # the last two stay for the backward pass, the first two for the next forward
@@ -280,13 +281,13 @@ def test_inputs_on_the_host_give_the_same_numbers(
 ) -> None:
     checkpoint = save(tmp_path / "model", family)
     architecture = inspect_architecture(checkpoint)
-    model, stream = stream_from(checkpoint, architecture, keep_inputs=False)
+    model, _ = stream_from(checkpoint, architecture, keep_inputs=False)
     gradients = collect(model, architecture)
     for rows, length in ((3, 9), (2, 6), (4, 11)):  # the host's memory is large enough, or grows
         batch = ragged(generator, rows, length)
         expected, expected_gradients = resident(checkpoint, architecture, batch)
         gradients.clear()
-        assert torch.equal(train_once(model, batch, architecture, stream), expected)
+        assert torch.equal(train_once(model, batch, architecture), expected)
         assert_equal(gradients, expected_gradients)
 
 
@@ -297,10 +298,10 @@ def test_gradients_reach_what_lies_before_the_blocks(
     checkpoint = save(tmp_path / "model", "llama")
     architecture, batch = inspect_architecture(checkpoint), ragged(generator)
     whole = load_model(checkpoint, CPU, architecture).model
-    model, stream = stream_from(checkpoint, architecture, keep_inputs=keep_inputs)
-    for made, opened in ((whole, None), (model, stream)):
+    model, _ = stream_from(checkpoint, architecture, keep_inputs=keep_inputs)
+    for made in (whole, model):
         made.get_input_embeddings().weight.requires_grad_(True)
-        train_once(made, batch, architecture, opened)
+        train_once(made, batch, architecture)
     expected = whole.get_input_embeddings().weight.grad
     assert expected.any()
     assert torch.equal(model.get_input_embeddings().weight.grad, expected)
@@ -314,14 +315,14 @@ def test_a_forward_without_gradients_works_before_between_and_after(
     checkpoint = save(tmp_path / "model", family)
     architecture, batch = inspect_architecture(checkpoint), ragged(generator)
     whole = load_model(checkpoint, CPU, architecture).model
-    model, stream = stream_from(checkpoint, architecture, tier)
+    model, _ = stream_from(checkpoint, architecture, tier)
     collect(model, architecture)
     for _ in range(2):
         with torch.no_grad():
             found = batch_loss(model.eval(), batch, architecture.kind).total
             assert torch.equal(found, batch_loss(whole, batch, architecture.kind).total)
         assert not found.requires_grad
-        train_once(model, batch, architecture, stream)
+        train_once(model, batch, architecture)
 
 
 def test_a_pass_that_is_given_up_does_not_disturb_the_next(
@@ -330,7 +331,7 @@ def test_a_pass_that_is_given_up_does_not_disturb_the_next(
     checkpoint = save(tmp_path / "model", "deep")
     architecture, batch = inspect_architecture(checkpoint), ragged(generator)
     expected, expected_gradients = resident(checkpoint, architecture, batch)
-    model, stream = stream_from(checkpoint, architecture, keep_inputs=False)
+    model, _ = stream_from(checkpoint, architecture, keep_inputs=False)
     gradients = collect(model, architecture)
 
     def give_up(*_: Any) -> None:
@@ -338,9 +339,9 @@ def test_a_pass_that_is_given_up_does_not_disturb_the_next(
 
     handle = model.get_submodule("model.layers.2").register_forward_pre_hook(give_up)
     with pytest.raises(InterruptedError):
-        train_once(model, batch, architecture, stream)
+        train_once(model, batch, architecture)
     handle.remove()
-    assert torch.equal(train_once(model, batch, architecture, stream), expected)
+    assert torch.equal(train_once(model, batch, architecture), expected)
     assert_equal(gradients, expected_gradients)
 
 
@@ -354,9 +355,9 @@ def test_tensors_are_read_and_converted_in_pieces(
     architecture = inspect_architecture(checkpoint)
     model, stream = stream_from(checkpoint, architecture, tier)
     expected = dict(load_model(checkpoint, CPU, architecture).model.named_parameters())
-    memory = torch.empty(stream.layouts[1].num_bytes, dtype=torch.uint8)
+    memory = torch.empty(stream.waiting.layouts[1].num_bytes, dtype=torch.uint8)
     stream.weights.load(1, memory)
-    for name, value in stream.layouts[1].views(memory).items():
+    for name, value in stream.waiting.layouts[1].views(memory).items():
         assert value.dtype == torch.float32
         assert torch.equal(value, expected[name]), name
     assert torch.equal(model.lm_head.weight, expected["lm_head.weight"])
@@ -369,7 +370,7 @@ def test_experts_saved_one_by_one_are_stacked(tmp_path: Path, stream_from: Any) 
     expected = dict(load_model(checkpoint, CPU, architecture).model.named_parameters())
     for tier in TIERS:
         _, stream = stream_from(checkpoint, architecture, tier)
-        for block, layout in enumerate(stream.layouts):
+        for block, layout in enumerate(stream.waiting.layouts):
             memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
             stream.weights.load(block, memory)
             for name, value in layout.views(memory).items():
@@ -381,7 +382,7 @@ def test_experts_saved_one_by_one_are_stacked(tmp_path: Path, stream_from: Any) 
 def test_a_changed_parameter_is_loaded_as_it_was_stored(tier: Tier, tmp_path: Path, generator: torch.Generator) -> None:
     checkpoint = save(tmp_path / "model", "llama", torch.bfloat16)
     _, stream = stream_model(checkpoint, inspect_architecture(checkpoint), CPU, tier, scratch=tmp_path / "scratch")
-    layout = stream.layouts[1]
+    layout = stream.waiting.layouts[1]
     memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
     stream.weights.load(1, memory)
     before = {name: value.clone() for name, value in layout.views(memory).items()}
@@ -406,11 +407,11 @@ def test_parameters_that_are_to_stay_do(tmp_path: Path, stream_from: Any, genera
     names = frozenset(name for name in architecture.tensors if "layernorm" in name)
     model, stream = stream_from(checkpoint, architecture, resident=names)
     whole = load_model(checkpoint, CPU, architecture).model
-    assert not names & {name for layout in stream.layouts for name in layout}
-    for made, opened in ((whole, None), (model, stream)):
+    assert not names & {name for layout in stream.waiting.layouts for name in layout}
+    for made in (whole, model):
         for name in names:
             made.get_parameter(name).requires_grad_(True)
-        train_once(made, batch, architecture, opened)
+        train_once(made, batch, architecture)
     for name in names:
         assert model.get_parameter(name).numel()
         assert torch.equal(model.get_parameter(name).grad, whole.get_parameter(name).grad)
@@ -428,7 +429,7 @@ def test_closing_gives_everything_back(tier: Tier, tmp_path: Path, generator: to
     architecture = inspect_architecture(checkpoint)
     model, stream = stream_model(checkpoint, architecture, CPU, tier, scratch=tmp_path / "scratch")
     collect(model, architecture)
-    train_once(model, ragged(generator), architecture, stream)
+    train_once(model, ragged(generator), architecture)
     assert open_files(tmp_path)
     stream.close()
     assert not open_files(tmp_path)
@@ -474,7 +475,7 @@ def test_a_file_that_ends_too_early_is_one_line(tmp_path: Path, stream_from: Any
     file = tmp_path / "model" / "model.safetensors"
     with open(file, "r+b") as opened:
         opened.truncate(2000)
-    layout = stream.layouts[0]
+    layout = stream.waiting.layouts[0]
     with pytest.raises(CheckpointError, match=r"model.safetensors: cannot read tensor .* ends \d+ bytes too early"):
         stream.weights.load(0, torch.empty(layout.num_bytes, dtype=torch.uint8))
 

@@ -1,5 +1,6 @@
 """A batch in parts: the same numbers, fewer activations at a time, and never where it would be wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.batches import Batch
 from sculptor.model.load import LoadedModel, load_streamed
 from sculptor.model.loss import batch_loss
+from sculptor.streaming.hooks import Hooks
 from sculptor.streaming.parts import is_norm, join, parts_work, split_call
 
 CPU = torch.device("cpu")
@@ -192,11 +194,8 @@ def test_a_norm_in_parts_keeps_nothing_but_its_input(tmp_path: Path, generator: 
 def test_a_smaller_batch_brings_back_no_parts_of_a_larger_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
-    loaded = load_streamed(open_checkpoint(save_checkpoint(tmp_path / "model")), CPU, "cpu", keep_inputs=False)
+    loaded = streamed(open_checkpoint(save_checkpoint(tmp_path / "model")), 9, keep_inputs=False)
     assert loaded.stream is not None
-    loaded.stream.part_tokens = 9
-    for target in loaded.architecture.targets:
-        loaded.model.get_parameter(target.parameter).requires_grad_(True)
     copies: list[int] = []
     load = loaded.stream.transfers.load
     monkeypatch.setattr(loaded.stream.transfers, "load", lambda *of: copies.append(1) or load(*of))
@@ -205,7 +204,6 @@ def test_a_smaller_batch_brings_back_no_parts_of_a_larger_one(
         ids = torch.randint(4, 40, (rows, 9), generator=generator)
         copies.clear()
         batch_loss(loaded.model, Batch(ids, torch.ones_like(ids), ids), loaded.kind).total.backward()  # type: ignore[no-untyped-call]
-        loaded.stream.end_backward()
         counts.append(len(copies))
     loaded.stream.close()
     # The first block stays from the pass before.
@@ -217,7 +215,7 @@ def streamed(checkpoint: Checkpoint, part_tokens: int | None, keep_inputs: bool 
     """A model whose matrices are trained, in parts of so many tokens."""
     loaded = load_streamed(checkpoint, CPU, "cpu", keep_inputs=keep_inputs)
     assert loaded.stream is not None
-    loaded.stream.part_tokens = part_tokens
+    loaded = replace(loaded, stream=loaded.stream.with_hooks(Hooks(part_tokens=part_tokens)))
     for target in loaded.architecture.targets:
         loaded.model.get_parameter(target.parameter).requires_grad_(True)
     return loaded
@@ -231,8 +229,6 @@ def loss_and_gradients(loaded: LoadedModel, batch: Batch) -> tuple[float, dict[s
     hooks = [p.register_post_accumulate_grad_hook(collector(gradients, name)) for name, p in parameters.items()]
     loss = batch_loss(loaded.model, batch, loaded.kind).total
     loss.backward()  # type: ignore[no-untyped-call]
-    assert loaded.stream is not None
-    loaded.stream.end_backward()
     for hook in hooks:
         hook.remove()
     return float(loss.detach()), gradients

@@ -14,7 +14,7 @@ from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import CheckpointError, OutputError, SettingsError
 
-COVERS = ["sculptor.tasks.analyze_report"]
+COVERS = ["sculptor.jobs.analyze_report"]
 WEIGHTS = AnalyzeSettings(preserve=0.5, device="cpu")
 ROLES = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
 

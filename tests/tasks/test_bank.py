@@ -15,11 +15,11 @@ from sculptor import AnalyzeSettings, Interpolate, TrainSettings, add_to_bank, a
 from sculptor.checkpoint.written import LOCK_NAME
 from sculptor.edits.compact import Compact
 from sculptor.errors import BankError, OutputError
+from sculptor.jobs.bank_files import Bank, bank_to_add_to, write_task
 from sculptor.numerics.rounding import rounding_variance
 from sculptor.numerics.routing import Key
-from sculptor.tasks.bank_files import Bank, bank_to_add_to, write_task
 
-COVERS = ["sculptor.tasks.bank_files", "sculptor.tasks.routed"]
+COVERS = ["sculptor.jobs.bank_files", "sculptor.tasks.routed"]
 
 
 def other_rows(count: int = 24) -> list[dict[str, str]]:
@@ -58,7 +58,11 @@ def test_a_task_comes_back_to_rounding(cli: Callable[..., Result], place: Path, 
 
 
 @pytest.mark.slow
-def test_rows_find_their_task_alone_and_together(place: Path) -> None:
+def test_rows_find_their_task_alone_and_together(place: Path, cli: Callable[..., Result]) -> None:
+    told = cli(
+        "bank", "route", place / "bank", place / "model", "--data", place / "a.jsonl", "--json", "--device", "cpu"
+    )
+    assert [one["chosen"] for one in json.loads(told.out)] == [{"a": 24, "b": 0}]
     found = route(place / "bank", place / "model", [str(place / name) for name in ("a.jsonl", "b.jsonl")])
     assert [dict(one.chosen) for one in found] == [{"a": 24, "b": 0}, {"a": 0, "b": 24}]
     by_task = {}
@@ -146,7 +150,7 @@ def test_two_at_once_and_one_that_broke_off_lose_nothing(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sculptor.tasks.bank_files.file_digest", full)
+        patch.setattr("sculptor.jobs.bank_files.file_digest", full)
         with pytest.raises(OutputError, match="No space left"):
             add("a")
     assert not bank.exists()

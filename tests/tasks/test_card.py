@@ -6,6 +6,7 @@ import statistics
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, card, evaluate, train, verify
-from sculptor.errors import DataError, SculptorError, SettingsError
+from sculptor.errors import DataError, OutputError, SculptorError, SettingsError
 from sculptor.evaluation.refusals import PHRASES, is_refusal
 from sculptor.evaluation.series import Series, change
-from sculptor.tasks.card_report import parse_threshold
+from sculptor.jobs.card_report import CardReport, parse_threshold
+from sculptor.report.card import check_card_file
 
-COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.tasks.card_report", "sculptor.tasks.measures"]
+COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.jobs.card_report", "sculptor.jobs.measures"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,22 @@ def test_it_is_what_evaluate_and_verify_say(cli: Callable[..., Result], made: Pa
     page = (tmp_path / "card.html").read_text()
     assert "picks" in page
     assert "samples" in page
+
+
+def test_only_a_card_is_replaced_by_one(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
+    """`--overwrite` with a slip of the path takes no model's files."""
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((made / "base" / name).read_bytes())
+        before = (tmp_path / name).read_bytes()
+        found = carded(cli, made, "--data", made / "rows.jsonl", "--json", tmp_path / name, "--overwrite")
+        assert (found.code, found.err.count("\n")) == (2, 1)
+        assert "--json" in found.err
+        assert (tmp_path / name).read_bytes() == before
+    place = tmp_path / "card.json"
+    place.write_text(json.dumps({field.name: None for field in fields(CardReport)}))
+    check_card_file(place, overwrite=True)
+    with pytest.raises(OutputError, match="exists already"):
+        check_card_file(place, overwrite=False)
 
 
 def test_a_model_is_no_different_from_itself(made: Path) -> None:

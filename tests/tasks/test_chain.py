@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, Result, save_checkpoint, slowly, task_rows, write_rows
 
-COVERS = ["sculptor.tasks.inspect_archive", "sculptor.tasks.next_archive"]
+COVERS = ["sculptor.tasks.inspect_archive", "sculptor.jobs.next_archive"]
 TRAIN = ("--max-steps", 12, "--batch-size", 8, "--learning-rate", "1e-2", "--device", "cpu")
 
 

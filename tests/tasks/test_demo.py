@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Result
 
-COVERS = ["sculptor.tasks.demo_model"]
+COVERS = ["sculptor.jobs.demo_model"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from sculptor.edits.interpolate import interpolate
 from sculptor.edits.lines import lines
 from sculptor.edits.threshold import threshold
 
-COVERS = ["sculptor.edits.settings", "sculptor.report.edit", "sculptor.tasks.edit_record", "sculptor.tasks.edit_report"]
+COVERS = ["sculptor.edits.settings", "sculptor.report.edit", "sculptor.jobs.edit_record", "sculptor.jobs.edit_report"]
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import sculptor
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError
+from sculptor.jobs import plan as deciding
 from sculptor.model.load import load_streamed
 from sculptor.planning import placement, speeds
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import choose, plan_archive
 from sculptor.planning.settings import EstimateSettings
 from sculptor.tasks import estimate, train
-from sculptor.tasks import plan as deciding
 from sculptor.training import state
 from sculptor.training.rates import Peaks
 from sculptor.training.stepping.streamed import StreamedUpdates
@@ -49,7 +49,7 @@ def test_bytes_that_wait_are_those_of_the_regions(tmp_path: Path, family: str) -
     blocks = updates.blocks.values()
     states = sum(block.state_layout.num_bytes + block.gradient_layout.num_bytes for block in blocks)
     bases = sum(block.bases_layout.num_bytes for block in blocks)
-    weights = sum(layout.num_bytes for layout in loaded.stream.layouts)
+    weights = sum(layout.num_bytes for layout in loaded.stream.waiting.layouts)
     # Alignment adds to tiny matrices.
     assert found.host["coordinates, gradients, AdamW"] == pytest.approx(states, rel=0.1)
     assert found.host["bases"] == pytest.approx(bases, rel=0.1)

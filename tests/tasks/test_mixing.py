@@ -8,10 +8,10 @@ import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train
-from sculptor.errors import OutputError, Stopped
-from sculptor.tasks.job import open_base, read_task
+from sculptor.errors import OutputError, SettingsError, Stopped
+from sculptor.jobs.job import open_base, read_task
 
-COVERS = ["sculptor.tasks.replay"]
+COVERS = ["sculptor.jobs.replay"]
 
 
 def test_weights_decide_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> None:
@@ -75,6 +75,27 @@ def test_replay_is_mixed_in_and_is_no_part_of_the_task(cli: Callable[..., Result
         assert wrong.err.count("\n") == 1
         assert message in wrong.err
         assert not (tmp_path / "wrong").exists()
+
+
+def test_a_template_for_some_of_the_rows_is_of_use(tmp_path: Path) -> None:
+    """Those of the task or those that are mixed in; for none it is refused."""
+    model = save_checkpoint(tmp_path / "model")
+    (tmp_path / "t.jinja").write_text("{% for message in messages %}{{ message['content'] + ' w2 ' }}{% endfor %}")
+    rows = task_rows(count=4)
+    turns = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in rows
+    ]
+    pairs, talks = (
+        write_rows(tmp_path / "p.jsonl", rows),
+        write_rows(tmp_path / "m.jsonl", [{"messages": t} for t in turns]),
+    )
+    analyze(model, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    settings = TrainSettings(max_steps=1, device="cpu", chat_template=str(tmp_path / "t.jinja"))
+    for i, (data, replay) in enumerate([(talks, pairs), (pairs, talks)]):
+        train(model, tmp_path / "archive", [data], tmp_path / f"out{i}", settings, replay=[f"{replay}:0.5"])
+    with pytest.raises(SettingsError, match="--chat-template without effect"):
+        train(model, tmp_path / "archive", [pairs], tmp_path / "out", settings, replay=[f"{pairs}:0.5"])
 
 
 def test_rows_beside_the_task_that_do_not_fit_are_told(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from sculptor.planning import placement
 from sculptor.report.text import train_text
 
 COVERS = [
-    "sculptor.tasks.finish",
-    "sculptor.tasks.train_loop",
-    "sculptor.tasks.train_record",
-    "sculptor.tasks.train_report",
+    "sculptor.jobs.finish",
+    "sculptor.jobs.train_loop",
+    "sculptor.jobs.train_record",
+    "sculptor.jobs.train_report",
 ]
 SHORT = TrainSettings(max_steps=3, batch_size=8, learning_rate=1e-2, device="cpu")
 
@@ -72,6 +72,9 @@ def test_the_report_the_record_and_the_metrics_say_the_same(made: Path, tmp_path
     entries = sum(r.shape[0] * r.shape[1] for r in Archive(made / "archive").values())
     assert report.num_trainable + report.num_protected == entries
     assert f"Peak learning rate {report.relative_rate:.3g} of each matrix's RMS" in train_text(report)
+    for lost, told in ((0.2, False), (0.4, True)):
+        matrices = {name: replace(matrix, rounding_loss=lost) for name, matrix in report.matrices.items()}
+        assert ("; --save-dtype float32 keeps all of it." in train_text(replace(report, matrices=matrices))) is told
 
 
 def test_the_record_says_what_was_used_where_auto_was_asked_for(made: Path, tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_evaluation_rows_choose_the_step(made: Path, tmp_path: Path) -> None:
 
 
 def test_of_equal_evaluations_the_first_is_kept(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sculptor.tasks import train_loop as module
+    from sculptor.jobs import train_loop as module
 
     monkeypatch.setattr(module, "mean_loss", lambda *_, **__: (1.25, 0))
     settings = replace(SHORT, eval_every=1)
@@ -201,9 +204,13 @@ def test_resuming_where_nothing_was_left_starts_anew(made: Path, tmp_path: Path)
     assert run(made, tmp_path / "out", resume=True).loop.steps == 3
 
 
-def test_a_signal_after_the_last_step_is_no_reason_to_stop(made: Path, tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_stops_before_anything_is_written(made: Path, tmp_path: Path) -> None:
+    """What follows, rows to measure and a checkpoint to write, may take minutes."""
     polls = iter([None, None, 15])
-    assert run(made, tmp_path / "out", stop=lambda: next(polls)).loop.steps == 3
+    with pytest.raises(Stopped, match=r"after step 3 of 3; the state is saved"):
+        run(made, tmp_path / "out", stop=lambda: next(polls))
+    assert not (tmp_path / "out.partial" / "output").exists()
+    assert run(made, tmp_path / "out", resume=True).loop.steps == 3
 
 
 def test_an_input_is_no_output(made: Path, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_the_optimizer_of_train_has_these_rates(made: Path, tmp_path: Path) -> N
         checkpoint, architecture, archive, settings, extra, torch.device("cpu"), tmp_path / "scratch", silent
     )
     assert isinstance(updates, ResidentUpdates)
-    names = {id(value): name for name, value in updates.trained.named().items()}
+    names = {id(value): name for name, value in updates.trainable.named().items()}
     found = {names[id(p)]: group["peak"] for group in updates.optimizer.param_groups for p in group["params"]}
     peaks = peak_rates(settings, archive, updates.extra)
     assert found == {f"{name}.A0": rate for name, rate in peaks.matrices.items()} | dict(peaks.extra)

@@ -1,9 +1,9 @@
 """The page of `card`: whether a release may go out, and a table of what changed for each tuned model."""
 
+from sculptor.jobs.card_report import CardReport, TunedCard
 from sculptor.report.card import LINES_HEAD, harm_line, leak_line, line_row, notes_of, verdict_of
 from sculptor.report.html.page import Child, Markup, element, listed, note, page, section, table
 from sculptor.report.text import named_line
-from sculptor.tasks.card_report import CardReport, TunedCard
 
 
 def card_page(report: CardReport) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sculptor.jobs.analyze_report import block_of
 from sculptor.report.html.page import Markup, element, scrolled
 from sculptor.report.html.style import STEPS
-from sculptor.tasks.analyze_report import block_of
 
 _MOST_NAMED = 8
 _LONGEST = 14  # characters of a head

@@ -14,8 +14,8 @@ from sculptor import __version__
 from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.staging import check_apart, partial_path, writing
 from sculptor.errors import OutputError, SettingsError
+from sculptor.jobs.readme import is_hub_name
 from sculptor.report.html.style import STYLE
-from sculptor.tasks.readme import is_hub_name
 
 _VOID = ("meta", "br")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

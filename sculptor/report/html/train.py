@@ -6,12 +6,12 @@ from typing import Any
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.records import RECORD_NAME
+from sculptor.jobs.train_report import TrainReport
 from sculptor.report.html.curves import Curve, chart
 from sculptor.report.html.figures import harm_tile, leak_map, leak_spot, share_map, update_map
 from sculptor.report.html.heat import Spot
 from sculptor.report.html.page import Child, details, element, listed, note, page, section, table, tiles
 from sculptor.report.text import not_targeted_lines, percent, train_text
-from sculptor.tasks.train_report import TrainReport
 
 _COUNTERS = ("step", "epoch", "tokens", "seconds")
 _TITLES = {

@@ -9,52 +9,53 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sculptor.streaming.blocks import BlockStream, Observer
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.owners import Owners
 from sculptor.streaming.slots import Slot
 from sculptor.streaming.transfers import Ticket
+from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.stepping.gradients import GradientSource
 from sculptor.training.stepping.optimizer import add_up_gradients
 from sculptor.training.stepping.projected_at_once import ProjectedAtOnce
 
 
-class AddedUpAtOwners(Observer):
+class AddedUpAtOwners:
     """The gradients of one block after another: collected, and added up once the block is finished.
 
     Args:
         own: projects those of the matrices that are held here.
-        stream: of the model.
+        waiting: the blocks of the model.
         owners: of its parameters.
-        trained: of each block that is trained, where gradients come from, by matrix, whoever owns it.
+        sources: of each block that is trained, where gradients come from, by matrix, whoever owns it.
         count: of blocks at a time; 2 to add up while the next one is computed.
     """
 
     def __init__(
         self,
         own: ProjectedAtOnce,
-        stream: BlockStream,
+        waiting: WaitingBlocks,
         owners: Owners,
-        trained: Mapping[int, Mapping[str, GradientSource]],
+        sources: Mapping[int, Mapping[str, GradientSource]],
         count: int,
     ) -> None:
         self.own = own
         self.owners = owners
-        self.trained = trained
-        self.transfers = stream.transfers
-        self.device = stream.device
+        self.sources = sources
+        self.transfers = waiting.transfers
+        self.device = waiting.device
         self.layouts = {
-            block: Layout((name, at.dtype, at.shape) for name, at in stream.layouts[block].items() if name in names)
-            for block, sources in trained.items()
-            for names in [{source.parameter_name for source in sources.values()}]
+            block: Layout((name, at.dtype, at.shape) for name, at in waiting.layouts[block].items() if name in names)
+            for block, of in sources.items()
+            for names in [{source.parameter_name for source in of.values()}]
         }
         size = max(layout.num_bytes for layout in self.layouts.values())
-        self._slots = [Slot(size, stream.device) for _ in range(count)]
+        self._slots = [Slot(size, waiting.device) for _ in range(count)]
         self._there: set[str] = set()
         self._reached: set[str] = set()  # by a gradient, in this step and process
 
     def block_begun(self, block: int) -> None:
-        if block in self.trained:
+        """Makes room for the gradients of a block."""
+        if block in self.sources:
             self._take_slot(block)
         with self.transfers.lane("update"):
             self.own.block_begun(block)
@@ -79,11 +80,12 @@ class AddedUpAtOwners(Observer):
     def _view(self, block: int, name: str) -> Tensor:
         """The gradient of a matrix of the block that was begun last."""
         assert self._slots[0].holds == block
-        source = self.trained[block][name]
+        source = self.sources[block][name]
         return source.window.of(self.layouts[block].view(self._slots[0].memory, source.parameter_name))
 
     def block_done(self, block: int, slot: Slot) -> None:
-        if block not in self.trained:
+        """Adds them up at their owners."""
+        if block not in self.sources:
             return
         added = self._add_up(block)
         if (found := self.own.blocks.get(block)) is None:
@@ -98,7 +100,7 @@ class AddedUpAtOwners(Observer):
     def _add_up(self, block: int) -> Ticket:
         """Starts to add up what all processes have; what one has no gradient for counts as 0."""
         layout, slot = self.layouts[block], self._slots[0]
-        for name in self.trained[block].keys() - self._there:
+        for name in self.sources[block].keys() - self._there:
             self._view(block, name).zero_()
         self._reached |= self._there
         dtype = next(iter(layout.values())).dtype
@@ -125,7 +127,7 @@ class AddedUpAtOwners(Observer):
 
     def _reached_anywhere(self) -> set[str]:
         """The matrices that a gradient has reached in some process since this was asked last; for all of them to call."""
-        names = [name for sources in self.trained.values() for name in sources]
+        names = [name for of in self.sources.values() for name in of]
         counts = self.owners.world.total(*(name in self._reached for name in names))
         self._reached.clear()
         return {name for name, count in zip(names, counts, strict=True) if count}

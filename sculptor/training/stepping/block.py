@@ -13,6 +13,7 @@ from sculptor.methods.rule import Tensors
 from sculptor.streaming.files import TensorFiles
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import Region
+from sculptor.streaming.transfers import DONE, Ticket
 from sculptor.training.schedule import RateOf
 
 
@@ -26,11 +27,40 @@ class Stage(Enum):
     REPLACED = auto()  # its coordinates were replaced: it is folded when it is next fetched
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Divisors:
+    """What gradients are divided by before they are used: each matrix's by its own, all by one number, or none.
+
+    Attributes:
+        whole: that number, where there is one.
+        by_matrix: by name, where each has its own.
+        ready: what to wait for before they are read.
+    """
+
+    whole: Tensor | None = None
+    by_matrix: Mapping[str, Tensor] = field(default_factory=dict)
+    ready: Ticket = DONE
+
+    def of(self, name: str) -> Tensor | None:
+        """What the gradients of a matrix are divided by, if they are."""
+        return self.by_matrix[name] if self.by_matrix else self.whole
+
+    def on_cpu(self) -> "Divisors":
+        """The same in host memory; waits for the device."""
+        whole = None if self.whole is None else self.whole.cpu()
+        return Divisors(whole, {name: value.cpu() for name, value in self.by_matrix.items()})
+
+
 class Due(NamedTuple):
-    """An update: the rates of its step, and the matrices that a gradient has reached."""
+    """An update: the rates of its step, the matrices that a gradient has reached, and what these gradients are divided by."""
 
     rate_of: RateOf
     touched: frozenset[str]
+    divisors: Divisors
+
+
+# No step: the weights are made of coordinates as they are.
+FOLD_ONLY = Due(lambda peak: peak, frozenset(), Divisors())
 
 
 @dataclass(eq=False, slots=True)
@@ -135,8 +165,8 @@ class StreamedBlock:
         pristine: None where W0 is read from the checkpoint.
         others: parameters that an update does not make, or makes only a part of: `shares` says whether there are such.
         norms: those of the step's gradients, by coordinate.
-        divisors: what gradients are divided by in a fused update, by matrix, kept until it is over.
-        stage: where the block stands, `due` the update that it is to have.
+        stage: where the block stands.
+        due: the update that it is to have, or had last: what that reads is kept until it is over.
     """
 
     matrices: list[StreamedMatrix]
@@ -150,9 +180,8 @@ class StreamedBlock:
     others: Sequence[str] = ()
     shares: bool = False
     norms: dict[str, Tensor] = field(default_factory=dict)
-    divisors: dict[str, Tensor] = field(default_factory=dict)
     stage: Stage = Stage.CURRENT
-    due: Due | None = None
+    due: Due = FOLD_ONLY
 
     @property
     def has_gradients(self) -> bool:
@@ -163,11 +192,11 @@ class StreamedBlock:
         """The matrices that a gradient has reached in this step."""
         return frozenset(matrix.name for matrix in self.matrices if matrix.touched)
 
-    def take_step(self, rate_of: RateOf, updated: bool) -> bool:
+    def take_step(self, rate_of: RateOf, divisors: Divisors, updated: bool) -> bool:
         """The step is over: whether an update is due; none is if there are no gradients, or it was made already."""
         due = self.stage in (Stage.COLLECTED, Stage.OPEN) and self.has_gradients and not updated
         if due:
-            self.stage, self.due = Stage.DUE, Due(rate_of, self.touched())
+            self.stage, self.due = Stage.DUE, Due(rate_of, self.touched(), divisors)
         self.forget()
         return due
 
@@ -182,6 +211,10 @@ class StreamedBlock:
     def tensors(self, matrix: StreamedMatrix, memory: Tensor) -> Tensors:
         """A matrix's tensors in device memory that holds the block's bases."""
         return {key: self.bases_layout.view(memory, name) for key, name in matrix.bases.items()}
+
+    def gradient_views(self, memory: Tensor) -> dict[str, Tensor]:
+        """Gradients in device memory, by the name of their coordinates and `.grad`."""
+        return {key + ".grad": view for key, view in self.gradient_layout.views(memory).items()}
 
     def load_state(self, saved: Mapping[str, Tensor], optimizer: bool) -> None:
         """Puts back A, and with `optimizer` its moments, as far as they were saved."""

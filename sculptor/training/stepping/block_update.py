@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from sculptor.numerics.precision import float32_products
-from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.slots import Slot, Slots, loading
 from sculptor.streaming.transfers import Ticket
+from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.coordinates import folded_weight
-from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
-from sculptor.training.stepping.clipping import Divisors, chosen
+from sculptor.training.stepping.block import FOLD_ONLY, Due, Stage, StreamedBlock, StreamedMatrix
 from sculptor.training.stepping.host_optimizer import HostOptimizer
 
 
@@ -20,7 +19,7 @@ class BlockUpdater:
     """Brings blocks up to date as they are fetched, in the slots that their parameters are read from.
 
     Args:
-        stream: of the model.
+        waiting: the blocks of the model.
         blocks: those that are trained.
         host: does the stepping, or None to step on the device.
         count: of slots for bases and of pieces of the ring; 2 to load ahead.
@@ -31,11 +30,11 @@ class BlockUpdater:
     """
 
     def __init__(
-        self, stream: BlockStream, blocks: Mapping[int, StreamedBlock], count: int, host: HostOptimizer | None
+        self, waiting: WaitingBlocks, blocks: Mapping[int, StreamedBlock], count: int, host: HostOptimizer | None
     ) -> None:
-        self.stream = stream
-        self.transfers = stream.transfers
-        self.device = stream.device
+        self.waiting = waiting
+        self.transfers = waiting.transfers
+        self.device = waiting.device
         self.blocks = blocks
         self.host = host
         self.stale: set[int] = set()
@@ -44,62 +43,44 @@ class BlockUpdater:
         sizes = (matrix.num_bytes(host is None) for block in blocks.values() for matrix in block.matrices)
         size = max(sizes, default=0)
         self._ring = [Slot(size, self.device) for _ in range(count)]
-        self._divisors: Divisors = None
-        self._divisors_ready = self.transfers.mark()
-
-    def clip_with(self, divisors: Divisors) -> None:
-        """What gradients are divided by from now on: each matrix's by its own, all by one, or none."""
-        self._divisors = divisors
-        self._divisors_ready = self.transfers.mark()
-        if self.host is not None:
-            self.host.clip_with(divisors)
 
     def refill(self, block: int, slot: Slot) -> list[Ticket] | None:
         """What the stream asks for when it fetches a block: an update into the slot, if one is due."""
         self.stale.discard(block)
         if (found := self.blocks.get(block)) is None or found.stage not in (Stage.DUE, Stage.REPLACED):
             return None
-        uses = [*slot.taken(), *([self.stream.weights.written(block)] if found.shares else [])]
-        loaded = self.transfers.load(partial(self.stream.weights.load, block, slot.memory, found.others), uses)
+        uses = [*slot.taken(), *([self.waiting.weights.written(block)] if found.shares else [])]
+        loaded = self.transfers.load(partial(self.waiting.weights.load, block, slot.memory, found.others), uses)
         with self.transfers.lane("update"):
             for ticket in [*uses, *([loaded] if found.shares else [])]:
                 ticket.wait()
-            updated = self.update(block, slot, found.due)
-        found.stage, found.due = Stage.CURRENT, None
+            updated = self.update(block, slot, found.due if found.stage is Stage.DUE else FOLD_ONLY, {})
+        found.stage = Stage.CURRENT
         return [loaded, updated]
 
     @torch.no_grad()
-    def update(
-        self,
-        block: int,
-        slot: Slot,
-        due: Due | None,
-        gradients: Slot | None = None,
-        divisors: Divisors = None,
-    ) -> Ticket:
-        """AdamW and a new folded weight for every matrix of a block, on the current lane.
+    def update(self, block: int, slot: Slot, due: Due, gradients: Mapping[str, Tensor]) -> Ticket:
+        """AdamW for the matrices of a block that gradients have reached, and a new folded weight for all, on the current lane.
 
         Args:
             block: which.
             slot: device memory for its parameters.
-            due: what is due, or None to fold only.
-            gradients: holds their gradients, or None to bring these from where they wait.
-            divisors: what these are divided by, if not by what `clip_with` said.
+            due: the update; where the host steps it only folding is left.
+            gradients: by the name of their coordinates and `.grad`, where they are on the device; others are brought.
         """
         found = self.blocks[block]
         if self.host is not None:
             self.host.wait(block)
-            due = None
-        bases = self.bases.enter(block)
-        self._divisors_ready.wait()
-        for matrix, ring in self._brought(found, due is not None, gradients is None):
-            views = matrix.views(ring.memory, due is not None)
-            stepped = due is not None and matrix.name in due.touched
-            if due is not None and stepped:
-                if gradients is not None:
-                    views |= matrix.gradient_views(gradients.memory[matrix.gradient_start :])
-                matrix.step(views, due.rate_of, chosen(divisors or self._divisors, matrix.name))
-            parameter = self.stream.layouts[block].view(slot.memory, matrix.parameter_name)
+            due = FOLD_ONLY
+        bases, stepping = self.bases.enter(block), bool(due.touched)
+        due.divisors.ready.wait()
+        for matrix, ring in self._brought(found, stepping, not gradients):
+            views = matrix.views(ring.memory, stepping)
+            stepped = matrix.name in due.touched
+            if stepped:
+                views |= {name: gradients[name] for name in views.keys() & gradients.keys()}
+                matrix.step(views, due.rate_of, due.divisors.of(matrix.name))
+            parameter = self.waiting.layouts[block].view(slot.memory, matrix.parameter_name)
             self._fold(matrix, found.tensors(matrix, bases.memory), views, matrix.record.window.of(parameter))
             self._store(block, matrix, slot, ring, stepped)
         bases.uses["update"] = done = self.transfers.mark()
@@ -124,7 +105,7 @@ class BlockUpdater:
     ) -> Ticket:
         """State, gradients and pristine weight of a matrix into the ring."""
         after = [*ring.taken(), block.state.written, block.gradients.written]
-        job = partial(matrix.load, block, self.stream.weights.files, ring.memory, stepping, with_gradients)
+        job = partial(matrix.load, block, self.waiting.weights.files, ring.memory, stepping, with_gradients)
         return self.transfers.load(job, after)
 
     def _fold(
@@ -147,7 +128,7 @@ class BlockUpdater:
                 partial(state.store, memory, matrix.state_start), [done]
             )
         if matrix.is_last:
-            weights = self.stream.weights
+            weights = self.waiting.weights
             store = partial(weights.store, block, slot.memory, matrix.parameter_name)
             slot.uses["store"] = weights.region(block).written = self.transfers.store(store, [done])
 

@@ -1,14 +1,11 @@
 """What gradients are divided by, so that their norm keeps to a limit: all by one number, or each matrix's by its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sculptor.training.stepping.block import StreamedBlock
-
-# What gradients are divided by: each matrix's by its own, all by one, or none.
-Divisors = Mapping[str, Tensor] | Tensor | None
+from sculptor.training.stepping.block import Divisors, StreamedBlock
 
 
 def divisor(norm: Tensor, limit: float) -> Tensor:
@@ -37,11 +34,11 @@ def clip(
         apart: whether each matrix and parameter is clipped by itself.
     """
     if not limit:
-        return None
+        return Divisors()
     whole = divisor(total, limit)
     for gradient, norm in zip(own, norms, strict=True):
         gradient.div_(divisor(norm, limit) if apart else whole)
-    return by_matrix(blocks, limit) if apart else whole
+    return Divisors(by_matrix=by_matrix(blocks, limit)) if apart else Divisors(whole)
 
 
 def by_matrix(blocks: Sequence[StreamedBlock], limit: float) -> dict[str, Tensor]:
@@ -52,15 +49,3 @@ def by_matrix(blocks: Sequence[StreamedBlock], limit: float) -> dict[str, Tensor
         for matrix in block.matrices
         if matrix.touched
     }
-
-
-def chosen(divisors: Divisors, name: str) -> Tensor | None:
-    """What the gradients of a matrix are divided by."""
-    return divisors if divisors is None or isinstance(divisors, Tensor) else divisors[name]
-
-
-def on_cpu(divisors: Divisors) -> Divisors:
-    """The same in host memory; waits for the device."""
-    if divisors is None or isinstance(divisors, Tensor):
-        return divisors if divisors is None else divisors.cpu()
-    return {name: value.cpu() for name, value in divisors.items()}

@@ -7,7 +7,6 @@ import torch
 
 from sculptor.streaming.regions import HostRegion
 from sculptor.training.stepping.block import Due, StreamedBlock
-from sculptor.training.stepping.clipping import Divisors, chosen, on_cpu
 
 
 class HostOptimizer:
@@ -21,15 +20,10 @@ class HostOptimizer:
         self.blocks = blocks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sculptor-adamw")
         self._jobs: dict[int, Future[None]] = {}
-        self._divisors: Divisors = None
-
-    def clip_with(self, divisors: Divisors) -> None:
-        """What gradients are divided by in the steps that follow; waits for the device."""
-        self._divisors = on_cpu(divisors)
 
     def submit(self, block: int, due: Due) -> None:
-        """Steps a block as soon as its gradients are there."""
-        self._jobs[block] = self._thread.submit(self._run, self.blocks[block], due, self._divisors)
+        """Steps a block as soon as its gradients are there; its divisors are in host memory."""
+        self._jobs[block] = self._thread.submit(self._run, self.blocks[block], due)
 
     def wait(self, block: int) -> None:
         """Returns when a block has been stepped."""
@@ -37,7 +31,7 @@ class HostOptimizer:
             self._jobs.pop(block).result()
 
     @torch.no_grad()
-    def _run(self, block: StreamedBlock, due: Due, divisors: Divisors) -> None:
+    def _run(self, block: StreamedBlock, due: Due) -> None:
         block.gradients.written.finish()
         assert isinstance(block.state, HostRegion)
         assert isinstance(block.gradients, HostRegion)
@@ -45,7 +39,7 @@ class HostOptimizer:
             if matrix.name in due.touched:
                 views = matrix.state.views(block.state.memory[matrix.state_start :])
                 views |= matrix.gradient_views(block.gradients.memory[matrix.gradient_start :])
-                matrix.step(views, due.rate_of, chosen(divisors, matrix.name))
+                matrix.step(views, due.rate_of, due.divisors.of(matrix.name))
 
     def close(self) -> None:
         """Ends the thread, after what it has been given."""

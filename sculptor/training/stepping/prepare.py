@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sculptor.archive.store import Archive
 from sculptor.errors import SettingsError
 from sculptor.methods.rule import Rule, cost_of, num_free
-from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.regions import MemoryRegion
+from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.coordinates import prepare_training
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
@@ -28,13 +28,13 @@ class PreparedBlocks:
 
     Attributes:
         blocks: by index, with the matrices that are held here.
-        trained: of each block that is trained, where gradients come from, by matrix, whoever owns it.
+        sources: of each block that is trained, where gradients come from, by matrix, whoever owns it.
         owners: of matrices, by name, where several processes divide them.
         num_coordinates: how many numbers of all of them are trained.
     """
 
     blocks: Mapping[int, StreamedBlock]
-    trained: Mapping[int, Mapping[str, GradientSource]]
+    sources: Mapping[int, Mapping[str, GradientSource]]
     owners: Mapping[str, int]
     num_coordinates: int
 
@@ -46,7 +46,7 @@ def held_bytes(rule: Rule, names: Mapping[str, str], num_pristine_bytes: int, de
 
 
 def prepare_blocks(
-    stream: BlockStream,
+    waiting: WaitingBlocks,
     archive: Archive,
     parameters: Mapping[str, str],
     peaks: Peaks,
@@ -64,23 +64,23 @@ def prepare_blocks(
         SettingsError: if one is left out.
         MemoryError: if the host does not give enough memory.
     """
-    owners = stream.weights.owners
+    owners = waiting.weights.owners
     blocks: dict[int, StreamedBlock] = {}
-    trained: dict[int, dict[str, GradientSource]] = {}
+    sources: dict[int, dict[str, GradientSource]] = {}
     held_by: dict[str, int] = {}
-    for i, found in enumerate(stream.parameters):
+    for i, found in enumerate(waiting.parameters):
         names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
         mine = {name: p for name, p in names.items() if owners is None or owners.mine(i, p)}
         if names:
-            trained[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
+            sources[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
         if mine:
-            blocks[i] = prepare_block(i, stream, archive, mine, peaks, settings, optimizer_device, num_trained)
+            blocks[i] = prepare_block(i, waiting, archive, mine, peaks, settings, optimizer_device, num_trained)
         held_by |= dict.fromkeys(names, i)
         tick(1)
     check_all_held(archive, held_by)
     return PreparedBlocks(
         blocks,
-        trained,
+        sources,
         {} if owners is None else {name: owners.blocks[i][parameters[name]] for name, i in held_by.items()},
         sum(torch.Size(shape).numel() for name in archive.open_names for shape in archive[name].rule.shapes),
     )
@@ -88,7 +88,7 @@ def prepare_blocks(
 
 def prepare_block(
     index: int,
-    stream: BlockStream,
+    waiting: WaitingBlocks,
     archive: Archive,
     names: Mapping[str, str],
     peaks: Peaks,
@@ -100,7 +100,7 @@ def prepare_block(
 
     Args:
         index: of the block.
-        stream: of the model.
+        waiting: the blocks of the model.
         archive: of its checkpoint.
         names: matrix of the archive -> parameter of the model, for the matrices with free pairs.
         peaks: learning rates.
@@ -118,16 +118,16 @@ def prepare_block(
     matrices = []
     for name, parameter_name in names.items():
         record = archive[name]
-        dtype = stream.layouts[index][parameter_name].dtype
-        prepared = prepare_training(archive.read(name), stream.device, dtype, settings.soften or 0.0, known)
+        dtype = waiting.layouts[index][parameter_name].dtype
+        prepared = prepare_training(archive.read(name), waiting.device, dtype, settings.soften or 0.0, known)
         bases = {}
         for key, tensor in prepared.tensors.items():
             bases[key] = unique.setdefault(tensor.data_ptr(), (str(len(unique)), tensor))[0]
         keys = [f"{name}.A{i}" for i in range(len(record.rule.shapes))]
-        parameter = stream.parameters[index][parameter_name]
+        parameter = waiting.parameters[index][parameter_name]
         coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
         entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
-        info = stream.weights.files.checkpoint.info_of(record)
+        info = waiting.weights.files.checkpoint.info_of(record)
         group = Group(coordinates, peaks.matrices[name], settings.weight_decay)
         matrices.append(
             StreamedMatrix(
@@ -149,11 +149,11 @@ def prepare_block(
                 pristine=Layout([("pristine", info.dtype, info.shape)]),
             )
         )
-    return _make_room(index, stream, matrices, dict(unique.values()))
+    return _make_room(index, waiting, matrices, dict(unique.values()))
 
 
 def _make_room(
-    index: int, stream: BlockStream, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
+    index: int, waiting: WaitingBlocks, matrices: list[StreamedMatrix], tensors: dict[str, Tensor]
 ) -> StreamedBlock:
     state, gradients = (
         Layout((name, span.dtype, span.shape) for part in parts for name, span in part.items())
@@ -165,13 +165,13 @@ def _make_room(
         matrix.pristine_start, matrix.is_last = at, matrix is last[matrix.parameter_name]
         at += matrix.pristine.num_bytes
     bases = Layout.of(tensors)
-    scratch, files = stream.weights.scratch, stream.weights.files
+    scratch, files = waiting.weights.scratch, waiting.weights.files
     pristine = scratch.region(f"pristine-{index}", at) if scratch.in_memory else None
     if pristine is not None:
         assert isinstance(pristine, MemoryRegion)
         for matrix in matrices:
             files.read(matrix.record, matrix.pristine.view(pristine.memory[matrix.pristine_start :], "pristine"))
-    whole = _whole(matrices, stream.layouts[index])
+    whole = _whole(matrices, waiting.layouts[index])
     block = StreamedBlock(
         matrices,
         bases,
@@ -181,14 +181,14 @@ def _make_room(
         state=scratch.region(f"state-{index}", state.num_bytes),  # new memory and new files hold zeros
         gradients=scratch.region(f"gradients-{index}", gradients.num_bytes),
         pristine=pristine,
-        others=[name for name in stream.weights.names(index) if name not in whole],
+        others=[name for name in waiting.weights.names(index) if name not in whole],
         shares=whole < last.keys(),
     )
     for name, tensor in tensors.items():
         span = bases[name]
         block.bases.store(tensor.contiguous().view(-1).view(torch.uint8), span.start)
-    if stream.device.type == "cuda":
-        torch.cuda.synchronize(stream.device)
+    if waiting.device.type == "cuda":
+        torch.cuda.synchronize(waiting.device)
     return block
 
 

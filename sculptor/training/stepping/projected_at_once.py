@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.errors import TrainingError
 from sculptor.numerics.precision import float32_products
-from sculptor.streaming.blocks import BlockStream, Observer
 from sculptor.streaming.regions import Region
 from sculptor.streaming.slots import Slot, Slots, loading
 from sculptor.streaming.transfers import DONE, Ticket
+from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
-from sculptor.training.stepping.block import Due, Stage, StreamedBlock, StreamedMatrix
+from sculptor.training.stepping.block import Divisors, Due, Stage, StreamedBlock, StreamedMatrix
 from sculptor.training.stepping.block_update import BlockUpdater
 from sculptor.training.stepping.clipping import by_matrix
 
 
-class ProjectedAtOnce(Observer):
+class ProjectedAtOnce:
     """The gradients of the coordinates of one block after another, on the current lane.
 
     They leave when the block is finished; with `fused`, the block is updated then.
 
     Args:
-        stream: of the model.
+        waiting: the blocks of the model.
         updater: of its blocks.
         settings: resolved settings.
         count: of blocks whose gradients are on the device at a time; 2 to load ahead.
@@ -36,10 +36,10 @@ class ProjectedAtOnce(Observer):
         rate_of: the rates of the step, for a fused update.
     """
 
-    def __init__(self, stream: BlockStream, updater: BlockUpdater, settings: TrainSettings, count: int) -> None:
-        self.stream = stream
-        self.transfers = stream.transfers
-        self.device = stream.device
+    def __init__(self, waiting: WaitingBlocks, updater: BlockUpdater, settings: TrainSettings, count: int) -> None:
+        self.waiting = waiting
+        self.transfers = waiting.transfers
+        self.device = waiting.device
         self.updater = updater
         self.settings = settings
         self.blocks = updater.blocks
@@ -56,10 +56,11 @@ class ProjectedAtOnce(Observer):
         return found.gradients if found.has_gradients else None
 
     def block_begun(self, block: int) -> None:
+        """Makes room for the gradients of a block's coordinates."""
         if (found := self.blocks.get(block)) is None:
             return
         if self._fused and found.stage is Stage.COLLECTED:
-            raise TrainingError(f"{self.stream.paths[block]} is used several times in a forward pass; use exact")
+            raise TrainingError(f"{self.waiting.paths[block]} is used several times in a forward pass; use exact")
         found.stage = Stage.OPEN
         self.updater.bases.enter(block)
         slot = self.slots.enter(block)
@@ -97,11 +98,12 @@ class ProjectedAtOnce(Observer):
     def _bring(self, block: StreamedBlock, matrix: StreamedMatrix) -> Mapping[str, Tensor]:
         """A and W0 of a matrix in device memory of their own."""
         memory = torch.empty(matrix.num_bytes(stepping=False), dtype=torch.uint8, device=self.device)
-        job = partial(matrix.load, block, self.stream.weights.files, memory, False, False)
+        job = partial(matrix.load, block, self.waiting.weights.files, memory, False, False)
         self.transfers.load(job, [self.transfers.mark(), block.state.written]).wait()
         return matrix.views(memory, stepping=False)
 
     def block_done(self, block: int, slot: Slot) -> None:
+        """Has them leave, or with `fused` updates the block in its slot."""
         if (found := self.blocks.get(block)) is None:
             return
         gradients, bases = self.slots.find(block), self.updater.bases.find(block)
@@ -126,12 +128,10 @@ class ProjectedAtOnce(Observer):
     def _update(self, block: int, slot: Slot, gradients: Slot) -> None:
         """The update of a block within the backward pass, into the slot that its parameters were read from."""
         found = self.blocks[block]
-        found.divisors = by_matrix([found], self.settings.clip) if self.settings.clip else {}
-        done = self.transfers.mark()
+        by_name = by_matrix([found], self.settings.clip) if self.settings.clip else {}
+        found.due = Due(self.rate_of, found.touched(), Divisors(by_matrix=by_name, ready=self.transfers.mark()))
         with self.transfers.lane("update"):
-            done.wait()
-            due = Due(self.rate_of, found.touched())
-            updated = self.updater.update(block, slot, due, gradients, found.divisors or None)
+            updated = self.updater.update(block, slot, found.due, found.gradient_views(gradients.memory))
         slot.ready = [updated]
         gradients.uses["update"] = updated
 

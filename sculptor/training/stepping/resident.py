@@ -81,7 +81,7 @@ class ResidentUpdates(Updates):
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        self.trained = parameters
+        self.trainable = parameters
         self.extra = parameters.extra
         self.settings = settings
         self.world = world
@@ -102,12 +102,12 @@ class ResidentUpdates(Updates):
     def begin(self, rate_of: RateOf) -> None:
         """Gradients add up in the parameters themselves."""
 
-    def end_backward(self) -> None:
-        """Gradients add up in the parameters themselves."""
+    def pass_by(self) -> None:
+        """A process has all of the model."""
 
     def clip(self) -> float:
         add_up_gradients(list(self._named.values()), self.world)
-        together = [list(self._named.values())] if self.settings.clip_by == "model" else self.trained.by_matrix()
+        together = [list(self._named.values())] if self.settings.clip_by == "model" else self.trainable.by_matrix()
         gradients = [found for group in together if (found := [a.grad for a in group if a.grad is not None])]
         norms = [nn.utils.get_total_norm(group) for group in gradients]
         if self.settings.clip:
@@ -119,7 +119,7 @@ class ResidentUpdates(Updates):
         set_rates(self.optimizer, rate_of)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.trained.refresh()
+        self.trainable.refresh()
 
     def parameters(self) -> LazyTensors:
         return tensors_of(self._named)
@@ -133,7 +133,7 @@ class ResidentUpdates(Updates):
             parameter.copy_(saved[name])
         if optimizer:
             load_state(self._named, self.optimizer, saved)
-        self.trained.refresh()
+        self.trainable.refresh()
 
     def coordinates(self, name: str) -> list[Tensor] | None:
         found = self._coordinates.get(name)

@@ -1,7 +1,7 @@
 """Training with one block on the device at a time: what the loop asks for, of what waits elsewhere.
 
 What waits, per block: the folded weights, the bases, coordinates with their AdamW moments, coordinate gradients (float32),
-and pristine weights. The stream brings blocks and asks three others on the way, each in a file of its own:
+and pristine weights. The stream brings blocks and calls three others on the way, by its `Hooks`, each in a file of its own:
 
 `projected_at_once.py` has the gradients of a backward pass, of one process; `added_up_at_owners.py` where several divide the
 model. `block_update.py` updates a block when it is next fetched for a forward pass, into the very slot it is computed from,
@@ -10,6 +10,7 @@ is updated as soon as its gradients are complete.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 
 from sculptor.archive.store import Archive
 from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.hooks import Hooks
+from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.protect import find_parameters
 from sculptor.training.rates import Peaks
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.added_up_at_owners import AddedUpAtOwners
-from sculptor.training.stepping.block import Stage
+from sculptor.training.stepping.block import Divisors, Stage
 from sculptor.training.stepping.block_update import BlockUpdater
 from sculptor.training.stepping.clipping import clip
 from sculptor.training.stepping.gradients import listen
@@ -44,7 +47,7 @@ class StreamedUpdates(Updates):
 
     Args:
         model: the model.
-        stream: of its blocks.
+        stream: of its blocks, as it is read; a stream that trains takes its place, `self.stream`.
         archive: of its checkpoint.
         extra: openly trained parameters, which are on the device.
         peaks: learning rates.
@@ -66,8 +69,8 @@ class StreamedUpdates(Updates):
         settings: TrainSettings,
         tick: Callable[[int], object] = lambda _: None,
     ) -> None:
-        self.stream = stream
-        self.device = stream.device
+        waiting = stream.waiting
+        self.device = waiting.device
         self.settings = settings
         self.extra = dict(extra)
         self._fused = settings.optimizer_mode == "fused"
@@ -76,34 +79,38 @@ class StreamedUpdates(Updates):
         num_trained = archive.num_free + sum(value.numel() for value in openly)
         self._extra_optimizer = make_optimizer(groups, self.device, settings, num_trained) if groups else None
         self._resident = [p for p in model.parameters() if p.numel() and not any(p is value for value in openly)]
-        on_host = optimizer_on_host(settings, stream.weights.scratch.tier, self.device)
+        on_host = optimizer_on_host(settings, waiting.weights.scratch.tier, self.device)
         where = torch.device("cpu") if on_host else self.device
         parameters = find_parameters(model, archive)
-        found = prepare_blocks(stream, archive, parameters, peaks, settings, where, num_trained, tick)
-        self.blocks, self._trained, self.owners = dict(found.blocks), found.trained, found.owners
+        found = prepare_blocks(waiting, archive, parameters, peaks, settings, where, num_trained, tick)
+        self.blocks, self._sources, self.owners = dict(found.blocks), found.sources, found.owners
         self._num_coordinates = found.num_coordinates
         self._keys = {matrix.name: matrix.keys for block in self.blocks.values() for matrix in block.matrices}
-        self._fingerprints = _gather_fingerprints(stream, found)
+        self._fingerprints = _gather_fingerprints(waiting, found)
         self._state = WaitingState(self.blocks, self.extra, self._extra_optimizer)
         count, host = stream.slots.count, HostOptimizer(self.blocks) if on_host else None
-        self._updater = BlockUpdater(stream, self.blocks, count, host)
-        self._at_once = ProjectedAtOnce(stream, self._updater, settings, count)
-        divided = stream.weights.owners
+        self._updater = BlockUpdater(waiting, self.blocks, count, host)
+        self._at_once = ProjectedAtOnce(waiting, self._updater, settings, count)
+        divided = waiting.weights.owners
         self._gradients = (
-            AddedUpAtOwners(self._at_once, stream, divided, found.trained, count) if divided else self._at_once
+            AddedUpAtOwners(self._at_once, waiting, divided, found.sources, count) if divided else self._at_once
         )
-        self._hooks: list[Any] = []
-        self._join(model)
+        self._divisors = Divisors()  # of the step under way, from `clip` to `step`
+        self._listening: list[Any] = []
+        for i, sources in self._sources.items():
+            self._listening += listen(model, sources, partial(self._gradients.collect, i), self.device)
+        self.stream = stream.with_hooks(self._hooks(model))
 
-    def _join(self, model: Any) -> None:
-        """Has the stream and the model ask for what this adds to them."""
-        self.stream.refill = self._updater.refill
-        self.stream.observer = self._gradients
-        self.stream.beside = dict.fromkeys(self.blocks, (self._updater.bases, self._at_once.slots))
-        for i, sources in self._trained.items():
-            self._hooks += listen(model, sources, partial(self._gradients.collect, i), self.device)
-        if not getattr(model.config, "output_router_logits", False):  # a router's loss is over the whole batch
-            self.stream.part_tokens = PART_TOKENS.get(self.device.type)
+    def _hooks(self, model: Any) -> Hooks:
+        """What the passes of the model do beside running blocks."""
+        routed = getattr(model.config, "output_router_logits", False)  # a router's loss is over the whole batch
+        return Hooks(
+            refill=self._updater.refill,
+            block_begun=self._gradients.block_begun,
+            block_done=self._gradients.block_done,
+            beside=dict.fromkeys(self.blocks, (self._updater.bases, self._at_once.slots)),
+            part_tokens=None if routed else PART_TOKENS.get(self.device.type),
+        )
 
     @property
     def num_trainable(self) -> int:
@@ -117,14 +124,10 @@ class StreamedUpdates(Updates):
     def begin(self, rate_of: RateOf) -> None:
         self._at_once.rate_of = rate_of
 
-    def end_backward(self) -> None:
-        self.stream.end_pass(training=True)
+    def pass_by(self) -> None:
+        self.stream.pass_by(training=True)
 
     def clip(self) -> float:
-        if (
-            self._updater.stale
-        ):  # a block that this forward did not come by still waits for the divisors of the last step
-            self.flush()
         coordinates = self._gradients.complete(list(self.extra.values()))
         own = [value.grad for value in self.extra.values() if value.grad is not None]
         norms = list(map(torch.linalg.vector_norm, own))
@@ -132,7 +135,9 @@ class StreamedUpdates(Updates):
         total = torch.linalg.vector_norm(torch.stack(every)) if every else torch.zeros(())
         limit = 0.0 if self._fused and not own else self.settings.clip  # its blocks have been updated
         apart = self.settings.clip_by == "matrix"
-        self._updater.clip_with(clip(list(self.blocks.values()), own, norms, total, limit, apart))
+        divisors = clip(list(self.blocks.values()), own, norms, total, limit, apart)
+        on_host = self._updater.host is not None
+        self._divisors = divisors.on_cpu() if on_host else replace(divisors, ready=self.stream.transfers.mark())
         return float(total)
 
     def step(self, rate_of: RateOf) -> None:
@@ -141,13 +146,12 @@ class StreamedUpdates(Updates):
             self._extra_optimizer.step()
             self._extra_optimizer.zero_grad(set_to_none=True)
         for i, block in self.blocks.items():
-            if block.take_step(rate_of, updated=self._fused):
-                assert block.due is not None
+            if block.take_step(rate_of, self._divisors, updated=self._fused):
                 if self._updater.host is not None:
                     self._updater.host.submit(i, block.due)
                 self._updater.stale.add(i)
         if self.stream.divided:  # some process may have one that is due
-            self._updater.stale.update(self._trained)
+            self._updater.stale.update(self._sources)
         for i in self._updater.stale:
             self.stream.slots.forget(i)
 
@@ -179,8 +183,8 @@ class StreamedUpdates(Updates):
         self._state.load(saved, optimizer=optimizer)
         for block in self.blocks.values():
             block.stage = Stage.REPLACED
-        self._updater.stale.update(self._trained)
-        for i in self._trained:
+        self._updater.stale.update(self._sources)
+        for i in self._sources:
             self.stream.slots.forget(i)
 
     def coordinates(self, name: str) -> list[Tensor] | None:
@@ -200,17 +204,17 @@ class StreamedUpdates(Updates):
             parameter.data = parameter.data.new_empty(0)
 
     def close(self) -> None:
-        for handle in self._hooks:  # they hold what holds them, past any collector
+        for handle in self._listening:  # they hold what holds them, past any collector
             handle.remove()
-        self._hooks.clear()
+        self._listening.clear()
         part: Any
         for part in (self.stream, self._updater, self._gradients, *self.blocks.values()):
             part.close()
         self.blocks.clear()
 
 
-def _gather_fingerprints(stream: BlockStream, found: PreparedBlocks) -> dict[str, list[float]]:
+def _gather_fingerprints(waiting: WaitingBlocks, found: PreparedBlocks) -> dict[str, list[float]]:
     """Of the bases of every matrix, whoever owns it."""
-    world = stream.weights.owners.world if stream.weights.owners else ALONE
+    world = waiting.weights.owners.world if waiting.weights.owners else ALONE
     own = {matrix.name: matrix.fingerprint for block in found.blocks.values() for matrix in block.matrices}
     return {name: mark for marks in world.gather(own) for name, mark in marks.items()}

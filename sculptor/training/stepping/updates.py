@@ -69,8 +69,8 @@ class Updates(Trained):
         """The backward pass of a micro-batch follows, in a step of these rates."""
 
     @abstractmethod
-    def end_backward(self) -> None:
-        """It is over; or this process had no rows for it."""
+    def pass_by(self) -> None:
+        """It is over, or this process had no rows for it: does its part of what other processes have rows for."""
 
     @abstractmethod
     def clip(self) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sculptor.training.stepping.clipping import chosen, clip, divisor, on_cpu
+from sculptor.training.stepping.clipping import clip, divisor
 
 
 @pytest.mark.parametrize("limit", [0.1, 1.0, 100.0])
@@ -53,19 +53,19 @@ def test_what_waits_and_what_is_on_the_device_are_clipped_alike(apart: bool, gen
         expected += [parameter.grad for parameter in parameters]
     found = own.clone()
     divisors = clip([block], [found], [own.norm()], together.norm(), 0.5, apart)
-    clipped = [g / chosen(divisors, name[0]) for name, g in gradients.items()]
+    clipped = [g / divisors.of(name[0]) for name, g in gradients.items()]
     for one, other in zip([*clipped, found], expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=0)
-    assert chosen(on_cpu(divisors), "a") == chosen(divisors, "a")
+    assert divisors.on_cpu().of("a") == divisors.of("a")
     if apart:
-        assert isinstance(divisors, dict)
-        assert divisors.keys() == {"a", "b"}
+        assert divisors.whole is None
+        assert divisors.by_matrix.keys() == {"a", "b"}
 
 
 def test_no_limit_divides_nothing(generator: torch.Generator) -> None:
     block, _ = waiting(generator)
     own = torch.ones(3)
-    assert clip([block], [own], [own.norm()], own.norm(), 0.0, apart=False) is None
+    divisors = clip([block], [own], [own.norm()], own.norm(), 0.0, apart=False)
     assert own.tolist() == [1.0] * 3
-    assert chosen(None, "a") is None
-    assert on_cpu(None) is None
+    assert divisors.of("a") is None
+    assert divisors.on_cpu().of("a") is None

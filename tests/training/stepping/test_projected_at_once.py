@@ -92,16 +92,16 @@ def test_a_block_is_updated_when_it_is_next_fetched(made: Path, streamed: Stream
     assert {block.stage for block in blocks.values()} == {Stage.COLLECTED}
     streamed.step()
     assert {block.stage for block in blocks.values()} == {Stage.DUE}
-    assert all(block.due is not None and len(block.due.touched) == len(block.matrices) for block in blocks.values())
+    assert all(len(block.due.touched) == len(block.matrices) for block in blocks.values())
     streamed.updates.flush()
     assert {block.stage for block in blocks.values()} == {Stage.CURRENT}
 
     checkpoint = open_checkpoint(made / "model")
     for i, block in blocks.items():
-        memory = torch.empty(stream.layouts[i].num_bytes, dtype=torch.uint8)
+        memory = torch.empty(stream.waiting.layouts[i].num_bytes, dtype=torch.uint8)
         stream.weights.load(i, memory)
         for matrix in block.matrices:
-            moved = stream.layouts[i].view(memory, matrix.parameter_name) - checkpoint[matrix.record.tensor]
+            moved = stream.waiting.layouts[i].view(memory, matrix.parameter_name) - checkpoint[matrix.record.tensor]
             count = sum(math.prod(shape) for shape in matrix.record.rule.shapes)
             assert float(moved.norm()) == pytest.approx(RATE * math.sqrt(count), rel=1e-2)
             allowed = free64(streamed.archive, matrix.name, moved)
@@ -118,11 +118,11 @@ def test_what_no_update_makes_is_loaded(tmp_path: Path) -> None:
         with sculptor.stream(tmp_path / "model", tmp_path / name, TrainSettings(offload="cpu", device="cpu")) as model:
             stream = model.updates.stream
             for i, block in model.updates.blocks.items():
-                numbers = dict.fromkeys(stream.layouts[i], 0)
+                numbers = dict.fromkeys(stream.waiting.layouts[i], 0)
                 for matrix in block.matrices:
                     numbers[matrix.parameter_name] += math.prod(matrix.record.shape)
-                made = {p for p, count in numbers.items() if count == math.prod(stream.layouts[i][p].shape)}
-                assert set(block.others) == set(stream.layouts[i]) - made
+                made = {p for p, count in numbers.items() if count == math.prod(stream.waiting.layouts[i][p].shape)}
+                assert set(block.others) == set(stream.waiting.layouts[i]) - made
                 assert block.shares == any(numbers[p] > 0 for p in block.others)
                 last = [matrix.parameter_name for matrix in block.matrices if matrix.is_last]
                 assert len(last) == len(set(last)) == len({matrix.parameter_name for matrix in block.matrices})

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.errors import OutputError, SettingsError, Stopped, TrainingError
+from sculptor.jobs.train_report import TrainReport
 from sculptor.model.loss import SLICE
 from sculptor.streaming.regions import FileRegion, HostRegion
 from sculptor.streaming.slots import Slots
-from sculptor.tasks.train_report import TrainReport
 from sculptor.training.stepping.block_update import BlockUpdater
 from sculptor.training.stepping.streamed import StreamedUpdates
 from sculptor.validation import sign

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sculptor.jobs.data_report import DataReport
 from sculptor.planning.footprints import Footprint
 from sculptor.planning.placement import Shortage
-from sculptor.tasks.data import DataReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.analysis.lineage import OPENED
-from sculptor.analysis.sources import spread_rows
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import move_back, writing
+from sculptor.jobs.job import TrainJob, open_model
+from sculptor.jobs.memory import memory_of
 from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob, open_model
 from sculptor.world import ALONE, World
 
 
@@ -58,28 +58,24 @@ def open_rules(
     if not world.from_first((path / MANIFEST_NAME).is_file()):
         with writing(path):
             path.mkdir(exist_ok=True)
-        assert job.settings.memory_rows is not None
-        source = Source(job.name, spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows))
+        source = Source(job.name, memory_of(job))
         targets = [target for target in job.architecture.targets if target.name in archive]
-        settings, task = archive.manifest.settings, len(archive.manifest.tasks)
+        settings = archive.manifest.settings
+        asked = Measurement(
+            records=dict(archive),
+            targets=targets,
+            sources=[source],
+            measures=measures,
+            settings=settings,
+            make=lambda evidence: method.open(archive.read(evidence.name), reached(evidence)),
+            task=len(archive.manifest.tasks),
+        )
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
             world.once(writer.resume)
             # Every process reads all of it: what is to be divided is in nobody's memory as a whole.
             offload = "disk" if job.settings.parallel == "shard" else job.settings.offload
             with closing(open_model(job.checkpoint, device, job.architecture, offload, progress=progress)) as loaded:
-                write_measured(
-                    loaded,
-                    dict(archive),
-                    targets,
-                    [source],
-                    measures,
-                    settings,
-                    lambda evidence: method.open(archive.read(evidence.name), reached(evidence)),
-                    writer if world.first else None,
-                    progress,
-                    task,
-                    world=world,
-                )
+                write_measured(loaded, asked, writer if world.first else None, progress, world)
             world.once(lambda: decide(writer, method, [*archive.manifest.source_weights, source.weight]))
             world.once(lambda: _finish(writer, archive))
     return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)

@@ -19,12 +19,12 @@ from together import together
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.errors import DataError, SculptorError, SettingsError, Stopped
+from sculptor.jobs.job import open_base, read_task
+from sculptor.jobs.new_tokens import read_tokens
 from sculptor.model.samples import read_samples
 from sculptor.report.html.verify import verify_page
 from sculptor.report.text import train_text
 from sculptor.report.verify import verify_text
-from sculptor.tasks.job import open_base, read_task
-from sculptor.tasks.new_tokens import read_tokens
 
 COVERS = ["sculptor.checkpoint.old_text", "sculptor.checkpoint.vocabulary"]
 TOKENS = ("<call>", "</call>", "münze")
@@ -371,6 +371,25 @@ def test_a_model_that_cannot_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_tokens_of_the_chat_template_are_refused_unless_wanted(made: Path, tmp_path: Path) -> None:
+    """Every conversation would be read through a row that is trained freely, whether the archive has samples or not."""
+    base = tmp_path / "base"
+    shutil.copytree(made / "exact", base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ '<|turn|>' + m['content'] }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(base)
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    settings = replace(SETTINGS, add_tokens=("<|turn|>",), max_steps=1)
+    with pytest.raises(SettingsError, match=r"'<\|turn\|>' stands in the base's chat template; choose"):
+        train(base, tmp_path / "archive", [made / "rows.jsonl"], tmp_path / "out", settings)
+    wanted = replace(settings, common_tokens=True)
+    train(base, tmp_path / "archive", [made / "rows.jsonl"], tmp_path / "out", wanted)
+    assert verify(base, tmp_path / "out", tmp_path / "archive", device="cpu").passed
+    assert not verify(base, tmp_path / "out", tmp_path / "archive", device="cpu", strict=True).passed
+
+
 def test_tokens_that_old_text_has_are_refused_unless_wanted(made: Path, tmp_path: Path) -> None:
     """They change how it is read, whatever is protected."""
     analyze(made / "exact", tmp_path / "sampled", AnalyzeSettings(preserve=0.5, samples=True, device="cpu"))

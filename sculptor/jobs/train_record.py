@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sculptor.analysis.lineage import OPENED
+from sculptor.analysis.lineage import ANALYZED, OPENED
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import Checkpoint
@@ -16,11 +16,10 @@ from sculptor.checkpoint.records import Merge
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.data.examples import digest_examples
-from sculptor.tasks.first_archive import ANALYZED_NAME
-from sculptor.tasks.job import TrainJob
-from sculptor.tasks.readme import Readme, code, listed
-from sculptor.tasks.record import record_head
-from sculptor.tasks.train_report import TrainReport
+from sculptor.jobs.job import TrainJob
+from sculptor.jobs.readme import Readme, code, listed
+from sculptor.jobs.record import record_head
+from sculptor.jobs.train_report import TrainReport
 from sculptor.training.settings import TrainSettings
 
 # What an output depends on that another program's training ended with.
@@ -134,7 +133,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
 def _check(job: TrainJob, analyzed: bool) -> str:
     base = code(published_name(job.base.path))
     if job.unopened is None and analyzed:
-        place, archive = f"THIS/{ANALYZED_NAME}", "the archive that was made for it lies in this model"
+        place, archive = f"THIS/{ANALYZED}", "the archive that was made for it lies in this model"
     elif job.unopened is None:
         place, archive = "ARCHIVE", f"`ARCHIVE` the subspace archive {code(published_name(job.archive.path))} of it"
     else:

@@ -20,7 +20,11 @@ from sculptor.data.mixture import Mixture
 from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import DataError, SettingsError
-from sculptor.methods.kinds import Kinds
+from sculptor.jobs.classification import check_task, head_of
+from sculptor.jobs.harm import measured_every, samples_for
+from sculptor.jobs.new_tokens import check_old_text, grow_tokenizer, tell_unseen
+from sculptor.jobs.replay import fill_in_samples, read_replay
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
 from sculptor.model.protected import Protected, read_protected
@@ -28,10 +32,6 @@ from sculptor.model.samples import Samples, read_samples
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
-from sculptor.tasks.classification import check_task, head_of
-from sculptor.tasks.harm import measured_every, samples_for
-from sculptor.tasks.new_tokens import check_old_text, grow_tokenizer, tell_unseen
-from sculptor.tasks.replay import fill_in_samples, read_replay
 from sculptor.training.openly import select_extra
 from sculptor.training.rates import default_relative_rate
 from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
@@ -96,7 +96,7 @@ class TrainJob:
         return self.ungrown or self.checkpoint
 
     @property
-    def trained(self) -> Encoded:
+    def of_steps(self) -> Encoded:
         """What steps are made of: the task's rows, and what is mixed in."""
         return with_replay(self.encoded, self.replays)
 
@@ -130,32 +130,30 @@ def open_base(
 
 
 def open_job(
-    model: str | Path,
-    subspaces: str | Path,
-    data: Data,
-    eval_data: Data,
-    settings: TrainSettings,
-    rules: Kinds | None,
-    progress: Progress,
-    notice: Callable[[str], object] = lambda _: None,
+    request: TrainRequest,
     rows: Rows | None = None,
-    replay: Data = (),
     new_head: tuple[Checkpoint, Sequence[str]] | None = None,
 ) -> TrainJob:
     """Opens and checks all that a training reads; `rows` if read before, `new_head`: the model as given, a new head's parameters.
 
+    `request.subspaces` is its archive by now.
+
     Raises:
         SculptorError: if an input cannot be used, or a setting does not go with it.
     """
-    checkpoint, architecture = open_base(model, settings.attn_implementation)
-    archive = Archive(subspaces, rules=rules)
+    assert request.subspaces is not None
+    settings, notice = request.settings, request.notice
+    checkpoint, architecture = open_base(request.model, settings.attn_implementation)
+    archive = Archive(request.subspaces, rules=request.rules)
     archive.check_capacity()
     settings = resolve_settings(settings, archive)  # refuses before any work
-    check_task(architecture, settings, replay)
+    check_task(architecture, settings, request.replay)
     samples = samples_for(archive, architecture, settings)
-    archive.check_base(checkpoint, progress)
+    archive.check_base(checkpoint, request.progress)
     settings = replace(settings, max_length=resolve_max_length(settings.max_length, architecture.max_positions))
-    rows = rows or read_task(checkpoint, architecture, data, eval_data, settings, notice, replay)
+    rows = rows or read_task(
+        checkpoint, architecture, request.data, request.eval_data, settings, notice, request.replay
+    )
     settings = replace(settings, add_tokens=rows.growth.tokens if rows.growth else ())
     if rows.growth is not None:
         check_old_text(checkpoint, rows.growth, samples or read_samples(archive), settings.common_tokens, notice)
@@ -164,7 +162,7 @@ def open_job(
             "--select-rows with weights of the data: a choice among rows changes their shares; give one of the two"
         )
     replays = fill_in_samples(rows.replays, samples)
-    items = as_items(data)
+    items = as_items(request.data)
     job = TrainJob(
         checkpoint,
         architecture,
@@ -184,12 +182,12 @@ def open_job(
         samples=samples,
         named=read_protected(archive, architecture.vocab_size),
         replays=replays,
-        eval_data=names_of(as_items(eval_data)),
+        eval_data=names_of(as_items(request.eval_data)),
     )
-    trained = job.trained
+    mixed = job.of_steps
     if replays:
-        notice(_replay_line(job, trained))
-    steps = Steps.of(trained, settings)
+        notice(_replay_line(job, mixed))
+    steps = Steps.of(mixed, settings)
     if samples is not None:
         settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
     return replace(job, settings=settings, steps=steps)
@@ -227,7 +225,8 @@ def read_task(
     classes = classes_of(architecture)
     sources = read_sources(items, settings.max_rows, settings.columns, notice, classes=classes)
     rows = [row for source in sources for row in source.rows]
-    check_use(rows, settings.chat_template)
+    if not as_items(replay):  # else its conversations count, too
+        check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
     tell_unseen(growth, encoded.examples, notice)
     for source in sources:
@@ -240,7 +239,7 @@ def read_task(
         evaluation = encode(eval_rows, tokenizer, kind, max_length, size)
         if (line := evaluation.says("--eval-data")) is not None:
             notice(line)
-    replays = read_replay(replay, tokenizer, architecture, max_length, settings, notice)
+    replays = read_replay(replay, rows, tokenizer, architecture, max_length, settings, notice)
     return Rows(encoded, evaluation, digest_rows([*rows, *eval_rows]), growth, replays)
 
 

@@ -15,7 +15,7 @@ from sculptor import AnalyzeSettings, Archive, TrainSettings, train, verify
 from sculptor.archive.manifest import Manifest
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import OutputError, SettingsError, Stopped
-from sculptor.tasks import defaults
+from sculptor.jobs import defaults
 from sculptor.validation import sign
 
 COVERS = ["sculptor.tasks.first_archive"]

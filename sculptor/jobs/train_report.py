@@ -42,7 +42,8 @@ class TrainReport:
     """What `train` did; `placement` says where the model's blocks were, and why; `max_harm` is what was allowed.
 
     `opened` was trained without protection by this run, `also_trained` by this or one before; `scaled` says whether the relative
-    rate is one of each matrix's size; `new_tokens` are those that the run added; `classes` those of a classifier.
+    rate is one of each matrix's size; `new_tokens` are those that the run added; `classes` those of a classifier;
+    `num_measured` rows were measured for the next archive, if any.
     """
 
     output: Path
@@ -64,6 +65,7 @@ class TrainReport:
     matrices: Mapping[str, MatrixReport]
     new_tokens: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    num_measured: int | None = None
 
     @property
     def max_leak(self) -> float:

@@ -12,8 +12,8 @@ from conftest import Result, save_checkpoint, slowly, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.errors import CapacityError, DataError, SettingsError
-from sculptor.progress import silent
-from sculptor.tasks.job import MEMORY_ROWS, cast_to, open_job, resolve_settings
+from sculptor.jobs.job import MEMORY_ROWS, cast_to, open_job, resolve_settings
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.training.rates import default_relative_rate
 
 BASES = ("weights", "random", "inputs", "curvature")
@@ -170,7 +170,11 @@ def test_after_a_kept_task_the_next_may_be_merged(made: Path, tmp_path: Path) ->
 
 def opened(made: Path, *data: Path, **changes: Any) -> Any:
     settings = TrainSettings(device="cpu", **changes)
-    return open_job(made / "model", made / "weights", data, (), settings, None, silent)
+    return open_job(
+        TrainRequest(
+            model=made / "model", subspaces=made / "weights", data=data, output=made / "out", settings=settings
+        )
+    )
 
 
 def test_a_task_is_called_by_its_first_file(made: Path, tmp_path: Path) -> None:
@@ -196,7 +200,15 @@ def test_a_job_without_data_or_capacity_is_refused(made: Path, tmp_path: Path) -
         if not Archive(archive).open_names:
             break
     with pytest.raises(CapacityError, match=r"no capacity left: all 14 matrices are frozen"):
-        open_job(current, archive, [rows], (), TrainSettings(device="cpu"), None, silent)
+        open_job(
+            TrainRequest(
+                model=current,
+                subspaces=archive,
+                data=[rows],
+                output=tmp_path / "out",
+                settings=TrainSettings(device="cpu"),
+            )
+        )
 
 
 def test_rows_and_lengths_are_resolved(made: Path) -> None:

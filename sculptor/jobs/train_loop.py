@@ -9,11 +9,11 @@ import torch
 
 from sculptor.data.examples import digest_examples
 from sculptor.evaluation.loss import mean_loss
+from sculptor.jobs.job import TrainJob
+from sculptor.jobs.precision import SECTION as PRECISION
 from sculptor.model.load import LoadedModel
 from sculptor.model.samples import SECTION
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob
-from sculptor.tasks.precision import SECTION as PRECISION
 from sculptor.training.base import BaseWeights
 from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop, make_accelerator
@@ -57,11 +57,11 @@ def make_loop(
         progress: makes progress bars.
         world: the processes that share a step.
     """
-    trained, key = job.trained, _run_key(job, loaded, progress)
+    rows, key = job.of_steps, _run_key(job, loaded, progress)
     return TrainingLoop(
         loaded,
         updates,
-        trained.examples,
+        rows.examples,
         job.settings,
         store=StateStore(partial / STATE_NAME, key, updates.fingerprints(), _split(job, world)),
         metrics=partial / "metrics.jsonl",
@@ -70,7 +70,7 @@ def make_loop(
         as_base=None if job.settings.kl_weight is None else BaseWeights(loaded.model, updates.extra),
         stop=stop,
         world=world,
-        mixture=trained.mixture,
+        mixture=rows.mixture,
         report=told,
     )
 
@@ -101,11 +101,11 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     settings = asdict(job.settings)
     for name in (*_HOW, *_SPLIT):
         settings.pop(name)
-    trained = job.trained
-    examples = [trained.examples, job.evaluation.examples if job.evaluation else ()]
+    rows = job.of_steps
+    examples = [rows.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
         settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    settings["mixture"] = None if trained.mixture is None else asdict(trained.mixture)
+    settings["mixture"] = None if rows.mixture is None else asdict(rows.mixture)
     settings["eval_data"] = None if job.evaluation is None else f"{len(job.evaluation.examples)} rows"
     sections = job.archive.manifest.sections
     parts = {"samples": sections.get(SECTION)}

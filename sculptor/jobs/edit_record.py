@@ -16,9 +16,9 @@ from sculptor.checkpoint.records import Merge, read_record
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.edits.difference import Edited, Where
 from sculptor.edits.pairs import Pairs
-from sculptor.tasks.edit_report import EditReport, RoleChange, Tally
-from sculptor.tasks.readme import Readme, code
-from sculptor.tasks.record import record_head
+from sculptor.jobs.edit_report import EditReport, RoleChange, Tally
+from sculptor.jobs.readme import Readme, code
+from sculptor.jobs.record import record_head
 
 
 @dataclass(eq=False)

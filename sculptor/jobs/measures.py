@@ -13,9 +13,9 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.ifeval import MISSING, Check, find_checker
 from sculptor.evaluation.rows import read_evaluation_rows
 from sculptor.evaluation.series import Reading, Series, ifeval_series, read_series, refusal_series
+from sculptor.jobs.card_report import RESERVED, Role
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Progress
-from sculptor.tasks.card_report import RESERVED, Role
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 _ANSWERS = ("completion", "choices", "messages", "text", "answer", "answers", "target", "response", "output", "label")

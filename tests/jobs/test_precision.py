@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train, verify
 from sculptor.errors import ArchiveError
+from sculptor.jobs.job import resolve_settings
 from sculptor.methods.settings import RULES
-from sculptor.tasks.job import resolve_settings
 
 SETTINGS = TrainSettings(
     optimizer="bayes-adam", evidence=0.3, max_steps=4, batch_size=8, learning_rate=1e-2, schedule="constant", warmup=0,

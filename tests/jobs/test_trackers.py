@@ -12,7 +12,7 @@ import torch
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor.errors import OutputError, SettingsError
-from sculptor.tasks.trackers import Trackers, check_folder, check_trackers
+from sculptor.jobs.trackers import Trackers, check_folder, check_trackers
 
 
 @pytest.mark.slow

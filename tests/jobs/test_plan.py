@@ -12,11 +12,11 @@ from conftest import save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze
 from sculptor.errors import SettingsError
+from sculptor.jobs import plan
+from sculptor.jobs.job import TrainJob, open_job
+from sculptor.jobs.plan import plan_job
+from sculptor.jobs.train_request import TrainRequest
 from sculptor.planning import placement, splits
-from sculptor.progress import silent
-from sculptor.tasks import plan
-from sculptor.tasks.job import TrainJob, open_job
-from sculptor.tasks.plan import decide
 from sculptor.world import ALONE, World
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,7 +42,15 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     save_checkpoint(path / "model")
     rows = write_rows(path / "rows.jsonl", task_rows())
     analyze(path / "model", path / "archive", AnalyzeSettings(preserve=0.5, samples=False, device="cpu"))
-    return open_job(path / "model", path / "archive", [rows], (), TrainSettings(batch_size=16), None, silent)
+    return open_job(
+        TrainRequest(
+            model=path / "model",
+            subspaces=path / "archive",
+            data=[rows],
+            output=path / "out",
+            settings=TrainSettings(batch_size=16),
+        )
+    )
 
 
 @pytest.fixture
@@ -62,7 +70,7 @@ def decided(opened: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setattr(module, "available_memory", lambda _: (memory, 1e10))
         said: list[str] = []
         job = replace(opened, settings=replace(opened.settings, **changes))
-        found = decide(job, device, tmp_path / "out", world, said.append)
+        found = plan_job(job, device, tmp_path / "out", world, said.append)
         return found.settings, said, list(planned)
 
     return run

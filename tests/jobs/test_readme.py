@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from sculptor import AnalyzeSettings, Archive, analyze, verify
 from sculptor.checkpoint.directory import published_name
-from sculptor.tasks.readme import Readme, code, write_readme
+from sculptor.jobs.readme import Readme, code, write_readme
 
 OF_THE_BASE = """---
 license: other

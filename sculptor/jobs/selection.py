@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 
 from sculptor.data.examples import IGNORED, Example
+from sculptor.jobs.job import TrainJob
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import SLICE, row_errors
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob
 from sculptor.training.loop import make_accelerator
 from sculptor.world import World
 

@@ -1,13 +1,13 @@
 """What `train --replay` mixes into a task's rows: data of any form, and the archive's own samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.data.chat import check_use
 from sculptor.data.examples import encode
 from sculptor.data.replay import DEFAULT_SHARE, Replay
-from sculptor.data.rows import Data, as_items, names_of, read_sources, weight_of
+from sculptor.data.rows import Data, Row, as_items, names_of, read_sources, weight_of
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import SELF, is_self
 from sculptor.model.samples import Samples
@@ -16,13 +16,14 @@ from sculptor.training.settings import TrainSettings
 
 def read_replay(
     replay: Data,
+    rows: Sequence[Row],
     tokenizer: Any,
     architecture: Architecture,
     max_length: int,
     settings: TrainSettings,
     notice: Callable[[str], object],
 ) -> tuple[Replay, ...]:
-    """The data that are mixed in; of the archive's own samples only the share, until the archive is known.
+    """The data that are mixed into a task's rows; of the archive's own samples only the share, until the archive is known.
 
     Raises:
         SettingsError: for shares that leave nothing to the task, or samples that are there twice or steer, too.
@@ -37,7 +38,7 @@ def read_replay(
             found.append(Replay(SELF, share, ()))
             continue
         (source,) = read_sources([item], settings.max_rows, settings.columns, notice, mixed=True, all_renamed=False)
-        check_use(source.rows, settings.chat_template)
+        check_use([*rows, *source.rows], settings.chat_template)
         encoded = encode(source.rows, tokenizer, architecture.kind, max_length, architecture.vocab_size)
         name = names_of([item])[0]
         if (line := encoded.says(f"--replay {name}")) is not None:

@@ -22,10 +22,10 @@ from sculptor.edits.passes import EditPass
 from sculptor.edits.settings import Choose
 from sculptor.errors import EditError
 from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows, read_evaluation_rows
+from sculptor.jobs.edit_report import Choice, Measure, Point
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.put import put_tensors
 from sculptor.progress import Progress, silent
-from sculptor.tasks.edit_report import Choice, Measure, Point
 
 
 class Measured(NamedTuple):

@@ -20,6 +20,8 @@ from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
 from sculptor.data.examples import Example, digest_examples
 from sculptor.data.rows import Item
 from sculptor.errors import SettingsError
+from sculptor.jobs.defaults import fill_in
+from sculptor.jobs.protected import Named, named_sources
 from sculptor.methods.kinds import Kinds, make_method
 from sculptor.methods.method import Measures, Method, measures_of
 from sculptor.methods.settings import AnalyzeSettings
@@ -28,8 +30,6 @@ from sculptor.model.load import check_trainable
 from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress
-from sculptor.tasks.defaults import fill_in
-from sculptor.tasks.protected import Named, named_sources
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -10,11 +10,11 @@ import torch
 
 from sculptor.checkpoint.staging import partial_path
 from sculptor.errors import SettingsError
+from sculptor.jobs.job import TrainJob, cast_to
+from sculptor.jobs.processes import on_this_machine
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import available_memory, choose, output_bytes, plan_archive, shortages
 from sculptor.planning.splits import Split, choose_split, default_split
-from sculptor.tasks.job import TrainJob, cast_to
-from sculptor.tasks.processes import on_this_machine
 from sculptor.training.settings import Offload, Parallel, TrainSettings
 from sculptor.training.stepping.optimizer import moments_of, optimizer_on_host
 from sculptor.training.steps import Steps
@@ -29,7 +29,7 @@ class _Split:
     ways: Mapping[str, Footprint]
 
 
-def decide(
+def plan_job(
     job: TrainJob, device: torch.device, output: Path, world: World, notice: Callable[[str], object] = lambda _: None
 ) -> TrainJob:
     """The job with all settings decided that depend on the machine; told in a line, unless everything is as asked.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sculptor.analysis.derive import Packing
 from sculptor.analysis.leak import measure_leak
+from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.architecture import Architecture
@@ -29,16 +30,15 @@ from sculptor.checkpoint.vocabulary import Growth
 from sculptor.checkpoint.writer import Edit, edits_of, output_dtype, write_checkpoint, written_order
 from sculptor.checkpoint.written import remove
 from sculptor.edits.merge import Merged
+from sculptor.jobs.job import TrainJob, cast_to, open_model
+from sculptor.jobs.next_archive import NextArchive
+from sculptor.jobs.readme import write_readme
+from sculptor.jobs.train_record import train_readme, training_record
+from sculptor.jobs.train_report import MatrixReport, TrainReport
 from sculptor.methods.method import Derived
 from sculptor.methods.rule import Rule, is_open, num_free
 from sculptor.model.load import LoadedModel, load_model, load_streamed
 from sculptor.progress import Progress
-from sculptor.tasks.first_archive import ANALYZED_NAME
-from sculptor.tasks.job import TrainJob, cast_to, open_model
-from sculptor.tasks.next_archive import NextArchive
-from sculptor.tasks.readme import write_readme
-from sculptor.tasks.train_record import train_readme, training_record
-from sculptor.tasks.train_report import MatrixReport, TrainReport
 from sculptor.training.loop import LoopResult
 from sculptor.training.rows import row_owners, rows_name
 from sculptor.training.stepping.updates import Trained, merge_trained
@@ -174,9 +174,10 @@ class _Finish:
             matrices={name: self.reports[name] for name in job.archive},
             new_tokens=job.growth.tokens if job.growth else (),
             classes=job.architecture.classes,
+            num_measured=self.archive.num_measured,
         )
         self.archive.finish(report.num_examples, result.steps, self.updates, report.opened)
-        analyzed = (self.staged.parent / ANALYZED_NAME).is_dir()
+        analyzed = (self.staged.parent / ANALYZED).is_dir()
         record = training_record(job, report, previous.lineage, self.saved, analyzed=analyzed)
         write_json(self.staged / RECORD_NAME, record)
         write_readme(self.staged, train_readme(job, report, analyzed=analyzed))

@@ -7,22 +7,22 @@ from pathlib import Path
 import torch
 
 from sculptor import __version__
-from sculptor.analysis.derive import decide, write_measured
+from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source
-from sculptor.analysis.sources import spread_rows
 from sculptor.archive.manifest import MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive, Entry
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.orientation import to_device
 from sculptor.checkpoint.tensors import digest, dtype_name
 from sculptor.edits.merge import Merged
+from sculptor.jobs.job import TrainJob
+from sculptor.jobs.memory import memory_of
+from sculptor.jobs.precision import SECTION as PRECISION_SECTION
+from sculptor.jobs.precision import write_precision
 from sculptor.methods.method import Carrying, Derived, Evidence, carries_of, measures_of
 from sculptor.model.load import LoadedModel
 from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress
-from sculptor.tasks.job import TrainJob
-from sculptor.tasks.precision import SECTION as PRECISION_SECTION
-from sculptor.tasks.precision import write_precision
 from sculptor.training.stepping.updates import Trained
 from sculptor.world import World
 
@@ -48,6 +48,8 @@ class NextArchive:
         )
         self.waiting: dict[str, MatrixRecord] = {}
         """Matrices whose rules wait for what is to be measured."""
+        self.num_measured: int | None = None
+        """Of the task's rows, once they are."""
 
     def make(self, entry: Entry, merged: Merged) -> tuple[MatrixRecord, Derived | None]:
         """What is known of a matrix as it will be written, and its rule carried on, if that is decided by now."""
@@ -108,24 +110,19 @@ class NextArchive:
         """
         job, archive, method = self._job, self._job.archive, self._method
         assert isinstance(method, Carrying)
-        assert job.settings.memory_rows is not None
-        weight = job.settings.memory_weight or 1.0
-        chosen = spread_rows(job.encoded.of_an_epoch(job.settings.seed), job.settings.memory_rows)
-        write_measured(
-            loaded,
-            waiting,
-            [target for target in job.architecture.targets if target.name in waiting],
-            [Source(job.name, chosen, weight)],
-            self._measures,
-            archive.manifest.settings,
-            lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
-            self._writer if world.first else None,
-            progress,
-            self.task,
-            world=world,
+        weight, rows = job.settings.memory_weight or 1.0, memory_of(job)
+        asked = Measurement(
+            records=waiting,
+            targets=[target for target in job.architecture.targets if target.name in waiting],
+            sources=[Source(job.name, rows, weight)],
+            measures=self._measures,
+            settings=archive.manifest.settings,
+            make=lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
+            task=self.task,
         )
+        write_measured(loaded, asked, self._writer if world.first else None, progress, world)
         world.once(lambda: decide(self._writer, method, [*archive.manifest.source_weights, weight]))
-        self.waiting = {}
+        self.waiting, self.num_measured = {}, len(rows)
 
     def finish(self, rows: int, steps: int, trained: Trained, opened: Sequence[str] = ()) -> None:
         """Writes the last shard and archive.json, with the task in its history, and how sure its optimizer was."""

@@ -1,0 +1,1 @@
+"""What commands share: requests, opened inputs, plans, records and reports of a job."""
