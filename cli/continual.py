@@ -78,6 +78,7 @@ def command(
     from sculptor.benchmark.inputs import files_of
     from sculptor.benchmark.plan import read_plan
     from sculptor.benchmark.runner import continual
+    from sculptor.checkpoint.staging import check_apart
     from sculptor.interruption import asked_to_stop
     from sculptor.report.continual import continual_text
     from sculptor.report.html.continual import continual_page
@@ -86,12 +87,13 @@ def command(
     from sculptor.report.plot import check_picture, plot_matrix, require_matplotlib
 
     quiet_libraries()
-    inputs: list[str | Path | None] = [plan, *files_of(read_plan(plan, overrides))]
     if plot is not None:
         require_matplotlib()
-        check_picture(plot, overwrite, inputs, output)
+        check_picture(plot, overwrite, [plan], output)
     if html is not None:
-        check_page(html, overwrite, output, inputs)
+        check_page(html, overwrite, output, [plan])
+    for place in filter(None, (plot, html)):
+        check_apart(place.resolve(), files_of(read_plan(plan, overrides)))
     report = continual(
         plan,
         output,

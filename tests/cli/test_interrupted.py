@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "analyze": ("analyze", "{model}", "--preserve", "0.5", "--device", "cpu"),
     "train": ("train", "{model}", "--data", "{rows}", "--device", "cpu", "--max-steps", "3"),
 }
+
+
+@pytest.fixture(autouse=True)
+def in_the_foreground() -> Iterator[None]:
+    """A shell has what it runs in the background ignore Ctrl-C, and so do the commands then."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
