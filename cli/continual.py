@@ -92,8 +92,10 @@ def command(
         check_picture(plot, overwrite, [plan], output)
     if html is not None:
         check_page(html, overwrite, output, [plan])
-    for place in filter(None, (plot, html)):
-        check_apart(place.resolve(), files_of(read_plan(plan, overrides)))
+    if places := [place for place in (plot, html) if place is not None]:
+        inputs = files_of(read_plan(plan, overrides))
+        for place in places:
+            check_apart(place.resolve(), inputs)
     report = continual(
         plan,
         output,

@@ -10,14 +10,22 @@ from typing import Any
 
 def to_json(result: object, **extra: Any) -> str:
     """A dataclass as a JSON object; numbers that JSON does not have become null."""
-    assert dataclasses.is_dataclass(result)
-    assert not isinstance(result, type)
-    return json.dumps(_plain(dataclasses.asdict(result) | extra), indent=1, allow_nan=False)
+    return _dumps(_object(result) | extra)
 
 
 def list_to_json(results: Sequence[object]) -> str:
     """Dataclasses as a JSON list of such objects."""
-    return json.dumps([json.loads(to_json(result)) for result in results], indent=1, allow_nan=False)
+    return _dumps([_object(result) for result in results])
+
+
+def _object(result: object) -> dict[str, Any]:
+    assert dataclasses.is_dataclass(result)
+    assert not isinstance(result, type)
+    return dataclasses.asdict(result)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(_plain(value), indent=1, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

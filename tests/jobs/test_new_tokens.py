@@ -370,7 +370,6 @@ def test_a_model_that_cannot_is_named(tmp_path: Path) -> None:
         plan_growth(open_checkpoint(tmp_path), ["<a>"])
 
 
-@pytest.mark.slow
 def test_tokens_of_the_chat_template_are_refused_unless_wanted(made: Path, tmp_path: Path) -> None:
     """Every conversation would be read through a row that is trained freely, whether the archive has samples or not."""
     base = tmp_path / "base"
@@ -390,6 +389,7 @@ def test_tokens_of_the_chat_template_are_refused_unless_wanted(made: Path, tmp_p
     assert not verify(base, tmp_path / "out", tmp_path / "archive", device="cpu", strict=True).passed
 
 
+@pytest.mark.slow
 def test_tokens_that_old_text_has_are_refused_unless_wanted(made: Path, tmp_path: Path) -> None:
     """They change how it is read, whatever is protected."""
     analyze(made / "exact", tmp_path / "sampled", AnalyzeSettings(preserve=0.5, samples=True, device="cpu"))
