@@ -107,4 +107,5 @@ def export(bank: Path, model: str, task: str, output: Path, overwrite: bool) -> 
     from sculptor.tasks.bank import export_task
 
     quiet_libraries()
-    click.echo(f"Wrote {export_task(bank, model, task, output, overwrite=overwrite, progress=bars)}.")
+    written = export_task(bank, model, task, output, overwrite=overwrite, progress=bars, notice=tell)
+    click.echo(f"Wrote {written}.")

@@ -75,7 +75,15 @@ def _edit(settings: Any, base: str, tuned: str, options: dict[str, Any], subspac
     choose = Choose(**{name: options.pop(name) for name in ("choose", "watch", "grid", "max_length", "batch_size")})
     with pushing(output, *hub, job["overwrite"], tell):
         report = edit(
-            base, tuned, output, settings(**options), subspaces=subspaces, choose=choose, progress=bars, **job
+            base,
+            tuned,
+            output,
+            settings(**options),
+            subspaces=subspaces,
+            choose=choose,
+            progress=bars,
+            notice=tell,
+            **job,
         )
         click.echo(to_json(report) if as_json else edit_text(report))
 
@@ -173,6 +181,13 @@ def prune(
     quiet_libraries()
     with pushing(output, push_to_hub, public, overwrite, tell):
         report = prune(
-            model, output, Prune(**settings), subspaces=subspaces, dry_run=dry_run, overwrite=overwrite, progress=bars
+            model,
+            output,
+            Prune(**settings),
+            subspaces=subspaces,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=bars,
+            notice=tell,
         )
         click.echo(to_json(report) if as_json else prune_text(report))

@@ -18,6 +18,7 @@ from sculptor import __version__
 from sculptor.archive.writer import save_tensors
 from sculptor.benchmark.plan import AdapterSettings, Contender
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
+from sculptor.checkpoint.directory import check_modules
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import put_in_place, staging, write_json, writing
@@ -92,6 +93,7 @@ def train_adapter(
     if unused:
         raise SettingsError(f"[train] {', '.join(unused)} without effect with --method {method}; leave it out")
     checkpoint = open_checkpoint(model, settings.attn_implementation)
+    check_modules(checkpoint.path)
     architecture = inspect_architecture(checkpoint)
     device = resolve_device(settings.device)
     settings = replace(

@@ -6,23 +6,24 @@ Whatever is decided here holds for every way of reading a model, so that none of
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sculptor.checkpoint.folders import MODULES_NAME, TEMPLATES, is_in, model_folders, module_folders, named_modules
 from sculptor.errors import CheckpointError
 from sculptor.validation import parse, read_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-TEMPLATES = "additional_chat_templates"  # a folder that transformers reads
 _FETCH = "fetch it again"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = (
     *_PICKLED, ".safetensors", ".gguf", ".ggml", ".h5", ".keras", ".msgpack", ".ot", ".onnx", ".onnx_data", ".npz", ".npy",
     ".tflite", ".pb", ".mlmodel", ".engine", ".index.json",
 )  # fmt: skip
+_MODULE_WEIGHTS = (".safetensors", ".index.json")  # which go along in the folder of a module
 _CODE = (".py", ".pyc", ".pyi", ".ipynb", ".sh", ".bat", ".ps1", ".js", ".so", ".dll", ".exe", ".whl", ".jar")
 _SECRET = re.compile(
     r"credential|secret|passw|(^|[._-])id_(rsa|dsa|ecdsa|ed25519)|\.(pem|key|p12|pfx|jks|kdbx|keytab|ppk|asc)$"
@@ -38,6 +39,17 @@ _OWN = re.compile(
 # By any ending: `LICENSE.model` is no tokenizer.
 LICENCE = re.compile(r"(.*/)?(licen[cs]e|copying|notice|use_policy)[^/]*", re.IGNORECASE)
 _BY_TRAINERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)")
+_WITH_WEIGHTS = (
+    "CNN",
+    "Dense",
+    "LSTM",
+    "LayerNorm",
+    "StaticEmbedding",
+    "WeightedLayerPooling",
+    "WordEmbeddings",
+    "WordWeights",
+)
+_OURS = ("archive.json", "sculptor.json")
 # Tensor names that another program's wrapper has lengthened.
 WRAPPERS = {
     "_orig_mod.": "torch.compile: save model._orig_mod",
@@ -192,20 +204,83 @@ def published_name(path: Path) -> str:
 def companions(path: Path) -> Iterator[PurePosixPath]:
     """What belongs to a model beside its weights, relative to the directory: configuration, tokenizer, template, licence.
 
-    Everything goes along but weights, code, hidden files, what looks like a secret, and links that lead out of the
-    directory; where transformers reads one of these, `check_links` has refused the model.
+    Everything in the directory and in the model's folders goes along but weights, code, hidden files, what looks like a
+    secret, and links that lead out; where transformers reads one of these, `check_links` has refused the model. The folders
+    of modules go with their weights, which `check_modules` has looked at.
     """
-    for folder, subfolders, files in os.walk(path):
-        subfolders[:] = sorted(
-            name for name in subfolders if not _is_left(name) and not _leads_out(path, Path(folder) / name)
-        )
-        for name in sorted(files):
-            file = Path(folder) / name
-            lower = name.lower()
-            if _is_left(name) or lower.endswith((*_WEIGHTS, *_CODE)) or _SECRET.search(name):
-                continue
-            if file.is_file() and not _leads_out(path, file):
-                yield PurePosixPath(file.relative_to(path).as_posix())
+    modules = module_folders(path)
+    for name in sorted(_in_model(path)):
+        module = is_in(name, modules) and name.lower().endswith(_MODULE_WEIGHTS)
+        left = name.lower().endswith((*_WEIGHTS, *_CODE)) and not module
+        if not left and not _SECRET.search(PurePosixPath(name).name):
+            yield PurePosixPath(name)
+
+
+def _in_model(path: Path) -> Iterator[str]:
+    """Visible files of a directory and its model's folders."""
+    _, _, names = next(os.walk(path), ("", [], []))
+    yield from (name for name in names if (path / name).is_file() and _is_seen(path, path / name))
+    for folder in model_folders(path):
+        if _is_seen(path, path / folder):
+            yield from _below(path, path / folder)
+
+
+def _below(path: Path, top: Path) -> Iterator[str]:
+    """Visible files below a folder of a directory, or below the directory itself."""
+    for folder, inner, names in os.walk(top):
+        here = Path(folder)
+        inner[:] = [name for name in inner if _is_seen(path, here / name)]
+        found = (here / name for name in names if (here / name).is_file() and _is_seen(path, here / name))
+        yield from (file.relative_to(path).as_posix() for file in found)
+
+
+def _is_seen(path: Path, item: Path) -> bool:
+    return not _is_left(item.name) and not _leads_out(path, item)
+
+
+def check_modules(path: Path) -> None:
+    """Refuses a model of which a copy would lack a module's weights, since they are no safetensors.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    remedy = "save it as safetensors: SentenceTransformer(DIR).save_pretrained(OUT)"
+    for folder in module_folders(path):
+        for here, _, names in os.walk(path / folder):
+            pickled = sorted(
+                name for name in names if name.lower().endswith(_PICKLED) and not _BY_TRAINERS.fullmatch(name)
+            )
+            if pickled and not any(name.endswith(".safetensors") for name in names):
+                file = (Path(here) / pickled[0]).relative_to(path)
+                raise CheckpointError(
+                    f"{path}: {file} are pickled weights of a module, which an output would lack; {remedy}"
+                )
+    for folder, kind in named_modules(path):
+        if kind in _WITH_WEIGHTS and not any((path / folder).glob("*.safetensors")):
+            raise CheckpointError(
+                f"{path}: no safetensors in {folder}, a {kind} in {MODULES_NAME} (pickled weights are not fetched); {remedy}"
+            )
+
+
+def tell_left_behind(path: Path, files: Collection[str], notice: Callable[[str], object]) -> None:
+    """Says in a line what looks like weights and is not carried along, if there is any.
+
+    Args:
+        path: the directory.
+        files: that hold the model's tensors.
+        notice: told.
+    """
+    carried = {*files, *map(str, companions(path))}
+    ours = {file.parent for name in _OURS for file in path.rglob(name)} - {path}
+    found = sorted(
+        name
+        for name in _below(path, path)
+        if is_weights(name) and not name.endswith(".index.json") and name not in carried
+        if not _BY_TRAINERS.fullmatch(PurePosixPath(name).name) and not ours & set((path / name).parents)
+    )
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    if found:
+        notice(f"not in the output, since no part of the model: {', '.join(found[:3])}{more}")
 
 
 def _is_left(name: str) -> bool:
@@ -233,9 +308,11 @@ def check_links(path: Path) -> None:
         CheckpointError: naming the link.
     """
     templates = path / TEMPLATES
-    for item in sorted((*path.iterdir(), *(templates.iterdir() if templates.is_dir() else ()))):
+    modules = [item for folder in module_folders(path) for item in (path / folder, *(path / folder).rglob("*"))]
+    for item in sorted((*path.iterdir(), *(templates.iterdir() if templates.is_dir() else ()), *modules)):
         licence = LICENCE.fullmatch(item.name) is not None
-        if (item == templates or licence or _OWN.fullmatch(item.name)) and item.exists() and _leads_out(path, item):
+        own = item == templates or item in modules or licence or _OWN.fullmatch(item.name)
+        if own and item.exists() and _leads_out(path, item):
             would = "lack it" if licence else "carry what is there"
             raise CheckpointError(
                 f"{path}: {item.relative_to(path)} is a link to {item.resolve()}, and an output would {would}; put the file "

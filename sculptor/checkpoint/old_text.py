@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sculptor.checkpoint.directory import TEMPLATES
+from sculptor.checkpoint.folders import TEMPLATES
 from sculptor.checkpoint.vocabulary import Growth, open_tokenizer, token_entries
 from sculptor.errors import CheckpointError
 from sculptor.validation import parse, read_file

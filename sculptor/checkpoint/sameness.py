@@ -1,21 +1,22 @@
 """What beside its tensors decides what a user loads from a directory, compared with that of another."""
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sculptor.checkpoint.directory import (
     CONFIG_NAME,
     INDEX_NAME,
     LICENCE,
-    TEMPLATES,
     companions,
     is_weights,
     second_weights,
 )
+from sculptor.checkpoint.folders import READ_FOLDERS, is_in, module_folders
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name, read_header
 from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
@@ -55,8 +56,12 @@ def differences(
     changed = head or (growth.config if growth else dict)
     found = [f"config.json: {what}" for what in _config_differences(base, tuned, changed)]
     found += _weight_differences(base, tuned)
-    every = _files(tuned)
+    modules = module_folders(base.path)
+    inside = _files(tuned, modules)
+    every = {name for name in inside if not is_in(name, modules)}
+    found += _module_differences(base.path, tuned.path, modules, inside - every)
     before, now = ({name for name in names if not is_weights(name)} for names in (_files(base), every))
+    before = {name for name in before if not is_in(name, modules)}
     other_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
     carried = {path.as_posix() for path in companions(base.path)}
     for name in sorted({*before, *now} - {"config.json"}):
@@ -99,6 +104,28 @@ def tokenizer_differences(base: Path, other: Path) -> list[str]:
         elif not _same_content(base / name, other / name):
             found.append(f"{name} differs")
     return found
+
+
+def _module_differences(
+    base: Path, tuned: Path, modules: Collection[PurePosixPath], now: Collection[str]
+) -> Iterator[str]:
+    """Files in the folders of modules, which are copied byte for byte, with their weights."""
+    carried = {path.as_posix() for path in companions(base) if is_in(path.as_posix(), modules)}
+    for name in sorted({*carried, *now}):
+        if not (tuned / name).is_file():
+            yield f"{name} is missing"
+        elif not (base / name).is_file():
+            yield f"{name} was added"
+        elif _digest(base / name) != _digest(tuned / name):
+            yield f"{name} differs"
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as cause:
+        raise CheckpointError(f"{path}: not readable ({cause}); restore it") from cause
 
 
 def _weight_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
@@ -244,7 +271,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _files(checkpoint: Checkpoint) -> set[str]:
+def _files(checkpoint: Checkpoint, modules: Collection[PurePosixPath] = ()) -> set[str]:
     """What may be loaded: all files but hidden ones, what people read, and outputs of ours in folders; links count.
 
     In these, and under the names of what people read, weights of other programs count all the same.
@@ -257,7 +284,8 @@ def _files(checkpoint: Checkpoint) -> set[str]:
         if len(parts) > _DEPTH:
             inner.clear()
             continue
-        if parts and not set(parts) & _READ_FOLDERS and any((here / name).is_file() for name in _OURS):
+        read = set(parts) & set(READ_FOLDERS) or is_in("/".join((*parts, "any")), modules)
+        if parts and not read and any((here / name).is_file() for name in _OURS):
             ours.append(here)
         inside = any(here.is_relative_to(output) for output in ours)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
@@ -276,8 +304,6 @@ def _is_written(name: str) -> bool:
 
 _DEPTH = 3  # links may lead in circles
 _OURS = ("archive.json", "sculptor.json")
-# Read by name, whatever else they hold.
-_READ_FOLDERS = {TEMPLATES, "custom_generate"}
 
 
 def _same_content(one: Path, other: Path) -> bool:

@@ -26,7 +26,6 @@ Entry = tuple[str, torch.dtype, tuple[int, ...]]
 Edit = Callable[[Tensor], Tensor]
 P = TypeVar("P", bound=Sliced)
 # Written by sculptor itself; never copied from a base that is itself an output.
-_OUTPUT_MARKS = (RECORD_NAME, "archive.json", "model*.safetensors")
 _OWN_FILES = (RECORD_NAME, "metrics.jsonl", INDEX_NAME)
 
 
@@ -154,15 +153,13 @@ def _write_index(directory: Path, names: list[str], shards: list[list[Entry]]) -
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
-    """What goes along (`directory.companions`), but no outputs of ours, which may lie in the folder too."""
-    outputs = {file.parent for name in _OUTPUT_MARKS for file in source.rglob(name)} - {source}
+    """What goes along (`directory.companions`), but what we write ourselves."""
     for relative in companions(source):
-        file = source / relative
-        if relative.name in _OWN_FILES or outputs & set(file.parents):
+        if relative.as_posix() in _OWN_FILES:
             continue
         with writing(directory / relative):
             (directory / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, directory / relative)
+            shutil.copyfile(source / relative, directory / relative)
 
 
 def _write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype | None) -> None:

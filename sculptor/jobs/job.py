@@ -10,6 +10,7 @@ import torch
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
+from sculptor.checkpoint.directory import check_modules
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.checkpoint.vocabulary import Growth
@@ -121,6 +122,7 @@ def open_base(
         SculptorError: if it cannot be.
     """
     checkpoint = open_checkpoint(model, attn_implementation)
+    check_modules(checkpoint.path)
     check_attention(checkpoint)
     architecture = inspect_architecture(checkpoint)
     if headed:

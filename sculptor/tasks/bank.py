@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculptor.checkpoint.directory import published_name
+from sculptor.checkpoint.directory import check_modules, published_name, tell_left_behind
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json
@@ -215,6 +215,7 @@ def export_task(
     *,
     overwrite: bool = False,
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
 ) -> Path:
     """Writes the plain checkpoint of one task.
 
@@ -225,11 +226,14 @@ def export_task(
         output: directory to write.
         overwrite: replace an existing output.
         progress: makes progress bars.
+        notice: told, in a line, what looks like weights and does not go along.
 
     Raises:
         SculptorError: if an input cannot be used, or the output cannot be written.
     """
     opened, checkpoint, output = Bank(bank), open_checkpoint(model), Path(output).resolve()
+    check_modules(checkpoint.path)
+    tell_left_behind(checkpoint.path, checkpoint.files, notice)
     deltas = opened.deltas(task)
     check_apart(output, [opened.path, checkpoint.path])
     before = read_record(checkpoint.path)

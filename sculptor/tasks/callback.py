@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from sculptor.analysis.verify import Verification, verify_checkpoints
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.directory import tell_left_behind
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.staging import check_apart, put_in_place, staging, writing
 from sculptor.data.collated import collated_examples
@@ -136,6 +137,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
 
     def _open(self, args: Any, model: nn.Module, loader: Any) -> None:
         checkpoint, architecture = open_base(self.base)
+        tell_left_behind(checkpoint.path, checkpoint.files, self.notice)
         archive = Archive(self.subspaces, rules=self.rules)
         archive.check_base(checkpoint, self.progress)
         matrices = protected_matrices(model)

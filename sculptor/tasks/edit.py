@@ -4,7 +4,7 @@ One pass over the checkpoint that is copied, one tensor in memory. That is TUNED
 `project`, which gives what training inside the archive could have given, and for an adapter it is BASE.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sculptor.archive.store import Archive
+from sculptor.checkpoint.directory import check_modules, tell_left_behind
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.sameness import differences, tokenizer_differences
@@ -52,6 +53,7 @@ def edit(
     dry_run: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
     rules: Kinds | None = None,
 ) -> EditReport:
     """Writes a checkpoint that keeps a part of what tuning changed.
@@ -68,6 +70,7 @@ def edit(
         dry_run: measure what would stay, and write nothing.
         overwrite: replace an existing output.
         progress: makes progress bars.
+        notice: told, in a line, what looks like weights and does not go along.
         rules: kinds of rules beside sculptor's own.
 
     Raises:
@@ -90,6 +93,8 @@ def edit(
     job = _Job(pairs, archive, settings, chosen, resolve_device(device), saved, progress)
     if output is None:
         return job.measure()
+    check_modules(pairs.source.path)
+    tell_left_behind(pairs.source.path, pairs.source.files, notice)
     output = Path(output).resolve()
     check_apart(output, [pairs.base.path, pairs.tuned.path, *([] if archive is None else [archive.path]), *job.files])
     with one_pass(output, command=f"edit {settings.command}", overwrite=overwrite) as staged:

@@ -1,7 +1,7 @@
 """`sculptor edit prune`: a checkpoint without the weights that matter least."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Target, inspect_architecture
-from sculptor.checkpoint.directory import published_name
+from sculptor.checkpoint.directory import check_modules, published_name, tell_left_behind
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json
@@ -82,6 +82,7 @@ def prune(
     dry_run: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
+    notice: Callable[[str], object] = lambda _: None,
     rules: Kinds | None = None,
 ) -> PruneReport:
     """Writes a checkpoint with a share of every matrix set to 0.
@@ -94,6 +95,7 @@ def prune(
         dry_run: measure what would go, and write nothing.
         overwrite: replace an existing output.
         progress: makes progress bars.
+        notice: told, in a line, what looks like weights and does not go along.
         rules: kinds of rules beside sculptor's own.
 
     Raises:
@@ -112,6 +114,8 @@ def prune(
     job = _Pruning(checkpoint, archive, targets, settings, progress)
     if output is None:
         return job.measure()
+    check_modules(checkpoint.path)
+    tell_left_behind(checkpoint.path, checkpoint.files, notice)
     output = Path(output).resolve()
     check_apart(output, [checkpoint.path, *([] if archive is None else [archive.path])])
     with one_pass(output, command="edit prune", overwrite=overwrite) as staged:

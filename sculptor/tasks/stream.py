@@ -14,6 +14,7 @@ from sculptor import __version__
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
+from sculptor.checkpoint.directory import check_modules
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
@@ -97,6 +98,7 @@ class StreamedModel:
         self.archive = archive if isinstance(archive, Archive) else Archive(archive, rules=rules)
         self.settings = resolve_settings(settings, self.archive)
         self.checkpoint = open_checkpoint(model, settings.attn_implementation)
+        check_modules(self.checkpoint.path)
         check_attention(self.checkpoint)
         self.archive.check_base(self.checkpoint, progress)
         architecture = inspect_architecture(self.checkpoint)

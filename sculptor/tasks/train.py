@@ -14,6 +14,7 @@ import torch
 from sculptor.analysis.lineage import ANALYZED, OPENED
 from sculptor.archive.writer import forget_progress
 from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.directory import tell_left_behind
 from sculptor.checkpoint.staging import STAGED_NAME, move, partial_path, put_in_place
 from sculptor.checkpoint.written import remove
 from sculptor.data.rows import Data
@@ -79,7 +80,8 @@ def train(
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
-        notice: told, in a line, what was decided about memory, and what form of data was recognised.
+        notice: told, in a line, what was decided about memory, and what form of data was recognised, and what
+            looks like weights and does not go along.
         stop: polled after every step; a signal number saves the state and ends the run.
         rules: kinds of rules beside sculptor's own.
 
@@ -124,6 +126,7 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
         request = replace(request, subspaces=partial_path(output) / ANALYZED, resume=True)
     with world.together():
         job = open_job(request, rows, None if made is None else (made.base, made.head.fresh))
+    tell_left_behind(job.base.path, job.base.files, notice)
     key = {"rows": job.rows_digest, "model": job.archive.manifest.base_identity, "settings": asdict(settings)}
     check_alike(world, key)
     job = plan_job(job, device, output, world, notice)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import sculptor
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.checkpoint.sameness import tokenizer_differences
+from sculptor.checkpoint.sameness import differences, tokenizer_differences
 from sculptor.checkpoint.writer import write_checkpoint
+from sculptor.edits.settings import Interpolate
 from sculptor.errors import CheckpointError, SculptorError
 
 COVERS = ["sculptor.checkpoint.configuration", "sculptor.checkpoint.sameness"]
@@ -371,3 +372,70 @@ def test_a_licence_is_never_left_out_silently(tmp_path: Path) -> None:
     adapter.mkdir()
     (adapter / "LICENSE.model").write_text("free")
     assert tokenizer_differences(model, adapter) == []
+
+
+def of_sentence_transformers(path: Path) -> Path:
+    """Modules with weights, beside a trainer's checkpoints and other weights."""
+    save_checkpoint(path)
+    for folder in ("1_Pooling", "2_Dense", "checkpoint-500", "runs"):
+        (path / folder).mkdir()
+        (path / folder / "config.json").write_text("{}")
+    modules = [{"path": "", "type": "m.Transformer"}, {"path": "1_Pooling", "type": "m.Pooling"}]
+    (path / "modules.json").write_text(json.dumps([*modules, {"path": "2_Dense", "type": "m.Dense"}]))
+    for name in ("2_Dense/model.safetensors", "checkpoint-500/model.safetensors", "v_head.safetensors"):
+        save_file({"linear.weight": torch.ones(4, 4)}, path / name, {"format": "pt"})
+    (path / "checkpoint-500" / "optimizer.pt").write_bytes(b"x")
+    return path
+
+
+def test_modules_go_along_whole_and_no_other_folder_does(tmp_path: Path) -> None:
+    base, out = of_sentence_transformers(tmp_path / "base"), tmp_path / "out"
+    said: list[str] = []
+    sculptor.edit(base, base, out, Interpolate(alpha=0.5), notice=said.append)
+    assert said == [
+        "not in the output, since no part of the model: checkpoint-500/model.safetensors, v_head.safetensors"
+    ]
+    inside = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.parent != out}
+    assert inside == {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"}
+    assert differences(open_checkpoint(base), open_checkpoint(out)) == []
+
+    def changed(change: Callable[[Path], object], *said: str) -> None:
+        other = tmp_path / "other"
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(out, other)
+        change(other / "2_Dense")
+        assert differences(open_checkpoint(base), open_checkpoint(other)) == list(said)
+
+    changed(lambda module: (module / "model.safetensors").unlink(), "2_Dense/model.safetensors is missing")
+    changed(
+        lambda module: save_file({"linear.weight": torch.zeros(4, 4)}, module / "model.safetensors", {"format": "pt"}),
+        "2_Dense/model.safetensors differs",
+    )
+    changed(lambda module: (module / "config.json").write_text("{ }"), "2_Dense/config.json differs")
+    changed(
+        lambda module: [(module / name).write_text("{}") for name in ("pytorch_model.bin", "sculptor.json")],
+        "2_Dense/pytorch_model.bin was added",
+        "2_Dense/sculptor.json was added",
+    )
+
+
+def test_modules_whose_weights_would_be_lost_are_refused(tmp_path: Path) -> None:
+    base = of_sentence_transformers(tmp_path / "base")
+    weights = base / "2_Dense" / "model.safetensors"
+
+    def refusal(wanted: str) -> None:
+        with pytest.raises(CheckpointError, match=wanted):
+            sculptor.edit(base, base, tmp_path / "out", Interpolate(alpha=0.5))
+        with pytest.raises(CheckpointError, match=wanted):
+            sculptor.train(base, None, [ROWS], tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+
+    weights.rename(base / "weights")
+    refusal("no safetensors in 2_Dense, a Dense in modules.json")
+    (weights.parent / "pytorch_model.bin").write_bytes(b"x")
+    refusal("2_Dense/pytorch_model.bin are pickled weights of a module")
+    weights.symlink_to(tmp_path / "away")
+    (base / "weights").rename(tmp_path / "away")
+    refusal("2_Dense/model.safetensors is a link")
+    (base / "modules.json").write_text(json.dumps([{"path": "../away"}]))
+    refusal("a module in '../away', hidden or outside")

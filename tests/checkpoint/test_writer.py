@@ -20,6 +20,7 @@ def test_copy_keeps_layout_bytes_and_companions(tmp_path: Path, max_shard_size: 
     (source / "LICENSE").write_text("free")
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling" / "config.json").write_text("{}")
+    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
     (source / "pytorch_model.bin").write_bytes(b"never copied")
     (source / "modeling.py").write_text("never copied")
     output = tmp_path / "output"
