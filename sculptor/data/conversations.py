@@ -14,6 +14,7 @@ _OWN_OPTIONS = frozenset(
     ("add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "tools", "conversation", "return_dict",
      "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs")
 )  # fmt: skip
+_WEIGHTS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 # ShareGPT's speakers, and those of its relatives.
 _SPEAKERS = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -90,15 +91,24 @@ def _options(row: Mapping[str, Any], where: str) -> tuple[tuple[str, Any], ...]:
 def is_trained(given: Mapping[str, Any], where: str) -> bool:
     """Whether a row or a turn is trained: `weight` 0 or 1 (OpenAI), `train` or `training` true or false (others).
 
+    Cells of tables are texts, `0` or `1.0`, `True` or `false`.
+
     Raises:
         DataError: for any other value.
     """
-    found = {key: given[key] for key in ("weight", "train", "training") if given.get(key) is not None}
+    found = {key: _of_cell(key, given[key]) for key in ("weight", "train", "training") if given.get(key) is not None}
     for key, value in found.items():
         if isinstance(value, bool) is (key == "weight") or value not in (0, 1):
             expected = "0 or 1" if key == "weight" else "true or false"
-            raise DataError(f"{where} has {key} {str(value)[:40]}; expected {expected}")
+            raise DataError(f"{where} has {key} {json.dumps(value, default=str)[:40]}; expected {expected}")
     return all(found.values())
+
+
+def _of_cell(key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    cells: Mapping[str, Any] = _WEIGHTS if key == "weight" else {"true": True, "false": False}
+    return cells.get(value.strip().lower(), value)
 
 
 def _spoken(given: Any, where: str) -> dict[str, Any]:

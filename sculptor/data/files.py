@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ Found = Iterator[tuple[str, Any]]  # where, and what stands there
 _PACKED = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2"
 }  # fmt: skip
+_LINE_END = re.compile(r"\r\n|\n|\r")  # JSON has none inside a line
 _MAX_CELL = 2**31 - 1
 
 
@@ -23,6 +26,7 @@ def read_file_rows(path: Path) -> Found:
     Raises:
         DataError: with file and line, for what cannot be read.
     """
+    check_regular(path)
     text = _read_text(path)
     ending = path.suffix.lower()
     if ending == ".txt":
@@ -35,9 +39,19 @@ def read_file_rows(path: Path) -> Found:
     else:
         if text.lstrip()[:1] == "{" and text.lstrip()[1:2] in ("\n", "\r"):
             raise DataError(f"{path}: JSON over several lines; expected one object per line, or an array of them")
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(_LINE_END.split(text), 1):
             if line.strip():
                 yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+
+
+def check_regular(path: Path) -> None:
+    """Refuses a pipe or a device, which gives its content only once: data are read as often as they are needed.
+
+    Raises:
+        DataError: naming it.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise DataError(f"{path}: a pipe or a device, which can be read only once; write the rows into a regular file")
 
 
 def is_parquet(path: Path) -> bool:
@@ -70,8 +84,10 @@ def _start(path: Path) -> bytes:
 
 
 def _read_text(path: Path) -> str:
+    """A file's text, with its own line ends."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file") from None
     except UnicodeDecodeError as cause:

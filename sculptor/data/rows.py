@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.data.columns import Columns, parse_columns
-from sculptor.data.files import Found, is_parquet, read_file_rows
+from sculptor.data.files import Found, check_regular, is_parquet, read_file_rows
 from sculptor.data.forms import EXPECTED, listed_keys, recognise
 from sculptor.data.labelled import EXPECTED_LABELLED, Classes
 from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference, parse_reference
@@ -226,6 +226,7 @@ def _open(item: Any) -> _Opened:
 
 def _rows_of(reference: Reference, bounded: bool) -> Found:
     path, ending = reference.path, reference.path.suffix.lower()
+    check_regular(path)
     whole = reference.config is None and reference.split is None
     if ending in TABLE_ENDINGS and reference.is_local and not path.is_dir():
         return read_table_rows(reference, ending[1:], bounded)

@@ -155,7 +155,7 @@ def test_tools_and_calls_go_to_the_template(tokenizer: Any, tmp_path: Path) -> N
         ({"messages": HELLO, "tools": "["}, CHATML, "'tools' is text that is no JSON"),
         ({"messages": [HELLO[0], HELLO[1] | {"weight": 0}]}, CHATML, "every assistant turn is left out"),
         ({"messages": [HELLO[0], HELLO[1] | {"weight": 0.5}]}, CHATML, "weight 0.5; expected 0 or 1"),
-        ({"messages": [HELLO[0], HELLO[1] | {"train": "no"}]}, CHATML, "train no; expected true or false"),
+        ({"messages": [HELLO[0], HELLO[1] | {"train": "no"}]}, CHATML, 'train "no"; expected true or false'),
         ({"messages": [HELLO[0] | {"weight": 1}, HELLO[1]]}, CHATML, "only the assistant's"),
         ({"messages": [HELLO[0], {"role": "assistant", "content": [{"type": "image"}]}]}, CHATML, "is not text"),
         ({"messages": HELLO}, "{{ raise_exception('roles must alternate') }}", "roles must alternate"),

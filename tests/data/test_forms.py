@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_columns_are_named(tmp_path: Path) -> None:
         ({"prompt": "w1", "choices": ["w2", "w3"]}, "'choices' without 'gold'"),
         ({"prompt": "w1", "references": []}, "'references' is not a list of texts"),
         (PAIR | {"weight": 0.5}, "row has weight 0.5; expected 0 or 1"),
-        (PAIR | {"train": "no"}, "row has train no; expected true or false"),
+        (PAIR | {"train": "no"}, 'row has train "no"; expected true or false'),
         (PAIR | {"label": False}, "'label' is false, as where a completion is not wanted"),
         (PAIR | {"label": "False"}, "'label' is false, as where a completion is not wanted"),
         ({"prompt": TALK[:1], "completion": TALK[1:], "label": False}, "'label' is false"),
@@ -209,6 +210,45 @@ def test_broken_tables_name_the_place(tmp_path: Path, name: str, content: str | 
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         read_rows(tmp_path / name)
+
+
+def test_cells_keep_their_line_ends_and_lines_of_json_may_have_any(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\r\n"a\r\nb","c\rd"\r\n"e","f"\r\n')
+    first, second = read_rows(tmp_path / "a.csv")
+    assert isinstance(first, CompletionRow)
+    assert (first.prompt, first.completion) == ("a\r\nb", "c\rd")
+    assert (first.where, second.where) == (f"{tmp_path / 'a.csv'}:2", f"{tmp_path / 'a.csv'}:5")
+    (tmp_path / "a.tsv").write_bytes(b"prompt\tcompletion\ra\tb\rc\td\r")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r\n\r\n{"text": "c"}\r')
+    assert [len(read_rows(tmp_path / name)) for name in ("a.tsv", "a.jsonl")] == [2, 3]
+    (tmp_path / "a.txt").write_bytes(b"a\r\nb\rc\n")
+    assert [row.text for row in read_rows(tmp_path / "a.txt") if isinstance(row, TextRow)] == ["a\r\nb\rc\n"]
+
+
+@pytest.mark.parametrize(
+    ("head", "on", "off", "wrong", "message"),
+    [
+        ("weight", ("1", "1.0"), ("0", "0.0"), "0.5", r'row has weight "0\.5"; expected 0 or 1'),
+        ("train", ("true", "True"), ("FALSE", "false"), "", r'row has train ""; expected true or false'),
+    ],
+)
+def test_cells_tell_which_rows_are_trained(
+    tmp_path: Path, head: str, on: tuple[str, ...], off: tuple[str, ...], wrong: str, message: str
+) -> None:
+    lines = [f"{cell},a,b\n" for cell in (*on, *off)]
+    (tmp_path / "a.csv").write_text(f"{head},prompt,completion\n" + "".join(lines))
+    assert len(read_rows(tmp_path / "a.csv")) == len(on)
+    (tmp_path / "a.csv").write_text(f"{head},prompt,completion\n{wrong},a,b\n")
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_a_pipe_is_refused_since_data_are_read_twice(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    os.mkfifo(tmp_path / "63")
+    for name in ("rows.jsonl", "63"):
+        with pytest.raises(DataError, match="a pipe or a device, which can be read only once; write the rows into"):
+            read_rows(tmp_path / name)
 
 
 def test_weights_mix_several_data(tmp_path: Path) -> None:
