@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from sculptor.errors import OutputError, SettingsError
+from sculptor.errors import SettingsError
 from sculptor.jobs.card_report import SHARES, CardReport, Leak, Line, TunedCard
 from sculptor.model.harm import Harm
 from sculptor.report.html.page import check_place
@@ -28,11 +28,9 @@ def check_card_file(path: Path, overwrite: bool, inputs: Iterable[str | Path | N
     Raises:
         SculptorError: if it has another ending, is something else, or could not be written.
     """
-    check_place(path, "--json", overwrite, inputs)
+    check_place(path, "--json", overwrite, inputs, is_ours=_is_card)
     if path.suffix.lower() != ".json":
         raise SettingsError(f"--json {path}: expected a name that ends in .json")
-    if path.exists() and not _is_card(path):
-        raise OutputError(f"{path}: is no card of sculptor's; choose another --json")
 
 
 def _is_card(path: Path) -> bool:

@@ -11,7 +11,9 @@ from sculptor.checkpoint.staging import writing
 from sculptor.distribution import extra
 from sculptor.errors import SettingsError
 from sculptor.methods.rule import Directed
-from sculptor.report.html.page import check_place
+from sculptor.report.html.page import GENERATOR, check_place
+
+_SAYS_WHO = {"png": "Software", "pdf": "Creator", "svg": "Creator", "ps": "Creator", "eps": "Creator"}
 
 
 def require_matplotlib() -> None:
@@ -32,7 +34,7 @@ def check_picture(
     """Refuses a picture file that exists, lies in one of the inputs or the output or is of no known format, before any work.
 
     Raises:
-        OutputError: if it exists, or lies there.
+        OutputError: if it exists, is not ours where it may be replaced, or lies there.
         SettingsError: if matplotlib does not know the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,8 +70,7 @@ def plot_matrix(report: ContinualReport, path: Path) -> None:
             color = "white" if dark == percent else "black"
             axes.text(x, y, f"{value:.1f}" if percent else f"{value:.2f}", ha="center", va="center", color=color)
     figure.colorbar(image, ax=axes)
-    with writing(path):
-        figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def plot_frontier(found: Frontier, path: Path) -> None:
@@ -108,8 +109,7 @@ def plot_frontier(found: Frontier, path: Path) -> None:
     axes.set_title(f"{', '.join(found.tasks)}: up is better, left is safer")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with writing(path):
-        figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def plot_archive(archive: Archive, path: Path) -> None:
@@ -131,8 +131,14 @@ def plot_archive(archive: Archive, path: Path) -> None:
     spectra, heat = figure.subplots(1, 2, width_ratios=[1.1, 1])
     _draw_spectra(spectra, archive)
     _draw_heat_map(figure, heat, archive)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes a picture that says who made it, if its format has room for that."""
+    key = _SAYS_WHO.get(path.suffix.lstrip("."))
     with writing(path):
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, metadata=None if key is None else {key: GENERATOR})
 
 
 def middles(archive: Archive) -> dict[str, str]:

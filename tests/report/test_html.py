@@ -214,7 +214,7 @@ def test_places_that_cannot_be_are_refused_before_any_work(
     continual = ("continual", "none.toml", "-o", out)
     for command in (train, verify, inspect, evaluate, continual):
         for place, told in (
-            (taken, "exists already; choose another --html or pass --overwrite"),
+            (taken, "exists already, and was not written by sculptor; choose another --html"),
             (tmp_path / "page.png", "expected a name that ends in .html"),
             (tmp_path / "nowhere" / "page.html", "there is no folder"),
         ):
@@ -227,10 +227,14 @@ def test_places_that_cannot_be_are_refused_before_any_work(
             assert "choose a place beside it" in cli(*command, "--html", place / "page.html").err
     for command in (verify, evaluate):
         assert "--overwrite without effect" in cli(*command, "--overwrite").err
+    assert "was not written by sculptor" in cli(*inspect, "--html", taken, "--overwrite").err
     assert taken.read_text() == "precious"
     assert [item.name for item in tmp_path.iterdir()] == ["taken.html"]
-    assert cli(*inspect, "--html", taken, "--overwrite").code == 0
-    assert "Protected" in looked_at(taken).text or "preserved" in looked_at(taken).text.lower()
+    ours = tmp_path / "ours.html"
+    ours.write_text(page("inspect", "earlier"))
+    assert "exists already; choose another --html or pass --overwrite" in cli(*inspect, "--html", ours).err
+    assert cli(*inspect, "--html", ours, "--overwrite").code == 0
+    assert "Protected" in looked_at(ours).text or "preserved" in looked_at(ours).text.lower()
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, small_disk: None) -> None:

@@ -7,6 +7,9 @@ import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, analyze
+from sculptor.archive.store import Archive
+from sculptor.errors import OutputError
+from sculptor.report.plot import check_picture, plot_archive
 from sculptor.report.text import WIDTH, size, table
 
 COVERS = ["sculptor.report.plot"]
@@ -77,9 +80,24 @@ def test_a_picture_is_drawn(cli: Callable[..., Result], made: dict[str, Path], t
     found = cli("inspect", made["archive"], "--plot", tmp_path / "p.png")
     assert found.code == 0, found.err
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    check_picture(tmp_path / "p.png", overwrite=True)
+    with pytest.raises(OutputError, match="exists already; choose another --plot or pass --overwrite"):
+        check_picture(tmp_path / "p.png", overwrite=False)
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG of mine")
+    with pytest.raises(OutputError, match="exists already, and was not written by sculptor"):
+        check_picture(tmp_path / "mine.png", overwrite=True)
     wrong = cli("inspect", made["archive"], "--plot", tmp_path / "p.gif7")
     assert wrong.code == 2
     assert "unknown picture format" in wrong.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["svg", "pdf", "ps", "eps"])
+def test_pictures_say_who_made_them(made: dict[str, Path], tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    for _ in range(2):  # the second over the first
+        plot_archive(Archive(made["archive"]), tmp_path / f"p.{ending}")
+    check_picture(tmp_path / f"p.{ending}", overwrite=True)
 
 
 def test_long_first_cells_are_shortened_from_the_left() -> None:

@@ -6,7 +6,8 @@ lets a browser neither fetch nor run anything.
 
 import html
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from sculptor.report.html.style import STYLE
 
 _VOID = ("meta", "br")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+GENERATOR = f"sculptor {__version__}"  # what every page and picture says made it
+_BY_US = re.compile(
+    rb'<meta name="generator" content="sculptor |Software\0sculptor |/Creator \(sculptor |<dc:title>sculptor |%%Creator: sculptor '
+)
 _SUFFIXES = (".html", ".htm")
 
 
@@ -68,6 +73,7 @@ def page(command: str, what: str, *sections: Child) -> str:
         Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="generator", content=GENERATOR),
         element("title", title),
         element("style", Markup(STYLE)),
     )
@@ -139,17 +145,24 @@ def check_page(
 
     Args:
         path: the file.
-        overwrite: allow one that exists.
+        overwrite: allow one of ours that exists.
         output: the directory that the command makes; it holds a model, and nothing else.
         inputs: what the command reads; a page lies in none of it.
 
     Raises:
         SettingsError: if the name is not that of a page.
-        OutputError: if it exists, has no folder, or lies in an input.
+        OutputError: if it exists, or is not ours, has no folder, or lies in an input.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise SettingsError(f"--html {path}: expected a name that ends in .html")
     check_place(path, "--html", overwrite, inputs, output)
+
+
+def is_by_us(path: Path) -> bool:
+    """Whether a page or a picture says that sculptor made it; a format without room for that does not."""
+    with suppress(OSError):
+        return _BY_US.search(path.read_bytes()) is not None
+    return False
 
 
 def check_place(
@@ -158,17 +171,22 @@ def check_place(
     overwrite: bool,
     inputs: Iterable[str | Path | None] = (),
     output: Path | None = None,
+    is_ours: Callable[[Path], bool] = is_by_us,
 ) -> None:
     """Refuses a place where a file could not be written, before any work; it lies in no input or output, and is none.
 
+    What is replaced is only ever a file of ours, however it is asked for.
+
     Raises:
         SettingsError: if it lies in the output.
-        OutputError: if it exists, has no folder, or lies in an input.
+        OutputError: if it exists, or is not ours, has no folder, or lies in an input.
     """
     if output is not None and {output.resolve(), partial_path(output).resolve()} & set(path.resolve().parents):
         raise SettingsError(f"{option} {path}: lies in the output {output}; choose a place beside it")
     check_apart(path.resolve(), filter(None, inputs))
-    if path.is_dir() or (os.path.lexists(path) and not overwrite):
+    if path.exists() and not is_ours(path):
+        raise OutputError(f"{path}: exists already, and was not written by sculptor; choose another {option}")
+    if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path}: exists already; choose another {option} or pass --overwrite")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it or choose another {option}")
