@@ -184,6 +184,30 @@ def test_what_could_not_be_written_is_refused_before_a_step(place: Path, bases: 
     assert not list(place.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("run/checkpoint-4", "run/checkpoint-4 is the trainer's"),
+        ("run/checkpoint-4/final", "run/checkpoint-4 is the trainer's"),
+        ("run", "is or holds the trainer's own directory"),
+        (".", "is or holds the trainer's own directory"),
+        ("mine", "so --overwrite does not touch it"),
+        ("left", "left.partial: is in the way and not ours"),
+        ("new.partial", "names that end in .partial"),
+        ("model/new", "lies in the input"),
+    ],
+)
+def test_places_that_would_be_refused_at_the_end_are_refused_at_the_beginning(
+    tmp_path: Path, output: str, message: str
+) -> None:
+    for folder in ("mine", "left.partial", "model", "run"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "precious").touch()
+    callback = sculptor.SculptorCallback(tmp_path / "model", tmp_path / "archive", tmp_path / output, overwrite=True)
+    with pytest.raises(sculptor.SculptorError, match=message):
+        callback.on_train_begin(TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none"), None, None)
+
+
 def _louder(module: Any, inputs: Any, outputs: Any) -> Any:
     return outputs * 1.3
 

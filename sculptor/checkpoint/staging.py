@@ -63,6 +63,22 @@ def check_apart(output: Path, inputs: Iterable[str | Path]) -> None:
                 raise OutputError(f"{output}: {staged}is or holds the input {item}; choose another place")
 
 
+def check_free(output: Path, *, command: str, overwrite: bool, resume: bool | None = None) -> None:
+    """Refuses a place that `staging` would refuse, before any work; arguments as there.
+
+    Raises:
+        OutputError: if the output exists, something is left over, or the place cannot be read.
+    """
+    partial = partial_path(output)
+    if output.name.endswith(STAGED_SUFFIX):
+        raise OutputError(
+            f"{output}: names that end in .partial are those of unfinished outputs; choose another --output"
+        )
+    with writing(output), writing(partial):
+        _check_output(output, overwrite=overwrite, resume=resume)
+        _check_left_over(partial, command, overwrite=overwrite, resume=resume)
+
+
 @contextmanager
 def staging(
     output: Path,
@@ -89,13 +105,8 @@ def staging(
         OutputError: if the output exists, something is left over, or the place cannot be written.
     """
     partial = partial_path(output)
-    if output.name.endswith(STAGED_SUFFIX):
-        raise OutputError(
-            f"{output}: names that end in .partial are those of unfinished outputs; choose another --output"
-        )
-    with writing(output), writing(partial):
-        _check_output(output, overwrite=overwrite, resume=resume)
-        _check_left_over(partial, command, overwrite=overwrite, resume=resume)
+    check_free(output, command=command, overwrite=overwrite, resume=resume)
+    with writing(partial):
         lock = _lock(partial)
     try:
         _check_output(output, overwrite=overwrite, resume=resume)  # another run may have finished since

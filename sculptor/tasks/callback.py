@@ -7,6 +7,7 @@ save and at the end: merged checkpoint, updated archive and record, verified bef
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import closing
@@ -23,7 +24,7 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.directory import tell_left_behind
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
-from sculptor.checkpoint.staging import check_apart, put_in_place, staging, writing
+from sculptor.checkpoint.staging import check_apart, check_free, put_in_place, staging, writing
 from sculptor.data.collated import collated_examples
 from sculptor.data.examples import Encoded, resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of, task_name
@@ -120,7 +121,10 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         self._began = time.perf_counter()
         if self.output.exists() and not self.overwrite:
             raise OutputError(f"{self.output}: exists already; choose another output or pass overwrite=True")
-        merged = [Path(args.output_dir).resolve() / "checkpoint-0" / MERGED_NAME] if self.at_save else []
+        run = Path(args.output_dir).resolve()
+        _check_apart_from(run, self.output)
+        here().once(lambda: check_free(self.output, command="trainer", overwrite=self.overwrite))
+        merged = [run / "checkpoint-0" / MERGED_NAME] if self.at_save else []
         for place in (self.output, *merged):
             check_apart(place, [self.base, self.subspaces])
         here().once(lambda: self._open(args, _unwrapped(given["model"]), given.get("train_dataloader")))
@@ -275,6 +279,17 @@ def _devices(model: nn.Module) -> list[int]:
     """Those whose random numbers are put back after we have drawn some."""
     device = next(model.parameters()).device
     return [device.index or 0] if device.type == "cuda" else []
+
+
+def _check_apart_from(run: Path, output: Path) -> None:
+    """Refuses an output that the trainer's own directory is in, or that lies in one of its checkpoints."""
+    if output == run or output in run.parents:
+        raise OutputError(f"{output}: is or holds the trainer's own directory {run}; choose a place in it or beside it")
+    inside = output.relative_to(run).parts[0] if run in output.parents else ""
+    if re.fullmatch(r"checkpoint-\d+", inside):
+        raise OutputError(
+            f"{output}: {run / inside} is the trainer's, which writes and removes it; choose a place beside it"
+        )
 
 
 def _check(matrices: Sequence[ProtectedMatrix], archive: Archive) -> None:
