@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from sculptor.edits.settings import BankSettings
+from sculptor.training.settings import SaveDtype, TrainSettings
 
 from .options import SuggestingGroup, bars, json_option, overwrite_option, quiet_libraries, settings_options, tell
 
@@ -96,8 +97,9 @@ def route(bank: Path, model: str, data: tuple[str, ...], as_json: bool, **settin
 @click.argument("model")
 @click.option("--task", required=True, help="Which one.")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of the checkpoint.")
+@settings_options(TrainSettings, "save_dtype")
 @overwrite_option
-def export(bank: Path, model: str, task: str, output: Path, overwrite: bool) -> None:
+def export(bank: Path, model: str, task: str, output: Path, save_dtype: SaveDtype, overwrite: bool) -> None:
     """Write the plain checkpoint of one task of BANK.
 
     \b
@@ -107,5 +109,7 @@ def export(bank: Path, model: str, task: str, output: Path, overwrite: bool) -> 
     from sculptor.tasks.bank import export_task
 
     quiet_libraries()
-    written = export_task(bank, model, task, output, overwrite=overwrite, progress=bars, notice=tell)
+    written = export_task(
+        bank, model, task, output, save_dtype=save_dtype, overwrite=overwrite, progress=bars, notice=tell
+    )
     click.echo(f"Wrote {written}.")

@@ -20,6 +20,7 @@ from sculptor.checkpoint.directory import check_modules, published_name, tell_le
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json
+from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.data.columns import Columns
 from sculptor.data.examples import resolve_max_length
@@ -35,6 +36,7 @@ from sculptor.model.load import LoadedModel, load_model, resolve_device
 from sculptor.model.queries import queries
 from sculptor.numerics.routing import make_key, mix, scores
 from sculptor.progress import Progress, silent
+from sculptor.training.settings import SaveDtype
 
 Mix = tuple[tuple[str, float], ...]
 _ROWS = 384  # of a task's, spread over all, that its key is of
@@ -197,14 +199,14 @@ def route(
     return report
 
 
-def mixed(bank: Bank, mix: Mix, name: str, old: Tensor) -> Tensor:
-    """A tensor of the base with what tasks add, in float64, rounded once."""
+def mixed(bank: Bank, mix: Mix, name: str, old: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the base with what tasks add, in float64, rounded once, to its own dtype unless to another."""
     total = old.to(torch.float64)
     for task, weight in mix:
         deltas = bank.deltas(task)
         if name in deltas.names:
             total = total + weight * deltas[name].whole()
-    return total.to(old.dtype)
+    return total.to(dtype or old.dtype)
 
 
 def export_task(
@@ -213,6 +215,7 @@ def export_task(
     task: str,
     output: str | Path,
     *,
+    save_dtype: SaveDtype = "keep",
     overwrite: bool = False,
     progress: Progress = silent,
     notice: Callable[[str], object] = lambda _: None,
@@ -224,9 +227,10 @@ def export_task(
         model: the checkpoint that it is of.
         task: which.
         output: directory to write.
+        save_dtype: dtype of the output; keep: that of the base, whatever the tuned checkpoint was in.
         overwrite: replace an existing output.
         progress: makes progress bars.
-        notice: told, in a line, what looks like weights and does not go along.
+        notice: told, in a line, what looks like weights and does not go along, and what narrow dtype the output has.
 
     Raises:
         SculptorError: if an input cannot be used, or the output cannot be written.
@@ -238,10 +242,16 @@ def export_task(
     check_apart(output, [opened.path, checkpoint.path])
     before = read_record(checkpoint.path)
     opened.check_base(checkpoint, progress)
-    edits: dict[str, Any] = {name: partial(mixed, opened, ((task, 1.0),), name) for name in deltas}
+    saved = None if save_dtype == "keep" else getattr(torch, save_dtype)
+    narrow = sorted({dtype_name(d) for name in deltas if (d := checkpoint.infos[name].dtype).itemsize < 4})
+    if saved is None and narrow:
+        notice(
+            f"what {task} changed is rounded to {', '.join(narrow)}, the base's dtype; --save-dtype float32 keeps more"
+        )
+    edits: dict[str, Any] = {name: partial(mixed, opened, ((task, 1.0),), name, dtype=saved) for name in deltas}
     with one_pass(output, command="bank export", overwrite=overwrite) as staged:
         bar = progress(total=checkpoint.num_bytes, desc="write", unit="B")
-        write_checkpoint(checkpoint, staged, edits, bar=bar)
+        write_checkpoint(checkpoint, staged, edits, dtype=saved, bar=bar)
         bar.close()
         found = next(one for one in opened.tasks if one.name == task)
         facts = {"task": asdict(found), "base": {"name": published_name(checkpoint.path), "identity": opened.base}}

@@ -49,10 +49,17 @@ def test_a_task_comes_back_to_rounding(cli: Callable[..., Result], place: Path, 
     for name in ("a", "b"):
         found = cli("bank", "export", place / "bank", place / "model", "--task", name, "-o", tmp_path / name)
         assert found.code == 0, found.err
+        assert f"what {name} changed is rounded to bfloat16, the base's dtype" in found.err
         back, tuned = (load_file(path / "model.safetensors") for path in (tmp_path / name, place / f"tuned-{name}"))
         for key, value in tuned.items():
             apart = float((back[key].double() - value.double()).norm())
             assert apart <= 1.5 * float(rounding_variance(value).sum()) ** 0.5, key
+    export = ("bank", "export", place / "bank", place / "model", "--task", "a", "--save-dtype", "float32")
+    assert "rounded to" not in cli(*export, "-o", tmp_path / "wide").err
+    wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("wide", "a"))
+    assert all(value.dtype == torch.float32 for value in wide.values())
+    assert all(torch.allclose(value, narrow[key].float(), rtol=2**-8) for key, value in wide.items())
+    assert any(not torch.equal(value, narrow[key].float()) for key, value in wide.items())
     record = json.loads((tmp_path / "a" / "sculptor.json").read_text())
     assert record["task"]["name"] == "a"
 
