@@ -296,6 +296,9 @@ def _restore(module: nn.Module, matrices: Sequence[ProtectedMatrix]) -> None:
 def merge(model: Any) -> Any:
     """Folds the coordinates of a protected model into its weights and removes them, in place.
 
+    Args:
+        model: that `protect` was called on.
+
     Returns:
         `model`, with its modules as they were before `protect`, and no trainable parameters.
 
