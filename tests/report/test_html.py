@@ -47,7 +47,7 @@ SHOWN = BAD.replace("\x00", "\\x00").replace("\u202e", "\\u202e").replace("\udcf
 SCARY = "<script>alert(1)&\"'.jsonl"
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "main", "header", "footer", "section", "article", "figure"),
-    *("figcaption", "details", "summary", "h1", "h2", "h3", "p", "div", "span", "small", "strong", "b", "i", "code", "pre"),
+    *("figcaption", "details", "summary", "h1", "h2", "h3", "p", "div", "span", "small", "strong", "b", "i", "code", "pre", "wbr"),
     *("ul", "ol", "li", "dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td", "svg", "line", "polyline", "polygon"),
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ class Read(HTMLParser):
             self.rows.append([])
         if tag in ("th", "td"):
             self.rows[-1].append("")
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
         if tag == "svg":
             assert given["role"] == "img"
