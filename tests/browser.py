@@ -104,5 +104,7 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         """The whole page, as far down as it goes."""
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        sizes = [self.said(f"document.documentElement.{size}") for size in ("clientWidth", "scrollHeight")]
+        clip = {"x": 0, "y": 0, "width": sizes[0], "height": sizes[1], "scale": 1}
+        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(found["data"]))

@@ -22,20 +22,22 @@ PAGES = (
     "train", "verify-passed", "verify-failed", "inspect", "inspect-later", "evaluate", "card", "continual-one", "continual-ten",
     "frontier",
 )  # fmt: skip
-# Both are of the contents of the element that holds the text; where it is seen behind others, that is an overlap of its own.
+# Of every element with text of its own: the contrast with the nearest background behind it (WCAG 2 asks for 4.5).
 PALE = """[...document.querySelectorAll('body *')].flatMap(e => {
   const text = [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.data.trim()).join('');
   if (!text || !e.getClientRects().length || e.closest('svg')) return [];
   const numbers = c => (c.match(/[\\d.]+/g) || []).map(Number);
   let behind = e, back = [];
-  while (behind && (back = numbers(getComputedStyle(behind).backgroundColor)).length == 4 && back[3] == 0) behind = behind.parentElement;
+  const seen = () => (back = numbers(getComputedStyle(behind).backgroundColor)).length < 4 || back[3] > 0;
+  while (behind && !seen()) behind = behind.parentElement;
   if (!behind) back = [255, 255, 255];
-  const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = c => c.slice(0, 3).reduce((sum, v, i) => sum + linear(v / 255) * [.2126, .7152, .0722][i], 0);
   const [a, b] = [light(numbers(getComputedStyle(e).color)), light(back)].sort((x, y) => y - x);
   const ratio = (a + .05) / (b + .05);
   return ratio < 4.5 ? [`${text.slice(0, 40)}: ${ratio.toFixed(2)}`] : [];
 })"""
+# Of every two lines of text that are near each other in a part of the page.
 OVERLAPS = """[...document.querySelectorAll('section, header')].flatMap(part => {
   const texts = [...part.querySelectorAll('*')].flatMap(e => {
     if (e.closest('svg') || !e.getClientRects().length) return [];
@@ -50,7 +52,8 @@ OVERLAPS = """[...document.querySelectorAll('section, header')].flatMap(part => 
   const found = [];
   for (let i = 0; i < texts.length; i++) for (let j = i + 1; j < texts.length && j < i + 400; j++) {
     const [[r, a, e], [s, b, f]] = [texts[i], texts[j]];
-    const wide = Math.min(r.right, s.right) - Math.max(r.left, s.left), high = Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top);
+    const wide = Math.min(r.right, s.right) - Math.max(r.left, s.left);
+    const high = Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top);
     const hidden = getComputedStyle(e).overflow == 'hidden' || getComputedStyle(f).overflow == 'hidden';
     if (e != f && wide > 2 && high > 4 && !hidden) found.push(`${a} | ${b}`);
   }
@@ -156,6 +159,19 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def browser() -> Iterator[Browser]:
     with Browser() as opened:
         yield opened
+
+
+def test_what_is_looked_for_is_seen(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "bad.html").write_text(
+        "<!doctype html><img src='file:///nowhere.png'><section><p style='color:#999'>pale words</p>"
+        "<p style='position:absolute;top:60px'>one of two</p><p style='position:absolute;top:62px'>two of two</p>"
+        "<div style='width:2000px'>wide</div></section>"
+    )
+    browser.open(tmp_path / "bad.html", 390, "light")
+    assert browser.requested() == ["file:///nowhere.png"]
+    assert [found[:10] for found in browser.said(PALE)] == ["pale words"]
+    assert "one of two | two of two" in browser.said(OVERLAPS)
+    assert browser.said("document.documentElement.scrollWidth") >= 2000
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
