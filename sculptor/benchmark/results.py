@@ -99,7 +99,7 @@ class ContinualReport:
         metrics: AA, BWT, LA and FWT of it.
         stages: what was measured of every model, the base first.
         watch_rise: of the loss on the watched texts, from the base to the end.
-        harm: KL(base || last) in nats a token, at least, on samples of the base that nothing depended on; None if there are none.
+        harm: KL(base || last) in nats a token on samples of the base that nothing depended on; None if there are none.
     """
 
     output: Path
@@ -185,7 +185,7 @@ def _figures(report: ContinualReport) -> list[tuple[str, str]]:
         ("average", f"{scale * metrics.average:.3f} {unit}"),
         *([] if metrics.backward is None else [("backward transfer", f"{abs(scale) * metrics.backward:+.3f}")]),
         *rise,
-        *([] if harm is None else [(HARM, f"{harm.nats:.4f} ± {harm.error:.4f} nats per token, at least")]),
+        *([] if harm is None else [(HARM, f"{harm.nats:.4f} ± {harm.error:.4f} nats per token")]),
     ]
 
 
