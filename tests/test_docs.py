@@ -153,7 +153,6 @@ def test_recipes_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatc
             assert not (result.code and result.err.startswith("error")), command + result.err
 
 
-@pytest.mark.slow
 def test_messages_are_as_the_page_has_them(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
