@@ -28,7 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fault_points import FAULTS, Command, Fault, Tried, Undisturbed, forked, fresh, try_point, undisturbed
+from fault_points import Command, Tried, Undisturbed, try_point, undisturbed
+from fault_process import FAULTS, Fault, forked, fresh
 from tqdm import tqdm
 
 from sculptor.checkpoint.architecture import inspect_architecture
