@@ -31,7 +31,8 @@ import few_samples  # noqa: F401
 import torch
 from sculptor_cli.main import run
 
-FAULTS = ("ENOSPC", "EIO", "SIGKILL")
+# FULL: ENOSPC from there on, of everything that would need room.
+FAULTS = ("ENOSPC", "EIO", "SIGKILL", "FULL")
 _PATIENCE = 300  # seconds, after which something hangs
 torch.set_num_threads(1)  # threads do not survive a fork, and whoever imports this may have imported torch before
 
@@ -85,19 +86,22 @@ class Injector:
         base = os.getcwd() if folder < 0 else os.readlink(f"/proc/self/fd/{folder}")
         return os.path.join(base, os.fsdecode(path)).startswith(self.root)
 
-    def due(self) -> bool:
+    def due(self, needs_room: bool = True) -> bool:
         self.count += 1
+        if self.count == self.fault.at:
+            os.close(os.open(self.hit, os.O_CREAT))
+        if self.fault.kind == "FULL":
+            return needs_room and self.count >= self.fault.at > 0
         return self.count == self.fault.at
 
     def fail(self) -> NoReturn:
-        os.close(os.open(self.hit, os.O_CREAT))
         if self.fault.kind == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
-        code = getattr(errno, self.fault.kind)
+        code = errno.EIO if self.fault.kind == "EIO" else errno.ENOSPC
         raise OSError(code, os.strerror(code))
 
-    def point(self) -> None:
-        if self.due():
+    def point(self, needs_room: bool = True) -> None:
+        if self.due(needs_room):
             self.fail()
 
     def install(self) -> None:
@@ -121,7 +125,7 @@ class Injector:
             elif event in watched:
                 place = watched[event]
                 if self.inside(arguments[0], -1 if place is None else arguments[place]):
-                    self.point()
+                    self.point(event in ("os.mkdir", "os.link", "os.symlink"))
 
         sys.addaudithook(audit)
         plain_open, injector = builtins.open, self

@@ -1,12 +1,14 @@
-"""A full disk, a failing one and SIGKILL at every file operation of small runs of all commands that write, which are then taken up.
+"""ENOSPC, EIO and SIGKILL at every file operation of small runs of all commands that write, which are then taken up.
 
     python tests/benchmarks/faults.py DIR [--model DIR] [--output FILE] [--deadline SECONDS] [--jobs N] [--fresh N]
-        [--command NAME]... [--fault ENOSPC|EIO|SIGKILL]... [--every N] [--at N]... [--again]
+        [--command NAME]... [--fault ENOSPC|EIO|SIGKILL|FULL]... [--every N] [--at N]... [--again]
 
 Each point runs the real command line in a process of its own, forked from one that has imported everything. It has to end in one
 line of ours, or be gone; what is then in its place has to be whole; and the same command with --resume (or --overwrite, or as it
 was, where there is neither) has to leave what an undisturbed run leaves: every tensor, every byte of files that are the same in two
 undisturbed runs, and nothing beside it. A few points of each command are tried in new processes, too, and have to end alike.
+
+FULL is a disk that stays full: from the point on all that needs room fails.
 
 Results are lines of FILE, and a second call tries what is not there yet. Ends with a table, and 1 unless every point is fine.
 """
@@ -166,7 +168,7 @@ def points_of(name: str, count: int, options: argparse.Namespace) -> Iterator[Po
     """Those that are asked for: every one in a fork, and some in a new process."""
     chosen = options.at or range(1, count + 1, options.every)
     apart = {max(1, round(count * (i + 1) / (options.fresh + 1))) for i in range(options.fresh)}
-    for kind in options.fault or FAULTS:
+    for kind in options.fault or FAULTS[:3]:
         yield from (Point(name, kind, at, False) for at in chosen)
         yield from (Point(name, kind, at, True) for at in sorted(apart))
 
@@ -219,7 +221,7 @@ def main() -> None:
         "--fresh", type=int, default=1, help="points of each command and fault also tried in new processes"
     )
     parser.add_argument("--command", action="append", choices=COMMANDS, help="repeatable [default: all]")
-    parser.add_argument("--fault", action="append", choices=FAULTS, help="repeatable [default: all]")
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="repeatable [default: all but FULL]")
     parser.add_argument("--every", type=int, default=1, help="only every so many points")
     parser.add_argument("--at", type=int, action="append", help="only this point; repeatable")
     parser.add_argument("--again", action="store_true", help="try once more what failed in an earlier call")
