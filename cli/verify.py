@@ -34,7 +34,7 @@ from .options import (
 @click.option(
     "--harm",
     is_flag=True,
-    help="Run TUNED, too, and measure harm on the archive's samples: KL(first base || TUNED), a lower bound. Decides nothing.",
+    help="Run TUNED, too, and measure harm on the archive's samples: KL(first base || TUNED). Decides nothing.",
 )
 @html_option
 @overwrite_option

@@ -86,7 +86,7 @@ class ContinualReport:
         metric: what the matrix is made of: accuracy, exact_match, or loss (negative, so that more is better).
         matrix: R, the base first, a column per task.
         watch_rise: of the loss on the watched texts, from the base to the end.
-        harm: KL(base || last) in nats a token, at least, on samples of the base that nothing depended on; None if there are none.
+        harm: KL(base || last) in nats a token on samples of the base that nothing depended on; None if there are none.
     """
 
     output: Path
@@ -172,7 +172,7 @@ def _figures(report: ContinualReport) -> list[tuple[str, str]]:
         ("average", f"{scale * metrics.average:.3f} {unit}"),
         *([] if metrics.backward is None else [("backward transfer", f"{abs(scale) * metrics.backward:+.3f}")]),
         *rise,
-        *([] if harm is None else [(HARM, f"{harm.nats:.4f} ± {harm.error:.4f} nats per token, at least")]),
+        *([] if harm is None else [(HARM, f"{harm.nats:.4f} ± {harm.error:.4f} nats per token")]),
     ]
 
 

@@ -181,7 +181,7 @@ def failures(
             continue
         exact = threshold.name == LEAK or not strict
         value = found.mean if exact else found.high if threshold.above else found.low
-        if value > threshold.value if threshold.above else value < threshold.value:
+        if not (value <= threshold.value if threshold.above else value >= threshold.value):  # no number passes nothing
             end = "" if exact else ", the interval's end"
             failed.append(f"{threshold.text}: found {value:+.4g}{unit}{end}")
     return tuple(failed)

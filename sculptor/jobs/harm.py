@@ -24,7 +24,7 @@ def harm(
     samples: Literal["reporting", "steering"] = "reporting",
     rules: Kinds | None = None,
 ) -> Harm:
-    """KL(base || model) in nats a token on samples of the first base, at least; the model is left as it was.
+    """KL(base || model) in nats a token on samples of the first base; the model is left as it was.
 
     Args:
         model: a causal transformers model, protected, merged or streamed.

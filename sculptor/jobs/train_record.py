@@ -109,9 +109,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     )
     losses = [("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f}{unit}")]
     losses = [] if math.isnan(loop.last_loss) else losses
-    harm = (
-        [] if loop.harm is None else [(HARM, f"{loop.harm.nats:.4f} ± {loop.harm.error:.4f} nats per token, at least")]
-    )
+    harm = [] if loop.harm is None else [(HARM, f"{loop.harm.nats:.4f} ± {loop.harm.error:.4f} nats per token")]
     opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []
     return [
         ("rows", f"{report.num_examples:,}, {report.num_dropped:,} dropped, {report.num_cut:,} cut"),

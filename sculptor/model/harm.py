@@ -1,4 +1,4 @@
-"""Harm: KL(base || new) in nats a token on the base's own samples, a lower bound from what is kept of the base's predictions.
+"""Harm: KL(base || new) in nats a token on the base's own samples, from what is kept of the base's predictions.
 
 Sequences are independent, tokens of one are not, so its standard error is that of a ratio of sums (`sculptor.numerics.ratio`).
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sculptor.data.batches import collate
 from sculptor.model.loss import predictions
-from sculptor.model.samples import ROWS, Sample
-from sculptor.numerics.divergence import Truncated, truncated_divergence
+from sculptor.model.samples import ROWS, Sample, joined
+from sculptor.numerics.divergence import estimated_divergence
 from sculptor.numerics.ratio import ratio_of_sums
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative
 from sculptor.world import ALONE, World
@@ -24,7 +24,7 @@ class Harm:
     """What was measured.
 
     Attributes:
-        nats: KL(base || new) a token, at least.
+        nats: KL(base || new) a token.
         error: its standard error, over samples.
         num_samples: sequences, with `num_tokens` predictions.
     """
@@ -94,6 +94,5 @@ def measure_harm(
 def sample_losses(model: Any, samples: Sequence[Sample], device: torch.device, pad_id: int = 0) -> Tensor:
     """The sum of KL(base || new) over each sample's tokens (rows,), float64; carries the graph where there is one."""
     batch = collate([sample.example for sample in samples], pad_id).to(device)
-    base = Truncated(*(torch.cat(parts).to(device) for parts in zip(*(each.base for each in samples), strict=True)))
-    found = truncated_divergence(base, predictions(model, batch, "causal")).double()
+    found = estimated_divergence(joined(samples, device), predictions(model, batch, "causal")).double()
     return torch.stack([part.sum() for part in torch.split(found, [len(each.base.ids) for each in samples])])

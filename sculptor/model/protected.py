@@ -1,7 +1,7 @@
 """Texts that were protected by name, in an archive's section: some sequences of each, what the base predicted, and its loss there.
 
 Sequences that nothing was calibrated on, where a file has enough rows. On them a tuned model shows what became of the name: the
-rise of its loss, and KL(base || new), a lower bound as on samples (`sculptor.model.harm`).
+rise of its loss, and KL(base || new), as on samples (`sculptor.model.harm`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,8 @@ from sculptor.errors import ArchiveError
 from sculptor.model.harm import NamedHarm, harm_of
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import predictions
-from sculptor.model.samples import KEPT, Sample, num_predicted, parse_tensors, tensors_of
-from sculptor.numerics.divergence import Truncated, truncate, truncated_divergence
+from sculptor.model.samples import DRAWN, KEPT, Sample, joined, num_predicted, parse_tensors, samples_of, tensors_of
+from sculptor.numerics.divergence import estimated_divergence, truncate
 from sculptor.numerics.ratio import ratio_of_sums
 
 SECTION = "protected"
@@ -60,16 +60,16 @@ def _within(examples: Sequence[Example]) -> Iterator[Example]:
 
 
 @torch.no_grad()
-def describe_protected(loaded: LoadedModel, name: str, examples: Sequence[Example]) -> Protected:
-    """Sequences with what the model predicts there, and its loss."""
+def describe_protected(loaded: LoadedModel, name: str, examples: Sequence[Example], seed: int = 0) -> Protected:
+    """Sequences with what the model predicts there, and its loss; `seed` as in `sculptor.model.samples.describe`."""
     loaded.model.eval()
-    samples, losses = [], []
+    generator = torch.Generator(loaded.device).manual_seed(seed)
+    samples: list[Sample] = []
+    losses: list[float] = []
     for group in _groups([example.length for example in examples]):
         chosen = [examples[i] for i in group]
         logits, labels, counts = _read(loaded.model, chosen, loaded.device, loaded.pad_id)
-        known = truncate(logits, KEPT)
-        parts = zip(chosen, *(torch.split(each.cpu(), counts) for each in known), strict=True)
-        samples += [Sample(example, Truncated(ids, values)) for example, ids, values in parts]
+        samples += samples_of(chosen, truncate(logits, KEPT, DRAWN, generator))
         losses += _sums(cross_entropy(logits.float(), labels, reduction="none"), counts)
     return Protected(name, tuple(samples), tuple(losses))
 
@@ -83,8 +83,7 @@ def measure_protected(model: Any, kept: Protected, device: torch.device, *, pad_
     for group in _groups([sample.example.length for sample in kept.samples]):
         chosen = [kept.samples[i] for i in group]
         logits, labels, counts = _read(model, [sample.example for sample in chosen], device, pad_id)
-        base = Truncated(*(torch.cat(parts).to(device) for parts in zip(*(each.base for each in chosen), strict=True)))
-        apart += _sums(truncated_divergence(base, logits), counts)
+        apart += _sums(estimated_divergence(joined(chosen, device), logits), counts)
         found = _sums(cross_entropy(logits.float(), labels, reduction="none"), counts)
         rises += [now - kept.losses[i] for i, now in zip(group, found, strict=True)]
     counts = [len(sample.base.ids) for sample in kept.samples]

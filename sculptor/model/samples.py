@@ -1,7 +1,7 @@
 """A few dozen of the base's own sequences, with what it predicted there: what harm is measured on, in an archive's section.
 
 Half of them steer a training, the other half only report: no step ever depends on these. Of every prediction the likeliest
-tokens are kept and the mass of the rest, so the base is not needed again (`sculptor.numerics.divergence`).
+tokens are kept, and some drawn from the rest, so the base is not needed again (`sculptor.numerics.divergence`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from sculptor.progress import Progress
 
 SECTION = "samples"
 SUFFIX = ".safetensors"
-# Some 128 sequences, or 85 conversations: two MB. docs/harm.md has how far the bound is from the whole with so many kept.
+# Some 128 sequences, or 85 conversations: two MB.
 TOKENS = 8192
 # On a CPU, where sampling takes as long as the rest of an analysis: tokens times parameters, and the fewest tokens.
 _CPU_WORK = 4e11
@@ -33,10 +33,13 @@ _CPU_TOKENS = 2048
 LENGTH = 64
 CHAT_LENGTH = 96  # beside what a chat template adds; at least half of it is the answer, which alone carries loss
 KEPT = 64
+DRAWN = 16  # of all other tokens; docs/harm.md has what either number is worth
 _FEWEST = 4  # two that steer and two that report: a figure of one would have no error
 ROWS = 8  # at a time, when they are measured
 _FIELDS = {"input_ids": (torch.int32, 1), "has_loss": (torch.bool, 1), "lengths": (torch.int32, 1),
-           "top_ids": (torch.int32, 2), "log_probabilities": (torch.float32, 2)}  # fmt: skip
+           "top_ids": (torch.int32, 2), "log_probabilities": (torch.float32, 2),
+           "drawn_ids": (torch.int32, 2), "log_shares": (torch.float32, 2)}  # fmt: skip
+_DRAWN = ("drawn_ids", "log_shares")  # which archives of before did not have: of these, harm is a lower bound
 
 
 class Sample(NamedTuple):
@@ -88,7 +91,7 @@ def draw_samples(
     examples = tuple(example for example in examples if num_predicted(example))
     if len(examples) < _FEWEST:
         raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")
-    return describe(loaded, examples, kept)
+    return describe(loaded, examples, seed, kept)
 
 
 def tokens_to_draw(loaded: LoadedModel) -> int:
@@ -100,18 +103,30 @@ def tokens_to_draw(loaded: LoadedModel) -> int:
 
 
 @torch.no_grad()
-def describe(loaded: LoadedModel, examples: Sequence[Example], kept: int | None = None) -> Samples:
-    """Sequences with what the model predicts there."""
+def describe(loaded: LoadedModel, examples: Sequence[Example], seed: int = 0, kept: int | None = None) -> Samples:
+    """Sequences with what the model predicts there; `seed` is of the tokens drawn from what is not kept."""
     found: list[Sample] = []
     loaded.model.eval()
+    generator = torch.Generator(loaded.device).manual_seed(seed)
     for start in range(0, len(examples), ROWS):
         chosen = examples[start : start + ROWS]
         batch = collate(chosen, loaded.pad_id).to(loaded.device)
-        known = truncate(predictions(loaded.model, batch, "causal"), kept or KEPT)
-        counts = list(map(num_predicted, chosen))
-        parts = zip(chosen, *(torch.split(each.cpu(), counts) for each in known), strict=True)
-        found += [Sample(example, Truncated(ids, values)) for example, ids, values in parts]
+        found += samples_of(
+            chosen, truncate(predictions(loaded.model, batch, "causal"), kept or KEPT, DRAWN, generator)
+        )
     return Samples(tuple(found))
+
+
+def samples_of(examples: Sequence[Example], known: Truncated) -> Iterator[Sample]:
+    """Sequences, each with its part of what was predicted in all of them."""
+    counts = list(map(num_predicted, examples))
+    parts = zip(*(torch.split(each.cpu(), counts) for each in known), strict=True)
+    return (Sample(example, Truncated(*part)) for example, part in zip(examples, parts, strict=True))
+
+
+def joined(samples: Sequence[Sample], device: torch.device) -> Truncated:
+    """What the base predicted in all of them, one after the other."""
+    return Truncated(*(torch.cat(parts).to(device) for parts in zip(*(each.base for each in samples), strict=True)))
 
 
 def num_predicted(example: Example) -> int:
@@ -138,13 +153,15 @@ def write_samples(samples: Samples) -> bytes:
 def tensors_of(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Samples as tensors; `parse_tensors` reads them."""
     examples = [sample.example for sample in samples]
-    return {
+    found = {
         "input_ids": torch.tensor([token for each in examples for token in each.input_ids], dtype=torch.int32),
         "has_loss": torch.tensor([label != IGNORED for each in examples for label in each.labels]),
         "lengths": torch.tensor([each.length for each in examples], dtype=torch.int32),
         "top_ids": torch.cat([sample.base.ids for sample in samples]),
         "log_probabilities": torch.cat([sample.base.log_probabilities for sample in samples]),
     }
+    drawn = (torch.cat([sample.base.drawn for sample in samples]), torch.cat([s.base.log_shares for s in samples]))
+    return found | dict(zip(_DRAWN, drawn, strict=True)) if drawn[0].shape[1] else found
 
 
 def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | None:
@@ -191,6 +208,8 @@ def parse_tensors(tensors: Mapping[str, Tensor], vocab_size: int | None) -> tupl
 
 
 def _parse(tensors: Mapping[str, Tensor], vocab_size: int | None) -> Iterator[Sample]:
+    nothing = torch.zeros(len(tensors.get("top_ids", ())), 0)
+    tensors = {"drawn_ids": nothing.to(torch.int32), "log_shares": nothing, **tensors}
     _check(tensors, vocab_size)
     lengths = tensors["lengths"].tolist()
     at = 0
@@ -201,7 +220,7 @@ def _parse(tensors: Mapping[str, Tensor], vocab_size: int | None) -> Iterator[Sa
         if not count or at + count > len(tensors["top_ids"]):
             raise ValueError("predictions do not go with the sequences")
         chosen = slice(at, at + count)
-        yield Sample(example, Truncated(tensors["top_ids"][chosen], tensors["log_probabilities"][chosen]))
+        yield Sample(example, Truncated(*(tensors[name][chosen] for name in list(_FIELDS)[3:])))
         at += count
     if at != len(tensors["top_ids"]):
         raise ValueError("more predictions than tokens")
@@ -219,12 +238,13 @@ def _check(tensors: Mapping[str, Tensor], vocab_size: int | None) -> None:
     num_tokens = len(tensors["input_ids"])
     if len(lengths) < 2 or int(lengths.min()) < 2 or int(lengths.sum()) != num_tokens:
         raise ValueError("lengths do not go with the tokens")
-    if len(tensors["has_loss"]) != num_tokens or values.shape != (
-        len(tensors["top_ids"]),
-        tensors["top_ids"].shape[1] + 1,
-    ):
+    rows, kept = tensors["top_ids"].shape
+    drawn, shares = (tensors[name] for name in _DRAWN)
+    if len(tensors["has_loss"]) != num_tokens or values.shape != (rows, kept + 1) or len(drawn) != rows:
         raise ValueError("tensors do not go with each other")
-    ids = torch.cat([tensors["input_ids"], tensors["top_ids"].flatten()])
+    if drawn.shape != shares.shape or not bool((shares <= 1e-3).all()) or not bool(shares.isfinite().all()):
+        raise ValueError("shares that are none")
+    ids = torch.cat([tensors["input_ids"], tensors["top_ids"].flatten(), drawn.flatten()])
     least, largest = int(ids.min()), int(ids.max())
     if least < 0 or (vocab_size is not None and largest >= vocab_size):
         raise ValueError(f"ids from {least} to {largest}, the model has {vocab_size} embeddings")

@@ -87,7 +87,7 @@ def line_row(line: Line) -> list[str]:
 
 def harm_line(harm: Harm) -> str:
     """What harm is, and of how much."""
-    return f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || tuned) at least, on {harm.num_samples} samples"
+    return f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || tuned), on {harm.num_samples} samples"
 
 
 def leak_line(leak: Leak) -> str:

@@ -47,7 +47,7 @@ def harm_text(stage: Stage) -> str:
 
 def harm_line(harm: Harm) -> str:
     """What the last stage's harm is, and of what."""
-    return f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || new) at least, on {harm.num_samples:,} samples"
+    return f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || new), on {harm.num_samples:,} samples"
 
 
 def score_text(report: ContinualReport, value: float) -> str:

@@ -196,7 +196,7 @@ def harm_lines(
     """What a model lost of its first base's own predictions."""
     if harm is None:
         return []
-    found = f"{harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || new) at least, on {harm.num_samples} samples"
+    found = f"{harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || new), on {harm.num_samples} samples"
     lines = [f"Harm to what the first base says by itself: {found}."]
     if steering is not None and limit is not None:
         lines.append(f"On the samples that steered it: {steering:.4f}, of {limit:g} allowed (--max-harm).")

@@ -17,6 +17,7 @@ from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data
 from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.refusals import PHRASES
+from sculptor.evaluation.rows import check_finite
 from sculptor.evaluation.series import Figure, Reading, Series, change
 from sculptor.jobs.card_report import (
     HARM,
@@ -124,6 +125,10 @@ def card(
             kept = () if archive is None else read_protected(archive, loaded.architecture.vocab_size)
             named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in kept]
             series = {each.name: each.of(loaded, reading, progress) for each in measures}
+            figures = [("samples", harm.nats), *((each.name, each.harm.nats) for each in named)] if harm else []
+            figures += [(name, each.mean.mean) for name, found in series.items() for each in found]
+            for name, figure in figures:
+                check_finite(loaded.checkpoint.path, name, figure)
             return _Found(series, harm, samples, tuple(named))
 
     before = measure(base, None)

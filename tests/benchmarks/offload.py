@@ -83,6 +83,10 @@ class RandomArchive(Mapping[str, MatrixRecord]):
         made = {key: self._basis(record.tensors[key], shape) for key, shape in record.rule.stored().items()}
         return Entry(record, made)
 
+    identity = "random"
+
+    def check_capacity(self) -> None: ...
+
     def _basis(self, name: str, shape: Any) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         return torch.linalg.qr(torch.randn(shape, generator=generator, device=self.device)).Q

@@ -23,8 +23,8 @@ ANALYSES = {
     "weights input": ["--basis", "weights", "--preserve", "0.5", "--constraint", "input"],
     "weights core": ["--basis", "weights", "--preserve", "0.5", "--constraint", "core"],
     "random double": ["--basis", "random", "--preserve", "0.5"],
-    "inputs": ["--basis", "inputs", "--calibration-tokens", "4000", "--data", "TEXT"],
-    "curvature": ["--basis", "curvature", "--calibration-tokens", "4000", "--data", "TEXT"],
+    "inputs": ["--basis", "inputs", "--calibration-tokens", "4000", "--data", "TEXT", "--no-samples"],
+    "curvature": ["--basis", "curvature", "--calibration-tokens", "4000", "--data", "TEXT", "--no-samples"],
 }
 TRAIN = [
     "--learning-rate",

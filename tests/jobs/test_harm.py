@@ -105,7 +105,7 @@ def test_harm_is_measured_and_told_everywhere(cli: Callable[..., Result], made: 
     ).json
     assert verified["harm"]["nats"] == pytest.approx(harm["nats"], rel=1e-4)
     shown = cli("verify", made / "model", out, "--subspaces", made / "archive", "--harm", "--device", "cpu")
-    assert "KL(base || new) at least" in shown.out
+    assert "KL(base || new), on" in shown.out
     assert (
         cli("verify", made / "model", out, "--subspaces", made / "archive", "--device", "cpu", "--json").json["harm"]
         is None
@@ -169,12 +169,16 @@ def test_damaged_samples_are_refused(made: Path, tmp_path: Path) -> None:
     content = archive.section("samples")
     assert content is not None
     tensors = load(content)
+    of_predictions = ("top_ids", "log_probabilities", "drawn_ids", "log_shares")
     faults = {
         "of another form": {**tensors, "lengths": tensors["lengths"].float()},
         "lengths do not": {**tensors, "lengths": tensors["lengths"][1:].contiguous()},
         "the model has 64": {**tensors, "top_ids": tensors["top_ids"] + 60},
         "add up to 1": {**tensors, "log_probabilities": tensors["log_probabilities"] - 1},
-        "predictions": {**tensors, **{k: tensors[k][1:].contiguous() for k in ("top_ids", "log_probabilities")}},
+        "predictions": {**tensors, **{k: tensors[k][1:].contiguous() for k in of_predictions}},
+        "go with each other": {**tensors, "drawn_ids": tensors["drawn_ids"][1:].contiguous()},
+        "shares": {**tensors, "log_shares": tensors["log_shares"] + 9},
+        "ids from": {**tensors, "drawn_ids": tensors["drawn_ids"] - 99},
         "unknown": {**tensors, "more": torch.zeros(1)},
     }
     for i, (message, changed) in enumerate(faults.items()):
