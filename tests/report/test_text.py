@@ -84,11 +84,8 @@ def test_a_picture_is_drawn_whole_or_not_at_all(
     assert "unknown picture format" in wrong.err
     before, names = (tmp_path / "p.png").read_bytes(), sorted(tmp_path.iterdir())
     request.getfixturevalue("small_disk")
-    for picture in ("p.png", "q.png"):
-        failed = cli(
-            "inspect", made["archive"], "--plot", tmp_path / picture, "--overwrite", "--html", tmp_path / "x.html"
-        )
-        assert (failed.code, failed.err.count("error: "), "cannot write" in failed.err) == (1, 1, True)
+    failed = cli("inspect", made["archive"], "--plot", tmp_path / "p.png", "--overwrite", "--html", tmp_path / "x.html")
+    assert (failed.code, failed.err.count("error: "), "cannot write" in failed.err) == (1, 1, True)
     assert ((tmp_path / "p.png").read_bytes(), sorted(tmp_path.iterdir())) == (before, names)
 
 
