@@ -44,9 +44,9 @@ def end_answers_at(tokenizer: Any, stops: Collection[int]) -> None:
 
     Args:
         tokenizer: whose `answer_end` it becomes; it renders and writes as before.
-        stops: ids at which generation stops, the most usual first; what is no special token is none.
+        stops: ids at which generation stops, the most usual first; what is no special token, or the unknown one, is none.
     """
-    special = [token for token in stops if token in special_ids(tokenizer)]
+    special = [token for token in stops if token in special_ids(tokenizer) - {tokenizer.unk_token_id}]
     if special and tokenizer.eos_token_id not in special:
         tokenizer.answer_end_id = special[0]
 

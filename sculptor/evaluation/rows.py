@@ -39,7 +39,13 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """The loss on one of the watched texts."""
+    """The loss on one of the watched texts.
+
+    Attributes:
+        name: of the text.
+        loss: nats a token; `perplexity` exp(loss).
+        num_tokens: that the loss is over.
+    """
 
     name: str
     loss: float

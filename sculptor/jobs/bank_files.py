@@ -54,7 +54,15 @@ TaskName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w-]+$
 
 @dataclass(frozen=True, slots=True)
 class BankTask:
-    """One task: its file, the rows that its key is of, how many tensors it changes, and what is kept of ||dW||."""
+    """One task of a bank.
+
+    Attributes:
+        name: of the task.
+        file: in the bank, of `num_bytes` bytes with the digest `sha256`.
+        rows: that its key is of.
+        num_tensors: how many tensors of the base it changes.
+        kept: share of ||dW|| that is kept.
+    """
 
     __pydantic_config__ = STRICT
 

@@ -25,7 +25,7 @@ from sculptor.progress import Progress
 
 SECTION = "samples"
 SUFFIX = ".safetensors"
-# Some 128 sequences, or 85 conversations: two MB.
+# Some 128 sequences, or 85 conversations: three MB.
 TOKENS = 8192
 # On a CPU, where sampling takes as long as the rest of an analysis: tokens times parameters, and the fewest tokens.
 _CPU_WORK = 4e11

@@ -69,7 +69,10 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         output: directory of the merged checkpoint at the end, with the updated archive in `subspaces/`.
         data: rows of the task as `train` takes them, where the archive goes on by what they measure [default: the trainer's
             own rows].
-        carry, memory_rows, memory_weight, save_dtype: as in `TrainSettings`.
+        carry: how the archive goes on, as in `TrainSettings`.
+        memory_rows: rows whose moments are merged in, as there; `memory_weight` their weight.
+        memory_weight: against those of one earlier source, as there.
+        save_dtype: dtype of the output, as there.
         at_save: write `merged/` into each of the trainer's own checkpoints, too.
         overwrite: replace an existing output.
         rules: kinds of rules beside sculptor's own.

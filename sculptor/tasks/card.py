@@ -95,6 +95,9 @@ def card(
         progress: makes progress bars.
         notice: told, in a line, what is left out, and what form of data was recognised.
 
+    Returns:
+        Every figure before and after with its interval, and whether all thresholds are satisfied.
+
     Raises:
         SculptorError: if an input cannot be used, or a threshold names nothing that is measured.
     """

@@ -70,6 +70,9 @@ def edit(
         progress: makes progress bars.
         rules: kinds of rules beside sculptor's own.
 
+    Returns:
+        How much of the difference stays, by role and in all, and what was tried to choose it.
+
     Raises:
         SculptorError: if an input cannot be used, settings contradict each other, or the output cannot be written.
     """

@@ -93,6 +93,9 @@ def evaluate(
         progress: makes progress bars.
         notice: told, in a line, what form of data was recognised.
 
+    Returns:
+        Losses in nats a token, shares from 0 to 1; what does not apply is None.
+
     Raises:
         SculptorError: if the checkpoint or the data cannot be used.
     """

@@ -42,6 +42,7 @@ def test_only_special_tokens_end_anything() -> None:
         ((MASK, END), END),
         ((9, MASK), MASK),
         ((9,), END),
+        ((3,), END),
         ((999,), END),
     ):
         tokenizer = make_tokenizer()

@@ -6,6 +6,7 @@ lets a browser neither fetch nor run anything.
 
 import html
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,9 @@ from sculptor.errors import OutputError, SettingsError
 from sculptor.jobs.readme import is_hub_name
 from sculptor.report.html.style import STYLE
 
-_VOID = ("meta", "br")
+_VOID = ("meta", "br", "wbr")
+_TENSOR = re.compile(r"[\w-]+(\.[\w-]+){2,}")
+_MOST_SHOWN = 12
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SUFFIXES = (".html", ".htm")
 
@@ -109,7 +112,8 @@ def tiles(entries: Iterable[tuple[str, str, str | None]]) -> Markup:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, *, prose: bool = False) -> Markup:
     """A table of text; the first column names the row."""
     body = [
-        element("tr", element("th", row[0], scope="row"), [element("td", value) for value in row[1:]]) for row in rows
+        element("tr", element("th", _breakable(row[0]), scope="row"), [element("td", value) for value in row[1:]])
+        for row in rows
     ]
     columns = element("thead", element("tr", [element("th", name, scope="col") for name in head]))
     return scrolled(
@@ -129,7 +133,21 @@ def details(summary: str, *children: Child) -> Markup:
 
 def listed(items: Sequence[str]) -> Markup:
     """A list of names or sentences."""
-    return element("ul", [element("li", item) for item in items])
+    return element("ul", [element("li", _breakable(item)) for item in items])
+
+
+def listed_shortly(items: Sequence[str]) -> Child:
+    """A list whose end is folded away where it is long."""
+    rest = items[_MOST_SHOWN:]
+    return [listed(items[:_MOST_SHOWN]), details(f"{len(rest)} more", listed(rest)) if rest else None]
+
+
+def _breakable(text: str) -> Child:
+    """The name of a tensor may go on in the next line behind a dot, rather than anywhere."""
+    if not _TENSOR.fullmatch(text):
+        return text
+    first, *rest = text.split(".")
+    return [first, [[".", element("wbr"), part] for part in rest]]
 
 
 def check_page(
