@@ -7,11 +7,10 @@ from typing import Any
 from sculptor.archive.store import Archive
 from sculptor.benchmark.frontier import HARM, Frontier
 from sculptor.benchmark.results import ContinualReport
-from sculptor.checkpoint.staging import writing
 from sculptor.distribution import extra
 from sculptor.errors import SettingsError
 from sculptor.methods.rule import Directed
-from sculptor.report.html.page import check_place
+from sculptor.report.html.page import check_place, replacing
 
 
 def require_matplotlib() -> None:
@@ -68,8 +67,7 @@ def plot_matrix(report: ContinualReport, path: Path) -> None:
             color = "white" if dark == percent else "black"
             axes.text(x, y, f"{value:.1f}" if percent else f"{value:.2f}", ha="center", va="center", color=color)
     figure.colorbar(image, ax=axes)
-    with writing(path):
-        figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def plot_frontier(found: Frontier, path: Path) -> None:
@@ -108,8 +106,7 @@ def plot_frontier(found: Frontier, path: Path) -> None:
     axes.set_title(f"{', '.join(found.tasks)}: up is better, left is safer")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with writing(path):
-        figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def plot_archive(archive: Archive, path: Path) -> None:
@@ -131,8 +128,13 @@ def plot_archive(archive: Archive, path: Path) -> None:
     spectra, heat = figure.subplots(1, 2, width_ratios=[1.1, 1])
     _draw_spectra(spectra, archive)
     _draw_heat_map(figure, heat, archive)
-    with writing(path):
-        figure.savefig(path, dpi=130)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=130)
 
 
 def middles(archive: Archive) -> dict[str, str]:

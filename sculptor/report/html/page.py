@@ -7,8 +7,8 @@ lets a browser neither fetch nor run anything.
 import html
 import os
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sculptor import __version__
@@ -208,10 +208,21 @@ def write_file(path: Path, content: str) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the name of a file to be written beside a file's place, which it then takes, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
-            temporary.write_text(content, encoding="utf-8")
+            yield temporary
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
