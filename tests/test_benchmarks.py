@@ -47,7 +47,7 @@ def test_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     text = write_rows(tmp_path / "text.jsonl", task_rows("text", 6))
     run(
         monkeypatch, "harm.py", model, "--data", data.parent, "--output", tmp_path / "out", "--tasks", "task", "--limits", 0.01,
-        "--free", 1, 2, "--watch", text, "--rows", 24, "--batch-size", 8, "--epochs", 1,
+        "--free", 1, 2, "--watch", text, "--rows", 24, "--batch-size", 8, "--epochs", 1, "--max-length", 48,
     )  # fmt: skip
     said = capsys.readouterr().out
     assert "1 runs with a limit" in said
