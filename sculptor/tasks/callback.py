@@ -5,7 +5,6 @@ save and at the end: merged checkpoint, updated archive and record, verified bef
 """
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -57,7 +56,6 @@ _TOLD = (
     "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "seed", "bf16", "fp16", "beta", "loss_type",
 )  # fmt: skip
 MERGED_NAME = "merged"
-_LOG = logging.getLogger("sculptor")
 
 
 class SculptorCallback(TrainerCallback):  # type: ignore[misc]
@@ -103,7 +101,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         overwrite: bool = False,
         rules: Kinds | None = None,
         progress: Progress = silent,
-        notice: Callable[[str], object] = _LOG.info,
+        notice: Callable[[str], object] = print,
     ) -> None:
         self.base, self.subspaces, self.output = model, subspaces, Path(output).resolve()
         self.data = data
