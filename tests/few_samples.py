@@ -2,4 +2,4 @@
 
 import sculptor.model.samples
 
-sculptor.model.samples.TOKENS, sculptor.model.samples.LENGTH = 256, 16
+sculptor.model.samples.TOKENS, sculptor.model.samples.LENGTH, sculptor.model.samples.CHAT_LENGTH = 256, 16, 32

@@ -1,9 +1,11 @@
 """Every example in the documentation runs, and the page of options is what the commands print."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -114,6 +116,76 @@ def test_edit_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monk
     assert "--choose task.jsonl --watch general.txt" in choice
 
 
+@pytest.mark.slow
+def test_recipes_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a folder of its own, with what it begins from; the others are a plan of its own, or need many gigabytes."""
+    from edited import save_adapter, save_tuned
+
+    from sculptor import AnalyzeSettings, analyze
+
+    monkeypatch.setattr("sculptor.jobs.defaults._CPU_TOKENS", (400, 400))
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    save_tuned(save_checkpoint(inputs / "model"), inputs / "tuned")
+    save_adapter(inputs / "model", inputs / "adapter", target_modules=["q_proj", "down_proj"])
+    analyze(inputs / "model", inputs / "subspaces", AnalyzeSettings(preserve=0.5, samples=True, device="cpu"))
+    for name in ("task", "domain", "test", "chats"):
+        write_rows(inputs / f"{name}.jsonl", task_rows())
+    (inputs / "general.txt").write_text(" ".join(row["text"] for row in task_rows("text")), encoding="utf-8")
+    sections = re.split(r"^## ", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    found = {part.partition("\n")[0]: re.findall(r"^```sh\n(.*?)^```", part, re.M | re.S) for part in sections}
+    recipes = {name: "".join(code) for name, code in found.items() if code}
+    # the choice needs a model that learned something: test_edit_choice.py
+    choice = " --choose task.jsonl --watch general.txt"
+    assert choice in recipes["Repair a fine-tune that forgot"]
+    recipes = {name: code.replace(choice, "") for name, code in recipes.items()}
+    for name in recipes.keys() - {"Ten tasks in a row", "A 70B on one GPU"}:
+        place = tmp_path / name.replace(" ", "-")
+        place.mkdir()
+        for source in inputs.iterdir():
+            if f"--output ./{source.name}" not in recipes[name].replace("\n", " ") + " ":
+                (place / source.name).symlink_to(source)
+        monkeypatch.chdir(place)
+        for command in recipes[name].splitlines():
+            result = cli(*shlex.split(command)[1:])
+            judged = "--fail-if" in command or (command.startswith("sculptor verify") and "/tuned" in command)
+            assert result.code in ((0, 1) if judged else (0,)), command + result.err
+            assert not (result.code and result.err.startswith("error")), command + result.err
+
+
+def test_messages_are_as_the_page_has_them(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "model")
+    save_checkpoint(tmp_path / "other", seed=1)
+    write_rows(tmp_path / "task.jsonl", task_rows())
+    write_rows(tmp_path / "questions.jsonl", [{"question": "w1", "answer": "w2"}])
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    write_rows(tmp_path / "chats.jsonl", [{"messages": talk}])
+    assert cli("analyze", "model", "--preserve", 0.5, "--output", "subspaces").code == 0
+    train = ("train", "model", "--subspaces", "subspaces", "--data", "task.jsonl")
+    assert cli(*train, "--max-steps", 1, "--output", "tuned").code == 0
+    for name in ("quantised", "pickled"):
+        shutil.copytree("model", name)
+    config = json.loads(Path("quantised/config.json").read_text())
+    Path("quantised/config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    Path("pickled/model.safetensors").rename("pickled/pytorch_model.bin")
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```sh\n(.*)\n```\n\n(?:```text\n(.*)\n```)?(.*`(error: [^(]*)\()?", page, re.M)
+    assert len(shown) == 10
+    for command, message, _, begin in shown:
+        found = cli(*shlex.split(command)[1:])
+        assert found.code in (1, 2)
+        said = found.err.strip().replace(f"{tmp_path}/", "")
+        assert said == message or (begin and said.startswith(begin)), command
+    assert not Path("out").exists()
+
+
 def test_rules_commands_are_real(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "model")
@@ -182,11 +254,28 @@ def test_the_page_of_options_is_what_help_prints(name: str) -> None:
     assert f"## sculptor {name}\n\n```text\n{shown}\n```" in page
 
 
+def anchors(page: Path) -> set[str]:
+    """What may stand behind a # : headings as GitHub names them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    heads = [re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", head) for head in re.findall(r"^#+ +(.+?) *$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_links_lead_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").glob("*.ipynb")]
+    dead = []
+    for page in pages:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+            place = page.parent / target if target else page
+            if not target.startswith("http") and not (
+                place.exists() and (not anchor or place.suffix != ".md" or anchor in anchors(place))
+            ):
+                dead.append(f"{page.name}: {target}#{anchor}")
+    assert dead == []
+    linked = {
+        target for page in pages for target in re.findall(r"docs/([\w-]+\.\w+)", page.read_text(encoding="utf-8"))
+    }
+    assert {page.name for page in (ROOT / "docs").iterdir() if page.is_file()} <= linked, "no page names it"
 
 
 def test_the_archive_format_page_names_every_key() -> None:
@@ -248,6 +337,40 @@ def test_an_independent_reader_follows_the_format_page(tmp_path: Path) -> None:
             assert abs(frozen**0.5 - np.linalg.norm(leading)) < 1e-5 * np.linalg.norm(leading)
 
 
+def cells(notebook: str) -> list[dict[str, Any]]:
+    """Those with code."""
+    read = json.loads((ROOT / "docs" / notebook).read_text(encoding="utf-8"))
+    return [cell for cell in read["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures follow rounding; what it says of them does not."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    namespace: dict[str, Any] = {}
+    for cell in cells("quickstart.ipynb"):
+        exec(compile("".join(cell["source"]), "docs/quickstart.ipynb", "exec"), namespace)
+    said = capsys.readouterr().out
+    assert "protected: PASSED" in said
+    assert "plain: FAILED" in said
+    (old, new), (plain_old, plain_new) = namespace["scores"]["protected"], namespace["scores"]["plain"]
+    assert old > 0.8 > 0.6 > plain_old
+    assert min(new, plain_new) > 0.9
+
+
+def test_the_notebook_shows_what_a_run_gave() -> None:
+    outputs = [output for cell in cells("quickstart.ipynb") for output in cell["outputs"]]
+    assert all(cell["execution_count"] == i for i, cell in enumerate(cells("quickstart.ipynb"), 1))
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert {output["name"] for output in outputs if "name" in output} == {"stdout"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert not re.search(r"/home|/tmp|/work", str([output.get("text") for output in outputs]))
+
+
 def test_no_placeholder_is_left() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         assert "@@" not in page.read_text(encoding="utf-8"), page.name

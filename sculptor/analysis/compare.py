@@ -30,7 +30,12 @@ class SideComparison:
 
 @dataclass(frozen=True, slots=True)
 class MatrixComparison:
-    """One matrix in two archives."""
+    """One matrix in two archives.
+
+    Attributes:
+        name: of the matrix; `role` what it is in its block.
+        output, input: its protected output and input directions.
+    """
 
     name: str
     role: str

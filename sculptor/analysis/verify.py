@@ -318,9 +318,15 @@ def _check_same_tensors(
     missing = sorted(set(base.infos) - set(tuned.infos) - dropped)
     added = sorted(set(tuned.infos) - set(base.infos) - fresh)
     if missing or added:
+        remedy = "compare a checkpoint with its own base"
+        if any(".parametrizations." in name for name in added):
+            remedy = (
+                "it was saved while it was protected, with coordinates in the place of weights: use the callback's output, "
+                "or call sculptor.merge(model) before it is saved"
+            )
         raise VerificationError(
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
-            f"first {(missing + added)[0]}; compare a checkpoint with its own base"
+            f"first {(missing + added)[0]}; {remedy}"
         )
     for record in archive.values():
         dtype = tuned.infos[record.tensor].dtype

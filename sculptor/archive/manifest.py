@@ -104,7 +104,14 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """One source of rows that an analysis calibrated on; `protects` is the name it was given for, if any."""
+    """One source of rows that an analysis calibrated on.
+
+    Attributes:
+        source: as it was given.
+        rows: how many were read, of `tokens` tokens, `tokens_with_loss` of which are predicted.
+        protects: the name it was given for (`--protect`), if any.
+        weight: of its moments among those of all sources.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -121,6 +128,8 @@ class TaskRecord:
     """One entry of the history: the analysis first, then every task trained on top.
 
     Attributes:
+        name: of the entry.
+        kind: analysis or training.
         weights: of the sources of moments that it added.
         calibration: what these were, for an analysis.
         details: for people.
@@ -139,7 +148,13 @@ class TaskRecord:
 
 @dataclass(frozen=True, slots=True)
 class FrozenMatrices:
-    """Matrices below a numbered path that no rule is for, and why; they stay as they are."""
+    """Matrices below a numbered path that no rule is for; they stay as they are.
+
+    Attributes:
+        role: what they are called below that path.
+        num_tensors: how many there are, with `num_parameters` entries.
+        reason: why no rule is for them.
+    """
 
     __pydantic_config__ = STRICT
 

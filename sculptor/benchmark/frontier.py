@@ -16,7 +16,12 @@ HARM = "harm"
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Over the seeds of a point, with the standard deviation; None with one seed."""
+    """Over the seeds of a point.
+
+    Attributes:
+        mean: of all seeds.
+        deviation: the standard deviation; None with one seed.
+    """
 
     mean: float
     deviation: float | None
@@ -56,8 +61,11 @@ class Frontier:
     """Points of the same tasks, in the order of what they cost.
 
     Attributes:
+        tasks: names of them, in order.
+        split: which files of the tasks were evaluated, test or validation.
         metric: what AA is of: accuracy, exact_match, or loss (negative, so that more is better).
         against: what they cost: `HARM`, or the name of a watched text; None where no run measured either.
+        points: runs, put together where they differ in their seed alone.
     """
 
     tasks: tuple[str, ...]
@@ -73,6 +81,9 @@ def frontier(runs: Sequence[str | Path], against: str | None = None) -> Frontier
     Args:
         runs: outputs of `sculptor continual`, or their continual.json.
         against: `HARM`, or the name of a text that the runs watched; default harm, or else the first text.
+
+    Returns:
+        The points, cheapest first.
 
     Raises:
         DataError: if one cannot be read.

@@ -23,7 +23,13 @@ _DATA = ("data", "test", "validation", "watch")
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """One task after one stage; what does not apply is None."""
+    """One task after one stage; what does not apply is None.
+
+    Attributes:
+        accuracy: share of rows whose own label ranks first.
+        exact_match: share of rows of which greedy generation gives a right answer.
+        loss: nats a token.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -83,8 +89,15 @@ class ContinualReport:
     """The result of `continual`.
 
     Attributes:
+        output: directory of the run.
+        method: as `--method` has it; `basis` of our own archives, None of other methods.
+        split: which files of the tasks were evaluated, test or validation.
+        seed: of the run.
+        tasks: their names, in order.
         metric: what the matrix is made of: accuracy, exact_match, or loss (negative, so that more is better).
         matrix: R, the base first, a column per task.
+        metrics: AA, BWT, LA and FWT of it.
+        stages: what was measured of every model, the base first.
         watch_rise: of the loss on the watched texts, from the base to the end.
         harm: KL(base || last) in nats a token on samples of the base that nothing depended on; None if there are none.
     """

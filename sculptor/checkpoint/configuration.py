@@ -8,6 +8,7 @@ import torch
 
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import CheckpointError, SettingsError
+from sculptor.validation import parse, read_file
 
 # Settings that say how many modules there are.
 _COUNT = re.compile(r"(num|^n)_.*(layers?|experts?|blocks?)$|layers$|^depths?$")
@@ -35,6 +36,29 @@ def model_class(config: Mapping[str, Any], path: object) -> type[Any]:
         )
     found: type[Any] = cls
     return found
+
+
+GENERATION_NAME = "generation_config.json"
+
+
+def generation_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What a checkpoint says of generation in its own file; nothing without one.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path = checkpoint.path / GENERATION_NAME
+    if not path.is_file():
+        return {}
+    return parse(read_file(path, CheckpointError, "restore it"), path, CheckpointError, "restore it")
+
+
+def stop_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Tokens at which generation stops, as the checkpoint says."""
+    text = checkpoint.config.get("text_config")
+    places = [generation_settings(checkpoint), checkpoint.config, text if isinstance(text, dict) else {}]
+    said: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
+    return tuple(token for token in (said if isinstance(said, list) else [said]) if type(token) is int)
 
 
 def load_config(checkpoint: Checkpoint) -> Any:

@@ -196,7 +196,14 @@ def find_new_head(base: Checkpoint, tuned: Checkpoint) -> NewHead | None:
     except SculptorError:  # no such head could have been made
         return None
     same = head.model_class == found.model_class and set(tuned) == (set(base) - head.dropped) | set(head.fresh)
-    return head if same else None
+    return head if same and _is_usable(base, tuned, head) else None
+
+
+def _is_usable(base: Checkpoint, tuned: Checkpoint, head: NewHead) -> bool:
+    """Whether its classes have names of their own, and its tensors the shapes that go with them."""
+    model = _build(base, head)
+    named = len({*head.classes}) == len(head.classes) and all(name.strip() for name in head.classes)
+    return named and all(tuned.infos[name].shape == tuple(model.get_parameter(name).shape) for name in head.fresh)
 
 
 def _paddings(checkpoint: Checkpoint) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.architecture import build_skeleton, inspect_architecture
-from sculptor.checkpoint.configuration import reason_of
+from sculptor.checkpoint.configuration import GENERATION_NAME, generation_settings, reason_of
 from sculptor.checkpoint.directory import CONFIG_NAME
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import RECORD_NAME
@@ -24,7 +24,7 @@ from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.writer import Edit, write_checkpoint
 from sculptor.errors import CheckpointError, SettingsError
 from sculptor.progress import Bar
-from sculptor.validation import each_key_once, parse, read_file
+from sculptor.validation import each_key_once, read_file
 
 TOKENIZER_NAME = "tokenizer.json"
 # How a new token stands in the text: as it is, anywhere, and no special one, so that answers show it.
@@ -144,10 +144,7 @@ def open_tokenizer(path: Path) -> Any:
 
 def _check_ids_unused(checkpoint: Checkpoint, ids: range) -> None:
     """Refuses ids that configurations mean something by: padding in a row behind the tokenizer's, say."""
-    generation = checkpoint.path / "generation_config.json"
-    content = parse(read_file(generation, CheckpointError, "restore it"), generation, CheckpointError, "restore it") \
-        if generation.is_file() else {}  # fmt: skip
-    for where, config in ((CONFIG_NAME, checkpoint.config), (generation.name, content)):
+    for where, config in ((CONFIG_NAME, checkpoint.config), (GENERATION_NAME, generation_settings(checkpoint))):
         for key, value in config.items():
             used = [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i in ids]
             if key.endswith("token_id") and used:

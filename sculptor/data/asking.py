@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from sculptor.data.chat import special_ids
+from sculptor.data.edges import answer_end, special_ids
 from sculptor.data.row_types import MessagesRow
 from sculptor.errors import DataError
 
@@ -63,7 +63,7 @@ def answer_part(text: str) -> str:
 @functools.lru_cache(maxsize=8)
 def end_ids(tokenizer: Any) -> frozenset[int]:
     """Tokens that end a turn: the end of sequence, and what the chat template writes behind the assistant's words."""
-    ends = {tokenizer.eos_token_id}
+    ends = {answer_end(tokenizer)}
     if tokenizer.chat_template:
         talk = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK * 2}]
         try:

@@ -1,6 +1,5 @@
 """Conversations to token sequences: a chat template renders them, character offsets tell the assistant's tokens."""
 
-import functools
 import itertools
 import json
 import re
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sculptor.data.edges import answer_end, special_ids
 from sculptor.data.forms import listed_keys
 from sculptor.data.left_out import THOUGHTS, Message, refuse_left_out, says, silent_keys
 from sculptor.data.row_types import MessagesRow, Row
@@ -149,10 +149,23 @@ class _Conversation:
     def _span(self, messages: Sequence[Message], i: int) -> Span:
         """Characters of a turn behind what a template says before the assistant speaks."""
         after = self._prefix(messages, i)
-        # Many templates refuse an empty conversation; nothing stands before a first turn of the assistant.
-        before = self._render(messages[:i], add_generation_prompt=True) if i else ""
+        same = self._spoken_from(messages, i, after)
+        if same >= len(after.rstrip()):
+            raise DataError(
+                f"{self.row.where}: turn {i + 1} of the assistant has nothing behind what the chat template says before it speaks; "
+                "set its weight to 0 or choose another template with --chat-template"
+            )
+        return same, len(after)
+
+    def _spoken_from(self, messages: Sequence[Message], i: int, after: str) -> int:
+        """Where in the text that ends with a turn the assistant's own words begin."""
+        if (
+            not i
+        ):  # many templates refuse an empty conversation; they write a header and what else comes first all the same
+            return self._header(messages, i, after)
+        before = self._render(messages[:i], add_generation_prompt=True)
         same = _same(before, after)
-        spoken = self._try(messages[:i]) if i else None
+        spoken = self._try(messages[:i])
         if spoken is not None and same < len(spoken.rstrip()):
             raise DataError(
                 f"{self.row.where}: the chat template rewrites earlier turns, so the assistant's tokens cannot be told; "
@@ -162,12 +175,7 @@ class _Conversation:
             before
         ):  # it does not speak as it is asked to: what it says may begin like the rest of that by chance
             same = min(same, self._header(messages, i, after))
-        if same >= len(after.rstrip()):
-            raise DataError(
-                f"{self.row.where}: turn {i + 1} of the assistant has nothing behind what the chat template says before it speaks; "
-                "set its weight to 0 or choose another template with --chat-template"
-            )
-        return same, len(after)
+        return same
 
     def _header(self, messages: Sequence[Message], i: int, after: str) -> int:
         """Where in the text a turn begins to say something of its own, seen from one that says something else."""
@@ -217,7 +225,7 @@ class _Conversation:
         near = [i for i in range(max(0, last - 2), last + 1) if places[i][0] >= said]
         if not may_end or marked is not None or any(self._ends(ids[i], written) for i in near):
             return Rendered(ids, mask, False)
-        return Rendered([*ids[: last + 1], self.tokenizer.eos_token_id], [*mask[: last + 1], True], True)
+        return Rendered([*ids[: last + 1], answer_end(self.tokenizer)], [*mask[: last + 1], True], True)
 
     def _said(self, text: str, span: Span, speaker: int) -> int:
         """Where in a turn what the row says ends, as far as that can be told: the turn cannot end before."""
@@ -249,7 +257,7 @@ class _Conversation:
 
     def _ends(self, token: int, written: str) -> bool:
         """Whether a token can end a turn: the end of sequence, or one of the template's own special or added tokens."""
-        if token == self.tokenizer.eos_token_id:
+        if token == answer_end(self.tokenizer):
             return True
         return token in special_ids(self.tokenizer) and self.tokenizer.convert_ids_to_tokens(token) not in written
 
@@ -332,10 +340,3 @@ def _parsed_call(call: Any) -> Any:
     except (KeyError, TypeError, ValueError, RecursionError):
         return call
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
-
-
-@functools.lru_cache(maxsize=8)
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Special and added tokens: what a template can write that is no text."""
-    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip())
-    return frozenset(itertools.chain(tokenizer.all_special_ids, added))

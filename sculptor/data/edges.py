@@ -1,7 +1,11 @@
 """Tokens at the edges of texts: what stands before and behind a sequence, and between a prompt and what follows it."""
 
 import functools
+import itertools
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
+
+from sculptor.data.row_types import CompletionRow, Row
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -26,10 +30,46 @@ def sequence_frame(tokenizer: Any, text: str) -> tuple[list[int], list[int], lis
     return prefix, bare, suffix
 
 
+@functools.lru_cache(maxsize=8)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Special and added tokens: what a template can write that is no text."""
+    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip())
+    return frozenset(itertools.chain(tokenizer.all_special_ids, added))
+
+
+def end_answers_at(tokenizer: Any, stops: Collection[int]) -> None:
+    """Has answers end where generation stops, if it does not stop at the tokenizer's end of sequence.
+
+    A model that is taught to end with a token that `generate` reads over would go on behind every answer.
+
+    Args:
+        tokenizer: whose `answer_end` it becomes; it renders and writes as before.
+        stops: ids at which generation stops, the most usual first; what is no special token, or the unknown one, is none.
+    """
+    special = [token for token in stops if token in special_ids(tokenizer) - {tokenizer.unk_token_id}]
+    if special and tokenizer.eos_token_id not in special:
+        tokenizer.answer_end_id = special[0]
+
+
+def answer_end(tokenizer: Any) -> int:
+    """The token that ends an answer."""
+    return int(getattr(tokenizer, "answer_end_id", tokenizer.eos_token_id))
+
+
+def tell_other_end(rows: Iterable[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:
+    """Tells, in one line, of a tokenizer whose end of sequence does not end answers, if there are any."""
+    if answer_end(tokenizer) != tokenizer.eos_token_id and any(isinstance(row, CompletionRow) for row in rows):
+        written = tokenizer.convert_ids_to_tokens(answer_end(tokenizer))
+        notice(
+            f"answers end with {written}, where generation stops, and not with the tokenizer's own end of sequence, "
+            f"{tokenizer.eos_token}, where it does not"
+        )
+
+
 def completion_ids(tokenizer: Any, completion: str) -> list[int]:
-    """A completion's ids as they stand behind other text, with the end of sequence behind them."""
-    ids = _inner_ids(tokenizer, completion)
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    """A completion's ids as they stand behind other text, with the end of an answer behind them."""
+    ids, end = _inner_ids(tokenizer, completion), answer_end(tokenizer)
+    return ids if ids[-1:] == [end] else [*ids, end]
 
 
 # Texts behind which a tokenizer begins a new word without a space of its own; one of them is a token by itself.

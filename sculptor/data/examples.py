@@ -8,7 +8,7 @@ from typing import Any
 
 from sculptor.checkpoint.architecture import ModelKind
 from sculptor.data.chat import render_conversation
-from sculptor.data.edges import completion_ids, is_apart, prompt_ids, sequence_frame, target_ids
+from sculptor.data.edges import answer_end, completion_ids, is_apart, prompt_ids, sequence_frame, target_ids
 from sculptor.data.mixture import Mixture
 from sculptor.data.row_types import CompletionRow, LabelledRow, MessagesRow, Row, TextRow, settle
 from sculptor.data.rows import DataSource
@@ -209,7 +209,7 @@ def _check_vocabulary(where: str, examples: Sequence[Example], vocab_size: int |
 def _check_known(where: str, examples: Sequence[Example], tokenizer: Any) -> None:
     """Refuses answers of which a tokenizer knows nothing: the model would learn to say so."""
     for example in examples:
-        learned = {label for label in example.labels if label != IGNORED} - {tokenizer.eos_token_id}
+        learned = {label for label in example.labels if label != IGNORED} - {answer_end(tokenizer)}
         if learned == {tokenizer.unk_token_id}:
             raise DataError(
                 f"{where}: the tokenizer knows nothing of what is to be learned: all of it is {tokenizer.unk_token}"

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ContinualMetrics:
-    """The four figures; None where a sequence does not define them."""
+    """The four figures of a sequence; None where it does not define them.
+
+    Attributes:
+        average: AA, the mean of the last row.
+        backward: BWT, the mean change of a task from when it was learned to the end.
+        learning: LA, the mean of tasks right after they were learned.
+        forward: FWT, the mean change of a task before it was learned, by those before it.
+    """
 
     average: float
     backward: float | None

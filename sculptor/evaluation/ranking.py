@@ -6,6 +6,7 @@ prompt are read is in `readers`.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -134,6 +135,8 @@ def _ranked(
 ) -> tuple[bool | None, bool | None]:
     """Whether the right one ranks first, and whether it does per character."""
     own = texts.index(row.completion)
+    if not all(math.isfinite(score.whole) for score in scores):  # nothing ranks first of what is no number
+        return (False if row.choices or labels else None), (False if row.choices else None)
     if row.choices:
         places = range(len(row.choices))
         plain = max(places, key=lambda i: scores[i].bare)

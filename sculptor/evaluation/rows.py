@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from sculptor.data.columns import Columns
 from sculptor.data.examples import encode, resolve_max_length
 from sculptor.data.labelled import Classes
 from sculptor.data.rows import CompletionRow, Data, MessagesRow, Notice, Row, as_items, read_rows, settle
-from sculptor.errors import DataError, SettingsError
+from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.answers import Answer, answer_rows
 from sculptor.evaluation.harness import TaskResult
 from sculptor.evaluation.loss import classify, mean_loss
@@ -38,7 +39,13 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """The loss on one of the watched texts."""
+    """The loss on one of the watched texts.
+
+    Attributes:
+        name: of the text.
+        loss: nats a token; `perplexity` exp(loss).
+        num_tokens: that the loss is over.
+    """
 
     name: str
     loss: float
@@ -181,6 +188,16 @@ def check_one_kind(count: int, total: int, what: str) -> None:
     """
     if count < total:
         raise DataError(f"{count} of {total} rows {what}; evaluate one kind of row at a time")
+
+
+def check_finite(path: Path, what: str, figure: float | None) -> None:
+    """Refuses a figure that is no number: every other figure of such a model means nothing, either.
+
+    Raises:
+        CheckpointError: with the model and what it was measured on.
+    """
+    if figure is not None and not math.isfinite(figure):
+        raise CheckpointError(f"{path}: predicts no numbers on {what} ({figure}); it cannot be measured")
 
 
 def labels_of(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -18,6 +18,7 @@ class RoleSummary:
 
     Attributes:
         role: which; of a block, its path in the names of tensors.
+        num_matrices: how many there are.
         preserved: mean share of protected directions.
         energy: mean share of ||W||^2, or of the curvature, in them.
         num_free: trainable coordinates; `num_parameters` entries of the matrices.
@@ -36,7 +37,11 @@ class AnalyzeReport:
     """What `analyze` did.
 
     Attributes:
+        output: directory of the archive.
         terms: what things are called; `basis` and `constraint` are among them.
+        roles: its matrices by role, in the order of the model.
+        archive_bytes: size of the archive's shards and sections; `checkpoint_bytes` that of the tensors of the model.
+        not_targeted: matrices that it has no rule for, and why.
         calibration: rows and tokens of every source.
         most_directions: the most that is stored of a side of a matrix, where it was calibrated.
         budget: share of pairs that was asked to be left free, where one was.

@@ -6,6 +6,7 @@ NAME.safetensors        key.mean (g, d), key.scatter (g, d, d);  of each changed
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -47,12 +48,21 @@ FORMAT, VERSION = "sculptor-bank", 1
 _REMEDY = "make it anew with `sculptor bank add`"
 BEGAN = "use the one that its tasks began from"
 _LEFT, _RIGHT = ".left", ".right"
+_KEY = {"key.mean", "key.scatter"}
 TaskName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w-]+$")]
 
 
 @dataclass(frozen=True, slots=True)
 class BankTask:
-    """One task: its file, the rows that its key is of, how many tensors it changes, and what is kept of ||dW||."""
+    """One task of a bank.
+
+    Attributes:
+        name: of the task.
+        file: in the bank, of `num_bytes` bytes with the digest `sha256`.
+        rows: that its key is of.
+        num_tensors: how many tensors of the base it changes.
+        kept: share of ||dW|| that is kept.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -174,8 +184,9 @@ def bank_to_add_to(directory: Path, name: str) -> Bank | None:
     """The bank that gets a task; None if it is still to be made, in no or an empty directory, or where that was broken off.
 
     Raises:
-        BankError: if it has the task, or is no bank.
+        BankError: if it has the task, is no bank, or holds somebody's file where that of the task goes.
     """
+    _check_file(_file_of(directory, name))
     begun = (directory / LOCK_NAME).is_file() and not (directory / BANK_NAME).exists()
     if begun or not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return None
@@ -183,6 +194,21 @@ def bank_to_add_to(directory: Path, name: str) -> Bank | None:
     if name in found.names:
         raise BankError(f"{directory}: has a task {name} already; choose another --name")
     return found
+
+
+def _file_of(directory: Path, name: str) -> Path:
+    return directory / f"{name}.safetensors"
+
+
+def _check_file(file: Path) -> None:
+    """Refuses one that `bank add` did not write; what a run wrote that broke off before the bank listed it is replaced."""
+    if not os.path.lexists(file):
+        return
+    with suppress(BankError):
+        names = set(read_header(file, BankError)[0])
+        if names >= _KEY and all(name.endswith((_LEFT, _RIGHT)) for name in names - _KEY):
+            return
+    raise BankError(f"{file}: is there already, and no task that was added; move it or choose another --name")
 
 
 def write_task(
@@ -242,7 +268,8 @@ def _write_file(directory: Path, name: str, key: Key, deltas: Mapping[str, Compa
         tensors[tensor + _LEFT] = found.left
         if found.right is not None:
             tensors[tensor + _RIGHT] = found.right
-    file, staged = directory / f"{name}.safetensors", directory / f"{name}.safetensors.tmp"
+    file = _file_of(directory, name)
+    staged = file.with_name(f"{file.name}.tmp")
     entries = [(each, value.dtype, tuple(value.shape)) for each, value in tensors.items()]
     try:
         write_tensors(staged, entries, tensors.__getitem__, {"format": "pt"})

@@ -26,8 +26,9 @@ class Line:
         role: what it was given as.
         figure: accuracy, acc_norm, exact_match, refused, followed or instructions, all shares; or loss, in nats a token.
         num_rows: rows, or sequences of a text.
-        base, tuned: the figure, with its standard error.
-        change: tuned minus base, row by row, with its standard error and the ends of its 95 % confidence interval.
+        base, tuned: the figure; `base_error` and `tuned_error` its standard errors.
+        change: tuned minus base, row by row; `change_error` its standard error, `low` and `high` the ends of its 95 %
+            confidence interval.
     """
 
     name: str
@@ -51,7 +52,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """What `verify` says; see `Verification`."""
+    """What `verify` says; see `Verification`.
+
+    Attributes:
+        passed: whether it verifies.
+        leak: of all matrices together, ||what is forbidden of dW|| / ||dW||; `rounding` what rounding explains of it.
+        max_leak: of the matrix with the largest.
+    """
 
     passed: bool
     leak: float
@@ -181,7 +188,7 @@ def failures(
             continue
         exact = threshold.name == LEAK or not strict
         value = found.mean if exact else found.high if threshold.above else found.low
-        if value > threshold.value if threshold.above else value < threshold.value:
+        if not (value <= threshold.value if threshold.above else value >= threshold.value):  # no number passes nothing
             end = "" if exact else ", the interval's end"
             failed.append(f"{threshold.text}: found {value:+.4g}{unit}{end}")
     return tuple(failed)

@@ -21,7 +21,7 @@ from sculptor.edits.pairs import Pairs
 from sculptor.edits.passes import EditPass
 from sculptor.edits.settings import Choose
 from sculptor.errors import EditError
-from sculptor.evaluation.rows import Evaluation, Generation, evaluate_rows, read_evaluation_rows
+from sculptor.evaluation.rows import Evaluation, Generation, check_finite, evaluate_rows, read_evaluation_rows
 from sculptor.jobs.edit_report import Choice, Measure, Point
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.put import put_tensors
@@ -53,6 +53,8 @@ class Trial:
         made = EditPass(self.pairs, edit, self.loaded.device, self.saved, kept=self.kept)
         put_tensors(self.loaded, self.pairs.source, self.pairs.by_name, made.tensor)
         task, watch = (self._evaluate(rows) for rows in (self.rows, self.text))
+        for name, found in (("the rows", task), ("the watched text", watch)):
+            check_finite(self.pairs.tuned.path, f"{name}, or an edit of it does", found.loss)
         assert task.loss is not None
         assert watch.loss is not None
         if task.accuracy is None:

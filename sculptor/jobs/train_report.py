@@ -15,6 +15,7 @@ class MatrixReport:
     """What the run did to one matrix.
 
     Attributes:
+        role: what it is in its block.
         update: ||dW|| / ||W||.
         leak: ||what its rule forbids of dW|| / ||dW||, measured on the tensor that was written.
         rounding: the leak that rounding alone explains, same unit.
@@ -39,11 +40,24 @@ class MatrixReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What `train` did; `placement` says where the model's blocks were, and why; `max_harm` is what was allowed.
+    """What `train` did.
 
-    `opened` was trained without protection by this run, `also_trained` by this or one before; `scaled` says whether the relative
-    rate is one of each matrix's size; `new_tokens` are those that the run added; `classes` those of a classifier;
-    `num_measured` rows were measured for the next archive, if any.
+    Attributes:
+        output: directory of the merged checkpoint.
+        loop: steps, losses, harm.
+        placement: where the model's blocks were, and why.
+        num_examples: rows trained on; `num_dropped` did not fit, `num_cut` lost a part of their prompt, or text.
+        num_trainable: coordinates; `num_protected` entries' worth of the same matrices that may not change.
+        carry: how the archive went on.
+        also_trained: names of tensors that were trained without protection, by this run or one before; `opened` by this one.
+        not_targeted: matrices that the archive has no rule for, and why.
+        learning_rate: the absolute peak, if one was given; else None, and `relative_rate` is of each matrix's size (`scaled`),
+            or of no unit.
+        max_harm: what was allowed, in nats a token.
+        matrices: name -> what became of it.
+        new_tokens: that the run added.
+        classes: of a classifier.
+        num_measured: rows that were measured for the next archive, if any.
     """
 
     output: Path

@@ -138,7 +138,7 @@ class AnalyzeSettings:
             name, equals, data = text.partition("=")
             if not equals or not data or not re.fullmatch(r"[\w-]{1,40}", name) or is_self(data):
                 raise SettingsError(
-                    f"--protect {text!r}: expected NAME=FILE, with letters, digits, - and _ in the name"
+                    f"--protect {text!r}: expected NAME=FILE, with at most 40 letters, digits, - and _ in the name"
                 )
             if name in found:
                 raise SettingsError(f"--protect {name}: the name is given twice")

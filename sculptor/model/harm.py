@@ -44,7 +44,7 @@ class NamedHarm:
     Attributes:
         name: of the protected text.
         harm: KL(base || new) on it.
-        rise: of the loss on it, in nats a token, with its standard error.
+        rise: of the loss on it, in nats a token; `rise_error` its standard error.
     """
 
     __pydantic_config__ = STRICT

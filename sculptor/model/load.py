@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from sculptor.checkpoint.architecture import Architecture, ModelKind, inspect_architecture
-from sculptor.checkpoint.configuration import load_config, model_class, reason_of
+from sculptor.checkpoint.configuration import load_config, model_class, reason_of, stop_ids
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import EXACT, Batch, Widths, make_batch
 from sculptor.data.chat import use_template
+from sculptor.data.edges import end_answers_at
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.model.probe import check_model, check_text_alone
@@ -251,6 +252,8 @@ def load_tokenizer(checkpoint: Checkpoint, architecture: Architecture, chat_temp
             f"{checkpoint.path}: the mask token has id {tokenizer.mask_token_id}, the model has {architecture.vocab_size} "
             "embeddings; use its own tokenizer"
         )
+    if kind == "causal":
+        end_answers_at(tokenizer, stop_ids(checkpoint))
     use_template(tokenizer, chat_template)
     return tokenizer
 

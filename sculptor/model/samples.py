@@ -25,7 +25,7 @@ from sculptor.progress import Progress
 
 SECTION = "samples"
 SUFFIX = ".safetensors"
-# Some 128 sequences, or 85 conversations: two MB.
+# Some 128 sequences, or 85 conversations: three MB.
 TOKENS = 8192
 # On a CPU, where sampling takes as long as the rest of an analysis: tokens times parameters, and the fewest tokens.
 _CPU_WORK = 4e11
@@ -34,6 +34,7 @@ LENGTH = 64
 CHAT_LENGTH = 96  # beside what a chat template adds; at least half of it is the answer, which alone carries loss
 KEPT = 64
 DRAWN = 16  # of all other tokens; docs/harm.md has what either number is worth
+_FEWEST = 4  # two that steer and two that report: a figure of one would have no error
 ROWS = 8  # at a time, when they are measured
 _FIELDS = {"input_ids": (torch.int32, 1), "has_loss": (torch.bool, 1), "lengths": (torch.int32, 1),
            "top_ids": (torch.int32, 2), "log_probabilities": (torch.float32, 2),
@@ -88,7 +89,7 @@ def draw_samples(
     num_tokens = tokens_to_draw(loaded) * length // min(own, length)
     examples = sample_examples(loaded, num_tokens, length, chat=chat, seed=seed, progress=progress)
     examples = tuple(example for example in examples if num_predicted(example))
-    if len(examples) < 2:
+    if len(examples) < _FEWEST:
         raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")
     return describe(loaded, examples, seed, kept)
 
@@ -164,7 +165,7 @@ def tensors_of(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | None:
-    """The samples of an archive; None if it keeps none.
+    """The samples of an archive; None if it keeps none, or so few that nothing can be said of them.
 
     Args:
         archive: to read.
@@ -177,7 +178,8 @@ def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | N
     if content is None:
         return None
     try:
-        return parse_samples(content, vocab_size)
+        found = parse_samples(content, vocab_size)
+        return found if len(found.all) >= _FEWEST else None
     except ValueError as cause:
         raise ArchiveError(
             f"{archive.path}: its samples are damaged ({cause}); run `sculptor analyze` again"

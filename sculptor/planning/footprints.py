@@ -36,15 +36,18 @@ def added_up(num_trainable: float, processes: int) -> float:
     return 2 * (processes - 1) / processes * 4 * num_trainable
 
 
-def shown(weights: float, trained: float, micro_batches: int, processes: int) -> float:
+def shown(blocks: Sequence[float], trained: float, micro_batches: int, processes: int) -> float:
     """Bytes that a process gets of others in a step, or sends, if the model is divided: blocks twice, full-size gradients once.
 
+    Where a pass turns round, at the last block, and at the first one between two micro-batches, a block is still there.
+
     Args:
-        weights: bytes of all blocks, of which `trained` belong to matrices that are.
+        blocks: bytes of each, of which `trained` in all belong to matrices that are.
         micro_batches: of a step.
         processes: how many divide them.
     """
-    return micro_batches * (2 * weights + trained) * (processes - 1) / processes
+    moved = micro_batches * (2 * sum(blocks) + trained - blocks[-1]) - (micro_batches - 1) * blocks[0]
+    return moved * (processes - 1) / processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +269,8 @@ class _Sizes:
             device = held | device | {"activations": self.inside_part + self.inputs + self.working_part}
         else:
             host = {name: size for name, size in alone.host.items() if name not in held} | held
-        weights = sum(sum(block.values()) for block in blocks.values())
-        exchanged = shown(weights, sum(trained), self.work.micro_batches, count) + added_up(self.work.num_extra, count)
+        sizes = [sum(block.values()) for block in blocks.values()]
+        exchanged = shown(sizes, sum(trained), self.work.micro_batches, count) + added_up(self.work.num_extra, count)
         return Footprint(
             offload,
             device,

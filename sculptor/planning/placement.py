@@ -73,7 +73,13 @@ def output_bytes(checkpoint: Checkpoint, archive: Archive, carry: Carry, cast_to
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """What a way of training may need more of than there is, in bytes; `of_rows` is the part that fewer tokens lower."""
+    """What a way of training may need more of than there is.
+
+    Attributes:
+        what: kind of memory, or disk.
+        needed: bytes that it needs; `of_rows` the part of these that fewer tokens lower.
+        free: bytes that there are.
+    """
 
     what: str
     needed: float

@@ -11,7 +11,12 @@ from sculptor.training.stepping.prepare import held_bytes
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One process's part, in bytes; of coordinates their number, and `block_bases` those of one block at most."""
+    """One process's part.
+
+    Attributes:
+        weights: bytes of weights; `pristine` of W0 beside them, `bases` of bases, `block_bases` of those of one block at most.
+        coordinates: how many are trained.
+    """
 
     weights: float = 0.0
     pristine: float = 0.0

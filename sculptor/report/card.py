@@ -113,9 +113,9 @@ def notes_of(report: CardReport) -> list[str]:
 def verdict_of(report: CardReport) -> str:
     """Whether every model satisfies every threshold."""
     judged = "the worse end of the interval" if report.strict else "the figure"
-    failed = [card.name for card in report.tuned if card.failed]
     told = f"{len(report.thresholds)} threshold{'s' if len(report.thresholds) != 1 else ''} on {judged}"
-    return f"FAILED: {', '.join(failed)} ({told})" if failed else f"PASSED ({told})"
+    failed = [f"{card.name} ({len(card.failed)} of {told})" for card in report.tuned if card.failed]
+    return f"FAILED: {', '.join(failed)}" if failed else f"PASSED ({told})"
 
 
 def _wrapped(text: str) -> str:

@@ -1,5 +1,6 @@
 """The frontier of several continual runs as text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sculptor.benchmark.frontier import Frontier, Mean
@@ -23,9 +24,10 @@ def frontier_text(found: Frontier) -> str:
     )
 
 
-def frontier_head(found: Frontier) -> list[str]:
-    """Names of the columns of `frontier_rows`."""
-    return ["AA", "BWT", "LA", "harm", *(Path(name).stem[:_MAX_TEXT] for name in texts_of(found)), "seconds"]
+def frontier_head(found: Frontier, texts: Sequence[str] | None = None) -> list[str]:
+    """Names of the columns of `frontier_rows`; `texts` in the place of short names of the watched texts."""
+    short = [Path(name).stem[:_MAX_TEXT] for name in texts_of(found)]
+    return ["AA", "BWT", "LA", "harm", *(short if texts is None else texts), "seconds"]
 
 
 def frontier_rows(found: Frontier) -> list[list[str]]:

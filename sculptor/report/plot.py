@@ -7,11 +7,10 @@ from typing import Any
 from sculptor.archive.store import Archive
 from sculptor.benchmark.frontier import HARM, Frontier
 from sculptor.benchmark.results import ContinualReport
-from sculptor.checkpoint.staging import writing
 from sculptor.distribution import extra
 from sculptor.errors import SettingsError
 from sculptor.methods.rule import Directed
-from sculptor.report.html.page import GENERATOR, check_place
+from sculptor.report.html.page import GENERATOR, check_place, replacing
 
 _SAYS_WHO = {"png": "Software", "pdf": "Creator", "svg": "Creator", "ps": "Creator", "eps": "Creator"}
 
@@ -135,10 +134,11 @@ def plot_archive(archive: Archive, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes a picture that says who made it, if its format has room for that."""
-    key = _SAYS_WHO.get(path.suffix.lstrip("."))
-    with writing(path):
-        figure.savefig(path, dpi=130, metadata=None if key is None else {key: GENERATOR})
+    """Writes a picture that says who made it, if its format has room for that; whole or not at all."""
+    ending = path.suffix.lstrip(".")
+    told = {"metadata": {_SAYS_WHO[ending]: GENERATOR}} if ending in _SAYS_WHO else {}
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=ending, dpi=130, **told)
 
 
 def middles(archive: Archive) -> dict[str, str]:

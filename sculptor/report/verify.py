@@ -73,10 +73,16 @@ def verdict_of(result: Verification) -> str:
     if not result.untouched_identical:
         reasons.append(f"{len(result.changed_elsewhere)} other tensors changed")
     if result.differences:
-        reasons.append(f"{len(result.differences)} differences in what else is loaded")
+        reasons.append(differences_of(result))
     if reasons:
         return "FAILED: " + " and ".join(reasons)
     return "PASSED" if result.num_changed else "PASSED: nothing changed; are these the same checkpoint?"
+
+
+def differences_of(result: Verification) -> str:
+    """How much of what is no tensor differs."""
+    count = len(result.differences)
+    return f"{count} difference{'s' if count != 1 else ''} in what else is loaded"
 
 
 def verify_row(matrix: MatrixVerification) -> list[str]:

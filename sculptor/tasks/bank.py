@@ -44,7 +44,14 @@ _ROWS = 384  # of a task's, spread over all, that its key is of
 
 @dataclass(frozen=True, slots=True)
 class AddReport:
-    """The result of `add_to_bank`: the bank, the task, and how many of its tensors are two factors."""
+    """The result of `add_to_bank`.
+
+    Attributes:
+        bank: its directory.
+        task: what was added.
+        num_factored: how many of its tensors are kept as two factors.
+        tasks: names of all tasks in the bank, in the order in which they came.
+    """
 
     bank: Path
     task: BankTask
@@ -54,7 +61,13 @@ class AddReport:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Some rows, and how many of them went to each task."""
+    """Where some rows went.
+
+    Attributes:
+        name: of the data.
+        num_rows: how many rows there are.
+        chosen: task -> how many of them are nearest to it.
+    """
 
     name: str
     num_rows: int
@@ -87,6 +100,9 @@ def add_to_bank(
         settings: how rows are read.
         progress: makes progress bars.
         notice: told, in a line, what form of data was recognised.
+
+    Returns:
+        What was added, and which tasks there are now.
 
     Raises:
         SculptorError: if an input cannot be used, or the bank has the task, or is of another checkpoint.
@@ -180,6 +196,9 @@ def route(
         progress: makes progress bars.
         notice: told, in a line, what form of data was recognised.
 
+    Returns:
+        How many rows of each of the data went to which task.
+
     Raises:
         SculptorError: if an input cannot be used.
     """
@@ -231,6 +250,9 @@ def export_task(
         overwrite: replace an existing output.
         progress: makes progress bars.
         notice: told, in a line, what looks like weights and does not go along, and what narrow dtype the output has.
+
+    Returns:
+        `output`.
 
     Raises:
         SculptorError: if an input cannot be used, or the output cannot be written.

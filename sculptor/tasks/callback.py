@@ -5,7 +5,6 @@ save and at the end: merged checkpoint, updated archive and record, verified bef
 """
 
 import json
-import logging
 import math
 import re
 import time
@@ -59,7 +58,6 @@ _TOLD = (
     "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "seed", "bf16", "fp16", "beta", "loss_type",
 )  # fmt: skip
 MERGED_NAME = "merged"
-_LOG = logging.getLogger("sculptor")
 
 
 class SculptorCallback(TrainerCallback):  # type: ignore[misc]
@@ -71,7 +69,10 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         output: directory of the merged checkpoint at the end, with the updated archive in `subspaces/`.
         data: rows of the task as `train` takes them, where the archive goes on by what they measure [default: the trainer's
             own rows].
-        carry, memory_rows, memory_weight, save_dtype: as in `TrainSettings`.
+        carry: how the archive goes on, as in `TrainSettings`.
+        memory_rows: rows whose moments are merged in, as there; `memory_weight` their weight.
+        memory_weight: against those of one earlier source, as there.
+        save_dtype: dtype of the output, as there.
         at_save: write `merged/` into each of the trainer's own checkpoints, too.
         overwrite: replace an existing output.
         rules: kinds of rules beside sculptor's own.
@@ -102,7 +103,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         overwrite: bool = False,
         rules: Kinds | None = None,
         progress: Progress = silent,
-        notice: Callable[[str], object] = _LOG.info,
+        notice: Callable[[str], object] = print,
     ) -> None:
         self.base, self.subspaces, self.output = model, subspaces, Path(output).resolve()
         self.data = data

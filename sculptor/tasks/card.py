@@ -17,6 +17,7 @@ from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data
 from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.refusals import PHRASES
+from sculptor.evaluation.rows import check_finite
 from sculptor.evaluation.series import Figure, Reading, Series, change
 from sculptor.jobs.card_report import (
     HARM,
@@ -94,6 +95,9 @@ def card(
         progress: makes progress bars.
         notice: told, in a line, what is left out, and what form of data was recognised.
 
+    Returns:
+        Every figure before and after with its interval, and whether all thresholds are satisfied.
+
     Raises:
         SculptorError: if an input cannot be used, or a threshold names nothing that is measured.
     """
@@ -124,6 +128,10 @@ def card(
             kept = () if archive is None else read_protected(archive, loaded.architecture.vocab_size)
             named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in kept]
             series = {each.name: each.of(loaded, reading, progress) for each in measures}
+            figures = [("samples", harm.nats), *((each.name, each.harm.nats) for each in named)] if harm else []
+            figures += [(name, each.mean.mean) for name, found in series.items() for each in found]
+            for name, figure in figures:
+                check_finite(loaded.checkpoint.path, name, figure)
             return _Found(series, harm, samples, tuple(named))
 
     before = measure(base, None)

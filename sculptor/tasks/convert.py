@@ -29,6 +29,9 @@ def convert(
         progress: makes progress bars.
         rules: kinds of rules beside sculptor's own.
 
+    Returns:
+        The archive that was written, opened.
+
     Raises:
         SculptorError: if the archive is damaged or of another checkpoint, or the output cannot be written.
     """

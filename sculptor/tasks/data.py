@@ -42,6 +42,9 @@ def preview(
         rows: how many to show in full.
         progress: makes progress bars.
 
+    Returns:
+        How long the rows are in tokens, what is dropped or cut, and some of them as the model reads them.
+
     Raises:
         SculptorError: if the checkpoint or a row cannot be used.
     """

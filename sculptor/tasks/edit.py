@@ -73,6 +73,9 @@ def edit(
         notice: told, in a line, what looks like weights and does not go along.
         rules: kinds of rules beside sculptor's own.
 
+    Returns:
+        How much of the difference stays, by role and in all, and what was tried to choose it.
+
     Raises:
         SculptorError: if an input cannot be used, settings contradict each other, or the output cannot be written.
     """

@@ -53,6 +53,9 @@ def estimate(
         rules: kinds of rules beside sculptor's own.
         progress: makes progress bars.
 
+    Returns:
+        Bytes, operations and seconds of every way of training, and which of them fit.
+
     Raises:
         SculptorError: if the checkpoint, the archive or the data cannot be used.
     """

@@ -11,13 +11,22 @@ from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
+from sculptor.data.edges import tell_other_end
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Item, Row, as_items, digest_rows, names_of
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import SettingsError
 from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
-from sculptor.evaluation.rows import NOTHING, Evaluation, Generation, Watched, evaluate_rows, read_evaluation_rows
+from sculptor.evaluation.rows import (
+    NOTHING,
+    Evaluation,
+    Generation,
+    Watched,
+    check_finite,
+    evaluate_rows,
+    read_evaluation_rows,
+)
 from sculptor.jobs.bank_files import Bank
 from sculptor.jobs.evaluate_request import EvaluateRequest
 from sculptor.jobs.job import open_model
@@ -83,6 +92,9 @@ def evaluate(
         bank_top: how many of them, mixed; default the nearest alone.
         progress: makes progress bars.
         notice: told, in a line, what form of data was recognised.
+
+    Returns:
+        Losses in nats a token, shares from 0 to 1; what does not apply is None.
 
     Raises:
         SculptorError: if the checkpoint or the data cannot be used.
@@ -214,6 +226,7 @@ def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluatio
     loaded, length, size, progress = asked.loaded, asked.length, request.batch_size, request.progress
     use_template(loaded.tokenizer, request.chat_template)
     tell_unread("rows", asked.every_row, loaded.tokenizer, request.notice)
+    tell_other_end(asked.every_row, loaded.tokenizer, request.notice)
     routed = None
     if asked.bank is not None:
         told = BankSettings(max_length=length, batch_size=size)
@@ -221,8 +234,13 @@ def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluatio
 
     def measure(rows: Sequence[Row], labels: Sequence[str] | None, generation: Generation) -> Evaluation:
         if routed is not None:
-            return routed.evaluate(rows, labels, generation)
-        return evaluate_rows(loaded, rows, labels, length, size, generation=generation, progress=progress, world=world)
+            found = routed.evaluate(rows, labels, generation)
+        else:
+            found = evaluate_rows(
+                loaded, rows, labels, length, size, generation=generation, progress=progress, world=world
+            )
+        check_finite(loaded.checkpoint.path, Path(rows[0].where.rpartition(":")[0]).name or "rows", found.loss)
+        return found
 
     found = measure(asked.rows, request.labels, request.generation) if asked.rows else NOTHING
     watched = tuple(_watched(name, measure(text, None, Generation(exact_match=False))) for name, text in asked.texts)

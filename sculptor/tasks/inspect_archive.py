@@ -21,6 +21,8 @@ class MatrixSummary:
     """One matrix of an archive.
 
     Attributes:
+        name: of the tensor; `role` what it is in its block, `index` the number of the block.
+        shape: (m, n) = (out, in).
         preserved: protected directions over min(m, n).
         energy: what the protected part holds: of ||W||^2 at analysis, or of the curvature.
         free_share: trainable coordinates over entries.
@@ -42,6 +44,12 @@ class Inspection:
     """The result of `inspect`.
 
     Attributes:
+        path: of the archive, of `num_bytes` bytes; `created_by` which version of sculptor.
+        model_class: of the model that it is of.
+        base_identity: digest of that checkpoint's matrices.
+        tasks: its history, the analysis first.
+        roles: its matrices by role, `blocks` by block, `matrices` one by one.
+        not_targeted: matrices that it has no rule for, and why.
         rule: kind of rule; `terms` say what things are called, `basis` and `constraint` among them.
         belongs: whether the archive is of the given model; None without one. Never False: that is an error.
         comparison: against another archive; None without one.
@@ -101,6 +109,9 @@ def inspect(
         compare: another archive, compared by principal angles.
         progress: makes progress bars.
         rules: kinds of rules beside sculptor's own.
+
+    Returns:
+        Its history, and what is protected and free, by role, block and matrix.
 
     Raises:
         ArchiveError: if it cannot be read, does not belong to `model`, or shares nothing with `compare`.

@@ -53,7 +53,14 @@ class PrunedRole:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """The result of `prune`: what was written, None of a dry run, how, and the matrices by role and all together."""
+    """The result of `prune`.
+
+    Attributes:
+        output: directory that was written; None of a dry run.
+        sparsity: share of every matrix that is 0.
+        by: which weights went first: curvature or magnitude.
+        roles: the matrices by role; `all` all of them together.
+    """
 
     output: Path | None
     sparsity: float
@@ -97,6 +104,9 @@ def prune(
         progress: makes progress bars.
         notice: told, in a line, what looks like weights and does not go along.
         rules: kinds of rules beside sculptor's own.
+
+    Returns:
+        What was removed, by role and in all.
 
     Raises:
         SculptorError: if an input cannot be used, the archive has no curvature, or the output cannot be written.

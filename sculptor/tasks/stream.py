@@ -225,5 +225,20 @@ def stream(
     progress: Progress = silent,
     rules: Kinds | None = None,
 ) -> StreamedModel:
-    """A protected model larger than memory, for a loop of your own; see `StreamedModel`."""
+    """Opens a protected model larger than memory, for a loop of your own.
+
+    Args:
+        model: a checkpoint directory or hub name.
+        archive: its subspace archive, or its path.
+        settings: as `StreamedModel` takes them; default `TrainSettings(offload="cpu")`.
+        directory: for files, with `offload="disk"`; default the system's place for temporary ones.
+        progress: makes progress bars.
+        rules: kinds of rules beside sculptor's own.
+
+    Returns:
+        A context manager, with `model`, `backward`, `step` and `save`.
+
+    Raises:
+        SculptorError: if an input cannot be used, or it does not fit into memory or disk.
+    """
     return StreamedModel(model, archive, settings, directory=directory, progress=progress, rules=rules)

@@ -45,7 +45,7 @@ class LoopResult:
         best_loss: its evaluation loss.
         tokens: tokens read, padding excluded; `seconds` spent, both over all parts of a resumed run.
         harm: of what is kept, on samples of the base that no step depended on; `steering_harm` on those that steer, both
-            None without samples.
+            None without samples; `named` of protected names.
     """
 
     steps: int

@@ -87,9 +87,8 @@ def protect(
 ) -> Any:
     """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
 
-    They are ordinary float32 `nn.Parameter`s: train them with any optimizer and any loop, then call `merge`.
-    The model's outputs are unchanged until they are. Wrap it in DistributedDataParallel afterwards; what shards parameters is
-    refused. What is saved in between loads as a plain model, too (`saved.py`).
+    They are ordinary float32 `nn.Parameter`s, for any optimizer and any loop; then call `merge`. Until they move, outputs do not.
+    Wrap it in DistributedDataParallel afterwards; what shards parameters is refused. What is saved loads as a plain model, too.
 
     Args:
         model: a transformers model, loaded in the dtype of the archive's base checkpoint or a wider one.
@@ -296,14 +295,16 @@ def _restore(module: nn.Module, matrices: Sequence[ProtectedMatrix]) -> None:
 def merge(model: Any) -> Any:
     """Folds the coordinates of a protected model into its weights and removes them, in place.
 
+    Args:
+        model: that `protect` was called on.
+
     Returns:
         `model`, with its modules as they were before `protect`, and no trainable parameters.
 
     Raises:
         ArchiveError: if the model is not protected.
     """
-    matrices = protected_matrices(model)
-    if not matrices:
+    if not (matrices := protected_matrices(model)):
         raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
     for matrix in matrices:
         matrix.coordinates.check(matrix.pristine)
@@ -313,9 +314,8 @@ def merge(model: Any) -> Any:
         merged: dict[nn.Parameter, list[tuple[Window, Tensor]]] = {}
         for matrix in own:
             found = matrix.coordinates
-            merged.setdefault(found.original(module), []).append(
-                (found.record.window, found.merged(matrix.pristine).tensor)
-            )
+            part = (found.record.window, found.merged(matrix.pristine).tensor)
+            merged.setdefault(found.original(module), []).append(part)
         _restore(module, own)
         for original, parts in merged.items():
             original.data = _assembled(original.data, parts)

@@ -18,7 +18,7 @@ from sculptor.report.frontier import frontier_text
 from sculptor.report.html.frontier import frontier_page
 from sculptor.validation import read_json
 
-COVERS = ["sculptor.report.html.frontier"]
+COVERS = ["sculptor.report.frontier", "sculptor.report.html.frontier"]
 
 
 def finished(

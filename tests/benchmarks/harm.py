@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,7 +191,10 @@ def main() -> None:
         sys.exit(f"prepare failed: see {given.output}/prepare.log")
     bases = [f"base:{task}" for task in given.tasks if not (given.output / f"base-{task}.json").exists()]
     with ThreadPoolExecutor(given.jobs) as pool:
-        done = list(pool.map(process, [*bases, *(json.dumps(asdict(run)) for run in runs)]))
+        done = list(pool.map(process, bases))
+        if False in done:
+            sys.exit(f"the base could not be measured: see {given.output}/base-*.log")
+        done += pool.map(process, [json.dumps(asdict(run)) for run in runs])
     print(f"{done.count(False)} of {len(done)} processes failed or were not begun" if False in done else "all done")
     show([json.loads(line) for line in results.read_text().splitlines()])
 
@@ -205,16 +208,9 @@ def alone(given: argparse.Namespace) -> None:
         found = figures(given, given.model, given.data / task / "validation.jsonl")
         (given.output / f"base-{task}.json").write_text(json.dumps(found))
     else:
-        wait(lambda: all((given.output / f"base-{task}.json").exists() for task in given.tasks))
         row = one(given, Run(**json.loads(given.only)))
         with open(given.output / "results.jsonl", "a", encoding="utf-8") as file:
             print(json.dumps(row), file=file)
-
-
-def wait(there: Callable[[], bool]) -> None:
-    """Until what another process makes is there."""
-    while not there():
-        time.sleep(0.5)
 
 
 if __name__ == "__main__":

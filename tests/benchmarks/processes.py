@@ -5,21 +5,27 @@
     torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --analyze weights --analyze curvature
 
 Run once per number of processes; WORK keeps outputs apart. Rows are random words of full length, every process has the same
-number of tokens in each step. The first three steps are not counted; medians of the others.
+number of tokens in each step. The first three steps are not counted; medians of the others. Bytes that a process gets of others
+in a step are those of the collective calls that were made, as rings move them, beside what `sculptor estimate` says by formula.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 
 import sculptor
 from sculptor.jobs.processes import join
+from sculptor.progress import Bar, silent
 from sculptor.training.settings import Parallel
 
 WORDS = [
@@ -51,6 +57,48 @@ def write_rows(path: Path, count: int, words: int) -> Path:
     return path
 
 
+class Traffic:
+    """Bytes that a process gets of others, on average over processes, noted at every step.
+
+    Rings move n bytes once for a broadcast or a reduction, twice for both, to all but one of the processes.
+    """
+
+    TIMES: ClassVar = {"broadcast": 1, "reduce": 1, "all_reduce": 2}
+
+    def __init__(self, size: int) -> None:
+        self.share, self.bytes, self.at_steps = (size - 1) / size, 0.0, [0.0]
+
+    def __enter__(self) -> "Traffic":
+        self.calls = {name: getattr(dist, name) for name in self.TIMES}
+        for name, call in self.calls.items():
+            setattr(dist, name, functools.partial(self._counted, name, call))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, call in self.calls.items():
+            setattr(dist, name, call)
+
+    def _counted(self, name: str, call: Callable[..., Any], tensor: torch.Tensor, *more: Any, **named: Any) -> Any:
+        self.bytes += self.TIMES[name] * self.share * tensor.numel() * tensor.element_size()
+        return call(tensor, *more, **named)
+
+    def progress(self, *, total: int, desc: str, unit: str, initial: int = 0) -> Bar:
+        """Bars of which that of the steps notes what went by."""
+        return self if desc == "train" else silent(total=total, desc=desc, unit=unit, initial=initial)
+
+    def update(self, n: int = 1) -> None:
+        self.at_steps.append(self.bytes)
+
+    def set_postfix_str(self, s: str, refresh: bool = True) -> None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def of_a_step(self) -> float:
+        """The median of those that are counted."""
+        return statistics.median(b - a for a, b in itertools.pairwise(self.at_steps[3:]))
+
+
 def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: argparse.Namespace) -> dict[str, object]:
     """Tokens per second of all processes together, from the run's own metrics."""
     world = join(options.device)
@@ -63,7 +111,8 @@ def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: a
         checkpoint_activations=options.recompute or None,
     )  # fmt: skip
     started = time.perf_counter()
-    report = sculptor.train(model, archive, [data], output, settings, overwrite=True)
+    with Traffic(world.size) as traffic:
+        report = sculptor.train(model, archive, [data], output, settings, overwrite=True, progress=traffic.progress)
     whole = time.perf_counter() - started
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     seconds = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[2:])]
@@ -74,6 +123,7 @@ def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: a
         "losses": [round(line["loss"], 5) for line in lines[:3]],
         "peak GiB": world.gather(_peak()),
         "trained": report.num_trainable,
+        **({"GB from others": round(traffic.of_a_step / 1e9, 6)} if world.first and world.size > 1 else {}),
     }
 
 

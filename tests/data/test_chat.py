@@ -83,6 +83,20 @@ def test_all_turns_in_one_example(tokenizer: Any, tmp_path: Path, template: str,
     assert found.replace(" ", "") == f"Hello there{end}Good bye{end}".replace(" ", "")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        SPACED,
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}" + CHATML,
+    ],
+)
+def test_a_conversation_may_begin_with_the_assistant(tokenizer: Any, tmp_path: Path, template: str) -> None:
+    tokenizer.chat_template = template
+    (found,) = learned(tokenizer, tmp_path, {"messages": TWO[1:]})
+    assert found.replace(" ", "") == "Hellothere<|im_end|>\nGoodbye<|im_end|>\n", "no header, and no system's words"
+
+
 def test_turns_one_by_one_where_thinking_is_dropped(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = THINKING
     messages = [dict(message, thinking="hmm") if message["role"] == "assistant" else message for message in TWO]

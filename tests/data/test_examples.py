@@ -130,7 +130,7 @@ def test_a_first_turn_of_the_assistant_needs_no_empty_conversation(tokenizer: An
     tokenizer.chat_template = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}" + UNMARKED
     row = MessagesRow("f:1", ({"role": "assistant", "content": "w3"},), (True,))
     (example,) = encode([row], tokenizer, "causal", 32).examples
-    assert example.labels == example.input_ids
+    assert example.labels == (IGNORED, *example.input_ids[1:]), "the turn's header is the template's"
 
 
 def test_ids_beyond_the_embeddings_are_refused(tokenizer: Any) -> None:

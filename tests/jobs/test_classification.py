@@ -167,6 +167,16 @@ def test_what_else_changed_does_not_verify(pairs: Path, tmp_path: Path) -> None:
         passes(tampered(lambda values: values["score.weight"][0, 0].fill_(torch.nan)))
     with pytest.raises(SculptorError, match="2 added, first extra"):
         passes(tampered(lambda values: values.update(extra=torch.ones(2))))
+    odd = [
+        {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+        for names in ((*NAMES, "more"), (*NAMES[:-1], ""), (*NAMES[:-1], NAMES[0]))
+    ]
+    for config in odd:  # a head of other classes than the tensors are of, or of classes that nobody can tell
+        with pytest.raises(SculptorError, match="tensors differ"):
+            passes(tampered(**config))
+    narrow = lambda values: values.update({"score.weight": values["score.weight"][:, 1:].contiguous()})  # noqa: E731
+    with pytest.raises(SculptorError, match="tensors differ"):
+        passes(tampered(narrow))
     assert find_new_head(*map(open_checkpoint, (pairs / "llama", pairs / "llama"))) is None
 
 

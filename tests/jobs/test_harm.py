@@ -68,6 +68,24 @@ def test_samples_stay_with_the_lineage_and_no_samples_leaves_them_out(
     assert (found.code, "no causal model" in found.err) == (2, True)
 
 
+def test_of_two_samples_nothing_is_said(
+    cli: Callable[..., Result], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sculptor.model.samples.TOKENS", 32)
+    for name, fewest, code in (("few", 4, 1), ("older", 2, 0)):  # as an earlier version kept them
+        monkeypatch.setattr("sculptor.model.samples._FEWEST", fewest)
+        found = cli("analyze", made / "model", "--preserve", 0.5, "--samples", "-o", tmp_path / name, "--device", "cpu")
+        assert (found.code, (tmp_path / name / FILE).exists(), "too little" in found.err) == (
+            code,
+            not code,
+            bool(code),
+        )
+    monkeypatch.undo()
+    found = cli("train", made / "model", "--subspaces", tmp_path / "older", "--data", made / "rows.jsonl", "--max-steps", 1,
+                "--device", "cpu", "-o", tmp_path / "out")  # fmt: skip
+    assert found.code == 0, found.err
+
+
 def test_harm_is_measured_and_told_everywhere(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = cli("train", made / "model", "--subspaces", made / "archive", "--data", made / "rows.jsonl", "-o", out, "--harm-every",

@@ -75,7 +75,9 @@ def test_inspect_sums_up_by_role_and_block_and_shows_matrices_when_asked(
     assert (idle.code, "--all without effect" in idle.err) == (2, True)
 
 
-def test_a_picture_is_drawn(cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path) -> None:
+def test_a_picture_is_drawn_whole_or_not_at_all(
+    cli: Callable[..., Result], made: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     pytest.importorskip("matplotlib")
     found = cli("inspect", made["archive"], "--plot", tmp_path / "p.png")
     assert found.code == 0, found.err
@@ -89,6 +91,11 @@ def test_a_picture_is_drawn(cli: Callable[..., Result], made: dict[str, Path], t
     wrong = cli("inspect", made["archive"], "--plot", tmp_path / "p.gif7")
     assert wrong.code == 2
     assert "unknown picture format" in wrong.err
+    before, names = (tmp_path / "p.png").read_bytes(), sorted(tmp_path.iterdir())
+    request.getfixturevalue("small_disk")
+    failed = cli("inspect", made["archive"], "--plot", tmp_path / "p.png", "--overwrite", "--html", tmp_path / "x.html")
+    assert (failed.code, failed.err.count("error: "), "cannot write" in failed.err) == (1, 1, True)
+    assert ((tmp_path / "p.png").read_bytes(), sorted(tmp_path.iterdir())) == (before, names)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, save_checkpoint, task_rows, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, Interpolate, TrainSettings, add_to_bank, analyze, edit, evaluate, route, train
 from sculptor.checkpoint.written import LOCK_NAME
@@ -162,8 +162,10 @@ def test_two_at_once_and_one_that_broke_off_lose_nothing(tmp_path: Path, monkeyp
             add("a")
     assert not bank.exists()
     bank.mkdir()
-    for left in (LOCK_NAME, "a.safetensors.tmp", "b.safetensors"):  # killed
+    for left in (LOCK_NAME, "a.safetensors.tmp"):  # killed
         (bank / left).write_text("")
+    ours = {"key.mean": torch.zeros(1, 2), "key.scatter": torch.zeros(1, 2, 2), "w.left": torch.zeros(2, 2)}
+    save_file(ours, bank / "task-0.safetensors")  # killed before the bank listed it
     names = [f"task-{i}" for i in range(6)]
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(add, names))
@@ -171,6 +173,12 @@ def test_two_at_once_and_one_that_broke_off_lose_nothing(tmp_path: Path, monkeyp
     with pytest.raises(BankError, match="has a task task-1 already"):
         add("task-1")
     assert len(Bank(bank).keys()) == 6
+    for name, content in (("mine", {"w": torch.ones(2)}), ("empty", {})):  # somebody's
+        save_file(content, bank / f"{name}.safetensors")
+        before = (bank / f"{name}.safetensors").read_bytes()
+        with pytest.raises(BankError, match="no task that was added; move it"):
+            add(name)
+        assert ((bank / f"{name}.safetensors").read_bytes(), len(Bank(bank).names)) == (before, 6)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(BankError, match=r"no bank\.json"):

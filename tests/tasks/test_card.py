@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 import sys
 import types
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Result, save_checkpoint, task_rows, write_rows
+from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, card, evaluate, train, verify
 from sculptor.errors import DataError, OutputError, SculptorError, SettingsError
 from sculptor.evaluation.refusals import PHRASES, is_refusal
 from sculptor.evaluation.series import Series, change
-from sculptor.jobs.card_report import CardReport, parse_threshold
+from sculptor.jobs.card_report import CardReport, failures, parse_threshold
+from sculptor.model.harm import Harm
 from sculptor.report.card import check_card_file
 
 COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.jobs.card_report", "sculptor.jobs.measures"]
@@ -169,6 +173,30 @@ def test_what_cannot_be_measured_is_one_line_and_2(
     found = carded(cli, made, "--data", rows, "--max-rows", 2, *(rows if word == "ROWS" else word for word in more))
     assert (found.code, len(found.err.strip().splitlines())) == (2, 1), found.err
     assert all(needle in found.err for needle in needles), found.err
+
+
+def test_a_model_that_predicts_no_numbers_passes_nothing(
+    cli: Callable[..., Result], made: Path, tmp_path: Path
+) -> None:
+    """Its weights are finite."""
+    other = shutil.copytree(made / "base", tmp_path / "other")
+    values = load_file(other / "model.safetensors")
+    values["model.norm.weight"] = torch.full_like(values["model.norm.weight"], 3e38)
+    save_file(values, other / "model.safetensors", {"format": "pt"})
+    rows = made / "rows.jsonl"
+    found = cli("card", made / "base", other, "--data", rows, "--fail-if", "harm>1", "--device", "cpu")
+    assert (found.code, len(found.err.strip().splitlines())) == (2, 1), found.err
+    assert "other: predicts no numbers on samples (nan); it cannot be measured" in found.err
+    assert not found.out
+    for file in (rows, made / "text.jsonl", made / "abilities" / "picks.jsonl"):
+        found = cli("evaluate", other, "--data", file, "--device", "cpu")
+        assert found.code == 1
+        assert f"predicts no numbers on {file.name}" in found.err
+    chosen = ("--choose", rows, "--watch", made / "text.jsonl", "-o", tmp_path / "edited", "--device", "cpu")
+    found = cli("edit", "interpolate", made / "base", other, *chosen)
+    assert found.code == 1
+    assert "predicts no numbers on the rows" in found.err
+    assert failures([parse_threshold("harm>1")], [], Harm(math.nan, 0.0, 2, 2), None, [], strict=False)
 
 
 def test_thresholds_are_read_as_they_are_written() -> None:

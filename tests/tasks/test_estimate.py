@@ -361,9 +361,8 @@ def test_several_gpus_divide_the_rows(cli: Callable[..., Result], tmp_path: Path
     assert replicate["exchanged"] == 1.5 * 4 * four["num_trainable"]
     blocks = sum(share["weights"] for share in shard["shares"])
     assert shard["exchanged"] == on_host["exchanged"]
-    assert (
-        0.7 * 3 * blocks < shard["exchanged"] <= 0.75 * 3 * blocks
-    )  # two times weights, once gradients; norms have none
+    # Weights two times but for the one of two blocks where the pass turns round, gradients once; norms have none.
+    assert 0.7 * 2.5 * blocks < shard["exchanged"] <= 0.75 * 2.5 * blocks
     held = "coordinates, gradients, AdamW"
     assert sum(share["coordinates"] for share in shard["shares"]) == four["num_trainable"]
     assert replicate["device"][held] / 4 <= shard["device"][held] < replicate["device"][held] / 2

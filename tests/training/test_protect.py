@@ -1,5 +1,6 @@
 """protect and merge: other people's loops and optimizers keep the constraint, and the folded weight is never stale."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from conftest import FAMILIES, save_checkpoint, slowly
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from sculptor import AnalyzeSettings, Archive, analyze, merge, protect
-from sculptor.errors import ArchiveError, CapacityError, TrainingError
+from sculptor import AnalyzeSettings, Archive, analyze, merge, protect, verify
+from sculptor.errors import ArchiveError, CapacityError, TrainingError, VerificationError
 from sculptor.model.load import checkpoint_activations
 from sculptor.training.protect import protected_blocks, protected_matrices
 from sculptor.training.stack import STACKED
@@ -309,6 +310,19 @@ def test_wrong_models_are_refused(made: dict[str, tuple[Path, Path]], tmp_path: 
     protect(model, archive)
     with pytest.raises(ArchiveError, match="protected already"):
         protect(model, archive)
+
+
+def test_what_was_saved_under_protection_is_told_from_another_model(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model, archive = load(made)
+    protect(model, archive)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copytree(
+        made["llama-double"][0], tmp_path / "saved", dirs_exist_ok=True, ignore=lambda *_: ["model.safetensors"]
+    )
+    with pytest.raises(VerificationError, match=r"saved while it was protected.*call sculptor\.merge"):
+        verify(made["llama-double"][0], tmp_path / "saved", archive.path, device="cpu")
 
 
 def test_shapes_are_named_before_dtypes(made: dict[str, tuple[Path, Path]]) -> None:

@@ -1,7 +1,7 @@
 """The page of `card`: whether a release may go out, and a table of what changed for each tuned model."""
 
 from sculptor.jobs.card_report import CardReport, TunedCard
-from sculptor.report.card import LINES_HEAD, harm_line, leak_line, line_row, notes_of, verdict_of
+from sculptor.report.card import LINES_HEAD, harm_line, leak_line, line_row, notes_of
 from sculptor.report.html.page import Child, Markup, element, listed, note, page, section, table
 from sculptor.report.text import named_line
 
@@ -20,11 +20,13 @@ def card_page(report: CardReport) -> str:
 
 
 def _verdict(report: CardReport) -> Markup:
-    word, _, more = verdict_of(report).partition(" ")
+    failed = [card.name for card in report.tuned if card.failed]
+    judged = "the worse end of the interval" if report.strict else "the figure itself"
     return element(
         "div",
-        element("strong", word.rstrip(":")),
-        element("p", f"{more} {'; '.join(report.thresholds)}"),
+        element("strong", "PASSED" if report.passed else "FAILED"),
+        element("p", f"Not satisfied by {', '.join(failed)}.") if failed else None,
+        element("p", f"Held against {judged}, a release fails by: {'; '.join(report.thresholds)}"),
         class_="verdict good" if report.passed else "verdict bad",
         role="status",
     )

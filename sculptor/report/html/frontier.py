@@ -20,7 +20,7 @@ def frontier_page(found: Frontier) -> str:
     ]
     return page(
         "frontier",
-        f"{len(found.points)} ways to learn {len(found.tasks)} tasks",
+        f"{_counted(len(found.points), 'way')} to learn {_counted(len(found.tasks), 'task')}",
         element(
             "p",
             f"{_unit(found)} on {found.split} rows of {', '.join(found.tasks)}: up is better, left is safer.",
@@ -33,8 +33,12 @@ def frontier_page(found: Frontier) -> str:
         )
         if texts
         else None,
-        section("All points", table(["run", *frontier_head(found)], rows, "points")),
+        section("All points", table(["run", *frontier_head(found, texts_of(found))], rows, "points")),
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _unit(found: Frontier) -> str:

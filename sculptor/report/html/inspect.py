@@ -33,6 +33,7 @@ from sculptor.report.text import (
 from sculptor.tasks.inspect_archive import Inspection
 
 _MOST_DRAWN = 12
+_MOST_COMPARED = 20
 _LEGEND = (
     "Curves: how much each direction carries. Areas: which pairs of an output and an input direction are frozen, a row per output "
     "direction, both in order of importance."
@@ -80,9 +81,7 @@ def inspect_page(found: Inspection, archive: Archive) -> str:
         ),
         section("Tasks", _history(found), _tasks(found) if found.shares else None),
         section("One matrix of each role, from the middle of the model", _examples(archive)),
-        section("Against the other archive", table(*comparison_rows(found), "compared"), note(COMPARISON_LEGEND))
-        if found.comparison
-        else None,
+        section("Against the other archive", note(COMPARISON_LEGEND), _comparison(found)) if found.comparison else None,
         section("Not targeted", listed(frozen)) if frozen else None,
     )
 
@@ -123,6 +122,18 @@ def _tasks(found: Inspection) -> Child:
             "Overlap of tasks", "1 for the same directions, 0 for none in common.", heads, overlaps, ("0", "1"), "task"
         ),
     ]
+
+
+def _comparison(found: Inspection) -> Child:
+    """Matrices that were turned most come first; a model has hundreds."""
+    head, rows = comparison_rows(found)
+    compared = sorted(
+        zip(found.comparison or (), rows, strict=True),
+        key=lambda each: -max(side.largest_angle or 0.0 for side in (each[0].output, each[0].input)),
+    )
+    ordered = [row for _, row in compared]
+    every = details(f"All {len(ordered)} matrices", table(head, ordered, "all compared"))
+    return [table(head, ordered[:_MOST_COMPARED], "turned most"), every if len(ordered) > _MOST_COMPARED else None]
 
 
 def _examples(archive: Archive) -> Child:

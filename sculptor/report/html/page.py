@@ -7,8 +7,8 @@ lets a browser neither fetch nor run anything.
 import html
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sculptor import __version__
@@ -18,7 +18,9 @@ from sculptor.errors import OutputError, SettingsError
 from sculptor.jobs.readme import is_hub_name
 from sculptor.report.html.style import STYLE
 
-_VOID = ("meta", "br")
+_VOID = ("meta", "br", "wbr")
+_TENSOR = re.compile(r"[\w-]+(\.[\w-]+){2,}")
+_MOST_SHOWN = 12
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 GENERATOR = f"sculptor {__version__}"  # what every page and picture says made it
 _BY_US = re.compile(
@@ -115,7 +117,8 @@ def tiles(entries: Iterable[tuple[str, str, str | None]]) -> Markup:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, *, prose: bool = False) -> Markup:
     """A table of text; the first column names the row."""
     body = [
-        element("tr", element("th", row[0], scope="row"), [element("td", value) for value in row[1:]]) for row in rows
+        element("tr", element("th", _breakable(row[0]), scope="row"), [element("td", value) for value in row[1:]])
+        for row in rows
     ]
     columns = element("thead", element("tr", [element("th", name, scope="col") for name in head]))
     return scrolled(
@@ -135,7 +138,21 @@ def details(summary: str, *children: Child) -> Markup:
 
 def listed(items: Sequence[str]) -> Markup:
     """A list of names or sentences."""
-    return element("ul", [element("li", item) for item in items])
+    return element("ul", [element("li", _breakable(item)) for item in items])
+
+
+def listed_shortly(items: Sequence[str]) -> Child:
+    """A list whose end is folded away where it is long."""
+    rest = items[_MOST_SHOWN:]
+    return [listed(items[:_MOST_SHOWN]), details(f"{len(rest)} more", listed(rest)) if rest else None]
+
+
+def _breakable(text: str) -> Child:
+    """The name of a tensor may go on in the next line behind a dot, rather than anywhere."""
+    if not _TENSOR.fullmatch(text):
+        return text
+    first, *rest = text.split(".")
+    return [first, [[".", element("wbr"), part] for part in rest]]
 
 
 def check_page(
@@ -208,10 +225,21 @@ def write_file(path: Path, content: str) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the name of a file to be written beside a file's place, which it then takes, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
-            temporary.write_text(content, encoding="utf-8")
+            yield temporary
             os.replace(temporary, path)
     finally:
         with suppress(OSError):

@@ -67,11 +67,12 @@ def _shades(dark: bool) -> str:
 
 _COLOURS = """
 :root{color-scheme:light dark;--page:#fff;--card:#f5f7fa;--line:#d5dbe3;--text:#18202b;--soft:#556070;--accent:#1d5fae;
---second:#a34a00;--good:#136c38;--bad:#b3152b;--on:#fff}
+--second:#a34a00;--good:#136c38;--bad:#b3152b;--on:#fff;
+--edge:#1825363d}
 """
 _NIGHT = """
 :root{--page:#11151b;--card:#1a2029;--line:#343e4c;--text:#e6eaf0;--soft:#a3adbb;--accent:#7db4f5;--second:#f0a35e;
---good:#67cf90;--bad:#ff8a93;--on:#11151b}
+--good:#67cf90;--bad:#ff8a93;--on:#11151b;--edge:#7db4f533}
 """
 _LAYOUT = """
 *{box-sizing:border-box}
@@ -102,10 +103,14 @@ li{overflow-wrap:anywhere}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:20px;align-items:start}
 .small{grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr))}
 figure{margin:0;min-width:0}
+section>figure+figure{margin-top:28px}
 figcaption{margin:0 0 6px;overflow-wrap:anywhere}
 figcaption b{display:block}
 figcaption small{display:block;font-size:.8rem;line-height:1.4}
-.scroll{overflow-x:auto;max-width:100%}
+.scroll{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,var(--page) 40%,transparent) 0 0/40px 100% local no-repeat,
+linear-gradient(270deg,var(--page) 40%,transparent) 100% 0/40px 100% local no-repeat,
+linear-gradient(90deg,var(--edge),transparent) 0 0/14px 100% no-repeat,
+linear-gradient(270deg,var(--edge),transparent) 100% 0/14px 100% no-repeat}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 .plain th,.plain td{padding:3px 10px 3px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
@@ -159,7 +164,7 @@ summary{cursor:pointer;color:var(--accent);font-size:.85rem}
 footer{margin-top:40px;color:var(--soft);font-size:.8rem}
 code{font:.9em ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 @media(max-width:480px){main{padding:14px 12px 40px}.heat{font-size:.7rem}.heat td{padding:3px 2px;min-width:2.7em}
-.heat tbody th{max-width:9em}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.verdict strong{font-size:1.7rem}}
+.heat tbody th{max-width:12em}.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.verdict strong{font-size:1.7rem}}
 """
 
 STYLE = f"{_COLOURS}{_shades(False)}{_LAYOUT}@media(prefers-color-scheme:dark){{{_NIGHT}{_shades(True)}}}"

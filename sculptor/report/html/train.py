@@ -19,6 +19,7 @@ _TITLES = {
     "learning_rate": ("Learning rate", "of each step"),
     "relative_rate": ("Relative rate", "of each step, in the size of a matrix"),
     "harm": ("Harm", "nats a token, KL(base || new) on the archive's samples"),
+    "harm_scale": ("Share of the update that the limit left", "1 where a measurement was below it"),
     "kl": ("Divergence", "nats a token, KL to the base on the rows' own tokens"),
     "grad_norm": ("Gradient norm", "of what is trained, before clipping"),
 }

@@ -11,6 +11,7 @@ from sculptor.report.html.page import (
     details,
     element,
     listed,
+    listed_shortly,
     note,
     page,
     place_name,
@@ -20,9 +21,9 @@ from sculptor.report.html.page import (
     tiles,
 )
 from sculptor.report.text import percent
-from sculptor.report.verify import VERIFY_HEAD, holds_when, verdict_of, verify_row, verify_text
+from sculptor.report.verify import VERIFY_HEAD, differences_of, holds_when, verdict_of, verify_row, verify_text
 
-_MOST_LISTED = 500
+_MOST_LISTED = 20
 
 
 def verify_page(result: Verification, base: str, tuned: str, subspaces: str) -> str:
@@ -82,7 +83,7 @@ def _checks(result: Verification) -> list[Child]:
             not result.differences,
             "Configuration, tokenizer and whatever else is loaded are the same."
             if not result.differences
-            else f"{len(result.differences)} differences in what else is loaded.",
+            else f"{differences_of(result)}.",
         ),
     ]
     return [
@@ -116,7 +117,7 @@ def _tiles(result: Verification) -> list[tuple[str, str, str | None]]:
 def _elsewhere(result: Verification) -> Sequence[Child]:
     parts: list[Child] = []
     if result.changed_elsewhere:
-        parts += [element("h3", "Tensors that changed"), listed(result.changed_elsewhere)]
+        parts += [element("h3", "Tensors that changed"), listed_shortly(result.changed_elsewhere)]
     if result.differences:
         parts += [element("h3", "What differs in what else is loaded"), listed(result.differences)]
     if result.new_tokens:
@@ -142,7 +143,7 @@ def _matrices(result: Verification) -> Child:
     failed = [matrix for matrix in ordered if not matrix.holds]
     shown = None
     if failed:
-        rest = f" The {_MOST_LISTED} that leak most." if len(failed) > _MOST_LISTED else ""
+        rest = f" The {_MOST_LISTED} that leak most; the others are below." if len(failed) > _MOST_LISTED else ""
         rows = list(map(verify_row, failed[:_MOST_LISTED]))
         shown = [
             element("h3", f"{len(failed)} matrices that do not hold.{rest}"),

@@ -1,0 +1,136 @@
+"""What others do with several GPUs, on the same model and as many tokens: FSDP2, plainly or with PEFT's OSF; its leak.
+
+    torchrun --nproc-per-node 2 tests/benchmarks/peers.py MODEL plain osf [--tokens 16384] [--steps 8] [--device cuda]
+
+Every block is sharded (`fully_shard`), weights, gradients and AdamW's moments in the model's dtype, gradients are clipped, the
+matrices of blocks are trained. Random tokens; the first three steps are not counted; medians of the others. The leak is the part
+of the update that OSF promises not to make: ||(U^T dW, dW V)|| / ||dW||, U and V the singular vectors that it keeps, over four
+matrices.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sculptor.jobs.processes import join
+
+
+def prepare(method: str, options: argparse.Namespace, device: torch.device) -> tuple[Any, list[torch.nn.Parameter]]:
+    """The model as FSDP2 has it, and what is trained."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device)
+    matrices = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in name
+    ]
+    model.requires_grad_(False)
+    if method == "plain":
+        for name in matrices:
+            model.get_submodule(name).weight.requires_grad_(True)
+    else:
+        import peft
+
+        leaves = sorted({name.rpartition(".")[2] for name in matrices})
+        config = peft.OSFConfig(target_modules=leaves, effective_rank=options.preserve, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
+    if options.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    for block in next(module for name, module in model.named_modules() if name.endswith(".layers")):
+        fully_shard(block)
+    fully_shard(model)
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def run(method: str, options: argparse.Namespace) -> dict[str, object]:
+    """Tokens per second of all processes together, peak memory, and the leak of OSF."""
+    world = join(options.device)
+    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    model, trained = prepare(method, options, device)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    generator = torch.Generator().manual_seed(world.rank)
+    rows = options.tokens // options.length
+    model.train()
+    before = {} if method == "plain" else kept(model)
+    seconds = []
+    for _ in range(options.steps):
+        ids = torch.randint(2, 1000, (rows, options.length), generator=generator).to(device)
+        started = time.perf_counter()
+        for part in ids.split(options.micro or rows):
+            (model(input_ids=part, labels=part, use_cache=False).loss * len(part) / rows).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[3:] or seconds)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    found = {"tokens/s": round(world.size * options.tokens / median), "step s": round(median, 3)}
+    return found | {"peak GiB": world.gather(round(peak, 1)), **({"leak": leak(model, before)} if before else {})}
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """In one piece, in float32."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().float()
+
+
+def product(module: Any) -> torch.Tensor:
+    """What OSF trains of a matrix, as it is now."""
+    low = module.osf_svd_params["default"]
+    return (whole(low["U_low"]) * whole(low["S_low"])) @ whole(low["V_low"])
+
+
+def kept(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of the first four matrices: what is trained, before it is, and the directions that OSF keeps, U and V."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "osf_svd_params") and len(found) < 4:
+            u, _, v = torch.linalg.svd(whole(module.get_base_layer().weight), full_matrices=False)
+            count = module.effective_rank["default"]
+            found[name] = (product(module), u[:, :count], v[:count].T)
+    return found
+
+
+def leak(model: Any, before: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> float:
+    """Of the matrices that were looked at before, together."""
+    forbidden = size = 0.0
+    for name, (old, u, v) in before.items():
+        update = product(model.get_submodule(name)) - old
+        forbidden += float((u.T @ update).square().sum() + (update @ v).square().sum())
+        size += float(update.square().sum())
+    return math.sqrt(forbidden / size) if size else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("methods", nargs="+", choices=["plain", "osf"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step, per process")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--micro", type=int, help="rows per forward")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--preserve", type=float, default=0.5)
+    options = parser.parse_args()
+    world = join(options.device)
+    for method in options.methods:
+        try:
+            found = run(method, options)
+        except (RuntimeError, ValueError, AttributeError) as cause:  # what others cannot do is a result, too
+            found = {"error": " ".join(str(cause).split())[:200]}
+        if world.first:
+            print(json.dumps({"processes": world.size, "job": f"FSDP2 {method}", **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Benchmarks run on a CPU, too, so that what they call does not go away unnoticed until a GPU is there."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import save_checkpoint, task_rows, write_rows
+
+import sculptor
+
+PLACE = Path(__file__).parent / "benchmarks"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    """A benchmark as its command runs it, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(PLACE / name), *map(str, arguments)])
+    monkeypatch.syspath_prepend(str(PLACE))
+    runpy.run_path(str(PLACE / name), run_name="__main__")
+
+
+def test_offload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    rows = ["full:2:1", "resident:2:1", "cpu:2", "cpu:2:fused", "disk:2"]
+    options = ["--length", 16, "--steps", 1, "--device", "cpu", "--scratch", tmp_path / "scratch"]
+    monkeypatch.setattr("torch.randint", _of_the_vocabulary)
+    run(monkeypatch, "offload.py", model, *rows, *options)
+    _, *found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["row"] for row in found] == rows
+    first = [row["losses"][0] for row in found]
+    assert first == pytest.approx([first[0]] * 5, abs=1e-3), "one model, one batch"
+
+
+def _of_the_vocabulary(low: int, high: int, *more: object, **named: object) -> object:
+    import torch
+
+    return torch.Tensor.random_(torch.empty(*more, dtype=torch.long), low, 40, generator=named["generator"])  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = save_checkpoint(tmp_path / "model"), tmp_path / "data" / "task"
+    data.mkdir(parents=True)
+    for name in ("train", "validation"):
+        write_rows(data / f"{name}.jsonl", task_rows())
+    text = write_rows(tmp_path / "text.jsonl", task_rows("text", 6))
+    run(
+        monkeypatch, "harm.py", model, "--data", data.parent, "--output", tmp_path / "out", "--tasks", "task", "--limits", 0.01,
+        "--free", 1, 2, "--watch", text, "--rows", 24, "--batch-size", 8, "--epochs", 1, "--max-length", 48,
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "1 runs with a limit" in said
+    assert "3 runs" in said
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert {row["limit"] for row in rows} == {0.01, None}
+    assert all(row["fresh"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    sculptor.analyze(model, tmp_path / "archive", sculptor.AnalyzeSettings(preserve=0.5, device="cpu"))
+    monkeypatch.setattr("torch.randint", _of_the_vocabulary)
+    run(
+        monkeypatch, "step.py", model, "--archive", f"weights={tmp_path / 'archive'}", "--rows", 2, "--micro", 1, "--length", 16,
+        "--steps", 1, "--methods", "plain", "protect weights", "train weights", "--json", tmp_path / "rows.json",
+    )  # fmt: skip
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 3
+    assert "protect weights" in capsys.readouterr().out
