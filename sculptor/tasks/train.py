@@ -39,6 +39,7 @@ from sculptor.tasks.first_archive import analyze_first
 from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import prepare_model
+from sculptor.training.steps import Steps
 from sculptor.world import World
 
 _OWN = (ANALYZED, OPENED)  # archives made on the way, which go along
@@ -135,6 +136,8 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
         with world.together():
             check_folder(output, read)
     with staged(inputs=read, resume=request.resume) as partial:
+        if settings.max_steps is None:
+            Steps.of(job.encoded, job.settings).tell_few(settings.epochs, notice)
         job = fit_memory(job, settings.memory_rows, partial, device, notice, world)
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
         report = _run(request, job, device, partial, world)

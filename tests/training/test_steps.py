@@ -32,3 +32,14 @@ def test_an_epoch_is_the_loop_s(mixture: Mixture | None) -> None:
     assert found.total == SETTINGS.total_steps(plan.steps_per_epoch)
     if mixture is not None:  # three of the first, whose mean length is 4.5, and all of the others, whose is 9
         assert found.mean == pytest.approx(6.75)
+
+
+def test_few_steps_are_told() -> None:
+    told: list[str] = []
+    Steps.of(ROWS, SETTINGS).tell_few(3, told.append)
+    assert told == [
+        "few steps to learn from: 9 in all, with --epochs 3 and 4 rows in each; more epochs, or fewer rows (--batch-size), "
+        "make more"
+    ]
+    Steps.of(ROWS, replace(SETTINGS, epochs=10)).tell_few(10, told.append)
+    assert len(told) == 1
