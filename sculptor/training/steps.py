@@ -37,6 +37,6 @@ class Steps:
         """Says, in a line, that a run takes hardly any steps, if it does."""
         if self.total < _FEW:
             notice(
-                f"few steps to learn from: {self.total} in all, with --epochs {epochs:g} and {self.rows} rows in each; more epochs, "
-                "or fewer rows (--batch-size), make more"
+                f"few steps to learn from: {self.total} in all, with --epochs {epochs:g} and {self.rows} rows in each; "
+                "more epochs, or fewer rows (--batch-size), make more"
             )
