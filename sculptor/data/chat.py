@@ -159,9 +159,7 @@ class _Conversation:
 
     def _spoken_from(self, messages: Sequence[Message], i: int, after: str) -> int:
         """Where in the text that ends with a turn the assistant's own words begin."""
-        if (
-            not i
-        ):  # many templates refuse an empty conversation; they write a header and what else comes first all the same
+        if not i:  # many templates refuse an empty conversation, and write a header all the same
             return self._header(messages, i, after)
         before = self._render(messages[:i], add_generation_prompt=True)
         same = _same(before, after)

@@ -30,9 +30,14 @@ def sequence_frame(tokenizer: Any, text: str) -> tuple[list[int], list[int], lis
     return prefix, bare, suffix
 
 
-@functools.lru_cache(maxsize=8)
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Special and added tokens: what a template can write that is no text."""
+    return _special_ids(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any, size: int) -> frozenset[int]:
+    """`size` is the tokenizer's: it may be given tokens after it was looked at."""
     added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip())
     return frozenset(itertools.chain(tokenizer.all_special_ids, added))
 

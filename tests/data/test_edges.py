@@ -12,7 +12,7 @@ from conftest import Result, make_tokenizer, save_checkpoint, task_rows, write_r
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.configuration import stop_ids
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.edges import answer_end, completion_ids, end_answers_at
+from sculptor.data.edges import answer_end, completion_ids, end_answers_at, special_ids
 from sculptor.model.load import load_tokenizer
 
 END, MASK = 0, 2
@@ -48,6 +48,14 @@ def test_only_special_tokens_end_anything() -> None:
         tokenizer = make_tokenizer()
         end_answers_at(tokenizer, stops)
         assert answer_end(tokenizer) == end, stops
+
+
+def test_tokens_that_are_added_later_are_seen() -> None:
+    tokenizer = make_tokenizer()
+    end_answers_at(tokenizer, (MASK,))
+    assert len(tokenizer) not in special_ids(tokenizer)
+    tokenizer.add_tokens(["<turn>"])
+    assert tokenizer.convert_tokens_to_ids("<turn>") in special_ids(tokenizer)
 
 
 def test_a_tuned_model_stops_by_itself(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
