@@ -11,6 +11,7 @@ import pickle
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -137,7 +138,8 @@ class World:
 
         Args:
             items: the same in all processes.
-            work: gives the results of an item, one after another; tensors in them on the CPU.
+            work: gives the results of an item, one after another; tensors in them on the CPU. Of a `Future`, which may take its
+                time while work goes on, the first process gets the result, but for its own, which it gets as they are.
             owners: the process that does each item; default by turns.
         """
         owners = [i % self.size for i in range(len(items))] if owners is None else owners
@@ -152,7 +154,7 @@ class World:
                 try:
                     for item in (item for item, owner in zip(items, owners, strict=True) if owner == self.rank):
                         for result in work(item):
-                            sender.send(pickle.dumps(result, protocol=5))
+                            sender.send(result if isinstance(result, Future) else _pickled(result))
                         sender.send(_END)
                 except SculptorError:
                     sender.send(_FAILED)
@@ -286,6 +288,10 @@ def _received(rank: int) -> Iterator[Any]:
         yield pickle.loads(content)
 
 
+def _pickled(result: Any) -> bytes:
+    return pickle.dumps(result, protocol=5)
+
+
 def _receive(rank: int) -> bytes:
     size = torch.zeros(1, dtype=torch.int64)
     _collectively(lambda: dist.recv(size, src=rank, group=_host_group()))
@@ -305,7 +311,7 @@ class _Sender:
     """Sends in a thread, so that work goes on while the first process is busy with its own; what waits is bounded."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | Future[Any] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._waiting = 0
         self._failed: BaseException | None = None
@@ -325,26 +331,40 @@ class _Sender:
         self._thread.join()
         self._check()
 
-    def send(self, content: bytes) -> None:
-        """Once there is room for it."""
+    def send(self, content: bytes | Future[Any]) -> None:
+        """Once there is room for it; of a future, its result once that is there."""
         with self._changed:
             self._changed.wait_for(lambda: self._failed or not self._waiting or self._waiting < _WAITING_BYTES)
-            self._waiting += len(content)
+            self._waiting += _size(content)
         self._check()
         self._queue.put(content)
 
     def _check(self) -> None:
+        if isinstance(self._failed, SculptorError):
+            raise self._failed
         if self._failed is not None:
             raise PeerError(_ended(self._failed)) from self._failed
 
     def _run(self) -> None:
         while (content := self._queue.get()) is not None:
             try:
-                _send(content)
-            except RuntimeError as cause:
+                self._send(content)
+            except (RuntimeError, SculptorError) as cause:
                 self._failed = cause
             with self._changed:
-                self._waiting -= len(content)
+                self._waiting -= _size(content)
                 self._changed.notify_all()
             if self._failed:
                 return
+
+    def _send(self, content: bytes | Future[Any]) -> None:
+        try:
+            sent = _pickled(content.result()) if isinstance(content, Future) else content
+        except SculptorError:
+            _send(_FAILED)
+            raise
+        _send(sent)
+
+
+def _size(content: bytes | Future[Any]) -> int:
+    return 0 if isinstance(content, Future) else len(content)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from together import Failed, fail_at_work, fail_once, fail_together, together, world_tour
+from together import Failed, fail_at_work, fail_once, fail_together, together, work_later, world_tour
 
 from sculptor.data.batches import BatchPlan
 from sculptor.errors import SettingsError
@@ -124,6 +124,21 @@ def test_work_that_fails_elsewhere_is_told_there() -> None:
     first, second = found.value.errors
     assert first == ("PeerError", "another process of this run failed")
     assert second == ("DataError", "item 3")
+
+
+def test_what_takes_its_time_comes_in_order_too() -> None:
+    first, second = together(2, work_later, -1)
+    assert first == [f"{word} {i}" for i in range(5) for word in ("first", "late")]
+    assert second == []
+
+
+@pytest.mark.parametrize("failing", [1, 3])
+def test_what_fails_later_is_told_where_it_failed(failing: int) -> None:
+    with pytest.raises(Failed) as found:
+        together(2, work_later, failing)
+    first, second = found.value.errors
+    assert first == ("PeerError", "another process of this run failed")
+    assert second == ("OutputError", f"item {failing}")
 
 
 def test_a_launcher_that_contradicts_itself(monkeypatch: pytest.MonkeyPatch) -> None:

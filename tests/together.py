@@ -222,3 +222,37 @@ def fail_at_work() -> None:
         yield item
 
     list(join(on_gpu=False).in_order(range(5), work))
+
+
+def work_later(failing: int) -> list[Any]:
+    """Results that take their time while work goes on, one of which cannot be made."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from sculptor.errors import OutputError
+    from sculptor.world import join
+
+    def late(item: int) -> str:
+        if item == failing:
+            raise OutputError(f"item {item}")
+        return f"late {item}"
+
+    def work(item: int) -> Any:
+        yield f"first {item}"
+        yield pool.submit(late, item)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = join(on_gpu=False).in_order(range(5), work)
+        return [found.result() if isinstance(found, Future) else found for found in coming]
+
+
+def analyze_on_a_small_disk(*args: Any, **named: Any) -> Any:
+    """`sculptor.analyze`, where the second process's disk is full at its first shard."""
+    import resource
+    import signal
+
+    import sculptor
+
+    if os.environ["RANK"] == "1":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return sculptor.analyze(*args, **named)

@@ -1,14 +1,14 @@
 """A model's rules, made of evidence or carried on by it, matrix by matrix into an archive."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from sculptor.analysis.evidence import Source, measure_evidence, plan_passes
 from sculptor.archive.manifest import MatrixRecord
-from sculptor.archive.writer import ArchiveWriter
+from sculptor.archive.writer import ArchiveWriter, Shard
 from sculptor.checkpoint.architecture import Target
 from sculptor.errors import DataError
 from sculptor.methods.method import Decides, Derived, Evidence, Measures, Method
@@ -46,18 +46,18 @@ class Measurement:
 def write_measured(
     loaded: LoadedModel,
     asked: Measurement,
-    writer: ArchiveWriter | None,
+    writer: ArchiveWriter,
     progress: Progress,
     world: World = ALONE,
 ) -> list[str]:
     """Measures every matrix that the writer does not have yet, and adds it with its rule; `decide` follows.
 
-    Several processes take some blocks each, all rows of them: the archive is the same, bit for bit.
+    Several processes take some blocks each, all rows of them, and write what they make: the archive is the same, bit for bit.
 
     Args:
         loaded: an unprotected model.
         asked: what is measured, and made of it.
-        writer: takes the rules; the first process has it.
+        writer: takes the rules; that of the first process knows what there is.
         progress: makes progress bars.
         world: the processes that share the work.
 
@@ -68,13 +68,12 @@ def write_measured(
         DataError: if the moments are not finite, or no matrix is reached.
     """
     # Whole blocks: an input that several matrices read may be weighed by the gradients of all of them.
-    done = world.from_first({record.name for record in writer.all_records()} if writer is not None else set())
+    done = world.from_first({record.name for record in writer.all_records()})
     missing = {target.block for target in asked.targets if target.name not in done}
     todo = [target for target in asked.targets if target.block in missing]
     if not todo:
         return []
-    ends = {target.block: target.name for target in todo}.values()
-    groups, packing, unreached = [todo], Packing(), list[str]()
+    groups, unreached = [todo], list[str]()
     how = asked.sources, asked.measures, asked.settings
     if world.size > 1:
         groups = world.from_first(plan_passes(loaded, todo, *how, world.size))
@@ -83,41 +82,54 @@ def write_measured(
         try:
             for evidence in measure_evidence(loaded, group, *how, progress, asked.task):
                 left_out = evidence.name in done or (evidence.inputs is None and asked.leaves_out)
-                derived = None if left_out else asked.make(evidence)
-                if derived is not None and world.size > 1:
-                    derived = packing.pack(asked.records[evidence.name], derived)
-                yield evidence.name, derived
+                yield evidence.name, None if left_out else asked.make(evidence)
         except ValueError as cause:
             raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
 
-    for name, derived in world.in_order(groups, derive):
-        assert writer is not None
-        if derived is not None:
-            writer.add(asked.records[name], derived)
-        elif name not in done:
+    for name, made in write_rules(writer, groups, derive, asked.records, world):
+        if not made and name not in done:
             unreached.append(name)
-        if name in ends:
-            writer.flush()
-    if unreached and writer is not None and not writer.all_records():
+    if unreached and world.first and not writer.all_records():
         raise DataError(f"{loaded.checkpoint.path}: calibration failed (no row reaches any matrix); look at --data")
     return unreached
 
 
-class Packing:
-    """Makes rules ready to travel from one process to the first: in host memory, and what matrices share only once."""
+def write_rules(
+    writer: ArchiveWriter,
+    groups: Sequence[Sequence[Target]],
+    derive: Callable[[Sequence[Target]], Iterator[tuple[str, Derived | None]]],
+    records: Mapping[str, MatrixRecord],
+    world: World = ALONE,
+) -> Iterator[tuple[str, bool]]:
+    """Adds rules to an archive, by several processes in the same shards as by one.
 
-    def __init__(self) -> None:
-        self._sent: set[tuple[str, str]] = set()
+    Args:
+        writer: of this process; that of the first takes the shards of all.
+        groups: of matrices, whole blocks each; a process works on some of them.
+        derive: makes the rules of a group, in its order, None for matrices that get none.
+        records: what is known of the matrices.
+        world: the processes that share the work.
 
-    def pack(self, record: MatrixRecord, derived: Derived) -> Derived:
-        """The same rule; tensors that went before, which the writer has by then, are empty."""
-        tensors = {}
-        for name, tensor in derived.tensors.items():
-            key = (record.input_group, name)
-            tensors[name] = torch.empty(0) if key in self._sent else tensor.cpu()
-            if name in derived.shared:
-                self._sent.add(key)
-        return replace(derived, tensors=tensors)
+    Yields:
+        To the first process, every matrix in order, and whether it has a rule.
+    """
+    ends = {target.block: target.name for group in groups for target in group}.values()
+    writer.shards.shared |= world.from_first(set(writer.shards.shared))
+
+    def work(group: Sequence[Target]) -> Iterator[tuple[str, bool] | Future[Shard]]:
+        for name, derived in derive(group):
+            if derived is not None:
+                writer.shards.add(records[name], derived)
+            if name in ends:
+                writer.shards.flush()
+            yield name, derived is not None
+            yield from writer.shards.hand_over()
+
+    for found in world.in_order(groups, work):
+        if isinstance(found, tuple):
+            yield found
+        else:
+            writer.take(found)
 
 
 def decide(writer: ArchiveWriter, method: Method, weights: Sequence[float]) -> None:

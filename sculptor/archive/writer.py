@@ -47,11 +47,107 @@ def has_progress(directory: Path) -> bool:
     return (directory / PROGRESS_NAME).is_file()
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A complete file of tensors, under a name of its own until it has a number, and the matrices whose rules these are."""
+
+    file: str | None  # None where the rules have no tensors that are not stored already
+    tensors: Mapping[str, StoredTensor]
+    records: Mapping[str, MatrixRecord]
+
+
+class ShardWriter:
+    """Gathers rules, and writes a shard of them in a thread while the next fills up; every process may have one.
+
+    Args:
+        directory: an existing directory, staged by the caller.
+        dtype: of tensors with orthonormal columns.
+        max_shard_bytes: size at which a shard is written.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.directory = directory
+        self.dtype = dtype
+        self.max_shard_bytes = max_shard_bytes
+        self.shared: set[str] = set()
+        """Stored tensors that further matrices may share."""
+        self._tensors: dict[str, Tensor] = {}
+        self._records: dict[str, MatrixRecord] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[Shard] | None = None
+        self._handed: list[Future[Shard]] = []
+
+    def add(self, record: MatrixRecord, derived: Derived) -> None:
+        """Takes one matrix with its rule and tensors."""
+        names: dict[str, str] = {}
+        for name, tensor in derived.tensors.items():
+            shared = name in derived.shared
+            stored = f"{record.input_group if shared else record.name}.{name}"
+            names[name] = stored
+            if shared and stored in self.shared:
+                continue
+            self.shared |= {stored} if shared else set()
+            self._tensors[stored] = self._as_stored(derived, name, tensor)
+        self._take(replace(record, rule=derived.rule, tensors=names))
+
+    def keep(self, record: MatrixRecord, archive: Archive) -> None:
+        """Takes a matrix of another archive with its rule and tensors, bit for bit."""
+        for stored in record.tensors.values():
+            if stored not in self.shared:
+                self.shared.add(stored)
+                self._tensors[stored] = archive.tensor(stored)
+        self._take(record)
+
+    def flush(self) -> None:
+        """Hands what was taken to the thread, once that is done with the shard before it."""
+        if not self._records:
+            return
+        if self._last is not None:
+            self._last.result()
+        self._last = self._thread.submit(self._store, self._tensors, self._records)
+        self._handed.append(self._last)
+        self._tensors, self._records = {}, {}
+
+    def hand_over(self) -> list[Future[Shard]]:
+        """Shards that were given to the thread since this was asked last, in their order."""
+        handed, self._handed = self._handed, []
+        return handed
+
+    def close(self) -> None:
+        """Lets the thread end; after an error nothing is written any more once this returns."""
+        self._thread.shutdown(wait=True)
+
+    def _take(self, record: MatrixRecord) -> None:
+        self._records[record.name] = record
+        if sum(tensor.nbytes for tensor in self._tensors.values()) >= self.max_shard_bytes:
+            self.flush()
+
+    def _as_stored(self, derived: Derived, name: str, tensor: Tensor) -> Tensor:
+        """Bases in the archive's dtype or wider, other tensors in their own."""
+        if name in derived.rule.orthonormal:
+            dtype = torch.promote_types(self.dtype, torch.float32) if name in derived.exact else self.dtype
+            return tensor.to("cpu", dtype).contiguous()
+        return tensor.to("cpu").contiguous()
+
+    def _store(self, tensors: Mapping[str, Tensor], records: Mapping[str, MatrixRecord]) -> Shard:
+        if not tensors:
+            return Shard(None, {}, records)
+        # No two shards begin with one matrix, whichever process they are of.
+        name = f"shard-{hashlib.sha256(next(iter(records)).encode()).hexdigest()[:16]}.safetensors"
+        save_tensors(tensors, self.directory / name)
+        found = {
+            key: StoredTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), digest(tensor))
+            for key, tensor in tensors.items()
+        }
+        return Shard(name, found, records)
+
+
 class ArchiveWriter:
     """Fills a directory with an archive, one matrix at a time; `finish` writes the manifest.
 
     Shards are written as they fill up, and what they hold is noted in progress.json, so a killed run that is
-    taken up again with the same `key` goes on behind the last complete shard.
+    taken up again with the same `key` goes on behind the last complete shard. Other processes may write shards beside
+    (`shards`), which the first one takes (`take`).
 
     Args:
         directory: an existing directory, staged by the caller.
@@ -70,19 +166,16 @@ class ArchiveWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.directory = directory
-        self.dtype = dtype
         self.key = json.loads(json.dumps(key))
         self.kinds = kinds
-        self.max_shard_bytes = max_shard_bytes
         self.records: dict[str, MatrixRecord] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        self._pending: dict[str, Tensor] = {}
-        self._pending_records: dict[str, MatrixRecord] = {}
-        self._shards: list[str] = []
-        self._shared: set[str] = set()  # stored tensors that further matrices may share
+        self.shards = ShardWriter(directory, dtype, max_shard_bytes)
+        self._files: list[str] = []
         self._sections: dict[str, Section] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._in_flight: tuple[Future[None], dict[str, Tensor], dict[str, MatrixRecord]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1)  # notes what is complete
+        self._noting: list[Future[None]] = []
+        self._failed = False
         self._noted: dict[str, dict[str, Any]] = {}  # records and tensors as the note of complete shards has them
         self._noted_tensors: dict[str, dict[str, Any]] = {}
 
@@ -102,44 +195,32 @@ class ArchiveWriter:
                 raise OutputError(
                     f"{path}: left by a run with other inputs or settings ({different}); use the same or {_REMEDY}"
                 )
-            self.records, self.tensors, self._shards = dict(found.records), dict(found.tensors), list(found.shards)
-            self._shared = set(self.tensors)
+            self.records, self.tensors, self._files = dict(found.records), dict(found.tensors), list(found.shards)
+            self.shards.shared = set(self.tensors)
             self._noted = {name: asdict(record) for name, record in self.records.items()}
             self._noted_tensors = {name: asdict(tensor) for name, tensor in self.tensors.items()}
-        empty(self.directory, kept=(*self._shards, PROGRESS_NAME) if self._shards else ())
+        empty(self.directory, kept=(*self._files, PROGRESS_NAME) if self._files else ())
 
     def add(self, record: MatrixRecord, derived: Derived) -> None:
         """Takes one matrix with its rule and tensors; its decision may follow later."""
-        names: dict[str, str] = {}
-        for name, tensor in derived.tensors.items():
-            shared = name in derived.shared
-            stored = f"{record.input_group if shared else record.name}.{name}"
-            names[name] = stored
-            if shared and stored in self._shared:
-                continue
-            self._shared |= {stored} if shared else set()
-            self._pending[stored] = self._as_stored(derived, name, tensor)
-        self._take(replace(record, rule=derived.rule, tensors=names))
+        self.shards.add(record, derived)
+        self._take_own()
 
     def keep(self, record: MatrixRecord, archive: Archive) -> None:
         """Takes a matrix of another archive with its rule and tensors, bit for bit."""
-        for stored in record.tensors.values():
-            if stored not in self._shared:
-                self._shared.add(stored)
-                self._pending[stored] = archive.tensor(stored)
-        self._take(record)
+        self.shards.keep(record, archive)
+        self._take_own()
 
-    def _take(self, record: MatrixRecord) -> None:
-        self._pending_records[record.name] = record
-        if sum(tensor.nbytes for tensor in self._pending.values()) >= self.max_shard_bytes:
-            self._write_shard()
+    def take(self, shard: Shard | Future[Shard]) -> None:
+        """Takes a shard that was written in this directory, by this process or another; it is noted once it is complete.
 
-    def _as_stored(self, derived: Derived, name: str, tensor: Tensor) -> Tensor:
-        """Bases in the archive's dtype or wider, other tensors in their own."""
-        if name in derived.rule.orthonormal:
-            dtype = torch.promote_types(self.dtype, torch.float32) if name in derived.exact else self.dtype
-            return tensor.to("cpu", dtype).contiguous()
-        return tensor.to("cpu").contiguous()
+        Raises:
+            OutputError: if one of those before could not be written.
+        """
+        for earlier in [each for each in self._noting if each.done()]:
+            earlier.result()
+            self._noting.remove(earlier)
+        self._noting.append(self._thread.submit(self._note, shard))
 
     def add_section(self, name: str, content: bytes, suffix: str) -> None:
         """Takes an optional part of the archive.
@@ -185,68 +266,70 @@ class ArchiveWriter:
     def update(self, record: MatrixRecord) -> None:
         """Replaces the facts of a matrix that was added; its tensors stay."""
         self._wait()
-        known = self._pending_records if record.name in self._pending_records else self.records
-        known[record.name] = record
+        self.records[record.name] = record
         if record.name in self._noted:
             self._noted[record.name] = asdict(record)
 
     def all_records(self) -> list[MatrixRecord]:
-        """Everything that was added."""
+        """Everything that was added, all of it in shards."""
         self._wait()
-        return [*self.records.values(), *self._pending_records.values()]
+        return list(self.records.values())
 
     def read(self, name: str) -> Tensor:
         """A tensor that was added, by its stored name."""
         self._wait()
-        if name in self._pending:
-            return self._pending[name]
         return read_tensor(self.directory / self.tensors[name].file, name, OutputError)
 
     def record(self, name: str) -> MatrixRecord:
         """A record that was added."""
-        for known in (self._pending_records, self._in_flight[2] if self._in_flight else {}, self.records):
-            if name in known:
-                return known[name]
-        raise KeyError(name)
+        self._wait()
+        return self.records[name]
 
     def flush(self) -> None:
         """Keeps what was added, for a run that is killed to be taken up behind it."""
-        if self._pending_records:
-            self._write_shard()
+        self.shards.flush()
+        self._take_own()
 
-    def _write_shard(self) -> None:
-        """Hands what is pending to the thread, after the shard before it."""
-        self._wait()
-        tensors, records = self._pending, self._pending_records
-        self._in_flight = self._thread.submit(self._store, tensors, records), tensors, records
-        self._pending, self._pending_records = {}, {}
+    def _take_own(self) -> None:
+        for shard in self.shards.hand_over():
+            self.take(shard)
 
     def _wait(self) -> None:
-        """Until everything handed over is stored; raises what went wrong there."""
-        if self._in_flight is not None:
-            self._in_flight[0].result()
-            self._in_flight = None
+        """Until everything that was added is stored and noted; raises what went wrong there."""
+        self.flush()
+        for noting in self._noting:
+            noting.result()
+        self._noting = []
 
-    def _store(self, tensors: Mapping[str, Tensor], records: Mapping[str, MatrixRecord]) -> None:
-        """Writes a shard, and then the note that it is complete."""
-        if tensors:
-            name = f"subspaces-{len(self._shards) + 1:05d}.safetensors"
-            save_tensors(tensors, self.directory / name)
-            for key, tensor in tensors.items():
-                dtype = dtype_name(tensor.dtype)
-                self.tensors[key] = StoredTensor(name, dtype, tuple(tensor.shape), digest(tensor))
-            self._shards.append(name)
-        self.records |= records
-        self._noted |= {
-            record.name: asdict(record) for record in records.values()
-        }  # once: the note is written many times
-        self._noted_tensors |= {name: asdict(self.tensors[name]) for name in tensors}
-        shards, found = tuple(self._shards), self._noted
+    def _note(self, shard: Shard | Future[Shard]) -> None:
+        """Gives a complete shard its number, and writes the note of it; not behind one that is missing."""
+        if self._failed:
+            return
+        try:
+            self._number(shard.result() if isinstance(shard, Future) else shard)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _number(self, made: Shard) -> None:
+        if made.file is not None:
+            name = f"subspaces-{len(self._files) + 1:05d}.safetensors"
+            with writing(self.directory / name):
+                (self.directory / made.file).replace(self.directory / name)
+            tensors = {key: replace(tensor, file=name) for key, tensor in made.tensors.items()}
+            self._files.append(name)
+            self.tensors |= tensors
+            self._noted_tensors |= {key: asdict(tensor) for key, tensor in tensors.items()}
+        self.records |= made.records
+        # Once: the note is written many times.
+        self._noted |= {record.name: asdict(record) for record in made.records.values()}
+        shards, found = tuple(self._files), self._noted
         progress = {"key": self.key, "shards": shards, "records": found, "tensors": self._noted_tensors}
         write_json(self.directory / PROGRESS_NAME, progress, indent=None)
 
     def close(self) -> None:
-        """Lets the thread end; after an error nothing is written any more once this returns."""
+        """Lets the threads end; after an error nothing is written any more once this returns."""
+        self.shards.close()
         self._thread.shutdown(wait=True)
 
     def finish(self, manifest: Manifest, *, keep_progress: bool = False) -> None:
@@ -255,8 +338,12 @@ class ArchiveWriter:
         `manifest` lacks tensors, files, sections and identity; if it has matrices, they give the order. With `keep_progress`
         the archive can be taken up again until `forget_progress`.
         """
-        self._write_shard()
         self._wait()
+        self._thread.submit(self._complete, manifest).result()
+        if not keep_progress:
+            forget_progress(self.directory)
+
+    def _complete(self, manifest: Manifest) -> None:
         ordered = [name for name in manifest.matrices if name in self.records] or list(self.records)
         self.records = {name: self.records[name] for name in ordered}
         manifest = replace(
@@ -264,12 +351,10 @@ class ArchiveWriter:
             base_identity=identity({name: record.base_digest for name, record in self.records.items()}),
             matrices=self.records,
             tensors=self.tensors,
-            files={name: (self.directory / name).stat().st_size for name in self._shards},
+            files={name: (self.directory / name).stat().st_size for name in self._files},
             sections=self._sections,
         )
         write_json(self.directory / MANIFEST_NAME, manifest.to_json())
-        if not keep_progress:
-            forget_progress(self.directory)
 
 
 def forget_progress(directory: Path) -> None:

@@ -17,6 +17,7 @@ from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.checkpoint.selection import select_targets
 from sculptor.checkpoint.tensors import digest, dtype_name, in_threads
+from sculptor.checkpoint.written import fingerprint
 from sculptor.data.examples import Example, digest_examples
 from sculptor.data.rows import Item
 from sculptor.errors import SettingsError
@@ -30,6 +31,7 @@ from sculptor.model.load import check_trainable
 from sculptor.numerics.rounding import rms
 from sculptor.numerics.staircase import Staircase
 from sculptor.progress import Progress
+from sculptor.world import ALONE, World
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -122,15 +124,25 @@ def run_key(job: AnalyzeJob, records: Mapping[str, MatrixRecord], progress: Prog
     return key
 
 
-def new_records(checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress) -> dict[str, MatrixRecord]:
-    """What is known of every matrix before it is analyzed."""
-    bar = progress(total=len(targets), desc="digest", unit="matrix")
+def files_key(job: AnalyzeJob) -> dict[str, Any]:
+    """Sizes and samples of the checkpoint's files, which every process has to see."""
+    return {file: fingerprint(job.checkpoint.path / file) for file in job.checkpoint.files}
+
+
+def new_records(
+    checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress, world: World = ALONE
+) -> dict[str, MatrixRecord]:
+    """What is known of every matrix before it is analyzed; each process reads some of them."""
+    share = world.share(targets)
+    bar = progress(total=len(share), desc="digest", unit="matrix")
     found = {}
-    for record in in_threads(functools.partial(_new_record, checkpoint), targets):
+    for record in in_threads(functools.partial(_new_record, checkpoint), share):
         found[record.name] = record
         bar.update(1)
     bar.close()
-    return found
+    with world.together():
+        together = {name: record for part in world.gather(found) for name, record in part.items()}
+    return {target.name: together[target.name] for target in targets}
 
 
 def _new_record(checkpoint: Checkpoint, target: Target) -> MatrixRecord:

@@ -16,7 +16,6 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sculptor.analysis.derive import Packing
 from sculptor.analysis.leak import measure_leak
 from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.manifest import MatrixRecord
@@ -103,6 +102,23 @@ class _Carried(TypedDict):
     frozen: bool
 
 
+class _Packing:
+    """Makes rules ready to travel from one process to the first: in host memory, and what matrices share only once."""
+
+    def __init__(self) -> None:
+        self._sent: set[tuple[str, str]] = set()
+
+    def pack(self, record: MatrixRecord, derived: Derived) -> Derived:
+        """The same rule; tensors that went before, which the writer has by then, are empty."""
+        tensors = {}
+        for name, tensor in derived.tensors.items():
+            key = (record.input_group, name)
+            tensors[name] = torch.empty(0) if key in self._sent else tensor.cpu()
+            if name in derived.shared:
+                self._sent.add(key)
+        return replace(derived, tensors=tensors)
+
+
 @dataclass(eq=False)
 class _Finish:
     """One output on its way: merges one matrix at a time, and makes its figures."""
@@ -122,7 +138,7 @@ class _Finish:
         self.opened = _files_of(self.loaded, self.job.architecture, self.updates.extra)
         self.new_rows = _row_edits(self.loaded, self.job.growth, self.updates.extra, self.saved)
         self.num_trainable = self.updates.num_trainable
-        self._packing = Packing()
+        self._packing = _Packing()
         self._coming: Iterator[_Made] = iter(())
 
     def write(self) -> None:

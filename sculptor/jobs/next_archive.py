@@ -120,7 +120,7 @@ class NextArchive:
             make=lambda evidence: method.carry(self.carry, archive.read(evidence.name), evidence),
             task=self.task,
         )
-        write_measured(loaded, asked, self._writer if world.first else None, progress, world)
+        write_measured(loaded, asked, self._writer, progress, world)
         world.once(lambda: decide(self._writer, method, [*archive.manifest.source_weights, weight]))
         self.waiting, self.num_measured = {}, len(rows)
 

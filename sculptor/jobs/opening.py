@@ -75,7 +75,7 @@ def open_rules(
             # Every process reads all of it: what is to be divided is in nobody's memory as a whole.
             offload = "disk" if job.settings.parallel == "shard" else job.settings.offload
             with closing(open_model(job.checkpoint, device, job.architecture, offload, progress=progress)) as loaded:
-                write_measured(loaded, asked, writer if world.first else None, progress, world)
+                write_measured(loaded, asked, writer, progress, world)
             world.once(lambda: decide(writer, method, [*archive.manifest.source_weights, source.weight]))
             world.once(lambda: _finish(writer, archive))
     return replace(job, archive=Archive(path, rules=archive.own_kinds), unopened=archive)

@@ -10,7 +10,7 @@ import torch
 
 from sculptor import __version__
 from sculptor.analysis.cosines import measure_importance
-from sculptor.analysis.derive import Measurement, Packing, decide, write_measured
+from sculptor.analysis.derive import Measurement, decide, write_measured, write_rules
 from sculptor.analysis.evidence import Source, weigh
 from sculptor.analysis.sources import facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
@@ -22,7 +22,7 @@ from sculptor.checkpoint.staging import commit
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, Item, as_items, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
-from sculptor.jobs.analyze_job import AnalyzeJob, new_records, open_analysis, run_key
+from sculptor.jobs.analyze_job import AnalyzeJob, files_key, new_records, open_analysis, run_key
 from sculptor.jobs.analyze_report import AnalyzeReport, report_of
 from sculptor.jobs.defaults import tell_choice
 from sculptor.jobs.job import open_model
@@ -95,7 +95,8 @@ def analyze(
         worth_keeping=has_progress,
     ) as partial:
         tell_choice(given, job.settings, job.checkpoint, job.targets, notice)
-        records = new_records(job.checkpoint, job.targets, progress)
+        check_alike(world, files_key(job))
+        records = new_records(job.checkpoint, job.targets, progress, world)
         key = run_key(job, records, progress)
         check_alike(world, key)
         dtype = getattr(torch, job.settings.dtype)
@@ -162,7 +163,7 @@ def _measure(run: _Run) -> _Found:
             make=job.method.derive,
             leaves_out=True,
         )
-        unreached = write_measured(loaded, asked, run.writer if world.first else None, run.progress, world)
+        unreached = write_measured(loaded, asked, run.writer, run.progress, world)
         _keep_samples(run, loaded)
         keep_protected(run.writer, loaded, job.settings, job.named, world, run.notice)
     return _Found(sources, unreached)
@@ -170,25 +171,24 @@ def _measure(run: _Run) -> _Found:
 
 def _decompose(run: _Run) -> _Found:
     """Rules that follow from one matrix after another."""
-    job, world, packing = run.job, run.world, Packing()
+    job = run.job
     _check_finite(job.checkpoint, job.targets, run.progress)
     cosines = measure_importance(
         job.checkpoint, job.architecture, job.targets, job.examples, job.settings.seed, run.device, run.progress
     )
-    todo = [target for target in job.targets if target.name not in run.done]
-    ends = {target.block: target.name for target in job.targets}.values()
+    blocks: dict[str, list[Target]] = defaultdict(list)
+    for target in job.targets:
+        if target.name not in run.done:
+            blocks[target.block].append(target)
     bar = run.progress(total=len(job.targets), desc="analyze", unit="matrix", initial=len(run.done))
 
-    def derive(target: Target) -> Iterator[tuple[str, Derived]]:
-        weight, cosine = weigh(job.checkpoint, target, run.device), cosines.get(target.name)
-        derived = job.method.derive(Evidence(target.name, target.shape, weight, cosine))
-        yield target.name, derived if world.size == 1 else packing.pack(run.records[target.name], derived)
+    def derive(block: Sequence[Target]) -> Iterator[tuple[str, Derived]]:
+        for target in block:
+            weight, cosine = weigh(job.checkpoint, target, run.device), cosines.get(target.name)
+            yield target.name, job.method.derive(Evidence(target.name, target.shape, weight, cosine))
 
-    for name, derived in world.in_order(todo, derive):
-        run.writer.add(run.records[name], derived)
+    for _ in write_rules(run.writer, list(blocks.values()), derive, run.records, run.world):
         bar.update(1)
-        if name in ends:
-            run.writer.flush()
     bar.close()
     if job.settings.samples:
         with run.open_model() as loaded:

@@ -1,5 +1,6 @@
 """Archives with moments by their commands: analyze, train, verify, a second task, and what the archive then holds."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -410,24 +411,24 @@ def test_an_analysis_goes_on_behind_its_last_shard(tmp_path: Path, monkeypatch: 
     """Stopped after some matrices and taken up again, it gives the same archive as in one go."""
     from sculptor import AnalyzeSettings
     from sculptor import analyze as run
-    from sculptor.archive.writer import ArchiveWriter
+    from sculptor.archive.writer import ArchiveWriter, ShardWriter
 
     model, rows = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "rows.jsonl", "llama")
     settings = AnalyzeSettings(basis="curvature", data=(str(rows),), device="cpu")
-    plain, write = ArchiveWriter.__init__, ArchiveWriter.add
+    plain, write, added = ArchiveWriter.__init__, ShardWriter.add, itertools.count()
 
     def in_small_shards(self: ArchiveWriter, *arguments: object) -> None:
         plain(self, *arguments, max_shard_bytes=8000)  # type: ignore[arg-type]
 
-    def stopped(self: ArchiveWriter, *arguments: object) -> None:
-        if len(self.all_records()) == 9:
+    def stopped(self: ShardWriter, *arguments: object) -> None:
+        if next(added) == 9:
             raise KeyboardInterrupt
         write(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ArchiveWriter, "__init__", in_small_shards)
     run(model, tmp_path / "whole", settings)
     with monkeypatch.context() as patched:
-        patched.setattr(ArchiveWriter, "add", stopped)
+        patched.setattr(ShardWriter, "add", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "parts", settings)
     assert (tmp_path / "parts.partial" / "progress.json").is_file()

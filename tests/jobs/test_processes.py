@@ -18,6 +18,7 @@ from conftest import FAMILIES, IDS, SMALL, save_checkpoint, slowly, task_rows, w
 from safetensors.torch import load_file
 from together import (
     Failed,
+    analyze_on_a_small_disk,
     environment,
     free_port,
     held_bytes,
@@ -401,6 +402,21 @@ def test_a_full_disk_ends_all(made: Path, parallel: Any, tmp_path: Path) -> None
     assert found.value.errors[0][0] == "OutputError"
     assert found.value.errors[1] is not None
     assert found.value.errors[1][0] == "PeerError"
+
+
+def test_a_full_disk_elsewhere_ends_an_analysis_that_goes_on(made: Path, tmp_path: Path) -> None:
+    chosen = AnalyzeSettings(preserve=0.5, **CPU)
+    with pytest.raises(Failed) as failed:
+        together(2, analyze_on_a_small_disk, made / "llama", tmp_path / "archive", chosen)
+    first, second = failed.value.errors
+    assert first is not None
+    assert first[0] == "PeerError"
+    assert second is not None
+    assert second[0] == "OutputError"
+    assert "cannot write" in second[1]
+    assert not (tmp_path / "archive").exists()
+    together(2, sculptor.analyze, made / "llama", tmp_path / "archive", chosen, resume=True)
+    assert same_files(made / "weights", tmp_path / "archive")
 
 
 def test_torch_is_not_asked_twice() -> None:
