@@ -2,8 +2,8 @@
 
 Work is divided in two ways. In a training step every process takes its part of the rows, and what they find is added up
 (`total`, `add_up`), or added up at one of them (`add_up_at`), which shows the others what it makes of it (`show`). Elsewhere
-every process takes its part of the matrices or blocks, and the first one gets all results in their order (`in_order`): it
-alone writes, so files are the same bytes for any number of processes.
+every process takes its part of the matrices or blocks, and the first one gets all results in their order (`in_order`), or
+their names where they are files already: it alone says what is written, so outputs are the same bytes for any number of processes.
 """
 
 import os

@@ -7,12 +7,15 @@
 Run once per number of processes; WORK keeps outputs apart. Rows are random words of full length, every process has the same
 number of tokens in each step. The first three steps are not counted; medians of the others. Bytes that a process gets of others
 in a step are those of the collective calls that were made, as rings move them, beside what `sculptor estimate` says by formula.
+With `--no-output` a run ends behind its last step. `--stop-after N --into NAME` leaves a saved state in WORK/NAME.partial, which
+`--resume --into NAME` takes up with any number of processes; `--tokens` is then to be chosen so that steps are of as many rows.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -24,8 +27,11 @@ import torch
 import torch.distributed as dist
 
 import sculptor
+from sculptor.checkpoint.staging import partial_path
+from sculptor.errors import Stopped
 from sculptor.jobs.processes import join
 from sculptor.progress import Bar, silent
+from sculptor.training.loop import TrainingLoop
 from sculptor.training.settings import Parallel
 
 WORDS = [
@@ -99,30 +105,56 @@ class Traffic:
         return statistics.median(b - a for a, b in itertools.pairwise(self.at_steps[3:]))
 
 
+class Enough(Exception):
+    """All that was to be measured has been; in the metrics that come with it."""
+
+
+def leave_out_output() -> None:
+    """Lets a training end behind its last step, where it would save its state, merge and write."""
+
+    def end(loop: TrainingLoop) -> None:
+        loop.world.gather(None)  # the first process has written its lines
+        text = loop.metrics.read_text()
+        loop.world.gather(None)
+        raise Enough(text)
+
+    TrainingLoop._save = end  # type: ignore[method-assign]
+
+
 def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: argparse.Namespace) -> dict[str, object]:
     """Tokens per second of all processes together, from the run's own metrics."""
     world = join(options.device)
     rows = options.tokens // options.length
-    data = write_rows(work / "rows.jsonl", rows * world.size * 2, options.length)
-    output = work / f"tuned-{archive.name}-{world.size}-{parallel}"
+    data = work / f"rows-{options.length}.jsonl"
+    world.once(lambda: write_rows(data, 256, options.length))
+    output = work / (options.into or f"tuned-{archive.name}-{world.size}-{parallel}")
     settings = sculptor.TrainSettings(
         device=options.device, max_length=options.length, batch_size=rows * world.size, micro_batch_size=options.micro,
         max_steps=options.steps, parallel=parallel, offload=options.offload, carry="keep", learning_rate=1e-5, save_every=10**6,
         checkpoint_activations=options.recompute or None,
     )  # fmt: skip
     started = time.perf_counter()
+    stops = itertools.chain([None] * (options.stop_after - 1), itertools.repeat(15))
     with Traffic(world.size) as traffic:
-        report = sculptor.train(model, archive, [data], output, settings, overwrite=True, progress=traffic.progress)
+        try:
+            sculptor.train(
+                model, archive, [data], output, settings, overwrite=not options.resume, resume=options.resume,
+                progress=traffic.progress, **({"stop": lambda: next(stops)} if options.stop_after else {}),
+            )  # fmt: skip
+            text = (output / "metrics.jsonl").read_text()
+        except Enough as enough:
+            text = str(enough)
+        except Stopped:
+            text = (partial_path(output) / "metrics.jsonl").read_text()
     whole = time.perf_counter() - started
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    seconds = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[2:])]
+    lines = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    seconds = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[2:])] or [math.nan]
     return {
-        "tokens/s": round(lines[-1]["tokens"] / statistics.median(seconds)),
+        "tokens/s": round(lines[-1]["tokens"] / statistics.median(seconds), 1),
         "step s": round(statistics.median(seconds), 3),
         "whole s": round(whole, 1),
-        "losses": [round(line["loss"], 5) for line in lines[:3]],
+        "losses": [round(line["loss"], 5) for line in lines[: options.steps if options.into else 3]],
         "peak GiB": world.gather(_peak()),
-        "trained": report.num_trainable,
         **({"GB from others": round(traffic.of_a_step / 1e9, 6)} if world.first and world.size > 1 else {}),
     }
 
@@ -159,10 +191,16 @@ def main() -> None:
     parser.add_argument("--micro", type=int, help="rows per forward")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--no-output", action="store_true")
+    parser.add_argument("--into", help="name of the output")
+    parser.add_argument("--stop-after", type=int, default=0, help="steps")
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--preserve", type=float, default=0.5)
     parser.add_argument("--calibration", type=int, default=100_000, help="tokens")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.no_output:
+        leave_out_output()
     world = join(options.device)
     jobs = [
         ("analyze", basis, lambda b=basis: analyze(options.model, options.work, b, options))
