@@ -51,7 +51,8 @@ def note(path: Path) -> None:
     for place in path.parents:
         if place.name.endswith(STAGED_SUFFIX) and (place / MARKER_NAME).is_file():
             with open(place / MARKER_NAME, "a", encoding="utf-8") as marker:
-                marker.write(json.dumps(path.relative_to(place).as_posix()) + "\n")
+                # A line of its own, also behind one that a full disk cut off.
+                marker.write(f"\n{json.dumps(path.relative_to(place).as_posix())}\n")
             break
     _NOTED.add(path)
 
@@ -118,6 +119,9 @@ def remove(directory: Path) -> None:
     """Removes a directory in a staging directory, as far as it is ours."""
     with suppress(OSError):
         empty(directory)
+        held = {path for path in _held(directory) if path.parent != directory or path.name not in _MARKS}
+        if not held and any(path.is_dir() for path in directory.iterdir()):
+            return  # a folder would not go, and has to be known as ours
         for name in _MARKS:
             (directory / name).unlink(missing_ok=True)
         directory.rmdir()
@@ -150,9 +154,13 @@ def _listed(place: Path) -> dict[str, str | None]:
         text = (place / MARKER_NAME).read_text(encoding="utf-8")
         if text.startswith("{"):
             return {str(name): str(found) for name, found in json.loads(text)["files"].items()}
-        return {_plain(json.loads(line)): None for line in text.split("\n")[1:-1]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    found: dict[str, str | None] = {}
+    for line in text.split("\n")[1:-1]:
+        with suppress(ValueError, TypeError):  # cut off
+            found[_plain(json.loads(line))] = None
+    return found
 
 
 def _plain(name: str) -> str:

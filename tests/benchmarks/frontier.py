@@ -90,6 +90,19 @@ SUITES: dict[str, list[Run]] = {
         *(Run("1", method, 5e-5, split="test") for method in ("bayes-adam", "esacl", "mamf", "lines")),
         Run("1", "slm", 2e-4, split="test"),
     ],
+    # Six tasks in sequence, of the methods that came nearest.
+    "six": [
+        Run("6", "sculptor", 0.0, split="test"),
+        *(Run("6", method, 5e-5, split="test") for method in ("joint", "replay", "full")),
+        Run("6", "crispedit", 0.0, split="test"),
+        Run("6", "sculptor", 2e-4, split="test"),
+    ],
+    # Systems that needed more time or memory than the others.
+    "rest": [
+        *(Run("1", method, 1e-4, split="test") for method in ("l2", "eaft", "esacl")),
+        Run("1", "orthsr", 0.0, split="test"),
+        Run("1", "slm", 5e-4, split="test"),
+    ],
     "rates": [
         Run("1", "sculptor", 3e-4, WEIGHTS, split="test"),
         *(Run("1", "kl", rate, split="test") for rate in (1e-4, 5e-5)),

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sculptor.jobs.processes import join
+from sculptor.world import leave
 
 
 def prepare(method: str, options: argparse.Namespace, device: torch.device) -> tuple[Any, list[torch.nn.Parameter]]:
@@ -130,6 +131,7 @@ def main() -> None:
             found = {"error": " ".join(str(cause).split())[:200]}
         if world.first:
             print(json.dumps({"processes": world.size, "job": f"FSDP2 {method}", **found}), flush=True)
+    leave()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from sculptor.jobs.processes import join
 from sculptor.progress import Bar, silent
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.settings import Parallel
+from sculptor.world import leave
 
 WORDS = [
     "the",
@@ -222,6 +223,7 @@ def main() -> None:
         found = job()
         if world.first:
             print(json.dumps({"processes": world.size, "job": f"{what} {name}", **found}), flush=True)
+    leave()
 
 
 if __name__ == "__main__":
