@@ -40,7 +40,8 @@ def weigh(checkpoint: Checkpoint, target: Target, device: torch.device) -> funct
 
 
 def _read_weight(checkpoint: Checkpoint, target: Target, device: torch.device) -> Tensor:
-    return to_device(checkpoint.finite_matrix(target), target.transposed, device)
+    weight = checkpoint.matrix(target).to(device)  # looked at there
+    return to_device(checkpoint.check_finite(target, weight), target.transposed, device)
 
 
 def measure_evidence(

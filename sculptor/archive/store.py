@@ -16,6 +16,7 @@ from sculptor.errors import ArchiveError, CapacityError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Method
 from sculptor.methods.rule import Rule, is_open, num_free
+from sculptor.numerics.finite import is_finite
 from sculptor.numerics.linalg import orthonormal_prefixes, orthonormality_error
 from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress, silent
@@ -212,7 +213,7 @@ class Archive(Mapping[str, MatrixRecord]):
         vectors = self.tensor(name)
         if known is not None and self._sound.get(name) == self._checked.get(name):
             return _exact(vectors)
-        if not bool(vectors.isfinite().all()):
+        if not is_finite(vectors):
             raise ArchiveError(f"{self.path}: basis {name} has NaN or infinite values; {REMEDY}")
         error = orthonormality_error(vectors, torch.Generator().manual_seed(0))
         allowed = ORTHONORMAL_TOLERANCE.get(vectors.dtype, _TOLERANCE)

@@ -22,6 +22,7 @@ from sculptor.checkpoint.places import Place
 from sculptor.checkpoint.reader import Checkpoint, Sliced
 from sculptor.checkpoint.tensors import read_header, read_known
 from sculptor.errors import CheckpointError
+from sculptor.numerics.finite import is_finite
 from sculptor.validation import Finite, parse, read_file, read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -182,7 +183,7 @@ class Adapter(Mapping[str, Tensor]):
 
     def _read(self, key: str) -> Tensor:
         value = read_known(self.path / WEIGHTS_NAME, key, self.infos[key], CheckpointError).to(torch.float64)
-        if not bool(value.isfinite().all()):
+        if not is_finite(value):
             raise CheckpointError(f"{self.path}: tensor {key} has NaN or infinite values; use an earlier adapter")
         return value
 

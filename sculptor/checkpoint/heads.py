@@ -23,6 +23,7 @@ from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import SculptorError, SettingsError
+from sculptor.numerics.finite import is_finite
 from sculptor.progress import Bar
 
 PROBLEM = "single_label_classification"
@@ -144,7 +145,7 @@ def start_values(checkpoint: Checkpoint, head: NewHead, seed: int) -> dict[str, 
                 )
             model._init_weights(module)
     values = {name: model.get_parameter(name).detach().to(dtype) for name in head.fresh}
-    empty = [name for name, value in values.items() if not bool(value.isfinite().all())]
+    empty = [name for name, value in values.items() if not is_finite(value)]
     if empty:
         raise SettingsError(f"{_OPTION}: transformers has no start values for {empty[0]} of {head.model_class}")
     return values

@@ -19,6 +19,7 @@ from sculptor.checkpoint.directory import (
 )
 from sculptor.checkpoint.tensors import TensorInfo, digest, dtype_name, in_threads, read_header, read_known
 from sculptor.errors import CheckpointError
+from sculptor.numerics.finite import is_finite
 from sculptor.progress import Progress, silent
 
 
@@ -164,7 +165,7 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             CheckpointError: if it has any.
         """
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"{self.path}: tensor {at.name} has {count} NaN or infinite of {tensor.numel()} values; "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sculptor.checkpoint.places import Place
 from sculptor.errors import EditError
+from sculptor.numerics.finite import is_finite
 
 _PIECE = 2**24  # entries that are computed with at once, where each is for itself
 
@@ -84,7 +85,7 @@ def edit_tensor(
         norms += torch.stack(
             [each.square().sum().cpu() for each in (before64, after64 - before64, out.to(before64) - before64)]
         )
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise EditError(f"{where.name}: values overflow {dtype}; use --save-dtype float32 or a smaller --alpha")
     return Edited(tensor, Norms(*norms.tolist()))
 

@@ -10,6 +10,7 @@ from sculptor.archive.store import Entry
 from sculptor.checkpoint.orientation import as_out_in, to_device
 from sculptor.errors import TrainingError
 from sculptor.methods.rule import Working
+from sculptor.numerics.finite import is_finite
 
 FINGERPRINT_TOLERANCE = 1e-4  # rounding is near 1e-6, another basis near 1
 
@@ -62,7 +63,7 @@ def merge_matrix(
     merged64 = torch.where(update == 0, weight64, weight64 + update)  # -0 + 0 would be 0
     # To bf16 and float16 PyTorch goes through float32: a few of 100,000 values become the second nearest.
     merged = as_out_in(merged64, record.transposed).to(dtype).contiguous()
-    if not bool(merged.isfinite().all()):
+    if not is_finite(merged):
         raise TrainingError(f"{record.name}: merged values overflow {dtype}; use --save-dtype float32")
     return Merged(merged, update)
 

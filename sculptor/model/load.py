@@ -16,6 +16,7 @@ from sculptor.data.edges import end_answers_at
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.model.probe import check_model, check_text_alone
+from sculptor.numerics.finite import is_finite
 from sculptor.numerics.precision import why_not
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
@@ -117,7 +118,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
             f"random, first {missing[0]}"
         )
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not is_finite(parameter):
             raise CheckpointError(
                 f"{checkpoint.path}: {name} has NaN or infinite values; use a checkpoint from before the training diverged"
             )

@@ -23,6 +23,7 @@ from sculptor.model.load import LoadedModel
 from sculptor.model.loss import predictions
 from sculptor.model.samples import DRAWN, KEPT, Sample, joined, num_predicted, parse_tensors, samples_of, tensors_of
 from sculptor.numerics.divergence import estimated_divergence, truncate
+from sculptor.numerics.finite import is_finite
 from sculptor.numerics.ratio import ratio_of_sums
 
 SECTION = "protected"
@@ -152,6 +153,6 @@ def _parse(name: str, tensors: dict[str, Tensor], vocab_size: int | None) -> Pro
     own = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
     losses = own.pop("losses")
     samples = parse_tensors(own, vocab_size)
-    if losses.dtype != torch.float64 or losses.shape != (len(samples),) or not bool(losses.isfinite().all()):
+    if losses.dtype != torch.float64 or losses.shape != (len(samples),) or not is_finite(losses):
         raise ValueError(f"losses of {name} do not go with its sequences")
     return Protected(name, samples, tuple(losses.tolist()))

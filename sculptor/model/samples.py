@@ -21,6 +21,7 @@ from sculptor.model.load import LoadedModel
 from sculptor.model.loss import predictions
 from sculptor.model.sampling import sample_examples, template_tokens
 from sculptor.numerics.divergence import Truncated, truncate
+from sculptor.numerics.finite import is_finite
 from sculptor.progress import Progress
 
 SECTION = "samples"
@@ -242,7 +243,7 @@ def _check(tensors: Mapping[str, Tensor], vocab_size: int | None) -> None:
     drawn, shares = (tensors[name] for name in _DRAWN)
     if len(tensors["has_loss"]) != num_tokens or values.shape != (rows, kept + 1) or len(drawn) != rows:
         raise ValueError("tensors do not go with each other")
-    if drawn.shape != shares.shape or not bool((shares <= 1e-3).all()) or not bool(shares.isfinite().all()):
+    if drawn.shape != shares.shape or not bool((shares <= 1e-3).all()) or not is_finite(shares):
         raise ValueError("shares that are none")
     ids = torch.cat([tensors["input_ids"], tensors["top_ids"].flatten(), drawn.flatten()])
     least, largest = int(ids.min()), int(ids.max())

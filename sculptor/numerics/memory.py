@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sculptor.numerics.bases import Basis, extend
+from sculptor.numerics.finite import is_finite
 from sculptor.numerics.linalg import complement, orthonormal_prefixes, singular_subspaces
 
 
@@ -31,7 +32,7 @@ def grow(moment: Tensor, memory: Basis | None, energy: float) -> tuple[Basis | N
     Raises:
         ValueError: if the moment is not finite.
     """
-    if not bool(moment.isfinite().all()):
+    if not is_finite(moment):
         raise ValueError("a second moment has NaN or infinite values")
     moment64 = moment.to(torch.float64)
     total = float(moment64.diagonal().sum())

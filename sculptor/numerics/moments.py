@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sculptor.numerics.finite import is_finite
+
 # Bands of rows that are computed at a time: as wide as products are fast on a CPU, and no more than saves something.
 _BAND = 256
 _MOST_BANDS = 8
@@ -81,7 +83,7 @@ def truncate(moment: Tensor, k: int) -> Factor:
     d = moment.shape[0]
     if moment.shape != (d, d) or not 0 <= k <= d:
         raise ValueError(f"expected a square matrix and 0 <= k <= its side, got {tuple(moment.shape)}, k={k}")
-    if not bool(moment.isfinite().all()):
+    if not is_finite(moment):
         raise ValueError("a second moment has NaN or infinite values")
     eigenvalues, eigenvectors = torch.linalg.eigh(moment.to(torch.float64))
     values = eigenvalues.flip(0).clamp_min(0)

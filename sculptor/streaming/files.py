@@ -11,6 +11,7 @@ from sculptor.checkpoint.reader import Checkpoint, Slice, Sliced
 from sculptor.checkpoint.tensors import read_bytes
 from sculptor.checkpoint.windows import Window
 from sculptor.errors import CheckpointError
+from sculptor.numerics.finite import is_finite
 from sculptor.streaming.transfers import Staging
 
 
@@ -43,7 +44,7 @@ class TensorFiles:
             self.read(Slice(source), into)
         if parameter not in self._seen:
             self._seen.add(parameter)
-            if not bool(into.isfinite().all()):
+            if not is_finite(into):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {parameter} has NaN or infinite values; use a checkpoint from before the "
                     "training diverged"
