@@ -20,6 +20,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -153,14 +154,18 @@ def one_point(
     return found.wrong, time.perf_counter() - began
 
 
+def _without_process(name: str) -> str:
+    """What a killed process has left of a page carries its number."""
+    return re.sub(r"\.\d+\.tmp$", ".tmp", name)
+
+
 def difference(first: Tried, second: Tried) -> str | None:
     """How a new process ended otherwise than a fork: in another way, or with other tensors or files."""
     if first.ended != second.ended:
         return f"a fork ended with {first.ended}, a new process with {second.ended}"
-    names = {
-        name for name in {*first.left, *second.left} if ":" in name or not {name} <= {*first.left} & {*second.left}
-    }
-    names = {name for name in names if first.left.get(name) != second.left.get(name)}
+    one, other = ({_without_process(name): value for name, value in tried.left.items()} for tried in (first, second))
+    names = {name for name in {*one, *other} if ":" in name or not {name} <= {*one} & {*other}}
+    names = {name for name in names if one.get(name) != other.get(name)}
     return f"a fork and a new process left {len(names)} differing, first {min(names)}" if names else None
 
 

@@ -1,11 +1,11 @@
 """What others do with several GPUs, on the same model and as many tokens: FSDP2, plainly or with PEFT's OSF; its leak.
 
-    torchrun --nproc-per-node 2 tests/benchmarks/peers.py MODEL plain osf [--tokens 16384] [--steps 8] [--device cuda]
+    torchrun --nproc-per-node 2 tests/benchmarks/peers.py MODEL plain float32 osf [--tokens 16384] [--steps 8] [--device cuda]
 
-Every block is sharded (`fully_shard`), weights, gradients and AdamW's moments in the model's dtype, gradients are clipped, the
-matrices of blocks are trained. Random tokens; the first three steps are not counted; medians of the others. The leak is the part
-of the update that OSF promises not to make: ||(U^T dW, dW V)|| / ||dW||, U and V the singular vectors that it keeps, over four
-matrices.
+Every block is sharded (`fully_shard`), gradients are clipped, the matrices of blocks are trained. `plain` has weights, gradients
+and AdamW's moments in the model's dtype, `float32` keeps all of them in float32 and computes in bf16, as torchtitan does. Random
+tokens; the first three steps are not counted; medians of the others. The leak is the part of the update that OSF promises not to
+make: ||(U^T dW, dW V)|| / ||dW||, U and V the singular vectors that it keeps, over four matrices.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sculptor.jobs.processes import join
@@ -28,12 +28,14 @@ def prepare(method: str, options: argparse.Namespace, device: torch.device) -> t
     """The model as FSDP2 has it, and what is trained."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device)
+    wide = method == "float32"
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32 if wide else "auto")
+    model = model if wide else model.to(device)  # what is wide goes there block by block
     matrices = [
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in name
     ]
     model.requires_grad_(False)
-    if method == "plain":
+    if method in ("plain", "float32"):
         for name in matrices:
             model.get_submodule(name).weight.requires_grad_(True)
     else:
@@ -45,9 +47,11 @@ def prepare(method: str, options: argparse.Namespace, device: torch.device) -> t
     if options.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if wide else {}
     for block in next(module for name, module in model.named_modules() if name.endswith(".layers")):
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, **policy)
+    fully_shard(model, **policy)
+    model.to(device)
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -60,7 +64,7 @@ def run(method: str, options: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator().manual_seed(world.rank)
     rows = options.tokens // options.length
     model.train()
-    before = {} if method == "plain" else kept(model)
+    before = kept(model) if method == "osf" else {}
     seconds = []
     for _ in range(options.steps):
         ids = torch.randint(2, 1000, (rows, options.length), generator=generator).to(device)
@@ -114,7 +118,7 @@ def leak(model: Any, before: dict[str, tuple[torch.Tensor, torch.Tensor, torch.T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("methods", nargs="+", choices=["plain", "osf"])
+    parser.add_argument("methods", nargs="+", choices=["plain", "float32", "osf"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=16384, help="of a step, per process")
     parser.add_argument("--length", type=int, default=2048)

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --analyze weights --analyze curvature
 
 Run once per number of processes; WORK keeps outputs apart. Rows are random words of full length, every process has the same
-number of tokens in each step. The first three steps are not counted; medians of the others. Bytes that a process gets of others
+number of tokens in each step. The first three steps are not counted; medians of the others. What Python imports is not in the time
+of an analysis. Bytes that a process gets of others
 in a step are those of the collective calls that were made, as rings move them, beside what `sculptor estimate` says by formula.
 With `--no-output` a run ends behind its last step. `--stop-after N --into NAME` leaves a saved state in WORK/NAME.partial, which
 `--resume --into NAME` takes up with any number of processes; `--tokens` is then to be chosen so that steps are of as many rows.
@@ -27,6 +28,8 @@ import torch
 import torch.distributed as dist
 
 import sculptor
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.staging import partial_path
 from sculptor.errors import Stopped
 from sculptor.jobs.processes import join
@@ -55,12 +58,14 @@ WORDS = [
 ]
 
 
-def write_rows(path: Path, count: int, words: int) -> Path:
-    """Rows of text that are cut to full length."""
+def write_rows(path: Path, count: int, tokens: int, model: Path) -> Path:
+    """Rows of text that are as long as they may be: of longer ones the rest would be rows, too, of other lengths."""
+    from transformers import AutoTokenizer
+
     if not path.exists():
-        drawn = random.Random(0)
-        lines = (json.dumps({"text": " ".join(drawn.choices(WORDS, k=words))}) for _ in range(count))
-        path.write_text("\n".join(lines) + "\n")
+        tokenizer, drawn = AutoTokenizer.from_pretrained(model), random.Random(0)
+        long = (tokenizer(" ".join(drawn.choices(WORDS, k=tokens)))["input_ids"][: tokens - 4] for _ in range(count))
+        path.write_text("".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in long))
     return path
 
 
@@ -127,7 +132,7 @@ def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: a
     world = join(options.device)
     rows = options.tokens // options.length
     data = work / f"rows-{options.length}.jsonl"
-    world.once(lambda: write_rows(data, 256, options.length))
+    world.once(lambda: write_rows(data, 256, options.length, model))
     output = work / (options.into or f"tuned-{archive.name}-{world.size}-{parallel}")
     settings = sculptor.TrainSettings(
         device=options.device, max_length=options.length, batch_size=rows * world.size, micro_batch_size=options.micro,
@@ -164,11 +169,12 @@ def analyze(model: Path, work: Path, basis: str, options: argparse.Namespace) ->
     """Seconds of a whole analysis."""
     world = join(options.device)
     data = work / f"calibration-{options.calibration}.jsonl"
-    world.once(lambda: write_rows(data, options.calibration // options.length, options.length))
+    world.once(lambda: write_rows(data, options.calibration // options.length, options.length, model))
     settings = sculptor.AnalyzeSettings(
         basis=basis, device=options.device, **({} if basis == "weights" else {"data": (str(data),), "max_length": options.length}),
         **({"preserve": options.preserve} if basis == "weights" else {}),
     )  # fmt: skip
+    inspect_architecture(open_checkpoint(model))  # imports what the model is made of
     started = time.perf_counter()
     sculptor.analyze(model, work / f"{basis}-{world.size}", settings, offload="none", overwrite=True)
     return {"seconds": round(time.perf_counter() - started, 1), "peak GiB": world.gather(_peak())}
