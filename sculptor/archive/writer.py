@@ -56,6 +56,26 @@ class Shard:
     records: Mapping[str, MatrixRecord]
 
 
+def check_key(directory: Path, key: Mapping[str, Any], kinds: Kinds = KINDS) -> None:
+    """Refuses an archive that was finished with its progress kept, and with another key.
+
+    Raises:
+        OutputError: if it was, or nothing says with which.
+    """
+    _checked(directory, json.loads(json.dumps(key)), kinds)
+
+
+def _checked(directory: Path, key: Mapping[str, JsonValue], kinds: Kinds) -> _Progress:
+    path = directory / PROGRESS_NAME
+    found = read_json(_Progress, read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY, kinds=kinds)
+    different = key_difference(found.key, key)
+    if different is not None:
+        raise OutputError(
+            f"{path}: left by a run with other inputs or settings ({different}); use the same or {_REMEDY}"
+        )
+    return found
+
+
 class ShardWriter:
     """Gathers rules, and writes a shard of them in a thread while the next fills up; every process may have one.
 
@@ -185,16 +205,8 @@ class ArchiveWriter:
         Raises:
             OutputError: if they were made with another key, or the note of them is damaged.
         """
-        path = self.directory / PROGRESS_NAME
-        if path.is_file():
-            found = read_json(
-                _Progress, read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY, kinds=self.kinds
-            )
-            different = key_difference(found.key, self.key)
-            if different is not None:
-                raise OutputError(
-                    f"{path}: left by a run with other inputs or settings ({different}); use the same or {_REMEDY}"
-                )
+        if has_progress(self.directory):
+            found = _checked(self.directory, self.key, self.kinds)
             self.records, self.tensors, self._files = dict(found.records), dict(found.tensors), list(found.shards)
             self.shards.shared = set(self.tensors)
             self._noted = {name: asdict(record) for name, record in self.records.items()}

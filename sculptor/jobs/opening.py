@@ -1,8 +1,10 @@
 """Rules that follow a task's rows: an archive for one training, made before its first step (`methods.method.Opens`)."""
 
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,8 +12,9 @@ from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.analysis.lineage import OPENED
 from sculptor.archive.store import MANIFEST_NAME, Archive
-from sculptor.archive.writer import ArchiveWriter
+from sculptor.archive.writer import ArchiveWriter, check_key
 from sculptor.checkpoint.staging import move_back, writing
+from sculptor.data.examples import Example, digest_examples
 from sculptor.jobs.job import TrainJob, open_model
 from sculptor.jobs.memory import memory_of
 from sculptor.methods.method import Evidence, Opens, measures_of
@@ -21,7 +24,19 @@ from sculptor.world import ALONE, World
 
 def _finish(writer: ArchiveWriter, archive: Archive) -> None:
     writer.keep_sections(archive)
-    writer.finish(archive.manifest)
+    writer.finish(archive.manifest, keep_progress=True)  # which says what it was made of, until it is in its place
+
+
+def _made_of(job: TrainJob, rows: Sequence[Example], progress: Progress) -> dict[str, Any]:
+    """What has to be the same for rules that were opened, or begun, to be of use."""
+    archive = job.archive
+    return {
+        "subspaces": archive.identity,
+        "base": archive.manifest.base_identity,
+        "model": job.checkpoint.digests_beside({record.tensor for record in archive.values()}, progress),
+        "rows": digest_examples(rows),
+        "settings": asdict(archive.manifest.settings),
+    }
 
 
 def reached(evidence: Evidence) -> Evidence:
@@ -53,12 +68,15 @@ def open_rules(
     measures = measures_of(method, "open")
     if not isinstance(method, Opens) or measures == "nothing":
         return job
-    path = partial / OPENED
+    path, rows = partial / OPENED, memory_of(job)
     world.once(lambda: move_back(partial, OPENED))
-    if not world.from_first((path / MANIFEST_NAME).is_file()):
+    key = _made_of(job, rows, progress)
+    if world.from_first((path / MANIFEST_NAME).is_file()):
+        world.once(lambda: check_key(path, key, archive.kinds))
+    else:
         with writing(path):
             path.mkdir(exist_ok=True)
-        source = Source(job.name, memory_of(job))
+        source = Source(job.name, rows)
         targets = [target for target in job.architecture.targets if target.name in archive]
         settings = archive.manifest.settings
         asked = Measurement(
@@ -70,7 +88,7 @@ def open_rules(
             make=lambda evidence: method.open(archive.read(evidence.name), reached(evidence)),
             task=len(archive.manifest.tasks),
         )
-        with closing(ArchiveWriter(path, getattr(torch, settings.dtype), {}, archive.kinds)) as writer:
+        with closing(ArchiveWriter(path, getattr(torch, settings.dtype), key, archive.kinds)) as writer:
             world.once(writer.resume)
             # Every process reads all of it: what is to be divided is in nobody's memory as a whole.
             offload = "disk" if job.settings.parallel == "shard" else job.settings.offload

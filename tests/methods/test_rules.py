@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import sculptor
 from sculptor.analysis.lineage import OPENED
 from sculptor.benchmark.plan import RULES_OF
-from sculptor.errors import ArchiveError, SettingsError, Stopped
+from sculptor.errors import ArchiveError, OutputError, SettingsError, Stopped
 from sculptor.methods.kinds import KINDS, TABLE, make_method
 from sculptor.methods.method import carries_of
 from sculptor.methods.rule import OuterProduct, Rule, Working, num_free
@@ -404,3 +404,35 @@ def test_continual(made: Path, method: Any, tmp_path: Path) -> None:
     archive = sculptor.Archive(tmp_path / "run" / "model" / "subspaces")
     assert archive.manifest.settings.rule == RULES_OF[method][0]
     assert [task.kind for task in archive.manifest.tasks] == ["analysis", "training", "training"]
+
+
+@pytest.mark.parametrize("case", ["lowrank"])
+def test_what_other_rows_opened_is_not_taken_up(
+    made: Path, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed between its rules were opened and its first state, with something else at --resume."""
+    from sculptor.tasks import train as task
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    other = write_rows(tmp_path / "other.jsonl", [row | {"prompt": "w3 w4 w5"} for row in task_rows()])
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(task, "_run", killed)
+        patched.setattr("sculptor.checkpoint.staging.discard", lambda _: None)  # as SIGKILL leaves it
+        with pytest.raises(Killed):
+            sculptor.train(made / "model", made / case, [made / "rows.jsonl"], out, settings())
+    assert (tmp_path / "out.partial" / "opened" / "archive.json").is_file()
+    with pytest.raises(
+        OutputError, match=r"left by a run with other inputs or settings \(rows; the data files hold other"
+    ):
+        sculptor.train(made / "model", made / case, [other], out, settings(), resume=True)
+    sculptor.train(made / "model", made / case, [made / "rows.jsonl"], out, settings(), resume=True)
+    assert not (out / "opened" / "progress.json").exists()
+    whole = tmp_path / "whole"
+    sculptor.train(made / "model", made / case, [made / "rows.jsonl"], whole, settings())
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
