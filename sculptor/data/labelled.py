@@ -1,5 +1,6 @@
 """Rows for sequence classification: a text, or two, and the name of a class."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from sculptor.errors import DataError
 
 EXPECTED_LABELLED = "'text' and 'label', with 'text_pair' for pairs"
 KEYS = ("text", "text_pair", "label")
+_WHOLE = re.compile(r"[+-]?\d+")
 _LISTED = 8  # classes that a message names
 # Columns that people have for a text, or two.
 _USUAL = (
@@ -69,10 +71,11 @@ def _name(given: Any, where: str) -> str:
 
 
 def _number(name: str, names: tuple[str, ...], where: str) -> int:
-    """Which class a label means: by name, or by number where no class is called like that."""
+    """Which class a label means: by name, or by number where no class is called by one, so that all labels are read alike."""
     if name in names:
         return names.index(name)
-    if name.isascii() and name.isdigit() and int(name) < len(names):
+    numbered = any(_WHOLE.fullmatch(each) for each in names)
+    if name.isascii() and name.isdigit() and int(name) < len(names) and not numbered:
         return int(name)
     raise DataError(f"{where}: 'label' is {short(name)}; the classes of the model are {listed_classes(names)}")
 

@@ -319,3 +319,17 @@ def test_columns_numbers_and_names_of_a_dataset(pairs: Path, tmp_path: Path) -> 
     dataset = datasets.Dataset.from_list(given, features=features)
     found = evaluate(pairs / "bert-tuned", dataset, columns="text=a,text_pair=b,label=gold", device="cpu")
     assert found.loss == pytest.approx(evaluate(pairs / "bert-tuned", [pairs / "bert.jsonl"], device="cpu").loss)
+
+
+def test_labels_are_read_alike_in_all_rows() -> None:
+    """Numbers of classes count where no class is called by a number: rows 0 to 4 would fall on classes 1 to 5 otherwise."""
+    from sculptor.data.labelled import Classes, labelled
+
+    def read(label: Any, *names: str) -> int | None:
+        return labelled({"text": "w1", "label": label}, "rows:1", Classes(names)).index
+
+    assert [read(label, "no", "yes") for label in (0, "1", "yes")] == [0, 1, 1]
+    assert [read(label, *"12345") for label in (1, "5")] == [0, 4]
+    for names in ("12345", ("-1", "0", "1"), ("1", "2", "other")):
+        with pytest.raises(DataError, match=r"'label' is .*the classes of the model are"):
+            [read(label, *names) for label in (0, 2, 3)]
