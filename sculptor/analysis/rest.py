@@ -12,6 +12,7 @@ from sculptor.checkpoint.heads import NewHead
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.vocabulary import Growth, are_outsized
+from sculptor.numerics.finite import is_finite
 
 _PIECE = 8192  # rows of a large tensor that are compared at once
 
@@ -82,5 +83,8 @@ def _same(base: Tensor, tuned: Tensor, declared: Collection[torch.dtype]) -> boo
             return False
         if not lossless(base.dtype, tuned.dtype) and tuned.dtype not in declared:
             return False
-        base = base.to(tuned.dtype)
+        narrowed = base.to(tuned.dtype)
+        if is_finite(base) and not is_finite(narrowed):
+            return False
+        base = narrowed
     return torch.equal(base.reshape(-1).view(torch.uint8), tuned.reshape(-1).view(torch.uint8))

@@ -27,6 +27,7 @@ from sculptor.validation import each_key_once, read_file
 _FREE = ("transformers_version", "_name_or_path", "use_cache")
 _DTYPES = ("dtype", "torch_dtype")
 _MISSING = object()
+GENERATION_NAME = "generation_config.json"
 # What only people read, and what a run itself leaves.
 _FOR_PEOPLE = re.compile(
     r"(readme|licen[cs]e|notice|citation|authors|changelog|usage|use_policy)[^/]*|.*\.(md|pdf|png|jpe?g|svg|gif|tfevents.*)"
@@ -138,6 +139,17 @@ def _weight_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
         yield f"{INDEX_NAME} does not name {tuned.unlisted[0]}, so that not every program loads it"
     if (tuned.path / INDEX_NAME).is_file() and not _is_plain(tuned.path / INDEX_NAME):
         yield f"{INDEX_NAME} is not read alike by every program (a key twice, or another encoding than UTF-8)"
+    before, now = map(_index_dtype, (base, tuned))
+    if now not in (None, before) and {now} != {dtype_name(info.dtype) for info in tuned.infos.values()}:
+        yield f"{INDEX_NAME}: metadata.dtype was {before}, is {now}, and the tensors are not"
+
+
+def _index_dtype(checkpoint: Checkpoint) -> str | None:
+    """What an index says, and transformers loads by where the configuration does not say."""
+    try:
+        return _dtype(json.loads((checkpoint.path / INDEX_NAME).read_bytes()).get("metadata") or {}, ("dtype",))
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
 
 
 def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -161,6 +173,11 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configurat
     for dtype in {_dtype(now, (key,)) for key in _DTYPES if now.get(key) is not None} or {None}:
         if dtype not in allowed:
             yield f"dtype was {_dtype(before)}, is {dtype}, and the tensors are not"
+    inner = dict(_inner_dtypes(before))
+    for place, dtype in _inner_dtypes(now):
+        old = inner.get(place) if same else None
+        if dtype not in {old, *(stored if len(stored) == 1 else ())}:
+            yield f"{place} was {inner.get(place)}, is {dtype}, and the tensors are not"
     if _bytes_of(base.path / CONFIG_NAME) != _bytes_of(tuned.path / CONFIG_NAME) and not _is_plain(
         tuned.path / CONFIG_NAME
     ):
@@ -176,6 +193,7 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configurat
     read = changed(read)
     yield from _settings(read, read_now)
     yield from _unread(_without(before), _without(now), read, read_now)
+    yield from _lost(tuned.path, _without(before), _without(now), read_now)
     versions = [config.get("transformers_version") for config in (before, now)]
     if not isinstance(versions[1], str | None):
         yield f"transformers_version is {_short(versions[1])}"
@@ -203,6 +221,26 @@ def _unread(
             if known is _MISSING and key in read:  # what was its default stands in the file now
                 continue
             yield from _settings(known, value, name)
+
+
+def _lost(tuned: Path, before: Mapping[str, Any], now: Mapping[str, Any], read_now: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of the base's file alone, which generation reads there where no file is its own; saving a configuration drops them."""
+    from transformers import GenerationConfig
+
+    if not (tuned / GENERATION_NAME).is_file():
+        for key in sorted(before.keys() - now.keys() - read_now.keys()):
+            if hasattr(GenerationConfig, key) or key in GenerationConfig().to_dict():
+                yield from _settings(before[key], _MISSING, key)
+
+
+def _inner_dtypes(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str | None]]:
+    """Of configurations in a configuration, which some classes load by: where, and the dtype."""
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            for name in _DTYPES:
+                if value.get(name) is not None:
+                    yield f"{place}{key}.{name}", _dtype(value, (name,))
+            yield from _inner_dtypes(value, f"{place}{key}.")
 
 
 def _reads_by_version(path: Path) -> bool:
@@ -314,7 +352,7 @@ def _same_content(one: Path, other: Path) -> bool:
         before, now = map(_read_plain, (a, b))
     except (ValueError, RecursionError):
         return False
-    if one.name == "generation_config.json" and isinstance(before, dict) and isinstance(now, dict):
+    if one.name == GENERATION_NAME and isinstance(before, dict) and isinstance(now, dict):
         before, now = (_without(content, ("transformers_version",)) for content in (before, now))
     return not any(_settings(before, now, numbers=True))
 

@@ -162,6 +162,16 @@ def _copy_companions(source: Path, directory: Path) -> None:
             shutil.copyfile(source / relative, directory / relative)
 
 
+def _inner_cast(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """With every dtype of configurations in a configuration another: some classes load by those."""
+    changed = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            named = dict.fromkeys((name for name in ("dtype", "torch_dtype") if value.get(name) is not None), dtype)
+            changed[key] = {**_inner_cast(value, dtype), **named}
+    return changed
+
+
 def _write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype | None) -> None:
     changed = dict(config)
     place = config.get("_name_or_path")
@@ -171,7 +181,7 @@ def _write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype | 
         del changed["_name_or_path"]  # where somebody kept it; nothing reads that
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        changed[key] = dtype_name(dtype)
+        changed = {**_inner_cast(changed, dtype_name(dtype)), key: dtype_name(dtype)}
     if changed != config:
         # Infinite numbers as they were read: transformers' own files have them.
         write_json(directory / CONFIG_NAME, changed, allow_nan=True)

@@ -604,3 +604,73 @@ def test_how_much_an_archive_protects_is_told(made: Path) -> None:
     found = check(made, made / "float32" / "one")
     assert found.protected == pytest.approx(1 - archive.num_free / total)
     assert f"the archive protects {100 * found.protected:.1f} % of these matrices" in verify_text(found)
+
+
+def test_lost_keys_of_generation_are_seen(tmp_path: Path) -> None:
+    """Where no generation_config.json is, they are read of config.json; saving a configuration drops them."""
+    base, rows = save_checkpoint(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", task_rows())
+    (base / "generation_config.json").unlink(missing_ok=True)
+    edit_json(base / "config.json", repetition_penalty=1.7, no_repeat_ngram_size=2)
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    train(base, tmp_path / "archive", [rows], tmp_path / "tuned", FAST)
+    assert verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu").passed
+    transformers.AutoConfig.from_pretrained(tmp_path / "tuned").save_pretrained(tmp_path / "tuned")
+    found = verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu")
+    assert not found.passed
+    assert "config.json: no_repeat_ngram_size was 2, is not there" in found.differences
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_dtype_in_an_index_is_seen(tmp_path: Path, dtype: str) -> None:
+    base = save_checkpoint(tmp_path / "base", max_shard_size="20KB")
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: content[key] for key in content if "dtype" not in key}))
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    train(base, tmp_path / "archive", [rows], tmp_path / "tuned", FAST)
+    assert verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu").passed
+    edit_json(tmp_path / "tuned" / "model.safetensors.index.json", metadata={"total_size": 1, "dtype": dtype})
+    found = verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu")
+    assert not found.passed
+    assert any("metadata.dtype was None" in line for line in found.differences)
+
+
+def test_a_dtype_of_an_inner_configuration_is_seen(tmp_path: Path) -> None:
+    """Some classes load by that; a cast changes it, too."""
+    from dataclasses import replace
+
+    base = save_checkpoint(tmp_path / "base")
+    edit_json(base / "config.json", extra_config={"dtype": "float32", "deep_config": {"torch_dtype": "float32"}})
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    for name, dtype in (("tuned", "keep"), ("narrow", "bfloat16")):
+        train(base, tmp_path / "archive", [rows], tmp_path / name, replace(FAST, save_dtype=dtype))
+        assert verify(base, tmp_path / name, tmp_path / "archive", device="cpu").passed
+    inner = json.loads((tmp_path / "narrow" / "config.json").read_text())["extra_config"]
+    assert inner == {"dtype": "bfloat16", "deep_config": {"torch_dtype": "bfloat16"}}
+    edit_json(tmp_path / "tuned" / "config.json", extra_config=inner | {"dtype": "float16"})
+    found = verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu")
+    assert not found.passed
+    assert "config.json: extra_config.dtype was float32, is float16, and the tensors are not" in found.differences
+
+
+def test_a_cast_that_overflows_is_no_cast(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    base = save_checkpoint(tmp_path / "base")
+    edit_tensors(base, lambda tensors: tensors["model.norm.weight"].mul_(3e5))
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    train(base, tmp_path / "archive", [rows], tmp_path / "tuned", replace(FAST, max_steps=1, learning_rate=1e-5))
+    tuned = tmp_path / "tuned"
+    save_file(
+        {name: value.half() for name, value in load_file(tuned / "model.safetensors").items()},
+        tuned / "model.safetensors",
+        {"format": "pt"},
+    )
+    edit_json(tuned / "config.json", dtype="float16")
+    record = json.loads((tuned / "sculptor.json").read_text())
+    (tuned / "sculptor.json").write_text(json.dumps(record).replace("float32", "float16"))
+    found = verify(base, tuned, tmp_path / "archive", device="cpu")
+    assert not found.passed
+    assert "model.norm.weight" in found.changed_elsewhere
