@@ -133,9 +133,9 @@ class _Conversation:
             marked = self._marked(messages, len(messages)) if _MARKS.search(self.template) else None
             last = self.trained[-1] == len(messages) - 1
             found = self._tokens(whole, spans, marked, last, self.trained[-1])
-            if found.ended and len(spans) > 1:  # earlier turns are to learn their end, too
-                return [self._alone(messages, i) for i in self.trained]
-            return [found]
+            # Earlier turns are to learn their end, too, and the last one where another message follows it.
+            endless = found.ended and len(spans) > 1 if last else self._alone(messages, self.trained[-1]).ended
+            return [self._alone(messages, i) for i in self.trained] if endless else [found]
         return [self._alone(messages, i) for i in self.trained]
 
     def _alone(self, messages: Sequence[Message], i: int) -> Rendered:

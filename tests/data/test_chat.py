@@ -353,3 +353,21 @@ def test_a_token_before_the_answer_ends_nothing(tokenizer: Any, tmp_path: Path) 
     messages = [HELLO[0], {"role": "assistant", "reasoning_content": "hm", "content": "A"}]
     (found,) = learned(tokenizer, tmp_path, {"messages": messages})
     assert found.rstrip().endswith("</s>")
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        (TWO[:3], ["Hello there</s>"]),
+        ([*TWO[:3], TWO[3] | {"weight": 0}], ["Hello there</s>"]),
+        ([*TWO, TWO[0]], ["Hello there</s>", "Good bye</s>"]),
+    ],
+)
+def test_an_end_is_learned_whatever_follows(
+    tokenizer: Any, tmp_path: Path, messages: list[dict[str, Any]], expected: list[str]
+) -> None:
+    tokenizer.chat_template = NO_END
+    found = learned(tokenizer, tmp_path, {"messages": messages})
+    assert [text.replace("\n", "").strip() for text in found] == expected
+    tokenizer.chat_template = CHATML
+    assert len(learned(tokenizer, tmp_path, {"messages": messages})) == 1, "it has ends of its own"
