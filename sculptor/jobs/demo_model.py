@@ -33,6 +33,13 @@ def invent_facts(generator: torch.Generator) -> dict[str, list[CompletionRow]]:
     }
 
 
+# What transformers writes of it.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+
+
 def make_model(path: Path, facts: dict[str, list[CompletionRow]], seed: int, progress: Progress) -> int:
     """Trains a small Llama on the known relations and saves it; returns its number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM

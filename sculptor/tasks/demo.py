@@ -9,15 +9,17 @@ weights, of what it says by itself, and of what the old facts use.
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sculptor.checkpoint.staging import writing
+from sculptor.checkpoint.written import not_ours
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import OutputError
-from sculptor.jobs.demo_model import KNOWN, NUM_COUNTRIES, TAUGHT, invent_facts, make_model
+from sculptor.jobs.demo_model import KNOWN, MODEL_FILES, NUM_COUNTRIES, TAUGHT, invent_facts, make_model
 from sculptor.methods.settings import SELF, AnalyzeSettings
 from sculptor.progress import Progress, silent
 from sculptor.tasks.analyze import analyze
@@ -80,8 +82,22 @@ def demo(output: str | Path, *, seed: int = 0, progress: Progress = silent) -> D
     try:
         return _run(output, seed, progress)
     except BaseException:  # half a demonstration is of no use
-        shutil.rmtree(output, ignore_errors=True)
+        _remove(output)
         raise
+
+
+def _remove(output: Path) -> None:
+    """What a demonstration that failed has left, and nothing that somebody else put there."""
+    made = [output / name for name, *_ in _variants(output)]
+    for place in [*made, *(output / f"{path.name}-subspaces" for path in made)]:
+        if place.is_dir() and not_ours(place) is None:
+            shutil.rmtree(place, ignore_errors=True)
+    for place in [output / "old.jsonl", output / "new.jsonl", *(output / "model" / name for name in MODEL_FILES)]:
+        with suppress(OSError):
+            place.unlink(missing_ok=True)
+    for folder in (output / "model", output):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _run(output: Path, seed: int, progress: Progress) -> DemoReport:

@@ -29,3 +29,23 @@ def test_protection_keeps_what_plain_training_loses(cli: Callable[..., Result], 
     again = cli("demo", "--output", tmp_path / "demo")
     assert again.code == 1
     assert "exists already" in again.err
+
+
+def test_what_others_put_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sculptor.tasks import demo as task
+
+    def failing(model: Path, *_: object, **__: object) -> None:
+        output = model.parent
+        (output / "notes.txt").write_text("mine")
+        (output / "mine").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sculptor.jobs.demo_model._PRETRAIN_STEPS", 2)
+    monkeypatch.setattr(task, "analyze", failing)
+    with pytest.raises(KeyboardInterrupt):
+        task.demo(tmp_path / "demo")
+    assert sorted(path.name for path in (tmp_path / "demo").rglob("*")) == ["mine", "notes.txt"]
+    monkeypatch.setattr(task, "_measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task.demo(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
