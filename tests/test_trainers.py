@@ -270,3 +270,26 @@ def test_rows_of_other_collators() -> None:
     ):
         with pytest.raises(sculptor.SculptorError, match=match):
             batch_examples(batch)
+
+
+def test_a_tokenizer_that_is_not_the_base_s_is_refused(place: Path, bases: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    told: list[str] = []
+
+    def trainer(tokenizer: Any, output: str) -> Trainer:
+        model = AutoModelForCausalLM.from_pretrained("model")
+        sculptor.protect(model, "subspaces")
+        callback = sculptor.SculptorCallback("model", "subspaces", output, carry="keep", notice=told.append)
+        arguments = TrainingArguments("run", use_cpu=True, report_to="none", max_steps=1)
+        rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+        return Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
+
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    trainer(tokenizer, "out").train()
+    assert any("another chat_template; the output comes with the base's tokenizer" in line for line in told)
+    tokenizer.add_tokens(["new"])
+    with pytest.raises(sculptor.SculptorError, match="another vocabulary than the base's tokenizer"):
+        trainer(tokenizer, "other").train()
+    assert not (place / "other").exists()

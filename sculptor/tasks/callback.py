@@ -128,7 +128,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         merged = [run / "checkpoint-0" / MERGED_NAME] if self.at_save else []
         for place in (self.output, *merged):
             check_apart(place, [self.base, self.subspaces])
-        here().once(lambda: self._open(args, _unwrapped(given["model"]), given.get("train_dataloader")))
+        spoken = given.get("processing_class")
+        here().once(lambda: self._open(args, _unwrapped(given["model"]), given.get("train_dataloader"), spoken))
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Writes `merged/` into the checkpoint that the trainer has just saved."""
@@ -140,7 +141,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         """Writes the output, of the model that the trainer keeps."""
         here().once(lambda: self._write(self.output, self.overwrite, args, state, given["model"]))
 
-    def _open(self, args: Any, model: nn.Module, loader: Any) -> None:
+    def _open(self, args: Any, model: nn.Module, loader: Any, spoken: Any) -> None:
         checkpoint, architecture = open_base(self.base)
         tell_left_behind(checkpoint.path, checkpoint.files, self.notice)
         archive = Archive(self.subspaces, rules=self.rules)
@@ -150,6 +151,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         _check_size(model, architecture.vocab_size)
         check_others(model, checkpoint, architecture)
         check_settings(model, checkpoint)
+        _check_tokenizer(getattr(spoken, "tokenizer", spoken), load_tokenizer(checkpoint, architecture), self.notice)
         self._check_base(args, model, checkpoint, architecture)
         rate = float(args.learning_rate) or None
         settings = resolve_settings(
@@ -300,6 +302,28 @@ def _check(matrices: Sequence[ProtectedMatrix], archive: Archive) -> None:
         )
     if {matrix.coordinates.archive for matrix in matrices} != {archive.identity}:
         raise ArchiveError(f"{archive.path}: the model is protected with another archive; name that one")
+
+
+def _check_tokenizer(theirs: Any, ours: Any, notice: Callable[[str], object]) -> None:
+    """Refuses a trainer whose tokens are other ones than the output's tokenizer makes; says what else of it is not written.
+
+    Raises:
+        SettingsError: if they are.
+    """
+    if not hasattr(theirs, "get_vocab"):  # a processor of something else, or none
+        return
+    if theirs.get_vocab() != ours.get_vocab():
+        raise SettingsError(
+            "the trainer's processing_class has another vocabulary than the base's tokenizer, which the output comes with; "
+            "load it from the base"
+        )
+    other = [
+        name for name in ("chat_template", "eos_token") if getattr(theirs, name, None) != getattr(ours, name, None)
+    ]
+    if other:
+        notice(
+            f"the trainer's processing_class has another {' and '.join(other)}; the output comes with the base's tokenizer"
+        )
 
 
 def _check_size(model: Any, expected: int) -> None:
