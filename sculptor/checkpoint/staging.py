@@ -244,7 +244,19 @@ def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
         (output / LOCK_NAME).unlink(missing_ok=True)
 
 
+def make_durable(directory: Path) -> None:
+    """Waits until what is in a directory survives the machine: before what it stands for is removed."""
+    for folder, _, names in os.walk(directory):
+        for name in [*names, ""]:
+            place = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(place)
+            finally:
+                os.close(place)
+
+
 def _replace(staged: Path, output: Path) -> None:
+    make_durable(staged)
     old = Path(tempfile.mkdtemp(prefix=output.name + ".old-", dir=output.parent))
     try:
         output.rename(old / output.name)

@@ -19,6 +19,7 @@ MARKER_NAME = (
 _MARKS = (LOCK_NAME, MARKER_NAME)
 # Of no output, but of the way there: may be left where tidying up failed.
 _OF_THE_WAY = (*_MARKS, "progress.json")
+_OF_PROGRESS = {"key", "shards", "records", "tensors"}  # keys of progress.json, as `archive/writer.py` writes it
 _WHOLE = 2**20  # bytes up to which a file is read whole; of larger ones, as many pieces
 _PIECES = 64
 _NOTED: set[Path] = set()  # of the runs of this process
@@ -214,6 +215,6 @@ def _is_of_the_way(path: Path, name: str) -> bool:
     if name in _MARKS:
         return True
     try:
-        return name in _OF_THE_WAY and "key" in json.loads(path.read_bytes())
+        return name in _OF_THE_WAY and set(json.loads(path.read_bytes())) == _OF_PROGRESS
     except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from sculptor.checkpoint.staging import key_difference, write_json, writing
+from sculptor.checkpoint.staging import key_difference, make_durable, write_json, writing
 from sculptor.checkpoint.tensors import digest, in_file_order, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError
@@ -138,6 +138,7 @@ class StateStore:
         kept = {target, self._best(position.best_step or 0)}
         with writing(target):
             _remove(target)
+            make_durable(staged)
             os.replace(staged, target)
             for pattern in _STATES:
                 for other in self.directory.glob(pattern):

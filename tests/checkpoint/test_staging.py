@@ -1,6 +1,7 @@
 """Outputs are complete or not there."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sculptor.checkpoint.staging import (
     staging,
     writing,
 )
-from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint
+from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint, note
 from sculptor.errors import OutputError
 
 COVERS = ["sculptor.checkpoint.written"]
@@ -268,7 +269,15 @@ def test_a_link_is_no_staging_directory(tmp_path: Path, resume: bool) -> None:
     assert (elsewhere / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("content", "ours_too"), [('{"key": 1}', True), ("my evaluation", False), ("[1]", False)])
+@pytest.mark.parametrize(
+    ("content", "ours_too"),
+    [
+        ('{"key": 1, "shards": [], "records": {}, "tensors": {}}', True),
+        ('{"key": "experiment 7"}', False),
+        ("my evaluation", False),
+        ("[1]", False),
+    ],
+)
 def test_progress_of_somebody_else_are_kept(tmp_path: Path, content: str, ours_too: bool) -> None:
     output = tmp_path / "out"
     output.mkdir()
@@ -396,3 +405,36 @@ def test_a_place_that_cannot_be_locked_inside_another_is_known_as_ours(
     start(start(tmp_path / "out", resume=True) / "01-one", resume=True)
     start(tmp_path / "out", overwrite=True)
     assert not (partial / "01-one.partial").exists()
+
+
+def test_a_note_that_was_cut_off_hides_no_other(tmp_path: Path) -> None:
+    """A full disk writes half of a line; what another thread notes then stands behind it."""
+    partial = partial_path(tmp_path / "out")
+
+    def interrupted() -> None:
+        with staging(tmp_path / "out", command="test", overwrite=False, resume=False, worth_keeping=lambda _: False):
+            ours(partial, "first.txt")
+            with open(partial / MARKER_NAME, "a") as marker:
+                marker.write('"sec')
+            ours(partial, "third.txt")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert not partial.exists()
+
+
+def test_what_replaces_something_is_on_the_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, seen = tmp_path / "out", list[str]()
+
+    def failing(place: int) -> None:
+        seen.append(os.readlink(f"/proc/self/fd/{place}"))
+        raise OSError(5, "Input/output error")
+
+    for text in ("old", "new"):
+        monkeypatch.setattr(os, "fsync", failing if text == "new" else os.fsync)
+        with suppress(OutputError), one_pass(output, command="test", overwrite=True) as staged:
+            note(staged / "a.txt")
+            (staged / "a.txt").write_text(text)
+    assert (output / "a.txt").read_text() == "old"
+    assert len(seen) == 1
