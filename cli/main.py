@@ -119,7 +119,10 @@ def run() -> None:
             _exit(getattr(error, "exit_code", 1))
         _fail(message, getattr(error, "exit_code", 1))
     else:
-        sys.exit(code if isinstance(code, int) else 0)
+        number = code if isinstance(code, int) else 0
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # torch's threads abort some processes that take leave of Python
+            _exit(number)
+        sys.exit(number)
 
 
 def _interruptible() -> object:
