@@ -94,7 +94,8 @@ def command(
 
     Writes a plain Hugging Face checkpoint, with the archive for the next task in its folder subspaces/. Without --subspaces
     MODEL is analyzed first; that archive stays in the folder analyzed/, and is the one for `sculptor verify`.
-    SIGTERM and Ctrl-C save the state and exit; --resume goes on bit for bit.
+    SIGTERM and Ctrl-C save the state and exit; --resume goes on bit for bit, in an
+    analysis before that behind the last complete block.
 
     \b
     Examples:

@@ -19,15 +19,18 @@ class Interrupted(BaseException):
     Attributes:
         number: of the signal.
         kept: where something is that `--resume` can use; None if nothing is left.
+        resumable: whether there could have been something.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
         self.kept: Path | None = None
+        self.resumable = False
 
     def __str__(self) -> str:
-        left = "" if self.kept is None else f"; what is done is in {self.kept}, go on with --resume"
+        left = "; nothing was done yet that --resume could go on with, start it again" if self.resumable else ""
+        left = left if self.kept is None else f"; what is done is in {self.kept}, go on with --resume"
         return f"stopped by {signal.Signals(self.number).name}{left}"
 
 

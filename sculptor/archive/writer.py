@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,7 @@ class ArchiveWriter:
         self._thread = ThreadPoolExecutor(max_workers=1)  # notes what is complete
         self._noting: list[Future[None]] = []
         self._failed = False
+        self._resumes = False
         self._noted: dict[str, dict[str, Any]] = {}  # records and tensors as the note of complete shards has them
         self._noted_tensors: dict[str, dict[str, Any]] = {}
 
@@ -205,6 +207,7 @@ class ArchiveWriter:
         Raises:
             OutputError: if they were made with another key, or the note of them is damaged.
         """
+        self._resumes = True
         if has_progress(self.directory):
             found = _checked(self.directory, self.key, self.kinds)
             self.records, self.tensors, self._files = dict(found.records), dict(found.tensors), list(found.shards)
@@ -340,7 +343,10 @@ class ArchiveWriter:
         write_json(self.directory / PROGRESS_NAME, progress, indent=None)
 
     def close(self) -> None:
-        """Lets the threads end; after an error nothing is written any more once this returns."""
+        """Lets the threads end; after an error nothing is written any more once this returns, but what is complete is kept."""
+        if self._resumes and not self._failed:
+            with suppress(OutputError):  # of a shard before, which has been told
+                self._take_own()
         self.shards.close()
         self._thread.shutdown(wait=True)
 

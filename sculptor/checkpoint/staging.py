@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from sculptor.checkpoint.tensors import remedy_of
 from sculptor.checkpoint.written import (
     LOCK_NAME,
     MARKER_NAME,
@@ -123,6 +124,8 @@ def staging(
                 discard(partial)
             elif isinstance(error, Interrupted) and resume is not None:
                 error.kept = partial
+            if isinstance(error, Interrupted):
+                error.resumable |= resume is not None
         raise
     finally:
         lock.release()
@@ -151,9 +154,7 @@ def _lock(partial: Path) -> FileLock:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise OutputError(
-                f"{partial}: another run is writing there; wait for it or choose another --output"
-            ) from None
+            raise _busy(partial) from None
         if path.exists():
             return lock
         lock.release()
@@ -177,6 +178,7 @@ def _check_left_over(partial: Path, command: str, *, overwrite: bool, resume: bo
         raise OutputError(f"{partial}: {found}; move it or choose another --output")
     if not partial.exists():
         return
+    _check_unlocked(partial)
     other = begun_by(partial)
     if resume and not overwrite and other not in ("", command):
         raise OutputError(
@@ -191,6 +193,20 @@ def _check_left_over(partial: Path, command: str, *, overwrite: bool, resume: bo
             f"{partial}: an output is staged there, and {strange} is nothing that sculptor wrote; move it or choose another "
             "--output"
         )
+
+
+def _check_unlocked(partial: Path) -> None:
+    """Whether nobody writes there at the moment; who does is not to be told of left-overs."""
+    if (partial / LOCK_NAME).is_file() and not (partial / LOCK_NAME).is_symlink():
+        try:
+            with FileLock(partial / LOCK_NAME, timeout=0):
+                pass
+        except Timeout:
+            raise _busy(partial) from None
+
+
+def _busy(partial: Path) -> OutputError:
+    return OutputError(f"{partial}: another run is writing there; wait for it or choose another --output")
 
 
 def _in_the_way(partial: Path) -> str | None:
@@ -312,9 +328,7 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot write ({cause}); free some space or choose another place") from cause
     except OSError as cause:
         where = cause.filename or path
-        raise OutputError(
-            f"{where}: cannot write ({cause.strerror or cause}); free some space or choose another place"
-        ) from cause
+        raise OutputError(f"{where}: cannot write ({cause.strerror or cause}); {remedy_of(cause)}") from cause
 
 
 def move(old: Path, new: Path) -> None:

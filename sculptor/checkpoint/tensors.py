@@ -1,5 +1,6 @@
 """Safetensors files, one tensor at a time: headers, reading without mapping, streamed writing."""
 
+import errno
 import hashlib
 import json
 import os
@@ -183,6 +184,12 @@ def in_file_order(
     return sorted(entries, key=lambda entry: -entry[1].itemsize)
 
 
+def remedy_of(cause: OSError) -> str:
+    """What to do where something could not be written."""
+    allowed = cause.errno not in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return f"{'free some space or ' if allowed else ''}choose another place"
+
+
 def write_tensors(
     path: Path,
     entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
@@ -228,6 +235,4 @@ def write_tensors(
                     count += 1
                 assert count == shape[0], name
     except OSError as cause:
-        raise OutputError(
-            f"{path}: cannot write ({cause.strerror}); free some space or choose another place"
-        ) from cause
+        raise OutputError(f"{path}: cannot write ({cause.strerror}); {remedy_of(cause)}") from cause

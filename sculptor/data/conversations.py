@@ -49,7 +49,12 @@ def conversation(row: Mapping[str, Any], messages: Any, where: str, start: int =
         trained.append(on and message["role"] == "assistant" and i > start)
         cleaned.append(_message(message, f"{where}: message {i}"))
     if not any(message["role"] == "assistant" for message in cleaned[start:]):
-        raise DataError(f"{where}: no assistant turn; the loss is on assistant turns only")
+        roles = list(dict.fromkeys(str(message["role"]) for message in cleaned))
+        theirs = any(_SPEAKERS.get(role, role) != role for role in roles)
+        raise DataError(
+            f"{where}: no assistant turn, and the loss is on these only; roles are {', '.join(map(short, roles))}"
+            + ("; ShareGPT's speakers belong in 'conversations'" if theirs else "")
+        )
     if not any(trained):
         raise DataError(f"{where}: every assistant turn is left out ('weight' 0 or 'train' false); remove the row")
     return MessagesRow(where, tuple(cleaned), tuple(trained), _tools(row, where), _options(row, where))

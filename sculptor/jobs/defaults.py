@@ -62,6 +62,9 @@ def num_parameters(checkpoint: Checkpoint) -> int:
     return sum(prod(info.shape) for info in checkpoint.infos.values())
 
 
+FEWER = "fewer --calibration-tokens take less"
+
+
 def tell_choice(
     given: AnalyzeSettings,
     settings: AnalyzeSettings,
@@ -104,5 +107,5 @@ def _cost_line(settings: AnalyzeSettings, checkpoint: Checkpoint, targets: Seque
     per_token = (8 if gradients else 2) * num_parameters(checkpoint) + 2 * sum(d * d for d in sides)
     return (
         f"it takes {tokens:,} tokens ({tokens * per_token / 1e12:.1f} TFLOP) and {len(sides)} eigendecompositions of up to "
-        f"{max(sides, default=0):,} rows; fewer --calibration-tokens take less"
+        f"{max(sides, default=0):,} rows; {FEWER}"
     )

@@ -123,6 +123,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
             "of it beyond what rounding explains",
             f"{report.unexplained_leak:.1e}" if report.unexplained_leak > 0 else "none",
         ),
+        ("of the update, removed by rounding to the dtype of the file", f"{100 * report.rounding_loss:.1f} %"),
         *harm,
         *opened,
     ]

@@ -32,7 +32,7 @@ def estimate_text(found: Estimate) -> str:
         )
         + ".",
         f"Archive: {size(found.archive_bytes)}. Analysis (basis weights): up to {_duration(found.analysis_seconds)} of "
-        "decompositions.",
+        "decompositions; train without --subspaces takes curvature, and says itself what that takes.",
     ]
     if found.chosen is None:
         lacking = {name: mode.shortages for name, mode in found.modes.items()}

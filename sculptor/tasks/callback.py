@@ -234,11 +234,18 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             with closing(open_model(made, device, job.architecture, "auto", progress=self.progress)) as written:
                 check_computes(model, written, autocast_of(args), "what is written of it")
             put_in_place(partial, output, overwrite=overwrite)
-        leak = self.verification.leak
+        found = self.verification
+        leak = found.leak
         state.log_history.append({"sculptor_leak": leak, "step": state.global_step, "epoch": state.epoch})
+        lost = f"; rounding removed {100 * found.eaten:.0f} % of the update, save_dtype='float32' keeps it"
         self.notice(
-            f"step {state.global_step}: wrote {output}, verified: leak {leak:.1e} of the update into what is protected"
+            f"step {state.global_step}: wrote {output}, verified: leak {leak:.1e} of the update into what is protected, rounding "
+            f"explains {found.rounding:.1e}{lost if found.eaten > _MUCH else ''}"
         )
+
+
+# Share of an update that may be lost to rounding without a word.
+_MUCH = 0.1
 
 
 class _Guest(Trained):

@@ -11,6 +11,7 @@ from sculptor.checkpoint.staging import key_difference, move_back, partial_path,
 from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, digest_rows, names_of, read_sources, weight_of
 from sculptor.errors import OutputError, SettingsError
+from sculptor.jobs.defaults import FEWER
 from sculptor.jobs.job import open_base
 from sculptor.jobs.processes import join
 from sculptor.methods.kinds import Kinds
@@ -29,6 +30,9 @@ def has_archive(staged: Path) -> bool:
     """Whether a staging directory holds such an archive, or a part of one."""
     path = staged / ANALYZED
     return (path / MANIFEST_NAME).is_file() or has_progress(partial_path(path))
+
+
+_FEWER = "analyze by itself first, with fewer --calibration-tokens, and train with --subspaces, if that is too long"
 
 
 def analyze_first(
@@ -81,7 +85,7 @@ def analyze_first(
             offload=settings.offload,
             resume=True,
             progress=progress,
-            notice=lambda text: notice(f"as by `sculptor analyze`: {text}"),
+            notice=lambda text: notice(f"as by `sculptor analyze`: {text.replace(FEWER, _FEWER)}"),
             rules=rules,
         )
         return

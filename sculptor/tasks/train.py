@@ -16,7 +16,7 @@ from sculptor.archive.writer import forget_progress
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.directory import tell_left_behind
 from sculptor.checkpoint.staging import STAGED_NAME, move, partial_path, put_in_place
-from sculptor.checkpoint.written import remove
+from sculptor.checkpoint.written import LOCK_NAME, remove
 from sculptor.data.rows import Data
 from sculptor.interruption import signals_wait
 from sculptor.jobs.finish import write_output
@@ -122,6 +122,8 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             rows = read_task(
                 checkpoint, architecture, request.data, request.eval_data, settings, notice, request.replay
             )
+        if settings.max_steps is None:  # before a long analysis
+            Steps.of(rows.encoded, settings).tell_few(settings.epochs, notice)
         with staged(inputs=[checkpoint.path, *read], resume=request.resume) as partial:
             analyze_first(request.model, partial, request.protect_data, settings, progress, notice, request.rules)
         request = replace(request, subspaces=partial_path(output) / ANALYZED, resume=True)
@@ -136,7 +138,7 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
         with world.together():
             check_folder(output, read)
     with staged(inputs=read, resume=request.resume) as partial:
-        if settings.max_steps is None:
+        if settings.max_steps is None and rows is None:
             Steps.of(job.encoded, job.settings).tell_few(settings.epochs, notice)
         job = fit_memory(job, settings.memory_rows, partial, device, notice, world)
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
@@ -159,7 +161,8 @@ def _grown(job: TrainJob, partial: Path, progress: Progress, world: World) -> Tr
 def _place(partial: Path, output: Path, overwrite: bool) -> None:
     for name in _OWN:
         if (partial / name).is_dir():
-            forget_progress(partial / name)  # which one that was killed at its very end has left
+            forget_progress(partial / name)  # which one that was killed at its very end has left, as its lock
+            (partial / name / LOCK_NAME).unlink(missing_ok=True)
             move(partial / name, partial / STAGED_NAME / name)
     put_in_place(partial, output, overwrite=overwrite)
 

@@ -1,7 +1,9 @@
 """Outputs are complete or not there."""
 
+import errno
 import json
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,14 +12,17 @@ import pytest
 from sculptor.checkpoint.staging import (
     NotPlacedError,
     check_apart,
+    check_free,
     commit,
     one_pass,
     partial_path,
     staging,
     writing,
 )
+from sculptor.checkpoint.tensors import remedy_of
 from sculptor.checkpoint.written import LOCK_NAME, MARKER_NAME, discard, fingerprint, note
 from sculptor.errors import OutputError
+from sculptor.interruption import Interrupted
 
 COVERS = ["sculptor.checkpoint.written"]
 
@@ -438,3 +443,27 @@ def test_what_replaces_something_is_on_the_disk_first(tmp_path: Path, monkeypatc
             (staged / "a.txt").write_text(text)
     assert (output / "a.txt").read_text() == "old"
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_who_is_writing_is_told_before_what_is_left_over(tmp_path: Path, resume: bool) -> None:
+    with staging(
+        tmp_path / "out", command="test", overwrite=False, resume=False, worth_keeping=lambda _: False
+    ) as partial:
+        ours(partial, "first.txt")
+        with pytest.raises(OutputError, match="another run is writing there"):
+            check_free(tmp_path / "out", command="test", overwrite=False, resume=resume)
+
+
+def test_nothing_to_go_on_with_is_said(tmp_path: Path) -> None:
+    for resume, told in ((False, "nothing was done yet that --resume could go on with"), (None, "stopped by SIGTERM$")):
+        with (
+            pytest.raises(Interrupted, match=told),
+            staging(tmp_path / "out", command="test", overwrite=False, resume=resume, worth_keeping=lambda _: False),
+        ):
+            raise Interrupted(signal.SIGTERM)
+
+
+def test_space_is_no_remedy_for_what_is_not_allowed() -> None:
+    assert remedy_of(PermissionError(errno.EACCES, "no")) == "choose another place"
+    assert remedy_of(OSError(errno.ENOSPC, "full")) == "free some space or choose another place"

@@ -8,7 +8,7 @@ import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, analyze
-from sculptor.archive.writer import ArchiveWriter
+from sculptor.archive.writer import ArchiveWriter, ShardWriter
 from sculptor.checkpoint.staging import NotPlacedError
 from sculptor.errors import CheckpointError, OutputError
 
@@ -23,15 +23,15 @@ def test_blocks_that_are_done_are_not_made_again(tmp_path: Path, basis: Any, mon
     rows = write_rows(tmp_path / "rows.jsonl", task_rows())
     settings = AnalyzeSettings(basis=basis, data=() if basis == "weights" else (str(rows),), device="cpu")
     analyze(model, tmp_path / "whole", settings)
-    add, seen = ArchiveWriter.add, []
+    add, seen = ShardWriter.add, []
 
-    def counted(self: ArchiveWriter, record: Any, derived: Any) -> None:
+    def counted(self: ShardWriter, record: Any, derived: Any) -> None:
         seen.append(record.name)
         if len(seen) == 10:  # in the second of two blocks
             raise KilledError
         add(self, record, derived)
 
-    monkeypatch.setattr(ArchiveWriter, "add", counted)
+    monkeypatch.setattr(ShardWriter, "add", counted)
     with pytest.raises(KilledError):
         analyze(model, tmp_path / "cut", settings)
     first = [name for name in seen if ".0." in name]
@@ -94,16 +94,16 @@ def test_a_read_that_fails_once_costs_nothing(
 ) -> None:
     model = save_checkpoint(tmp_path / "model")
     settings = AnalyzeSettings(preserve=0.5, device="cpu")
-    add, seen = ArchiveWriter.add, []
+    add, seen = ShardWriter.add, []
 
-    def failing(self: ArchiveWriter, record: Any, derived: Any) -> None:
+    def failing(self: ShardWriter, record: Any, derived: Any) -> None:
         seen.append(record.name)
         if len(seen) == 10:
             raise CheckpointError("cannot read tensor x") from cause
         add(self, record, derived)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ArchiveWriter, "add", failing)
+        patch.setattr(ShardWriter, "add", failing)
         with pytest.raises(CheckpointError, match="cannot read"):
             analyze(model, tmp_path / "out", settings)
     assert (tmp_path / "out.partial").exists() == kept
