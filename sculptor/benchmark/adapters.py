@@ -84,7 +84,7 @@ def train_adapter(
             ("optimizer", settings.optimizer != "adamw"),
             ("select_rows", settings.select_rows),
             ("also_train", settings.also_train),
-            ("offload", settings.offload in ("cpu", "disk")),
+            ("offload", settings.offload in ("bases", "cpu", "disk")),
             ("parallel", settings.parallel != "auto"),
             ("optimizer_mode", settings.optimizer_mode != "exact"),
         )

@@ -68,7 +68,7 @@ def check_contender(plan: Plan, method: Contender) -> None:
     """
     if method in ("joint", "replay", "esacl") and len({task.columns for task in plan.tasks}) > 1:
         raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
-    if method == "slm" and plan.train.offload in ("cpu", "disk"):
+    if method == "slm" and plan.train.offload in ("bases", "cpu", "disk"):
         raise SettingsError(
             f"[train] offload = {plan.train.offload!r} with --method slm: rows have models of their own; use none"
         )

@@ -73,7 +73,7 @@ class EvaluateRequest:
             raise SettingsError(
                 "--tasks with --bank: lm-eval asks one model; export a task with `sculptor bank export`"
             )
-        if self.bank is not None and self.offload in ("cpu", "disk"):
+        if self.bank is not None and self.offload in ("bases", "cpu", "disk"):
             raise SettingsError(
                 f"--offload {self.offload} with --bank: weights change from row to row; use --offload none"
             )

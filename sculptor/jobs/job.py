@@ -301,6 +301,11 @@ def cast_to(settings: TrainSettings) -> torch.dtype | None:
     return None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
 
 
+def read_offload(offload: Offload) -> Offload:
+    """How a training's model is read where nothing is trained yet, so that there are no bases to set apart."""
+    return "auto" if offload == "bases" else offload
+
+
 def open_model(
     checkpoint: Checkpoint,
     device: torch.device,
@@ -323,6 +328,10 @@ def open_model(
     Raises:
         SettingsError: if it does not fit.
     """
+    if offload == "bases":
+        raise SettingsError(
+            "--offload bases without effect: there are none where nothing is trained; use none, cpu or disk"
+        )
     plans = footprints(checkpoint, architecture, (), device, Workload(tokens, 1, keep_inputs=True))
     plan, _ = choose(plans, device, offload, checkpoint.path)
     if plan.offload in ("cpu", "disk"):

@@ -15,7 +15,7 @@ from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter, check_key
 from sculptor.checkpoint.staging import move_back, writing
 from sculptor.data.examples import Example, digest_examples
-from sculptor.jobs.job import TrainJob, open_model
+from sculptor.jobs.job import TrainJob, open_model, read_offload
 from sculptor.jobs.memory import memory_of
 from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
@@ -91,7 +91,7 @@ def open_rules(
         with closing(ArchiveWriter(path, getattr(torch, settings.dtype), key, archive.kinds)) as writer:
             world.once(writer.resume)
             # Every process reads all of it: what is to be divided is in nobody's memory as a whole.
-            offload = "disk" if job.settings.parallel == "shard" else job.settings.offload
+            offload = "disk" if job.settings.parallel == "shard" else read_offload(job.settings.offload)
             with closing(open_model(job.checkpoint, device, job.architecture, offload, progress=progress)) as loaded:
                 write_measured(loaded, asked, writer, progress, world)
             world.once(lambda: decide(writer, method, [*archive.manifest.source_weights, source.weight]))

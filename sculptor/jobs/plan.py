@@ -75,7 +75,7 @@ def _choose_parallel(job: TrainJob, device: torch.device, world: World) -> _Spli
     if parallel == "auto":
         if offload in ("auto", "none") and device.type != "cpu":
             return _replicated_or_divided(job, device, world)
-        parallel = "shard" if offload == "cpu" else "replicate"
+        parallel = "shard" if offload in ("bases", "cpu") else "replicate"
     return _split_parallel(job, parallel, device, world)
 
 
@@ -95,7 +95,7 @@ def _split_parallel(job: TrainJob, parallel: Parallel, device: torch.device, wor
 def _check_parallel(settings: TrainSettings, world: World) -> None:
     """Refuses what cannot be done in several processes."""
     offload, divided = settings.offload, settings.parallel == "shard"
-    if offload == "disk" or (offload == "cpu" and not divided):
+    if offload == "disk" or (offload in ("bases", "cpu") and not divided):
         other = "--offload cpu divides the model among them" if offload == "disk" else "use --parallel shard"
         raise SettingsError(f"--offload {offload} with {world.size} processes that hold all of the model: {other}")
     faults = {

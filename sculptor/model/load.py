@@ -140,6 +140,7 @@ def load_streamed(
     keep_inputs: bool | None = None,
     progress: Progress = silent,
     divide: Divide | None = None,
+    constants: Tier | None = None,
 ) -> LoadedModel:
     """`load_model` for a model of which one block at a time is on the device.
 
@@ -153,7 +154,7 @@ def load_streamed(
         resident: parameters of blocks that stay on the device.
         keep_inputs: whether activation checkpoints stay on the device; default on a CPU only.
         progress: makes progress bars.
-        divide: as for `stream_model`.
+        divide, constants: as for `stream_model`.
 
     Raises:
         CheckpointError: if weights are missing, or there is no tokenizer.
@@ -173,6 +174,7 @@ def load_streamed(
             keep_inputs=keep_inputs,
             progress=progress,
             divide=divide,
+            constants=constants,
         )
     except MemoryError as cause:
         raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause

@@ -55,7 +55,7 @@ class Footprint:
     """One way of training.
 
     Attributes:
-        offload: none, cpu or disk.
+        offload: none, bases, cpu or disk.
         device, host, disk: bytes by component.
         operations: floating-point operations of a step, of which `folding` for projections and folds.
         loaded, stored: bytes that go to the device and come back in a step.
@@ -117,11 +117,14 @@ def footprints(
     device: torch.device,
     work: Workload,
 ) -> dict[str, Footprint]:
-    """By offload: none, cpu, disk; where several processes divide the model: none, cpu."""
+    """By offload: none, cpu, bases, disk; where several processes divide the model: none, cpu, bases."""
     sizes = _Sizes(checkpoint, architecture, matrices, device, work)
     if work.processes > 1:
-        return {"none": sizes.divided("none"), "cpu": sizes.divided("cpu")}
-    return {"none": sizes.resident(), "cpu": sizes.streamed("cpu"), "disk": sizes.streamed("disk")}
+        return {"none": sizes.divided("none"), "cpu": sizes.divided("cpu"), "bases": sizes.divided("bases")}
+    found = {"none": sizes.resident(), "cpu": sizes.streamed("cpu")}
+    if matrices:  # where nothing is trained there is nothing to set apart
+        found["bases"] = sizes.with_constants_apart()
+    return found | {"disk": sizes.streamed("disk")}
 
 
 class _Sizes:
@@ -244,7 +247,32 @@ class _Sizes:
         host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
         return Footprint("none", device, host, self.files(), self.operations_at_once, self.folding)
 
-    def divided(self, offload: Literal["none", "cpu"]) -> Footprint:
+    def with_constants_apart(self) -> Footprint:
+        """Streamed, from the device itself but for bases and W0."""
+        alone = self.streamed("cpu")
+        held = ("weights", "coordinates, gradients, AdamW")
+        keep = self.work.keep_inputs or self.kind == "cpu"
+        waiting = {f"{name}, waiting": alone.host[name] for name in held}
+        activations = (
+            self.inside_part + self.working_part + (self.inputs if keep else 3 * self.inputs / self.num_blocks)
+        )
+        names = ("bases", "pristine weights", "copies", "runtime", *(() if keep else ("activation checkpoints",)))
+        host = {**alone.host, "activation checkpoints": self.inputs}
+        micro = self.work.micro_batches
+        loaded = sum(self.bases.values()) * (micro + (not self.work.fused)) + self.pristine
+        moved = 0.0 if keep else self.inputs_of_step
+        return Footprint(
+            "bases",
+            {**alone.device, **waiting, "activations": activations},
+            {name: host[name] for name in names if name in host},
+            self.files(),
+            alone.operations,
+            alone.folding,
+            loaded=float(loaded) + moved,
+            stored=moved,
+        )
+
+    def divided(self, offload: Literal["none", "bases", "cpu"]) -> Footprint:
         """Of the process that holds most; what it holds of matrices is on the device, or in host memory."""
         slots, count = 2 if self.kind == "cuda" else 1, self.work.processes
         rest = self.rest_size * self.rest_in_blocks / max(1, self.num_blocks)
@@ -267,6 +295,12 @@ class _Sizes:
         host = {"copies": 2.0 * STAGING_BYTES[self.kind]}
         if offload == "none":
             device = held | device | {"activations": self.inside_part + self.inputs + self.working_part}
+        elif offload == "bases":
+            apart, keep = ("pristine weights", "bases"), self.work.keep_inputs or self.kind == "cpu"
+            inputs = self.inputs if keep else 3 * self.inputs / self.num_blocks
+            host |= {name: held.pop(name) for name in apart} | ({} if keep else {"activation checkpoints": self.inputs})
+            host |= {"runtime": alone.host["runtime"]} if "runtime" in alone.host else {}
+            device = held | device | {"activations": self.inside_part + inputs + self.working_part}
         else:
             host = {name: size for name, size in alone.host.items() if name not in held} | held
         sizes = [sum(block.values()) for block in blocks.values()]
@@ -278,7 +312,7 @@ class _Sizes:
             self.files(),
             alone.operations,
             alone.folding / count,
-            loaded=alone.loaded / count if offload == "cpu" else 0.0,
+            loaded={"none": 0.0, "bases": self.with_constants_apart().loaded, "cpu": alone.loaded}[offload] / count,
             stored=alone.stored / count if offload == "cpu" else 0.0,
             exchanged=exchanged,
             shares=parts,

@@ -18,7 +18,8 @@ from sculptor.training.settings import Offload
 
 # Of the memory that is free, what a plan may take.
 SHARE = 0.9
-_TIERS = ("none", "cpu", "disk")
+# Where the host has no room for all, what does not change may wait there.
+_TIERS = ("none", "cpu", "bases", "disk")
 
 
 def available_memory(device: torch.device) -> tuple[float, float]:

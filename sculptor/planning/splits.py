@@ -79,7 +79,7 @@ def choose_split(
     if len(found) == 1:
         return found[0]
     memory = _memory(device) if memory is None else memory
-    tiers: tuple[Offload, ...] = ("none", "cpu", "disk") if settings.offload == "auto" else (settings.offload,)
+    tiers: tuple[Offload, ...] = ("none", "cpu", "bases", "disk") if settings.offload == "auto" else (settings.offload,)
     for tier in tiers:
         for split in found:
             if tier == "none" or split.recompute:  # streamed blocks are always computed again

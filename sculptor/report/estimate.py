@@ -32,7 +32,8 @@ def estimate_text(found: Estimate) -> str:
         )
         + ".",
         f"Archive: {size(found.archive_bytes)}. Analysis (basis weights): up to {_duration(found.analysis_seconds)} of "
-        "decompositions; train without --subspaces takes curvature, and says itself what that takes.",
+        "decompositions.",
+        "Without --subspaces train measures curvature; it says by itself what that takes.",
     ]
     if found.chosen is None:
         lacking = {name: mode.shortages for name, mode in found.modes.items()}

@@ -42,6 +42,7 @@ def stream_model(
     keep_inputs: bool | None = None,
     progress: Progress = silent,
     divide: Divide | None = None,
+    constants: Tier | None = None,
 ) -> tuple[Any, BlockStream]:
     """A model in evaluation mode, without gradients, and the stream of its blocks.
 
@@ -59,6 +60,7 @@ def stream_model(
         progress: makes progress bars.
         divide: chooses owners among several processes, from the bytes of each block's parameters; default each process has
             all of them.
+        constants: where bases and W0 wait in training; default `tier`.
 
     Raises:
         CheckpointError: if parameters are not in the files.
@@ -80,7 +82,8 @@ def stream_model(
         size for i, of in enumerate(found.sizes) for name, size in of.items() if held is None or held.mine(i, name)
     )
     bar = progress(total=total, desc="load", unit="B") if home.in_memory else None
-    weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore, held)
+    apart = None if constants in (None, tier) else Scratch(constants, scratch, device)
+    weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore, held, apart)
     if bar is not None:
         bar.close()
     waiting = WaitingBlocks(

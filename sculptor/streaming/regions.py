@@ -188,6 +188,7 @@ class BlockWeights:
         files: where they come from.
         layouts: of the parameters of each block, as the device holds them.
         scratch: makes room for them, and for what changes.
+        constants: makes room for what does not change in training, bases and W0; default `scratch`.
         tick: called with bytes read, while memory is filled.
         owners: of parameters, where several processes divide them; each holds and loads its own.
     """
@@ -199,10 +200,12 @@ class BlockWeights:
         scratch: Scratch,
         tick: Callable[[int], object] = lambda _: None,
         owners: Owners | None = None,
+        constants: Scratch | None = None,
     ) -> None:
         self.files = files
         self.layouts = layouts
         self.scratch = scratch
+        self.constants = constants or scratch
         self.owners = owners
         whole = [(0, layout.num_bytes) for layout in layouts]
         self._parts = whole if owners is None else [owners.my_part(i, layout) for i, layout in enumerate(layouts)]
@@ -259,4 +262,5 @@ class BlockWeights:
         for region in self._regions.values():
             region.close()
         self._regions.clear()
-        self.scratch.close()
+        for scratch in (self.scratch, self.constants):
+            scratch.close()

@@ -204,7 +204,7 @@ class _Ways:
             found["replicate"] = replace(alone, exchanged=added_up(self.num_trainable, settings.gpus))
         if settings.parallel != "replicate":
             divided = self.take(replace(work, processes=settings.gpus))
-            found |= {"shard": divided["none"], "shard, cpu": divided["cpu"]}
+            found |= {"shard": divided["none"], "shard, cpu": divided["cpu"], "shard, bases": divided["bases"]}
         return found
 
     def lacking(self, plan: Footprint) -> list[Shortage]:

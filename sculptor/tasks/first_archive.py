@@ -12,7 +12,7 @@ from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, digest_rows, names_of, read_sources, weight_of
 from sculptor.errors import OutputError, SettingsError
 from sculptor.jobs.defaults import FEWER
-from sculptor.jobs.job import open_base
+from sculptor.jobs.job import open_base, read_offload
 from sculptor.jobs.processes import join
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, is_self
@@ -82,7 +82,7 @@ def analyze_first(
             path,
             asked,
             data=items,
-            offload=settings.offload,
+            offload=read_offload(settings.offload),
             resume=True,
             progress=progress,
             notice=lambda text: notice(f"as by `sculptor analyze`: {text.replace(FEWER, _FEWER)}"),

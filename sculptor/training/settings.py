@@ -17,7 +17,7 @@ ClipBy = Literal["model", "matrix"]
 Optimizer = Literal["adamw", "bayes-adam"]
 OptimizerMode = Literal["exact", "fused"]
 OptimizerOn = Literal["auto", "host", "device"]
-Offload = Literal["none", "cpu", "disk", "auto"]
+Offload = Literal["none", "bases", "cpu", "disk", "auto"]
 Parallel = Literal["auto", "replicate", "shard"]
 # Of bayes-adam: after a hundred steps with a gradient of norm 1, the average number has as much precision again.
 EVIDENCE = 0.01
@@ -63,7 +63,8 @@ class TrainSettings:
     clip_by: ClipBy = "model"
     """Clip all trained parameters together, or each matrix by itself."""
     offload: Offload = "auto"
-    """Where blocks wait that are not being computed: all stay on the device, host memory, disk, or what fits."""
+    """Where blocks wait that are not being computed: all stay on the device, or only bases and original weights, which do not
+    change, wait in host memory; host memory; disk; or what fits."""
     parallel: Parallel = "auto"
     """In several processes: each holds everything, or its share of weights, bases and state [auto: everything where it fits]."""
     optimizer_mode: OptimizerMode = "exact"
@@ -165,7 +166,7 @@ class TrainSettings:
             ),
             (resident and fused, "--optimizer-mode fused without effect with --offload none; use cpu or disk"),
             (
-                self.offload in ("cpu", "disk") and self.checkpoint_activations is False,
+                self.offload in ("bases", "cpu", "disk") and self.checkpoint_activations is False,
                 f"--keep-activations without effect with --offload {self.offload}: blocks are always computed again",
             ),
         )

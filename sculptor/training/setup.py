@@ -19,6 +19,7 @@ from sculptor.model.load import LoadedModel, checkpoint_activations, load_model,
 from sculptor.progress import Progress
 from sculptor.streaming.build import Divide
 from sculptor.streaming.owners import Owners, choose_owners
+from sculptor.streaming.regions import Tier
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import Peaks, peak_rates
 from sculptor.training.rows import NewRows, open_rows
@@ -57,9 +58,12 @@ def prepare_model(
     divided = settings.parallel == "shard"
     if settings.offload == "none" and not divided:
         return _prepare_resident(checkpoint, architecture, archive, settings, extra, device, growth, progress)
-    assert settings.offload != "auto"
-    keep = None if settings.offload_inputs is None else not settings.offload_inputs
-    tier = "device" if settings.offload == "none" else settings.offload
+    tier: Tier = settings.offload if settings.offload in ("cpu", "disk") else "device"
+    keep = (
+        (True if settings.offload == "none" else None)
+        if settings.offload_inputs is None
+        else not settings.offload_inputs
+    )
     loaded = load_streamed(
         checkpoint,
         device,
@@ -68,9 +72,10 @@ def prepare_model(
         scratch=scratch,
         compute_dtypes=trained_dtypes(architecture, archive, device),
         resident=frozenset(extra),
-        keep_inputs=True if tier == "device" else keep,
+        keep_inputs=keep,
         progress=progress,
         divide=_divide(checkpoint, architecture, archive, device) if divided else None,
+        constants="cpu" if settings.offload == "bases" else None,
     )
     opened = _open_extra(loaded, extra)
     return streamed_updates(loaded, archive, opened, settings, progress, open_rows(loaded.model, growth))

@@ -89,6 +89,7 @@ SHARD = {"parallel": "shard"}
         *slowly(*((family, 2, {}) for family in ("llama", "llama-tied", "qwen3", "t5", "mixtral"))),
         *slowly(("llama", 3, {}), ("mixtral", 3, {})),
         *slowly(*((family, 2, SHARD) for family in ("llama-tied", "qwen3", "t5", "mixtral"))),
+        ("llama", 2, SHARD | {"offload": "bases"}),
         *slowly(*((family, 3, SHARD | {"offload": "cpu"}) for family in ("llama", "t5", "mixtral"))),
         *slowly(
             ("llama", 2, SHARD | {"clip_by": "matrix"}), ("opt", 2, SHARD | {"offload": "cpu", "optimizer_on": "host"})

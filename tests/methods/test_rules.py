@@ -21,6 +21,7 @@ from sculptor.numerics.staircase import Constraint
 
 COVERS = [
     "sculptor.analysis.lineage",
+    "sculptor.jobs.opening",
     "sculptor.methods.kinds",
     "sculptor.methods.method",
     "sculptor.methods.rule",
@@ -85,7 +86,7 @@ def trained(made: Path, case: str, output: Path, **changes: Any) -> Any:
 @each
 def test_streamed_is_resident_and_two_tasks_verify(made: Path, case: str, tmp_path: Path) -> None:
     tuned = {}
-    for offload in ("none", "cpu", "disk"):
+    for offload in ("none", "bases", "cpu", "disk"):
         report = trained(made, case, tmp_path / offload, offload=offload)
         assert report.loop.last_loss < report.loop.first_loss
         assert report.num_trainable == sculptor.Archive(made / case).num_free

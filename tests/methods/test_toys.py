@@ -53,7 +53,7 @@ def test_a_rule_of_ones_own_goes_through_every_job(made: Path, kind: str, tmp_pa
     assert {record.rule.kind for record in archive.values()} == {kind}
 
     tuned = {}
-    for offload in ("none", "cpu", "disk"):
+    for offload in ("none", "bases", "cpu", "disk"):
         report = sculptor.train(
             made / "model", tmp_path / "a", rows, tmp_path / offload, settings(offload=offload), rules=RULES
         )

@@ -159,12 +159,20 @@ def test_auto_takes_what_fits_and_says_why(tmp_path: Path, monkeypatch: pytest.M
     larger = replace(found["none"], device={"weights": 1e11}, host={})
     roomy = replace(found["cpu"], device={"blocks": 1e9}, host={"weights": 5e10})
     plans = found | {"none": larger, "cpu": roomy}
-    for free, expected in (((2e11, 2e11), "none"), ((8e10, 2e11), "cpu"), ((8e10, 4e10), "disk")):
+    apart = replace(found["bases"], device={"weights, waiting": 7e10}, host={"bases": 3e10})
+    plans |= {"bases": apart}
+    cases = (
+        ((2e11, 2e11), "none"),
+        ((8e10, 2e11), "cpu"),
+        ((8e10, 4e10), "bases"),
+        ((6e10, 4e10), "disk"),
+    )
+    for free, expected in cases:
         monkeypatch.setattr(placement, "available_memory", lambda _, free=free: free)
         plan, reason = choose(plans, gpu, "auto", tmp_path)
         assert plan.offload == expected
         assert reason.startswith(f"--offload auto picks {expected}: ")
-        assert ("none needs 100.0 GB of GPU memory (80.0 GB free)" in reason) == (expected != "none")
+        assert (f"none needs 100.0 GB of GPU memory ({free[0] / 1e9:.1f} GB free)" in reason) == (expected != "none")
     monkeypatch.setattr(placement, "available_memory", lambda _: (0.0, 0.0))
     with pytest.raises(SettingsError, match=r"--offload auto: does not fit: none needs .* MB free.*disk needs"):
         choose(found, gpu, "auto", tmp_path)
@@ -352,11 +360,11 @@ def test_several_gpus_divide_the_rows(cli: Callable[..., Result], tmp_path: Path
     model = save_checkpoint(tmp_path / "model")
     options = ("--gpu-memory", 80, "--tflops", 400, "--link", 50, "--disk", 2, "--batch-size", 64, "--max-length", 64)
     one, four = (json.loads(cli("estimate", model, *options, "--gpus", n, "--json").out) for n in (1, 4))
-    assert list(one["modes"]) == ["none", "cpu", "disk"]
-    assert list(four["modes"]) == ["replicate", "shard", "shard, cpu"]
+    assert list(one["modes"]) == ["none", "cpu", "bases", "disk"]
+    assert list(four["modes"]) == ["replicate", "shard", "shard, cpu", "shard, bases"]
     assert one["tokens"] == four["tokens"] == 64 * 64
     assert four["modes"]["replicate"]["compute"] == pytest.approx(one["modes"]["none"]["compute"] / 4, rel=0.2)
-    replicate, shard, on_host = (four["modes"][name]["plan"] for name in four["modes"])
+    replicate, shard, on_host, apart = (four["modes"][name]["plan"] for name in four["modes"])
     assert one["modes"]["none"]["plan"]["exchanged"] == 0
     assert replicate["exchanged"] == 1.5 * 4 * four["num_trainable"]
     blocks = sum(share["weights"] for share in shard["shares"])
@@ -366,12 +374,15 @@ def test_several_gpus_divide_the_rows(cli: Callable[..., Result], tmp_path: Path
     held = "coordinates, gradients, AdamW"
     assert sum(share["coordinates"] for share in shard["shares"]) == four["num_trainable"]
     assert replicate["device"][held] / 4 <= shard["device"][held] < replicate["device"][held] / 2
-    assert on_host["host"][held] == shard["device"][held]
+    assert on_host["host"][held] == shard["device"][held] == apart["device"][held]
+    assert apart["host"]["bases"] == shard["device"]["bases"]
+    assert apart["device"].keys() == shard["device"].keys() - {"bases", "pristine weights"}
+    assert 0 == shard["loaded"] < apart["loaded"] < on_host["loaded"]
     text = cli("estimate", model, *options, "--gpus", 4).out
     assert "4 GPUs, each with its part of the rows and all matrices (replicate), or its share" in text
     assert "held by rank, divided" in text
     assert list(
         json.loads(cli("estimate", model, *options, "--gpus", 9, "--parallel", "shard", "--json").out)["modes"]
-    ) == ["shard", "shard, cpu"]
+    ) == ["shard", "shard, cpu", "shard, bases"]
     assert cli("estimate", model, "--parallel", "shard").code == 2
     assert cli("estimate", model, "--gpus", 2, "--fused").code == 2

@@ -160,7 +160,7 @@ def test_streamed_is_resident_and_what_is_left_out_keeps_its_bytes(
     data = {"data": (str(rows),)} if "basis" in options else {"preserve": 0.5}
     report = sculptor.analyze(path, tmp_path / "a", AnalyzeSettings(**options, **data, device="cpu"))
     archive = Archive(tmp_path / "a")
-    for offload in ("none", "cpu", "disk"):
+    for offload in ("none", "bases", "cpu", "disk"):
         settings = TrainSettings(
             max_steps=3, batch_size=6, micro_batch_size=2, learning_rate=1e-2, clip=0.1, device="cpu", offload=offload
         )  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def test_what_waited_on_disk_before_goes(made: Path, offload: str, tmp_path: Pat
     loaded.close()
 
 
-@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
+@pytest.mark.parametrize("offload", ["none", "bases", "cpu", "disk"])
 def test_only_what_was_asked_for_is_open_and_in_float32(made: Path, offload: str, tmp_path: Path) -> None:
     loaded, updates = prepare(made, tmp_path / "scratch", NORM, HEAD, offload=offload)
     assert set(updates.extra) == {NORM, HEAD}

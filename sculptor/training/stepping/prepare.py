@@ -165,8 +165,8 @@ def _make_room(
         matrix.pristine_start, matrix.is_last = at, matrix is last[matrix.parameter_name]
         at += matrix.pristine.num_bytes
     bases = Layout.of(tensors)
-    scratch, files = waiting.weights.scratch, waiting.weights.files
-    pristine = scratch.region(f"pristine-{index}", at) if scratch.in_memory else None
+    scratch, constants, files = waiting.weights.scratch, waiting.weights.constants, waiting.weights.files
+    pristine = constants.region(f"pristine-{index}", at) if constants.in_memory else None
     if pristine is not None:
         assert isinstance(pristine, MemoryRegion)
         for matrix in matrices:
@@ -177,7 +177,7 @@ def _make_room(
         bases,
         state,
         gradients,
-        bases=scratch.region(f"bases-{index}", bases.num_bytes),
+        bases=constants.region(f"bases-{index}", bases.num_bytes),
         state=scratch.region(f"state-{index}", state.num_bytes),  # new memory and new files hold zeros
         gradients=scratch.region(f"gradients-{index}", gradients.num_bytes),
         pristine=pristine,

@@ -59,7 +59,7 @@ LOCAL: dict[str, Callable[[], Any]] = {
     ),
 }
 FUSED = {"micro_batch_size": 6, "clip_by": "matrix"}
-RESIDENT_AND_STREAMED = ("none", "cpu", "disk")
+RESIDENT_AND_STREAMED = ("none", "bases", "cpu", "disk")
 
 
 @pytest.fixture(autouse=True)
