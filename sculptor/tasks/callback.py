@@ -73,7 +73,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         memory_rows: rows whose moments are merged in, as there; `memory_weight` their weight.
         memory_weight: against those of one earlier source, as there.
         save_dtype: dtype of the output, as there.
-        at_save: write `merged/` into each of the trainer's own checkpoints, too.
+        at_save: write `merged/` into each of the trainer's own checkpoints, too; into that of the last step only if the trainer
+            keeps another model at the end, since it is the output otherwise.
         overwrite: replace an existing output.
         rules: kinds of rules beside sculptor's own.
         progress: makes progress bars.
@@ -134,7 +135,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Writes `merged/` into the checkpoint that the trainer has just saved."""
         place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.at_save:
+        is_output = state.global_step >= state.max_steps and not args.load_best_model_at_end
+        if self.at_save and not is_output:
             here().once(lambda: self._write(place.resolve() / MERGED_NAME, True, args, state, given["model"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
