@@ -7,14 +7,10 @@ their names where they are files already: it alone says what is written, so outp
 """
 
 import os
-import pickle
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,16 +18,24 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sculptor.errors import PeerError, SculptorError, SettingsError
+from sculptor.peers import (
+    END,
+    FAILED,
+    PATIENCE,
+    Sender,
+    collectively,
+    forget_host_group,
+    host_group,
+    line_of,
+    pickled,
+    received,
+)
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-_WAITING_BYTES = 4 * 2**30  # of results on their way to the first process, in host memory
 # Gradients are added up in pieces of about this size: large enough to be quick, small enough to need little memory.
 _BUCKET_BYTES = 64 * 2**20
-# Some steps take long in one process while the others wait: writing a large checkpoint, sampling.
-_PATIENCE = timedelta(hours=12)
-_END, _FAILED = b"", b"failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +62,20 @@ class World:
         """Sums over processes, exact for integers below 2^53."""
         if self.size == 1:
             return list(numbers)
-        return _collectively(lambda: _reduced(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.SUM).tolist())
+        return collectively(lambda: _reduced(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.SUM).tolist())
 
     def most(self, number: int) -> int:
         """The largest of all processes."""
         if self.size == 1:
             return number
-        return int(_collectively(lambda: _reduced(torch.tensor([number]), dist.ReduceOp.MAX)))
+        return int(collectively(lambda: _reduced(torch.tensor([number]), dist.ReduceOp.MAX)))
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, by rank, for all of them."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        _collectively(lambda: dist.all_gather_object(found, value, group=_host_group()))
+        collectively(lambda: dist.all_gather_object(found, value, group=host_group()))
         return found
 
     def from_first(self, value: T) -> T:
@@ -79,7 +83,7 @@ class World:
         if self.size == 1:
             return value
         found = [value]
-        _collectively(lambda: dist.broadcast_object_list(found, src=0, group=_host_group()))
+        collectively(lambda: dist.broadcast_object_list(found, src=0, group=host_group()))
         return found[0]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -87,15 +91,15 @@ class World:
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
-            _collectively(lambda bucket=bucket: _add_bucket(bucket))  # type: ignore[misc]
+            collectively(lambda bucket=bucket: _add_bucket(bucket))  # type: ignore[misc]
 
     def add_up_at(self, owner: int, tensor: Tensor) -> None:
         """The sum of a tensor over processes, in place, at one of them; at the others it means nothing any more."""
-        _collectively(lambda: dist.reduce(tensor, dst=owner))
+        collectively(lambda: dist.reduce(tensor, dst=owner))
 
     def show(self, owner: int, tensor: Tensor) -> None:
         """One process's tensor, in place, for all."""
-        _collectively(lambda: dist.broadcast(tensor, src=owner))
+        collectively(lambda: dist.broadcast(tensor, src=owner))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -148,16 +152,16 @@ class World:
                 yield from work(item)
         elif self.first:
             for item, owner in zip(items, owners, strict=True):
-                yield from work(item) if owner == 0 else _received(owner)
+                yield from work(item) if owner == 0 else received(owner)
         else:
-            with _Sender() as sender:
+            with Sender() as sender:
                 try:
                     for item in (item for item, owner in zip(items, owners, strict=True) if owner == self.rank):
                         for result in work(item):
-                            sender.send(result if isinstance(result, Future) else _pickled(result))
-                        sender.send(_END)
+                            sender.send(result if isinstance(result, Future) else pickled(result))
+                        sender.send(END)
                 except SculptorError:
-                    sender.send(_FAILED)
+                    sender.send(FAILED)
                     sender.finish()
                     raise
 
@@ -200,10 +204,10 @@ def join(on_gpu: bool) -> World:
     if on_gpu:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as cause:
         raise SettingsError(
-            f"{world.size} processes (WORLD_SIZE): cannot be set up ({_line(cause)}); start it with torchrun or accelerate launch"
+            f"{world.size} processes (WORLD_SIZE): cannot be set up ({line_of(cause)}); start it with torchrun or accelerate launch"
         ) from cause
     return here()
 
@@ -215,45 +219,13 @@ def local_rank() -> int:
 
 def leave() -> None:
     """Undoes `join`."""
-    global _host
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        _host = None
-
-
-_host: Any = None
-
-
-def _host_group() -> Any:
-    """Objects travel between hosts' memories: beside NCCL alone, as another program may have set it up, in a group of their own."""
-    global _host
-    if "gloo" in str(dist.get_backend_config()):
-        return None
-    if _host is None:
-        _host = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return _host
-
-
-def _collectively(call: Callable[[], T]) -> T:
-    """Does it; where another process has gone away, says so in one line."""
-    try:
-        return call()
-    except RuntimeError as cause:
-        if isinstance(cause, torch.OutOfMemoryError):
-            raise
-        raise PeerError(_ended(cause)) from cause
-
-
-def _ended(cause: BaseException) -> str:
-    return f"another process of this run ended ({_line(cause)}); look at what it said, and start the run again"
-
-
-def _line(cause: BaseException) -> str:
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:120]
+        forget_host_group()
 
 
 def _reduced(numbers: Tensor, how: Any) -> Tensor:
-    dist.all_reduce(numbers, op=how, group=_host_group())
+    dist.all_reduce(numbers, op=how, group=host_group())
     return numbers
 
 
@@ -279,92 +251,3 @@ def _add_bucket(bucket: list[Tensor]) -> None:
     dist.all_reduce(flat)
     parts = torch.split(flat, [tensor.numel() for tensor in bucket])
     torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
-
-
-def _received(rank: int) -> Iterator[Any]:
-    while (content := _receive(rank)) != _END:
-        if content == _FAILED:
-            raise PeerError("another process of this run failed", told=True)
-        yield pickle.loads(content)
-
-
-def _pickled(result: Any) -> bytes:
-    return pickle.dumps(result, protocol=5)
-
-
-def _receive(rank: int) -> bytes:
-    size = torch.zeros(1, dtype=torch.int64)
-    _collectively(lambda: dist.recv(size, src=rank, group=_host_group()))
-    content = torch.empty(int(size), dtype=torch.uint8)
-    if content.numel():
-        _collectively(lambda: dist.recv(content, src=rank, group=_host_group()))
-    return content.numpy().tobytes()
-
-
-def _send(content: bytes) -> None:
-    dist.send(torch.tensor([len(content)]), dst=0, group=_host_group())
-    if content:
-        dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), dst=0, group=_host_group())
-
-
-class _Sender:
-    """Sends in a thread, so that work goes on while the first process is busy with its own; what waits is bounded."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[bytes | Future[Any] | None] = queue.SimpleQueue()
-        self._changed = threading.Condition()
-        self._waiting = 0
-        self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "_Sender":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:  # else this process ends, and with it what the first one waits for
-            self.finish()
-
-    def finish(self) -> None:
-        """Everything is with the first process."""
-        self._queue.put(None)
-        self._thread.join()
-        self._check()
-
-    def send(self, content: bytes | Future[Any]) -> None:
-        """Once there is room for it; of a future, its result once that is there."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failed or not self._waiting or self._waiting < _WAITING_BYTES)
-            self._waiting += _size(content)
-        self._check()
-        self._queue.put(content)
-
-    def _check(self) -> None:
-        if isinstance(self._failed, SculptorError):
-            raise self._failed
-        if self._failed is not None:
-            raise PeerError(_ended(self._failed)) from self._failed
-
-    def _run(self) -> None:
-        while (content := self._queue.get()) is not None:
-            try:
-                self._send(content)
-            except (RuntimeError, SculptorError) as cause:
-                self._failed = cause
-            with self._changed:
-                self._waiting -= _size(content)
-                self._changed.notify_all()
-            if self._failed:
-                return
-
-    def _send(self, content: bytes | Future[Any]) -> None:
-        try:
-            sent = _pickled(content.result()) if isinstance(content, Future) else content
-        except SculptorError:
-            _send(_FAILED)
-            raise
-        _send(sent)
-
-
-def _size(content: bytes | Future[Any]) -> int:
-    return 0 if isinstance(content, Future) else len(content)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each floor may import itself and those before it; rooms of one floor do not import each other.
 FLOORS = [
-    {"numerics", "distribution", "errors", "interruption", "progress", "validation", "world"},
+    {"numerics", "distribution", "errors", "interruption", "peers", "progress", "validation", "world"},
     {"checkpoint", "methods"},
     {"archive", "data", "streaming"},
     {"model", "edits"},

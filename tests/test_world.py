@@ -12,6 +12,8 @@ from sculptor.world import World, asked
 
 SIZES = (1, 2, 3, 4)
 
+COVERS = ["sculptor.peers"]
+
 
 def worlds(size: int) -> list[World]:
     return [World(rank, size) for rank in range(size)]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sculptor.analysis.evidence import Source, measure_evidence, plan_passes
 from sculptor.archive.manifest import MatrixRecord
-from sculptor.archive.writer import ArchiveWriter, Shard
+from sculptor.archive.shards import Shard
+from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.architecture import Target
 from sculptor.errors import DataError
 from sculptor.methods.method import Decides, Derived, Evidence, Measures, Method

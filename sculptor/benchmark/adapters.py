@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor import __version__
-from sculptor.archive.writer import save_tensors
+from sculptor.archive.shards import save_tensors
 from sculptor.benchmark.plan import AdapterSettings, Contender
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.directory import check_modules

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sculptor.checkpoint.declared_dtypes import DTYPE_KEYS, index_dtype, inner_dtypes, named_dtype
 from sculptor.checkpoint.directory import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -17,15 +18,14 @@ from sculptor.checkpoint.directory import (
     second_weights,
 )
 from sculptor.checkpoint.folders import READ_FOLDERS, is_in, module_folders
+from sculptor.checkpoint.plain import bytes_of, is_plain, read_plain
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import dtype_name, read_header
 from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
 from sculptor.errors import CheckpointError
-from sculptor.validation import each_key_once, read_file
 
 # Of a configuration, what says nothing of the model.
 _FREE = ("transformers_version", "_name_or_path", "use_cache")
-_DTYPES = ("dtype", "torch_dtype")
 _MISSING = object()
 GENERATION_NAME = "generation_config.json"
 # What only people read, and what a run itself leaves.
@@ -137,19 +137,11 @@ def _weight_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
             yield f"{file}: format was {base.metadata.get('format')}, is {written}"
     if tuned.unlisted and not base.unlisted:
         yield f"{INDEX_NAME} does not name {tuned.unlisted[0]}, so that not every program loads it"
-    if (tuned.path / INDEX_NAME).is_file() and not _is_plain(tuned.path / INDEX_NAME):
+    if (tuned.path / INDEX_NAME).is_file() and not is_plain(tuned.path / INDEX_NAME):
         yield f"{INDEX_NAME} is not read alike by every program (a key twice, or another encoding than UTF-8)"
-    before, now = map(_index_dtype, (base, tuned))
+    before, now = map(index_dtype, (base, tuned))
     if now not in (None, before) and {now} != {dtype_name(info.dtype) for info in tuned.infos.values()}:
         yield f"{INDEX_NAME}: metadata.dtype was {before}, is {now}, and the tensors are not"
-
-
-def _index_dtype(checkpoint: Checkpoint) -> str | None:
-    """What an index says, and transformers loads by where the configuration does not say."""
-    try:
-        return _dtype(json.loads((checkpoint.path / INDEX_NAME).read_bytes()).get("metadata") or {}, ("dtype",))
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return None
 
 
 def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -168,17 +160,17 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configurat
     stored = {dtype_name(info.dtype) for info in tuned.infos.values() if info.dtype.is_floating_point}
     same = all(tuned.infos[name].dtype == info.dtype for name, info in base.infos.items() if name in tuned.infos)
     # Without a name, the tensors' own is taken.
-    allowed = {_dtype(before)} if same else {None}
+    allowed = {named_dtype(before)} if same else {None}
     allowed |= stored if len(stored) == 1 else set()
-    for dtype in {_dtype(now, (key,)) for key in _DTYPES if now.get(key) is not None} or {None}:
+    for dtype in {named_dtype(now, (key,)) for key in DTYPE_KEYS if now.get(key) is not None} or {None}:
         if dtype not in allowed:
-            yield f"dtype was {_dtype(before)}, is {dtype}, and the tensors are not"
-    inner = dict(_inner_dtypes(before))
-    for place, dtype in _inner_dtypes(now):
+            yield f"dtype was {named_dtype(before)}, is {dtype}, and the tensors are not"
+    inner = dict(inner_dtypes(before))
+    for place, dtype in inner_dtypes(now):
         old = inner.get(place) if same else None
         if dtype not in {old, *(stored if len(stored) == 1 else ())}:
             yield f"{place} was {inner.get(place)}, is {dtype}, and the tensors are not"
-    if _bytes_of(base.path / CONFIG_NAME) != _bytes_of(tuned.path / CONFIG_NAME) and not _is_plain(
+    if bytes_of(base.path / CONFIG_NAME) != bytes_of(tuned.path / CONFIG_NAME) and not is_plain(
         tuned.path / CONFIG_NAME
     ):
         yield "is not read alike by every program (a key twice, or another encoding than UTF-8)"
@@ -233,16 +225,6 @@ def _lost(tuned: Path, before: Mapping[str, Any], now: Mapping[str, Any], read_n
                 yield from _settings(before[key], _MISSING, key)
 
 
-def _inner_dtypes(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str | None]]:
-    """Of configurations in a configuration, which some classes load by: where, and the dtype."""
-    for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("config"):
-            for name in _DTYPES:
-                if value.get(name) is not None:
-                    yield f"{place}{key}.{name}", _dtype(value, (name,))
-            yield from _inner_dtypes(value, f"{place}{key}.")
-
-
 def _reads_by_version(path: Path) -> bool:
     """Whether a tokenizer asks which version of transformers wrote the model."""
     try:
@@ -269,22 +251,15 @@ def _as_loaded(checkpoint: Checkpoint) -> Mapping[str, Any] | str:
     return found | {key: checkpoint.config[key] for key in ("auto_map", "architectures") if key in checkpoint.config}
 
 
-def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *_DTYPES)) -> dict[str, Any]:
+def _without(config: Mapping[str, Any], free: Container[str] = (*_FREE, *DTYPE_KEYS)) -> dict[str, Any]:
     """A configuration, and those in it, without what may differ; an inner dtype gives way to the outer one."""
     kept = {key: value for key, value in config.items() if key not in free}
     for key, value in kept.items():
         if isinstance(value, dict) and key.endswith("config"):
-            kept[key] = _without(value, _DTYPES)
+            kept[key] = _without(value, DTYPE_KEYS)
         elif isinstance(value, dict) and key == "id2label":  # numbers, which files have as texts
             kept[key] = {str(number): name for number, name in value.items()}
     return kept
-
-
-def _dtype(config: Mapping[str, Any], keys: Sequence[str] = _DTYPES) -> str | None:
-    found = next((config[key] for key in keys if config.get(key) is not None), None)
-    if found is None or isinstance(found, str):
-        return found and found.removeprefix("torch.")
-    return json.dumps(found)  # one for each part of a model
 
 
 def _settings(before: Any, now: Any, place: str = "", numbers: bool = False) -> Iterator[str]:
@@ -345,34 +320,13 @@ _OURS = ("archive.json", "sculptor.json")
 
 
 def _same_content(one: Path, other: Path) -> bool:
-    a, b = map(_bytes_of, (one, other))
+    a, b = map(bytes_of, (one, other))
     if a == b:
         return True
     try:
-        before, now = map(_read_plain, (a, b))
+        before, now = map(read_plain, (a, b))
     except (ValueError, RecursionError):
         return False
     if one.name == GENERATION_NAME and isinstance(before, dict) and isinstance(now, dict):
         before, now = (_without(content, ("transformers_version",)) for content in (before, now))
     return not any(_settings(before, now, numbers=True))
-
-
-def _bytes_of(path: Path) -> bytes:
-    return read_file(path, CheckpointError, "restore it")
-
-
-def _read_plain(content: bytes) -> Any:
-    """JSON that every program reads alike: UTF-8 without a mark, no key twice.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    return json.loads(content.decode("utf-8"), object_pairs_hook=each_key_once)
-
-
-def _is_plain(path: Path) -> bool:
-    try:
-        _read_plain(_bytes_of(path))
-    except (ValueError, RecursionError):
-        return False
-    return True

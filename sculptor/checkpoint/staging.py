@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from sculptor.checkpoint.durable import make_durable
 from sculptor.checkpoint.tensors import remedy_of
 from sculptor.checkpoint.written import (
     LOCK_NAME,
@@ -258,17 +259,6 @@ def commit(staged: Path, output: Path, *, overwrite: bool) -> None:
         ) from cause
     with suppress(OSError):  # only now: until here nobody else could take the place; it is complete all the same
         (output / LOCK_NAME).unlink(missing_ok=True)
-
-
-def make_durable(directory: Path) -> None:
-    """Waits until what is in a directory survives the machine: before what it stands for is removed."""
-    for folder, _, names in os.walk(directory):
-        for name in [*names, ""]:
-            place = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(place)
-            finally:
-                os.close(place)
 
 
 def _replace(staged: Path, output: Path) -> None:

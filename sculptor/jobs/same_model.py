@@ -5,7 +5,7 @@ functions were put since, computes something else with the same tensors, and so 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.sameness import setting_differences
 from sculptor.data.batches import Batch
-from sculptor.errors import TrainingError
+from sculptor.errors import SettingsError, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import logits_of
 from sculptor.training.protect import protected_matrices
@@ -148,3 +148,35 @@ def _as_for_use(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def check_size(model: Any, expected: int) -> None:
+    """Trainers may add tokens, for example with a chat template of their own."""
+    found = model.get_input_embeddings().weight.shape[0]
+    if found != expected:
+        raise TrainingError(
+            f"the trainer's model has {found} embeddings, the checkpoint {expected}: what is written has the checkpoint's "
+            "tokens and tokenizer; train without adding tokens"
+        )
+
+
+def check_tokenizer(theirs: Any, ours: Any, notice: Callable[[str], object]) -> None:
+    """Refuses a trainer whose tokens are other ones than the output's tokenizer makes; says what else of it is not written.
+
+    Raises:
+        SettingsError: if they are.
+    """
+    if not hasattr(theirs, "get_vocab"):  # a processor of something else, or none
+        return
+    if theirs.get_vocab() != ours.get_vocab():
+        raise SettingsError(
+            "the trainer's processing_class has another vocabulary than the base's tokenizer, which the output comes with; "
+            "load it from the base"
+        )
+    other = [
+        name for name in ("chat_template", "eos_token") if getattr(theirs, name, None) != getattr(ours, name, None)
+    ]
+    if other:
+        notice(
+            f"the trainer's processing_class has another {' and '.join(other)}; the output comes with the base's tokenizer"
+        )

@@ -14,8 +14,9 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.methods.rule import cost_of
 from sculptor.model.loss import SLICE
-from sculptor.planning.matrices import PlannedMatrix
+from sculptor.planning.matrices import PlannedMatrix, basis_numbers
 from sculptor.planning.shares import Share, shares
+from sculptor.planning.traffic import added_up, shown
 from sculptor.streaming.regions import STAGING_BYTES
 from sculptor.training.settings import Offload
 from sculptor.training.stepping.streamed import PART_TOKENS
@@ -29,25 +30,6 @@ _ACTIVATIONS = 1.6
 # Bytes of a written-out attention score: its softmax in float32 and once more in the model's dtype, and, in the one block that is
 # worked on, gradients of both. On an H100, bf16, 128 to 2,048 tokens a row: 6.0 and up to 7.8.
 _SCORE, _SCORE_NOW = 4, 8
-
-
-def added_up(num_trainable: float, processes: int) -> float:
-    """Bytes that each of several processes sends, and gets, in a step: float32 gradients of what all hold, added up in a ring."""
-    return 2 * (processes - 1) / processes * 4 * num_trainable
-
-
-def shown(blocks: Sequence[float], trained: float, micro_batches: int, processes: int) -> float:
-    """Bytes that a process gets of others in a step, or sends, if the model is divided: blocks twice, full-size gradients once.
-
-    Where a pass turns round, at the last block, and at the first one between two micro-batches, a block is still there.
-
-    Args:
-        blocks: bytes of each, of which `trained` in all belong to matrices that are.
-        micro_batches: of a step.
-        processes: how many divide them.
-    """
-    moved = micro_batches * (2 * sum(blocks) + trained - blocks[-1]) - (micro_batches - 1) * blocks[0]
-    return moved * (processes - 1) / processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +163,7 @@ class _Sizes:
         self.rest_size = 4 if device.type == "cpu" else self.file_size
         self.pristine = sum(m.num_entries for m in matrices) * self.file_size
         self.coordinates = {b: sum(m.num_free for m in ms) for b, ms in by_block.items()}
-        self.bases = {b: self.size * sum(_basis_numbers(ms).values()) for b, ms in by_block.items()}
+        self.bases = {b: self.size * sum(basis_numbers(ms).values()) for b, ms in by_block.items()}
         self.largest = max((m.num_entries for m in matrices), default=0)
         self.ring = max(
             (int(self.work.state + 4) * m.num_free + self.file_size * m.num_entries for m in matrices),
@@ -365,11 +347,3 @@ class _Sizes:
             read=0.0 if in_host else loaded - inputs,
             written=0.0 if in_host else stored - inputs,
         )
-
-
-def _basis_numbers(matrices: Sequence[PlannedMatrix]) -> dict[str, int]:
-    """Numbers that the bases of a block hold, each shared one once."""
-    found: dict[str, int] = {}
-    for matrix in matrices:
-        found |= cost_of(matrix.rule, matrix.names).numbers
-    return found

@@ -1,10 +1,10 @@
 """The matrices of a job that is planned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sculptor.checkpoint.architecture import Target
-from sculptor.methods.rule import Rule, num_free
+from sculptor.methods.rule import Rule, cost_of, num_free
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +24,11 @@ class PlannedMatrix:
     def num_free(self) -> int:
         """Its coordinates."""
         return num_free(self.rule)
+
+
+def basis_numbers(matrices: Sequence[PlannedMatrix]) -> dict[str, int]:
+    """Numbers that the bases of a block hold, each shared one once."""
+    found: dict[str, int] = {}
+    for matrix in matrices:
+        found |= cost_of(matrix.rule, matrix.names).numbers
+    return found

@@ -37,6 +37,8 @@ from sculptor.jobs.same_model import (
     check_computes,
     check_others,
     check_settings,
+    check_size,
+    check_tokenizer,
     has_moved,
 )
 from sculptor.jobs.train_report import TrainReport
@@ -58,6 +60,7 @@ _TOLD = (
     "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "seed", "bf16", "fp16", "beta", "loss_type",
 )  # fmt: skip
 MERGED_NAME = "merged"
+_MUCH = 0.1  # of an update that may be lost to rounding without a word
 
 
 class SculptorCallback(TrainerCallback):  # type: ignore[misc]
@@ -150,10 +153,10 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         archive.check_base(checkpoint, self.progress)
         matrices = protected_matrices(model)
         _check(matrices, archive)
-        _check_size(model, architecture.vocab_size)
+        check_size(model, architecture.vocab_size)
         check_others(model, checkpoint, architecture)
         check_settings(model, checkpoint)
-        _check_tokenizer(getattr(spoken, "tokenizer", spoken), load_tokenizer(checkpoint, architecture), self.notice)
+        check_tokenizer(getattr(spoken, "tokenizer", spoken), load_tokenizer(checkpoint, architecture), self.notice)
         self._check_base(args, model, checkpoint, architecture)
         rate = float(args.learning_rate) or None
         settings = resolve_settings(
@@ -239,15 +242,11 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         found = self.verification
         leak = found.leak
         state.log_history.append({"sculptor_leak": leak, "step": state.global_step, "epoch": state.epoch})
-        lost = f"; rounding removed {100 * found.eaten:.0f} % of the update, save_dtype='float32' keeps it"
+        lost = f"; rounding removed {found.eaten:.0%} of the update, save_dtype='float32' keeps it"
         self.notice(
             f"step {state.global_step}: wrote {output}, verified: leak {leak:.1e} of the update into what is protected, rounding "
             f"explains {found.rounding:.1e}{lost if found.eaten > _MUCH else ''}"
         )
-
-
-# Share of an update that may be lost to rounding without a word.
-_MUCH = 0.1
 
 
 class _Guest(Trained):
@@ -311,38 +310,6 @@ def _check(matrices: Sequence[ProtectedMatrix], archive: Archive) -> None:
         )
     if {matrix.coordinates.archive for matrix in matrices} != {archive.identity}:
         raise ArchiveError(f"{archive.path}: the model is protected with another archive; name that one")
-
-
-def _check_tokenizer(theirs: Any, ours: Any, notice: Callable[[str], object]) -> None:
-    """Refuses a trainer whose tokens are other ones than the output's tokenizer makes; says what else of it is not written.
-
-    Raises:
-        SettingsError: if they are.
-    """
-    if not hasattr(theirs, "get_vocab"):  # a processor of something else, or none
-        return
-    if theirs.get_vocab() != ours.get_vocab():
-        raise SettingsError(
-            "the trainer's processing_class has another vocabulary than the base's tokenizer, which the output comes with; "
-            "load it from the base"
-        )
-    other = [
-        name for name in ("chat_template", "eos_token") if getattr(theirs, name, None) != getattr(ours, name, None)
-    ]
-    if other:
-        notice(
-            f"the trainer's processing_class has another {' and '.join(other)}; the output comes with the base's tokenizer"
-        )
-
-
-def _check_size(model: Any, expected: int) -> None:
-    """Trainers may add tokens, for example with a chat template of their own."""
-    found = model.get_input_embeddings().weight.shape[0]
-    if found != expected:
-        raise TrainingError(
-            f"the trainer's model has {found} embeddings, the checkpoint {expected}: what is written has the checkpoint's "
-            "tokens and tokenizer; train without adding tokens"
-        )
 
 
 def _told(args: Any) -> dict[str, Any]:

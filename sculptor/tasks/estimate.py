@@ -19,12 +19,13 @@ from sculptor.jobs.estimate_report import Estimate, Mode
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Plans
 from sculptor.model.load import check_trainable, resolve_device
-from sculptor.planning.footprints import Footprint, Workload, added_up, footprints
+from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.matrices import PlannedMatrix
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
 from sculptor.planning.speeds import decomposition_seconds, measure_speeds
 from sculptor.planning.splits import Split, choose_split
+from sculptor.planning.traffic import added_up
 from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
 from sculptor.training.settings import OptimizerMode, TrainSettings

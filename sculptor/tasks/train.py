@@ -35,7 +35,7 @@ from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
 from sculptor.progress import Progress, silent
-from sculptor.tasks.first_archive import analyze_first
+from sculptor.tasks.first_archive import analyze_first, check_samples
 from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import prepare_model
@@ -122,6 +122,8 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             rows = read_task(
                 checkpoint, architecture, request.data, request.eval_data, settings, notice, request.replay
             )
+        if not request.protect_data:
+            check_samples(request.model)
         if settings.max_steps is None:  # before a long analysis
             Steps.of(rows.encoded, settings).tell_few(settings.epochs, notice)
         with staged(inputs=[checkpoint.path, *read], resume=request.resume) as partial:

@@ -16,7 +16,8 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from sculptor.checkpoint.staging import key_difference, make_durable, write_json, writing
+from sculptor.checkpoint.durable import make_durable
+from sculptor.checkpoint.staging import key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, in_file_order, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError

@@ -411,7 +411,8 @@ def test_an_analysis_goes_on_behind_its_last_shard(tmp_path: Path, monkeypatch: 
     """Stopped after some matrices and taken up again, it gives the same archive as in one go."""
     from sculptor import AnalyzeSettings
     from sculptor import analyze as run
-    from sculptor.archive.writer import ArchiveWriter, ShardWriter
+    from sculptor.archive.shards import ShardWriter
+    from sculptor.archive.writer import ArchiveWriter
 
     model, rows = save_checkpoint(tmp_path / "model"), rows_of(tmp_path / "rows.jsonl", "llama")
     settings = AnalyzeSettings(basis="curvature", data=(str(rows),), device="cpu")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from sculptor import AnalyzeSettings, analyze
 from sculptor.archive.manifest import Manifest
+from sculptor.archive.shards import save_tensors
 from sculptor.archive.store import Archive, Entry
-from sculptor.archive.writer import ArchiveWriter, save_tensors
+from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.tensors import digest

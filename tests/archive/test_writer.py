@@ -11,8 +11,9 @@ from conftest import save_checkpoint, task_rows, write_rows
 from torch import Tensor
 
 from sculptor import AnalyzeSettings, Archive, analyze
+from sculptor.archive.shards import save_tensors
 from sculptor.archive.store import Entry
-from sculptor.archive.writer import PROGRESS_NAME, ArchiveWriter, has_progress, save_tensors
+from sculptor.archive.writer import PROGRESS_NAME, ArchiveWriter, has_progress
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.tensors import read_header, read_tensor
 from sculptor.checkpoint.written import MARKER_NAME, begin, note
@@ -21,6 +22,7 @@ from sculptor.methods.method import Derived
 from sculptor.methods.settings import BasisDtype
 from sculptor.numerics.linalg import principal_angles, singular_subspaces
 
+COVERS = ["sculptor.archive.shards"]
 SHARED = frozenset({"input", "input.values", "input.profiles"})
 
 

@@ -11,7 +11,7 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.analysis import calibration
-from sculptor.archive.writer import ShardWriter
+from sculptor.archive.shards import ShardWriter
 from sculptor.checkpoint import staging
 from sculptor.jobs import defaults
 from sculptor.training.loop import TrainingLoop

@@ -151,7 +151,8 @@ def test_a_stopped_one_goes_on_with_its_archive(tmp_path: Path) -> None:
                 train(model, None, [rows], tmp_path / "cut", SHORT, protect_data=[rows], **way)  # type: ignore[arg-type]
         assert mine.read_text() == "mine"
         mine.unlink()
-    (archive.parent / "progress.json").write_text('{"key": 1}')  # killed before that was removed
+    left = {"key": 1, "shards": [], "records": {}, "tensors": {}}  # killed before that was removed
+    (archive.parent / "progress.json").write_text(json.dumps(left))
     train(model, None, [rows], tmp_path / "cut", SHORT, protect_data=[rows], resume=True)
     assert not (tmp_path / "cut" / "analyzed" / "progress.json").exists()
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))

@@ -8,7 +8,8 @@ import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, analyze
-from sculptor.archive.writer import ArchiveWriter, ShardWriter
+from sculptor.archive.shards import ShardWriter
+from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import NotPlacedError
 from sculptor.errors import CheckpointError, OutputError
 

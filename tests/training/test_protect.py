@@ -338,7 +338,7 @@ def test_a_failed_protect_leaves_the_model_as_it_was(made: dict[str, tuple[Path,
 
     from safetensors.torch import load_file
 
-    from sculptor.archive.writer import save_tensors
+    from sculptor.archive.shards import save_tensors
 
     model, archive = load(made)
     shutil.copytree(archive.path, tmp_path / "damaged")
