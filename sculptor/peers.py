@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from sculptor.errors import PeerError, SculptorError
+from sculptor.errors import PeerError
 
 T = TypeVar("T")
 
@@ -92,6 +92,7 @@ class Sender:
         self._changed = threading.Condition()
         self._waiting = 0
         self._failed: BaseException | None = None
+        self._is_own = False  # what failed was to be made here, not to be sent
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Sender":
@@ -117,7 +118,7 @@ class Sender:
         self._queue.put(content)
 
     def _check(self) -> None:
-        if isinstance(self._failed, SculptorError):
+        if self._failed is not None and self._is_own:
             raise self._failed
         if self._failed is not None:
             raise PeerError(ended(self._failed)) from self._failed
@@ -126,7 +127,7 @@ class Sender:
         while (content := self._queue.get()) is not None:
             try:
                 self._send(content)
-            except (RuntimeError, SculptorError) as cause:
+            except Exception as cause:
                 self._failed = cause
             with self._changed:
                 self._waiting -= _size(content)
@@ -137,7 +138,8 @@ class Sender:
     def _send(self, content: bytes | Future[Any]) -> None:
         try:
             sent = pickled(content.result()) if isinstance(content, Future) else content
-        except SculptorError:
+        except Exception:
+            self._is_own = True
             _send(FAILED)
             raise
         _send(sent)

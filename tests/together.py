@@ -233,7 +233,7 @@ def work_later(failing: int) -> list[Any]:
 
     def late(item: int) -> str:
         if item == failing:
-            raise OutputError(f"item {item}")
+            raise (OutputError if item == 1 else ValueError)(f"item {item}")
         return f"late {item}"
 
     def work(item: int) -> Any:
