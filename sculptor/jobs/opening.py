@@ -12,10 +12,11 @@ from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source
 from sculptor.analysis.lineage import OPENED
 from sculptor.archive.store import MANIFEST_NAME, Archive
-from sculptor.archive.writer import ArchiveWriter, check_key
+from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import move_back, writing
 from sculptor.data.examples import Example, digest_examples
 from sculptor.jobs.job import TrainJob, open_model, read_offload
+from sculptor.jobs.made_of import check_made_of
 from sculptor.jobs.memory import memory_of
 from sculptor.methods.method import Evidence, Opens, measures_of
 from sculptor.progress import Progress
@@ -24,11 +25,11 @@ from sculptor.world import ALONE, World
 
 def _finish(writer: ArchiveWriter, archive: Archive) -> None:
     writer.keep_sections(archive)
-    writer.finish(archive.manifest, keep_progress=True)  # which says what it was made of, until it is in its place
+    writer.finish(archive.manifest)
 
 
 def _made_of(job: TrainJob, rows: Sequence[Example], progress: Progress) -> dict[str, Any]:
-    """What has to be the same for rules that were opened, or begun, to be of use."""
+    """What has to be the same for rules that were opened, or begun, to be of use; the first process reads it."""
     archive = job.archive
     return {
         "subspaces": archive.identity,
@@ -70,10 +71,9 @@ def open_rules(
         return job
     path, rows = partial / OPENED, memory_of(job)
     world.once(lambda: move_back(partial, OPENED))
-    key = _made_of(job, rows, progress)
-    if world.from_first((path / MANIFEST_NAME).is_file()):
-        world.once(lambda: check_key(path, key, archive.kinds))
-    else:
+    key = world.once(lambda: _made_of(job, rows, progress))
+    world.once(lambda: check_made_of(partial, OPENED, key, "left by a run with other inputs or settings"))
+    if not world.from_first((path / MANIFEST_NAME).is_file()):
         with writing(path):
             path.mkdir(exist_ok=True)
         source = Source(job.name, rows)

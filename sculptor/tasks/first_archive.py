@@ -1,18 +1,19 @@
 """The archive that `train` makes for itself where none is given: what the model says, or given data, by curvature."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
-from sculptor.checkpoint.staging import key_difference, move_back, partial_path, write_json
+from sculptor.checkpoint.staging import move_back, partial_path
 from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, digest_rows, names_of, read_sources, weight_of
 from sculptor.errors import OutputError, SettingsError
 from sculptor.jobs.defaults import FEWER
 from sculptor.jobs.job import open_base, read_offload
+from sculptor.jobs.made_of import REMEDY, check_made_of
 from sculptor.jobs.processes import join
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, is_self
@@ -20,10 +21,7 @@ from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
 from sculptor.tasks.analyze import analyze
 from sculptor.training.settings import TrainSettings
-from sculptor.validation import file_digest, parse, read_file
-
-_READ_NAME = "analyzed_of.json"  # beside it, until the output is complete
-_REMEDY = "pass --overwrite to start anew"
+from sculptor.validation import file_digest
 
 
 def has_archive(staged: Path) -> bool:
@@ -75,7 +73,7 @@ def analyze_first(
     with world.together():
         read = _read_of(items, template)
     world.once(lambda: move_back(staged, ANALYZED))
-    world.once(lambda: _check_same(staged, read))
+    world.once(lambda: check_made_of(staged, ANALYZED, read, "was made with other --protect-data"))
     if not (path / MANIFEST_NAME).is_file():
         analyze(
             model,
@@ -92,7 +90,7 @@ def analyze_first(
     found = Archive(path, rules=rules).manifest.settings
     named = template and Path(template).name
     if (found.data, found.seed, found.chat_template) != (names_of(items) or (SELF,), settings.seed, named):
-        raise OutputError(f"{path}: was made with other --protect-data, another --seed or --chat-template; {_REMEDY}")
+        raise OutputError(f"{path}: was made with other --protect-data, another --seed or --chat-template; {REMEDY}")
 
 
 def _read_of(items: Sequence[Item], template: str | None) -> dict[str, Any]:
@@ -105,16 +103,6 @@ def _read_of(items: Sequence[Item], template: str | None) -> dict[str, Any]:
         "weights": [weight_of(item) for item in own],
         "template": template and file_digest(Path(template)),
     }
-
-
-def _check_same(staged: Path, read: Mapping[str, Any]) -> None:
-    """Refuses an archive that was made of something else; what is begun looks by itself."""
-    noted, path = staged / _READ_NAME, staged / ANALYZED
-    if noted.is_file() and (path / MANIFEST_NAME).is_file():
-        different = key_difference(parse(read_file(noted, OutputError, _REMEDY), noted, OutputError, _REMEDY), read)
-        if different is not None:
-            raise OutputError(f"{path}: was made with other --protect-data ({different}); {_REMEDY}")
-    write_json(noted, dict(read))
 
 
 def _template_for(model: str | Path, items: Sequence[Item], settings: TrainSettings) -> str | None:

@@ -437,3 +437,17 @@ def test_what_other_rows_opened_is_not_taken_up(
     whole = tmp_path / "whole"
     sculptor.train(made / "model", made / case, [made / "rows.jsonl"], whole, settings())
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("case", ["lowrank"])
+def test_what_could_not_be_placed_is_resumed_with_its_rules(
+    made: Path, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, out = (made / "model", made / case, [made / "rows.jsonl"], tmp_path / "out", settings()), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+        with pytest.raises(OutputError, match="Device or resource busy"):
+            sculptor.train(*job)
+    sculptor.train(*job, resume=True)
+    assert sculptor.Archive(out / "opened").open_names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
