@@ -81,10 +81,9 @@ def _same(base: Tensor, tuned: Tensor, declared: Collection[torch.dtype]) -> boo
     if base.dtype != tuned.dtype:
         if not (base.is_floating_point() and tuned.is_floating_point()):
             return False
-        if not lossless(base.dtype, tuned.dtype) and tuned.dtype not in declared:
+        before, base = base, base.to(tuned.dtype)
+        if not lossless(before.dtype, tuned.dtype) and (
+            tuned.dtype not in declared or (is_finite(before) and not is_finite(base))
+        ):
             return False
-        narrowed = base.to(tuned.dtype)
-        if is_finite(base) and not is_finite(narrowed):
-            return False
-        base = narrowed
     return torch.equal(base.reshape(-1).view(torch.uint8), tuned.reshape(-1).view(torch.uint8))

@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sculptor.checkpoint.declared_dtypes import DTYPE_KEYS, index_dtype, inner_dtypes, named_dtype
+from sculptor.checkpoint.configuration import model_class
+from sculptor.checkpoint.declared_dtypes import DTYPE_KEYS, floating_dtypes, index_dtype, inner_dtypes, named_dtype
 from sculptor.checkpoint.directory import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -20,7 +22,7 @@ from sculptor.checkpoint.directory import (
 from sculptor.checkpoint.folders import READ_FOLDERS, is_in, module_folders
 from sculptor.checkpoint.plain import bytes_of, is_plain, read_plain
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.tensors import dtype_name, read_header
+from sculptor.checkpoint.tensors import read_header
 from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
 from sculptor.errors import CheckpointError
 
@@ -140,7 +142,7 @@ def _weight_differences(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
     if (tuned.path / INDEX_NAME).is_file() and not is_plain(tuned.path / INDEX_NAME):
         yield f"{INDEX_NAME} is not read alike by every program (a key twice, or another encoding than UTF-8)"
     before, now = map(index_dtype, (base, tuned))
-    if now not in (None, before) and {now} != {dtype_name(info.dtype) for info in tuned.infos.values()}:
+    if now not in (None, before) and named_dtype(tuned.config) is None and {now} != floating_dtypes(tuned):
         yield f"{INDEX_NAME}: metadata.dtype was {before}, is {now}, and the tensors are not"
 
 
@@ -157,7 +159,7 @@ def _makes_a_tokenizer(checkpoint: Checkpoint) -> bool:
 
 def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configuration) -> Iterator[str]:
     before, now = changed(base.config), tuned.config
-    stored = {dtype_name(info.dtype) for info in tuned.infos.values() if info.dtype.is_floating_point}
+    stored = floating_dtypes(tuned)
     same = all(tuned.infos[name].dtype == info.dtype for name, info in base.infos.items() if name in tuned.infos)
     # Without a name, the tensors' own is taken.
     allowed = {named_dtype(before)} if same else {None}
@@ -165,11 +167,12 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configurat
     for dtype in {named_dtype(now, (key,)) for key in DTYPE_KEYS if now.get(key) is not None} or {None}:
         if dtype not in allowed:
             yield f"dtype was {named_dtype(before)}, is {dtype}, and the tensors are not"
-    inner = dict(inner_dtypes(before))
-    for place, dtype in inner_dtypes(now):
-        old = inner.get(place) if same else None
-        if dtype not in {old, *(stored if len(stored) == 1 else ())}:
-            yield f"{place} was {inner.get(place)}, is {dtype}, and the tensors are not"
+    inner: dict[str, set[str | None]] = defaultdict(set)
+    for place, dtype in inner_dtypes(before):
+        inner[place].add(dtype)
+    for place, dtype in inner_dtypes(now):  # saving a configuration fills in the outer one
+        if dtype not in allowed | (inner[place] if same else set()):
+            yield f"{place}.dtype was {', '.join(map(str, inner[place])) or None}, is {dtype}, and the tensors are not"
     if bytes_of(base.path / CONFIG_NAME) != bytes_of(tuned.path / CONFIG_NAME) and not is_plain(
         tuned.path / CONFIG_NAME
     ):
@@ -185,7 +188,7 @@ def _config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configurat
     read = changed(read)
     yield from _settings(read, read_now)
     yield from _unread(_without(before), _without(now), read, read_now)
-    yield from _lost(tuned.path, _without(before), _without(now), read_now)
+    yield from _lost(tuned, _without(before), _without(now), read_now)
     versions = [config.get("transformers_version") for config in (before, now)]
     if not isinstance(versions[1], str | None):
         yield f"transformers_version is {_short(versions[1])}"
@@ -215,14 +218,26 @@ def _unread(
             yield from _settings(known, value, name)
 
 
-def _lost(tuned: Path, before: Mapping[str, Any], now: Mapping[str, Any], read_now: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of the base's file alone, which generation reads there where no file is its own; saving a configuration drops them."""
+def _lost(
+    tuned: Checkpoint, before: Mapping[str, Any], now: Mapping[str, Any], read: Mapping[str, Any]
+) -> Iterator[str]:
+    """Keys that generation reads in the base's file, where it has none of its own; saving a configuration drops them."""
     from transformers import GenerationConfig
 
-    if not (tuned / GENERATION_NAME).is_file():
-        for key in sorted(before.keys() - now.keys() - read_now.keys()):
-            if hasattr(GenerationConfig, key) or key in GenerationConfig().to_dict():
-                yield from _settings(before[key], _MISSING, key)
+    if (tuned.path / GENERATION_NAME).is_file() or not _generates(tuned):
+        return
+    defaults = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
+    for key in sorted(before.keys() & defaults.keys() - now.keys() - read.keys()):
+        if before[key] is not None and before[key] != defaults[key]:
+            yield from _settings(before[key], _MISSING, key)
+
+
+def _generates(checkpoint: Checkpoint) -> bool:
+    """Whether its class does; one that is not known may."""
+    try:
+        return bool(model_class(checkpoint.config, checkpoint.path).can_generate())
+    except CheckpointError:
+        return True
 
 
 def _reads_by_version(path: Path) -> bool:

@@ -674,3 +674,40 @@ def test_a_cast_that_overflows_is_no_cast(tmp_path: Path) -> None:
     found = verify(base, tuned, tmp_path / "archive", device="cpu")
     assert not found.passed
     assert "model.norm.weight" in found.changed_elsewhere
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_saving_makes_of_inner_dtypes_passes(tmp_path: Path, old: bool) -> None:
+    """Tensors of two dtypes: a name of before becomes the one of today, and what had none gets the outer one."""
+    base, rows = (
+        save_checkpoint(tmp_path / "base", dtype=torch.bfloat16),
+        write_rows(tmp_path / "rows.jsonl", task_rows()),
+    )
+    edit_tensors(base, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].float()}))
+    edit_json(base / "config.json", extra_config={"torch_dtype": "bfloat16"} if old else {"width": 3})
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    train(base, tmp_path / "archive", [rows], tmp_path / "tuned", FAST)
+    inner = json.loads((tmp_path / "tuned" / "config.json").read_text())["extra_config"]
+    inner = {key: value for key, value in inner.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
+    edit_json(tmp_path / "tuned" / "config.json", extra_config=inner)
+    assert verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu").passed
+    edit_json(tmp_path / "tuned" / "config.json", extra_config=inner | {"torch_dtype": "float16"})
+    assert not verify(base, tmp_path / "tuned", tmp_path / "archive", device="cpu").passed
+
+
+def test_keys_of_generation_that_nothing_reads_may_go(tmp_path: Path) -> None:
+    """A model that does not generate, and values that are the default: saving a configuration drops them."""
+    rows = {
+        name: write_rows(tmp_path / f"{name}.jsonl", task_rows(kind))
+        for name, kind in (("bert", "text"), ("llama", "pairs"))
+    }
+    for name, keys in (("bert", {"max_length": 128, "num_beams": 3}), ("llama", {"do_sample": False, "top_k": 50})):
+        base = save_checkpoint(tmp_path / name, name)
+        (base / "generation_config.json").unlink(missing_ok=True)
+        edit_json(base / "config.json", **keys)
+        analyze(base, tmp_path / f"{name}-archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+        train(base, tmp_path / f"{name}-archive", [rows[name]], tmp_path / f"{name}-tuned", FAST)
+        tuned = tmp_path / f"{name}-tuned"
+        content = json.loads((tuned / "config.json").read_text())
+        (tuned / "config.json").write_text(json.dumps({key: content[key] for key in content if key not in keys}))
+        assert verify(base, tuned, tmp_path / f"{name}-archive", device="cpu").passed
