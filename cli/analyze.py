@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from sculptor.methods.settings import AnalyzeSettings
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import ReadSettings
 
 from .options import (
     SuggestingCommand,
@@ -28,7 +28,7 @@ from .options import (
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory of the archive.")
 @rule_option
 @settings_options(AnalyzeSettings, skip=("rule",))
-@settings_options(TrainSettings, "offload")
+@settings_options(ReadSettings)
 @adapter_option
 @resume_option
 @overwrite_option

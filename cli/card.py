@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import ReadSettings, TrainSettings
 
 from .options import SuggestingCommand, bars, html_option, overwrite_option, quiet_libraries, settings_options, tell
 
@@ -48,7 +48,8 @@ from .options import SuggestingCommand, bars, html_option, overwrite_option, qui
 )
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
-@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device", "offload")
+@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device")
+@settings_options(ReadSettings)
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Also write everything as JSON to this file."
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import ReadSettings, TrainSettings
 
 from .options import SuggestingCommand, bars, quiet_libraries, settings_options
 
@@ -28,7 +28,8 @@ _HELP = "/new starts a new conversation, /quit or the end of the input ends it."
     show_default=True,
     help="Of sampling; 0 for the most likely token each time.",
 )
-@settings_options(TrainSettings, "max_length", "chat_template", "device", "offload")
+@settings_options(TrainSettings, "max_length", "chat_template", "device")
+@settings_options(ReadSettings)
 def command(model: str, base: str | None, **options: Any) -> None:
     """Talk to MODEL, and to the one it was tuned from beside it.
 

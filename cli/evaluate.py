@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import ReadSettings, TrainSettings
 
 from .options import (
     SuggestingCommand,
@@ -64,7 +64,8 @@ from .options import (
     "--bank", type=click.Path(), help="Bank of MODEL: each row is answered by the task that it is nearest to."
 )
 @click.option("--bank-top", type=click.IntRange(1), help="With --bank: tasks that answer a row, mixed [default: 1].")
-@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "attn_implementation", "device", "offload")
+@settings_options(TrainSettings, "max_rows", "columns", "chat_template", "attn_implementation", "device")
+@settings_options(ReadSettings)
 @adapter_option
 @html_option
 @overwrite_option

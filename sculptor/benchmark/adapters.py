@@ -38,7 +38,7 @@ from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.rates import Peaks
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import STREAMED, TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 
@@ -84,7 +84,7 @@ def train_adapter(
             ("optimizer", settings.optimizer != "adamw"),
             ("select_rows", settings.select_rows),
             ("also_train", settings.also_train),
-            ("offload", settings.offload in ("bases", "cpu", "disk")),
+            ("offload", settings.offload in STREAMED),
             ("parallel", settings.parallel != "auto"),
             ("optimizer_mode", settings.optimizer_mode != "exact"),
         )

@@ -27,7 +27,7 @@ from sculptor.errors import SettingsError
 from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, Carry
 from sculptor.progress import Progress
 from sculptor.tasks.edit import edit
-from sculptor.training.settings import TrainSettings
+from sculptor.training.settings import STREAMED, TrainSettings
 
 # Settings of training that only archives with moments, and so only our own method, have a use for.
 OF_MOMENTS = ("soften", "memory_rows", "memory_weight")
@@ -68,7 +68,7 @@ def check_contender(plan: Plan, method: Contender) -> None:
     """
     if method in ("joint", "replay", "esacl") and len({task.columns for task in plan.tasks}) > 1:
         raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
-    if method == "slm" and plan.train.offload in ("bases", "cpu", "disk"):
+    if method == "slm" and plan.train.offload in STREAMED:
         raise SettingsError(
             f"[train] offload = {plan.train.offload!r} with --method slm: rows have models of their own; use none"
         )

@@ -20,6 +20,7 @@ from sculptor.checkpoint.written import remove
 from sculptor.data.rows import Data
 from sculptor.edits.settings import BankSettings, Prune
 from sculptor.jobs.bank_files import BANK_NAME, Bank
+from sculptor.jobs.job import read_offload
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.progress import Progress
@@ -162,7 +163,7 @@ class Learning:
                 model,
                 path,
                 settings,
-                offload=self.plan.train.offload,
+                offload=read_offload(self.plan.train.offload),
                 resume=True,
                 progress=self.progress,
                 rules=self.rules,

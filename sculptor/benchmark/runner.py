@@ -40,7 +40,7 @@ from sculptor.data.chat import use_template
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import OutputError, SettingsError
 from sculptor.jobs.bank_files import Bank
-from sculptor.jobs.job import open_model
+from sculptor.jobs.job import open_model, read_offload
 from sculptor.jobs.processes import check_alike, join, staged_together
 from sculptor.jobs.readme import write_readme
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
@@ -229,7 +229,7 @@ class _Run:
         self, name: str, model: str, archive_bytes: int | None, seconds: float, before: str | None = None
     ) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
-        device, offload = resolve_device(self.plan.train.device), self.plan.train.offload
+        device, offload = resolve_device(self.plan.train.device), read_offload(self.plan.train.offload)
         routes = self.method == "slm" and before is not None
         with self.world.together():
             after = open_checkpoint(model)

@@ -9,7 +9,7 @@ from sculptor.data.rows import Data, as_items
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.rows import Generation
 from sculptor.progress import Progress
-from sculptor.training.settings import Offload
+from sculptor.training.settings import ReadOffload
 from sculptor.world import World
 
 
@@ -33,7 +33,7 @@ class EvaluateRequest:
     batch_size: int
     attn_implementation: str | None
     device: str
-    offload: Offload
+    offload: ReadOffload
     bank: str | Path | None
     bank_top: int | None
     progress: Progress
@@ -73,7 +73,7 @@ class EvaluateRequest:
             raise SettingsError(
                 "--tasks with --bank: lm-eval asks one model; export a task with `sculptor bank export`"
             )
-        if self.bank is not None and self.offload in ("bases", "cpu", "disk"):
+        if self.bank is not None and self.offload in ("cpu", "disk"):
             raise SettingsError(
                 f"--offload {self.offload} with --bank: weights change from row to row; use --offload none"
             )

@@ -36,7 +36,7 @@ from sculptor.planning.placement import choose
 from sculptor.progress import Progress, silent
 from sculptor.training.openly import select_extra
 from sculptor.training.rates import default_relative_rate
-from sculptor.training.settings import EVIDENCE, Offload, TrainSettings
+from sculptor.training.settings import EVIDENCE, Offload, ReadOffload, TrainSettings
 from sculptor.training.steps import Steps
 
 MEMORY_ROWS = 384
@@ -301,7 +301,7 @@ def cast_to(settings: TrainSettings) -> torch.dtype | None:
     return None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
 
 
-def read_offload(offload: Offload) -> Offload:
+def read_offload(offload: Offload) -> ReadOffload:
     """How a training's model is read where nothing is trained yet, so that there are no bases to set apart."""
     return "auto" if offload == "bases" else offload
 
@@ -310,7 +310,7 @@ def open_model(
     checkpoint: Checkpoint,
     device: torch.device,
     architecture: Architecture,
-    offload: Offload,
+    offload: ReadOffload,
     *,
     tokens: int = 2048,
     progress: Progress = silent,
@@ -328,10 +328,6 @@ def open_model(
     Raises:
         SettingsError: if it does not fit.
     """
-    if offload == "bases":
-        raise SettingsError(
-            "--offload bases without effect: there are none where nothing is trained; use none, cpu or disk"
-        )
     plans = footprints(checkpoint, architecture, (), device, Workload(tokens, 1, keep_inputs=True))
     plan, _ = choose(plans, device, offload, checkpoint.path)
     if plan.offload in ("cpu", "disk"):

@@ -177,7 +177,7 @@ def load_streamed(
             constants=constants,
         )
     except MemoryError as cause:
-        raise SettingsError(f"--offload {tier}: {cause}; use --offload disk") from cause
+        raise SettingsError(f"--offload {constants or tier}: {cause}; use --offload disk") from cause
     try:
         check_model(checkpoint, architecture, model, device, mixed=bool(compute_dtypes))
         tokenizer = load_tokenizer(checkpoint, architecture)

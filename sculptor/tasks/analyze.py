@@ -34,7 +34,7 @@ from sculptor.methods.settings import RULES, AnalyzeSettings
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.samples import SECTION, SUFFIX, kept_samples
 from sculptor.progress import Progress, silent
-from sculptor.training.settings import Offload
+from sculptor.training.settings import ReadOffload
 from sculptor.world import World
 
 
@@ -44,7 +44,7 @@ def analyze(
     settings: AnalyzeSettings | None = None,
     *,
     data: Data | None = None,
-    offload: Offload = "auto",
+    offload: ReadOffload = "auto",
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -118,7 +118,7 @@ class _Run:
     writer: ArchiveWriter
     done: Set[str]
     device: torch.device
-    offload: Offload
+    offload: ReadOffload
     world: World
     progress: Progress
     notice: Callable[[str], object]

@@ -42,7 +42,7 @@ from sculptor.model.protected import measure_protected, read_protected
 from sculptor.model.samples import Sample, draw_samples
 from sculptor.progress import Progress, silent
 from sculptor.tasks.verify import verify
-from sculptor.training.settings import Offload
+from sculptor.training.settings import ReadOffload
 
 _SEED = 0
 _KEPT = 512  # tokens of each prediction of the base, where samples are drawn here
@@ -66,7 +66,7 @@ def card(
     chat_template: str | None = None,
     batch_size: int = 16,
     device: str = "auto",
-    offload: Offload = "auto",
+    offload: ReadOffload = "auto",
     rules: Kinds | None = None,
     progress: Progress = silent,
     notice: Callable[[str], object] = lambda _: None,
@@ -182,7 +182,7 @@ def _name(model: str | Path) -> str:
 
 
 def _open(
-    model: str | Path, max_length: int | None, batch_size: int, device: str, offload: Offload, progress: Progress
+    model: str | Path, max_length: int | None, batch_size: int, device: str, offload: ReadOffload, progress: Progress
 ) -> LoadedModel:
     checkpoint = open_checkpoint(model)
     check_attention(checkpoint)

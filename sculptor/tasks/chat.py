@@ -20,7 +20,7 @@ from sculptor.jobs.job import open_model
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.sampling import continue_prompts
 from sculptor.progress import Progress, silent
-from sculptor.training.settings import Offload
+from sculptor.training.settings import ReadOffload
 
 _MOST_SAID = 256  # tokens of an answer, unless asked for otherwise
 
@@ -173,7 +173,7 @@ def chat(
     max_length: int | None = None,
     chat_template: str | None = None,
     device: str = "auto",
-    offload: Offload = "auto",
+    offload: ReadOffload = "auto",
     progress: Progress = silent,
     notice: Callable[[str], object] = lambda _: None,
 ) -> Chat:

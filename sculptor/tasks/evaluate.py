@@ -34,7 +34,7 @@ from sculptor.jobs.processes import check_alike, join
 from sculptor.model.load import LoadedModel, check_head, resolve_device
 from sculptor.progress import Progress, silent
 from sculptor.tasks.routed import RoutedModel
-from sculptor.training.settings import Offload
+from sculptor.training.settings import ReadOffload
 from sculptor.world import World
 
 
@@ -59,7 +59,7 @@ def evaluate(
     batch_size: int = 16,
     attn_implementation: str | None = None,
     device: str = "auto",
-    offload: Offload = "auto",
+    offload: ReadOffload = "auto",
     bank: str | Path | None = None,
     bank_top: int | None = None,
     progress: Progress = silent,

@@ -18,6 +18,8 @@ Optimizer = Literal["adamw", "bayes-adam"]
 OptimizerMode = Literal["exact", "fused"]
 OptimizerOn = Literal["auto", "host", "device"]
 Offload = Literal["none", "bases", "cpu", "disk", "auto"]
+ReadOffload = Literal["none", "cpu", "disk", "auto"]  # where nothing is trained there are no bases
+STREAMED = ("bases", "cpu", "disk")  # ways of offloading by which one block at a time is computed
 Parallel = Literal["auto", "replicate", "shard"]
 # Of bayes-adam: after a hundred steps with a gradient of norm 1, the average number has as much precision again.
 EVIDENCE = 0.01
@@ -162,11 +164,11 @@ class TrainSettings:
             ),
             (
                 resident and self.offload_inputs is not None,
-                "--offload-inputs and --keep-inputs without effect with --offload none; use cpu or disk",
+                "--offload-inputs and --keep-inputs without effect with --offload none; use bases, cpu or disk",
             ),
-            (resident and fused, "--optimizer-mode fused without effect with --offload none; use cpu or disk"),
+            (resident and fused, "--optimizer-mode fused without effect with --offload none; use bases, cpu or disk"),
             (
-                self.offload in ("bases", "cpu", "disk") and self.checkpoint_activations is False,
+                self.offload in STREAMED and self.checkpoint_activations is False,
                 f"--keep-activations without effect with --offload {self.offload}: blocks are always computed again",
             ),
         )
@@ -186,3 +188,11 @@ class TrainSettings:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
+
+
+@settings
+class ReadSettings:
+    """How a model is read of which nothing is trained."""
+
+    offload: ReadOffload = "auto"
+    """Where blocks wait that are not being computed: all stay on the device, host memory, disk, or what fits."""

@@ -1,4 +1,4 @@
-"""A checkpoint made ready for training: resident, or streamed from host memory or disk."""
+"""A checkpoint made ready for training: resident, or streamed from host memory, disk or the device itself."""
 
 import functools
 from collections import defaultdict

@@ -148,8 +148,9 @@ def test_it_is_the_commands_one_after_another(cli: Callable[..., Result], place:
 
 
 @pytest.mark.slow
-def test_a_sequence_is_streamed_with_the_same_result(cli: Callable[..., Result], place: Path) -> None:
-    whole, streamed = run(cli, place, "out"), run(cli, place, "streamed", "--set", 'train.offload="disk"')
+@pytest.mark.parametrize("offload", ["disk", "bases"])
+def test_a_sequence_is_streamed_with_the_same_result(cli: Callable[..., Result], place: Path, offload: str) -> None:
+    whole, streamed = run(cli, place, "out"), run(cli, place, "streamed", "--set", f'train.offload="{offload}"')
     same_weights(place / "out" / "model", place / "streamed" / "model")
     assert streamed["matrix"] == whole["matrix"]
     assert streamed["watch_rise"] == whole["watch_rise"]

@@ -16,6 +16,7 @@ from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel
 from sculptor.progress import silent
 from sculptor.streaming.blocks import BlockStream
+from sculptor.streaming.regions import DeviceRegion, HostRegion
 from sculptor.training import setup as module
 from sculptor.training.protect import protected_matrices
 from sculptor.training.setup import prepare_model, trained_dtypes
@@ -94,6 +95,20 @@ def test_only_what_was_asked_for_is_open_and_in_float32(made: Path, offload: str
         assert value.requires_grad == (id(value) in opened | coordinates), name
     expected = Archive(made / "llama archive").num_free + sum(value.numel() for value in updates.extra.values())
     assert updates.num_trainable == expected
+    updates.close()
+    loaded.close()
+
+
+@pytest.mark.parametrize(
+    ("offload", "apart", "changing"), [("bases", HostRegion, DeviceRegion), ("cpu", HostRegion, HostRegion)]
+)
+def test_where_things_wait(made: Path, offload: str, apart: type, changing: type, tmp_path: Path) -> None:
+    loaded, updates = prepare(made, tmp_path / "scratch", offload=offload)
+    assert isinstance(updates, StreamedUpdates)
+    for i, block in updates.blocks.items():
+        assert [type(region) for region in (block.bases, block.pristine)] == [apart] * 2
+        weights = updates.stream.weights.region(i)
+        assert [type(region) for region in (block.state, block.gradients, weights)] == [changing] * 3
     updates.close()
     loaded.close()
 
