@@ -103,10 +103,10 @@ def footprints(
     sizes = _Sizes(checkpoint, architecture, matrices, device, work)
     if work.processes > 1:
         return {"none": sizes.divided("none"), "cpu": sizes.divided("cpu"), "bases": sizes.divided("bases")}
-    found = {"none": sizes.resident(), "cpu": sizes.streamed("cpu")}
+    found = {"none": sizes.resident(), "cpu": sizes.streamed("cpu", work.on_host)}
     if matrices:  # where nothing is trained there is nothing to set apart
         found["bases"] = sizes.with_constants_apart()
-    return found | {"disk": sizes.streamed("disk")}
+    return found | {"disk": sizes.streamed("disk", on_host=False)}
 
 
 class _Sizes:
@@ -231,7 +231,7 @@ class _Sizes:
 
     def with_constants_apart(self) -> Footprint:
         """Streamed, from the device itself but for bases and W0."""
-        alone = self.streamed("cpu")
+        alone = self.streamed("cpu", on_host=False)
         held = ("weights", "coordinates, gradients, AdamW")
         keep = self.work.keep_inputs or self.kind == "cpu"
         waiting = {f"{name}, waiting": alone.host[name] for name in held}
@@ -268,7 +268,7 @@ class _Sizes:
             "bases": most.bases,
             "coordinates, gradients, AdamW": most.state,
         }
-        alone = self.streamed("cpu")
+        alone = self.streamed("cpu", on_host=self.work.on_host and offload == "cpu")
         own = ("blocks", "embedding, head, norms", "activations", "work space", "openly trained")
         device = {name: alone.device[name] for name in own if name in alone.device} | {
             "gradients of blocks": slots * max(trained, default=0.0),
@@ -300,10 +300,10 @@ class _Sizes:
             shares=parts,
         )
 
-    def streamed(self, tier: Literal["cpu", "disk"]) -> Footprint:
+    def streamed(self, tier: Literal["cpu", "disk"], on_host: bool) -> Footprint:
+        """`on_host` is AdamW in host memory."""
         slots = 2 if self.kind == "cuda" else 1
         keep = self.work.keep_inputs or self.kind == "cpu"
-        on_host = self.work.on_host and tier == "cpu"
         largest = {name: max(found.values(), default=0) for name, found in (("c", self.coordinates), ("b", self.bases))}
         device = {
             "blocks": slots * self.size * self.block_weights,
