@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sculptor.checkpoint.staging import writing
-from sculptor.checkpoint.written import not_ours
+from sculptor.checkpoint.staging import partial_path, writing
+from sculptor.checkpoint.written import discard, not_ours
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import OutputError
 from sculptor.jobs.demo_model import KNOWN, MODEL_FILES, NUM_COUNTRIES, TAUGHT, invent_facts, make_model
@@ -90,6 +90,7 @@ def _remove(output: Path) -> None:
     """What a demonstration that failed has left, and nothing that somebody else put there."""
     made = [output / name for name, *_ in _variants(output)]
     for place in [*made, *(output / f"{path.name}-subspaces" for path in made)]:
+        discard(partial_path(place))
         if place.is_dir() and not_ours(place) is None:
             shutil.rmtree(place, ignore_errors=True)
     for place in [output / "old.jsonl", output / "new.jsonl", *(output / "model" / name for name in MODEL_FILES)]:

@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from sculptor.checkpoint.durable import make_durable
+from sculptor.checkpoint.durable import make_durable, make_names_durable
 from sculptor.checkpoint.staging import key_difference, write_json, writing
 from sculptor.checkpoint.tensors import digest, in_file_order, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
@@ -141,6 +141,7 @@ class StateStore:
             _remove(target)
             make_durable(staged)
             os.replace(staged, target)
+            make_names_durable(self.directory)
             for pattern in _STATES:
                 for other in self.directory.glob(pattern):
                     if other not in kept:

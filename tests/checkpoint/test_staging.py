@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sculptor.checkpoint.durable import make_durable
 from sculptor.checkpoint.staging import (
     NotPlacedError,
     check_apart,
@@ -467,3 +468,23 @@ def test_nothing_to_go_on_with_is_said(tmp_path: Path) -> None:
 def test_space_is_no_remedy_for_what_is_not_allowed() -> None:
     assert remedy_of(PermissionError(errno.EACCES, "no")) == "choose another place"
     assert remedy_of(OSError(errno.ENOSPC, "full")) == "free some space or choose another place"
+
+
+def test_a_folder_that_cannot_be_waited_for_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems; files are waited for all the same, and a pipe is not."""
+    (tmp_path / "a.txt").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    seen, sync = list[str](), os.fsync
+
+    def picky(place: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{place}")).name)
+        if os.path.isdir(f"/proc/self/fd/{place}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(place)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    make_durable(tmp_path)
+    assert sorted(seen) == sorted(["a.txt", tmp_path.name])
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        make_durable(tmp_path)

@@ -32,12 +32,18 @@ def test_protection_keeps_what_plain_training_loses(cli: Callable[..., Result], 
 
 
 def test_what_others_put_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sculptor.checkpoint.written import begin, note
     from sculptor.tasks import demo as task
 
     def failing(model: Path, *_: object, **__: object) -> None:
         output = model.parent
         (output / "notes.txt").write_text("mine")
         (output / "mine").mkdir()
+        begun = output / "plain.partial"  # as staging keeps a state that is worth it
+        begun.mkdir()
+        begin(begun, "train")
+        note(begun / "state.json")
+        (begun / "state.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sculptor.jobs.demo_model._PRETRAIN_STEPS", 2)
