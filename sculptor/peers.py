@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -140,7 +141,8 @@ class Sender:
             sent = pickled(content.result()) if isinstance(content, Future) else content
         except Exception:
             self._is_own = True
-            _send(FAILED)
+            with suppress(RuntimeError):  # the first may have gone for the same reason
+                _send(FAILED)
             raise
         _send(sent)
 

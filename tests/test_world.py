@@ -1,13 +1,15 @@
 """Shares of several processes: together the whole, each item once."""
 
 import itertools
+from concurrent.futures import Future
 
 import pytest
 import torch
 from together import Failed, fail_at_work, fail_once, fail_together, together, work_later, world_tour
 
+from sculptor import peers
 from sculptor.data.batches import BatchPlan
-from sculptor.errors import SettingsError
+from sculptor.errors import OutputError, PeerError, SettingsError
 from sculptor.world import World, asked
 
 SIZES = (1, 2, 3, 4)
@@ -149,3 +151,18 @@ def test_a_launcher_that_contradicts_itself(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("WORLD_SIZE", size)
         with pytest.raises(SettingsError, match="expected numbers"):
             asked()
+
+
+def test_what_failed_here_is_told_though_the_first_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a disk is full for all of them."""
+
+    def gone(_: bytes) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    failed: Future[str] = Future()
+    failed.set_exception(OutputError("no room"))
+    monkeypatch.setattr(peers, "_send", gone)
+    with pytest.raises(OutputError, match="no room"), peers.Sender() as sender:
+        sender.send(failed)
+    with pytest.raises(PeerError, match="Connection closed"), peers.Sender() as sender:
+        sender.send(b"result")

@@ -46,26 +46,6 @@ def has_progress(directory: Path) -> bool:
     return (directory / PROGRESS_NAME).is_file()
 
 
-def check_key(directory: Path, key: Mapping[str, Any], kinds: Kinds = KINDS) -> None:
-    """Refuses an archive that was finished with its progress kept, and with another key.
-
-    Raises:
-        OutputError: if it was, or nothing says with which.
-    """
-    _checked(directory, json.loads(json.dumps(key)), kinds)
-
-
-def _checked(directory: Path, key: Mapping[str, JsonValue], kinds: Kinds) -> _Progress:
-    path = directory / PROGRESS_NAME
-    found = read_json(_Progress, read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY, kinds=kinds)
-    different = key_difference(found.key, key)
-    if different is not None:
-        raise OutputError(
-            f"{path}: left by a run with other inputs or settings ({different}); use the same or {_REMEDY}"
-        )
-    return found
-
-
 class ArchiveWriter:
     """Fills a directory with an archive, one matrix at a time; `finish` writes the manifest.
 
@@ -111,8 +91,16 @@ class ArchiveWriter:
             OutputError: if they were made with another key, or the note of them is damaged.
         """
         self._resumes = True
-        if has_progress(self.directory):
-            found = _checked(self.directory, self.key, self.kinds)
+        path = self.directory / PROGRESS_NAME
+        if path.is_file():
+            found = read_json(
+                _Progress, read_file(path, OutputError, _REMEDY), path, OutputError, _REMEDY, kinds=self.kinds
+            )
+            different = key_difference(found.key, self.key)
+            if different is not None:
+                raise OutputError(
+                    f"{path}: left by a run with other inputs or settings ({different}); use the same or {_REMEDY}"
+                )
             self.records, self.tensors, self._files = dict(found.records), dict(found.tensors), list(found.shards)
             self.shards.shared = set(self.tensors)
             self._noted = {name: asdict(record) for name, record in self.records.items()}
@@ -247,11 +235,13 @@ class ArchiveWriter:
 
     def close(self) -> None:
         """Lets the threads end; after an error nothing is written any more once this returns, but what is complete is kept."""
-        if self._resumes and not self._failed:
-            with suppress(OutputError):  # of a shard before, which has been told
-                self._take_own()
-        self.shards.close()
-        self._thread.shutdown(wait=True)
+        try:
+            if self._resumes and not self._failed:
+                with suppress(OutputError):  # of a shard before, which has been told
+                    self._take_own()
+        finally:
+            self.shards.close()
+            self._thread.shutdown(wait=True)
 
     def finish(self, manifest: Manifest, *, keep_progress: bool = False) -> None:
         """Writes the last shard and archive.json.

@@ -166,7 +166,7 @@ class Checkpoint(Mapping[str, Tensor]):
             CheckpointError: if it has any.
         """
         if not is_finite(tensor):
-            count = int((~tensor.isfinite()).sum())
+            count = int((~tensor.float().isfinite()).sum())
             raise CheckpointError(
                 f"{self.path}: tensor {at.name} has {count} NaN or infinite of {tensor.numel()} values; "
                 "use a checkpoint from before the training diverged"

@@ -126,22 +126,21 @@ def run_key(job: AnalyzeJob, records: Mapping[str, MatrixRecord], progress: Prog
 
 def files_key(job: AnalyzeJob) -> dict[str, Any]:
     """Sizes and samples of the checkpoint's files, which every process has to see."""
-    return {file: fingerprint(job.checkpoint.path / file) for file in job.checkpoint.files}
+    return {file: fingerprint((job.checkpoint.path / file).resolve()) for file in job.checkpoint.files}
 
 
 def new_records(
     checkpoint: Checkpoint, targets: Sequence[Target], progress: Progress, world: World = ALONE
 ) -> dict[str, MatrixRecord]:
     """What is known of every matrix before it is analyzed; each process reads some of them."""
-    share = world.share(targets)
+    share, found = world.share(targets), dict[str, MatrixRecord]()
     bar = progress(total=len(share), desc="digest", unit="matrix")
-    found = {}
-    for record in in_threads(functools.partial(_new_record, checkpoint), share):
-        found[record.name] = record
-        bar.update(1)
-    bar.close()
     with world.together():
-        together = {name: record for part in world.gather(found) for name, record in part.items()}
+        for record in in_threads(functools.partial(_new_record, checkpoint), share):
+            found[record.name] = record
+            bar.update(1)
+    bar.close()
+    together = {name: record for part in world.gather(found) for name, record in part.items()}
     return {target.name: together[target.name] for target in targets}
 
 

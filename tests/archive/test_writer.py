@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import save_checkpoint, task_rows, write_rows
 from torch import Tensor
 
 from sculptor import AnalyzeSettings, Archive, analyze
-from sculptor.archive.shards import save_tensors
+from sculptor.archive.shards import Shard, save_tensors
 from sculptor.archive.store import Entry
 from sculptor.archive.writer import PROGRESS_NAME, ArchiveWriter, has_progress
 from sculptor.checkpoint.reader import open_checkpoint
@@ -262,3 +263,18 @@ def test_notes_are_what_is_in_the_shards(made: Path, tmp_path: Path) -> None:
     assert note["shards"] == [f"subspaces-{i:05d}.safetensors" for i in range(1, 6)]
     inside = {name: file for file in note["shards"] for name in read_header(tmp_path / "a" / file, OutputError)[0]}
     assert {name: stored["file"] for name, stored in note["tensors"].items()} == inside
+
+
+def test_nothing_is_noted_behind_a_shard_that_is_missing(made: Path, tmp_path: Path) -> None:
+    """What comes after may share its tensors."""
+    archive = Archive(made / "archive")
+    writer = filled(archive, tmp_path / "a", 3, max_shard_bytes=1)
+    writer.all_records()
+    lost: Future[Shard] = Future()
+    writer.take(lost)
+    writer.take(Shard(None, {}, {record.name: record for record in list(archive.values())[3:]}))
+    lost.set_exception(OutputError("no room"))
+    with pytest.raises(OutputError, match="no room"):
+        writer.all_records()
+    writer.close()
+    assert len(json.loads((tmp_path / "a" / PROGRESS_NAME).read_text())["records"]) == 3
