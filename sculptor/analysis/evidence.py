@@ -7,7 +7,7 @@ matrix, to the method that makes rules of it.
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,13 +34,18 @@ class Source:
     protects: str = ""
 
 
-def weigh(checkpoint: Checkpoint, target: Target, device: torch.device) -> functools.partial[Tensor]:
-    """What reads a matrix as evidence: (m, n), float64, finite."""
-    return functools.partial(_read_weight, checkpoint, target, device)
+def weigh(
+    checkpoint: Checkpoint, target: Target, device: torch.device, read: Callable[[str], Tensor] | None = None
+) -> functools.partial[Tensor]:
+    """What reads a matrix as evidence: (m, n), float64, finite; `read` may have it already, by name."""
+    return functools.partial(_read_weight, checkpoint, target, device, read)
 
 
-def _read_weight(checkpoint: Checkpoint, target: Target, device: torch.device) -> Tensor:
-    weight = checkpoint.matrix(target).to(device)  # looked at there
+def _read_weight(
+    checkpoint: Checkpoint, target: Target, device: torch.device, read: Callable[[str], Tensor] | None
+) -> Tensor:
+    stored = checkpoint.matrix(target) if read is None else read(target.name)
+    weight = stored.to(device)  # looked at there
     return to_device(checkpoint.check_finite(target, weight), target.transposed, device)
 
 

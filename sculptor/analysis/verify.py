@@ -182,10 +182,12 @@ class _Measuring:
         """All matrices, as a lineage explains them."""
         bar = self.progress(total=len(self.archive), desc="verify", unit="matrix")
         found, digests = [], {}
-        for mark, one in self.world.in_order(list(self.archive), partial(self._matrix, lineage)):
-            found.append(one)
-            digests[one[1].name] = mark
-            bar.update(1)
+        names = list(self.archive)
+        with self.archive.ahead(names[self.world.rank :: self.world.size]):
+            for mark, one in self.world.in_order(names, partial(self._matrix, lineage)):
+                found.append(one)
+                digests[one[1].name] = mark
+                bar.update(1)
         bar.close()
         return _Measured(found, self.world.from_first(digests))
 

@@ -14,6 +14,7 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.tensors import digest, dtype_name, write_tensors
 from sculptor.methods.method import Derived
+from sculptor.numerics.transfer import moved
 
 # Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.
 # Small, because analysis promises little memory.
@@ -99,7 +100,7 @@ class ShardWriter:
         """Bases in the archive's dtype or wider, other tensors in their own."""
         if name in derived.rule.orthonormal:
             dtype = torch.promote_types(self.dtype, torch.float32) if name in derived.exact else self.dtype
-            return tensor.to("cpu", dtype).contiguous()
+            return moved(tensor, "cpu", dtype).contiguous()
         return tensor.to("cpu").contiguous()
 
     def _store(self, tensors: Mapping[str, Tensor], records: Mapping[str, MatrixRecord]) -> Shard:

@@ -2,14 +2,17 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sculptor.archive.manifest import REMEDY, Manifest, MatrixRecord
+from sculptor.checkpoint.ahead import ReadAhead
 from sculptor.checkpoint.reader import Checkpoint, identity
 from sculptor.checkpoint.tensors import TensorInfo, digest, in_threads, read_header, read_known
 from sculptor.errors import ArchiveError, CapacityError
@@ -58,7 +61,7 @@ class StoredTensors(Mapping[str, Tensor]):
         if name not in self._read:
             stored = self._record.tensors[name]
             basis = name in self._record.rule.orthonormal
-            self._read[name] = self._archive.basis(stored) if basis else self._archive.tensor(stored)
+            self._read[name] = self._archive.take(stored) if basis else self._archive.tensor(stored)
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -126,6 +129,7 @@ class Archive(Mapping[str, MatrixRecord]):
         self._infos: dict[str, TensorInfo] = {}
         self._checked: dict[str, FileState] = {}  # digest
         self._sound: dict[str, FileState] = {}  # finite and orthonormal, too
+        self.take: Callable[[str], Tensor] = self.basis  # or what has read it ahead
         self._check_files()
 
     def _check_files(self) -> None:
@@ -229,6 +233,20 @@ class Archive(Mapping[str, MatrixRecord]):
         """One matrix; its tensors are read and checked (digest, finite, orthonormal) when they are asked for."""
         record = self[name]
         return Entry(record, StoredTensors(self, record))
+
+    @contextmanager
+    def ahead(self, names: Iterable[str]) -> Iterator[None]:
+        """Within, threads read the bases of these matrices before they are asked for, in this order."""
+        records = [self[name] for name in names]
+        groups = [[stored for key, stored in r.tensors.items() if key in r.rule.orthonormal] for r in records]
+        sizes = {stored: 4 * prod(self._infos[stored].shape) for group in groups for stored in group}
+        ahead = ReadAhead(self.basis, groups, sizes)
+        self.take, before = ahead.take, self.take
+        try:
+            yield
+        finally:
+            self.take = before
+            ahead.close()
 
     def section(self, name: str) -> bytes | None:
         """An optional part; None if the archive has none of that name.

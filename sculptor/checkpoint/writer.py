@@ -106,9 +106,13 @@ def _by_slices(source: Checkpoint, name: str, edits: Mapping[int, Edit], dtype: 
         yield edits[part](old) if part in edits else old.to(dtype)
 
 
-def written_order(source: Checkpoint, dtype: torch.dtype | None) -> list[str]:
-    """Tensors in the order in which `write_checkpoint` asks for them."""
-    return [name for entries in _plan_shards(source, dtype) for name, _, _ in in_file_order(entries)]
+def names_as_written(source: Checkpoint, places: Mapping[str, P], dtype: torch.dtype | None) -> list[str]:
+    """Names of matrices in the order in which `write_checkpoint` asks for them."""
+    parts: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for name, at in places.items():
+        parts[at.tensor].append((at.part or 0, name))
+    tensors = (name for entries in _plan_shards(source, dtype) for name, _, _ in in_file_order(entries))
+    return [name for tensor in tensors for _, name in sorted(parts.get(tensor, []))]
 
 
 def output_dtype(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

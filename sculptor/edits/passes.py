@@ -10,6 +10,7 @@ from sculptor.checkpoint.writer import Edit as Change
 from sculptor.checkpoint.writer import output_dtype
 from sculptor.edits.difference import Edit, Edited, Where, edit_tensor
 from sculptor.edits.pairs import Pairs
+from sculptor.numerics.transfer import moved
 
 # Told of every tensor: where, W0 and W1 as stored, how much stays, and what came out.
 Seen = Callable[[Where, Tensor, Tensor, float, Edited], None]
@@ -74,5 +75,5 @@ class EditPass:
             return self._known[key].to(self.device)
         kept = self.edit.kept(where, base, tuned.to(torch.float64) - base.to(torch.float64))
         if self._known is not None:
-            self._known[key] = kept.to("cpu", torch.float32)
+            self._known[key] = moved(kept, "cpu", torch.float32)
         return kept

@@ -6,7 +6,6 @@ written, and its entry of the next archive added. Rules that go on by what a tas
 
 import functools
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.vocabulary import Growth
-from sculptor.checkpoint.writer import Edit, edits_of, output_dtype, write_checkpoint, written_order
+from sculptor.checkpoint.writer import Edit, edits_of, names_as_written, output_dtype, write_checkpoint
 from sculptor.checkpoint.written import remove
 from sculptor.edits.merge import Merged
 from sculptor.jobs.job import TrainJob, cast_to, open_model
@@ -143,27 +142,20 @@ class _Finish:
 
     def write(self) -> None:
         """The checkpoint, and the archive's tensors."""
-        job = self.job
-        if self.world.size > 1:
-            names = self._names()
-            owners = [self.updates.owners.get(name, i % self.world.size) for i, name in enumerate(names)]
-            self._coming = self.world.in_order(names, self._parcel, owners)
-        if self.world.first:
-            bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
-            write_checkpoint(job.checkpoint, self.staged, self._edits(self.opened), dtype=self.saved, bar=bar)
-            bar.close()
-        assert next(self._coming, None) is None  # where others are the first, the work is done here
+        job, world = self.job, self.world
+        names = names_as_written(job.checkpoint, job.archive, self.saved)
+        owners = [self.updates.owners.get(name, i % world.size) for i, name in enumerate(names)]
+        with job.archive.ahead(name for name, owner in zip(names, owners, strict=True) if owner == world.rank):
+            if world.size > 1:
+                self._coming = world.in_order(names, self._parcel, owners)
+            if world.first:
+                bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
+                write_checkpoint(job.checkpoint, self.staged, self._edits(self.opened), dtype=self.saved, bar=bar)
+                bar.close()
+            assert next(self._coming, None) is None  # where others are the first, the work is done here
         waiting = self.world.from_first(self.archive.waiting)
         if waiting:
             self._measure(waiting)
-
-    def _names(self) -> list[str]:
-        """Matrices in the order in which they are written."""
-        parts: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for name, record in self.job.archive.items():
-            parts[record.tensor].append((record.part or 0, name))
-        order = written_order(self.job.checkpoint, self.saved)
-        return [name for tensor in order for _, name in sorted(parts.get(tensor, []))]
 
     def tell(self, result: LoopResult, output: Path) -> TrainReport:
         """The archive's manifest and the record."""

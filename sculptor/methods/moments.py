@@ -20,6 +20,7 @@ from sculptor.methods.staircase import Added, Side, StaircaseRule
 from sculptor.numerics.allocation import Importance, allocate, least_free_share
 from sculptor.numerics.moments import Factor, profile, rotate_profile, truncate
 from sculptor.numerics.staircase import Staircase
+from sculptor.numerics.transfer import moved
 
 # Of the learning rate; measured for curvature on three models (docs/benchmarks.md), at which inputs are set too.
 RATE = 0.2
@@ -159,7 +160,7 @@ class Moments:
     def _stored(self, factor: Factor) -> Factor:
         """On the CPU, in the dtype of the archive: shared inputs wait for all their readers."""
         dtype = getattr(torch, self.settings.dtype)
-        return Factor(factor.vectors.to("cpu", dtype), factor.values.cpu(), factor.rest)
+        return Factor(moved(factor.vectors, "cpu", dtype), factor.values.cpu(), factor.rest)
 
     def decide(
         self, rules: Sequence[Rule], weights: Sequence[float], read: Callable[[int, str], Tensor]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sculptor.numerics.linalg import complement
 from sculptor.numerics.staircase import Staircase
+from sculptor.numerics.transfer import moved
 
 Form = Literal["leading", "free"]
 
@@ -37,7 +38,7 @@ class Basis:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Basis":
         """The same basis elsewhere."""
-        return Basis(self.vectors.to(device=device, dtype=dtype), self.form)
+        return Basis(moved(self.vectors, device, dtype), self.form)
 
 
 def store_smaller(leading: Tensor) -> Basis:

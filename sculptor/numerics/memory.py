@@ -11,13 +11,14 @@ from torch import Tensor
 from sculptor.numerics.bases import Basis, extend
 from sculptor.numerics.finite import is_finite
 from sculptor.numerics.linalg import complement, orthonormal_prefixes, singular_subspaces
+from sculptor.numerics.transfer import moved
 
 
 def free_columns(memory: Basis | None, dim: int, device: torch.device) -> Tensor:
     """An orthonormal basis (d, d - k) of what is free of the memory, float64."""
     if memory is None:
         return torch.eye(dim, dtype=torch.float64, device=device)
-    vectors64 = memory.vectors.to(device, torch.float64)
+    vectors64 = moved(memory.vectors, device, torch.float64)
     return vectors64 if memory.form == "free" else complement(vectors64)
 
 

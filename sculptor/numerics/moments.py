@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sculptor.numerics.finite import is_finite
+from sculptor.numerics.transfer import moved
 
 # Bands of rows that are computed at a time: as wide as products are fast on a CPU, and no more than saves something.
 _BAND = 256
@@ -55,7 +56,8 @@ class Factor:
 
     def dense(self, device: torch.device | None = None) -> Tensor:
         """The moment (d, d), float64."""
-        vectors64, values64 = self.vectors.to(device, torch.float64), self.values.to(device, torch.float64)
+        where = self.vectors.device if device is None else device
+        vectors64, values64 = moved(self.vectors, where, torch.float64), self.values.to(where, torch.float64)
         found = (vectors64 * (values64 - self.rest)) @ vectors64.T
         found.diagonal().add_(self.rest)
         return found

@@ -16,6 +16,7 @@ from sculptor.analysis.sources import facts_of, sample_sources
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
+from sculptor.checkpoint.ahead import ReadAhead
 from sculptor.checkpoint.architecture import NO_ROW, Architecture, NotTargeted, Target
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.staging import commit
@@ -182,13 +183,19 @@ def _decompose(run: _Run) -> _Found:
             blocks[target.block].append(target)
     bar = run.progress(total=len(job.targets), desc="analyze", unit="matrix", initial=len(run.done))
 
+    groups = list(blocks.values())
+    mine = {target.name: target for group in run.world.share(groups) for target in group}
+    sizes = {name: job.checkpoint.info_of(target).num_bytes for name, target in mine.items()}
+    ahead = ReadAhead(lambda name: job.checkpoint.matrix(mine[name]), ([name] for name in mine), sizes)
+
     def derive(block: Sequence[Target]) -> Iterator[tuple[str, Derived]]:
         for target in block:
-            weight, cosine = weigh(job.checkpoint, target, run.device), cosines.get(target.name)
+            weight, cosine = weigh(job.checkpoint, target, run.device, ahead.take), cosines.get(target.name)
             yield target.name, job.method.derive(Evidence(target.name, target.shape, weight, cosine))
 
-    for _ in write_rules(run.writer, list(blocks.values()), derive, run.records, run.world):
-        bar.update(1)
+    with closing(ahead):
+        for _ in write_rules(run.writer, groups, derive, run.records, run.world):
+            bar.update(1)
     bar.close()
     if job.settings.samples:
         with run.open_model() as loaded:

@@ -18,7 +18,7 @@ from sculptor.checkpoint.directory import check_modules
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.records import RECORD_NAME, read_record
 from sculptor.checkpoint.staging import check_apart, one_pass, write_json, writing
-from sculptor.checkpoint.writer import edits_of, write_checkpoint
+from sculptor.checkpoint.writer import edits_of, names_as_written, write_checkpoint
 from sculptor.errors import SettingsError, TrainingError
 from sculptor.jobs.job import resolve_settings
 from sculptor.jobs.train_record import merge_of
@@ -187,7 +187,8 @@ class StreamedModel:
         with one_pass(output, command="stream", overwrite=overwrite) as staged:
             bar = progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
             edits = edits_of(self.archive.values(), lambda record: self._merge(record.name))
-            write_checkpoint(self.checkpoint, staged, edits, bar=bar)
+            with self.archive.ahead(names_as_written(self.checkpoint, self.archive, None)):
+                write_checkpoint(self.checkpoint, staged, edits, bar=bar)
             bar.close()
             previous = read_record(self.checkpoint.path)
             lineage = [*previous.lineage, merge_of(self.checkpoint, self.archive, None)]

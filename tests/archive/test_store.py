@@ -228,3 +228,22 @@ def test_what_changes_after_it_was_checked_is_noticed(path: Path, as_basis: bool
     file.write_bytes(content)
     with pytest.raises(ArchiveError, match="has changed since it was written"):
         read(name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bases_are_the_same_bits_and_checked(dtype: str, tmp_path: Path) -> None:
+    base, path = save_checkpoint(tmp_path / "base"), tmp_path / "subspaces"
+    analyze(base, path, AnalyzeSettings(preserve=0.5, device="cpu", dtype=dtype))
+    archive = Archive(path)
+    alone = {(name, key): archive.read(name).tensors[key] for name in archive for key in ("output", "input")}
+    with archive.ahead(archive):
+        together = {(name, key): archive.read(name).tensors[key] for name in archive for key in ("output", "input")}
+    assert all(torch.equal(alone[key], together[key]) for key in alone)
+    assert archive.take == archive.basis
+    shard = next(path.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    damaged = Archive(path)
+    with damaged.ahead(damaged), pytest.raises(ArchiveError, match="has changed since it was written"):
+        [damaged.read(name).tensors[key] for name in damaged for key in damaged[name].tensors]

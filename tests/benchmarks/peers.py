@@ -9,6 +9,7 @@ make: ||(U^T dW, dW V)|| / ||dW||, U and V the singular vectors that it keeps, o
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -129,6 +130,10 @@ def main() -> None:
     options = parser.parse_args()
     world = join(options.device)
     for method in options.methods:
+        if options.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
             found = run(method, options)
         except (RuntimeError, ValueError, AttributeError) as cause:  # what others cannot do is a result, too

@@ -1,7 +1,7 @@
 """Several processes against one: speed of training and of analysis, memory of each process.
 
     torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --train ARCHIVE [--tokens 16384] [--steps 8] \
-        [--parallel replicate --parallel shard] [--offload cpu]
+        [--parallel replicate --parallel shard] [--offload cpu|bases]
     torchrun --nproc-per-node 2 tests/benchmarks/processes.py MODEL WORK --analyze weights --analyze curvature
 
 Run once per number of processes; WORK keeps outputs apart. Rows are random words of full length, every process has the same
@@ -175,6 +175,7 @@ def analyze(model: Path, work: Path, basis: str, options: argparse.Namespace) ->
         **({"preserve": options.preserve} if basis == "weights" else {}),
     )  # fmt: skip
     inspect_architecture(open_checkpoint(model))  # imports what the model is made of
+    world.gather(None)
     started = time.perf_counter()
     sculptor.analyze(model, work / f"{basis}-{world.size}", settings, offload="none", overwrite=True)
     return {"seconds": round(time.perf_counter() - started, 1), "peak GiB": world.gather(_peak())}
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, action="append", default=[], help="an archive")
     parser.add_argument("--analyze", action="append", default=[], help="a basis")
     parser.add_argument("--parallel", action="append", choices=["auto", "replicate", "shard"], help="repeatable")
-    parser.add_argument("--offload", default="none", choices=["none", "cpu", "auto"])
+    parser.add_argument("--offload", default="none", choices=["none", "bases", "cpu", "auto"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tokens", type=int, default=16384, help="of a step, per process")
     parser.add_argument("--length", type=int, default=2048)

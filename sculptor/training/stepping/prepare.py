@@ -68,15 +68,18 @@ def prepare_blocks(
     blocks: dict[int, StreamedBlock] = {}
     sources: dict[int, dict[str, GradientSource]] = {}
     held_by: dict[str, int] = {}
+    shares: list[dict[str, str]] = []
     for i, found in enumerate(waiting.parameters):
         names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
-        mine = {name: p for name, p in names.items() if owners is None or owners.mine(i, p)}
+        shares.append({name: p for name, p in names.items() if owners is None or owners.mine(i, p)})
         if names:
             sources[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
-        if mine:
-            blocks[i] = prepare_block(i, waiting, archive, mine, peaks, settings, optimizer_device, num_trained)
         held_by |= dict.fromkeys(names, i)
-        tick(1)
+    with archive.ahead(name for mine in shares for name in mine):
+        for i, mine in enumerate(shares):
+            if mine:
+                blocks[i] = prepare_block(i, waiting, archive, mine, peaks, settings, optimizer_device, num_trained)
+            tick(1)
     check_all_held(archive, held_by)
     return PreparedBlocks(
         blocks,

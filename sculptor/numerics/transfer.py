@@ -1,0 +1,14 @@
+"""Tensors on their way between host and device."""
+
+import torch
+from torch import Tensor
+
+
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(device, dtype)`, bit for bit, the narrower of both dtypes on the way.
+
+    Where both change, torch converts on the host: what a GPU needs in float64 would go there as such, in twice the bytes.
+    """
+    if dtype.itemsize < tensor.dtype.itemsize:
+        return tensor.to(dtype).to(device)
+    return tensor.to(device).to(dtype)
