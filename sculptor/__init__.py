@@ -40,7 +40,7 @@ _HOMES = {
     "harm": "sculptor.jobs.harm",
     "inspect": "sculptor.tasks.inspect_archive",
     "convert": "sculptor.tasks.convert",
-    "merge": "sculptor.training.protect",
+    "merge": "sculptor.training.merging",
     "merge_adapter": "sculptor.tasks.adapter",
     "parameter_groups": "sculptor.training.rates",
     "protect": "sculptor.training.protect",
@@ -121,7 +121,8 @@ if TYPE_CHECKING:
     from sculptor.tasks.stream import stream
     from sculptor.tasks.train import train
     from sculptor.tasks.verify import verify
-    from sculptor.training.protect import merge, protect
+    from sculptor.training.merging import merge
+    from sculptor.training.protect import protect
     from sculptor.training.rates import parameter_groups
     from sculptor.training.settings import TrainSettings
 

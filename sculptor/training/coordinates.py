@@ -38,6 +38,9 @@ class WeightSource(Protocol):
     def expire(self, moved: bool = False) -> None:
         """It is folded again when it is next asked for; `moved` says that tensors are elsewhere now."""
 
+    def check_untouched(self) -> None:
+        """Refuses to merge where somebody has written into what was handed out."""
+
 
 class _Values(nn.ParameterList):
     """Coordinates: float32, whatever the model is cast to, and whole."""

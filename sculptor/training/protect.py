@@ -1,4 +1,4 @@
-"""`protect` and `merge`: coordinates put into a loaded model, and folded back into plain weights."""
+"""`protect`: coordinates put into a loaded model."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,10 +15,8 @@ from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import find_blocks
 from sculptor.checkpoint.names import match_names
 from sculptor.checkpoint.tensors import digest
-from sculptor.checkpoint.windows import Window
 from sculptor.errors import ArchiveError
 from sculptor.methods.kinds import Kinds
-from sculptor.model.experts import TakenOver
 from sculptor.training.coordinates import Coordinates
 from sculptor.training.experts import leaf_of, run_in_pieces
 from sculptor.training.parallelism import (
@@ -27,15 +25,14 @@ from sculptor.training.parallelism import (
     check_device,
     check_held,
     check_unwrapped,
-    heed_in_broadcasts,
     ignore_in_broadcasts,
 )
 from sculptor.training.rates import default_relative_rate, matrix_scales
-from sculptor.training.saved import save_as_before, save_plain
+from sculptor.training.saved import save_plain
 from sculptor.training.stack import FoldMode, Member, Stack, make_stacks
 
 # Where a module that holds stacked matrices has their coordinates.
-_EXPERTS = "expert_coordinates"
+EXPERTS = "expert_coordinates"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -122,14 +119,14 @@ def protect(
     gentle = (archive.method.defaults.soften or 0.0) if soften is None else soften
     attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=gentle)
     matrices = protected_matrices(model)
-    model.register_forward_pre_hook(functools.partial(_look, matrices))
-    ignore_in_broadcasts(model, _buffers(matrices))
+    model.register_forward_pre_hook(functools.partial(look_at_it, matrices))
+    ignore_in_broadcasts(model, buffers_of(matrices))
     save_plain(model, protected_matrices)
     return model
 
 
 @_disable_dynamo
-def _look(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) -> None:
+def look_at_it(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) -> None:
     """A forward pass of the model begins: other programs may have done something to it since."""
     check_copied(model)
     check_device(matrices[0].coordinates.values[0].device)
@@ -138,7 +135,8 @@ def _look(matrices: Sequence[ProtectedMatrix], model: nn.Module, inputs: Any) ->
     check_added_up(model, matrices[0].coordinates.values[0])
 
 
-def _buffers(matrices: Sequence[ProtectedMatrix]) -> list[str]:
+def buffers_of(matrices: Sequence[ProtectedMatrix]) -> list[str]:
+    """Names of what `protect` adds to a model and never saves."""
     return [f"{matrix.place}.{name}" for matrix in matrices for name in matrix.coordinates.tensors]
 
 
@@ -155,16 +153,17 @@ def attach_coordinates(
     parameters = find_parameters(model, archive)
     check_softening(archive, soften)
     archive.check_capacity()
-    rate, scales = default_relative_rate(archive), matrix_scales(archive)
+    rate, scales, identity = default_relative_rate(archive), matrix_scales(archive), archive.identity
     known: dict[Any, Any] = {}  # matrices that read the same input share its basis
     prepared = []  # all of them before the model is touched: an error leaves it as it was
-    for name in archive.open_names:
-        module = model.get_submodule(parameters[name].rpartition(".")[0])
-        weight = archive[name].window.of(model.get_parameter(parameters[name]))
-        coordinates = Coordinates(functools.partial(archive.read, name), weight, compute_dtype, known, soften)
-        coordinates.relative_rate, coordinates.scale, coordinates.archive = rate, scales[name], archive.identity
-        prepared.append((module, coordinates))
-        done()
+    with archive.ahead(archive.open_names):
+        for name in archive.open_names:
+            module = model.get_submodule(parameters[name].rpartition(".")[0])
+            weight = archive[name].window.of(model.get_parameter(parameters[name]))
+            coordinates = Coordinates(functools.partial(archive.read, name), weight, compute_dtype, known, soften)
+            coordinates.relative_rate, coordinates.scale, coordinates.archive = rate, scales[name], identity
+            prepared.append((module, coordinates))
+            done()
     model.requires_grad_(False)
     for module, coordinates in prepared:
         if coordinates.record.window.is_whole:
@@ -176,12 +175,12 @@ def attach_coordinates(
         run_in_pieces(module, [(leaf_of(own.record), own.record.window, own) for own in _experts_in(module)])
     stacks = make_stacks((Member(module, coordinates) for module, coordinates in prepared), fold)
     if fold == "automatic":
-        model.register_forward_pre_hook(functools.partial(_begin_pass, stacks))
+        model.register_forward_pre_hook(functools.partial(begin_pass, stacks))
     return model
 
 
 @_disable_dynamo
-def _begin_pass(stacks: Sequence[Stack], model: nn.Module, inputs: Any) -> None:
+def begin_pass(stacks: Sequence[Stack], model: nn.Module, inputs: Any) -> None:
     """A forward pass of the model begins: an optimizer may have stepped."""
     for stack in stacks:
         stack.doubt()
@@ -193,9 +192,9 @@ class ExpertCoordinates(nn.ModuleList):
 
 def _experts_in(module: nn.Module) -> Any:
     """The coordinates of a module's experts, which are made room for."""
-    if _EXPERTS not in module._modules:
-        module.add_module(_EXPERTS, ExpertCoordinates())
-    return module._modules[_EXPERTS]
+    if EXPERTS not in module._modules:
+        module.add_module(EXPERTS, ExpertCoordinates())
+    return module._modules[EXPERTS]
 
 
 def check_softening(archive: Archive, soften: float) -> None:
@@ -256,9 +255,9 @@ def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:
             coordinates = module.parametrizations.weight[0]
             if isinstance(coordinates, Coordinates):
                 found.append(ProtectedMatrix(path, module, coordinates, f"{path}.parametrizations.weight.0"))
-        experts = module._modules.get(_EXPERTS)
+        experts = module._modules.get(EXPERTS)
         if isinstance(experts, ExpertCoordinates):
-            places = [f"{path}.{_EXPERTS}.{i}" for i in range(len(experts))]
+            places = [f"{path}.{EXPERTS}.{i}" for i in range(len(experts))]
             found += [ProtectedMatrix(path, module, own, at) for own, at in zip(experts, places, strict=True)]  # type: ignore[arg-type]
     return found
 
@@ -272,79 +271,3 @@ def protected_blocks(model: nn.Module) -> list[ProtectedBlock]:
         if inside:
             blocks.append(ProtectedBlock(path, module, inside))
     return blocks
-
-
-def _restore(module: nn.Module, matrices: Sequence[ProtectedMatrix]) -> None:
-    """Gives a module its plain weight back; torch's own way takes the weight from copies of the module too."""
-    if not matrices[0].coordinates.record.window.is_whole:
-        TakenOver(module).remove()
-        del module._modules[_EXPERTS]
-        return
-    parametrizations = module.parametrizations
-    assert isinstance(parametrizations, nn.ModuleDict)
-    if len(parametrizations) > 1:  # somebody else's beside ours
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        return
-    original: nn.Parameter = parametrizations["weight"].original  # type: ignore[assignment]
-    del module.parametrizations
-    module.__class__ = type(module).__bases__[0]
-    module.register_parameter("weight", original)
-
-
-@torch.no_grad()
-def merge(model: Any) -> Any:
-    """Folds the coordinates of a protected model into its weights and removes them, in place.
-
-    Args:
-        model: that `protect` was called on.
-
-    Returns:
-        `model`, with its modules as they were before `protect`, and no trainable parameters.
-
-    Raises:
-        ArchiveError: if the model is not protected.
-    """
-    if not (matrices := protected_matrices(model)):
-        raise ArchiveError("the model is not protected; call sculptor.protect(model, archive) first")
-    for matrix in matrices:
-        matrix.coordinates.check(matrix.pristine)
-    for module in model.modules():  # it may be wrapped
-        _unhook(module)
-    for module, own in _by_module(matrices).items():
-        merged: dict[nn.Parameter, list[tuple[Window, Tensor]]] = {}
-        for matrix in own:
-            found = matrix.coordinates
-            part = (found.record.window, found.merged(matrix.pristine).tensor)
-            merged.setdefault(found.original(module), []).append(part)
-        _restore(module, own)
-        for original, parts in merged.items():
-            original.data = _assembled(original.data, parts)
-            original.requires_grad_(False)
-    return model
-
-
-def _assembled(original: Tensor, parts: Sequence[tuple[Window, Tensor]]) -> Tensor:
-    """A parameter with merged matrices in it; its own memory may be somebody else's, too."""
-    if len(parts) == 1 and parts[0][0].is_whole:
-        return parts[0][1]
-    value = original.clone()
-    for window, tensor in parts:
-        window.of(value).copy_(tensor)
-    return value
-
-
-def _by_module(matrices: Sequence[ProtectedMatrix]) -> dict[nn.Module, list[ProtectedMatrix]]:
-    found: dict[nn.Module, list[ProtectedMatrix]] = {}
-    for matrix in matrices:
-        found.setdefault(matrix.module, []).append(matrix)
-    return found
-
-
-def _unhook(module: nn.Module) -> None:
-    """Undoes what `protect` leaves beside the coordinates."""
-    save_as_before(module)
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, functools.partial) and hook.func in (_begin_pass, _look):
-            del module._forward_pre_hooks[key]
-            if hook.func is _look:
-                heed_in_broadcasts(module, _buffers(hook.args[0]))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.checkpoint.orientation import as_out_in
+from sculptor.errors import TrainingError
 from sculptor.methods.rule import RuleStack, Stackable, Tensors
 from sculptor.numerics.precision import float32_products
 from sculptor.training.coordinates import Coordinates, folded_weight
@@ -101,6 +102,23 @@ class Stack:
         self._folded, self._given, self._mark = None, (), None
         if moved:
             self._tensors = None
+
+    def check_untouched(self) -> None:
+        """Refuses to merge what was written into what `weight` handed out: merging begins at W0, and would lose it.
+
+        Raises:
+            TrainingError: naming the first matrix.
+        """
+        if self._folded is None or self._mark is None or not torch.equal(_mark(self._values()), self._mark):
+            return  # what is handed out next is folded anew
+        with torch.no_grad(), float32_products(self.members[0].pristine.device, tf32=True):
+            made = self._weights()
+        for member, now, then in zip(self.members, self._folded, made, strict=True):
+            if not _is_same(now, then):
+                raise TrainingError(
+                    f"{member.coordinates.name}: something beside its coordinates was written into the folded weight (an "
+                    "adapter merged into it, an edit in place), which merging would lose; call sculptor.merge(model) first"
+                )
 
     def doubt(self) -> None:
         """Coordinates may have been changed."""
@@ -225,6 +243,15 @@ def _stack_of(members: Sequence[Member]) -> RuleStack:
 
 def _coordinates(members: Sequence[Member]) -> list[list[Tensor]]:
     return [member.coordinates.trained for member in members]
+
+
+def _is_same(now: Tensor, then: Tensor) -> bool:
+    """Whether two folds differ by rounding alone, which turns a last bit in few places."""
+    if now.shape != then.shape:
+        return False
+    apart, noise = (now - then).abs(), 2.0**-22 * then.abs().max()
+    turned = torch.finfo(then.dtype).eps * then.abs() + noise
+    return bool((apart <= turned).all() and (apart > noise).double().mean() <= 0.01)
 
 
 def _mark(values: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from sculptor.training.protect import protected_blocks, protected_matrices
 from sculptor.training.stack import STACKED
 from sculptor.validation import sign
 
-COVERS = ["sculptor.training.coordinates"]
+COVERS = ["sculptor.training.coordinates", "sculptor.training.merging"]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "plain": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False),
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
@@ -458,3 +458,27 @@ def test_layerdrop_trains_what_is_left(tmp_path: Path) -> None:
         settings = TrainSettings(max_steps=4, batch_size=8, micro_batch_size=2, offload=offload, device="cpu")
         train(tmp_path / "model", tmp_path / "archive", [rows], tmp_path / offload, settings)
         assert verify(tmp_path / "model", tmp_path / offload, tmp_path / "archive", device="cpu").passed
+
+
+@pytest.mark.parametrize("how", ["in place", "behind autograd"])
+def test_what_others_write_into_a_folded_weight_is_not_lost_in_silence(
+    made: dict[str, tuple[Path, Path]], how: str
+) -> None:
+    model, archive = load(made)
+    protect(model, archive)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    model(**batch(0)).loss.backward()
+    optimizer.step()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    delta = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    if how == "in place":
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.add_(delta)
+    else:  # as PEFT merges
+        weight.data += delta
+    with pytest.raises(TrainingError, match=r"up_proj.weight: something .* was written into .* call sculptor.merge"):
+        merge(model)
+    model.model.layers[0].mlp.up_proj.parametrizations.weight[0].source.expire()
+    merge(model)
+    assert not protected_matrices(model)
