@@ -11,10 +11,15 @@ from sculptor.checkpoint.tensors import dtype_name
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
+def is_inner(key: str, value: Any) -> bool:
+    """Whether what a configuration has under a key is a configuration: `text_config`, the `encoder` of some pairs."""
+    return isinstance(value, dict) and (key.endswith("config") or "model_type" in value)
+
+
 def inner_dtypes(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str | None]]:
     """Of configurations in a configuration, which some classes load by: where, and the dtype, under the old name or the new."""
     for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("config"):
+        if is_inner(key, value):
             for name in DTYPE_KEYS:
                 if value.get(name) is not None:
                     yield f"{place}{key}", named_dtype(value, (name,))

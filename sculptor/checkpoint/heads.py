@@ -7,7 +7,7 @@ gives it.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sculptor.checkpoint.names import find_converted, match_names
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import RECORD_NAME
 from sculptor.checkpoint.staging import write_json, writing
+from sculptor.checkpoint.tokenizers import load_plainly
 from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.errors import SculptorError, SettingsError
 from sculptor.numerics.finite import is_finite
@@ -40,6 +41,7 @@ class NewHead:
         pad_id: what sequences are padded with.
         fresh: parameters that the files have not; they stand in the new files under these names.
         dropped: tensors of the files that the classifier has no use for.
+        problem: what it solves; None if a loop of one's own has left that unsaid.
     """
 
     model_class: str
@@ -47,6 +49,7 @@ class NewHead:
     pad_id: int | None
     fresh: tuple[str, ...]
     dropped: frozenset[str]
+    problem: str | None = PROBLEM
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A configuration with the new head."""
@@ -54,7 +57,8 @@ class NewHead:
         changed["architectures"] = [self.model_class]
         changed["id2label"] = {str(i): name for i, name in enumerate(self.classes)}
         changed["label2id"] = {name: i for i, name in enumerate(self.classes)}
-        changed["problem_type"] = PROBLEM
+        if self.problem is not None or "problem_type" in changed:
+            changed["problem_type"] = self.problem
         if self.pad_id is not None:
             changed["pad_token_id"] = self.pad_id
         return changed
@@ -194,6 +198,8 @@ def find_new_head(base: Checkpoint, tuned: Checkpoint) -> NewHead | None:
         if pad_id not in _paddings(base):  # where a sequence ends decides what is read of it
             return None
         head = plan_head(base, found.classes, pad_id if isinstance(pad_id, int) else None)
+        if tuned.config.get("problem_type") is None:
+            head = replace(head, problem=None)
     except SculptorError:  # no such head could have been made
         return None
     same = head.model_class == found.model_class and set(tuned) == (set(base) - head.dropped) | set(head.fresh)
@@ -209,11 +215,14 @@ def _is_usable(base: Checkpoint, tuned: Checkpoint, head: NewHead) -> bool:
 
 def _paddings(checkpoint: Checkpoint) -> tuple[Any, ...]:
     """What a classifier of a checkpoint may be said to be padded with."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_plainly(checkpoint.path)
     except Exception:  # damaged files break its parts in any way they like
         tokenizer = None
-    own = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
-    return None, checkpoint.config.get("pad_token_id"), *own
+    own = getattr(tokenizer, "pad_token_id", None)
+    return (
+        None,
+        checkpoint.config.get("pad_token_id"),
+        own,
+        getattr(tokenizer, "eos_token_id", None) if own is None else own,
+    )

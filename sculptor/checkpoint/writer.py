@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sculptor.checkpoint.declared_dtypes import is_inner
 from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, companions
 from sculptor.checkpoint.reader import Checkpoint, Slice, Sliced
 from sculptor.checkpoint.records import RECORD_NAME
@@ -170,7 +171,7 @@ def _inner_cast(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """With every dtype of configurations in a configuration another: some classes load by those."""
     changed = dict(config)
     for key, value in config.items():
-        if isinstance(value, dict) and key.endswith("config"):
+        if is_inner(key, value):
             named = dict.fromkeys((name for name in ("dtype", "torch_dtype") if value.get(name) is not None), dtype)
             changed[key] = {**_inner_cast(value, dtype), **named}
     return changed

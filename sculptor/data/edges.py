@@ -8,6 +8,9 @@ from typing import Any
 from sculptor.data.row_types import CompletionRow, Row
 
 
+NO_TOKEN = -1  # no token's id
+
+
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A prompt's ids with the tokenizer's own leading special tokens, once each, and no end of sequence."""
     prefix, bare, _ = sequence_frame(tokenizer, prompt)
@@ -57,13 +60,16 @@ def end_answers_at(tokenizer: Any, stops: Collection[int]) -> None:
 
 
 def answer_end(tokenizer: Any) -> int:
-    """The token that ends an answer."""
-    return int(getattr(tokenizer, "answer_end_id", tokenizer.eos_token_id))
+    """The token that ends an answer; `NO_TOKEN` where nothing is generated, and the tokenizer has none, as BERT's."""
+    found = getattr(tokenizer, "answer_end_id", tokenizer.eos_token_id)
+    return NO_TOKEN if found is None else int(found)
 
 
 def tell_other_end(rows: Iterable[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:
     """Tells, in one line, of a tokenizer whose end of sequence does not end answers, if there are any."""
-    if answer_end(tokenizer) != tokenizer.eos_token_id and any(isinstance(row, CompletionRow) for row in rows):
+    if answer_end(tokenizer) not in (tokenizer.eos_token_id, NO_TOKEN) and any(
+        isinstance(row, CompletionRow) for row in rows
+    ):
         written = tokenizer.convert_ids_to_tokens(answer_end(tokenizer))
         notice(
             f"answers end with {written}, where generation stops, and not with the tokenizer's own end of sequence, "

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.config_differences import setting_differences
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.sameness import setting_differences
 from sculptor.data.batches import Batch
 from sculptor.errors import SettingsError, TrainingError
 from sculptor.model.load import LoadedModel

@@ -20,7 +20,7 @@ from sculptor.checkpoint.writer import write_checkpoint
 from sculptor.edits.settings import Interpolate
 from sculptor.errors import CheckpointError, SculptorError
 
-COVERS = ["sculptor.checkpoint.configuration", "sculptor.checkpoint.sameness"]
+COVERS = ["sculptor.checkpoint.configuration"]
 ROWS = task_rows(count=6)
 
 
