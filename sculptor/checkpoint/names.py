@@ -38,6 +38,8 @@ class Conversion:
         Args:
             shapes: of the tensors.
         """
+        if any(len(shapes[name]) != 2 for name, _ in self.sources):  # stacked already, and turned
+            return None
         number = {name: i for i, (name, _) in enumerate(self.sources)}
         made = self.make(lambda name: torch.arange(6).view(2, 3) + 6 * number[name]).get(self.parameter)
         if made is None or made.ndim != 3 or made.numel() != 6 * len(number):

@@ -1,5 +1,6 @@
 """What text reaches of a model, and which linear maps read the same input, seen in one pass without data."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -50,12 +51,17 @@ def reached_parameters(skeleton: Any) -> frozenset[str] | None:
 
     None where a model cannot run there to its end: then nothing is known.
     """
+    return _reached(skeleton) or _reached(copy.deepcopy(skeleton).to(torch.bfloat16))  # products of experts want that
+
+
+def _reached(skeleton: Any) -> frozenset[str] | None:
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if skeleton.config.is_encoder_decoder else {})
-    for mask in ({"attention_mask": torch.ones_like(ids)}, {}):
+    # Where images may stand between words, positions have three coordinates, and are looked for by value if not given.
+    for more in ({"attention_mask": torch.ones_like(ids)}, {}, {"position_ids": ids.expand(3, 1, 4)}):
         try:
             with torch.enable_grad():
-                output = skeleton(**inputs, **mask)
+                output = skeleton(**inputs, **more)
                 output.logits.float().sum().backward()
         except Exception:  # models do what they like on a device without data
             skeleton.zero_grad()

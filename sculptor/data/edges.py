@@ -7,7 +7,6 @@ from typing import Any
 
 from sculptor.data.row_types import CompletionRow, Row
 
-
 NO_TOKEN = -1  # no token's id
 
 

@@ -28,6 +28,9 @@ AsBase = Callable[[], AbstractContextManager[object]]
 # Logits that exist at a time, in elements.
 SLICE = {"cuda": 2**25, "cpu": 2**23}
 
+# What weighs the loss of a router.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
 
 class BatchLoss(NamedTuple):
     """Sums over a batch.
@@ -73,7 +76,7 @@ def batch_loss(
         if head is None:
             return _predict(model, batch, kind)[:2]
         with head.kept_out() as kept:
-            outputs = model(**_inputs(model, batch, kind))
+            outputs = model(**inputs_of(model, batch, kind))
         return outputs, kept[0][:, : wanted.shape[1]][wanted]
 
     known = None
@@ -153,7 +156,7 @@ def _read_labels(batch: Batch, kind: ModelKind) -> Tensor:
 
 def _predict(model: Any, batch: Batch, kind: ModelKind) -> tuple[Any, Tensor, Tensor]:
     """The model's outputs, its logits (tokens with loss, vocabulary), and the mask (B, L) of these tokens."""
-    inputs = _inputs(model, batch, kind)
+    inputs = inputs_of(model, batch, kind)
     labels = _read_labels(batch, kind)
     wanted = labels != IGNORED
     if kind == "causal" and "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -169,10 +172,11 @@ def _predict(model: Any, batch: Batch, kind: ModelKind) -> tuple[Any, Tensor, Te
 
 def logits_of(model: Any, batch: Batch, kind: ModelKind) -> Tensor:
     """All logits (B, L, vocabulary), or (B, classes), of a batch that is on the model's device."""
-    return torch.as_tensor(model(**_inputs(model, batch, kind)).logits)
+    return torch.as_tensor(model(**inputs_of(model, batch, kind)).logits)
 
 
-def _inputs(model: Any, batch: Batch, kind: ModelKind) -> dict[str, Any]:
+def inputs_of(model: Any, batch: Batch, kind: ModelKind) -> dict[str, Any]:
+    """What a model reads of a batch, by the names of its arguments."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:  # a cache would be met again when blocks are recomputed
@@ -206,7 +210,9 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
 
 def _auxiliary(model: Any, outputs: Any) -> Tensor | None:
     auxiliary = getattr(outputs, "aux_loss", None)
-    weight = getattr(model, "router_aux_loss_coef", None)
-    if weight is None:
-        weight = getattr(model.config, "router_aux_loss_coef", 0.0)
-    return auxiliary * weight if isinstance(auxiliary, torch.Tensor) and weight else None
+    if not isinstance(auxiliary, torch.Tensor):
+        return None
+    places = (model, model.config, model.config.get_text_config())
+    known = (getattr(place, name, None) for place in places for name in _COEFFICIENTS)
+    weight = next((found for found in known if found is not None), 0.0)
+    return auxiliary * weight if weight else None

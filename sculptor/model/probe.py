@@ -1,5 +1,7 @@
 """A model tried out once, before anything is believed of its loss."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
 from sculptor.errors import CheckpointError, SculptorError
-from sculptor.model.loss import logits_of
+from sculptor.model.loss import batch_loss, inputs_of, logits_of
 
 _LENGTH, _CHANGED = 8, 3
 # Of the change at the changed tokens themselves, what rounding may make of earlier ones.
@@ -103,6 +105,40 @@ def _check_classifier(checkpoint: Checkpoint, name: str, model: Any, ids: Tensor
     if moved > _NOISE.get(dtype, _NOISE_OTHERS) * max(float(alone.abs().max()), 1e-3):
         raise CheckpointError(
             f"{checkpoint.path}: padding moves what {name} predicts, by {moved:.0e}; its loss would depend on the batch"
+        )
+
+
+@torch.no_grad()
+def tell_own_terms(
+    architecture: Architecture, model: Any, device: torch.device, notice: Callable[[str], object] = lambda _: None
+) -> None:
+    """Tells, in one line, of a model whose own loss has terms that training leaves out, on a few tokens.
+
+    Args:
+        architecture: of its checkpoint.
+        model: loaded.
+        device: where it computes.
+        notice: told.
+    """
+    if architecture.kind == "classifier" or "labels" not in inspect.signature(model.forward).parameters:
+        return
+    size = max(2, min(97, architecture.vocab_size - 1))
+    ids = torch.tensor([[1 + (7 * i) % size for i in range(_LENGTH)]] * 2, device=device)
+    batch = Batch(ids, torch.ones_like(ids), ids)
+    inputs = inputs_of(model, batch, architecture.kind)
+    inputs.pop("decoder_input_ids", None)  # which it makes of the labels
+    try:
+        own = float(model(**inputs, labels=ids).loss)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # it wants more to know its loss: there is nothing to compare with
+        return
+    found = batch_loss(model, batch, architecture.kind)
+    ours = float(found.total) / found.num_tokens + float(found.auxiliary if found.auxiliary is not None else 0.0)
+    if abs(own - ours) > 0.02 * max(1.0, abs(ours)):
+        notice(
+            f"{architecture.model_class}'s own loss is {own:.3f} on a few tokens where cross-entropy"
+            f"{' and its routers' if found.auxiliary is not None else ''} come to {ours:.3f}: its other terms are not trained"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sculptor.checkpoint.architecture import Architecture, find_blocks
+from sculptor.checkpoint.architecture import Architecture, build_skeleton, find_blocks
 from sculptor.checkpoint.configuration import load_config, model_class
 from sculptor.checkpoint.names import Conversion, find_converted
 from sculptor.checkpoint.reader import Checkpoint
@@ -69,7 +69,9 @@ def stream_model(
     if device.type == "cpu":
         return_freed_memory()
     model, dtype = _empty_model(checkpoint, device)
-    sources: dict[str, str | Conversion] = dict(find_converted(model, checkpoint)) | dict(architecture.tensors)
+    # Rules look at shapes, which the model's own parameters will have lost when they are used.
+    converted = find_converted(build_skeleton(checkpoint), checkpoint)
+    sources: dict[str, str | Conversion] = {**converted, **architecture.tensors}
     _tie(model, checkpoint, architecture, dtype)
     home = Scratch(tier, scratch, device)
     files = TensorFiles(checkpoint, sources, home.reading)

@@ -34,9 +34,11 @@ from sculptor.jobs.train_report import TrainReport
 from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.kinds import Kinds
 from sculptor.model.load import resolve_device
+from sculptor.model.probe import tell_own_terms
 from sculptor.progress import Progress, silent
 from sculptor.tasks.first_archive import analyze_first, check_samples
 from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
+from sculptor.training.loop import make_accelerator
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import prepare_model
 from sculptor.training.steps import Steps
@@ -177,6 +179,8 @@ def _run(request: TrainRequest, job: TrainJob, device: torch.device, partial: Pa
     )  # fmt: skip
     trackers = None
     try:
+        with make_accelerator(loaded.device).autocast():
+            tell_own_terms(job.architecture, loaded.model, loaded.device, request.notice)
         if job.settings.select_rows is not None:
             job = select_rows(job, loaded, progress, request.notice, world)
         if job.settings.optimizer == "bayes-adam":

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import Result, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train
+from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.planning import placement
 from sculptor.report.text import train_text
@@ -281,3 +282,23 @@ def test_openly_trained_tensors_are_declared_over_generations(made: Path, tmp_pa
     assert found["also_trained"] == ["lm_head.weight", "model.norm.weight"]
     assert len(found["lineage"]) == 2
     assert "Trained without protection: lm_head.weight, model.norm.weight." in train_text(report)
+
+
+@pytest.mark.parametrize("task", ["masked", "classes"])
+def test_a_tokenizer_without_an_end_of_sequence_suits_encoders(tmp_path: Path, task: str) -> None:
+    """BERT's own has none."""
+    base = save_checkpoint(tmp_path / "base", "bert")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("eos_token")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert AutoTokenizer.from_pretrained(base).eos_token_id is None
+    rows = [
+        {"text": f"w{i} w{i + 1} w{i + 2}", **({"label": "ab"[i % 2]} if task == "classes" else {})} for i in range(9)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    kind = {"task": "sequence-classification"} if task == "classes" else {}
+    settings = TrainSettings(max_steps=2, batch_size=4, device="cpu", **kind)
+    train(base, tmp_path / "archive", [data], tmp_path / "out", settings)
+    assert verify(base, tmp_path / "out", tmp_path / "archive", device="cpu").passed
+    assert evaluate(tmp_path / "out", str(data), device="cpu").loss > 0

@@ -103,7 +103,10 @@ class StreamedUpdates(Updates):
 
     def _hooks(self, model: Any) -> Hooks:
         """What the passes of the model do beside running blocks."""
-        routed = getattr(model.config, "output_router_logits", False)  # a router's loss is over the whole batch
+        asked = (
+            getattr(each, "output_router_logits", False) for each in (model.config, model.config.get_text_config())
+        )
+        routed = any(asked)  # a router's loss is over the whole batch
         return Hooks(
             refill=self._updater.refill,
             block_begun=self._gradients.block_begun,
