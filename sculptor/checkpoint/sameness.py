@@ -79,7 +79,8 @@ def differences(
                 found.append(f"{name} was added")
         elif not (growth and name == TOKENIZER_NAME) and not _same_content(one, other):
             found.append(f"{name} differs")
-    if loaded is not None and not any(map(_TOKENIZER.match, found[others:])) and (loaded.settings or not found):
+    told = any(map(_TOKENIZER.match, found[others:])) or not other_tokenizer
+    if loaded is not None and not told and (loaded.settings or not found):
         found += loaded.differences  # which nothing else explains
     extra = second_weights(tuned.path, tuned.files, every)
     if extra is not None:

@@ -181,9 +181,8 @@ class _Sizes:
         self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro
         self.inside += (_SCORE + (self.size if self.size < _SCORE else 0)) * scores
         # A router's loss is over the whole batch, which is not split then.
-        configs = (checkpoint.config, checkpoint.config.get("text_config"))
-        routed = any(isinstance(each, dict) and each.get("output_router_logits") for each in configs)
-        whole = routed or self.kind not in PART_TOKENS
+        configs = (checkpoint.config, checkpoint.config.get("text_config") or {})
+        whole = any(each.get("output_router_logits") for each in configs) or self.kind not in PART_TOKENS
         part = micro if whole else max(PART_TOKENS[self.kind], work.row)
         self.inside_part = self.inside * min(1.0, part / micro)
         per_token = self.size * hidden * self.num_blocks
