@@ -26,6 +26,7 @@ from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.heads import NewHead, find_new_head
 from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.renamed import in_common_names
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.vocabulary import Growth, find_growth
@@ -144,7 +145,10 @@ def verify_checkpoints(
         archive.check_base(base, progress)
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
-    growth, head = find_growth(base, tuned), find_new_head(base, tuned)
+    head = find_new_head(base, tuned)
+    if head is None:
+        base, tuned = in_common_names(base, tuned)
+    growth = find_growth(base, tuned)
     _check_same_tensors(base, tuned, archive, growth, head)
     measuring = _Measuring(base, tuned, archive, device or torch.device("cpu"), strict, progress, world)
     supposed = trace_lineage(tuned, archive)

@@ -101,7 +101,8 @@ def test_a_models_own_terms_are_trained_or_told(tmp_path: Path, case: str) -> No
     report = train(base, tmp_path / "archive", [rows], tmp_path / "out", settings, notice=told.append)
     ids = torch.tensor([make_tokenizer()("w1 w2 w3 w4 w5 w6").input_ids] * 4)
     own = getattr(transformers, open_checkpoint(base).config["architectures"][0]).from_pretrained(base).eval()
-    expected = float(own(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss)
+    with torch.no_grad():
+        expected = float(own(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss)
     line = next((line for line in told if "own loss" in line), None)
     if known:
         assert report.loop.first_loss == pytest.approx(expected, rel=1e-4)
