@@ -1,6 +1,8 @@
 """Text that a model says by itself: calibration for users who have a checkpoint and nothing else."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ _MAX_USER_TOKENS = 96
 _MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
+_MORE = 1.15  # conversations than are likely to be needed
+_STRETCH = {
+    "cpu": 24
+}  # tokens after which rows that have ended are left out; all of them on a GPU, where launches cost
 
 
 @torch.no_grad()
@@ -54,9 +60,10 @@ def sample_examples(
         for _ in range(_MAX_ROUNDS):
             if total >= num_tokens - 1:  # one token is no sequence
                 break
-            # Conversations end long before the longest: as many as the mean of those so far asks for.
+            # Conversations end before the longest: as many as the mean of those so far asks for, and some more, since another
+            # round for what is still lacking takes nearly as long as one of many rows.
             likely = max(2, total // len(found)) if chat and found else max_length
-            rows = max(1, min(most, -(-(num_tokens - total) // likely)))
+            rows = max(1, min(most, math.ceil((_MORE if chat else 1.0) * (num_tokens - total) / likely)))
             sampled = (
                 _converse(loaded, rows, max_length, heard) if chat else _speak(loaded, rows, start, max_length, heard)
             )
@@ -177,29 +184,50 @@ def continue_prompts(
     """Continuations up to the first of `ends`, which is part of them; at temperature 0 the most likely ones."""
     from transformers import GenerationConfig
 
-    width = max(map(len, prompts))
-    ids = [[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    own = loaded.model.generation_config
+    own, model = loaded.model.generation_config, loaded.model
     # Not the checkpoint's: a repetition penalty or beams would not be what the model says at temperature 1.
-    loaded.model.generation_config = GenerationConfig(
+    settings = GenerationConfig(
         do_sample=temperature > 0,
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
         use_cache=True,
-        max_new_tokens=num_new,
         eos_token_id=list(ends),
         pad_token_id=loaded.pad_id,
+        return_dict_in_generate=True,
     )
+    width = max(map(len, prompts))
+    ids = torch.tensor([[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids, mask = ids.to(loaded.device), mask.to(loaded.device)
+    found: list[list[int]] = [[] for _ in prompts]
+    rows, cache, left = list(range(len(prompts))), None, num_new
     try:
-        output = loaded.model.generate(
-            input_ids=torch.tensor(ids, device=loaded.device),
-            attention_mask=torch.tensor(mask, device=loaded.device),
-            streamer=heard,
-        )
+        model.generation_config = settings
+        while rows and left:
+            # Rows that have ended would be carried on to the end of the longest, which on a CPU takes its time.
+            settings.max_new_tokens = min(left, _STRETCH.get(loaded.device.type, left))
+            more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            made = model.generate(input_ids=ids, attention_mask=mask, streamer=heard, **more)
+            new = made.sequences[:, ids.shape[1] :]
+            left -= settings.max_new_tokens
+            going = []
+            for i, (row, tokens) in enumerate(zip(rows, new.tolist(), strict=True)):
+                stop = next((at + 1 for at, token in enumerate(tokens) if token in ends), None)
+                found[row] += tokens[:stop]
+                going += [i] if stop is None else []
+            cache = getattr(made, "past_key_values", None)
+            rows, ids = [rows[i] for i in going], made.sequences[going]
+            mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[going]
+            if rows and not _leave(cache, torch.tensor(going, device=loaded.device)):
+                cache = None  # of another kind: what was read is read again
     finally:
-        loaded.model.generation_config = own
-    found = []
-    for row in output[:, width:].tolist():
-        stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        found.append(row[:stop])
+        model.generation_config = own
     return found
+
+
+def _leave(cache: Any, rows: Tensor) -> bool:
+    """Leaves some rows in a cache of keys and values; whether it is one of which that can be done."""
+    parts = [cache, *getattr(cache, "layers", ())]
+    if not all(hasattr(part, "batch_select_indices") for part in parts):
+        return False
+    cache.batch_select_indices(rows)
+    return True

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_checkpoint
+import transformers
+from conftest import FAMILIES, save_checkpoint
 
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
+from sculptor.model import sampling
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.samples import draw_samples, num_predicted, tokens_to_draw
-from sculptor.model.sampling import sample_examples, template_tokens
+from sculptor.model.sampling import continue_prompts, sample_examples, template_tokens
 from sculptor.progress import silent
 
 END = 0
@@ -236,3 +238,39 @@ def test_the_bar_moves_while_the_model_speaks(loaded: LoadedModel, chat: bool) -
     assert min(moved[:-1]) > 0
     assert moved[-1] == 0
     assert num_tokens(found) <= sum(moved) <= 300
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3", "bamba"])
+def test_rows_that_ended_are_left_out_without_a_trace(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most likely continuations are those of one call, however often rows are left out; caches of every kind."""
+    makers = {
+        "gemma3": lambda: transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+                eos_token_id=0, pad_token_id=1, bos_token_id=0,
+            )
+        ),
+        "bamba": lambda: transformers.BambaForCausalLM(
+            transformers.BambaConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1,
+                mamba_d_state=8, mamba_expand=2, mamba_chunk_size=8, eos_token_id=0, pad_token_id=1, bos_token_id=0,
+            )
+        ),
+    }  # fmt: skip
+    if family in makers:
+        monkeypatch.setitem(FAMILIES, family, makers[family])
+    loaded = load(tmp_path, family)
+    prompts = [[5 + i, *range(7, 7 + i % 4)] for i in range(9)]
+    ends = list(range(8, 20))
+    found = []
+    for stretch in (100, 3, 1):
+        monkeypatch.setitem(sampling._STRETCH, "cpu", stretch)
+        found.append(continue_prompts(loaded, prompts, 14, ends, temperature=0.0))
+    assert len({len(row) for row in found[0]}) > 2
+    assert found[0] == found[1] == found[2]
+    alone = [continue_prompts(loaded, [prompt], 14, ends, temperature=0.0)[0] for prompt in prompts]
+    assert found[0] == alone
