@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sculptor.checkpoint.configuration import reason_of
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
 from sculptor.model.load import LoadedModel
@@ -19,6 +20,8 @@ _MAX_USER_TOKENS = 96
 _MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
+# What models raise where their caches do not go with how they are used.
+_BREAKS = (ValueError, RuntimeError, AttributeError, TypeError, IndexError, KeyError, NotImplementedError)
 _MORE = 1.15  # conversations than are likely to be needed
 _STRETCH = {
     "cpu": 24
@@ -181,7 +184,11 @@ def continue_prompts(
     *,
     heard: _Heard | None = None,
 ) -> list[list[int]]:
-    """Continuations up to the first of `ends`, which is part of them; at temperature 0 the most likely ones."""
+    """Continuations up to the first of `ends`, which is part of them; at temperature 0 the most likely ones.
+
+    Raises:
+        CheckpointError: if the model cannot generate.
+    """
     from transformers import GenerationConfig
 
     own, model = loaded.model.generation_config, loaded.model
@@ -206,7 +213,15 @@ def continue_prompts(
             # Rows that have ended would be carried on to the end of the longest, which on a CPU takes its time.
             settings.max_new_tokens = min(left, _STRETCH.get(loaded.device.type, left))
             more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            made = model.generate(input_ids=ids, attention_mask=mask, streamer=heard, **more)
+            try:
+                made = model.generate(input_ids=ids, attention_mask=mask, streamer=heard, **more)
+            except torch.OutOfMemoryError:
+                raise
+            except _BREAKS as cause:
+                raise CheckpointError(
+                    f"{loaded.checkpoint.path}: {type(model).__name__} generates no text with this transformers "
+                    f"({reason_of(cause, 120)}); where its own text is wanted, give --data"
+                ) from cause
             new = made.sequences[:, ids.shape[1] :]
             left -= settings.max_new_tokens
             going = []

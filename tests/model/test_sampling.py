@@ -15,7 +15,7 @@ from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
 from sculptor.model import sampling
 from sculptor.model.load import LoadedModel, load_model
-from sculptor.model.samples import draw_samples, num_predicted, tokens_to_draw
+from sculptor.model.samples import draw_samples, kept_samples, num_predicted, tokens_to_draw
 from sculptor.model.sampling import continue_prompts, sample_examples, template_tokens
 from sculptor.progress import silent
 
@@ -274,3 +274,17 @@ def test_rows_that_ended_are_left_out_without_a_trace(
     assert found[0] == found[1] == found[2]
     alone = [continue_prompts(loaded, [prompt], 14, ends, temperature=0.0)[0] for prompt in prompts]
     assert found[0] == alone
+
+
+def test_a_model_that_transformers_cannot_run_step_by_step_is_told_in_a_line(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(**_: Any) -> None:
+        raise ValueError("the cache has no attention layers")
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM generates no text .*no attention layers.*give --data"):
+        sample(loaded)
+    content, reason = kept_samples(loaded, 32, 0, silent)
+    assert content is None
+    assert "generates no text" in reason
