@@ -32,8 +32,13 @@ def setting_differences(checkpoint: Checkpoint, config: Mapping[str, Any]) -> li
     return [line for line in settings(before, now) if not line.partition(" was ")[2].startswith("not there")]
 
 
-def config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configuration) -> Iterator[str]:
-    """How the configuration of `tuned` is not that of its base after a change that is known, a line each."""
+def config_differences(
+    base: Checkpoint, tuned: Checkpoint, changed: Configuration, pad_id: int | None = None
+) -> Iterator[str]:
+    """How the configuration of `tuned` is not that of its base after a change that is known, a line each.
+
+    Where the base's says nothing of padding, it may say what the tokenizer pads with: trainers write that.
+    """
     before, now = changed(base.config), tuned.config
     stored = floating_dtypes(tuned)
     same = all(_is_loaded_as_before(base, tuned, name) for name in base.infos.keys() & tuned.infos.keys())
@@ -60,7 +65,7 @@ def config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configurati
     read, read_now = (
         without(of.config if isinstance(found, str) else found) for of, found in zip((base, tuned), loaded, strict=True)
     )
-    read = changed(read)
+    read = padded(changed(read), read_now, pad_id)
     yield from settings(read, read_now)
     yield from _unread(without(before), without(now), read, read_now)
     yield from _lost(tuned, without(before), without(now), read_now)
@@ -69,6 +74,12 @@ def config_differences(base: Checkpoint, tuned: Checkpoint, changed: Configurati
         yield f"transformers_version is {_short(versions[1])}"
     if versions[0] != versions[1] and _reads_by_version(tuned.path):
         yield f"transformers_version was {versions[0]}, is {versions[1]}, by which this tokenizer is read"
+
+
+def padded(before: Mapping[str, Any], now: Mapping[str, Any], pad_id: int | None) -> dict[str, Any]:
+    """A configuration that says nothing of padding, with what another says if that is what the tokenizer pads with."""
+    silent = before.get("pad_token_id") is None and pad_id is not None and now.get("pad_token_id") == pad_id
+    return {**before, "pad_token_id": pad_id} if silent else dict(before)
 
 
 def _is_loaded_as_before(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:

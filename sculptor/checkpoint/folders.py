@@ -16,6 +16,7 @@ from sculptor.errors import CheckpointError
 
 TEMPLATES = "additional_chat_templates"
 READ_FOLDERS = (TEMPLATES, "custom_generate")  # by transformers, whatever else they hold
+_OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _LICENCES = re.compile(r"(licen[cs]e|notice)s?", re.IGNORECASE)
 MODULES_NAME, ROUTER_NAME = "modules.json", "router_config.json"
@@ -32,7 +33,8 @@ def model_folders(path: Path) -> tuple[PurePosixPath, ...]:
 
 def _tokenizer_folders(path: Path) -> Iterator[PurePosixPath]:
     """Folders of a tokenizer alone, as processors with several save them: a checkpoint beside it makes it another model's."""
-    for name in _names_in(path):
+    names = _names_in(path)
+    for name in names if {*_OF_PROCESSORS} & {*names} else ():
         if name.startswith(".") or name in READ_FOLDERS:
             continue
         inside = set(_names_in(path / name))

@@ -1,9 +1,10 @@
 """What beside its tensors decides what a user loads from a directory, compared with that of another."""
 
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from sculptor.checkpoint.config_differences import (
@@ -11,17 +12,26 @@ from sculptor.checkpoint.config_differences import (
     config_differences,
     generates,
     is_derived,
+    padded,
     settings,
     without,
 )
 from sculptor.checkpoint.configuration import GENERATION_NAME
 from sculptor.checkpoint.declared_dtypes import floating_dtypes, index_dtype, named_dtype
 from sculptor.checkpoint.directory import CONFIG_NAME, INDEX_NAME, LICENCE, companions, is_weights, second_weights
-from sculptor.checkpoint.folders import READ_FOLDERS, is_in, module_folders
+from sculptor.checkpoint.folders import READ_FOLDERS, TEMPLATES, is_in, module_folders
 from sculptor.checkpoint.plain import bytes_of, is_plain, read_plain
+from sculptor.checkpoint.processors import PROCESSOR_FILES, same_processor
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import read_header
-from sculptor.checkpoint.tokenizers import LoadedTokenizer, accounted_for, compare_loaded, load_plainly, same_pipeline
+from sculptor.checkpoint.tokenizers import (
+    LoadedTokenizer,
+    accounted_for,
+    compare_loaded,
+    is_consistent,
+    load_plainly,
+    same_pipeline,
+)
 from sculptor.checkpoint.vocabulary import TOKENIZER_NAME, Growth
 from sculptor.errors import CheckpointError
 
@@ -33,6 +43,7 @@ _FOR_PEOPLE = re.compile(
     r"|sculptor\.json|metrics\.jsonl|train(er|ing)_[^/]*|all_results\.json|eval_results\.json",
     re.IGNORECASE,
 )
+_TRAINERS = re.compile(r"checkpoint-\d+")
 _TOKENIZER = re.compile(
     r"(.*/)?(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece)|.*\.(model|spm|bpe|jinja)$"
 )
@@ -51,41 +62,68 @@ def differences(
         CheckpointError: if a file cannot be read.
     """
     changed = head or (growth.config if growth else dict)
-    found = [f"config.json: {what}" for what in config_differences(base, tuned, changed)]
-    found += _weight_differences(base, tuned)
     modules = module_folders(base.path)
     inside = _files(tuned, modules)
     every = {name for name in inside if not is_in(name, modules)}
-    found += _module_differences(base.path, tuned.path, modules, inside - every)
     before, now = ({name for name in names if not is_weights(name)} for names in (_files(base), every))
     before = {name for name in before if not is_in(name, modules)}
-    loaded = compare_loaded(base.path, tuned.path, growth.tokens if growth else ())
-    same_tokenizer = loaded is not None and not loaded.differences and TOKENIZER_NAME in now
-    other_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
-    carried = {path.as_posix() for path in companions(base.path)}
+    new = growth.tokens if growth else ()
+    places = {"", *(name.rpartition("/")[0] for name in before if name.endswith(f"/{TOKENIZER_CONFIG_NAME}"))}
+    loaded = {place: compare_loaded(base.path / place, tuned.path / place, new) for place in places}
+    pad_id = None if loaded[""] is None else loaded[""].pad_id
+    found = [f"config.json: {what}" for what in config_differences(base, tuned, changed, pad_id)]
+    found += _weight_differences(base, tuned)
+    found += _module_differences(base.path, tuned.path, modules, inside - every)
     others = len(found)
-    for name in sorted({*before, *now} - {CONFIG_NAME}):
-        one, other = base.path / name, tuned.path / name
-        if name not in now:
-            # Code, secrets and links are never carried along; where no tokenizer can be loaded, it is no other one.
-            needless = _TOKENIZER.match(name) and ((same_tokenizer and "/" not in name) or not other_tokenizer)
-            needless = needless or (name == GENERATION_NAME and head is not None and not generates(tuned))
-            if name in carried and not needless:
-                found.append(f"{name} is missing")
-        elif same_tokenizer and loaded is not None and _says_the_same(name, one, other, loaded):
-            continue
-        elif name not in before:
-            if not (name == GENERATION_NAME and is_derived(base, tuned)):
-                found.append(f"{name} was added")
-        elif not (growth and name == TOKENIZER_NAME) and not _same_content(one, other):
-            found.append(f"{name} differs")
-    told = any(map(_TOKENIZER.match, found[others:])) or not other_tokenizer
-    if loaded is not None and not told and (loaded.settings or not found):
-        found += loaded.differences  # which nothing else explains
+    found += _file_differences(base, tuned, before, now, loaded, growth, head)
+    of_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
+    for place, tokenizer in loaded.items():
+        told = any(_TOKENIZER.match(line) and line.rpartition("/")[0] == place for line in found[others:])
+        if tokenizer is not None and not told and of_tokenizer and (tokenizer.tokenizer is not None or not found):
+            found += [
+                f"{place}{': ' if place else ''}{line}" for line in tokenizer.differences
+            ]  # which nothing else explains
     extra = second_weights(tuned.path, tuned.files, every)
     if extra is not None:
         found.append(f"{extra} is a second set of weights, which other programs load")
     return found
+
+
+def _file_differences(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    before: Collection[str],
+    now: Collection[str],
+    loaded: Mapping[str, LoadedTokenizer | None],
+    growth: Growth | None,
+    head: Configuration | None,
+) -> Iterator[str]:
+    """Files that are no configuration of the model and no weights: missing, added, or of other content."""
+    of_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
+    carried = {path.as_posix() for path in companions(base.path)}
+    same_processors = functools.cache(lambda: same_processor(base.path, tuned.path))
+    pad_id = None if loaded[""] is None else loaded[""].pad_id
+    for name in sorted({*before, *now} - {CONFIG_NAME}):
+        one, other, place = base.path / name, tuned.path / name, name.rpartition("/")[0]
+        of = "" if place == TEMPLATES else place
+        tokenizer = loaded.get(of)
+        same = tokenizer is not None and not tokenizer.differences and f"{of}/{TOKENIZER_NAME}".lstrip("/") in now
+        if name not in now:
+            # Code, secrets and links are never carried along; where no tokenizer can be loaded, it is no other one.
+            needless = _TOKENIZER.match(name) and (same or (not place and not of_tokenizer))
+            needless = needless or (name == GENERATION_NAME and head is not None and not generates(tuned))
+            needless = needless or (name in PROCESSOR_FILES and same_processors())
+            if name in carried and not needless:
+                yield f"{name} is missing"
+        elif (same and tokenizer is not None and _says_the_same(name, one, other, tokenizer)) or (
+            name in PROCESSOR_FILES and not (name in before and _same_content(one, other)) and same_processors()
+        ):
+            continue
+        elif name not in before:
+            if not (name == GENERATION_NAME and is_derived(base, tuned)):
+                yield f"{name} was added"
+        elif not (growth and name == TOKENIZER_NAME) and not _same_content(one, other, pad_id):
+            yield f"{name} differs"
 
 
 def tokenizer_differences(base: Path, other: Path) -> list[str]:
@@ -107,11 +145,13 @@ def tokenizer_differences(base: Path, other: Path) -> list[str]:
 
 def _says_the_same(name: str, one: Path, other: Path, loaded: LoadedTokenizer) -> bool:
     """Whether a file of a tokenizer that is loaded as before is that of the base in another form, for others who read it, too."""
-    if name == TEMPLATE_NAME:
-        return bool(other.read_text(encoding="utf-8", errors="replace") == loaded.chat_template)
-    if name == TOKENIZER_NAME:
-        return not one.is_file() or same_pipeline(one, other)
-    return name == TOKENIZER_CONFIG_NAME and accounted_for(one, other, loaded)
+    place, leaf = PurePosixPath(name).parent.name, PurePosixPath(name).name
+    if leaf == TEMPLATE_NAME or (place == TEMPLATES and leaf.endswith(".jinja") and not leaf.startswith(".")):
+        known = loaded.template("default" if leaf == TEMPLATE_NAME else leaf.removesuffix(".jinja"))
+        return known is not None and other.read_text(encoding="utf-8", errors="replace") == known
+    if leaf == TOKENIZER_NAME:
+        return same_pipeline(one, other) if one.is_file() else is_consistent(other)
+    return leaf == TOKENIZER_CONFIG_NAME and accounted_for(one, other, loaded)
 
 
 def _module_differences(
@@ -173,6 +213,9 @@ def _files(checkpoint: Checkpoint, modules: Collection[PurePosixPath] = ()) -> s
         if len(parts) > _DEPTH:
             inner.clear()
             continue
+        if _TRAINERS.fullmatch(here.name) and parts and "trainer_state.json" in names:
+            inner.clear()  # another model, which a trainer can go on with
+            continue
         read = set(parts) & set(READ_FOLDERS) or is_in("/".join((*parts, "any")), modules)
         if parts and not read and any((here / name).is_file() for name in _OURS):
             ours.append(here)
@@ -180,7 +223,9 @@ def _files(checkpoint: Checkpoint, modules: Collection[PurePosixPath] = ()) -> s
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in names:
             by_us = inside and (_is_written(name) or not is_weights(name))
-            for_people = not parts and _FOR_PEOPLE.fullmatch(name) and not is_weights(name)
+            for_people = name.startswith("events.out.tfevents") or (
+                not parts and _FOR_PEOPLE.fullmatch(name) and not is_weights(name)
+            )
             if not name.startswith(".") and not for_people and not by_us:
                 found.add((here / name).relative_to(checkpoint.path).as_posix())
     return found
@@ -195,7 +240,7 @@ _DEPTH = 3  # links may lead in circles
 _OURS = ("archive.json", "sculptor.json")
 
 
-def _same_content(one: Path, other: Path) -> bool:
+def _same_content(one: Path, other: Path, pad_id: int | None = None) -> bool:
     a, b = map(bytes_of, (one, other))
     if a == b:
         return True
@@ -205,4 +250,5 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
     if one.name == GENERATION_NAME and isinstance(before, dict) and isinstance(now, dict):
         before, now = (without(content, ("transformers_version",)) for content in (before, now))
+        before = padded(before, now, pad_id)
     return not any(settings(before, now, numbers=True))

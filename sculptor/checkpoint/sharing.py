@@ -51,7 +51,10 @@ def reached_parameters(skeleton: Any) -> frozenset[str] | None:
 
     None where a model cannot run there to its end: then nothing is known.
     """
-    return _reached(skeleton) or _reached(copy.deepcopy(skeleton).to(torch.bfloat16))  # products of experts want that
+    found = _reached(skeleton)
+    with suppress(Exception):  # what was left on modules may not be copied
+        found = found or _reached(copy.deepcopy(skeleton).to(torch.bfloat16))  # products of experts want that
+    return found
 
 
 def _reached(skeleton: Any) -> frozenset[str] | None:

@@ -10,9 +10,14 @@ from sculptor.checkpoint.plain import read_plain
 
 # Of what a tokenizer was made with: where it lay, and what is compared by itself.
 _ASIDE = frozenset({"name_or_path", "is_local", "local_files_only", "added_tokens_decoder", "chat_template"})
-# What saving writes of how it was loaded, or under another name.
-_WRITTEN = frozenset({"is_local", "local_files_only", "added_tokens_decoder", "tokenizer_class", "backend"})
+# What saving writes of how it was loaded, and what the last call asked for, which every call says anew.
+_WRITTEN = frozenset({"is_local", "local_files_only", "backend"})
+_OF_CALLS = frozenset(
+    {"max_length", "stride", "pad_to_multiple_of", "pad_token_type_id", "padding", "padding_side"}
+    | {"truncation", "truncation_side", "truncation_strategy"}
+)
 _PARTS_ASIDE = ("added_tokens", "padding", "truncation", "version")
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _TEXTS = (
     "The year 2024, it's 3.14 \u2014 na\u00efve?\n\n  x=1;",
     "\u4f60\u597d  \u043c\u0438\u0440 \U0001f600\t<s> [CLS]",
@@ -37,13 +42,20 @@ class LoadedTokenizer:
 
     Attributes:
         differences: how it is another, a line each.
-        settings: what it was made with; nothing if it is not loaded.
-        chat_template: that it applies.
+        tokenizer: as it is loaded; None if it is not.
     """
 
     differences: Sequence[str]
-    settings: Collection[str] = ()
-    chat_template: Any = None
+    tokenizer: Any = None
+
+    @property
+    def pad_id(self) -> int | None:
+        """What it pads with."""
+        return getattr(self.tokenizer, "pad_token_id", None)
+
+    def template(self, name: str) -> str | None:
+        """The chat template of a name, "default" that of none."""
+        return _templates(self.tokenizer).get(name)
 
 
 def compare_loaded(base: Path, other: Path, new: Collection[str] = ()) -> LoadedTokenizer | None:
@@ -69,7 +81,7 @@ def compare_loaded(base: Path, other: Path, new: Collection[str] = ()) -> Loaded
         return LoadedTokenizer([f"the tokenizer is not loaded any more ({reason})"])
     different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     lines = [f"the tokenizer that is loaded differs: {', '.join(different[:5])}"] if different else []
-    return LoadedTokenizer(lines, tokenizer.init_kwargs.keys(), tokenizer.chat_template)
+    return LoadedTokenizer(lines, tokenizer)
 
 
 def accounted_for(one: Path, other: Path, loaded: LoadedTokenizer) -> bool:
@@ -81,23 +93,70 @@ def accounted_for(one: Path, other: Path, loaded: LoadedTokenizer) -> bool:
     """
     try:
         before, now = read_plain(one.read_bytes()) if one.is_file() else {}, read_plain(other.read_bytes())
-        changed = {key for key, value in now.items() if key not in before or before[key] != value}
+        changed = {key: value for key, value in now.items() if key not in before or before[key] != value}
     except (OSError, ValueError, RecursionError, AttributeError):
         return False
-    if now.get("chat_template", loaded.chat_template) != loaded.chat_template:
-        return False
-    return all(key in loaded.settings or key in _WRITTEN for key in changed - {"chat_template"})
+    return all(_is_said(key, value, loaded) for key, value in changed.items())
+
+
+def _is_said(key: str, value: Any, loaded: LoadedTokenizer) -> bool:
+    """Whether one setting of a file is that of the tokenizer: other programs read the file."""
+    tokenizer = loaded.tokenizer
+    if key == "chat_template":
+        named = value if isinstance(value, list) else [{"name": "default", "template": value}]
+        return all(
+            isinstance(each, dict) and each.get("template") == loaded.template(str(each.get("name"))) for each in named
+        )
+    if key == "tokenizer_class":
+        name = type(tokenizer).__name__
+        return value in (name, f"{name}Fast", *(["PreTrainedTokenizerFast"] if name == "TokenizersBackend" else []))
+    if key == "added_tokens_decoder":
+        own = {str(i): token for i, token in tokenizer.added_tokens_decoder.items()}
+        return isinstance(value, dict) and all(i in own and _is_token(each, own[i]) for i, each in value.items())
+    if isinstance(value, dict) and "content" in value:
+        known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        return value["content"] in known and _is_token(value, known[value["content"]])
+    return key in tokenizer.init_kwargs or key in _WRITTEN or key in _OF_CALLS
+
+
+def _is_token(said: Any, token: Any) -> bool:
+    return (
+        isinstance(said, dict)
+        and said.get("content") == token.content
+        and all(said.get(flag, getattr(token, flag)) == getattr(token, flag) for flag in _FLAGS)
+    )
 
 
 def same_pipeline(one: Path, other: Path) -> bool:
-    """Whether two `tokenizer.json` make the same tokenizer, in whichever version's form they were written."""
+    """Whether two `tokenizer.json` make the same tokenizer, in whichever version's form they were written.
+
+    How a text was padded or cut at last is no part of it: every call of transformers says that anew.
+    """
+    first, second = _pipeline(one), _pipeline(other)
+    return first is not None and first == second
+
+
+def is_consistent(file: Path) -> bool:
+    """Whether a `tokenizer.json` gives added tokens the numbers that they are loaded with: other programs read these."""
+    return _pipeline(file) is not None
+
+
+def _pipeline(file: Path) -> dict[str, Any] | None:
     from tokenizers import Tokenizer
 
     try:
-        first, second = (json.loads(Tokenizer.from_file(str(file)).to_str()) for file in (one, other))
+        made, raw = Tokenizer.from_file(str(file)), read_plain(file.read_bytes())
+        told = all(made.token_to_id(token["content"]) == token["id"] for token in raw.get("added_tokens") or ())
+        content = json.loads(made.to_str())
     except Exception:  # it raises what it likes
-        return False
-    return bool(first == second)
+        return None
+    return {key: value for key, value in content.items() if key not in ("padding", "truncation")} if told else None
+
+
+def _templates(tokenizer: Any) -> dict[str, str]:
+    """Chat templates by name."""
+    found = getattr(tokenizer, "chat_template", None)
+    return dict(found) if isinstance(found, dict) else {} if found is None else {"default": found}
 
 
 def _facts(tokenizer: Any, new: Collection[str]) -> dict[str, Any]:
@@ -111,7 +170,7 @@ def _facts(tokenizer: Any, new: Collection[str]) -> dict[str, Any]:
         "vocabulary": {token: i for token, i in vocabulary.items() if token not in new},
         "added tokens": {i: repr(token) for i, token in added.items()},
         "special tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "chat template": tokenizer.chat_template,
+        "chat template": _templates(tokenizer),
         "sides": (tokenizer.padding_side, tokenizer.truncation_side),
         "length": tokenizer.model_max_length,
         "inputs": list(tokenizer.model_input_names),
@@ -131,4 +190,4 @@ def _as_text(value: Any) -> Any:
 
 
 def _is_aside(key: str) -> bool:
-    return key in _ASIDE or key.endswith("_file")
+    return key in _ASIDE or key in _OF_CALLS or key.endswith("_file")

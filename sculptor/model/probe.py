@@ -127,17 +127,20 @@ def tell_own_terms(
     batch = Batch(ids, torch.ones_like(ids), ids)
     inputs = inputs_of(model, batch, architecture.kind)
     inputs.pop("decoder_input_ids", None)  # which it makes of the labels
+    shifted = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
     try:
-        own = float(model(**inputs, labels=ids).loss)
+        # Some decoders want their labels where they are predicted.
+        said = [ids, *([shifted] if architecture.kind == "causal" else [])]
+        owns = [float(model(**inputs, labels=labels).loss) for labels in said]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it wants more to know its loss: there is nothing to compare with
         return
     found = batch_loss(model, batch, architecture.kind)
     ours = float(found.total) / found.num_tokens + float(found.auxiliary if found.auxiliary is not None else 0.0)
-    if abs(own - ours) > 0.02 * max(1.0, abs(ours)):
+    if all(abs(own - ours) > 0.02 * max(1.0, abs(ours)) for own in owns):
         notice(
-            f"{architecture.model_class}'s own loss is {own:.3f} on a few tokens where cross-entropy"
+            f"{architecture.model_class}'s own loss is {owns[0]:.3f} on a few tokens where cross-entropy"
             f"{' and its routers' if found.auxiliary is not None else ''} come to {ours:.3f}: its other terms are not trained"
         )
 

@@ -209,19 +209,11 @@ def continue_prompts(
     rows, cache, left = list(range(len(prompts))), None, num_new
     try:
         model.generation_config = settings
+        stretch = _STRETCH.get(loaded.device.type, num_new)
         while rows and left:
             # Rows that have ended would be carried on to the end of the longest, which on a CPU takes its time.
-            settings.max_new_tokens = min(left, _STRETCH.get(loaded.device.type, left))
-            more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            try:
-                made = model.generate(input_ids=ids, attention_mask=mask, streamer=heard, **more)
-            except torch.OutOfMemoryError:
-                raise
-            except _BREAKS as cause:
-                raise CheckpointError(
-                    f"{loaded.checkpoint.path}: {type(model).__name__} generates no text with this transformers "
-                    f"({reason_of(cause, 120)}); where its own text is wanted, give --data"
-                ) from cause
+            settings.max_new_tokens = min(left, stretch)
+            made = _generate(loaded, ids, mask, cache, heard)
             new = made.sequences[:, ids.shape[1] :]
             left -= settings.max_new_tokens
             going = []
@@ -229,20 +221,47 @@ def continue_prompts(
                 stop = next((at + 1 for at, token in enumerate(tokens) if token in ends), None)
                 found[row] += tokens[:stop]
                 going += [i] if stop is None else []
-            cache = getattr(made, "past_key_values", None)
+            if going and left:
+                cache = _kept(model, getattr(made, "past_key_values", None), going, len(rows))
+                stretch = stretch if cache is not None else left  # what was read is read again, once
             rows, ids = [rows[i] for i in going], made.sequences[going]
             mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[going]
-            if rows and not _leave(cache, torch.tensor(going, device=loaded.device)):
-                cache = None  # of another kind: what was read is read again
     finally:
         model.generation_config = own
     return found
 
 
-def _leave(cache: Any, rows: Tensor) -> bool:
-    """Leaves some rows in a cache of keys and values; whether it is one of which that can be done."""
-    parts = [cache, *getattr(cache, "layers", ())]
-    if not all(hasattr(part, "batch_select_indices") for part in parts):
-        return False
-    cache.batch_select_indices(rows)
-    return True
+def _generate(loaded: LoadedModel, ids: Tensor, mask: Tensor, cache: Any, heard: _Heard | None) -> Any:
+    """One call of transformers' own; without what was kept if the model does not go on with that."""
+    try:
+        return loaded.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            streamer=heard,
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except _BREAKS as cause:
+        if cache is not None:
+            return _generate(loaded, ids, mask, None, heard)
+        raise CheckpointError(
+            f"{loaded.checkpoint.path}: {type(loaded.model).__name__} generates no text with this transformers "
+            f"({reason_of(cause, 120)}); where its own text is wanted, give --data"
+        ) from cause
+
+
+def _kept(model: Any, cache: Any, rows: Sequence[int], count: int) -> Any:
+    """What a model keeps of what it has read, of some rows of `count`; None where that cannot be told apart, or is nothing."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    # States of other kinds, and what a model keeps beside its cache, would stay those of all rows.
+    alone = type(cache) is DynamicCache and {*map(type, cache.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    if not alone or not cache.get_seq_length():
+        return None
+    if len(rows) == count:
+        return cache
+    if any(getattr(module, "rope_deltas", None) is not None for module in model.modules()):
+        return None
+    cache.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
+    return cache

@@ -37,6 +37,8 @@ def _restore(module: nn.Module, matrices: Sequence[ProtectedMatrix]) -> None:
 def merge(model: Any) -> Any:
     """Folds the coordinates of a protected model into its weights and removes them, in place.
 
+    What others wrote into folded weights is refused, but with `fold="manual"`, where it is not seen, and is lost.
+
     Args:
         model: that `protect` was called on.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.errors import TrainingError
 from sculptor.methods.rule import RuleStack, Stackable, Tensors
+from sculptor.numerics.finite import is_finite
 from sculptor.numerics.precision import float32_products
 from sculptor.training.coordinates import Coordinates, folded_weight
 
@@ -78,7 +79,8 @@ class Stack:
         self._served: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made anew: a copy of a model folds for itself."""
+        """Without what is made anew: a copy of a model folds for itself, and would lose what others wrote there."""
+        self.check_untouched()
         return self.__dict__ | {"_folded": None, "_given": (), "_mark": None, "_tensors": None}
 
     def weight(self, coordinates: Coordinates, pristine: Tensor) -> Tensor:
@@ -98,7 +100,9 @@ class Stack:
         return self._given[place]
 
     def expire(self, moved: bool = False) -> None:
-        """As `WeightSource.expire`."""
+        """As `WeightSource.expire`; what others wrote is not lost to a move."""
+        if moved:
+            self.check_untouched()
         self._folded, self._given, self._mark = None, (), None
         if moved:
             self._tensors = None
@@ -111,10 +115,13 @@ class Stack:
         """
         if self._folded is None or self._mark is None or not torch.equal(_mark(self._values()), self._mark):
             return  # what is handed out next is folded anew
-        with torch.no_grad(), float32_products(self.members[0].pristine.device, tf32=True):
+        with torch.inference_mode(False), torch.no_grad(), float32_products(self.members[0].pristine.device, tf32=True):
             made = self._weights()
-        for member, now, then in zip(self.members, self._folded, made, strict=True):
-            if not _is_same(now, then):
+        if not all(map(is_finite, made)):
+            return  # of which merging speaks
+        given = self._given or self._folded  # a view whose data somebody has replaced is written to as well
+        for member, held, shown, then in zip(self.members, self._folded, given, made, strict=True):
+            if not (_is_same(held, then) and (shown.data_ptr() == held.data_ptr() or _is_same(shown.detach(), then))):
                 raise TrainingError(
                     f"{member.coordinates.name}: something beside its coordinates was written into the folded weight (an "
                     "adapter merged into it, an edit in place), which merging would lose; call sculptor.merge(model) first"
@@ -251,7 +258,7 @@ def _is_same(now: Tensor, then: Tensor) -> bool:
         return False
     apart, noise = (now - then).abs(), 2.0**-22 * then.abs().max()
     turned = torch.finfo(then.dtype).eps * then.abs() + noise
-    return bool((apart <= turned).all() and (apart > noise).double().mean() <= 0.01)
+    return bool((apart <= turned).all()) and int(torch.count_nonzero(apart > noise)) <= 0.01 * apart.numel()
 
 
 def _mark(values: Sequence[Tensor]) -> Tensor:

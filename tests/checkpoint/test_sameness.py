@@ -15,7 +15,11 @@ from sculptor.checkpoint.heads import find_new_head, plan_head
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.sameness import differences
 
-COVERS = ["sculptor.checkpoint.config_differences", "sculptor.checkpoint.folders", "sculptor.checkpoint.tokenizers"]
+COVERS = [
+    "sculptor.checkpoint.config_differences",
+    "sculptor.checkpoint.folders",
+    "sculptor.checkpoint.tokenizers",
+]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
@@ -110,6 +114,86 @@ def test_how_to_generate_is_not_added_otherwise(tmp_path: Path) -> None:
     assert between(base, out) == ["generation_config.json was added"]
 
 
+def renumber(file: Path) -> None:
+    """As the library repairs it while loading, and others do not."""
+    if not file.is_file():
+        transformers.AutoTokenizer.from_pretrained(file.parent).save_pretrained(file.parent)
+    content = json.loads(file.read_text())
+    content["added_tokens"][0]["id"] = 9
+    file.write_text(json.dumps(content))
+
+
+def padded_and_cut(tokenizer: Any) -> None:
+    tokenizer(["w1", "w2 w3"], padding=True)
+    tokenizer("w1 w2", truncation=True, max_length=8)
+
+
+def loaded_with_sides(tokenizer: Any) -> None:
+    tokenizer.padding_side = "right"
+
+
+@pytest.mark.parametrize("use", [padded_and_cut, loaded_with_sides])
+@pytest.mark.parametrize("kind", [as_it_was, older])
+def test_how_a_tokenizer_was_used_is_no_part_of_it(
+    tmp_path: Path, use: Callable[[Any], None], kind: Callable[[Path], None]
+) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    kind(base)
+    out = saved_again(base, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    use(tokenizer)
+    tokenizer.save_pretrained(out)
+    assert between(base, out) == []
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "tool_use"]])
+def test_templates_in_a_list_are_those_in_files(tmp_path: Path, names: list[str]) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    listed = [{"name": name, "template": TEMPLATE + name} for name in names]
+    edit(base / "tokenizer_config.json", chat_template=listed)
+    out = saved_again(base, tmp_path / "out")
+    assert (out / "chat_template.jinja").is_file()
+    assert between(base, out) == []
+    (out / "chat_template.jinja").write_text("other")
+    assert between(base, out)
+
+
+def test_what_a_trainer_leaves_beside_a_model_is_none_of_it(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    out = saved_again(base, tmp_path / "out")
+    save_checkpoint(out / "checkpoint-2")
+    (out / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (out / "runs" / "today").mkdir(parents=True)
+    (out / "runs" / "today" / "events.out.tfevents.1.host").write_bytes(b"x")
+    assert between(base, out) == []
+    (out / "checkpoint-2" / "trainer_state.json").unlink()  # by whom, then?
+    assert between(base, out)
+
+
+def test_padding_may_be_that_of_the_tokenizer_where_nothing_was_said(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    edit(base / "config.json", pad_token_id=None)
+    edit(base / "generation_config.json", pad_token_id=None)
+    out = saved_again(base, tmp_path / "out")
+    for pad, expected in ((1, True), (0, False)):
+        edit(out / "config.json", pad_token_id=pad)
+        edit(out / "generation_config.json", pad_token_id=pad)
+        assert (between(base, out) == []) == expected
+
+
+def test_a_processor_in_another_form_is_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    pytest.importorskip("torchvision")
+    base = save_checkpoint(tmp_path / "base")
+    image = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = transformers.LlavaProcessor(image, transformers.AutoTokenizer.from_pretrained(base), patch_size=8)
+    out = saved_again(base, tmp_path / "out")
+    processor.save_pretrained(out)
+    image.save_pretrained(base)
+    (base / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", "patch_size": 8}))
+    assert not [line for line in between(base, out) if "processor" in line]
+
+
 ATTACKS: dict[str, Callable[[Path], object]] = {
     "README.tekken.json": lambda out: (out / "README.tekken.json").write_text("hi"),
     ".tekken.json": lambda out: (out / ".tekken.json").write_text("hi"),
@@ -124,6 +208,14 @@ ATTACKS: dict[str, Callable[[Path], object]] = {
     "padding side": lambda out: edit(out / "tokenizer_config.json", padding_side="left"),
     "length": lambda out: edit(out / "tokenizer_config.json", model_max_length=7),
     "unknown setting": lambda out: edit(out / "tokenizer_config.json", split_special_tokens=True),
+    "numbers of added tokens": lambda out: renumber(out / "tokenizer.json"),
+    "tokens that are none": lambda out: edit(
+        out / "tokenizer_config.json", added_tokens_decoder={"9": {"content": "<end>", "special": True}}
+    ),
+    "no such class": lambda out: edit(out / "tokenizer_config.json", tokenizer_class="NoSuchTokenizer"),
+    "flags of a token": lambda out: edit(
+        out / "tokenizer_config.json", mask_token={"content": "<mask>", "lstrip": True, "special": False}
+    ),
     "eos": lambda out: edit(out / "tokenizer_config.json", eos_token="<pad>"),
     "another vocabulary for others": lambda out: (out / "tokenizer.model").write_bytes(b"x"),
     "not loaded": lambda out: (out / "tokenizer.json").write_text("{}"),
@@ -157,6 +249,7 @@ def test_further_tokenizers_of_a_processor_belong_to_the_model(tmp_path: Path) -
 
     base = save_checkpoint(tmp_path / "base")
     make_tokenizer(wrapped=True).save_pretrained(base / "qformer_tokenizer")
+    (base / "processor_config.json").write_text("{}")
     save_checkpoint(base / "checkpoint-500")
     names = {path.as_posix() for path in companions(base)}
     assert "qformer_tokenizer/tokenizer.json" in names

@@ -12,6 +12,7 @@ from conftest import make_tokenizer, task_rows, write_rows
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.model.probe import tell_own_terms
 
 COVERS = ["sculptor.checkpoint.sharing"]
 TEXT = {
@@ -111,3 +112,17 @@ def test_a_models_own_terms_are_trained_or_told(tmp_path: Path, case: str) -> No
         assert report.loop.first_loss < expected - 1
         assert line is not None
         assert "BambaForCausalLM" in line
+
+
+def test_a_decoder_that_wants_shifted_labels_has_no_other_terms(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, is_decoder=True,
+        is_encoder_decoder=False, max_position_embeddings=64, eos_token_id=0, bos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = save(transformers.BartForCausalLM(config), tmp_path / "base")
+    told: list[str] = []
+    checkpoint = open_checkpoint(base)
+    model = transformers.BartForCausalLM.from_pretrained(base).eval()
+    tell_own_terms(inspect_architecture(checkpoint), model, torch.device("cpu"), told.append)
+    assert told == []

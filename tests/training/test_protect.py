@@ -1,5 +1,6 @@
 """protect and merge: other people's loops and optimizers keep the constraint, and the folded weight is never stale."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -460,7 +461,7 @@ def test_layerdrop_trains_what_is_left(tmp_path: Path) -> None:
         assert verify(tmp_path / "model", tmp_path / offload, tmp_path / "archive", device="cpu").passed
 
 
-@pytest.mark.parametrize("how", ["in place", "behind autograd"])
+@pytest.mark.parametrize("how", ["in place", "behind autograd", "in its place", "moved", "copied"])
 def test_what_others_write_into_a_folded_weight_is_not_lost_in_silence(
     made: dict[str, tuple[Path, Path]], how: str
 ) -> None:
@@ -472,13 +473,26 @@ def test_what_others_write_into_a_folded_weight_is_not_lost_in_silence(
     optimizer.step()
     weight = model.model.layers[0].mlp.up_proj.weight
     delta = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    if how == "in place":
+    if how == "in its place":  # as PEFT merges safely
+        weight.data = weight.data + delta
+    elif how == "behind autograd":  # as it merges
+        weight.data += delta
+    else:
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.add_(delta)
-    else:  # as PEFT merges
-        weight.data += delta
+    what: dict[str, Callable[[], Any]] = {"moved": model.float, "copied": lambda: copy.deepcopy(model)}
     with pytest.raises(TrainingError, match=r"up_proj.weight: something .* was written into .* call sculptor.merge"):
-        merge(model)
+        what.get(how, lambda: merge(model))()
     model.model.layers[0].mlp.up_proj.parametrizations.weight[0].source.expire()
     merge(model)
     assert not protected_matrices(model)
+
+
+def test_a_diverged_run_is_said_to_be_one(made: dict[str, tuple[Path, Path]]) -> None:
+    model, archive = load(made)
+    protect(model, archive)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+        model(**batch(0))
+    with pytest.raises(TrainingError, match=r"not finite|overflow"):
+        merge(model)

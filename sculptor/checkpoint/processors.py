@@ -1,0 +1,39 @@
+"""What a processor of several kinds of input is once transformers has loaded it: its files have had several forms."""
+
+from pathlib import Path
+from typing import Any
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+_PARTS = ("image_processor", "video_processor", "feature_extractor", "audio_processor")
+
+
+def same_processor(base: Path, other: Path) -> bool:
+    """Whether transformers loads the same processor from two directories, its tokenizers aside; False if it loads none."""
+    from transformers import AutoProcessor
+
+    try:
+        first, second = (
+            _facts(AutoProcessor.from_pretrained(path, trust_remote_code=False, local_files_only=True))
+            for path in (base, other)
+        )
+    except Exception:  # it raises what it likes, and may want libraries that are not here
+        return False
+    return bool(first == second)
+
+
+def _facts(processor: Any) -> list[Any]:
+    parts = [processor, *(getattr(processor, name, None) for name in _PARTS)]
+    said = [part.to_dict() if hasattr(part, "to_dict") else None for part in parts]
+    return [type(processor).__name__, getattr(processor, "chat_template", None), *map(_plain, said)]
+
+
+def _plain(value: Any) -> Any:
+    """Settings alone: not where they lay."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items() if key not in ("name_or_path", "_name_or_path")}
+    return value if isinstance(value, bool | int | float | list | None) else str(value)
