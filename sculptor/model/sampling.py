@@ -1,7 +1,7 @@
 """Text that a model says by itself: calibration for users who have a checkpoint and nothing else."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ _MAX_USER_TOKENS = 96
 _MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
+# What a cache is called by newer and older versions of transformers.
+_CACHES = ("cache", "past_key_values")
 # What models raise where their caches do not go with how they are used.
 _BREAKS = (ValueError, RuntimeError, AttributeError, TypeError, IndexError, KeyError, NotImplementedError)
 _MORE = 1.15  # conversations than are likely to be needed
@@ -206,14 +208,15 @@ def continue_prompts(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     ids, mask = ids.to(loaded.device), mask.to(loaded.device)
     found: list[list[int]] = [[] for _ in prompts]
-    rows, cache, left = list(range(len(prompts))), None, num_new
+    rows, left = list(range(len(prompts))), num_new
+    kept: Mapping[str, Any] = {}
     try:
         model.generation_config = settings
         stretch = _STRETCH.get(loaded.device.type, num_new)
         while rows and left:
             # Rows that have ended would be carried on to the end of the longest, which on a CPU takes its time.
             settings.max_new_tokens = min(left, stretch)
-            made = _generate(loaded, ids, mask, cache, heard)
+            made = _generate(loaded, ids, mask, kept, heard)
             new = made.sequences[:, ids.shape[1] :]
             left -= settings.max_new_tokens
             going = []
@@ -222,8 +225,10 @@ def continue_prompts(
                 found[row] += tokens[:stop]
                 going += [i] if stop is None else []
             if going and left:
-                cache = _kept(model, getattr(made, "past_key_values", None), going, len(rows))
-                stretch = stretch if cache is not None else left  # what was read is read again, once
+                name = next((name for name in _CACHES if name in made), "")
+                cache = _kept(model, made[name], going, len(rows)) if name else None
+                kept = {} if cache is None else {name: cache}
+                stretch = stretch if kept else left  # what was read is read again, once
             rows, ids = [rows[i] for i in going], made.sequences[going]
             mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)[going]
     finally:
@@ -231,20 +236,20 @@ def continue_prompts(
     return found
 
 
-def _generate(loaded: LoadedModel, ids: Tensor, mask: Tensor, cache: Any, heard: _Heard | None) -> Any:
+def _generate(loaded: LoadedModel, ids: Tensor, mask: Tensor, kept: Mapping[str, Any], heard: _Heard | None) -> Any:
     """One call of transformers' own; without what was kept if the model does not go on with that."""
     try:
         return loaded.model.generate(
             input_ids=ids,
             attention_mask=mask,
             streamer=heard,
-            **({} if cache is None else {"past_key_values": cache}),
+            **kept,
         )
     except torch.OutOfMemoryError:
         raise
     except _BREAKS as cause:
-        if cache is not None:
-            return _generate(loaded, ids, mask, None, heard)
+        if kept:
+            return _generate(loaded, ids, mask, {}, heard)
         raise CheckpointError(
             f"{loaded.checkpoint.path}: {type(loaded.model).__name__} generates no text with this transformers "
             f"({reason_of(cause, 120)}); where its own text is wanted, give --data"
