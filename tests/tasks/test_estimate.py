@@ -63,7 +63,7 @@ def test_every_family_is_estimated(cli: Callable[..., Result], tmp_path: Path, f
     save_checkpoint(tmp_path / "model", family)
     found = cli("estimate", tmp_path / "model", "--tflops", 1, "--disk", 1, "--json")
     assert found.code == 0, found.err
-    assert set(found.json["modes"]) == {"none", "cpu", "disk"}
+    assert set(found.json["modes"]) == {"none", "cpu", "bases", "disk"}
     assert found.json["chosen"] == "none"
 
 
@@ -302,7 +302,7 @@ def test_what_a_run_needs_of_the_disk_is_planned(
         return run
 
     monkeypatch.setattr(state, "write_tensors", measured(state.write_tensors, True))
-    monkeypatch.setattr(train, "commit", measured(train.commit, False))
+    monkeypatch.setattr(train, "put_in_place", measured(train.put_in_place, False))
     plans: list[Footprint] = []
     monkeypatch.setattr(deciding, "choose", lambda found, *_, **__: plans.append(found["none"]) or (found["none"], ""))
     settings = sculptor.TrainSettings(max_steps=3, eval_every=1 if evaluates else None, **changes)
