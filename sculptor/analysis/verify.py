@@ -187,7 +187,7 @@ class _Measuring:
         bar = self.progress(total=len(self.archive), desc="verify", unit="matrix")
         found, digests = [], {}
         names = list(self.archive)
-        with self.archive.ahead(names[self.world.rank :: self.world.size]):
+        with self.archive.ahead(self.world.share(names)):
             for mark, one in self.world.in_order(names, partial(self._matrix, lineage)):
                 found.append(one)
                 digests[one[1].name] = mark

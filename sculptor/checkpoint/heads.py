@@ -219,10 +219,6 @@ def _paddings(checkpoint: Checkpoint) -> tuple[Any, ...]:
         tokenizer = load_plainly(checkpoint.path)
     except Exception:  # damaged files break its parts in any way they like
         tokenizer = None
-    own = getattr(tokenizer, "pad_token_id", None)
-    return (
-        None,
-        checkpoint.config.get("pad_token_id"),
-        own,
-        getattr(tokenizer, "eos_token_id", None) if own is None else own,
-    )
+    pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    own = next((pad for pad in pads if pad is not None), None)
+    return None, checkpoint.config.get("pad_token_id"), own

@@ -75,8 +75,8 @@ def differences(
     found += _weight_differences(base, tuned)
     found += _module_differences(base.path, tuned.path, modules, inside - every)
     others = len(found)
-    found += _file_differences(base, tuned, before, now, loaded, growth, head)
     of_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
+    found += _file_differences(base, tuned, before, now, loaded, of_tokenizer, growth, head)
     for place, tokenizer in loaded.items():
         told = any(_TOKENIZER.match(line) and line.rpartition("/")[0] == place for line in found[others:])
         if tokenizer is not None and not told and of_tokenizer and (tokenizer.tokenizer is not None or not found):
@@ -95,11 +95,11 @@ def _file_differences(
     before: Collection[str],
     now: Collection[str],
     loaded: Mapping[str, LoadedTokenizer | None],
+    of_tokenizer: bool,
     growth: Growth | None,
     head: Configuration | None,
 ) -> Iterator[str]:
     """Files that are no configuration of the model and no weights: missing, added, or of other content."""
-    of_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
     carried = {path.as_posix() for path in companions(base.path)}
     same_processors = functools.cache(lambda: same_processor(base.path, tuned.path))
     pad_id = None if loaded[""] is None else loaded[""].pad_id

@@ -10,6 +10,7 @@ import torch
 from sculptor.checkpoint.architecture import Architecture, ModelKind, inspect_architecture
 from sculptor.checkpoint.configuration import load_config, model_class, reason_of, stop_ids
 from sculptor.checkpoint.reader import Checkpoint
+from sculptor.checkpoint.tokenizers import load_plainly
 from sculptor.data.batches import EXACT, Batch, Widths, make_batch
 from sculptor.data.chat import use_template
 from sculptor.data.edges import end_answers_at
@@ -234,12 +235,10 @@ def load_tokenizer(checkpoint: Checkpoint, architecture: Architecture, chat_temp
         CheckpointError: if there is none, or it has no end of sequence.
         SettingsError: if there is no such chat template.
     """
-    from transformers import AutoTokenizer
-
     kind = architecture.kind
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_plainly(checkpoint.path)
     except Exception as cause:  # damaged files break its parts in any way they like
         raise CheckpointError(
             f"{checkpoint.path}: no usable tokenizer ({reason_of(cause, 160)}); copy its files there"
