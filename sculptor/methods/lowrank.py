@@ -19,6 +19,7 @@ from sculptor.methods.rule import (
     Cost,
     Figures,
     Gradient,
+    Narrowed,
     OuterProduct,
     Prepared,
     Rule,
@@ -29,9 +30,10 @@ from sculptor.methods.rule import (
     Working,
 )
 from sculptor.methods.settings import DEFAULT_ENERGY, DEFAULT_RANK, AnalyzeSettings, Carry
-from sculptor.methods.staircase import Added, Side, side_of
+from sculptor.methods.sides import Added, Side, side_of
 from sculptor.numerics.bases import Basis, leverage, most_columns, protected_directions
 from sculptor.numerics.chance import generator_of
+from sculptor.numerics.free_space import Name, Order
 from sculptor.numerics.linalg import spectral_norm
 from sculptor.numerics.memory import grow, leading_free, random_free, without
 from sculptor.numerics.reflectors import Columns
@@ -124,12 +126,24 @@ class LowRankRule:
         self, weight: Tensor, tensors: Tensors, coordinates: Sequence[Tensor], gradient: Gradient
     ) -> tuple[Tensor, ...]:
         """G A."""
+        read = gradient if isinstance(gradient, Narrowed) else self.narrow(tensors, gradient, "input")
+        return (read.values.to(torch.promote_types(read.values.dtype, torch.float32)).contiguous(),)
+
+    def order(self, tokens: float) -> Order:
+        """There are always fewer directions than inputs."""
+        return "input"
+
+    def narrowing(self, name: Name) -> tuple[tuple[int, int], Mapping[str, tuple[int, ...]]]:
+        """A is all that it takes."""
+        return (self.shape[0], self.rank), {"directions": (self.shape[1], self.rank)}
+
+    def narrow(self, tensors: Tensors, gradient: Tensor | OuterProduct, name: Name) -> Narrowed:
+        """G A."""
         directions = tensors["directions"]
         if isinstance(gradient, OuterProduct):
-            found = gradient.outputs.mT.to(directions.dtype) @ (gradient.inputs.to(directions.dtype) @ directions)
-        else:
-            found = gradient.to(directions.dtype) @ directions
-        return (found.to(torch.promote_types(found.dtype, torch.float32)).contiguous(),)
+            read = gradient.inputs.to(directions.dtype) @ directions
+            return Narrowed(gradient.outputs.mT.to(directions.dtype) @ read, name)
+        return Narrowed(gradient.to(directions.dtype) @ directions, name)
 
     def violation(self, tensors: Tensors, weight: Tensor, update: Tensor, variance: Tensor) -> Violation:
         """dW outside of the directions; where these are not known, dW along the memory."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from sculptor.methods.method import Defaults, Derived, Evidence, Measures, Moment, Previous, Step, Terms
 from sculptor.methods.rule import Rule, Tensors
 from sculptor.methods.settings import AnalyzeSettings, Carry
-from sculptor.methods.staircase import Added, Side, StaircaseRule
+from sculptor.methods.sides import Added, Side
+from sculptor.methods.staircase import StaircaseRule
 from sculptor.numerics.allocation import Importance, allocate, least_free_share
 from sculptor.numerics.moments import Factor, profile, rotate_profile, truncate
 from sculptor.numerics.staircase import Staircase

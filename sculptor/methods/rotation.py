@@ -31,7 +31,7 @@ from sculptor.methods.rule import (
     is_open,
 )
 from sculptor.methods.settings import DEFAULT_BLOCK, AnalyzeSettings, Carry
-from sculptor.methods.staircase import Added, Side, side_of
+from sculptor.methods.sides import Added, Side, side_of
 from sculptor.methods.weights import analyze_matrix, most_added, num_leading, random_directions
 from sculptor.numerics.bases import Basis, extend, most_columns, protected_directions, stored_columns
 from sculptor.numerics.linalg import singular_subspaces, spectral_norm

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sculptor.numerics.free_space import Name, Order
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -30,11 +32,30 @@ class OuterProduct:
     outputs: Tensor
 
 
-Gradient = Tensor | OuterProduct
+@dataclass(frozen=True, eq=False, slots=True)
+class Narrowed:
+    """A gradient with respect to W of which a rule has read one side already.
+
+    Attributes:
+        values: (m, q) or (p, n), as the rule has made them.
+        name: which side that was, "output" or "input".
+    """
+
+    values: Tensor
+    name: Name
+
+
+Gradient = Tensor | OuterProduct | Narrowed
 
 
 def dense(gradient: Gradient) -> Tensor:
-    """The gradient with respect to W, (..., m, n)."""
+    """The gradient with respect to W, (..., m, n).
+
+    Raises:
+        TypeError: if a side of it is gone.
+    """
+    if isinstance(gradient, Narrowed):
+        raise TypeError("a narrowed gradient is for the rule that has narrowed it")
     return gradient.outputs.mT @ gradient.inputs if isinstance(gradient, OuterProduct) else gradient
 
 
@@ -170,6 +191,20 @@ class Costly(Protocol):
 def cost_of(rule: Rule, names: Mapping[str, str]) -> Cost:
     """What training takes of a rule; nothing where nothing may change."""
     return rule.cost(names) if isinstance(rule, Costly) and is_open(rule) else Cost({}, 0.0)
+
+
+@runtime_checkable
+class Narrowing(Protocol):
+    """A rule that can read a side of a gradient before its rows are summed, which may be less to sum, to keep, and to send."""
+
+    def order(self, tokens: float) -> Order:
+        """How `project` takes the least for an `OuterProduct` of so many tokens; "after" if it had better be summed before."""
+
+    def narrowing(self, name: Name) -> tuple[tuple[int, int], Mapping[str, tuple[int, ...]]]:
+        """The shape of a gradient that is narrowed on a side, and of the prepared tensors that this takes."""
+
+    def narrow(self, tensors: Tensors, gradient: Tensor | OuterProduct, name: Name) -> Narrowed:
+        """For `project`, which gives the same up to rounding; `tensors` are at least those of `narrowing`."""
 
 
 @runtime_checkable

@@ -20,6 +20,7 @@ from sculptor.methods.rule import (
     Cost,
     Figures,
     Gradient,
+    Narrowed,
     OuterProduct,
     Prepared,
     RuleStack,
@@ -28,13 +29,24 @@ from sculptor.methods.rule import (
     Tensors,
     Violation,
     Working,
+    dense,
 )
+from sculptor.methods.sides import Added, Completed, Side
 from sculptor.methods.staircase_stack import StaircaseStack
-from sculptor.numerics.bases import Basis, Form, frozen_parts, frozen_variance, protected_directions
-from sculptor.numerics.free_space import FreeSpace, coordinate_shapes, first_free, hull
+from sculptor.numerics.bases import Basis, frozen_parts, frozen_variance, protected_directions
+from sculptor.numerics.free_space import (
+    FreeSpace,
+    Name,
+    Order,
+    cheapest_order,
+    coordinate_shapes,
+    first_free,
+    hull,
+    narrow,
+)
 from sculptor.numerics.linalg import spectral_norm
 from sculptor.numerics.moments import Factor, curvature, spread_profile, whole_spectrum
-from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_side
+from sculptor.numerics.reflectors import FreeSide, free_side
 from sculptor.numerics.rounding import noise_spectrum
 from sculptor.numerics.staircase import Staircase
 from sculptor.validation import STRICT, AtLeastOne, Count, Finite, NotNegative
@@ -44,45 +56,6 @@ from sculptor.validation import STRICT, AtLeastOne, Count, Finite, NotNegative
 def _staircase(shape: tuple[int, int], steps: tuple[tuple[int, int], ...]) -> Staircase:
     """Every fold and projection asks for it, and checking it takes as long as a small product."""
     return Staircase(*shape, steps)
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One stored side of a matrix.
-
-    Attributes:
-        form: whether its tensor holds the protected directions or their complement.
-        directions: how many are protected, or told apart by the staircase.
-        rest: mean eigenvalue of all other directions, where eigenvalues are stored.
-    """
-
-    __pydantic_config__ = STRICT
-
-    form: Form
-    directions: Count
-    rest: NotNegative = 0.0
-
-    def columns(self, dim: int) -> int:
-        """How many columns its tensor has."""
-        return self.directions if self.form == "leading" else dim - self.directions
-
-    def restored(self, name: str, tensors: Tensors, dim: int) -> FreeSide:
-        """The completed side, of what `named_tensors` gave."""
-        if f"{name}_columns" in tensors:
-            return Columns(tensors[f"{name}_columns"])
-        shift = self.columns(dim) if self.form == "free" else 0
-        return CompleteBasis(tensors[f"{name}_reflectors"], tensors[f"{name}_triangle"], shift)
-
-
-@dataclass(frozen=True, slots=True)
-class Added:
-    """Directions that one task added to a matrix, after those that were there."""
-
-    __pydantic_config__ = STRICT
-
-    task: Count
-    outputs: Count
-    inputs: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +184,35 @@ class StaircaseRule:
         """Q_U[:, a:b]^T G Q_V[:, r:] of every group."""
         space = self._space(tensors)
         if isinstance(gradient, OuterProduct):
-            return space.project_product(gradient.inputs, gradient.outputs)
+            order = self.order(gradient.inputs.shape[-2])
+            if order == "both":
+                return space.project_product(gradient.inputs, gradient.outputs)
+            gradient = dense(gradient) if order == "after" else self.narrow(tensors, gradient, order)
+        if isinstance(gradient, Narrowed):
+            return space.project_narrowed(gradient.values, gradient.name)
         return space.project(gradient)
+
+    def order(self, tokens: float) -> Order:
+        """By multiplications."""
+        output, input = self._completed()
+        return cheapest_order(tokens, self.shape, first_free(self.staircase), (output.turn, input.turn))
+
+    def narrowing(self, name: Name) -> tuple[tuple[int, int], Mapping[str, tuple[int, ...]]]:
+        """Free directions of a side take the place of its directions."""
+        (m, n), (first, least) = self.shape, first_free(self.staircase)
+        shape = (m, n - least) if name == "input" else (m - first, n)
+        return shape, self._completed()[name == "input"].shapes
+
+    def narrow(self, tensors: Tensors, gradient: Tensor | OuterProduct, name: Name) -> Narrowed:
+        """The free directions of a side that is stored."""
+        stored, dim = (self.input, self.shape[1]) if name == "input" else (self.output, self.shape[0])
+        assert stored is not None
+        side, first = stored.restored(name, tensors, dim), first_free(self.staircase)[name == "input"]
+        if isinstance(gradient, OuterProduct):
+            return Narrowed(narrow(side, first, name, gradient.inputs, gradient.outputs), name)
+        wide = gradient.to(side.dtype)
+        read = side.apply_transposed(wide.mT, first).mT if name == "input" else side.apply_transposed(wide, first)
+        return Narrowed(read, name)
 
     def stack_key(self, tensors: Tensors) -> Hashable:
         """Sides prepared alike; steps may differ."""
@@ -277,20 +277,21 @@ class StaircaseRule:
 
     def cost(self, names: Mapping[str, str]) -> Cost:
         """Bases from the first free direction on, written out or as reflectors, whatever is smaller; both sides turned."""
-        staircase = self.staircase
-        starts = first_free(staircase)
+        (m, n), starts = self.shape, first_free(self.staircase)
         numbers: dict[str, int] = {}
-        turns = {"output": 0, "input": 0}
-        for (name, side, d), start in zip(
-            [("output", self.output, self.shape[0]), ("input", self.input, self.shape[1])], starts, strict=True
-        ):
-            if side is not None:
-                c, free = side.columns(d), d - start
-                numbers[f"{names.get(name, name)} {start}"] = d * free if free <= c else d * c + c * c
-                turns[name] = d * free if free <= c else c * (2 * d + c - start)
-        (m, n), (first, least) = self.shape, starts
-        outputs, inputs = turns["output"], turns["input"]
-        return Cost(numbers, 2.0 * min(outputs * n + inputs * (m - first), outputs * (n - least) + inputs * m))
+        output, input = self._completed()
+        for name, start, side in zip(("output", "input"), starts, (output, input), strict=True):
+            if side.shapes:
+                numbers[f"{names.get(name, name)} {start}"] = sum(map(math.prod, side.shapes.values()))
+        first, least = starts
+        turned_first = output.turn * n + input.turn * (m - first), output.turn * (n - least) + input.turn * m
+        return Cost(numbers, 2.0 * min(turned_first))
+
+    def _completed(self) -> tuple[Completed, Completed]:
+        """The sides of the outputs and the inputs in training."""
+        (m, n), (first, least) = self.shape, first_free(self.staircase)
+        output = self.output.completed("output", m, first) if self.output else Completed({}, 0)
+        return output, self.input.completed("input", n, least) if self.input else Completed({}, 0)
 
     def directions(self, tensors: Tensors) -> tuple[Tensor | None, Tensor | None]:
         """The sides, as far as the staircase tells their directions apart; more may be stored."""
@@ -342,8 +343,3 @@ def _mean(values: Tensor) -> float:
 def _cosines(rows: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(rows, dim=1)
     return unit @ unit.T
-
-
-def side_of(basis: Basis | None) -> Side | None:
-    """What is noted of a stored basis."""
-    return None if basis is None else Side(basis.form, basis.directions)

@@ -10,7 +10,8 @@ from sculptor.methods.method import Defaults, Derived, Evidence, Measures, Previ
 from sculptor.methods.ranks import adaptive_retention, protected_count
 from sculptor.methods.rule import Rule, Tensors, is_open
 from sculptor.methods.settings import SELF, AnalyzeSettings, Carry
-from sculptor.methods.staircase import Added, Side, StaircaseRule, side_of
+from sculptor.methods.sides import Added, Side, side_of
+from sculptor.methods.staircase import StaircaseRule
 from sculptor.numerics.bases import Basis, extend, most_columns, store_smaller, stored_columns
 from sculptor.numerics.chance import generator_of
 from sculptor.numerics.linalg import singular_subspaces

@@ -13,12 +13,57 @@ preserve 0 is A = dW.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sculptor.numerics.reflectors import FreeSide, named_tensors
 from sculptor.numerics.staircase import RowGroup, Staircase, merge_steps
+
+Name = Literal["output", "input"]
+# When the sides of G = dY^T X are turned: after the sum over tokens, one of them before it, or both.
+Order = Literal["after", "output", "input", "both"]
+MANY_TOKENS = 2.0**40
+
+
+def cheapest_order(tokens: float, shape: tuple[int, int], first: tuple[int, int], turns: tuple[int, int]) -> Order:
+    """What takes the fewest multiplications to get the box of free directions of G = dY^T X.
+
+    Args:
+        tokens: t, the rows of X and dY.
+        shape: (m, n).
+        first: the first free direction of the outputs, and of the inputs.
+        turns: multiplications to turn one vector of the outputs, and of the inputs.
+    """
+    m, n = shape
+    p, q = m - first[0], n - first[1]
+    outputs, inputs = turns
+    costs: dict[Order, float] = {
+        "after": tokens * m * n + min(outputs * n + inputs * p, inputs * m + outputs * q),
+        "input": tokens * (inputs + m * q) + outputs * q,
+        "output": tokens * (outputs + p * n) + inputs * p,
+        "both": tokens * (inputs + outputs + p * q),
+    }
+    return min(costs, key=costs.__getitem__)
+
+
+def narrow(side: FreeSide, first: int, name: Name, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """G = dY^T X with one side turned to its free directions before the sum: (m, n - first) or (m - first, n).
+
+    Where few directions are free that is less to do than forming G, and less to keep.
+
+    Args:
+        side: of which the free directions are read.
+        first: of them.
+        name: which side it is.
+        inputs: X (t, n).
+        outputs: dY (t, m).
+    """
+    inputs, outputs = inputs.to(side.dtype), outputs.to(side.dtype)
+    if name == "input":
+        return outputs.mT @ side.apply_transposed(inputs.mT, first).mT
+    return side.apply_transposed(outputs.mT, first) @ inputs
 
 
 def coordinate_shapes(staircase: Staircase) -> tuple[tuple[int, ...], ...]:
@@ -111,7 +156,7 @@ class FreeSpace:
         return self._groups_of(box)
 
     def project_product(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, ...]:
-        """`project` for G = dY^T X, turned before it is formed: less to do where there are fewer tokens than directions.
+        """`project` for G = dY^T X, both turned before it is formed.
 
         Args:
             inputs: X (t, n).
@@ -120,6 +165,11 @@ class FreeSpace:
         dtype = self._dtype(inputs)
         left, right = self._read_output(outputs.mT.to(dtype)), self._read_input(inputs.to(dtype))
         return self._groups_of(left @ right)
+
+    def project_narrowed(self, narrowed: Tensor, name: Name) -> tuple[Tensor, ...]:
+        """`project` for what `narrow` has made of G."""
+        narrowed = narrowed.to(self._dtype(narrowed))
+        return self._groups_of(self._read_output(narrowed) if name == "input" else self._read_input(narrowed))
 
     def _groups_of(self, box: Tensor) -> tuple[Tensor, ...]:
         """The box's rows and columns that belong to coordinates, wide and slowed down."""

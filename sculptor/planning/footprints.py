@@ -16,7 +16,7 @@ from sculptor.methods.rule import cost_of
 from sculptor.model.loss import SLICE
 from sculptor.planning.matrices import PlannedMatrix, basis_numbers
 from sculptor.planning.shares import Share, shares
-from sculptor.planning.traffic import added_up, shown
+from sculptor.planning.traffic import added_up, beside, shown
 from sculptor.streaming.regions import STAGING_BYTES
 from sculptor.training.settings import Offload
 from sculptor.training.stepping.streamed import PART_TOKENS
@@ -142,19 +142,16 @@ class _Sizes:
         names = {target.tensor for target in architecture.targets}
         inside = {block: [t for t in architecture.targets if t.block == block] for block in widths}
         self.target_weights = {b: sum(t.shape[0] * t.shape[1] for t in ts) for b, ts in inside.items()}
-        total = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
+        numbers = {name: info.num_bytes // info.dtype.itemsize for name, info in checkpoint.infos.items()}
         in_targets = sum(self.target_weights.values())
         others = {tensor: parameter for parameter, tensor in architecture.tensors.items() if tensor not in names}
         in_blocks = sum(
-            checkpoint.infos[tensor].num_bytes // checkpoint.infos[tensor].dtype.itemsize
+            numbers[tensor]
             for tensor, parameter in others.items()
             if any(parameter.startswith(block + ".") for block in widths)
         )
-        unnamed = (
-            total
-            - in_targets
-            - sum(checkpoint.infos[tensor].num_bytes // checkpoint.infos[tensor].dtype.itemsize for tensor in others)
-        )  # stacked experts: parts of the blocks
+        total = sum(numbers.values())
+        unnamed = total - in_targets - sum(numbers[tensor] for tensor in others)  # stacked experts: parts of the blocks
         self.rest_in_blocks = in_blocks + unnamed
         self.outside = total - in_targets - self.rest_in_blocks
         self.block_weights = max(self.target_weights.values()) + self.rest_in_blocks // max(1, self.num_blocks)
@@ -258,11 +255,12 @@ class _Sizes:
     def divided(self, offload: Literal["none", "bases", "cpu"]) -> Footprint:
         """Of the process that holds most; what it holds of matrices is on the device, or in host memory."""
         slots, count = 2 if self.kind == "cuda" else 1, self.work.processes
-        rest = self.rest_size * self.rest_in_blocks / max(1, self.num_blocks)
-        blocks = {path: {**found, "others": rest} for path, found in self.inside_blocks.items()}
+        rest = {"others": self.rest_size * self.rest_in_blocks / max(1, self.num_blocks)}
+        blocks = {path: found | rest for path, found in self.inside_blocks.items()}
         parts = shares(blocks, self.matrices, self.file_size, self.kind, count)
         most = max(parts, key=lambda share: share.num_bytes)
-        trained = [sum(size for p, size in block.items() if p in self.matrices) for block in blocks.values()]
+        exchanges = [beside(block, self.matrices, self.size) for block in blocks.values()]
+        gradients, bases = (max(sizes) for sizes in zip(*exchanges, strict=True))
         held = {
             "weights": most.weights,
             "pristine weights": most.pristine,
@@ -271,9 +269,10 @@ class _Sizes:
         }
         alone = self.streamed("cpu", on_host=self.work.on_host and offload == "cpu")
         own = ("blocks", "embedding, head, norms", "activations", "work space", "openly trained")
+        updates = alone.device["coordinates, gradients, AdamW"]
         device = {name: alone.device[name] for name in own if name in alone.device} | {
-            "gradients of blocks": slots * max(trained, default=0.0),
-            "bases and updates on their way": slots * most.block_bases + alone.device["coordinates, gradients, AdamW"],
+            "gradients of blocks": slots * gradients,
+            "bases and updates on their way": slots * (most.block_bases + bases) + updates,
         }
         host = {"copies": 2.0 * STAGING_BYTES[self.kind]}
         if offload == "none":
@@ -287,7 +286,7 @@ class _Sizes:
         else:
             host = {name: size for name, size in alone.host.items() if name not in held} | held
         sizes = [sum(block.values()) for block in blocks.values()]
-        exchanged = shown(sizes, sum(trained), self.work.micro_batches, count) + added_up(self.work.num_extra, count)
+        aside = added_up(self.work.num_extra, count)
         return Footprint(
             offload,
             device,
@@ -297,7 +296,7 @@ class _Sizes:
             alone.folding / count,
             loaded={"none": 0.0, "bases": self.with_constants_apart().loaded, "cpu": alone.loaded}[offload] / count,
             stored=alone.stored / count if offload == "cpu" else 0.0,
-            exchanged=exchanged,
+            exchanged=shown(sizes, sum(map(sum, exchanges)), self.work.micro_batches, count) + aside,
             shares=parts,
         )
 

@@ -21,6 +21,11 @@ class PlannedMatrix:
         return self.target.shape[0] * self.target.shape[1]
 
     @property
+    def is_linear(self) -> bool:
+        """Whether its module is a linear map of torch's own, as far as that can be told of files."""
+        return self.target.window.is_whole and not self.target.transposed
+
+    @property
     def num_free(self) -> int:
         """Its coordinates."""
         return num_free(self.rule)

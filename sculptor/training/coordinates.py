@@ -35,6 +35,9 @@ class WeightSource(Protocol):
     def weight(self, coordinates: "Coordinates", pristine: Tensor) -> Tensor:
         """W0 + dW as the module stores it, through autograd where gradients are wanted."""
 
+    def multiply(self, coordinates: "Coordinates", pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x (W0 + dW)^T + b, of which a rule gets X and dY; None where it had better get a gradient."""
+
     def expire(self, moved: bool = False) -> None:
         """It is folded again when it is next asked for; `moved` says that tensors are elsewhere now."""
 
@@ -135,6 +138,13 @@ class Coordinates(nn.Module):
         ask = _ask_eagerly if torch.compiler.is_dynamo_compiling() else _ask
         return ask(self, weight)
 
+    def multiply(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product with the folded weight, given pristine W0; None where that is to be asked for."""
+        if self.off:
+            return None
+        check_copied(self)
+        return self.source.multiply(self, weight, x, bias)
+
     def check(self, weight: Tensor) -> None:
         """Refuses to fold what is not here as a whole.
 
@@ -209,5 +219,10 @@ def prepare_training(
         soften: strength of the slowing down.
         known: what was made before; matrices that read the same input share its basis.
     """
-    dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 and device.type == "cuda" else torch.float32
-    return entry.rule.prepare(entry.tensors, Working(device, dtype, soften, entry.record.tensors, known))
+    working = Working(device, working_dtype(compute_dtype, device), soften, entry.record.tensors, known)
+    return entry.rule.prepare(entry.tensors, working)
+
+
+def working_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of a rule's tensors as training uses them, for weights that are folded to `compute_dtype`."""
+    return torch.bfloat16 if compute_dtype == torch.bfloat16 and device.type == "cuda" else torch.float32

@@ -19,6 +19,7 @@ from sculptor.errors import ArchiveError
 from sculptor.methods.kinds import Kinds
 from sculptor.training.coordinates import Coordinates
 from sculptor.training.experts import leaf_of, run_in_pieces
+from sculptor.training.linear import can_hand_over
 from sculptor.training.parallelism import (
     check_added_up,
     check_copied,
@@ -169,6 +170,8 @@ def attach_coordinates(
         if coordinates.record.window.is_whole:
             parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
             module.parametrizations.weight.original.requires_grad_(False)
+            if can_hand_over(module):
+                type(module).forward = _multiply  # of this module alone, until its parametrization is removed
         else:
             _experts_in(module).append(coordinates)
     for module in dict.fromkeys(module for module, coordinates in prepared if not coordinates.record.window.is_whole):
@@ -177,6 +180,14 @@ def attach_coordinates(
     if fold == "automatic":
         model.register_forward_pre_hook(functools.partial(begin_pass, stacks))
     return model
+
+
+def _multiply(module: Any, x: Tensor) -> Tensor:
+    """The forward of a protected linear map."""
+    made = None
+    if not torch.compiler.is_dynamo_compiling() and len(module.parametrizations.weight) == 1:
+        made = module.parametrizations.weight[0].multiply(module.parametrizations.weight.original, x, module.bias)
+    return nn.functional.linear(x, module.weight, module.bias) if made is None else made
 
 
 @_disable_dynamo

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.errors import TrainingError
-from sculptor.methods.rule import RuleStack, Stackable, Tensors
+from sculptor.methods.rule import OuterProduct, RuleStack, Stackable, Tensors
 from sculptor.numerics.finite import is_finite
 from sculptor.numerics.precision import float32_products
 from sculptor.training.coordinates import Coordinates, folded_weight
+from sculptor.training.linear import is_narrowed, multiply
 
 FoldMode = Literal["automatic", "manual"]
 # Entries of the largest matrices that are taken together, by type of device: beyond, arithmetic takes longer than launches.
@@ -85,6 +86,25 @@ class Stack:
 
     def weight(self, coordinates: Coordinates, pristine: Tensor) -> Tensor:
         """As `WeightSource.weight`."""
+        place, folded = self._current(coordinates, pristine)
+        if not torch.is_grad_enabled():
+            return folded
+        if not self._given:
+            self._given = _Fold.apply(self, self._folded, *self._values())  # type: ignore[no-untyped-call]
+        return self._given[place]
+
+    def multiply(self, coordinates: Coordinates, pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """As `WeightSource.multiply`."""
+        if len(self.members) > 1 or not is_narrowed(coordinates.rule, x):
+            return None
+        _, folded = self._current(coordinates, pristine)
+        return multiply(x, folded, bias, self._take, coordinates.trained)
+
+    def _take(self, gradient: OuterProduct) -> Sequence[Tensor | None]:
+        return self.project([gradient])
+
+    def _current(self, coordinates: Coordinates, pristine: Tensor) -> tuple[int, Tensor]:
+        """Where a matrix is, and its folded weight."""
         place = self._places[coordinates.name]
         held = None if self._folded is None else self._folded[place]
         if held is None or (held.device, held.dtype) != (pristine.device, coordinates.compute_dtype or pristine.dtype):
@@ -93,11 +113,7 @@ class Stack:
             self._look()
         self._served.add(place)
         assert self._folded is not None
-        if not torch.is_grad_enabled():
-            return self._folded[place]
-        if not self._given:
-            self._given = _Fold.apply(self, self._folded, *self._values())  # type: ignore[no-untyped-call]
-        return self._given[place]
+        return place, self._folded[place]
 
     def expire(self, moved: bool = False) -> None:
         """As `WeightSource.expire`; what others wrote is not lost to a move."""
@@ -175,25 +191,27 @@ class Stack:
         folded = update.add_(pristine) if update.dtype == torch.float32 else pristine.to(torch.float32) + update
         return list((folded.mT if self._transposed else folded).to(dtype).contiguous().unbind())
 
-    def project(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def project(self, gradients: Sequence[Tensor | OuterProduct | None]) -> list[Tensor | None]:
         """The gradient of every A of every matrix, None where none reached it."""
         self.doubt()
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         members = [self.members[i] for i in reached]
         given = [gradient for gradient in gradients if gradient is not None]
         # Exactness lives in A and in the float64 merge, so TF32 does for the projection and the fold.
-        with float32_products(given[0].device, tf32=True):
+        with float32_products(self.members[0].pristine.device, tf32=True):
             found = dict(zip(reached, self._projected(members, given), strict=True))
         nothing = [tuple(None for _ in member.coordinates.values) for member in self.members]
         return [part for i, none in enumerate(nothing) for part in found.get(i, none)]
 
-    def _projected(self, members: Sequence[Member], gradients: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def _projected(
+        self, members: Sequence[Member], gradients: Sequence[Tensor | OuterProduct]
+    ) -> list[tuple[Tensor, ...]]:
         if len(members) == 1:
-            coordinates = members[0].coordinates
-            # Contiguous as autograd stores it in a parameter, so that streaming gives the same.
-            weight, gradient = (
-                as_out_in(each, self._transposed) for each in (members[0].pristine, gradients[0].contiguous())
-            )
+            coordinates, gradient = members[0].coordinates, gradients[0]
+            weight = as_out_in(members[0].pristine, self._transposed)
+            if isinstance(gradient, Tensor):
+                # Contiguous as autograd stores it in a parameter, so that streaming gives the same.
+                gradient = as_out_in(gradient.contiguous(), self._transposed)
             return [coordinates.rule.project(weight, coordinates.tensors, list(coordinates.values), gradient)]
         pristine = self._stacked([member.pristine for member in members])
         if len(members) == len(self.members):
@@ -202,7 +220,8 @@ class Stack:
         else:  # some of them have no gradient
             rules = _stack_of(members)
             tensors = rules.prepare([member.coordinates.tensors for member in members])
-        return rules.project(pristine, tensors, _coordinates(members), self._stacked(gradients))
+        full = self._stacked([each for each in gradients if isinstance(each, Tensor)])  # as they all are
+        return rules.project(pristine, tensors, _coordinates(members), full)
 
     def _stacked(self, matrices: Sequence[Tensor]) -> Tensor:
         return torch.stack([as_out_in(matrix, self._transposed) for matrix in matrices])

@@ -9,7 +9,8 @@ from conftest import save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.methods.rule import Working, is_open
-from sculptor.methods.staircase import Side, StaircaseRule
+from sculptor.methods.sides import Side
+from sculptor.methods.staircase import StaircaseRule
 
 GENERATOR_SEED = 7
 

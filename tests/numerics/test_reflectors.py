@@ -5,7 +5,8 @@ import torch
 from numerics.sides import CASES, by_group, orthonormal, sides
 from torch import Tensor
 
-from sculptor.methods.staircase import StaircaseRule, side_of
+from sculptor.methods.sides import side_of
+from sculptor.methods.staircase import StaircaseRule
 from sculptor.numerics.bases import Basis, Form
 from sculptor.numerics.free_space import FreeSpace, first_free
 from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_side

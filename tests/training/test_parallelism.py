@@ -171,7 +171,8 @@ def test_several_devices_in_one_process_go_well(made: Any) -> None:
             stepper.step()
         sculptor.merge(model)
     for name, tensor in plain.state_dict().items():
-        assert torch.equal(tensor, dispatched.state_dict()[name]), name
+        # Hooks that were there before keep linear maps from giving X and dY, so sums have another order.
+        torch.testing.assert_close(dispatched.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
 def replicas(module: nn.Module) -> nn.Module:

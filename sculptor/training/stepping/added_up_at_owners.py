@@ -1,7 +1,8 @@
-"""Where several processes divide a model: full-size gradients are added up at the owners of their matrices, and projected there.
+"""Where several processes divide a model: gradients are added up at the owners of their matrices, and projected there.
 
-A gradient waits in a slot of its full size until its block is finished; then all processes add up what they have, on the lane
-that loads, and each projects what it owns on the updating one, while the block before is computed.
+Where a rule leaves few directions of a side free, a gradient is narrowed to them first (`narrowing.py`). It waits in a slot
+until its block is finished; then all processes add up what they have, on the lane that loads, and each projects what it owns
+on the updating one, while the block before is computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sculptor.methods.rule import Narrowed, OuterProduct, dense
 from sculptor.streaming.layout import Layout
 from sculptor.streaming.owners import Owners
 from sculptor.streaming.slots import Slot
 from sculptor.streaming.transfers import Ticket
 from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.stepping.gradients import GradientSource
+from sculptor.training.stepping.narrowing import ShownBases
 from sculptor.training.stepping.optimizer import add_up_gradients
 from sculptor.training.stepping.projected_at_once import ProjectedAtOnce
 
@@ -43,19 +46,25 @@ class AddedUpAtOwners:
         self.sources = sources
         self.transfers = waiting.transfers
         self.device = waiting.device
-        self.layouts = {
-            block: Layout((name, at.dtype, at.shape) for name, at in waiting.layouts[block].items() if name in names)
-            for block, of in sources.items()
-            for names in [{source.parameter_name for source in of.values()}]
-        }
+        self.bases = ShownBases(waiting, own.blocks, owners, sources, count)
+        self.layouts = {block: self._layout(waiting.layouts[block], of) for block, of in sources.items()}
         size = max(layout.num_bytes for layout in self.layouts.values())
         self._slots = [Slot(size, waiting.device) for _ in range(count)]
         self._there: set[str] = set()
         self._reached: set[str] = set()  # by a gradient, in this step and process
 
+    def _layout(self, parameters: Layout, sources: Mapping[str, GradientSource]) -> Layout:
+        """Of the gradients of a block, in the order of its parameters, which is that of their owners."""
+        shapes = {
+            source.parameter_name: self.bases.shape(name, parameters[source.parameter_name].shape)
+            for name, source in sources.items()
+        }
+        return Layout((name, at.dtype, shapes[name]) for name, at in parameters.items() if name in shapes)
+
     def block_begun(self, block: int) -> None:
         """Makes room for the gradients of a block."""
         if block in self.sources:
+            self.bases.slots.enter(block)
             self._take_slot(block)
         with self.transfers.lane("update"):
             self.own.block_begun(block)
@@ -68,9 +77,10 @@ class AddedUpAtOwners:
         slot.holds = block
         self._there.clear()
 
-    def collect(self, block: int, name: str, gradient: Tensor) -> None:
-        """Takes a full-size gradient, of all rows of the pass or of some."""
+    def collect(self, block: int, name: str, gradient: Tensor | OuterProduct) -> None:
+        """Takes a gradient, of all rows of the pass or of some."""
         view = self._view(block, name)
+        gradient = self.bases.narrow(block, name, gradient) if name in self.bases.sides else dense(gradient)
         if name in self._there:
             view.add_(gradient)
         else:
@@ -87,13 +97,17 @@ class AddedUpAtOwners:
         """Adds them up at their owners."""
         if block not in self.sources:
             return
+        bases = self.bases.slots.find(block)
+        assert bases is not None
+        bases.uses["compute"] = self.transfers.mark()
         added = self._add_up(block)
         if (found := self.own.blocks.get(block)) is None:
             return
         with self.transfers.lane("update"):
             added.wait()
             for matrix in found.matrices:
-                self.own.collect(block, matrix.name, self._view(block, matrix.name))
+                added_up, side = self._view(block, matrix.name), self.bases.sides.get(matrix.name)
+                self.own.collect(block, matrix.name, added_up if side is None else Narrowed(added_up, side))
             self._slots[0].uses["update"] = self.transfers.mark()
             self.own.block_done(block, slot)
 
@@ -135,4 +149,5 @@ class AddedUpAtOwners:
     def close(self) -> None:
         """Gives the memory back."""
         self._slots.clear()
+        self.bases.close()
         self.own.close()

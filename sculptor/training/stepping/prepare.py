@@ -18,7 +18,7 @@ from sculptor.training.coordinates import prepare_training
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
 from sculptor.training.stepping.block import StreamedBlock, StreamedMatrix
-from sculptor.training.stepping.gradients import GradientSource
+from sculptor.training.stepping.gradients import GradientSource, source_of
 from sculptor.training.stepping.optimizer import Group, make_optimizer, moments_of
 
 
@@ -73,7 +73,7 @@ def prepare_blocks(
         names = {name: parameters[name] for name in archive.open_names if parameters[name] in found}
         shares.append({name: p for name, p in names.items() if owners is None or owners.mine(i, p)})
         if names:
-            sources[i] = {name: GradientSource(archive[name].window, found[p], p) for name, p in names.items()}
+            sources[i] = {name: source_of(waiting.model, archive[name], found[p], p) for name, p in names.items()}
         held_by |= dict.fromkeys(names, i)
     with archive.ahead(name for mine in shares for name in mine):
         for i, mine in enumerate(shares):

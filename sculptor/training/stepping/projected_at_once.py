@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.errors import TrainingError
+from sculptor.methods.rule import Gradient
 from sculptor.numerics.precision import float32_products
 from sculptor.streaming.regions import Region
 from sculptor.streaming.slots import Slot, Slots, loading
@@ -67,8 +68,8 @@ class ProjectedAtOnce:
         for ticket in slot.taken():  # it is written to, so what reads it has to be over
             ticket.wait()
 
-    def collect(self, block: int, name: str, gradient: Tensor) -> None:
-        """A full-size gradient has appeared: only its coordinates are kept."""
+    def collect(self, block: int, name: str, gradient: Gradient) -> None:
+        """A gradient has appeared: only its coordinates are kept."""
         found, matrix = self.blocks[block], self._matrices[name]
         if found.stage is not Stage.OPEN:
             raise RuntimeError(f"{name}: its gradient appeared after its block was finished")
@@ -83,17 +84,17 @@ class ProjectedAtOnce:
         matrix.touched = True
 
     @torch.no_grad()
-    def _project(self, block: int, matrix: StreamedMatrix, gradient: Tensor) -> Sequence[Tensor]:
+    def _project(self, block: int, matrix: StreamedMatrix, gradient: Gradient) -> Sequence[Tensor]:
         found, bases = self.blocks[block], self.updater.bases.find(block)
         assert bases is not None
         rule, transposed = matrix.record.rule, matrix.record.transposed
         views = self._bring(found, matrix) if rule.reads_weight else {}
-        weight = as_out_in(views["pristine"], transposed) if views else gradient.new_empty(0)
+        weight = as_out_in(views["pristine"], transposed) if views else torch.empty(0, device=self.device)
         coordinates = [views[key] for key in matrix.keys] if views else []
         with float32_products(self.device, tf32=True):
-            return rule.project(
-                weight, found.tensors(matrix, bases.memory), coordinates, as_out_in(gradient, transposed)
-            )
+            if isinstance(gradient, Tensor):
+                gradient = as_out_in(gradient, transposed)
+            return rule.project(weight, found.tensors(matrix, bases.memory), coordinates, gradient)
 
     def _bring(self, block: StreamedBlock, matrix: StreamedMatrix) -> Mapping[str, Tensor]:
         """A and W0 of a matrix in device memory of their own."""

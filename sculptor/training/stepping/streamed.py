@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sculptor.archive.store import Archive
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.hooks import Hooks
+from sculptor.streaming.slots import Slots
 from sculptor.streaming.waiting import WaitingBlocks
 from sculptor.training.protect import find_parameters
 from sculptor.training.rates import Peaks
@@ -111,9 +112,14 @@ class StreamedUpdates(Updates):
             refill=self._updater.refill,
             block_begun=self._gradients.block_begun,
             block_done=self._gradients.block_done,
-            beside=dict.fromkeys(self.blocks, (self._updater.bases, self._at_once.slots)),
+            beside={i: self._beside(i) for i in self._sources},
             part_tokens=None if routed else PART_TOKENS.get(self.device.type),
         )
+
+    def _beside(self, block: int) -> tuple[Slots, ...]:
+        """What its backward pass takes; what processes show each other comes in one order, whatever each of them holds."""
+        shown = (self._gradients.bases.slots,) if isinstance(self._gradients, AddedUpAtOwners) else ()
+        return (*shown, self._updater.bases, self._at_once.slots) if block in self.blocks else shown
 
     @property
     def num_trainable(self) -> int:

@@ -1,0 +1,104 @@
+"""Linear maps that give the gradient of their weight as what it is the sum of, X and dY, where its rule has less to do with that.
+
+A rule that leaves few directions free reads them from X or dY first: what is summed over tokens then is narrow, and a
+full-size gradient never exists. Where a weight is read in any other way, autograd gives its gradient as ever.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from sculptor.methods.rule import Narrowing, OuterProduct, Rule
+
+# Takes X and dY; returns the gradients of what was wanted, if anything was.
+Take = Callable[[OuterProduct], Sequence[Tensor | None]]
+
+
+class _Linear(torch.autograd.Function):
+    """`linear`, whose weight gets no gradient: what is `wanted` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, *wanted: Tensor) -> Tensor:
+        ctx.take = take
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return tuple(None for _ in ctx.needs_input_grad)
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        rows = dy.reshape(-1, dy.shape[-1])
+        bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        given: Sequence[Tensor | None] = ctx.take(OuterProduct(x.reshape(-1, x.shape[-1]), rows))
+        return dx, None, bias, None, *given
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, wanted: Sequence[Tensor]) -> Tensor:
+    """x W^T + b; in the backward pass `take` gets X and dY, and gives the gradients of `wanted`, of which some is needed.
+
+    Args:
+        x: (..., n).
+        weight: W (m, n); no gradient reaches it.
+        bias: b (m,).
+    """
+    made: Tensor = _Linear.apply(x, weight, bias, take, *wanted)  # type: ignore[no-untyped-call]
+    return made
+
+
+def is_narrowed(rule: Rule, x: Tensor) -> bool:
+    """Whether a rule had better get X and dY than a gradient, in the pass under way."""
+    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or not isinstance(rule, Narrowing):
+        return False
+    if x.shape[-1] != rule.shape[1] or torch.is_autocast_enabled(x.device.type):
+        return False
+    return rule.order(x.numel() // x.shape[-1]) != "after"
+
+
+def can_hand_over(module: nn.Module) -> bool:
+    """Whether a module is torch's own linear map, parametrized or not, and nobody has changed how it runs."""
+    kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
+    return kinds[0] is nn.Linear and "forward" not in vars(module)
+
+
+class HandedOver(NamedTuple):
+    """A linear map that gives X and dY."""
+
+    module: nn.Module
+
+    def remove(self) -> None:
+        """It runs as torch has it again."""
+        del self.module.forward
+
+
+def hand_over(module: nn.Module, rule: Rule, give: Callable[[OuterProduct], None], device: torch.device) -> HandedOver:
+    """Has a linear map, whose weight is its parameter, give X and dY where its rule has less to do with that.
+
+    Args:
+        module: `can_hand_over` it.
+        rule: of the weight.
+        give: takes them.
+        device: where the module runs.
+    """
+    trigger = torch.empty(0, device=device, requires_grad=True)  # the backward pass comes by, whatever else is trained
+
+    def take(gradient: OuterProduct) -> tuple[None]:
+        give(gradient)
+        return (None,)
+
+    module.forward = partial(_run, module, rule, take, trigger)
+    return HandedOver(module)
+
+
+def _run(module: Any, rule: Rule, take: Take, trigger: Tensor, x: Tensor) -> Tensor:
+    if not is_narrowed(rule, x):
+        return linear(x, module.weight, module.bias)
+    return multiply(x, module.weight.detach(), module.bias, take, (trigger,))
