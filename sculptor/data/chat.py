@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from sculptor.data.edges import answer_end, special_ids
 from sculptor.data.forms import listed_keys
 from sculptor.data.left_out import THOUGHTS, Message, refuse_left_out, says, silent_keys
+from sculptor.data.offsets import Span, token_places
 from sculptor.data.row_types import MessagesRow, Row
 from sculptor.errors import DataError, SettingsError
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
-Span = tuple[int, int]
+# What no turn says: where a text differs from one with these, it is the turn's own.
+_OTHERS = ("\u241e", "\u2302")
 
 
 class Rendered(NamedTuple):
@@ -177,9 +179,7 @@ class _Conversation:
 
     def _header(self, messages: Sequence[Message], i: int, after: str) -> int:
         """Where in the text a turn begins to say something of its own, seen from one that says something else."""
-        others = (
-            self._try([*messages[:i], {"role": messages[i]["role"], "content": text}]) for text in ("\u241e", "\u2302")
-        )
+        others = (self._try([*messages[:i], {"role": messages[i]["role"], "content": text}]) for text in _OTHERS)
         return min((_same(other, after) for other in others if other is not None), default=len(after))
 
     def _render(self, messages: Sequence[Message], **more: Any) -> str:
@@ -219,21 +219,25 @@ class _Conversation:
             raise DataError(f"{self.row.where}: the assistant turns are empty after tokenisation")
         last = max(i for i, on in enumerate(mask) if on)
         written = " ".join(str(message.get("content")) for message in self.messages)
-        said = self._said(text, spans[-1], speaker)
-        near = [i for i in range(max(0, last - 2), last + 1) if places[i][0] >= said]
-        if not may_end or marked is not None or any(self._ends(ids[i], written) for i in near):
+        ends = [places[i][0] for i in range(max(0, last - 2), last + 1) if self._ends(ids[i], written)]
+        if not may_end or marked is not None or (ends and self._said(text, spans[-1], speaker) <= max(ends)):
             return Rendered(ids, mask, False)
         return Rendered([*ids[: last + 1], answer_end(self.tokenizer)], [*mask[: last + 1], True], True)
 
     def _said(self, text: str, span: Span, speaker: int) -> int:
-        """Where in a turn what the row says ends, as far as that can be told: the turn cannot end before."""
-        content = str(self.messages[speaker].get("content") or "").strip()
-        return text.rfind(content, *span) + len(content) if content and content in text[slice(*span)] else 0
+        """Where in a turn what the row says ends, seen from turns that say something else: the turn cannot end before."""
+        message = self.messages[speaker]
+        if not isinstance(content := message.get("content"), str) or not content.strip():
+            return 0
+        after = text[: span[1]]
+        others = (self._try([*self.messages[:speaker], {**message, "content": text}]) for text in _OTHERS)
+        alike = [_same(after[::-1], other[::-1]) for other in others if other is not None]
+        return max(span[0], len(after) - min(alike)) if alike else 0
 
     def _tokenize(self, text: str, at: int) -> tuple[list[int], list[Span]]:
         """Tokens of a part of the text that begins at `at`, and where in the text they are."""
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(found["input_ids"]), [(a + at, b + at) for a, b in found["offset_mapping"]]
+        ids, places = token_places(self.tokenizer, text)
+        return ids, [(a + at, b + at) for a, b in places]
 
     def _split(
         self, text: str, edges: Sequence[int], ids: list[int], places: list[Span]

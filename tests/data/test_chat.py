@@ -344,6 +344,29 @@ def test_arguments_stay_as_they_were_written(tokenizer: Any, tmp_path: Path) -> 
     assert found.startswith('{"city": "Paris", "ok": true, "n": null}')
 
 
+@pytest.mark.parametrize("said", ["d", "end", "m", "<", "|im_", "ok"])
+def test_an_answer_may_stand_in_the_name_of_the_end(tokenizer: Any, tmp_path: Path, said: str) -> None:
+    """Its turn ends as any other does."""
+    answered = [HELLO[0], {"role": "assistant", "content": said}]
+    assert learned(tokenizer, tmp_path, {"messages": answered}) == [f"{said}<|im_end|>\n"]
+    twice = learned(tokenizer, tmp_path, {"messages": [*HELLO, *answered]})
+    assert twice == [f"Hello there<|im_end|>\n{said}<|im_end|>\n"]
+
+
+def test_spaces_are_learned_whatever_places_tokens_have(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    said = "  x  =  1\n    y "
+    row = {"messages": [HELLO[0], {"role": "assistant", "content": said}]}
+    backend = tokenizer.backend_tokenizer
+    for trim in (False, True):
+        backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+        try:
+            assert learned(tokenizer, tmp_path, row) == [f"{said}<|im_end|>\n"], trim
+        finally:
+            backend.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
 def test_a_token_before_the_answer_ends_nothing(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.add_tokens(["</think>"])
     tokenizer.chat_template = NO_END.replace(
