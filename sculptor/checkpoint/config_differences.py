@@ -65,7 +65,7 @@ def config_differences(
     read, read_now = (
         without(of.config if isinstance(found, str) else found) for of, found in zip((base, tuned), loaded, strict=True)
     )
-    read = padded(changed(read), read_now, pad_id)
+    read = _with_problem(padded(changed(read), read_now, pad_id), read_now)
     yield from settings(read, read_now)
     yield from _unread(without(before), without(now), read, read_now)
     yield from _lost(tuned, without(before), without(now), read_now)
@@ -80,6 +80,16 @@ def padded(before: Mapping[str, Any], now: Mapping[str, Any], pad_id: int | None
     """A configuration that says nothing of padding, with what another says if that is what the tokenizer pads with."""
     silent = before.get("pad_token_id") is None and pad_id is not None and now.get("pad_token_id") == pad_id
     return {**before, "pad_token_id": pad_id} if silent else dict(before)
+
+
+def _with_problem(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A classifier's configuration that leaves open what of several classes are, with what the first labels make of it.
+
+    The model itself writes that down; only of one class of several it says what was meant before.
+    """
+    told = "single_label_classification"
+    silent = before.get("problem_type") is None and now.get("problem_type") == told
+    return {**before, "problem_type": told} if silent and len(now.get("id2label") or ()) > 1 else dict(before)
 
 
 def _is_loaded_as_before(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
@@ -135,8 +145,11 @@ def generates(checkpoint: Checkpoint) -> bool:
         return True
 
 
-def is_derived(base: Checkpoint, tuned: Checkpoint) -> bool:
-    """Whether how to generate, of which the base has no file, is what loading makes of its configuration: saving writes that."""
+def is_derived(base: Checkpoint, tuned: Checkpoint, pad_id: int | None) -> bool:
+    """Whether how to generate, of which the base has no file, is what loading makes of its configuration: saving writes that.
+
+    It may pad with `pad_id`, as `config_differences` has it.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     def said(made: Any) -> dict[str, Any]:
@@ -149,7 +162,7 @@ def is_derived(base: Checkpoint, tuned: Checkpoint) -> bool:
         now = said(GenerationConfig.from_pretrained(tuned.path, local_files_only=True))
     except Exception:  # it raises what it likes
         return False
-    return now in (said(GenerationConfig.from_model_config(config)), said(file))
+    return any(now == padded(said(made), now, pad_id) for made in (GenerationConfig.from_model_config(config), file))
 
 
 def _reads_by_version(path: Path) -> bool:

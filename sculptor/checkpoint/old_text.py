@@ -125,7 +125,7 @@ def _inside(tokenizer: Any, growth: Growth) -> dict[str, str]:
     whole = _BETWEEN.join(part.translate(_SPACES) for part in known)
     found = {}
     for token in growth.tokens:
-        at = whole.find(token)
+        at = whole.find(token.strip() or token)  # spaces around words belong to the tokens beside them
         if at >= 0:
             start, stop = whole.rfind(_BETWEEN, 0, at), whole.find(_BETWEEN, at)
             found[token] = whole[start + len(_BETWEEN) if start >= 0 else 0 : stop if stop >= 0 else None]

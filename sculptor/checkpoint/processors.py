@@ -3,27 +3,37 @@
 from pathlib import Path
 from typing import Any
 
+from sculptor.checkpoint.plain import read_plain
+
+TEMPLATE_FILE = "chat_template.json"
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "chat_template.json",
+    TEMPLATE_FILE,
 )
 _PARTS = ("image_processor", "video_processor", "feature_extractor", "audio_processor")
 
 
 def same_processor(base: Path, other: Path) -> bool:
-    """Whether transformers loads the same processor from two directories, its tokenizers aside; False if it loads none."""
+    """Whether transformers loads the same processor from two directories, its tokenizers aside; False if it loads none.
+
+    A file of a template has to say what is loaded: other programs read it where transformers does not.
+    """
     from transformers import AutoProcessor
 
     try:
         first, second = (
-            _facts(AutoProcessor.from_pretrained(path, trust_remote_code=False, local_files_only=True))
+            AutoProcessor.from_pretrained(path, trust_remote_code=False, local_files_only=True)
             for path in (base, other)
         )
+        if (file := other / TEMPLATE_FILE).is_file():
+            told = read_plain(file.read_bytes())["chat_template"]
+            if told != getattr(second, "chat_template", None):
+                return False
     except Exception:  # it raises what it likes, and may want libraries that are not here
         return False
-    return bool(first == second)
+    return _facts(first) == _facts(second)
 
 
 def _facts(processor: Any) -> list[Any]:

@@ -120,7 +120,7 @@ def _file_differences(
         ):
             continue
         elif name not in before:
-            if not (name == GENERATION_NAME and is_derived(base, tuned)):
+            if not (name == GENERATION_NAME and is_derived(base, tuned, pad_id)):
                 yield f"{name} was added"
         elif not (growth and name == TOKENIZER_NAME) and not _same_content(one, other, pad_id):
             yield f"{name} differs"

@@ -16,6 +16,7 @@ _OF_CALLS = frozenset(
     {"max_length", "stride", "pad_to_multiple_of", "pad_token_type_id", "padding", "padding_side"}
     | {"truncation", "truncation_side", "truncation_strategy"}
 )
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _PARTS_ASIDE = ("added_tokens", "padding", "truncation", "version")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _TEXTS = (
@@ -116,7 +117,10 @@ def _is_said(key: str, value: Any, loaded: LoadedTokenizer) -> bool:
     if isinstance(value, dict) and "content" in value:
         known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         return value["content"] in known and _is_token(value, known[value["content"]])
-    return key in tokenizer.init_kwargs or key in _WRITTEN or key in _OF_CALLS
+    named = tokenizer.special_tokens_map.get(
+        key
+    )  # of whichever name: saving writes those of a list of names by themselves
+    return key in tokenizer.init_kwargs or key in _WRITTEN or key in _OF_CALLS or (named is not None and named == value)
 
 
 def _is_token(said: Any, token: Any) -> bool:
@@ -150,7 +154,10 @@ def _pipeline(file: Path) -> dict[str, Any] | None:
         content = json.loads(made.to_str())
     except Exception:  # it raises what it likes
         return None
-    return {key: value for key, value in content.items() if key not in ("padding", "truncation")} if told else None
+    # No prefix and an empty one are the same, and saving writes either.
+    model = {key: value for key, value in content["model"].items() if key not in _AFFIXES or value}
+    rest = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    return rest | {"model": model} if told else None
 
 
 def _templates(tokenizer: Any) -> dict[str, str]:

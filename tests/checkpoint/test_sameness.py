@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_tokenizer, save_checkpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sculptor.checkpoint.heads import find_new_head, plan_head
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
@@ -88,10 +89,29 @@ def generation_in_the_configuration(base: Path) -> None:
     edit(base / "config.json", num_beams=4, length_penalty=2.0, early_stopping=True)
 
 
+def prefix_of_nothing(base: Path) -> None:
+    """As the tokenizers library writes one that has none; transformers writes it empty."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "<|endoftext|>"], show_progress=False)
+    tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.train_from_iterator(["x y z", "hello there"] * 9, trainer)
+    tokenizer.save(str(base / "tokenizer.json"))
+    assert json.loads((base / "tokenizer.json").read_text())["model"]["continuing_subword_prefix"] is None
+    said = {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>", "model_max_length": 64}
+    (base / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def tokens_by_name(base: Path) -> None:
+    edit(base / "tokenizer_config.json", extra_special_tokens={"image_token": "<mask>"})
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [
         ("llama", as_it_was),
+        ("llama", prefix_of_nothing),
+        ("llama", tokens_by_name),
         ("llama", older),
         ("llama", merges_in_one_string),
         ("llama", no_generation),
@@ -179,6 +199,45 @@ def test_padding_may_be_that_of_the_tokenizer_where_nothing_was_said(tmp_path: P
         edit(out / "config.json", pad_token_id=pad)
         edit(out / "generation_config.json", pad_token_id=pad)
         assert (between(base, out) == []) == expected
+
+
+def test_padding_of_how_to_generate_that_is_written_anew(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    no_generation(base)
+    edit(base / "config.json", pad_token_id=None)
+    for pad, expected in ((1, []), (0, ["generation_config.json was added"])):
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        model.generation_config.pad_token_id = pad
+        model.save_pretrained(tmp_path / f"out-{pad}")
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / f"out-{pad}")
+        assert between(base, tmp_path / f"out-{pad}") == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_classifier_may_note_what_its_labels_are(tmp_path: Path, family: str) -> None:
+    """A forward pass with labels does."""
+    base = save_checkpoint(tmp_path / "base", family)
+    transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(
+        tmp_path / "of3"
+    )
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "of3")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "of3").eval()
+    model(input_ids=torch.tensor([[3, 4]]), labels=torch.tensor([1]))
+    assert model.config.problem_type == "single_label_classification"
+    model.save_pretrained(tmp_path / "out")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "out")
+    assert between(tmp_path / "of3", tmp_path / "out") == []
+    edit(
+        tmp_path / "out" / "config.json", problem_type="multi_label_classification"
+    )  # pipelines would answer otherwise
+    assert between(tmp_path / "of3", tmp_path / "out")
+
+
+def test_a_template_that_only_other_programs_read_is_told(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    shutil.copytree(base, tmp_path / "out")
+    (tmp_path / "out" / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'other' }}"}))
+    assert between(base, tmp_path / "out") == ["chat_template.json was added"]
 
 
 def test_a_processor_in_another_form_is_the_same(tmp_path: Path) -> None:

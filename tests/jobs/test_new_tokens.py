@@ -274,6 +274,7 @@ def test_rows_without_tokens_are_another_shape(made: Path, tmp_path: Path) -> No
         (("  ",), "a character that shows"),
         (("tokens.txt",), r"--add-tokens tokens.txt: no such file"),
         (("9",), r"--add-tokens: '9' is a part of 'w9', which the tokenizer has; choose what old text does not have"),
+        ((" w9 ",), r"--add-tokens: ' w9 ' is a part of 'w9', which the tokenizer has"),
     ],
 )
 def test_what_is_no_new_token(made: Path, tmp_path: Path, tokens: tuple[str, ...], message: str) -> None:
