@@ -19,13 +19,33 @@ from sculptor.methods.rule import Narrowing, OuterProduct, Rule
 Take = Callable[[OuterProduct], Sequence[Tensor | None]]
 
 
+class _Saved(torch.autograd.Function):
+    """Tensors that a backward pass will want, put by on their own.
+
+    A function of torch's own puts by what it saves before it begins, others behind their end. When a block is computed again,
+    that stops at the last tensor which somebody saved: before the block's last product, not behind it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, trigger: Tensor, found: list[Any], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        found.append(ctx)
+        return trigger.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, nothing: Tensor | None) -> tuple[None, ...]:
+        return tuple(None for _ in ctx.needs_input_grad)
+
+
 class _Linear(torch.autograd.Function):
     """`linear`, whose weight gets no gradient: what is `wanted` does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, *wanted: Tensor) -> Tensor:
-        ctx.take = take
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, saved: Tensor, of: Any, take: Take, *wanted: Tensor
+    ) -> Tensor:
+        ctx.of, ctx.take = of, take
         ctx.set_materialize_grads(False)
         return linear(x, weight, bias)
 
@@ -34,12 +54,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return tuple(None for _ in ctx.needs_input_grad)
-        x, weight = ctx.saved_tensors
+        x, weight = ctx.of.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         rows = dy.reshape(-1, dy.shape[-1])
         bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         given: Sequence[Tensor | None] = ctx.take(OuterProduct(x.reshape(-1, x.shape[-1]), rows))
-        return dx, None, bias, None, *given
+        return dx, None, bias, None, None, None, *given
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, wanted: Sequence[Tensor]) -> Tensor:
@@ -50,7 +70,9 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, wanted:
         weight: W (m, n); no gradient reaches it.
         bias: b (m,).
     """
-    made: Tensor = _Linear.apply(x, weight, bias, take, *wanted)  # type: ignore[no-untyped-call]
+    found: list[Any] = []
+    saved = _Saved.apply(wanted[0], found, x, weight)  # type: ignore[no-untyped-call]
+    made: Tensor = _Linear.apply(x, weight, bias, saved, found[0], take, *wanted)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -190,6 +190,26 @@ def test_less_is_multiplied_than_with_full_gradients(made: Path) -> None:
     assert flops(narrow) < flops(full)
 
 
+def test_computing_again_stops_before_the_last_product(made: Path) -> None:
+    """As it does for functions of torch's own."""
+
+    def again(model: Any) -> int:
+        found = []
+        for _ in range(2):
+            gradients(model)  # folds
+            with FlopCounterMode(display=False) as counter:
+                gradients(model)
+            found.append(int(counter.get_total_flops()))
+            checkpoint_activations(model)
+        return found[1] - found[0]
+
+    narrow, full = load(made), load(made)
+    for matrix in protected_matrices(full):
+        module = matrix.module
+        module.forward = lambda x, module=module: nn.functional.linear(x, module.weight, module.bias)  # type: ignore[method-assign, misc]
+    assert again(narrow) == again(full)
+
+
 def test_processes_add_up_what_is_less() -> None:
     assert narrowed_side(RULE) == "input"
     narrow, shown = narrowed_numbers(RULE, "input")
