@@ -296,7 +296,7 @@ class _Sizes:
             alone.folding / count,
             loaded={"none": 0.0, "bases": self.with_constants_apart().loaded, "cpu": alone.loaded}[offload] / count,
             stored=alone.stored / count if offload == "cpu" else 0.0,
-            exchanged=shown(sizes, sum(map(sum, exchanges)), self.work.micro_batches, count) + aside,
+            exchanged=shown(sizes, sum(map(sum, exchanges)), self.work.micro_batches, count, slots) + aside,
             shares=parts,
         )
 

@@ -47,16 +47,18 @@ def added_up(num_trainable: float, processes: int) -> float:
     return 2 * (processes - 1) / processes * 4 * num_trainable
 
 
-def shown(blocks: Sequence[float], beside: float, micro_batches: int, processes: int) -> float:
+def shown(blocks: Sequence[float], beside: float, micro_batches: int, processes: int, slots: int) -> float:
     """Bytes that a process gets of others in a step, or sends, if the model is divided: blocks twice, what is beside them once.
 
-    Where a pass turns round, at the last block, and at the first one between two micro-batches, a block is still there.
+    Where a pass turns round, at the last block, and at the first one between two micro-batches, as many as there are slots are
+    still there.
 
     Args:
         blocks: bytes of each.
         beside: of gradients, and of bases that are shown, in all.
         micro_batches: of a step.
         processes: how many divide them.
+        slots: blocks that a process has on its device at a time.
     """
-    moved = micro_batches * (2 * sum(blocks) + beside - blocks[-1]) - (micro_batches - 1) * blocks[0]
+    moved = micro_batches * (2 * sum(blocks) + beside - sum(blocks[-slots:])) - (micro_batches - 1) * sum(blocks[:slots])
     return moved * (processes - 1) / processes
