@@ -60,5 +60,7 @@ def shown(blocks: Sequence[float], beside: float, micro_batches: int, processes:
         processes: how many divide them.
         slots: blocks that a process has on its device at a time.
     """
-    moved = micro_batches * (2 * sum(blocks) + beside - sum(blocks[-slots:])) - (micro_batches - 1) * sum(blocks[:slots])
+    moved = micro_batches * (2 * sum(blocks) + beside - sum(blocks[-slots:])) - (micro_batches - 1) * sum(
+        blocks[:slots]
+    )
     return moved * (processes - 1) / processes

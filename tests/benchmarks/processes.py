@@ -6,9 +6,9 @@
 
 Run once per number of processes; WORK keeps outputs apart. Rows are random words of full length, every process has the same
 number of tokens in each step. The first three steps are not counted; medians of the others. What Python imports is not in the time
-of an analysis. Bytes that a process gets of others
-in a step are those of the collective calls that were made, as rings move them, beside what `sculptor estimate` says by formula.
-Harm is not measured on the way: of so few steps it would be after each one. With `--no-output` a run ends behind its last step. `--stop-after N --into NAME` leaves a saved state in WORK/NAME.partial, which
+of an analysis. Bytes that a process gets of others in a step are those of the collective calls that were made, as rings move them,
+beside what `sculptor estimate` says by formula. Harm is not measured on the way: of so few steps it would be after each one.
+With `--no-output` a run ends behind its last step. `--stop-after N --into NAME` leaves a saved state in WORK/NAME.partial, which
 `--resume --into NAME` takes up with any number of processes; `--tokens` is then to be chosen so that steps are of as many rows.
 """
 
@@ -136,7 +136,8 @@ def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: a
     output = work / (options.into or f"tuned-{archive.name}-{world.size}-{parallel}")
     settings = sculptor.TrainSettings(
         device=options.device, max_length=options.length, batch_size=rows * world.size, micro_batch_size=options.micro,
-        max_steps=options.steps, parallel=parallel, offload=options.offload, carry="keep", learning_rate=1e-5, save_every=10**6, harm_every=10**6,
+        max_steps=options.steps, parallel=parallel, offload=options.offload, carry="keep", learning_rate=1e-5,
+        save_every=10**6, harm_every=10**6,
         checkpoint_activations=options.recompute or None,
     )  # fmt: skip
     started = time.perf_counter()
