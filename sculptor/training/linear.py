@@ -70,17 +70,21 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, wanted:
         weight: W (m, n); no gradient reaches it.
         bias: b (m,).
     """
+    x = x.to(weight.dtype)  # as autocast would
     found: list[Any] = []
     saved = _Saved.apply(wanted[0], found, x, weight)  # type: ignore[no-untyped-call]
     made: Tensor = _Linear.apply(x, weight, bias, saved, found[0], take, *wanted)  # type: ignore[no-untyped-call]
     return made
 
 
-def is_narrowed(rule: Rule, x: Tensor) -> bool:
-    """Whether a rule had better get X and dY than a gradient, in the pass under way."""
+def is_narrowed(rule: Rule, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a rule had better get X and dY than a gradient, in the pass under way; `dtype` is that of the weight."""
     if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or not isinstance(rule, Narrowing):
         return False
-    if x.shape[-1] != rule.shape[1] or torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    # Autocast to another dtype than the weight's would make another product of it, with another rule's tensors.
+    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if x.shape[-1] != rule.shape[1] or product != dtype:
         return False
     return rule.order(x.numel() // x.shape[-1]) != "after"
 
@@ -121,6 +125,6 @@ def hand_over(module: nn.Module, rule: Rule, give: Callable[[OuterProduct], None
 
 
 def _run(module: Any, rule: Rule, take: Take, trigger: Tensor, x: Tensor) -> Tensor:
-    if not is_narrowed(rule, x):
+    if not is_narrowed(rule, x, module.weight.dtype):
         return linear(x, module.weight, module.bias)
     return multiply(x, module.weight.detach(), module.bias, take, (trigger,))

@@ -95,7 +95,8 @@ class Stack:
 
     def multiply(self, coordinates: Coordinates, pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """As `WeightSource.multiply`."""
-        if len(self.members) > 1 or not is_narrowed(coordinates.rule, x):
+        dtype = coordinates.compute_dtype or pristine.dtype
+        if len(self.members) > 1 or not is_narrowed(coordinates.rule, x, dtype):
             return None
         _, folded = self._current(coordinates, pristine)
         return multiply(x, folded, bias, self._take, coordinates.trained)
