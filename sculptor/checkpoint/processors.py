@@ -27,13 +27,13 @@ def same_processor(base: Path, other: Path) -> bool:
             AutoProcessor.from_pretrained(path, trust_remote_code=False, local_files_only=True)
             for path in (base, other)
         )
-        if (file := other / TEMPLATE_FILE).is_file():
-            told = read_plain(file.read_bytes())["chat_template"]
-            if told != getattr(second, "chat_template", None):
-                return False
+        told, before = ((path / TEMPLATE_FILE) for path in (other, base))
+        new = told.is_file() and not (before.is_file() and before.read_bytes() == told.read_bytes())
+        if new and read_plain(told.read_bytes())["chat_template"] != getattr(second, "chat_template", None):
+            return False
+        return _facts(first) == _facts(second)
     except Exception:  # it raises what it likes, and may want libraries that are not here
         return False
-    return _facts(first) == _facts(second)
 
 
 def _facts(processor: Any) -> list[Any]:

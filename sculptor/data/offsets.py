@@ -38,7 +38,7 @@ def _with_spaces(tokens: Sequence[str], places: Sequence[Span], text: str) -> li
         before = len(token) - len(token.lstrip(_SPACE))
         behind = 0 if before == len(token) else len(token) - len(token.rstrip(_SPACE))
         following = places[i + 1][0] if i + 1 < len(places) else len(text)
-        while before and first > stop and text[first - 1].isspace():
+        while before and first > stop:  # a space that was put there, and is none of the text, cost a character as well
             first, before = first - 1, before - 1
         while behind and last < following and text[last].isspace():
             last, behind = last + 1, behind - 1

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from sculptor.errors import TrainingError
 from sculptor.methods.rule import Narrowing, OuterProduct, Rule
 
 # Takes X and dY; returns the gradients of what was wanted, if anything was.
@@ -50,29 +50,40 @@ class _Linear(torch.autograd.Function):
         return linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return tuple(None for _ in ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            raise TrainingError(
+                "gradients of gradients (create_graph=True) need the gradients of whole weights; "
+                "call sculptor.protect(..., full_gradients=True)"
+            )
         x, weight = ctx.of.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         rows = dy.reshape(-1, dy.shape[-1])
         bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        given: Sequence[Tensor | None] = ctx.take(OuterProduct(x.reshape(-1, x.shape[-1]), rows))
+        wanted = ctx.needs_input_grad[6:]
+        given: Sequence[Tensor | None] = [None for _ in wanted]
+        if any(wanted):
+            given = ctx.take(OuterProduct(x.reshape(-1, x.shape[-1]), rows))
         return dx, None, bias, None, None, None, *given
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, wanted: Sequence[Tensor]) -> Tensor:
-    """x W^T + b; in the backward pass `take` gets X and dY, and gives the gradients of `wanted`, of which some is needed.
+    """x W^T + b; in the backward pass `take` gets X and dY, and gives the gradients of `wanted`, of which some are needed.
 
     Args:
         x: (..., n).
         weight: W (m, n); no gradient reaches it.
         bias: b (m,).
+
+    Raises:
+        TrainingError: in the backward pass, if that is to be differentiated itself.
     """
     x = x.to(weight.dtype)  # as autocast would
     found: list[Any] = []
-    saved = _Saved.apply(wanted[0], found, x, weight)  # type: ignore[no-untyped-call]
+    trigger = next(value for value in wanted if value.requires_grad)
+    saved = _Saved.apply(trigger, found, x, weight)  # type: ignore[no-untyped-call]
     made: Tensor = _Linear.apply(x, weight, bias, saved, found[0], take, *wanted)  # type: ignore[no-untyped-call]
     return made
 

@@ -82,6 +82,7 @@ def protect(
     fold: FoldMode = "automatic",
     soften: float | None = None,
     rules: Kinds | None = None,
+    full_gradients: bool = False,
 ) -> Any:
     """Makes the coordinates of the archive's matrices the only trainable parameters of a model, in place.
 
@@ -95,6 +96,7 @@ def protect(
         fold: "manual" if the caller refreshes the matrices after each optimizer step.
         soften: with moments, slow free pairs down by 1 / sqrt(1 + soften * their importance over the mean); default as `train`.
         rules: kinds of rules beside sculptor's own.
+        full_gradients: give autograd the gradient of every weight as a whole, which takes longer; for gradients of gradients.
 
     Returns:
         `model`.
@@ -118,7 +120,9 @@ def protect(
     for name, parameter in parameters.items():
         archive.note_rms(name, archive[name].window.of(model.get_parameter(parameter)))
     gentle = (archive.method.defaults.soften or 0.0) if soften is None else soften
-    attach_coordinates(model, archive, compute_dtype=compute_dtype, fold=fold, soften=gentle)
+    attach_coordinates(
+        model, archive, compute_dtype=compute_dtype, fold=fold, soften=gentle, full_gradients=full_gradients
+    )
     matrices = protected_matrices(model)
     model.register_forward_pre_hook(functools.partial(look_at_it, matrices))
     ignore_in_broadcasts(model, buffers_of(matrices))
@@ -148,6 +152,7 @@ def attach_coordinates(
     compute_dtype: torch.dtype | None = None,
     fold: FoldMode = "automatic",
     soften: float = 0.0,
+    full_gradients: bool = False,
     done: Callable[[], object] = lambda: None,
 ) -> Any:
     """`protect` for a model whose weights are known to be those of the archive's base; `done` hears of each matrix."""
@@ -170,7 +175,7 @@ def attach_coordinates(
         if coordinates.record.window.is_whole:
             parametrize.register_parametrization(module, "weight", coordinates, unsafe=True)
             module.parametrizations.weight.original.requires_grad_(False)
-            if can_hand_over(module):
+            if can_hand_over(module) and not full_gradients:
                 type(module).forward = _multiply  # of this module alone, until its parametrization is removed
         else:
             _experts_in(module).append(coordinates)
@@ -183,10 +188,12 @@ def attach_coordinates(
 
 
 def _multiply(module: Any, x: Tensor) -> Tensor:
-    """The forward of a protected linear map."""
+    """The forward of a protected linear map; others may keep it beyond that."""
     made = None
-    if not torch.compiler.is_dynamo_compiling() and len(module.parametrizations.weight) == 1:
-        made = module.parametrizations.weight[0].multiply(module.parametrizations.weight.original, x, module.bias)
+    if not torch.compiler.is_dynamo_compiling() and parametrize.is_parametrized(module, "weight"):
+        own = module.parametrizations.weight
+        if len(own) == 1 and isinstance(own[0], Coordinates):
+            made = own[0].multiply(own.original, x, module.bias)
     return nn.functional.linear(x, module.weight, module.bias) if made is None else made
 
 

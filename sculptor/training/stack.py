@@ -96,7 +96,8 @@ class Stack:
     def multiply(self, coordinates: Coordinates, pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """As `WeightSource.multiply`."""
         dtype = coordinates.compute_dtype or pristine.dtype
-        if len(self.members) > 1 or not is_narrowed(coordinates.rule, x, dtype):
+        wanted = any(a.requires_grad for a in coordinates.trained)
+        if len(self.members) > 1 or not wanted or not is_narrowed(coordinates.rule, x, dtype):
             return None
         _, folded = self._current(coordinates, pristine)
         return multiply(x, folded, bias, self._take, coordinates.trained)

@@ -66,3 +66,12 @@ def test_others_are_left_as_they_are() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert token_places(made, " a  b ") == ([0, 1], [(1, 2), (4, 5)])
+
+
+def test_a_space_that_was_put_there_takes_no_character(trained: Tokenizer) -> None:
+    """Behind a special token, where a tokenizer begins a text anew."""
+    for make in (byte_level, in_sequence, roberta):
+        for trim in (False, True):
+            tokenizer = loaded(trained, True, make(True, trim))
+            _, places = token_places(tokenizer, "yes<end>d")
+            assert places[-1] == (8, 9), (make, trim)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sculptor
 from sculptor import AnalyzeSettings, Archive
+from sculptor.errors import TrainingError
 from sculptor.methods.rule import OuterProduct, Working
 from sculptor.methods.sides import Side
 from sculptor.methods.staircase import StaircaseRule
@@ -154,6 +155,56 @@ def test_a_protected_model_has_the_gradients_of_full_ones(
     monkeypatch.setattr("sculptor.training.stack.multiply", lambda *a: (taken.append(a[0]), multiply(*a))[1])  # type: ignore[func-returns-value]
     assert_alike(gradients(model, run), expected)
     assert bool(taken) == (way not in ("by-weight", "compiled"))
+
+
+@pytest.mark.parametrize("keeps", ["forward", "bias"])
+def test_what_others_keep_of_a_module_runs_when_it_is_merged(keeps: str, made: Path) -> None:
+    model = load(made, protected=False)
+    module = model.model.layers[0].mlp.up_proj
+    if keeps == "bias":  # its class stays one of parametrized modules
+        module.bias = nn.Parameter(torch.zeros(module.out_features))
+        nn.utils.parametrize.register_parametrization(module, "bias", nn.Identity())
+    sculptor.protect(model, made / "archive")
+    if keeps == "forward":
+        kept = module.forward
+        module.forward = lambda x: kept(x)
+    expected = model(input_ids=torch.arange(9)[None]).logits
+    sculptor.merge(model)
+    torch.testing.assert_close(model(input_ids=torch.arange(9)[None]).logits, expected)
+
+
+def test_what_is_frozen_is_not_projected(made: Path) -> None:
+    """As where a LoRA is trained on top, or biases alone."""
+
+    def flops(model: Any) -> int:
+        model.requires_grad_(False)
+        module = model.model.layers[0].self_attn.q_proj
+        module.bias = nn.Parameter(torch.zeros(module.out_features))
+        ids = torch.arange(60).view(2, 30) % 50
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        assert module.bias.grad is not None
+        return int(counter.get_total_flops())
+
+    folded = load(made)
+    folded(input_ids=torch.arange(9)[None])
+    assert flops(folded) == flops(load(made, protected=False))
+
+
+def test_gradients_of_gradients_want_whole_ones(made: Path) -> None:
+    ids = torch.arange(18).view(2, 9)
+
+    def penalty(model: Any) -> Tensor:
+        model.set_attn_implementation("eager")
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs_embeds=embedded, labels=ids).loss, embedded, create_graph=True)
+        return slope.square().sum()
+
+    with pytest.raises(TrainingError, match="full_gradients=True"):
+        penalty(load(made))
+    model = load(made, full_gradients=True)
+    penalty(model).backward()
+    assert all(m.coordinates.values[0].grad is not None for m in protected_matrices(model)[:-1])
 
 
 def test_a_module_that_is_used_twice_gets_both_gradients(made: Path) -> None:
