@@ -116,7 +116,7 @@ def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
         if i >= 3:
             seconds.append(time.perf_counter() - started)
     if options.trace:
-        trace(method, step, options.trace)
+        trace(method, step, options.trace, device)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     median = statistics.median(seconds)
     return {
@@ -125,14 +125,15 @@ def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trace(method: str, step: Finish, directory: Path) -> None:
+def trace(method: str, step: Finish, directory: Path, device: torch.device) -> None:
     """Where the time of one step goes."""
     with torch.profiler.profile(with_stack=False) as found:
         step()
-        torch.cuda.synchronize()
+        synchronize(device)
     directory.mkdir(parents=True, exist_ok=True)
-    by = "self_cuda_time_total"
-    text = found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)
+    text = ""
+    if device.type == "cuda":
+        text += found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60)
     text += found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
     (directory / f"{method.replace(' ', '-')}.txt").write_text(text)
 
