@@ -240,17 +240,23 @@ def test_a_template_that_only_other_programs_read_is_told(tmp_path: Path) -> Non
     assert between(base, tmp_path / "out") == ["chat_template.json was added"]
 
 
-def test_a_template_that_was_stale_before_may_stay(tmp_path: Path) -> None:
-    """Beside a processor in another form."""
+def processors_in_two_forms(path: Path) -> tuple[Path, Path]:
+    """A base with files of some time ago, and what transformers saves of it today."""
     pytest.importorskip("PIL")
     pytest.importorskip("torchvision")
-    base = save_checkpoint(tmp_path / "base")
+    base = save_checkpoint(path / "base")
     image = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = transformers.LlavaProcessor(image, transformers.AutoTokenizer.from_pretrained(base), patch_size=8)
-    out = saved_again(base, tmp_path / "out")
+    out = saved_again(base, path / "out")
     processor.save_pretrained(out)
     image.save_pretrained(base)
     (base / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", "patch_size": 8}))
+    return base, out
+
+
+def test_a_template_that_was_stale_before_may_stay(tmp_path: Path) -> None:
+    """Beside a processor in another form."""
+    base, out = processors_in_two_forms(tmp_path)
     for path in (base, out):
         (path / "chat_template.jinja").write_text(TEMPLATE)
         (path / "chat_template.json").write_text(json.dumps({"chat_template": "stale"}))
@@ -258,15 +264,7 @@ def test_a_template_that_was_stale_before_may_stay(tmp_path: Path) -> None:
 
 
 def test_a_processor_in_another_form_is_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
-    pytest.importorskip("torchvision")
-    base = save_checkpoint(tmp_path / "base")
-    image = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    processor = transformers.LlavaProcessor(image, transformers.AutoTokenizer.from_pretrained(base), patch_size=8)
-    out = saved_again(base, tmp_path / "out")
-    processor.save_pretrained(out)
-    image.save_pretrained(base)
-    (base / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", "patch_size": 8}))
+    base, out = processors_in_two_forms(tmp_path)
     assert not [line for line in between(base, out) if "processor" in line]
 
 
