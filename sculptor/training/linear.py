@@ -15,6 +15,9 @@ from torch.nn.functional import linear
 from sculptor.errors import TrainingError
 from sculptor.methods.rule import Narrowing, OuterProduct, Rule
 
+# Entries of the largest matrices, by type of device, that are taken together where they can be: launching kernels is what takes
+# time there. Their gradients are full-size, in stacks and streamed alike, so that both round alike.
+SMALL = {"cuda": 2**23}
 # Takes X and dY; returns the gradients of what was wanted, if anything was.
 Take = Callable[[OuterProduct], Sequence[Tensor | None]]
 
@@ -95,7 +98,8 @@ def is_narrowed(rule: Rule, x: Tensor, dtype: torch.dtype) -> bool:
     kind = x.device.type
     # Autocast to another dtype than the weight's would make another product of it, with another rule's tensors.
     product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if x.shape[-1] != rule.shape[1] or product != dtype:
+    m, n = rule.shape
+    if x.shape[-1] != n or product != dtype or m * n <= SMALL.get(kind, 0):
         return False
     return rule.order(x.numel() // x.shape[-1]) != "after"
 

@@ -21,11 +21,9 @@ from sculptor.methods.rule import OuterProduct, RuleStack, Stackable, Tensors
 from sculptor.numerics.finite import is_finite
 from sculptor.numerics.precision import float32_products
 from sculptor.training.coordinates import Coordinates, folded_weight
-from sculptor.training.linear import is_narrowed, multiply
+from sculptor.training.linear import SMALL, is_narrowed, multiply
 
 FoldMode = Literal["automatic", "manual"]
-# Entries of the largest matrices that are taken together, by type of device: beyond, arithmetic takes longer than launches.
-STACKED = {"cuda": 2**23}
 # Of the gradients of a stack.
 STACK_BYTES = 2**29
 
@@ -247,7 +245,7 @@ def make_stacks(members: Iterable[Member], mode: FoldMode) -> list[Stack]:
         weight, coordinates = member.pristine, member.coordinates
         rule = coordinates.rule
         key: Any = coordinates.name
-        if isinstance(rule, Stackable) and weight.numel() <= STACKED.get(weight.device.type, 0):
+        if isinstance(rule, Stackable) and weight.numel() <= SMALL.get(weight.device.type, 0):
             kinds = type(rule), rule.stack_key(coordinates.tensors)
             dtypes = weight.device, weight.dtype, coordinates.compute_dtype
             key = (*kinds, *dtypes, coordinates.record.transposed)

@@ -4,14 +4,15 @@
     python tests/benchmarks/frontier.py SUITE --model DIR --data DIR --output DIR [--jobs 8] [--deadline 540]
 
 DATA holds cl/<task>/{train,validation,test}.jsonl, text/wikitext2-test.txt, and abilities/*.jsonl. `prepare` adds
-DATA/prepared: the model's greedy answers to abilities/helpful_prompts.jsonl, whose loss is watched. After its last task every
-run is asked for its abilities, too.
+DATA/prepared-MODEL: the model's greedy answers to abilities/helpful_prompts.jsonl (how it goes on, where it has no chat
+template), whose loss is watched. After its last task every run is asked for its abilities, too.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from continual import ORDERS, Run, run_suites
 
@@ -31,9 +32,9 @@ def plan_text(model: Path, data: Path, run: Run) -> str:
     )
     rate = f"learning_rate = {run.rate}" if run.rate else ""
     return f'''model = "{model}"
-watch = ["{data}/text/wikitext2-test.txt", "{data}/prepared/own.jsonl"]
+watch = ["{data}/text/wikitext2-test.txt", "{answers(model, data)}"]
 [analyze]
-{calibration(run)}[train]
+{calibration(model, run)}[train]
 epochs = 2
 max_rows = 1500
 batch_size = 32
@@ -50,11 +51,17 @@ batch_size = 32
 {tasks}'''
 
 
-def calibration(run: Run) -> str:
-    """Of our own method: what the model says through its chat template."""
+def answers(model: Path, data: Path) -> Path:
+    """What the base says."""
+    return data / f"prepared-{model.name}" / "own.jsonl"
+
+
+def calibration(model: Path, run: Run) -> str:
+    """Of our own method: what the model says, through its chat template if it has one."""
     if any(item.startswith(("analyze.basis", "analyze.rule")) for item in run.sets):
         return ""
-    return 'basis = "curvature"\ndata = ["self"]\nchat = true\nmax_length = 256\ncalibration_tokens = 30000\n'
+    chat = "chat = true\n" if (model / "chat_template.jinja").is_file() else ""
+    return f'basis = "curvature"\ndata = ["self"]\n{chat}max_length = 256\ncalibration_tokens = 30000\n'
 
 
 WEIGHTS = ("analyze.basis=weights", "analyze.preserve=0.5")
@@ -97,6 +104,16 @@ SUITES: dict[str, list[Run]] = {
         Run("6", "crispedit", 0.0, split="test"),
         Run("6", "sculptor", 2e-4, split="test"),
     ],
+    # A base model without a chat template, at rates that suit weights of a fifth of the size (Gemma 3 270M).
+    "base-model": [
+        *(Run("1", "sculptor", rate, split="test") for rate in (0.0, 5e-5, 2e-4)),
+        *(Run("1", "joint", rate, split="test") for rate in (2e-5, 1e-5, 5e-5)),
+        *(Run("1", "replay", rate, split="test") for rate in (2e-5, 1e-5, 5e-5)),
+        Run("1", "crispedit", 0.0, split="test"),
+        *(Run("1", "full", rate, split="test") for rate in (2e-5, 1e-5, 5e-5)),
+        Run("1", "kl", 2e-5, split="test"),
+        Run("1", "lora", 2e-4, split="test"),
+    ],
     # Systems that needed more time or memory than the others.
     "rest": [
         *(Run("1", method, 1e-4, split="test") for method in ("l2", "eaft", "esacl")),
@@ -127,16 +144,26 @@ def prepare(model: Path, data: Path) -> None:
     questions = [json.loads(line)["prompt"] for line in lines]
     questions = [text for text in questions if len(text) < 400][:250]
     chats = [[{"role": "user", "content": text}] for text in questions]
-    batch = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
-    ).to(DEVICE)
+    if tokenizer.chat_template is None:
+        batch = tokenizer(questions, return_tensors="pt", padding=True).to(DEVICE)
+    else:
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
+        ).to(DEVICE)
     said = base.generate(**batch, max_new_tokens=128, do_sample=False)[:, batch["input_ids"].shape[1] :]
-    (data / "prepared").mkdir(exist_ok=True)
-    with open(data / "prepared" / "own.jsonl", "w", encoding="utf-8") as file:
-        for chat, answer in zip(chats, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
-            if answer.strip():
-                turn = {"role": "assistant", "content": answer.strip()}
-                print(json.dumps({"messages": [*chat, turn]}), file=file)
+    file = answers(model, data)
+    file.parent.mkdir(exist_ok=True)
+    rows = list[dict[str, Any]]()
+    for question, chat, answer in zip(
+        questions, chats, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True
+    ):
+        if not answer.strip():
+            continue
+        if tokenizer.chat_template is None:
+            rows.append({"prompt": question, "completion": answer})
+        else:
+            rows.append({"messages": [*chat, {"role": "assistant", "content": answer.strip()}]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def measure(run: Path, data: Path) -> None:

@@ -28,11 +28,13 @@ import torch
 import torch.distributed as dist
 
 import sculptor
+from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.staging import partial_path
 from sculptor.errors import Stopped
 from sculptor.jobs.processes import join
+from sculptor.model.samples import read_samples
 from sculptor.progress import Bar, silent
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.settings import Parallel
@@ -137,7 +139,7 @@ def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: a
     settings = sculptor.TrainSettings(
         device=options.device, max_length=options.length, batch_size=rows * world.size, micro_batch_size=options.micro,
         max_steps=options.steps, parallel=parallel, offload=options.offload, carry="keep", learning_rate=1e-5,
-        save_every=10**6, harm_every=10**6,
+        save_every=10**6, harm_every=10**6 if read_samples(Archive(archive), None) else None,
         checkpoint_activations=options.recompute or None,
     )  # fmt: skip
     started = time.perf_counter()

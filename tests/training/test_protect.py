@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from sculptor import AnalyzeSettings, Archive, analyze, merge, protect, verify
 from sculptor.errors import ArchiveError, CapacityError, TrainingError, VerificationError
 from sculptor.model.load import checkpoint_activations
+from sculptor.training.linear import SMALL
 from sculptor.training.protect import protected_blocks, protected_matrices
-from sculptor.training.stack import STACKED
 from sculptor.validation import sign
 
 COVERS = ["sculptor.training.coordinates", "sculptor.training.merging"]
@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def stacks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of folding: small matrices go together on a GPU, and do here as well."""
     if request.param == "stacked":
-        monkeypatch.setitem(STACKED, "cpu", 10**9)
+        monkeypatch.setitem(SMALL, "cpu", 10**9)
 
 
 @pytest.fixture(scope="module")

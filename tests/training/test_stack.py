@@ -11,8 +11,9 @@ from conftest import save_checkpoint, task_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from sculptor import AnalyzeSettings, analyze, merge, protect
+from sculptor.training.linear import SMALL
 from sculptor.training.protect import protected_matrices
-from sculptor.training.stack import STACKED, Stack
+from sculptor.training.stack import Stack
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def basis(request: pytest.FixtureRequest) -> str:
 
 
 def protected(made: dict[str, tuple[Path, Path]], basis: str, together: bool, monkeypatch: Any, **options: Any) -> Any:
-    monkeypatch.setitem(STACKED, "cpu", 10**9 if together else 0)
+    monkeypatch.setitem(SMALL, "cpu", 10**9 if together else 0)
     path, archive = made[basis]
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     soften = 3.0 if basis == "curvature" else 0.0
