@@ -1,5 +1,6 @@
 """A model's rules, made of evidence or carried on by it, matrix by matrix into an archive."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from sculptor.analysis.evidence import Source, measure_evidence, plan_passes
+from sculptor.analysis.streams import in_streams, num_streams, working_bytes
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.shards import Shard
 from sculptor.archive.writer import ArchiveWriter
@@ -79,11 +81,16 @@ def write_measured(
     if world.size > 1:
         groups = world.from_first(plan_passes(loaded, todo, *how, world.size))
 
+    def make(evidence: Sequence[Evidence]) -> list[tuple[str, Derived | None]]:
+        wanted = [each.name not in done and (each.inputs is not None or not asked.leaves_out) for each in evidence]
+        return [(each.name, asked.make(each) if want else None) for each, want in zip(evidence, wanted, strict=True)]
+
     def derive(group: Sequence[Target]) -> Iterator[tuple[str, Derived | None]]:
         try:
-            for evidence in measure_evidence(loaded, group, *how, progress, asked.task):
-                left_out = evidence.name in done or (evidence.inputs is None and asked.leaves_out)
-                yield evidence.name, None if left_out else asked.make(evidence)
+            for measured in measure_evidence(loaded, group, *how, progress, asked.task):
+                of_one_input = (list(each) for _, each in itertools.groupby(measured, key=_whose_input))
+                for made in in_streams(make, of_one_input, loaded.device, _at_a_time(loaded, asked)):
+                    yield from made
         except ValueError as cause:
             raise DataError(f"{loaded.checkpoint.path}: calibration failed ({cause}); look at --data") from cause
 
@@ -93,6 +100,17 @@ def write_measured(
     if unreached and world.first and not writer.all_records():
         raise DataError(f"{loaded.checkpoint.path}: calibration failed (no row reaches any matrix); look at --data")
     return unreached
+
+
+def _whose_input(evidence: Evidence) -> object:
+    """Equal for neighbours that read one input: what a method makes of its moment it makes once."""
+    return evidence.name if evidence.inputs is None else evidence.inputs
+
+
+def _at_a_time(loaded: LoadedModel, asked: Measurement) -> int:
+    needed = max(working_bytes(target, moments=True) for target in asked.targets)
+    limit = asked.settings.device_memory
+    return num_streams(loaded.device, needed, None if limit is None else 1e9 * limit)
 
 
 def write_rules(

@@ -7,7 +7,7 @@ matrix, to the method that makes rules of it.
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from sculptor.data.examples import Example
 from sculptor.methods.method import Evidence, Measures, Moment
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import LoadedModel
-from sculptor.progress import Progress
+from sculptor.progress import Bar, Progress
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -35,17 +35,14 @@ class Source:
 
 
 def weigh(
-    checkpoint: Checkpoint, target: Target, device: torch.device, read: Callable[[str], Tensor] | None = None
+    checkpoint: Checkpoint, target: Target, device: torch.device, stored: Tensor | None = None
 ) -> functools.partial[Tensor]:
-    """What reads a matrix as evidence: (m, n), float64, finite; `read` may have it already, by name."""
-    return functools.partial(_read_weight, checkpoint, target, device, read)
+    """What reads a matrix as evidence: (m, n), float64, finite; `stored` if it was read before."""
+    return functools.partial(_read_weight, checkpoint, target, device, stored)
 
 
-def _read_weight(
-    checkpoint: Checkpoint, target: Target, device: torch.device, read: Callable[[str], Tensor] | None
-) -> Tensor:
-    stored = checkpoint.matrix(target) if read is None else read(target.name)
-    weight = stored.to(device)  # looked at there
+def _read_weight(checkpoint: Checkpoint, target: Target, device: torch.device, stored: Tensor | None) -> Tensor:
+    weight = (checkpoint.matrix(target) if stored is None else stored).to(device)  # looked at there
     return to_device(checkpoint.check_finite(target, weight), target.transposed, device)
 
 
@@ -57,7 +54,7 @@ def measure_evidence(
     settings: AnalyzeSettings,
     progress: Progress,
     task: int = 0,
-) -> Iterator[Evidence]:
+) -> Iterator[Iterator[Evidence]]:
     """Evidence of every target, in order, a few blocks at a time; without moments of those that no row reaches.
 
     Args:
@@ -68,6 +65,9 @@ def measure_evidence(
         settings: labels, weighting, seed, memory.
         progress: makes progress bars.
         task: position in the history that the evidence is of.
+
+    Yields:
+        That of the blocks of one pass over the rows; all of it is to be taken before the next pass is asked for.
     """
     gradients = measures == "gradients"
     groups = plan_passes(loaded, targets, sources, measures, settings)
@@ -90,28 +90,44 @@ def measure_evidence(
             )
             _add(total.inputs, found.inputs, traces, "input ", source.weight)
             _add(total.outputs, found.outputs, traces, "output ", source.weight)
-        reached = {target.name for target in chosen if _is_reached(target, total, gradients)}
-        inputs = {group: Moment(total.inputs.pop(group)) for group in list(total.inputs)}
         bar.close()
         bar = progress(total=len(targets), desc="derive", unit="matrix", initial=made)
-        for target in chosen:
-            bar.update(1)
-            if target.name not in reached:
-                yield _unreached(loaded, target, len(sources), task)
-                continue
-            of_inputs = traces["input " + target.input_group]
-            of_outputs = traces["output " + target.name] if gradients else [0.0] * len(of_inputs)
-            yield Evidence(
-                name=target.name,
-                shape=target.shape,
-                weight=weigh(loaded.checkpoint, target, loaded.device),
-                inputs=inputs[target.input_group],
-                outputs=Moment(total.outputs.pop(target.name)) if gradients else None,
-                traces=tuple(zip(of_inputs, of_outputs, strict=True)),
-                task=task,
-            )
+        yield _evidence_of(loaded, chosen, total, traces, len(sources), gradients, task, bar)
         made += len(chosen)
         bar.close()
+
+
+def _evidence_of(
+    loaded: LoadedModel,
+    targets: Sequence[Target],
+    total: MeasuredMoments,
+    traces: Mapping[str, Sequence[float]],
+    num_sources: int,
+    gradients: bool,
+    task: int,
+    bar: Bar,
+) -> Iterator[Evidence]:
+    """What was measured in a pass, matrix by matrix; moments are given away."""
+    reached = {target.name for target in targets if _is_reached(target, total, gradients)}
+    inputs = {group: Moment(total.inputs.pop(group)) for group in list(total.inputs)}
+    last = {target.input_group: target.name for target in targets}
+    for target in targets:
+        bar.update(1)
+        group = target.input_group
+        if target.name not in reached:
+            yield _unreached(loaded, target, num_sources, task)
+            continue
+        of_inputs = traces["input " + group]
+        of_outputs = traces["output " + target.name] if gradients else [0.0] * len(of_inputs)
+        yield Evidence(
+            name=target.name,
+            shape=target.shape,
+            weight=weigh(loaded.checkpoint, target, loaded.device),
+            inputs=inputs.pop(group) if last[group] == target.name else inputs[group],
+            outputs=Moment(total.outputs.pop(target.name)) if gradients else None,
+            traces=tuple(zip(of_inputs, of_outputs, strict=True)),
+            task=task,
+        )
 
 
 def plan_passes(

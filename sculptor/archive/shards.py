@@ -19,6 +19,7 @@ from sculptor.numerics.transfer import moved
 # Two buffers of this size are the price: one shard fills up while the one before is hashed and written by a thread.
 # Small, because analysis promises little memory.
 MAX_SHARD_BYTES = 256 * 2**20
+_HASHING = 2  # threads: writing takes about as long as two of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,12 @@ class ShardWriter:
             return Shard(None, {}, records)
         # No two shards begin with one matrix, whichever process they are of.
         name = f"shard-{hashlib.sha256(next(iter(records)).encode()).hexdigest()[:16]}.safetensors"
-        save_tensors(tensors, self.directory / name)
+        with ThreadPoolExecutor(max_workers=_HASHING) as pool:
+            digests = pool.map(digest, tensors.values())  # while they are written
+            save_tensors(tensors, self.directory / name)
         found = {
-            key: StoredTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), digest(tensor))
-            for key, tensor in tensors.items()
+            key: StoredTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), found)
+            for (key, tensor), found in zip(tensors.items(), digests, strict=True)
         }
         return Shard(name, found, records)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sculptor.methods.rule import Tensors
 from sculptor.numerics.bases import Basis, Form
-from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide
+from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, is_written_out
 from sculptor.validation import STRICT, Count, NotNegative
 
 
@@ -40,7 +40,7 @@ class Side:
     def completed(self, name: str, dim: int, first: int) -> "Completed":
         """What `free_side` and `named_tensors` make of it, from the first free direction on."""
         c, free = self.columns(dim), dim - first
-        if free <= c:
+        if is_written_out(self.form, c, dim, first):
             return Completed({f"{name}_columns": (dim, free)}, dim * free)
         return Completed({f"{name}_reflectors": (dim, c), f"{name}_triangle": (c, c)}, c * (dim + c + free))
 

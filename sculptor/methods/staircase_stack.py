@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sculptor.methods.rule import Rule, Tensors
-from sculptor.numerics.free_space import first_free, hull
+from sculptor.numerics.free_space import coordinate_shapes, first_free, hull
 from sculptor.numerics.staircase import Staircase
 
 
@@ -25,7 +25,8 @@ class StaircaseStack:
         self.staircases = tuple(staircases)
         self.whole = whole
         self.first, self.least = first_free(hull(staircases))
-        self.alike = len(set(staircases)) == 1 and len(whole.shapes) == len(staircases[0].free)
+        box = staircases[0].rows - self.first, staircases[0].columns - self.least
+        self.alike = len(set(staircases)) == 1 and coordinate_shapes(staircases[0]) == (box,)
 
     def prepare(self, tensors: Sequence[Tensors]) -> Tensors:
         """Stacked, with the reach of every row; softening begins at the box's first directions."""

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sculptor.numerics.bases import Basis
+from sculptor.numerics.bases import Basis, Form
+
+# Where many directions are turned, it is a multiple of this: tensor cores take other numbers up to six times slower.
+ALIGNED = 16
+WIDE = 256
+
+
+def box_start(start: int, dim: int) -> int:
+    """`start`, or a few directions of `dim` before it, so that there is a good number from there on."""
+    free = dim - start
+    return start if free < WIDE else max(0, dim - -(-free // ALIGNED) * ALIGNED)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -125,7 +135,7 @@ class CompleteBasis:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Columns:
-    """The directions Q[:, start:] written out, (d, d - start)."""
+    """The directions Q[:, start:] written out, (d, d - start); some frozen ones may be 0 in their place."""
 
     columns: Tensor
 
@@ -202,13 +212,20 @@ def _difference(x: Tensor, a: Tensor, b: Tensor, by_columns: bool) -> Tensor:
 def free_side(basis: Basis, start: int) -> FreeSide:
     """What applies the directions from `start` on of a stored side at the least cost, in float64 on its device."""
     c, free = basis.vectors.shape[1], basis.dim - start
-    if basis.form == "free" and free <= c:
-        return Columns(basis.vectors[:, c - free :].to(torch.float64))
+    written = is_written_out(basis.form, c, basis.dim, start)
+    if basis.form == "free" and written:
+        vectors64 = basis.vectors[:, max(0, c - free) :].to(torch.float64)
+        return Columns(torch.nn.functional.pad(vectors64, (free - vectors64.shape[1], 0)))
     complete = CompleteBasis.of(basis)
-    if free > c:
+    if not written:
         return complete
     identity = torch.eye(free, dtype=torch.float64, device=basis.vectors.device)
     return Columns(complete.apply(identity, start))
+
+
+def is_written_out(form: Form, columns: int, dim: int, start: int) -> bool:
+    """Whether the directions from `start` on of a side of which so many `columns` are stored are `Columns`, or a complete basis."""
+    return dim - start <= columns or (form == "free" and start == box_start(dim - columns, dim))
 
 
 def _fingerprint(side: FreeSide, start: int, count: int) -> list[float]:

@@ -13,6 +13,7 @@ from sculptor.analysis.cosines import measure_importance
 from sculptor.analysis.derive import Measurement, decide, write_measured, write_rules
 from sculptor.analysis.evidence import Source, weigh
 from sculptor.analysis.sources import facts_of, sample_sources
+from sculptor.analysis.streams import in_streams, num_streams, working_bytes
 from sculptor.archive.manifest import FrozenMatrices, Manifest, MatrixRecord, TaskRecord
 from sculptor.archive.store import Archive
 from sculptor.archive.writer import ArchiveWriter, forget_progress, has_progress
@@ -188,12 +189,19 @@ def _decompose(run: _Run) -> _Found:
     sizes = {name: job.checkpoint.info_of(target).num_bytes for name, target in mine.items()}
     ahead = ReadAhead(lambda name: job.checkpoint.matrix(mine[name]), ([name] for name in mine), sizes)
 
-    def derive(block: Sequence[Target]) -> Iterator[tuple[str, Derived]]:
-        for target in block:
-            weight, cosine = weigh(job.checkpoint, target, run.device, ahead.take), cosines.get(target.name)
-            yield target.name, job.method.derive(Evidence(target.name, target.shape, weight, cosine))
+    def evidence() -> Iterator[Evidence]:
+        for target in mine.values():
+            weight = weigh(job.checkpoint, target, run.device, ahead.take(target.name))
+            yield Evidence(target.name, target.shape, weight, cosines.get(target.name))
 
-    with closing(ahead):
+    needed = max((working_bytes(target, moments=False) for target in mine.values()), default=0)
+    made = in_streams(job.method.derive, evidence(), run.device, num_streams(run.device, needed))
+
+    def derive(block: Sequence[Target]) -> Iterator[tuple[str, Derived]]:
+        for target, derived in zip(block, made):  # noqa: B905 - which goes on with the next block
+            yield target.name, derived
+
+    with closing(ahead), closing(made):
         for _ in write_rules(run.writer, groups, derive, run.records, run.world):
             bar.update(1)
     bar.close()

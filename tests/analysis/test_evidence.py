@@ -1,5 +1,6 @@
 """From rows to what is known of every matrix: sources by their weights, one object per input, figures before scaling."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,8 @@ def gather(
     **more: Any,
 ) -> dict[str, Evidence]:
     targets = more.pop("targets", loaded.architecture.targets)
-    found = list(measure_evidence(loaded, targets, sources, measures, settings, silent, **more))
+    passes = measure_evidence(loaded, targets, sources, measures, settings, silent, **more)
+    found = list(itertools.chain.from_iterable(passes))
     assert [item.name for item in found] == [target.name for target in targets], "in the order of the model"
     return {item.name: item for item in found}
 
@@ -206,7 +208,8 @@ def test_little_memory_reads_the_rows_more_often_to_the_same_end(loaded: LoadedM
     for memory in (None, 1e-9 + model_gb):
         settings = replace(SETTINGS, device_memory=memory)
         targets = loaded.architecture.targets
-        made = measure_evidence(loaded, targets, sources, "gradients", settings, counted)
+        passes = measure_evidence(loaded, targets, sources, "gradients", settings, counted)
+        made = itertools.chain.from_iterable(passes)
         found.append({item.name: (value(item.inputs), value(item.outputs), item.traces) for item in made})
     assert seen["calibrate"] == [[10, 10], [20, 20]], "a pass per block"
     assert seen["derive"] == [[len(targets)] * 2] * 2

@@ -106,14 +106,21 @@ SUITES: dict[str, list[Run]] = {
     ],
     # A base model without a chat template, at rates that suit weights of a fifth of the size (Gemma 3 270M).
     "base-model": [
-        *(Run("1", "sculptor", rate, split="test") for rate in (0.0, 5e-5, 2e-4)),
-        *(Run("1", "joint", rate, split="test") for rate in (2e-5, 1e-5, 5e-5)),
-        *(Run("1", "replay", rate, split="test") for rate in (2e-5, 1e-5, 5e-5)),
+        Run("1", "sculptor", 0.0, split="test"),
+        *(Run("1", method, 2e-5, split="test") for method in ("joint", "replay", "full")),
+        Run("1", "sculptor", 2e-4, split="test"),
         Run("1", "crispedit", 0.0, split="test"),
-        *(Run("1", "full", rate, split="test") for rate in (2e-5, 1e-5, 5e-5)),
+        *(Run("1", method, 1e-5, split="test") for method in ("joint", "full")),
+    ],
+    "base-model-rates": [
+        Run("1", "replay", 5e-5, split="test"),
+        Run("1", "sculptor", 5e-5, split="test"),
+        *(Run("1", method, 5e-5, split="test") for method in ("joint", "full")),
         Run("1", "kl", 2e-5, split="test"),
+        Run("1", "replay", 1e-5, split="test"),
         Run("1", "lora", 2e-4, split="test"),
     ],
+    "six-protected": [Run("6", "sculptor", 0.0, split="test"), Run("6", "crispedit", 0.0, split="test")],
     # Systems that needed more time or memory than the others.
     "rest": [
         *(Run("1", method, 1e-4, split="test") for method in ("l2", "eaft", "esacl")),

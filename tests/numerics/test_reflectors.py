@@ -7,9 +7,10 @@ from torch import Tensor
 
 from sculptor.methods.sides import side_of
 from sculptor.methods.staircase import StaircaseRule
+from sculptor.numerics import reflectors
 from sculptor.numerics.bases import Basis, Form
 from sculptor.numerics.free_space import FreeSpace, first_free
-from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, free_side
+from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, box_start, free_side
 from sculptor.numerics.staircase import Constraint, Staircase
 
 SIZES = [(10, 1), (10, 4), (10, 5), (10, 6), (10, 9), (10, 10), (1, 1), (7, 0)]
@@ -160,9 +161,35 @@ def check(space: FreeSpace, generator: torch.Generator, tolerance: float = 1e-12
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
+@pytest.fixture(params=[1, 3, 4])
+def aligned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Boxes of any size, or of multiples of something, wherever they are not tiny."""
+    monkeypatch.setattr(reflectors, "ALIGNED", request.param)
+    monkeypatch.setattr(reflectors, "WIDE", 3)
+    return int(request.param)
+
+
+def test_a_large_box_has_good_sides(aligned: int) -> None:
+    for dim in range(1, 20):
+        for start in range(dim):
+            found = box_start(start, dim)
+            assert 0 <= start - found < aligned
+            if dim - start >= 3:
+                assert found == 0 or (dim - found) % aligned == 0
+            else:
+                assert found == start
+
+
+def test_boxes_of_real_size_suit_tensor_cores() -> None:
+    assert box_start(3277, 4096) == 4096 - 832
+    assert box_start(2048, 4096) == 2048, "as it is where that is good"
+    assert box_start(3900, 4096) == 3900, "few are not worth it"
+    assert box_start(3, 1000) == 0
+
+
 @pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
 def test_mixed_sides_fold_and_project_as_dense_ones(
-    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
+    constraint: Constraint, m: int, n: int, k: int, aligned: int, generator: torch.Generator
 ) -> None:
     staircase = Staircase.of(constraint, m, n, k, k)
     starts = first_free(staircase)
@@ -175,7 +202,7 @@ def test_mixed_sides_fold_and_project_as_dense_ones(
 @pytest.mark.parametrize("steps", MIXED)
 @pytest.mark.parametrize("soft", [False, True])
 def test_staircases_fold_and_project_as_dense_ones(
-    steps: tuple[tuple[int, int], ...], soft: bool, generator: torch.Generator
+    steps: tuple[tuple[int, int], ...], soft: bool, aligned: int, generator: torch.Generator
 ) -> None:
     staircase = Staircase(8, 10, steps)
     starts = first_free(staircase)
@@ -194,7 +221,13 @@ def test_staircases_fold_and_project_as_dense_ones(
 
 @pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
 def test_which_side_is_turned_first_does_not_matter(
-    constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    constraint: Constraint,
+    m: int,
+    n: int,
+    k: int,
+    aligned: int,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     staircase = Staircase.of(constraint, m, n, k, k)
     starts = first_free(staircase)
