@@ -80,7 +80,8 @@ class Traffic:
     TIMES: ClassVar = {"broadcast": 1, "reduce": 1, "all_reduce": 2}
 
     def __init__(self, size: int) -> None:
-        self.share, self.bytes, self.at_steps = (size - 1) / size, 0.0, [0.0]
+        self.share, self.at_steps = (size - 1) / size, list[dict[str, float]]()
+        self.bytes = dict.fromkeys(self.TIMES, 0.0)
 
     def __enter__(self) -> "Traffic":
         self.calls = {name: getattr(dist, name) for name in self.TIMES}
@@ -93,7 +94,7 @@ class Traffic:
             setattr(dist, name, call)
 
     def _counted(self, name: str, call: Callable[..., Any], tensor: torch.Tensor, *more: Any, **named: Any) -> Any:
-        self.bytes += self.TIMES[name] * self.share * tensor.numel() * tensor.element_size()
+        self.bytes[name] += self.TIMES[name] * self.share * tensor.numel() * tensor.element_size()
         return call(tensor, *more, **named)
 
     def progress(self, *, total: int, desc: str, unit: str, initial: int = 0) -> Bar:
@@ -101,16 +102,17 @@ class Traffic:
         return self if desc == "train" else silent(total=total, desc=desc, unit=unit, initial=initial)
 
     def update(self, n: int = 1) -> None:
-        self.at_steps.append(self.bytes)
+        self.at_steps.append(dict(self.bytes))
 
     def set_postfix_str(self, s: str, refresh: bool = True) -> None: ...
 
     def close(self) -> None: ...
 
     @property
-    def of_a_step(self) -> float:
-        """The median of those that are counted."""
-        return statistics.median(b - a for a, b in itertools.pairwise(self.at_steps[3:]))
+    def of_a_step(self) -> dict[str, float]:
+        """The median of those that are counted, in GB, by kind of call."""
+        pairs = list(itertools.pairwise(self.at_steps[2:]))
+        return {name: round(statistics.median(b[name] - a[name] for a, b in pairs) / 1e9, 6) for name in self.TIMES}
 
 
 class Enough(Exception):
@@ -164,7 +166,7 @@ def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: a
         "whole s": round(whole, 1),
         "losses": [round(line["loss"], 5) for line in lines[: options.steps if options.into else 3]],
         "peak GiB": world.gather(_peak()),
-        **({"GB from others": round(traffic.of_a_step / 1e9, 6)} if world.first and world.size > 1 else {}),
+        **({"GB from others": traffic.of_a_step} if world.first and world.size > 1 else {}),
     }
 
 
