@@ -213,6 +213,7 @@ def _remedy_for_memory(options: frozenset[str]) -> str:
     ways = [f"a smaller {' or '.join(smaller)}"] if smaller else []
     ways += ["--offload cpu or disk"] if "--offload" in options else []
     ways += ["another --device"] if "--device" in options else []
+    ways += ["a smaller batch_size or micro_batch_size in the plan"] if "--method" in options else []
     return f"use {', or '.join(ways)}" if ways else "use a machine with more, or end what else runs there"
 
 

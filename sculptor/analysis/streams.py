@@ -62,6 +62,10 @@ def in_streams(
         yield from map(make, items)
         return
     local = threading.local()
+    if device.type == "cuda":
+        torch.linalg.eigvalsh(
+            torch.eye(2, device=device)
+        )  # loads the library, which threads may not do at the same time
 
     def work(item: Item, ready: torch.cuda.Event | None) -> Made:
         if ready is None:

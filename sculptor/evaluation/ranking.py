@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sculptor.data.edges import completion_ids, prompt_ids, target_ids
 from sculptor.data.examples import cut_middle
@@ -22,6 +23,9 @@ from sculptor.evaluation.readers import Reader, open_reader
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar
 from sculptor.world import ALONE, World
+
+# Of the continuations that are read at a time, by type of device, in entries: large vocabularies would fill any memory.
+LOGITS = {"cuda": 2**28, "cpu": 2**26}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +166,10 @@ def _score_batch(
     owners = [i for i, group in enumerate(candidates) for _ in group]
     flat = [candidate for group in candidates for candidate in group]
     scores: list[_Score] = []
-    for start in range(0, len(flat), len(prompts)):  # as many rows at once as there are prompts
-        part = slice(start, start + len(prompts))
+    entries = max(map(len, flat), default=1) * reader.first_logits.shape[-1]
+    rows = max(1, min(len(prompts), LOGITS[reader.device.type] // entries))
+    for start in range(0, len(flat), rows):
+        part = slice(start, start + rows)
         scores += _candidate_scores(reader, owners[part], flat[part], loaded.pad_id)
     bounds = [0]
     for group in candidates:
@@ -178,11 +184,15 @@ def _candidate_scores(reader: Reader, owners: list[int], candidates: list[list[i
     padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in candidates], device=device)
     real = torch.tensor([[1.0] * len(ids) + [0.0] * (width - len(ids)) for ids in candidates], device=device)
     first = reader.first_logits[torch.tensor(owners, device=device)][:, None]  # predicts the first token
-    logits = first
+    log_probs = _log_probs(first, padded[:, :1])
     if width > 1:
         rest, _ = reader.read(reader.fork(owners), padded[:, :-1])
-        logits = torch.cat([first, rest], dim=1)
-    log_probs = logits.log_softmax(dim=-1).gather(2, padded[:, :, None])[:, :, 0]
+        log_probs = torch.cat([log_probs, _log_probs(rest, padded[:, 1:])], dim=1)
     whole = (log_probs * real).sum(dim=1)
     last = log_probs.gather(1, real.sum(dim=1, keepdim=True).long() - 1)[:, 0]
     return [_Score(*pair) for pair in torch.stack([whole, whole - last], dim=1).tolist()]
+
+
+def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of tokens `ids` (r, w), by logits (r, w, vocabulary)."""
+    return logits.gather(2, ids[:, :, None])[:, :, 0] - logits.logsumexp(dim=-1)

@@ -1,5 +1,7 @@
 """Rules made side by side: in order, few at a time, and the same as one by one."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +81,12 @@ def test_the_archive_is_the_same_bit_for_bit(
     one, three = ({path.name: path.read_bytes() for path in (tmp_path / str(n)).iterdir()} for n in (1, 3))
     assert one.keys() == three.keys()
     assert all(one[name] == three[name] for name in one if name.endswith(".safetensors"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_first_decompositions_of_a_process_may_be_side_by_side(tmp_path: Path) -> None:
+    """Loading torch's library for them, which the first one does, is an error when two threads do it."""
+    model = save_checkpoint(tmp_path / "model")
+    run = "import sys; from sculptor_cli.main import run; run()"
+    command = [sys.executable, "-c", run, "analyze", str(model), "-o", str(tmp_path / "a"), "--basis", "weights"]
+    subprocess.run([*command, "--device", "cuda"], check=True)

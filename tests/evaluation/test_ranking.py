@@ -10,6 +10,7 @@ from sculptor import evaluate
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.rows import CompletionRow, read_rows
 from sculptor.errors import DataError, SettingsError
+from sculptor.evaluation import ranking
 from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.progress import silent
@@ -75,6 +76,26 @@ def test_scores_equal_single_sequences(tmp_path: Path, family: str) -> None:
         assert score.exact == (said.strip() == row.completion)
     one_by_one = score_rows(loaded, rows, LABELS, 32, 1, bar)
     assert [s.loss for s in one_by_one] == pytest.approx([s.loss for s in found], abs=2e-3)
+
+
+def test_a_large_vocabulary_is_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(open_checkpoint(save_checkpoint(tmp_path / "m")), torch.device("cpu"))
+    rows, bar = rows_of(tmp_path), silent(total=1, desc="", unit="")
+    whole = score_rows(loaded, rows, LABELS, 32, 4, bar)
+    entries = 4 * loaded.model.config.vocab_size  # of the longest label and its end
+    monkeypatch.setitem(ranking.LOGITS, "cpu", 2 * entries)
+    found, largest = [], [0]
+    read = ranking._log_probs
+
+    def noted(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        largest.append(logits.numel())
+        return read(logits, ids)
+
+    monkeypatch.setattr(ranking, "_log_probs", noted)
+    found = score_rows(loaded, rows, LABELS, 32, 4, bar)
+    assert max(largest) <= 2 * entries
+    assert [score.loss for score in found] == pytest.approx([score.loss for score in whole], abs=1e-5)
+    assert [score.ranked_right for score in found] == [score.ranked_right for score in whole]
 
 
 def test_generation_can_be_exact(tmp_path: Path) -> None:
