@@ -38,9 +38,9 @@ from sculptor.numerics.free_space import (
     FreeSpace,
     Name,
     Order,
+    box_origin,
     cheapest_order,
     coordinate_shapes,
-    first_free,
     hull,
     narrow,
 )
@@ -136,7 +136,7 @@ class StaircaseRule:
 
     def prepare(self, tensors: Tensors, working: Working) -> Prepared:
         """Complete bases from the first free direction on; decomposed in float64 on the device, then made narrower."""
-        starts = dict(zip(("output", "input"), first_free(self.staircase), strict=True))
+        starts = dict(zip(("output", "input"), box_origin(self.staircase), strict=True))
         found: dict[str, FreeSide | None] = {"output": None, "input": None}
         fingerprint: list[float] = []
         for name, side, _ in self._sides():
@@ -156,7 +156,7 @@ class StaircaseRule:
         Where the curvature is large, a step that is sqrt(1 + ...) times shorter does no more damage than one in a flat
         direction.
         """
-        first, least = first_free(self.staircase)
+        first, least = box_origin(self.staircase)
         outputs, inputs = self._importances(tensors)
         sides = working.soften * outputs[first:] / _mean(outputs), inputs[least:] / _mean(inputs)
         wide = torch.float64 if working.dtype == torch.float64 else torch.float32
@@ -195,11 +195,11 @@ class StaircaseRule:
     def order(self, tokens: float) -> Order:
         """By multiplications."""
         output, input = self._completed()
-        return cheapest_order(tokens, self.shape, first_free(self.staircase), (output.turn, input.turn))
+        return cheapest_order(tokens, self.shape, box_origin(self.staircase), (output.turn, input.turn))
 
     def narrowing(self, name: Name) -> tuple[tuple[int, int], Mapping[str, tuple[int, ...]]]:
         """Free directions of a side take the place of its directions."""
-        (m, n), (first, least) = self.shape, first_free(self.staircase)
+        (m, n), (first, least) = self.shape, box_origin(self.staircase)
         shape = (m, n - least) if name == "input" else (m - first, n)
         return shape, self._completed()[name == "input"].shapes
 
@@ -207,7 +207,7 @@ class StaircaseRule:
         """The free directions of a side that is stored."""
         stored, dim = (self.input, self.shape[1]) if name == "input" else (self.output, self.shape[0])
         assert stored is not None
-        side, first = stored.restored(name, tensors, dim), first_free(self.staircase)[name == "input"]
+        side, first = stored.restored(name, tensors, dim), box_origin(self.staircase)[name == "input"]
         if isinstance(gradient, OuterProduct):
             return Narrowed(narrow(side, first, name, gradient.inputs, gradient.outputs), name)
         wide = gradient.to(side.dtype)
@@ -277,7 +277,7 @@ class StaircaseRule:
 
     def cost(self, names: Mapping[str, str]) -> Cost:
         """Bases from the first free direction on, written out or as reflectors, whatever is smaller; both sides turned."""
-        (m, n), starts = self.shape, first_free(self.staircase)
+        (m, n), starts = self.shape, box_origin(self.staircase)
         numbers: dict[str, int] = {}
         output, input = self._completed()
         for name, start, side in zip(("output", "input"), starts, (output, input), strict=True):
@@ -289,7 +289,7 @@ class StaircaseRule:
 
     def _completed(self) -> tuple[Completed, Completed]:
         """The sides of the outputs and the inputs in training."""
-        (m, n), (first, least) = self.shape, first_free(self.staircase)
+        (m, n), (first, least) = self.shape, box_origin(self.staircase)
         output = self.output.completed("output", m, first) if self.output else Completed({}, 0)
         return output, self.input.completed("input", n, least) if self.input else Completed({}, 0)
 

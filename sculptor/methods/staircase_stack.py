@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sculptor.methods.rule import Rule, Tensors
-from sculptor.numerics.free_space import coordinate_shapes, first_free, hull
+from sculptor.numerics.free_space import box_origin, first_free, hull
 from sculptor.numerics.staircase import Staircase
 
 
@@ -24,14 +24,15 @@ class StaircaseStack:
     def __init__(self, staircases: Sequence[Staircase], whole: Rule) -> None:
         self.staircases = tuple(staircases)
         self.whole = whole
-        self.first, self.least = first_free(hull(staircases))
-        box = staircases[0].rows - self.first, staircases[0].columns - self.least
-        self.alike = len(set(staircases)) == 1 and coordinate_shapes(staircases[0]) == (box,)
+        whole_box = hull(staircases)
+        self.first, self.least = first_free(whole_box)
+        self.origin = box_origin(whole_box)
+        self.alike = len(set(staircases)) == 1 and len(whole.shapes) == len(staircases[0].free)
 
     def prepare(self, tensors: Sequence[Tensors]) -> Tensors:
         """Stacked, with the reach of every row; softening begins at the box's first directions."""
         rows, columns = self.whole.shape
-        lengths = {"soft_outputs": rows - self.first, "soft_inputs": columns - self.least}
+        lengths = {"soft_outputs": rows - self.origin[0], "soft_inputs": columns - self.origin[1]}
 
         def longer(name: str, tensor: Tensor) -> Tensor:
             return pad(tensor, (lengths[name] - len(tensor), 0)) if name in lengths else tensor

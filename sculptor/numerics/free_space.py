@@ -76,9 +76,15 @@ def coordinate_shapes(staircase: Staircase) -> tuple[tuple[int, ...], ...]:
 
 
 def first_free(staircase: Staircase) -> tuple[int, int]:
-    """The first row and column of the box: the first directions of outputs and inputs that have a free pair, or a few before."""
+    """The first direction of the outputs, and of the inputs, that has a free pair."""
     groups = staircase.free
-    return box_start(groups[0].start, staircase.rows), box_start(groups[-1].reach, staircase.columns)
+    return groups[0].start, groups[-1].reach
+
+
+def box_origin(staircase: Staircase) -> tuple[int, int]:
+    """The first row and column of the box: `first_free`, or a few directions before."""
+    first, least = first_free(staircase)
+    return box_start(first, staircase.rows), box_start(least, staircase.columns)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -118,12 +124,12 @@ class FreeSpace:
     @property
     def first(self) -> int:
         """The first row of the box."""
-        return first_free(self.staircase)[0]
+        return box_origin(self.staircase)[0]
 
     @property
     def least(self) -> int:
         """The first column of the box."""
-        return first_free(self.staircase)[1]
+        return box_origin(self.staircase)[1]
 
     def fold(self, coordinates: Sequence[Tensor]) -> Tensor:
         """dW (m, n), in the dtype of the bases, or that of the coordinates where there are none.

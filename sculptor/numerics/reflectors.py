@@ -225,7 +225,10 @@ def free_side(basis: Basis, start: int) -> FreeSide:
 
 def is_written_out(form: Form, columns: int, dim: int, start: int) -> bool:
     """Whether the directions from `start` on of a side of which so many `columns` are stored are `Columns`, or a complete basis."""
-    return dim - start <= columns or (form == "free" and start == box_start(dim - columns, dim))
+    padded = form == "free" and 0 < start == box_start(
+        dim - columns, dim
+    )  # at 0 begins what leaves all directions free
+    return dim - start <= columns or padded
 
 
 def _fingerprint(side: FreeSide, start: int, count: int) -> list[float]:

@@ -11,6 +11,7 @@ from sculptor import AnalyzeSettings, Archive, analyze
 from sculptor.methods.rule import Working, is_open
 from sculptor.methods.sides import Side
 from sculptor.methods.staircase import StaircaseRule
+from sculptor.numerics import reflectors
 
 GENERATOR_SEED = 7
 
@@ -46,7 +47,12 @@ def stored(rule: StaircaseRule, generator: torch.Generator) -> dict[str, torch.T
 
 @pytest.mark.parametrize("kind", ["alike", "core", "stairs", "late", "open"])
 @pytest.mark.parametrize("soften", [0.0, 3.0])
-def test_a_stack_gives_what_each_gives(kind: str, soften: float) -> None:
+@pytest.mark.parametrize("multiple", [1, 4, 5])
+def test_a_stack_gives_what_each_gives(
+    kind: str, soften: float, multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflectors, "ALIGNED", multiple)  # boxes are larger than what is free in them
+    monkeypatch.setattr(reflectors, "WIDE", 2)
     generator = torch.Generator().manual_seed(GENERATOR_SEED)
     rules = rules_of(kind)
     if soften and not rules[0].moments:

@@ -9,7 +9,7 @@ from sculptor.methods.sides import side_of
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.numerics import reflectors
 from sculptor.numerics.bases import Basis, Form
-from sculptor.numerics.free_space import FreeSpace, first_free
+from sculptor.numerics.free_space import FreeSpace, box_origin
 from sculptor.numerics.reflectors import Columns, CompleteBasis, FreeSide, box_start, free_side
 from sculptor.numerics.staircase import Constraint, Staircase
 
@@ -192,11 +192,26 @@ def test_mixed_sides_fold_and_project_as_dense_ones(
     constraint: Constraint, m: int, n: int, k: int, aligned: int, generator: torch.Generator
 ) -> None:
     staircase = Staircase.of(constraint, m, n, k, k)
-    starts = first_free(staircase)
+    starts = box_origin(staircase)
     output, input = sides(constraint, m, n, k, generator)
     for left in widened(output, starts[0]):
         for right in widened(input, starts[1]):
             check(FreeSpace(staircase, left, right), generator)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 9])
+def test_what_core_leaves_free_of_protected_directions_is_trained(
+    k: int, aligned: int, generator: torch.Generator
+) -> None:
+    """The form is anybody's choice: these are stored as what is free, though that is more."""
+    staircase = Staircase.of("core", 10, 10, k, k)
+    bases = [Basis(orthonormal(10, 10, generator)[:, k:], "free") for _ in range(2)]
+    sides = [free_side(basis, start) for basis, start in zip(bases, box_origin(staircase), strict=True)]
+    space = FreeSpace(staircase, *sides)
+    coordinates = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in space.shapes]
+    update = space.fold(coordinates)
+    torch.testing.assert_close(update.norm(), torch.stack([a.norm() for a in coordinates]).norm())
+    torch.testing.assert_close(space.project(update), tuple(coordinates), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("steps", MIXED)
@@ -205,7 +220,7 @@ def test_staircases_fold_and_project_as_dense_ones(
     steps: tuple[tuple[int, int], ...], soft: bool, aligned: int, generator: torch.Generator
 ) -> None:
     staircase = Staircase(8, 10, steps)
-    starts = first_free(staircase)
+    starts = box_origin(staircase)
     outputs = widened(Basis(orthonormal(8, 6, generator), "leading"), starts[0])
     inputs = widened(Basis(orthonormal(10, 7, generator), "leading"), starts[1])
     gains = None
@@ -230,7 +245,7 @@ def test_which_side_is_turned_first_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     staircase = Staircase.of(constraint, m, n, k, k)
-    starts = first_free(staircase)
+    starts = box_origin(staircase)
     bases = sides(constraint, m, n, k, generator)
     space = FreeSpace(
         staircase, *(basis and free_side(basis, start) for basis, start in zip(bases, starts, strict=True))
@@ -281,7 +296,7 @@ class Counted:
 @pytest.mark.parametrize("k", [32, 96])
 def test_bfloat16_bases_are_close_to_wide_ones(constraint: Constraint, k: int, generator: torch.Generator) -> None:
     staircase = Staircase.of(constraint, 128, 160, k, k)
-    starts = first_free(staircase)
+    starts = box_origin(staircase)
     bases = sides(constraint, 128, 160, k, generator)
     wide = FreeSpace(
         staircase, *(basis and free_side(basis, start) for basis, start in zip(bases, starts, strict=True))
