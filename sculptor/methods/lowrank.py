@@ -133,6 +133,10 @@ class LowRankRule:
         """There are always fewer directions than inputs."""
         return "input"
 
+    def multiplications(self, tokens: float) -> dict[Order, float]:
+        """Of X A and dY^T (X A)."""
+        return {"input": tokens * sum(self.shape) * self.rank}
+
     def narrowing(self, name: Name) -> tuple[tuple[int, int], Mapping[str, tuple[int, ...]]]:
         """A is all that it takes."""
         return (self.shape[0], self.rank), {"directions": (self.shape[1], self.rank)}

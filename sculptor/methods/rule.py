@@ -200,6 +200,9 @@ class Narrowing(Protocol):
     def order(self, tokens: float) -> Order:
         """How `project` takes the least for an `OuterProduct` of so many tokens; "after" if it had better be summed before."""
 
+    def multiplications(self, tokens: float) -> Mapping[Order, float]:
+        """What `project` takes in every order, the sum over tokens with it."""
+
     def narrowing(self, name: Name) -> tuple[tuple[int, int], Mapping[str, tuple[int, ...]]]:
         """The shape of a gradient that is narrowed on a side, and of the prepared tensors that this takes."""
 

@@ -39,9 +39,9 @@ from sculptor.numerics.free_space import (
     Name,
     Order,
     box_origin,
-    cheapest_order,
     coordinate_shapes,
     hull,
+    multiplications,
     narrow,
 )
 from sculptor.numerics.linalg import spectral_norm
@@ -194,8 +194,13 @@ class StaircaseRule:
 
     def order(self, tokens: float) -> Order:
         """By multiplications."""
+        costs = self.multiplications(tokens)
+        return min(costs, key=costs.__getitem__)
+
+    def multiplications(self, tokens: float) -> dict[Order, float]:
+        """By sides as they are in training."""
         output, input = self._completed()
-        return cheapest_order(tokens, self.shape, box_origin(self.staircase), (output.turn, input.turn))
+        return multiplications(tokens, self.shape, box_origin(self.staircase), (output.turn, input.turn))
 
     def narrowing(self, name: Name) -> tuple[tuple[int, int], Mapping[str, tuple[int, ...]]]:
         """Free directions of a side take the place of its directions."""

@@ -28,8 +28,10 @@ Order = Literal["after", "output", "input", "both"]
 MANY_TOKENS = 2.0**40
 
 
-def cheapest_order(tokens: float, shape: tuple[int, int], first: tuple[int, int], turns: tuple[int, int]) -> Order:
-    """What takes the fewest multiplications to get the box of free directions of G = dY^T X.
+def multiplications(
+    tokens: float, shape: tuple[int, int], first: tuple[int, int], turns: tuple[int, int]
+) -> dict[Order, float]:
+    """What it takes to get the box of free directions of G = dY^T X, the sum over tokens with it, in every order.
 
     Args:
         tokens: t, the rows of X and dY.
@@ -40,13 +42,12 @@ def cheapest_order(tokens: float, shape: tuple[int, int], first: tuple[int, int]
     m, n = shape
     p, q = m - first[0], n - first[1]
     outputs, inputs = turns
-    costs: dict[Order, float] = {
+    return {
         "after": tokens * m * n + min(outputs * n + inputs * p, inputs * m + outputs * q),
         "input": tokens * (inputs + m * q) + outputs * q,
         "output": tokens * (outputs + p * n) + inputs * p,
         "both": tokens * (inputs + outputs + p * q),
     }
-    return min(costs, key=costs.__getitem__)
 
 
 def narrow(side: FreeSide, first: int, name: Name, inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Footprint:
     Attributes:
         offload: none, bases, cpu or disk.
         device, host, disk: bytes by component.
-        operations: floating-point operations of a step, of which `folding` for projections and folds.
+        operations: floating-point operations of a step as plain training takes them.
+        folding: of folds and projections beside that, less what gradients take that are never whole.
         loaded, stored: bytes that go to the device and come back in a step.
         read, written: bytes of files in a step.
         exchanged: bytes that come from other processes in a step.
@@ -191,8 +192,12 @@ class _Sizes:
         forward = 2 * (used + self.rest_in_blocks + architecture.vocab_size * hidden) * work.tokens
         self.operations = 4 * forward  # forward, again, and twice as much backward
         self.operations_at_once = (4 if work.recompute else 3) * forward
-        per_fold = sum(cost_of(m.rule, m.names).operations for m in matrices)
-        self.folding = per_fold * (work.micro_batches + 1)
+        self.folds = sum(cost_of(m.rule, m.names).operations for m in matrices)
+        narrowed = {m.target.name: m.narrowing(micro, self.kind) for m in matrices}
+        self.narrowing = work.micro_batches * sum(each for each in narrowed.values() if each is not None)
+        after = (m for m in matrices if narrowed[m.target.name] is None)
+        self.projecting = work.micro_batches * sum(cost_of(m.rule, m.names).operations for m in after)
+        self.folding = self.folds + self.narrowing + self.projecting
 
     def extra(self) -> dict[str, float]:
         """Openly trained parameters, which are on the device in any way of training: float32, gradients, AdamW."""
@@ -293,7 +298,7 @@ class _Sizes:
             host,
             self.files(),
             alone.operations,
-            alone.folding / count,
+            (self.folds + self.projecting) / count + self.narrowing,
             loaded={"none": 0.0, "bases": self.with_constants_apart().loaded, "cpu": alone.loaded}[offload] / count,
             stored=alone.stored / count if offload == "cpu" else 0.0,
             exchanged=shown(sizes, sum(map(sum, exchanges)), self.work.micro_batches, count, slots) + aside,

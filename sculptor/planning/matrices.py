@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sculptor.checkpoint.architecture import Target
-from sculptor.methods.rule import Rule, cost_of, num_free
+from sculptor.methods.rule import Narrowing, Rule, cost_of, is_open, num_free
+from sculptor.training.linear import SMALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,25 @@ class PlannedMatrix:
     def is_linear(self) -> bool:
         """Whether its module is a linear map of torch's own, as far as that can be told of files."""
         return self.target.window.is_whole and not self.target.transposed
+
+    def narrowing(self, tokens: float, kind: str) -> float | None:
+        """Operations of reading free directions before gradients are summed over tokens, less those of a whole gradient.
+
+        Args:
+            tokens: of a micro-batch.
+            kind: type of device.
+
+        Returns:
+            None where they are read after it.
+        """
+        rule = self.rule
+        if not (
+            self.is_linear and self.num_entries > SMALL.get(kind, 0) and isinstance(rule, Narrowing) and is_open(rule)
+        ):
+            return None
+        if rule.order(tokens) == "after":
+            return None
+        return 2 * (min(rule.multiplications(tokens).values()) - tokens * self.num_entries)
 
     @property
     def num_free(self) -> int:

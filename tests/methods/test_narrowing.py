@@ -10,7 +10,7 @@ from sculptor.methods.lowrank import LowRankRule
 from sculptor.methods.rule import Narrowed, Narrowing, OuterProduct, Tensors, Working, dense
 from sculptor.methods.sides import Side
 from sculptor.methods.staircase import StaircaseRule
-from sculptor.numerics.free_space import MANY_TOKENS, Order, cheapest_order
+from sculptor.numerics.free_space import MANY_TOKENS, Order, multiplications
 
 CPU = torch.device("cpu")
 M, N = 48, 32
@@ -67,6 +67,14 @@ def test_a_side_that_was_read_before_is_read_the_same(name: str, generator: torc
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+@each
+def test_the_order_is_the_one_that_multiplies_least(name: str) -> None:
+    rule = RULES[name]
+    for tokens in (1, 40, 4000):
+        costs = rule.multiplications(tokens)
+        assert costs[rule.order(tokens)] == min(costs.values())
+
+
 def test_low_rank_needs_its_directions_alone(generator: torch.Generator) -> None:
     rule, given = RULES["lowrank"], product(20, generator)
     tensors = prepared(rule, generator)
@@ -106,7 +114,8 @@ def test_half_of_a_wide_matrix_is_read_on_its_narrow_side() -> None:
         first = (k, k)
         turns = tuple(d * (d - k) if d - k <= k else k * (d + k + d - k) for d in shape)
         for tokens in (4096, 16384, MANY_TOKENS):
-            order = cheapest_order(tokens, shape, first, (turns[0], turns[1]))
+            costs = multiplications(tokens, shape, first, (turns[0], turns[1]))
+            order = min(costs, key=costs.__getitem__)
             assert order == expected or (tokens == 4096 and order == "both")
 
 

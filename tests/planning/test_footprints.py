@@ -131,6 +131,18 @@ def test_openly_trained_numbers_are_on_the_device_in_any_way(made: Path) -> None
         assert added == pytest.approx(12 * 1000), "beside the float32 value that a CPU has anyway"
 
 
+def test_gradients_that_are_never_whole_take_less_than_projecting_them(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than plain training's where few directions are free."""
+    narrow = plans(made, CPU)
+    monkeypatch.setattr(PlannedMatrix, "narrowing", lambda *_: None)
+    whole = plans(made, CPU)
+    for name in ("none", "cpu", "disk"):
+        assert narrow[name].folding < whole[name].folding
+        assert narrow[name].operations == whole[name].operations
+
+
 def test_more_micro_batches_take_less_room_and_more_ways(made: Path) -> None:
     one = plans(made, work=Workload(1024, 1))
     four = plans(made, work=Workload(1024, 4))
