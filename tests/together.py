@@ -258,12 +258,17 @@ def analyze_on_a_small_disk(*args: Any, **named: Any) -> Any:
     return sculptor.analyze(*args, **named)
 
 
-def moved_bytes(*args: Any, **named: Any) -> float:
-    """`sculptor.train`: the bytes of blocks and gradients that a process gets of two in its second step, on average over both."""
+def moved_bytes(logits: int | None, *args: Any, **named: Any) -> float:
+    """`sculptor.train`: the bytes of blocks and gradients that a process gets of two in its second step, on average over both.
+
+    Logits are made so many at a time.
+    """
     import sculptor
+    from sculptor.model.loss import SLICE
     from sculptor.training.loop import TrainingLoop
     from sculptor.world import World
 
+    SLICE["cpu"] = logits or SLICE["cpu"]
     moved, marks = [0.0], []
     show, add, step = World.show, World.add_up_at, TrainingLoop._step
 

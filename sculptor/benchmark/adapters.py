@@ -155,7 +155,7 @@ def _split(
     device: torch.device,
 ) -> tuple[TrainSettings, bool]:
     """The settings with the rows of a forward pass, and whether to recompute; as if every weight were trained."""
-    batch = min(settings.batch_size, encoded.num_epoch)
+    batch = settings.rows_of_step(encoded.num_epoch)
     longest = max(example.length for example in encoded.examples)
     trained = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
     work = Workload(batch * longest, 1, num_extra=trained, row=longest)

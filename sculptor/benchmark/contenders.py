@@ -126,7 +126,7 @@ def planned_steps(settings: TrainSettings, task: PlannedTask) -> int:
     """Optimizer steps of a task, by plain fine-tuning."""
     sizes, weights = _sizes(settings, task), check_weights(task.data)
     rows = sum(sizes) if weights is None else Mixture(tuple(sizes), tuple(weights)).num_epoch
-    return settings.total_steps(-(-rows // min(settings.batch_size, rows)))
+    return settings.total_steps(-(-rows // settings.rows_of_step(rows)))
 
 
 def _sizes(settings: TrainSettings, task: PlannedTask) -> list[int]:

@@ -191,6 +191,7 @@ def open_job(
     if replays:
         notice(_replay_line(job, mixed))
     steps = Steps.of(mixed, settings)
+    settings = replace(settings, batch_size=settings.batch_size or steps.rows)
     if samples is not None:
         settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
     return replace(job, settings=settings, steps=steps)

@@ -195,17 +195,14 @@ class _Sizes:
         self.folds = sum(cost_of(m.rule, m.names).operations for m in matrices)
         narrowed = {m.target.name: m.narrowing(micro, self.kind) for m in matrices}
         self.narrowing = work.micro_batches * sum(each for each in narrowed.values() if each is not None)
-        after = (m for m in matrices if narrowed[m.target.name] is None)
-        self.projecting = work.micro_batches * sum(cost_of(m.rule, m.names).operations for m in after)
+        after = (cost_of(m.rule, m.names).operations for m in matrices if narrowed[m.target.name] is None)
+        self.projecting = work.micro_batches * sum(after)
         self.folding = self.folds + self.narrowing + self.projecting
 
     def extra(self) -> dict[str, float]:
         """Openly trained parameters, which are on the device in any way of training: float32, gradients, AdamW."""
-        return (
-            {"openly trained": (self.work.state + 4 - self.rest_size) * self.work.num_extra}
-            if self.work.num_extra
-            else {}
-        )
+        size = (self.work.state + 4 - self.rest_size) * self.work.num_extra
+        return {"openly trained": size} if size else {}
 
     def files(self) -> dict[str, float]:
         """What any way of training needs of the disk."""
@@ -213,10 +210,8 @@ class _Sizes:
         best = 4 * numbers if self.work.evaluates else 0.0
         # A state goes when the next one is complete, so there are two for a while, before there is an output.
         second = self.work.state * numbers * (self.work.saves > 1) + best
-        found = {
-            "saved state": self.work.state * numbers * (self.work.saves > 0) + best,
-            "second state, then output and archive": max(self.work.written, second),
-        }
+        first = self.work.state * numbers * (self.work.saves > 0) + best
+        found = {"saved state": first, "second state, then output and archive": max(self.work.written, second)}
         return {name: size for name, size in found.items() if size}
 
     def resident(self) -> Footprint:

@@ -7,7 +7,7 @@ from pydantic import Field
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.numerics.staircase import Constraint
-from sculptor.training.settings import Parallel
+from sculptor.training.settings import MOST_ROWS, Parallel
 from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, option, settings
 
 _PRESERVE = 0.5
@@ -30,8 +30,8 @@ class EstimateSettings:
     """Without an archive: as that of analyze --rule lowrank."""
     block_size: Annotated[int, Field(ge=2, le=2**31)] | None = None
     """Without an archive: as that of analyze --rule rotation."""
-    batch_size: AtLeastOne = 32
-    """Rows per optimizer step."""
+    batch_size: AtLeastOne | None = None
+    """Rows per optimizer step [default: 32, with --data as that of train]."""
     micro_batch_size: AtLeastOne | None = None
     """Rows per forward [default: on a GPU as many as fit, else 8]."""
     max_length: AtLeastOne | None = None
@@ -79,8 +79,9 @@ class EstimateSettings:
             raise SettingsError("--fused without effect with --gpus: several processes update exactly")
         if self.parallel != "auto" and self.gpus == 1:
             raise SettingsError(f"--parallel {self.parallel} without effect with one process; give --gpus")
-        if self.fused and self.batch_size > (self.micro_batch_size or self.batch_size):
+        rows = self.batch_size or MOST_ROWS
+        if self.fused and rows > (self.micro_batch_size or rows):
             raise SettingsError(
-                f"--fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} needs the gradients of "
+                f"--fused: a step of {rows} rows in micro-batches of {self.micro_batch_size} needs the gradients of "
                 "all of them first; set --micro-batch-size to --batch-size"
             )

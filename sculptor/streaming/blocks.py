@@ -57,7 +57,8 @@ class BlockStream:
         self._passed = 0  # blocks that the forward pass has come by, where all processes have to
         self._left = len(self.paths)  # blocks that the backward pass has not come by
         self._parts_work: dict[tuple[Any, ...], bool] = {}  # by kind of call, as far as tried
-        self._handle = waiting.model.register_forward_pre_hook(lambda *_: self._begin())
+        self._begins = False  # a forward of the model has come to no block yet; that of a head alone never does
+        self._handle = waiting.model.register_forward_pre_hook(lambda *_: self._announce())
         for i, block in enumerate(waiting.modules.values()):
             block.forward = self._streamed(i, block)
         inside = tuple(f"{path}." for path in self.paths)
@@ -71,7 +72,11 @@ class BlockStream:
         self._release()
         return BlockStream(self.waiting, hooks)
 
+    def _announce(self) -> None:
+        self._begins = True
+
     def _begin(self) -> None:
+        self._begins = False
         self._calls = self._passed = 0
         self._left = len(self.paths)
         if torch.is_grad_enabled() and self._backward is not None:  # a backward pass that broke off
@@ -82,6 +87,8 @@ class BlockStream:
         forward = block.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if self._begins:
+                self._begin()
             call = self._calls
             self._calls += 1
             if self._order[call : call + 1] != [index]:

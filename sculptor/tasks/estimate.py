@@ -28,7 +28,7 @@ from sculptor.planning.splits import Split, choose_split
 from sculptor.planning.traffic import added_up
 from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
-from sculptor.training.settings import OptimizerMode, TrainSettings
+from sculptor.training.settings import MOST_ROWS, OptimizerMode, TrainSettings
 
 _GPUS_OF_A_MACHINE = 8  # which share its host memory
 
@@ -136,7 +136,9 @@ class _Rows:
 
     def of_a_step(self, settings: EstimateSettings) -> int:
         """How many, all processes together."""
-        return settings.batch_size if self.report is None else min(settings.batch_size, self.report.num_epoch)
+        if self.report is None:
+            return settings.batch_size or MOST_ROWS
+        return TrainSettings(batch_size=settings.batch_size).rows_of_step(self.report.num_epoch)
 
 
 def _read_rows(

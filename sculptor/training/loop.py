@@ -112,7 +112,8 @@ class TrainingLoop:
         self.harm = harm
         self.as_base = as_base
         lengths = [example.length for example in examples]
-        self.plan = BatchPlan(lengths, settings.batch_size, settings.seed, self.world, mixture)
+        rows = settings.rows_of_step(len(lengths) if mixture is None else mixture.num_epoch)
+        self.plan = BatchPlan(lengths, rows, settings.seed, self.world, mixture)
         self.total = settings.total_steps(self.plan.steps_per_epoch)
         self.accelerator = make_accelerator(loaded.device)
         self.position = Position(step=0)

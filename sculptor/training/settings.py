@@ -25,6 +25,10 @@ Parallel = Literal["auto", "replicate", "shard"]
 EVIDENCE = 0.01
 # Rows per forward where nothing else decides.
 MICRO_ROWS = 8
+# Rows per optimizer step, and steps of a run, where nothing else decides. SmolLM2 on 200 rows gives 88 % of the answers right after
+# 25 steps of 8 rows, 55 % after 7 of 32. Fewer steps than enough teach little at any rate that is safe.
+MOST_ROWS, LEAST_ROWS = 32, 8
+ENOUGH_STEPS = 25
 
 
 @settings
@@ -76,8 +80,8 @@ class TrainSettings:
     """With --offload cpu: run AdamW in host memory, where its moments wait, or on the device [auto: host for a GPU]."""
     offload_inputs: Annotated[bool | None, Off("keep-inputs")] = None
     """With offloading: activation checkpoints wait in host memory too [default: on a GPU]."""
-    batch_size: AtLeastOne = 32
-    """Rows per optimizer step."""
+    batch_size: AtLeastOne | None = None
+    """Rows per optimizer step [default: 32, and as few as 8 where a run of 32 would have fewer than 25 steps]."""
     micro_batch_size: AtLeastOne | None = None
     """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8]."""
     max_rows: AtLeastOne | None = None
@@ -137,7 +141,7 @@ class TrainSettings:
                 "--relative-rate without effect: --learning-rate is absolute; give one of the two",
             ),
             (
-                fused and self.batch_size > (self.micro_batch_size or self.batch_size),
+                fused and self.batch_size is not None and self.batch_size > (self.micro_batch_size or self.batch_size),
                 f"--optimizer-mode fused: a step of {self.batch_size} rows in micro-batches of {self.micro_batch_size} "
                 "needs the gradients of all of them first; set --micro-batch-size to --batch-size, or use exact",
             ),
@@ -175,6 +179,13 @@ class TrainSettings:
         wrong = [message for is_fault, message in faults if is_fault]
         if wrong:
             raise SettingsError("; ".join(wrong))
+
+    def rows_of_step(self, num_epoch: int) -> int:
+        """Rows per optimizer step where an epoch has so many."""
+        if self.batch_size is not None or self.max_steps is not None:
+            return min(self.batch_size or MOST_ROWS, max(1, num_epoch))
+        enough = int(self.epochs * num_epoch) // ENOUGH_STEPS
+        return min(max(LEAST_ROWS, min(MOST_ROWS, enough)), max(1, num_epoch))
 
     @property
     def micro_rows(self) -> int:

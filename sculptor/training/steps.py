@@ -4,10 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sculptor.data.examples import Encoded
-from sculptor.training.settings import TrainSettings
-
-# So few updates teach next to nothing at any rate that is safe.
-_FEW = 30
+from sculptor.training.settings import ENOUGH_STEPS, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +26,13 @@ class Steps:
     def of(cls, encoded: Encoded, settings: TrainSettings) -> "Steps":
         """Those of a run on some rows."""
         lengths = [example.length for example in encoded.examples]
-        rows = min(settings.batch_size, max(1, encoded.num_epoch))
+        rows = settings.rows_of_step(encoded.num_epoch)
         mean = sum(lengths) / max(1, len(lengths)) if encoded.mixture is None else encoded.mixture.mean(lengths)
         return cls(rows, max(lengths, default=1), mean, settings.total_steps(-(-encoded.num_epoch // rows)))
 
     def tell_few(self, epochs: float, notice: Callable[[str], object]) -> None:
         """Says, in a line, that a run takes hardly any steps, if it does."""
-        if self.total < _FEW:
+        if self.total < ENOUGH_STEPS:
             notice(
                 f"few steps to learn from: {self.total} in all, with --epochs {epochs:g} and {self.rows} rows in each; "
                 "more epochs, or fewer rows (--batch-size), make more"

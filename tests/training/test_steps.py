@@ -25,6 +25,17 @@ def test_fewer_rows_than_a_step_takes_are_a_step() -> None:
     assert Steps.of(replace(ROWS, examples=()), SETTINGS).rows == 1
 
 
+def test_few_rows_make_small_steps_unless_that_is_said() -> None:
+    """32 rows, and as few as 8 where a run would have fewer than 25 steps."""
+    usual = TrainSettings(device="cpu")
+    assert [usual.rows_of_step(n) for n in (1, 7, 8, 100, 200, 300, 799, 800, 10**6)] == [1, 7, 8, 8, 8, 12, 31, 32, 32]
+    assert [replace(usual, epochs=4).rows_of_step(n) for n in (100, 200)] == [16, 32]
+    assert replace(usual, max_steps=9).rows_of_step(100) == 32, "then the steps are decided"
+    assert replace(usual, batch_size=64).rows_of_step(100) == 64
+    few = replace(ROWS, examples=ROWS.examples * 20)
+    assert Steps.of(few, usual) == Steps(rows=8, longest=10, mean=6.0, total=23)
+
+
 @pytest.mark.parametrize("mixture", [None, Mixture((6, 3), (1.0, 1.0))])
 def test_an_epoch_is_the_loop_s(mixture: Mixture | None) -> None:
     found = Steps.of(replace(ROWS, mixture=mixture), SETTINGS)
