@@ -123,7 +123,7 @@ class Method(Protocol):
     defaults: Defaults
 
     def derive(self, evidence: Evidence) -> Derived:
-        """The rule of one matrix."""
+        """The rule of one matrix; on a GPU several threads ask, each for matrices of its own inputs."""
 
 
 @runtime_checkable
