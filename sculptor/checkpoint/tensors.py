@@ -22,7 +22,7 @@ from sculptor.validation import each_key_once
 T = TypeVar("T")
 R = TypeVar("R")
 # That read and hash tensors at a time: each holds one.
-_THREADS = 4
+_THREADS = 8
 # Names of the safetensors format, https://github.com/huggingface/safetensors#format
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
