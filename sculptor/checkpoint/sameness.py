@@ -222,11 +222,12 @@ def _files(checkpoint: Checkpoint, modules: Collection[PurePosixPath] = ()) -> s
         inside = any(here.is_relative_to(output) for output in ours)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in names:
-            by_us = inside and (_is_written(name) or not is_weights(name))
+            code = name.endswith(".py")  # which a loader may be told to run
+            by_us = inside and (_is_written(name) or not is_weights(name)) and not code
             for_people = name.startswith("events.out.tfevents") or (
                 not parts and _FOR_PEOPLE.fullmatch(name) and not is_weights(name)
             )
-            if not name.startswith(".") and not for_people and not by_us:
+            if not name.startswith(".") and (code or not for_people) and not by_us:
                 found.add((here / name).relative_to(checkpoint.path).as_posix())
     return found
 

@@ -198,7 +198,7 @@ def encode_row(row: Row, tokenizer: Any, kind: ModelKind, max_length: int, vocab
 
 
 def _check_vocabulary(where: str, examples: Sequence[Example], vocab_size: int | None) -> None:
-    largest = max((max(*example.input_ids, *example.labels) for example in examples), default=0)
+    largest = max((max((*example.input_ids, *example.labels)) for example in examples), default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise DataError(
             f"{where}: the tokenizer gives id {largest}, the model has {vocab_size} embeddings; resize them or use its own "

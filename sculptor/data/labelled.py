@@ -93,7 +93,7 @@ def class_names(rows: Iterable[Row]) -> tuple[str, ...]:
         raise DataError(
             f"{where}: every row has the label {short(next(iter(found), None))}; a classifier needs two or more"
         )
-    numbers = all(name.removeprefix("-").isdigit() for name in found)
+    numbers = all(name.isascii() and name.removeprefix("-").isdigit() for name in found)
     return tuple(sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
 
 

@@ -69,12 +69,15 @@ def dataset_rows(dataset: Any, name: str) -> Found:
 def _named_classes(dataset: Any) -> dict[str, list[str]]:
     """Columns of numbers that stand for classes, and the names of these."""
     features = getattr(dataset, "features", None) or {}
-    return {key: feature.names for key, feature in features.items() if type(feature).__name__ == "ClassLabel"}
+    found = {key: feature.names for key, feature in features.items() if type(feature).__name__ == "ClassLabel"}
+    # A name of digits would be taken for the number of another choice.
+    return {key: names for key, names in found.items() if key != "gold" or not all(map(str.isdigit, names))}
 
 
 def _with_names(row: Any, named: Mapping[str, list[str]]) -> Any:
-    """A row with names in the place of such numbers."""
-    found = {key: names[row[key]] for key, names in named.items() if isinstance(row.get(key), int) and row[key] >= 0}
+    """A row with names in the place of such numbers; -1 says that there is none."""
+    told = {key: row[key] for key in named if isinstance(row.get(key), int)}
+    found = {key: named[key][number] if number >= 0 else None for key, number in told.items()}
     return row | found if found else row
 
 

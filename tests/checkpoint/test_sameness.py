@@ -413,3 +413,12 @@ def test_a_head_is_padded_with_the_tokenizers_own_padding(tmp_path: Path) -> Non
         model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig.from_dict(config))
         model.save_pretrained(out)
         assert (find_new_head(before, open_checkpoint(out)) is not None) == expected
+
+
+@pytest.mark.parametrize("name", ["usage.py", "readme.py", "training_code.py", "subspaces/modeling.py"])
+def test_code_is_never_for_people(tmp_path: Path, name: str) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    out = saved_again(base, tmp_path / "out")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("import os\n")
+    assert between(base, out)

@@ -11,6 +11,7 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, evaluate, preview, train
 from sculptor.data.rows import digest_rows, names_of, read_rows, read_sources
+from sculptor.data.tables import dataset_rows
 from sculptor.errors import DataError
 
 COVERS = ["sculptor.data.files", "sculptor.data.reference"]
@@ -219,3 +220,12 @@ def test_a_folder_says_what_its_files_say(datasets: Any, tmp_path: Path) -> None
     (tmp_path / "csv" / "train-00001.csv").write_text(f"{table}a,b,c\n")
     with pytest.raises(DataError, match=r"train-00001.csv:7: 3 cells, the head has 2"):
         read_rows(tmp_path / "csv")
+
+
+def test_names_of_digits_are_no_choices_and_minus_one_is_no_class() -> None:
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.ClassLabel(names=["1", "2", "3"])
+    features = datasets.Features({"gold": kind, "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = [{"gold": 0, "label": 1}, {"gold": 2, "label": -1}]
+    made = datasets.Dataset.from_list(rows, features=features)
+    assert [row for _, row in dataset_rows(made, "d")] == [{"gold": 0, "label": "yes"}, {"gold": 2, "label": None}]
