@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
-from sculptor.data.examples import IGNORED, cut_middle, encode, encode_row, resolve_max_length
+from sculptor.data import examples
+from sculptor.data.examples import IGNORED, Example, cut_middle, encode, encode_row, resolve_max_length
 from sculptor.data.rows import CompletionRow, MessagesRow, TextRow
 from sculptor.errors import DataError, SettingsError
 
@@ -233,3 +234,10 @@ def test_a_decoder_learns_what_the_tokenizer_writes_as_a_target() -> None:
     assert len(expected) > 2
     assert example.labels[: len(expected)] == tuple(expected)
     assert wrapped.eos_token_id in example.labels
+
+
+def test_a_row_of_one_token_is_looked_at_too() -> None:
+    one = Example((3,), (1,))
+    examples._check_vocabulary("rows", [Example((3,), ()), one], 8)
+    with pytest.raises(DataError, match="id 3"):
+        examples._check_vocabulary("rows", [Example((3,), ())], 3)

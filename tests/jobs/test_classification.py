@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from sculptor import AnalyzeSettings, TrainSettings, analyze, continual, estimate, evaluate, train, verify
 from sculptor.checkpoint.heads import find_new_head
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.labelled import class_names
+from sculptor.data.row_types import LabelledRow
 from sculptor.errors import CheckpointError, DataError, SculptorError, SettingsError
 from sculptor.report.evaluate import evaluate_text
 from sculptor.report.verify import verify_text
@@ -333,3 +335,8 @@ def test_labels_are_read_alike_in_all_rows() -> None:
     for names in ("12345", ("-1", "0", "1"), ("1", "2", "other")):
         with pytest.raises(DataError, match=r"'label' is .*the classes of the model are"):
             [read(label, *names) for label in (0, 2, 3)]
+
+
+def test_what_only_looks_like_a_number_is_a_name() -> None:
+    rows = [LabelledRow(f"rows:{i}", "w1", None, name, None) for i, name in enumerate(["\u00b2", "3", "10"])]
+    assert class_names(rows) == ("10", "3", "\u00b2")
