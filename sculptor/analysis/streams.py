@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from sculptor.checkpoint.architecture import Target
+from sculptor.numerics.transfer import free_bytes
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -37,10 +38,9 @@ def num_streams(device: torch.device, needed: int, limit: float | None = None) -
     """
     if device.type != "cuda":
         return 1  # its libraries use all cores for one
-    allocated = torch.cuda.memory_allocated(device)
-    room = float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated)
+    room = free_bytes(device)
     if limit is not None:
-        room = min(room, limit - allocated)
+        room = min(room, limit - torch.cuda.memory_allocated(device))
     return max(1, min(MOST, int(0.9 * room / max(1, needed))))
 
 
@@ -63,9 +63,8 @@ def in_streams(
         return
     local = threading.local()
     if device.type == "cuda":
-        torch.linalg.eigvalsh(
-            torch.eye(2, device=device)
-        )  # loads the library, which threads may not do at the same time
+        # Loads torch's library for decompositions, which two threads may not do at the same time.
+        torch.linalg.eigvalsh(torch.eye(2, device=device))
 
     def work(item: Item, ready: torch.cuda.Event | None) -> Made:
         if ready is None:

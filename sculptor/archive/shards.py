@@ -113,8 +113,8 @@ class ShardWriter:
             digests = pool.map(digest, tensors.values())  # while they are written
             save_tensors(tensors, self.directory / name)
         found = {
-            key: StoredTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), found)
-            for (key, tensor), found in zip(tensors.items(), digests, strict=True)
+            key: StoredTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), made)
+            for (key, tensor), made in zip(tensors.items(), digests, strict=True)
         }
         return Shard(name, found, records)
 

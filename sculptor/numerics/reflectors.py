@@ -225,9 +225,8 @@ def free_side(basis: Basis, start: int) -> FreeSide:
 
 def is_written_out(form: Form, columns: int, dim: int, start: int) -> bool:
     """Whether the directions from `start` on of a side of which so many `columns` are stored are `Columns`, or a complete basis."""
-    padded = form == "free" and 0 < start == box_start(
-        dim - columns, dim
-    )  # at 0 begins what leaves all directions free
+    # What begins at 0 may leave all directions free, stored or not.
+    padded = form == "free" and 0 < start == box_start(dim - columns, dim)
     return dim - start <= columns or padded
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sculptor.checkpoint.architecture import Target
-from sculptor.methods.rule import Narrowing, Rule, cost_of, is_open, num_free
-from sculptor.training.linear import SMALL
+from sculptor.methods.rule import Rule, cost_of, is_open, num_free
+from sculptor.training.linear import reads_before_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,9 @@ class PlannedMatrix:
         Returns:
             None where they are read after it.
         """
-        rule = self.rule
-        if not (
-            self.is_linear and self.num_entries > SMALL.get(kind, 0) and isinstance(rule, Narrowing) and is_open(rule)
-        ):
+        if not (self.is_linear and is_open(self.rule) and reads_before_sum(self.rule, tokens, kind)):
             return None
-        if rule.order(tokens) == "after":
-            return None
-        return 2 * (min(rule.multiplications(tokens).values()) - tokens * self.num_entries)
+        return 2 * (min(self.rule.multiplications(tokens).values()) - tokens * self.num_entries)
 
     @property
     def num_free(self) -> int:

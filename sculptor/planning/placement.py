@@ -12,6 +12,7 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
 from sculptor.methods.method import Grows
 from sculptor.methods.settings import Carry
+from sculptor.numerics.transfer import free_bytes
 from sculptor.planning.footprints import Footprint
 from sculptor.planning.matrices import PlannedMatrix
 from sculptor.training.settings import Offload
@@ -41,8 +42,7 @@ def available_memory(device: torch.device) -> tuple[float, float]:
             continue
         host = min(host, room)
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
-        return float(torch.cuda.mem_get_info(device)[0] + cached), host
+        return free_bytes(device), host
     return host, host
 
 

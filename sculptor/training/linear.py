@@ -6,7 +6,7 @@ full-size gradient never exists. Where a weight is read in any other way, autogr
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -93,15 +93,20 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, take: Take, wanted:
 
 def is_narrowed(rule: Rule, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a rule had better get X and dY than a gradient, in the pass under way; `dtype` is that of the weight."""
-    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or not isinstance(rule, Narrowing):
+    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
         return False
     kind = x.device.type
     # Autocast to another dtype than the weight's would make another product of it, with another rule's tensors.
     product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    m, n = rule.shape
-    if x.shape[-1] != n or product != dtype or m * n <= SMALL.get(kind, 0):
+    if x.shape[-1] != rule.shape[1] or product != dtype:
         return False
-    return rule.order(x.numel() // x.shape[-1]) != "after"
+    return reads_before_sum(rule, x.numel() // x.shape[-1], kind)
+
+
+def reads_before_sum(rule: Rule, tokens: float, kind: str) -> TypeGuard[Narrowing]:
+    """Whether free directions had better be read before gradients are summed over so many tokens, on a type of device."""
+    m, n = rule.shape
+    return isinstance(rule, Narrowing) and m * n > SMALL.get(kind, 0) and rule.order(tokens) != "after"
 
 
 def can_hand_over(module: nn.Module) -> bool:

@@ -26,9 +26,9 @@ EVIDENCE = 0.01
 # Rows per forward where nothing else decides.
 MICRO_ROWS = 8
 # Rows per optimizer step, and steps of a run, where nothing else decides. SmolLM2 on 200 rows gives 88 % of the answers right after
-# 25 steps of 8 rows, 55 % after 7 of 32. Fewer steps than enough teach little at any rate that is safe.
+# 25 steps of 8 rows, 55 % after 7 of 32.
 MOST_ROWS, LEAST_ROWS = 32, 8
-ENOUGH_STEPS = 25
+LEAST_STEPS = 25
 
 
 @settings
@@ -184,7 +184,7 @@ class TrainSettings:
         """Rows per optimizer step where an epoch has so many."""
         if self.batch_size is not None or self.max_steps is not None:
             return min(self.batch_size or MOST_ROWS, max(1, num_epoch))
-        enough = int(self.epochs * num_epoch) // ENOUGH_STEPS
+        enough = int(self.epochs * num_epoch) // LEAST_STEPS
         return min(max(LEAST_ROWS, min(MOST_ROWS, enough)), max(1, num_epoch))
 
     @property

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sculptor.data.examples import Encoded
-from sculptor.training.settings import ENOUGH_STEPS, TrainSettings
+from sculptor.training.settings import TrainSettings
+
+# So few updates teach next to nothing at any rate that is safe.
+_FEW = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Steps:
 
     def tell_few(self, epochs: float, notice: Callable[[str], object]) -> None:
         """Says, in a line, that a run takes hardly any steps, if it does."""
-        if self.total < ENOUGH_STEPS:
+        if self.total < _FEW:
             notice(
                 f"few steps to learn from: {self.total} in all, with --epochs {epochs:g} and {self.rows} rows in each; "
                 "more epochs, or fewer rows (--batch-size), make more"
