@@ -37,6 +37,7 @@ from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.splits import Split, choose_split
 from sculptor.progress import Progress
 from sculptor.training.loop import TrainingLoop
+from sculptor.training.precision import compute_dtype, decide_precision
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import STREAMED, TrainSettings
 from sculptor.training.state import STATE_NAME, StateStore, has_state
@@ -98,6 +99,7 @@ def train_adapter(
     device = resolve_device(settings.device)
     settings = replace(
         settings,
+        precision=decide_precision(settings.precision, checkpoint, device),
         max_length=resolve_max_length(settings.max_length, architecture.max_positions),
         learning_rate=settings.learning_rate or _RATE,
     )
@@ -158,7 +160,9 @@ def _split(
     batch = settings.rows_of_step(encoded.num_epoch)
     longest = max(example.length for example in encoded.examples)
     trained = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.infos.values())
-    work = Workload(batch * longest, 1, num_extra=trained, row=longest)
+    work = Workload(
+        batch * longest, 1, num_extra=trained, row=longest, compute=compute_dtype(settings.precision, device)
+    )
 
     def plans_of(split: Split) -> dict[str, Footprint]:
         return footprints(checkpoint, architecture, (), device, split.workload(work, batch))

@@ -117,16 +117,17 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
     if method == "esacl":
         changes |= {"carry": None, "select_rows": plan.adapter.select if plan.adapter.select < 1 else None}
     if method == "replay":
-        changes["max_steps"] = planned_steps(settings, task)
+        plain_settings, changes["max_steps"] = plainly(settings, task)
+        changes["batch_size"] = plain_settings.batch_size
     changed: TrainSettings = replace(settings, **changes)
     return changed
 
 
-def planned_steps(settings: TrainSettings, task: PlannedTask) -> int:
-    """Optimizer steps of a task, by plain fine-tuning."""
+def plainly(settings: TrainSettings, task: PlannedTask) -> tuple[TrainSettings, int]:
+    """How plain fine-tuning passes over a task's rows, and how many optimizer steps that are."""
     sizes, weights = _sizes(settings, task), check_weights(task.data)
     rows = sum(sizes) if weights is None else Mixture(tuple(sizes), tuple(weights)).num_epoch
-    return settings.total_steps(-(-rows // settings.rows_of_step(rows)))
+    return settings.for_rows(rows), settings.total_steps(rows)
 
 
 def _sizes(settings: TrainSettings, task: PlannedTask) -> list[int]:

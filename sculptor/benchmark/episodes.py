@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sculptor.benchmark.contenders import planned_steps
+from sculptor.benchmark.contenders import plainly
 from sculptor.benchmark.plan import Plan, PlannedTask
 from sculptor.data.row_types import CompletionRow
 from sculptor.data.rows import read_rows
@@ -32,7 +32,7 @@ def episodes_of(plan: Plan, task: PlannedTask, settings: TrainSettings) -> tuple
     Raises:
         SettingsError: if a task has no labels to draw from, or too few steps.
     """
-    total, count = planned_steps(settings, task), plan.adapter.episodes
+    (settings, total), count = plainly(settings, task), plan.adapter.episodes
     each = total // (2 * count)
     if not each:
         raise SettingsError(

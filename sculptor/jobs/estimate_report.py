@@ -49,7 +49,7 @@ class Estimate:
         speeds: TFLOP/s and GB/s; `measured` says which were measured here.
         device_memory, host_memory: bytes that are free.
         archive_bytes: size of the archive.
-        analysis_seconds: of decomposing every matrix (basis weights), at most.
+        basis: of the archive; `analysis_seconds` of decomposing every matrix for it, at most.
         chosen: the first mode that fits, or None.
     """
 
@@ -65,6 +65,7 @@ class Estimate:
     device_memory: float
     host_memory: float
     archive_bytes: int
+    basis: str
     analysis_seconds: float
     chosen: str | None
     gpus: int = 1

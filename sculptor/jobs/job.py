@@ -25,7 +25,7 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.jobs.classification import check_task, head_of
 from sculptor.jobs.harm import measured_every, samples_for
 from sculptor.jobs.new_tokens import check_old_text, grow_tokenizer, tell_unseen
-from sculptor.jobs.replay import fill_in_samples, read_replay
+from sculptor.jobs.replay import fill_in_samples, read_replay, steps_of
 from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
@@ -190,8 +190,8 @@ def open_job(
     mixed = job.of_steps
     if replays:
         notice(_replay_line(job, mixed))
-    steps = Steps.of(mixed, settings)
-    settings = replace(settings, batch_size=settings.batch_size or steps.rows)
+    steps = steps_of(rows.encoded, replays, settings)
+    settings = steps.settings
     if samples is not None:
         settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
     return replace(job, settings=settings, steps=steps)

@@ -15,6 +15,7 @@ from sculptor.jobs.processes import on_this_machine
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.placement import available_memory, choose, output_bytes, plan_archive, shortages
 from sculptor.planning.splits import Split, choose_split, default_split
+from sculptor.training.precision import compute_dtype, decide_precision
 from sculptor.training.settings import Offload, Parallel, TrainSettings
 from sculptor.training.stepping.optimizer import moments_of, optimizer_on_host
 from sculptor.training.steps import Steps
@@ -38,6 +39,9 @@ def plan_job(
         SettingsError: if what is asked for cannot be done here, or has no effect.
     """
     asked = job.settings
+    with world.together():
+        precision = decide_precision(asked.precision, job.checkpoint, device)
+        job = replace(job, settings=replace(asked, precision=world.from_first(precision)))
     with world.together():
         split = _choose_parallel(job, device, world)
     divided = split.job.settings.parallel == "shard"
@@ -149,6 +153,7 @@ def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> di
         evaluates=job.evaluation is not None,
         row=steps.longest,
         processes=world.size if settings.parallel == "shard" else 1,
+        compute=compute_dtype(settings.precision, device),
     )
     matrices = plan_archive(job.archive, job.architecture)
     found = footprints(job.checkpoint, job.architecture, matrices, device, split.workload(work, steps.rows))

@@ -1,17 +1,19 @@
-"""What `train --replay` mixes into a task's rows: data of any form, and the archive's own samples."""
+"""What `train --replay` mixes into a task's rows: data of any form, and the archive's own samples; and the steps of it all."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.data.chat import check_use
-from sculptor.data.examples import encode
-from sculptor.data.replay import DEFAULT_SHARE, Replay
+from sculptor.data.examples import Encoded, encode
+from sculptor.data.replay import DEFAULT_SHARE, Replay, with_replay
 from sculptor.data.rows import Data, Row, as_items, names_of, read_sources, weight_of
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import SELF, is_self
 from sculptor.model.samples import Samples
 from sculptor.training.settings import TrainSettings
+from sculptor.training.steps import Steps
 
 
 def read_replay(
@@ -73,3 +75,18 @@ def fill_in_samples(replays: tuple[Replay, ...], samples: Samples | None) -> tup
             replay = Replay(replay.name, replay.share, examples)
         found.append(replay)
     return tuple(found)
+
+
+def steps_of(encoded: Encoded, replays: Sequence[Replay], settings: TrainSettings) -> Steps:
+    """What steps are made of where some of a task's rows are selected, and others mixed in.
+
+    Args:
+        encoded: all rows of the task.
+        replays: what is mixed in; samples of an archive that is not there yet may be missing.
+        settings: of the training.
+    """
+    replays = [replay if replay.examples else replace(replay, examples=encoded.examples[:1]) for replay in replays]
+    kept = encoded
+    if settings.select_rows is not None:
+        kept = replace(encoded, examples=encoded.examples[: settings.num_selected(len(encoded.examples))])
+    return Steps.of(with_replay(encoded, replays), settings, with_replay(kept, replays).num_epoch)

@@ -10,7 +10,7 @@ from sculptor.jobs.job import TrainJob
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import SLICE, row_errors
 from sculptor.progress import Progress
-from sculptor.training.loop import make_accelerator
+from sculptor.training.precision import autocast
 from sculptor.world import World
 
 _MASKING_SEED = 0  # of masked models, as in an evaluation
@@ -29,14 +29,13 @@ def select_rows(
         world: processes that share the run; all of them look at all rows, and do as the first says.
     """
     examples = job.encoded.examples
-    assert job.settings.select_rows is not None
-    count = max(1, round(job.settings.select_rows * len(examples)))
+    count = job.settings.num_selected(len(examples))
     bar = progress(total=len(examples), desc="select rows", unit="row")
     errors: dict[int, float] = {}
     loaded.model.eval()
     for chosen in _parts(examples, loaded, job.settings.micro_rows):
         batch = loaded.batch([examples[i] for i in chosen], _MASKING_SEED).to(loaded.device)
-        with torch.no_grad(), make_accelerator(loaded.device).autocast():
+        with torch.no_grad(), autocast(job.settings.precision, loaded.device):
             errors |= zip(chosen, row_errors(loaded.model, batch, loaded.kind).tolist(), strict=True)
         bar.update(len(chosen))
     bar.close()

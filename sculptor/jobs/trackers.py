@@ -9,7 +9,6 @@ import torch
 
 from sculptor.checkpoint.staging import check_apart
 from sculptor.errors import SettingsError
-from sculptor.training.loop import make_accelerator
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 PROJECT = "sculptor"
@@ -64,8 +63,17 @@ class Trackers:
     def __init__(
         self, names: Sequence[Tracker], output: Path, settings: Mapping[str, Any], device: torch.device
     ) -> None:
+        from accelerate import Accelerator
+
         names = tuple(dict.fromkeys(names))
-        self._accelerator = make_accelerator(device, log_with=list(names), project_dir=output.parent / FOLDER)
+        folder = output.parent / FOLDER
+        try:
+            self._accelerator: Any = Accelerator(cpu=device.type == "cpu", log_with=list(names), project_dir=folder)
+        except ValueError as cause:  # accelerate keeps one state per process
+            raise SettingsError(
+                f"--report-to: accelerate is set up in this process for another device than {device.type}; train in a process of "
+                "its own"
+            ) from cause
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
         self._seconds: float | None = None
         try:

@@ -1,5 +1,6 @@
 """The loop of a training, made of a job: what it evaluates, how it keeps harm below a limit, and which saved state is its own."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,8 @@ from sculptor.model.samples import SECTION
 from sculptor.progress import Progress
 from sculptor.training.base import BaseWeights
 from sculptor.training.harm import HarmControl
-from sculptor.training.loop import TrainingLoop, make_accelerator
+from sculptor.training.loop import TrainingLoop
+from sculptor.training.precision import autocast
 from sculptor.training.state import STATE_NAME, StateStore
 from sculptor.training.stepping.updates import Updates
 from sculptor.world import World, here
@@ -26,6 +28,7 @@ _SPLIT = ("micro_batch_size",)
 _HOW = (
     "common_tokens",
     "save_every",
+    "precision",
     "offload",
     "parallel",
     "offload_inputs",
@@ -79,10 +82,9 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
     if job.evaluation is None:
         return None
     examples, size = job.evaluation.examples, job.settings.micro_rows
-    accelerator = make_accelerator(loaded.device)
 
     def evaluate() -> float:
-        with accelerator.autocast():
+        with autocast(job.settings.precision, loaded.device):
             return mean_loss(loaded, examples, size, world=here())[0]
 
     return evaluate
@@ -91,9 +93,12 @@ def _evaluator(loaded: LoadedModel, job: TrainJob) -> Callable[[], float] | None
 def _harm_control(loaded: LoadedModel, updates: Updates, job: TrainJob, world: World) -> HarmControl | None:
     if job.samples is None:
         return None
-    settings, autocast = job.settings, make_accelerator(loaded.device).autocast
+    settings = job.settings
+    computing = functools.partial(autocast, settings.precision, loaded.device)
     assert settings.harm_every is not None
-    return HarmControl(loaded, updates, job.samples, settings.harm_every, settings.max_harm, autocast, world, job.named)
+    return HarmControl(
+        loaded, updates, job.samples, settings.harm_every, settings.max_harm, computing, world, job.named
+    )
 
 
 def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:

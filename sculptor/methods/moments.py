@@ -95,6 +95,18 @@ class Moments:
             return "nothing"
         return "gradients" if self.gradients else "inputs"
 
+    def plan(self, shape: tuple[int, int]) -> Rule:
+        """By the shape alone, as if every matrix had the budget's share of free pairs, and importance fell as 1/i on both sides."""
+        (m, n), settings = shape, self.settings
+        stored = kept_directions(m, settings.keep), kept_directions(n, settings.keep)
+        outputs, inputs = (1 / torch.arange(1, dim + 1, dtype=torch.float64) for dim in shape)
+        importance = Importance(m, outputs if self.gradients else None, inputs, *stored)
+        (stairs,) = allocate([importance], settings.free_budget, settings.row_groups)
+        sides = [Side("leading", count) for count in stored]
+        return StaircaseRule(
+            shape, stairs.steps, output=sides[0] if self.gradients else None, input=sides[1], moments=True
+        )
+
     def derive(self, evidence: Evidence) -> Derived:
         """Everything frozen for now: `decide` finds the staircase."""
         return self._merged(evidence, None)

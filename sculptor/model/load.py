@@ -180,7 +180,7 @@ def load_streamed(
     except MemoryError as cause:
         raise SettingsError(f"--offload {constants or tier}: {cause}; use --offload disk") from cause
     try:
-        check_model(checkpoint, architecture, model, device, mixed=bool(compute_dtypes))
+        check_model(checkpoint, architecture, model, device, mixed=torch.bfloat16 in (compute_dtypes or {}).values())
         tokenizer = load_tokenizer(checkpoint, architecture)
     except BaseException:
         stream.close()  # host memory that is pinned stays so else

@@ -34,7 +34,7 @@ def check_model(
         architecture: of the checkpoint.
         model: loaded.
         device: where it computes.
-        mixed: its parameters are of several dtypes, for training under autocast.
+        mixed: some of its parameters are bfloat16, for training under autocast.
 
     Raises:
         CheckpointError: if they do: its loss would mean nothing, or depend on the batch.
@@ -46,11 +46,11 @@ def check_model(
     mask[2, -_CHANGED:] = 0
     name, kind = architecture.model_class, architecture.kind
     if kind == "classifier":
-        _check_classifier(checkpoint, name, model, ids[2:], mixed and device.type == "cuda")
+        _check_classifier(checkpoint, name, model, ids[2:], mixed)
         return
     try:
         labels = ids.masked_fill(mask == 0, IGNORED)  # some decoders begin with the last of them
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed and device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             logits = logits_of(model, Batch(ids, mask, labels), kind).float()
             alone = logits_of(
                 model, Batch(ids[2:, :-_CHANGED], mask[2:, :-_CHANGED], ids[2:, :-_CHANGED]), kind
@@ -63,7 +63,7 @@ def check_model(
         raise _needs_more(checkpoint, name, cause) from cause
     scale = float(alone.std())
     moved = float((logits[2:, :-_CHANGED] - alone).abs().max())
-    dtype = torch.bfloat16 if mixed and device.type == "cuda" else computing_dtype(model)
+    dtype = torch.bfloat16 if mixed else computing_dtype(model)
     if moved > _NOISE.get(dtype, _NOISE_OTHERS) * scale:
         raise CheckpointError(
             f"{checkpoint.path}: padding moves what {name} predicts, by {moved / scale:.0e} of its spread; its loss would depend "

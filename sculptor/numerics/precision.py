@@ -1,9 +1,11 @@
-"""Which devices compute exactly enough, and how float32 products are formed on a GPU, for a while."""
+"""Which devices compute exactly enough, which multiply bfloat16, and how float32 products are formed on a GPU, for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of x86 and ARM
 
 
 def why_not(device: torch.device) -> str | None:
@@ -15,6 +17,16 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "hip":
         return "torch calls the GPUs of ROCm cuda"
     return "neither a CPU nor a GPU of CUDA or ROCm"
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are what a device is fast at: a GPU, and a CPU that has instructions for them."""
+    if device.type == "cuda":
+        return True
+    # torch 2.11 has no list of them, but asks for one by one
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return any(capabilities.get(name) is True for name in _BFLOAT16) or (not capabilities and bool(asked()))
 
 
 @contextmanager

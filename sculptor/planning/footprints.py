@@ -18,6 +18,7 @@ from sculptor.planning.matrices import PlannedMatrix, basis_numbers
 from sculptor.planning.shares import Share, shares
 from sculptor.planning.traffic import added_up, beside, shown
 from sculptor.streaming.regions import STAGING_BYTES
+from sculptor.training.precision import compute_dtype
 from sculptor.training.settings import Offload
 from sculptor.training.stepping.streamed import PART_TOKENS
 
@@ -67,9 +68,9 @@ class Workload:
 
     `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
     `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
-    its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the
-    longest row, which is never split, `micro_rows` the most rows of a micro-batch, `processes` how many divide the model,
-    and `kept` how many numbers the optimizer keeps of each that is trained.
+    its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the longest
+    row, which is never split, `micro_rows` the most rows of a micro-batch, `processes` how many divide the model, `kept` how
+    many numbers the optimizer keeps of each that is trained, and `compute` what weights are multiplied in.
     """
 
     tokens: int
@@ -86,6 +87,7 @@ class Workload:
     micro_rows: int = 0
     processes: int = 1
     kept: int = 2
+    compute: torch.dtype | None = None
 
     @property
     def state(self) -> float:
@@ -123,7 +125,7 @@ class _Sizes:
     ) -> None:
         self.kind = device.type
         self.work = work
-        self.size = 2 if device.type == "cuda" else 4  # of a trained weight, and of a basis, on the device
+        self.size = (work.compute or compute_dtype("auto", device)).itemsize  # of a trained weight, and of a basis
         widths: dict[str, float] = {}
         for target in architecture.targets:
             widths[target.block] = widths.get(target.block, 0.0) + target.width
@@ -135,7 +137,7 @@ class _Sizes:
         self.inside_blocks: dict[str, dict[str, float]] = {block: defaultdict(float) for block in widths}
         for target in architecture.targets:
             trained = target.parameter in self.matrices
-            width = self.size if trained or device.type == "cpu" else checkpoint.info_of(target).dtype.itemsize
+            width = self.size if trained else 4 if device.type == "cpu" else checkpoint.info_of(target).dtype.itemsize
             self.inside_blocks[target.block][target.parameter] += float(width * target.shape[0] * target.shape[1])
         by_block: dict[str, list[PlannedMatrix]] = {block: [] for block in widths}
         for matrix in matrices:
@@ -167,10 +169,7 @@ class _Sizes:
             (int(self.work.state + 4) * m.num_free + self.file_size * m.num_entries for m in matrices),
             default=0,
         )
-        self.host_ring = max(
-            (4 * m.num_free + self.file_size * m.num_entries for m in matrices),
-            default=0,
-        )
+        self.host_ring = max((4 * m.num_free + self.file_size * m.num_entries for m in matrices), default=0)
         self.num_coordinates = sum(self.coordinates.values())
         micro = work.micro_rows * work.row or work.tokens / work.micro_batches
         widths_in = [t.shape[1] for t in architecture.targets]

@@ -21,7 +21,8 @@ class EstimateSettings:
     rule: Name = "staircase"
     """Without an archive: kind of rule."""
     preserve: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Without an archive: share of directions protected [default: 0.5; 0 with --rule rotation]."""
+    """Without an archive: share of directions protected, by weights [default: curvature instead, which train measures by itself;
+    0.5 with --constraint, 0 with --rule rotation]."""
     constraint: Constraint | None = None
     """Without an archive: what an update may not touch [default: double]."""
     free: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -64,7 +65,8 @@ class EstimateSettings:
     @property
     def analysis(self) -> AnalyzeSettings:
         """What an archive would be made with."""
-        preserve = _PRESERVE if self.preserve is None and self.rule == "staircase" else self.preserve
+        by_weights = self.constraint is not None and self.rule == "staircase"
+        preserve = _PRESERVE if self.preserve is None and by_weights else self.preserve
         told = {name: getattr(self, name) for name in ("rule", "constraint", "free", "rank", "block_size")}
         return AnalyzeSettings(**told, preserve=preserve)
 

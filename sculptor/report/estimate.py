@@ -31,9 +31,8 @@ def estimate_text(found: Estimate) -> str:
             _speed(found, *item) for item in (("tflops", "TFLOP/s"), ("link", "GB/s link"), ("disk", "GB/s disk"))
         )
         + ".",
-        f"Archive: {size(found.archive_bytes)}. Analysis (basis weights): up to {_duration(found.analysis_seconds)} of "
-        "decompositions.",
-        "Without --subspaces train measures curvature; it says by itself what that takes.",
+        f"Archive ({found.basis}): {size(found.archive_bytes)}; up to {_duration(found.analysis_seconds)} of decompositions "
+        + ("after the passes over text that it measures." if found.basis in ("inputs", "curvature") else "to make it."),
     ]
     if found.chosen is None:
         lacking = {name: mode.shortages for name, mode in found.modes.items()}

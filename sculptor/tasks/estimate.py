@@ -18,6 +18,8 @@ from sculptor.jobs.data_report import DataReport
 from sculptor.jobs.estimate_report import Estimate, Mode
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Plans
+from sculptor.methods.rule import Rule
+from sculptor.methods.staircase import StaircaseRule
 from sculptor.model.load import check_trainable, resolve_device
 from sculptor.planning.footprints import Footprint, Workload, footprints
 from sculptor.planning.matrices import PlannedMatrix
@@ -28,6 +30,7 @@ from sculptor.planning.splits import Split, choose_split
 from sculptor.planning.traffic import added_up
 from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
+from sculptor.training.precision import compute_dtype, decide_precision
 from sculptor.training.settings import MOST_ROWS, OptimizerMode, TrainSettings
 
 _GPUS_OF_A_MACHINE = 8  # which share its host memory
@@ -73,7 +76,7 @@ def estimate(
         matrices = plan_archive(archive, architecture)
     else:
         matrices = _planned(architecture.targets, settings, rules)
-    archive_bytes = 4 * sum(map(_stored_numbers, matrices)) if archive is None else archive.num_bytes
+    archive_bytes = 4 * sum(_stored(matrices).values()) if archive is None else archive.num_bytes
     rows = _read_rows(checkpoint, architecture, data, settings, progress)
     machine = _Machine.of(settings, device, Path(directory))
     batch = rows.of_a_step(settings)
@@ -84,6 +87,7 @@ def estimate(
         sum(matrix.num_free for matrix in matrices),
         -(-batch // settings.gpus),
     )
+    compute = compute_dtype(decide_precision("auto", checkpoint, device), device)
     work = Workload(
         ways.share * rows.longest,
         1,
@@ -92,6 +96,7 @@ def estimate(
         written=float(checkpoint.num_bytes + archive_bytes),
         saves=2,
         row=rows.longest,
+        compute=compute,
     )
     split = ways.split(work)
     plans = ways.plans(split.workload(work, ways.share))
@@ -114,6 +119,7 @@ def estimate(
         device_memory=machine.device_bytes,
         host_memory=machine.host_bytes,
         archive_bytes=archive_bytes,
+        basis=(settings.analysis if archive is None else archive.manifest.settings).resolved_basis,
         analysis_seconds=_analysis_seconds(matrices, speeds["eigen"], device.type),
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
         data=rows.report,
@@ -245,32 +251,46 @@ class _Ways:
 
 
 def _analysis_seconds(matrices: Sequence[PlannedMatrix], speed: float, kind: str) -> float:
-    """What decomposing them takes."""
-    return sum(
-        decomposition_seconds(matrix.target.shape, speed, kind)
-        for matrix in matrices
-        if matrix.rule.orthonormal & matrix.rule.stored().keys()
-    )
+    """What decomposing them takes: of moments each side by itself, of what is shared once."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for matrix in matrices:
+        for name in sorted(matrix.rule.orthonormal & matrix.rule.stored().keys()):
+            side = matrix.target.shape[0 if name == "output" else 1]
+            measured = isinstance(matrix.rule, StaircaseRule) and matrix.rule.moments
+            key, shape = (matrix.names[name], (side, side)) if measured else (matrix.target.name, matrix.target.shape)
+            shapes[key] = shape
+    return sum(decomposition_seconds(shape, speed, kind) for shape in shapes.values())
 
 
-def _planned(targets: Sequence[Target], settings: EstimateSettings, rules: Kinds | None) -> list[PlannedMatrix]:
+def _planned(targets: Sequence[Target], settings: EstimateSettings, kinds: Kinds | None) -> list[PlannedMatrix]:
     """What an analysis would give every matrix.
 
     Raises:
         SettingsError: if the rule does not follow from shapes, or something does not go with it.
     """
-    method = make_method(settings.analysis, known_kinds(rules), [target.shape for target in targets])
+    method = make_method(settings.analysis, known_kinds(kinds), [target.shape for target in targets])
     if not isinstance(method, Plans):
         raise SettingsError(f"rule {settings.rule} does not follow from shapes: pass --subspaces")
-    planned = [(target, method.plan(target.shape)) for target in targets]
-    return [
-        PlannedMatrix(target, rule, {name: f"{target.name}.{name}" for name in rule.stored()})
-        for target, rule in planned
-    ]
+    rules = functools.cache(method.plan)
+    return [PlannedMatrix(target, rules(target.shape), _names(target, rules(target.shape))) for target in targets]
 
 
-def _stored_numbers(matrix: PlannedMatrix) -> int:
-    return sum(prod(size or 0 for size in shape) for shape in matrix.rule.stored().values())
+def _names(target: Target, rule: Rule) -> dict[str, str]:
+    """Of its stored tensors: what is measured of an input is there once for all that read it."""
+    shared = isinstance(rule, StaircaseRule) and rule.moments
+    return {
+        name: f"{target.input_group if shared and name.startswith('input') else target.name}.{name}"
+        for name in rule.stored()
+    }
+
+
+def _stored(matrices: Sequence[PlannedMatrix]) -> dict[str, int]:
+    """Numbers of each tensor of an archive."""
+    return {
+        matrix.names[name]: prod(size or 0 for size in shape)
+        for matrix in matrices
+        for name, shape in matrix.rule.stored().items()
+    }
 
 
 def _mode(

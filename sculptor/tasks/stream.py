@@ -27,6 +27,7 @@ from sculptor.model.load import load_streamed, resolve_device
 from sculptor.planning.footprints import Workload, footprints
 from sculptor.planning.placement import check_waiting, plan_archive
 from sculptor.progress import Progress, silent
+from sculptor.training.precision import compute_dtype
 from sculptor.training.schedule import RateOf
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import streamed_updates, trained_dtypes
@@ -117,7 +118,7 @@ class StreamedModel:
             settings.offload,
             architecture,
             scratch=Path(self._scratch.name),
-            compute_dtypes=trained_dtypes(architecture, self.archive, device),
+            compute_dtypes=trained_dtypes(architecture, self.archive, compute_dtype("auto", device)),
             keep_inputs=None if settings.offload_inputs is None else not settings.offload_inputs,
             progress=progress,
         )

@@ -27,6 +27,7 @@ from sculptor.jobs.opening import open_rules
 from sculptor.jobs.plan import plan_job
 from sculptor.jobs.precision import load_precision
 from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.replay import steps_of
 from sculptor.jobs.selection import select_rows
 from sculptor.jobs.trackers import Tracker, Trackers, check_folder, check_trackers
 from sculptor.jobs.train_loop import make_loop
@@ -38,10 +39,9 @@ from sculptor.model.probe import tell_own_terms
 from sculptor.progress import Progress, silent
 from sculptor.tasks.first_archive import analyze_first, check_samples
 from sculptor.tasks.new_head import HeadedBase, is_begun, wanted_head, with_new_head
-from sculptor.training.loop import make_accelerator
+from sculptor.training.precision import autocast
 from sculptor.training.settings import TrainSettings
 from sculptor.training.setup import prepare_model
-from sculptor.training.steps import Steps
 from sculptor.world import World
 
 _OWN = (ANALYZED, OPENED)  # archives made on the way, which go along
@@ -126,8 +126,7 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             )
         if not request.protect_data:
             check_samples(request.model)
-        if settings.max_steps is None:  # before a long analysis
-            Steps.of(rows.encoded, settings).tell_few(settings.epochs, notice)
+        steps_of(rows.encoded, rows.replays, settings).tell(settings, notice)  # before a long analysis
         with staged(inputs=[checkpoint.path, *read], resume=request.resume) as partial:
             analyze_first(request.model, partial, request.protect_data, settings, progress, notice, request.rules)
         request = replace(request, subspaces=partial_path(output) / ANALYZED, resume=True)
@@ -142,8 +141,8 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
         with world.together():
             check_folder(output, read)
     with staged(inputs=read, resume=request.resume) as partial:
-        if settings.max_steps is None and rows is None:
-            Steps.of(job.encoded, job.settings).tell_few(settings.epochs, notice)
+        if rows is None and job.steps is not None:
+            job.steps.tell(settings, notice)
         job = fit_memory(job, settings.memory_rows, partial, device, notice, world)
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
         report = _run(request, job, device, partial, world)
@@ -179,7 +178,7 @@ def _run(request: TrainRequest, job: TrainJob, device: torch.device, partial: Pa
     )  # fmt: skip
     trackers = None
     try:
-        with make_accelerator(loaded.device).autocast():
+        with autocast(job.settings.precision, loaded.device):
             tell_own_terms(job.architecture, loaded.model, loaded.device, request.notice)
         if job.settings.select_rows is not None:
             job = select_rows(job, loaded, progress, request.notice, world)

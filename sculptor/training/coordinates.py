@@ -16,6 +16,7 @@ from sculptor.archive.store import Entry
 from sculptor.checkpoint.orientation import as_out_in
 from sculptor.edits.merge import Merged, merge_matrix
 from sculptor.methods.rule import Prepared, Rule, Tensors, Working
+from sculptor.numerics.precision import multiplies_bfloat16
 from sculptor.training.parallelism import check_copied, check_held, check_whole
 
 
@@ -209,8 +210,8 @@ def prepare_training(
 ) -> Prepared:
     """A rule's tensors as training uses them, and their fingerprint.
 
-    Products are formed in bf16 where the weights are bf16 on a GPU, else in float32: the gradient is no finer, and the
-    merge reads the bases again.
+    Products are formed in bf16 where the weights are bf16 on a device that multiplies it, else in float32: the gradient is
+    no finer, and the merge reads the bases again.
 
     Args:
         entry: of a matrix that may change.
@@ -225,4 +226,4 @@ def prepare_training(
 
 def working_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Of a rule's tensors as training uses them, for weights that are folded to `compute_dtype`."""
-    return torch.bfloat16 if compute_dtype == torch.bfloat16 and device.type == "cuda" else torch.float32
+    return torch.bfloat16 if compute_dtype == torch.bfloat16 and multiplies_bfloat16(device) else torch.float32

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +20,13 @@ from sculptor.checkpoint.staging import writing
 from sculptor.data.batches import Batch, BatchPlan
 from sculptor.data.examples import Example
 from sculptor.data.mixture import Mixture
-from sculptor.errors import SettingsError, Stopped, TrainingError
+from sculptor.errors import Stopped, TrainingError
 from sculptor.model.harm import Harm, NamedHarm
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import AsBase, batch_loss, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
 from sculptor.training.harm import HarmControl
+from sculptor.training.precision import autocast
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
@@ -112,10 +112,9 @@ class TrainingLoop:
         self.harm = harm
         self.as_base = as_base
         lengths = [example.length for example in examples]
-        rows = settings.rows_of_step(len(lengths) if mixture is None else mixture.num_epoch)
-        self.plan = BatchPlan(lengths, rows, settings.seed, self.world, mixture)
-        self.total = settings.total_steps(self.plan.steps_per_epoch)
-        self.accelerator = make_accelerator(loaded.device)
+        num_epoch = len(lengths) if mixture is None else mixture.num_epoch
+        self.plan = BatchPlan(lengths, settings.rows_of_step(num_epoch), settings.seed, self.world, mixture)
+        self.total = settings.total_steps(num_epoch)
         self.position = Position(step=0)
         self._saved_at = self._saving = 0.0  # when a state was saved, and how long it took
 
@@ -193,7 +192,7 @@ class TrainingLoop:
         apart: list[Tensor] = []
         for batch in batches:
             self.updates.begin(rate_of)
-            with self.accelerator.autocast():
+            with autocast(self.settings.precision, self.loaded.device):
                 found = batch_loss(
                     model,
                     batch.to(self.loaded.device),
@@ -210,13 +209,13 @@ class TrainingLoop:
                 apart.append(found.divergence.detach() / total_tokens)
                 share = share + self.settings.kl_weight * (found.divergence / total_tokens)
             if share.requires_grad:  # layer dropping may leave out everything that is trained
-                self.accelerator.backward(share)
+                share.backward()  # type: ignore[no-untyped-call]
             self.updates.pass_by()
         for _ in range(passes - len(batches)):  # of other processes, which have more rows
             self.updates.begin(rate_of)
             self.updates.pass_by()
         if self.penalty is not None and self.world.first:  # once, where gradients add up
-            self.accelerator.backward(self.penalty())
+            self.penalty().backward()  # type: ignore[no-untyped-call]
         norm = self.updates.clip()
         # Only now, since a number waits for the device.
         loss, kl = self.world.total(sum(map(float, losses)), sum(map(float, apart)))
@@ -329,21 +328,3 @@ class TrainingLoop:
         with writing(self.metrics):
             self.metrics.touch()
             os.truncate(self.metrics, min(self.position.metrics_bytes, self.metrics.stat().st_size))
-
-
-def make_accelerator(device: torch.device, **more: Any) -> Any:
-    """Device and mixed precision: bf16 autocast on a GPU, float32 on a CPU; `more` is for accelerate.
-
-    Raises:
-        SettingsError: if accelerate is set up otherwise.
-    """
-    from accelerate import Accelerator
-
-    precision = "bf16" if device.type == "cuda" else "no"
-    try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False, **more)
-    except ValueError as cause:  # accelerate keeps one state per process
-        raise SettingsError(
-            f"accelerate is set up in this process for another device or precision than {device.type} and {precision}; "
-            "train in a process of its own"
-        ) from cause

@@ -1,5 +1,6 @@
 """What a training run can be told. Every field's help is the text the command line shows."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -21,14 +22,16 @@ Offload = Literal["none", "bases", "cpu", "disk", "auto"]
 ReadOffload = Literal["none", "cpu", "disk", "auto"]  # where nothing is trained there are no bases
 STREAMED = ("bases", "cpu", "disk")  # ways of offloading by which one block at a time is computed
 Parallel = Literal["auto", "replicate", "shard"]
+Precision = Literal["auto", "float32", "bfloat16"]
 # Of bayes-adam: after a hundred steps with a gradient of norm 1, the average number has as much precision again.
 EVIDENCE = 0.01
 # Rows per forward where nothing else decides.
 MICRO_ROWS = 8
-# Rows per optimizer step, and steps of a run, where nothing else decides. SmolLM2 on 200 rows gives 88 % of the answers right after
-# 25 steps of 8 rows, 55 % after 7 of 32.
+# Rows per optimizer step, passes over the data, and steps of a run, where nothing else decides: few rows are passed over again, up
+# to three times, until there are a hundred steps; and a step takes fewer of them where there would not even be 25.
 MOST_ROWS, LEAST_ROWS = 32, 8
-LEAST_STEPS = 25
+MOST_EPOCHS = 3
+ENOUGH_STEPS, LEAST_STEPS = 100, 25
 
 
 @settings
@@ -38,8 +41,8 @@ class TrainSettings:
     task: Task | None = None
     """What rows teach: to say their text, or the class of theirs, by a head that is trained freely and made new where the model
     has none [default: what the model has a head for]."""
-    epochs: Positive = 1.0
-    """Passes over the data."""
+    epochs: Positive | None = None
+    """Passes over the data [default: 1, and up to 3 where a run would have fewer than 100 steps]."""
     max_steps: AtLeastOne | None = None
     """Optimizer steps; overrides --epochs and repeats the data."""
     relative_rate: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -68,6 +71,9 @@ class TrainSettings:
     """Largest norm of the trainable gradient; 0 for none."""
     clip_by: ClipBy = "model"
     """Clip all trained parameters together, or each matrix by itself."""
+    precision: Precision = "auto"
+    """What weights are multiplied in; updates are added up in float32 always [auto: bfloat16 on a GPU, and on a CPU that has
+    instructions for it, where a model of 50 million parameters or more is stored so; else float32]."""
     offload: Offload = "auto"
     """Where blocks wait that are not being computed: all stay on the device, or only bases and original weights, which do not
     change, wait in host memory; host memory; disk; or what fits."""
@@ -81,7 +87,7 @@ class TrainSettings:
     offload_inputs: Annotated[bool | None, Off("keep-inputs")] = None
     """With offloading: activation checkpoints wait in host memory too [default: on a GPU]."""
     batch_size: AtLeastOne | None = None
-    """Rows per optimizer step [default: 32, and as few as 8 where a run of 32 would have fewer than 25 steps]."""
+    """Rows per optimizer step [default: 32, and as few as 8 where a run would have fewer than 25 steps]."""
     micro_batch_size: AtLeastOne | None = None
     """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8]."""
     max_rows: AtLeastOne | None = None
@@ -180,12 +186,24 @@ class TrainSettings:
         if wrong:
             raise SettingsError("; ".join(wrong))
 
+    def for_rows(self, num_epoch: int) -> "TrainSettings":
+        """With passes and rows of a step that suit an epoch of so many rows, where nothing was said."""
+        epochs, rows = self.epochs, self.batch_size or MOST_ROWS
+        if epochs is None:
+            wanted = 1 if self.max_steps is not None else -(-ENOUGH_STEPS * rows // max(1, num_epoch))
+            epochs = float(min(MOST_EPOCHS, max(1, wanted)))
+        if self.batch_size is None and self.max_steps is None:
+            rows = max(LEAST_ROWS, min(MOST_ROWS, int(epochs * num_epoch) // LEAST_STEPS))
+        filled: TrainSettings = replace(self, epochs=epochs, batch_size=rows)
+        return filled
+
     def rows_of_step(self, num_epoch: int) -> int:
         """Rows per optimizer step where an epoch has so many."""
-        if self.batch_size is not None or self.max_steps is not None:
-            return min(self.batch_size or MOST_ROWS, max(1, num_epoch))
-        enough = int(self.epochs * num_epoch) // LEAST_STEPS
-        return min(max(LEAST_ROWS, min(MOST_ROWS, enough)), max(1, num_epoch))
+        return min(self.for_rows(num_epoch).batch_size or MOST_ROWS, max(1, num_epoch))
+
+    def num_selected(self, num_rows: int) -> int:
+        """How many of a task's rows are trained on."""
+        return num_rows if self.select_rows is None else max(1, round(self.select_rows * num_rows))
 
     @property
     def micro_rows(self) -> int:
@@ -196,9 +214,10 @@ class TrainSettings:
         """Of a run of so many steps."""
         return self.save_every or max(1, min(500, total // 10))
 
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the run."""
-        return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
+    def total_steps(self, num_epoch: int) -> int:
+        """Optimizer steps of a run where an epoch has so many rows."""
+        epochs = self.for_rows(num_epoch).epochs or 1.0
+        return self.max_steps or max(1, round(epochs * -(-num_epoch // self.rows_of_step(num_epoch))))
 
 
 @settings

@@ -20,6 +20,7 @@ from sculptor.progress import Progress
 from sculptor.streaming.build import Divide
 from sculptor.streaming.owners import Owners, choose_owners
 from sculptor.streaming.regions import Tier
+from sculptor.training.precision import compute_dtype
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import Peaks, peak_rates
 from sculptor.training.rows import NewRows, open_rows
@@ -70,7 +71,7 @@ def prepare_model(
         tier,
         architecture,
         scratch=scratch,
-        compute_dtypes=trained_dtypes(architecture, archive, device),
+        compute_dtypes=trained_dtypes(architecture, archive, compute_dtype(settings.precision, device)),
         resident=frozenset(extra),
         keep_inputs=keep,
         progress=progress,
@@ -98,9 +99,8 @@ def _divide(checkpoint: Checkpoint, architecture: Architecture, archive: Archive
     return divide
 
 
-def trained_dtypes(architecture: Architecture, archive: Archive, device: torch.device) -> dict[str, torch.dtype]:
+def trained_dtypes(architecture: Architecture, archive: Archive, compute: torch.dtype) -> dict[str, torch.dtype]:
     """Parameters that training changes, and what they are computed in."""
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     open_names = set(archive.open_names)
     return {target.parameter: compute for target in architecture.targets if target.name in open_names}
 
@@ -146,7 +146,7 @@ def _prepare_resident(
 ) -> tuple[LoadedModel, Updates]:
     loaded = load_model(checkpoint, device, architecture)
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else None
+    dtype = compute_dtype(settings.precision, device)
     bar = progress(total=len(archive.open_names), desc="prepare", unit="matrix")
     soften = settings.soften or 0.0
     attach_coordinates(

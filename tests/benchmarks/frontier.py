@@ -18,6 +18,7 @@ from continual import ORDERS, Run, run_suites
 
 DEVICE = "cuda"
 ABILITIES = ("piqa", "arc_easy", "hellaswag")
+SAID = 128  # tokens of an answer
 
 
 def plan_text(model: Path, data: Path, run: Run) -> str:
@@ -157,14 +158,16 @@ def prepare(model: Path, data: Path) -> None:
         batch = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, return_tensors="pt", padding=True, return_dict=True
         ).to(DEVICE)
-    said = base.generate(**batch, max_new_tokens=128, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    said = base.generate(**batch, max_new_tokens=SAID, do_sample=False)[:, batch["input_ids"].shape[1] :]
     file = answers(model, data)
     file.parent.mkdir(exist_ok=True)
     rows = list[dict[str, Any]]()
     for question, chat, answer in zip(
         questions, chats, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True
     ):
-        if not answer.strip():
+        if (
+            not answer.strip() or len(tokenizer.encode(answer)) > 2 * SAID
+        ):  # text need not become the tokens again that it was
             continue
         if tokenizer.chat_template is None:
             rows.append({"prompt": question, "completion": answer})

@@ -386,3 +386,29 @@ def test_several_gpus_divide_the_rows(cli: Callable[..., Result], tmp_path: Path
     ) == ["shard", "shard, cpu", "shard, bases"]
     assert cli("estimate", model, "--parallel", "shard").code == 2
     assert cli("estimate", model, "--gpus", 2, "--fused").code == 2
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_without_an_archive_it_plans_the_one_that_train_makes(
+    cli: Callable[..., Result], tmp_path: Path, family: str
+) -> None:
+    model = save_checkpoint(tmp_path / "model", family)
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    settings = sculptor.AnalyzeSettings(data=(str(rows),), device="cpu")
+    archive = sculptor.analyze(model, tmp_path / "archive", settings) and sculptor.Archive(tmp_path / "archive")
+    told = EstimateSettings(tflops=1, disk=1, device="cpu")
+    planned = sculptor.estimate(model, told)
+    real = sculptor.estimate(model, told, subspaces=tmp_path / "archive")
+    assert planned.basis == real.basis == "curvature"
+    assert planned.num_trainable == pytest.approx(archive.num_free, rel=0.02)
+    profiles = sum(
+        torch.Size(stored.shape).numel() for name, stored in archive.manifest.tensors.items() if "profiles" in name
+    )
+    kept = sum(torch.Size(stored.shape).numel() for stored in archive.manifest.tensors.values()) - profiles
+    assert planned.archive_bytes == 4 * kept
+    assert planned.analysis_seconds == pytest.approx(real.analysis_seconds, rel=0.9), "of a measured speed"
+    shown = [cli("estimate", model, "--tflops", 1, "--disk", 1, *more).out for more in ((), ("--preserve", 0.5))]
+    assert "Archive (curvature): " in shown[0]
+    assert "after the passes over text that it measures." in shown[0]
+    assert "Archive (weights): " in shown[1]
+    assert "decompositions to make it." in shown[1]

@@ -21,7 +21,8 @@ def test_weights_decide_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> 
     assert cli("analyze", model, "-o", tmp_path / "archive", "--preserve", 0.5, "--device", "cpu").code == 0
     data = ("--data", f"{task}:0.75", "--data", f"{text}:0.25")
     found = cli(
-        "train", model, "--subspaces", tmp_path / "archive", *data, "-o", tmp_path / "out", "--batch-size", 4, "--device", "cpu",
+        "train", model, "--subspaces", tmp_path / "archive", *data, "-o", tmp_path / "out", "--batch-size", 4, "--epochs", 1,
+        "--device", "cpu",
     )  # fmt: skip
     assert found.code == 0, found.err
     assert "an epoch takes 9 of 9 from task.jsonl, 3 of 20 from text.jsonl" in found.err
@@ -51,7 +52,8 @@ def test_replay_is_mixed_in_and_is_no_part_of_the_task(cli: Callable[..., Result
     assert cli("analyze", model, "-o", tmp_path / "without", *asked).code == 0
 
     def run(name: str, *more: object, archive: str = "archive") -> Result:
-        return cli("train", model, "--subspaces", tmp_path / archive, "--data", task, "-o", tmp_path / name, "--batch-size", 4,
+        return cli("train", model, "--subspaces", tmp_path / archive, "--data", task, "-o", tmp_path / name, "--epochs", 1,
+                   "--batch-size", 4,
                    "--learning-rate", 1e-2, "--device", "cpu", *more)  # fmt: skip
 
     found = run("out", "--replay", f"{text}:0.2", "--replay", "self:0.2")

@@ -15,42 +15,69 @@ ROWS = Encoded(tuple(Example((1,) * n, (1,) * n) for n in (2, 3, 4, 5, 6, 7, 8, 
 
 
 def test_by_hand() -> None:
-    assert Steps.of(ROWS, SETTINGS) == Steps(rows=4, longest=10, mean=6.0, total=9)
+    assert Steps.of(ROWS, SETTINGS) == Steps(SETTINGS, num_epoch=9, rows=4, longest=10, mean=6.0, total=9)
     assert Steps.of(ROWS, replace(SETTINGS, max_steps=5, epochs=1)).total == 5
 
 
 def test_fewer_rows_than_a_step_takes_are_a_step() -> None:
     few = replace(ROWS, examples=ROWS.examples[:3])
-    assert Steps.of(few, SETTINGS) == Steps(rows=3, longest=4, mean=3.0, total=3)
+    assert Steps.of(few, SETTINGS) == Steps(SETTINGS, num_epoch=3, rows=3, longest=4, mean=3.0, total=3)
     assert Steps.of(replace(ROWS, examples=()), SETTINGS).rows == 1
 
 
-def test_few_rows_make_small_steps_unless_that_is_said() -> None:
-    """32 rows, and as few as 8 where a run would have fewer than 25 steps."""
+def test_few_rows_are_passed_over_again_in_small_steps_unless_that_is_said() -> None:
+    """Up to three passes where there would be fewer than a hundred steps; as few as 8 rows where fewer than 25."""
     usual = TrainSettings(device="cpu")
-    assert [usual.rows_of_step(n) for n in (1, 7, 8, 100, 200, 300, 799, 800, 10**6)] == [1, 7, 8, 8, 8, 12, 31, 32, 32]
-    assert [replace(usual, epochs=4).rows_of_step(n) for n in (100, 200)] == [16, 32]
-    assert replace(usual, max_steps=9).rows_of_step(100) == 32, "then the steps are decided"
-    assert replace(usual, batch_size=64).rows_of_step(100) == 64
+    sizes = (1, 7, 8, 60, 100, 200, 300, 1066, 1067, 1600, 3199, 3200, 10**6)
+    assert [usual.for_rows(n).epochs for n in sizes] == [3, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 1, 1]
+    assert [usual.rows_of_step(n) for n in sizes] == [1, 7, 8, 8, 12, 24, 32, 32, 32, 32, 32, 32, 32]
+    assert [usual.total_steps(n) for n in (8, 200, 1067, 3200)] == [3, 27, 102, 100]
+    once = replace(usual, epochs=1)
+    assert [once.rows_of_step(n) for n in (100, 300, 799, 800)] == [8, 12, 31, 32]
+    by_64 = replace(usual, batch_size=64)
+    assert [by_64.for_rows(n).epochs for n in (1000, 3200, 6400)] == [3, 2, 1]
+    assert by_64.rows_of_step(100) == 64
+    decided = replace(usual, max_steps=9)
+    assert (decided.rows_of_step(100), decided.for_rows(100).epochs, decided.total_steps(100)) == (32, 1, 9)
     few = replace(ROWS, examples=ROWS.examples * 20)
-    assert Steps.of(few, usual) == Steps(rows=8, longest=10, mean=6.0, total=23)
+    filled = replace(usual, epochs=3.0, batch_size=21)
+    assert Steps.of(few, usual) == Steps(filled, num_epoch=180, rows=21, longest=10, mean=6.0, total=27)
+
+
+def test_an_epoch_of_fewer_rows_than_there_are() -> None:
+    found = Steps.of(ROWS, TrainSettings(device="cpu"), 3)
+    assert (found.num_epoch, found.rows, found.longest, found.mean, found.total) == (3, 3, 10, 6.0, 3)
 
 
 @pytest.mark.parametrize("mixture", [None, Mixture((6, 3), (1.0, 1.0))])
 def test_an_epoch_is_the_loop_s(mixture: Mixture | None) -> None:
     found = Steps.of(replace(ROWS, mixture=mixture), SETTINGS)
     plan = BatchPlan([example.length for example in ROWS.examples], SETTINGS.batch_size, 0, mixture=mixture)
-    assert found.total == SETTINGS.total_steps(plan.steps_per_epoch)
+    assert found.total == 3 * plan.steps_per_epoch
     if mixture is not None:  # three of the first, whose mean length is 4.5, and all of the others, whose is 9
         assert found.mean == pytest.approx(6.75)
 
 
 def test_few_steps_are_told() -> None:
     told: list[str] = []
-    Steps.of(ROWS, SETTINGS).tell_few(3, told.append)
+    Steps.of(ROWS, SETTINGS).tell(SETTINGS, told.append)
     assert told == [
         "few steps to learn from: 9 in all, with --epochs 3 and 4 rows in each; more epochs, or fewer rows (--batch-size), "
         "make more"
     ]
-    Steps.of(ROWS, replace(SETTINGS, epochs=10)).tell_few(10, told.append)
-    assert len(told) == 1
+    more = replace(SETTINGS, epochs=10)
+    Steps.of(ROWS, more).tell(more, told.append)
+    assert len(told) == 1, "30 steps, all as asked"
+
+
+def test_what_was_chosen_is_told() -> None:
+    told: list[str] = []
+    many = replace(ROWS, examples=ROWS.examples * 20)
+    for asked in ({}, {"epochs": 2.0}, {"batch_size": 6}, {"max_steps": 2}):
+        settings = TrainSettings(device="cpu", **asked)
+        Steps.of(many, settings).tell(settings, told.append)
+    assert told == [
+        "chosen: --epochs 3 --batch-size 21: 27 steps, for 180 rows",
+        "chosen: --batch-size 14: 26 steps, for 180 rows",
+        "chosen: --epochs 3: 90 steps, for 180 rows",
+    ]

@@ -169,6 +169,13 @@ def test_streamed_training_is_resident_training(family: str, tmp_path: Path) -> 
     assert verify(task.model, tmp_path / "disk", tmp_path / "archive", device="cpu").passed
 
 
+@pytest.mark.parametrize("family", ["llama-tied", *slowly("mixtral-router", "t5", "gpt2")])
+def test_streamed_training_is_resident_training_in_bfloat16_too(family: str, tmp_path: Path) -> None:
+    task = Task(tmp_path, family, dtype=torch.bfloat16)
+    task.compare(precision="bfloat16", save_dtype="float32")
+    assert verify(task.model, tmp_path / "disk", tmp_path / "archive", device="cpu").passed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("constraint", "preserve"), [("double", 0.8), ("input", 0.5), ("core", 0.3)])
 def test_constraints_hold_while_streaming(constraint: str, preserve: float, tmp_path: Path) -> None:

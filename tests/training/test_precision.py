@@ -1,0 +1,114 @@
+"""What a model is multiplied in while it trains: which is chosen, and that bfloat16 on a CPU is training as on a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_checkpoint, task_rows, write_rows
+
+from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.errors import SettingsError, Stopped
+from sculptor.numerics import precision as devices
+from sculptor.training import precision as module
+from sculptor.training.precision import compute_dtype, decide_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "large", "native", "expected"),
+    [
+        (torch.bfloat16, True, True, "bfloat16"),
+        (torch.bfloat16, False, True, "float32"),
+        (torch.bfloat16, True, False, "float32"),
+        (torch.float32, True, True, "float32"),
+        (torch.float16, True, True, "float32"),
+    ],
+)
+def test_a_cpu_multiplies_what_it_is_fast_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, large: bool, native: bool, expected: str
+) -> None:
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "model", dtype=dtype))
+    monkeypatch.setattr(module, "_LARGE", 1000 if large else 10**9)
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: native)
+    assert decide_precision("auto", checkpoint, CPU) == expected
+    assert decide_precision("auto", checkpoint, GPU) == "bfloat16"
+    for asked in ("float32", "bfloat16"):
+        assert decide_precision(asked, checkpoint, CPU) == asked
+    with pytest.raises(SettingsError, match="--precision float32: a GPU trains in bfloat16"):
+        decide_precision("float32", checkpoint, GPU)
+
+
+def test_where_nothing_was_decided_a_gpu_alone_multiplies_bfloat16() -> None:
+    found = [compute_dtype(asked, device) for asked in ("auto", "float32", "bfloat16") for device in (CPU, GPU)]
+    narrow, wide = torch.bfloat16, torch.float32
+    assert found == [wide, narrow, wide, wide, narrow, narrow]
+
+
+def test_instructions_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(capabilities: dict[str, Any] | None, asked: bool) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: asked, raising=False)
+            if capabilities is None:
+                patch.delattr(torch.cpu, "get_capabilities", raising=False)
+            else:
+                patch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+            return devices.multiplies_bfloat16(CPU)
+
+    assert found({"avx512_bf16": True, "avx2": True}, asked=False)
+    assert found({"bf16": True}, asked=False)
+    assert not found({"avx512_bf16": False, "avx2": True}, asked=True), "the list says no"
+    assert found(None, asked=True)
+    assert not found(None, asked=False)
+    assert devices.multiplies_bfloat16(GPU)
+
+
+def run(place: Path, name: str, **changes: Any) -> Any:
+    told = {"max_steps": 6, "batch_size": 4, "learning_rate": 3e-3, "device": "cpu", "offload": "none", "carry": "keep"}
+    options = {key: changes.pop(key) for key in ("resume", "stop") if key in changes}
+    settings = TrainSettings(**told | changes)
+    return train(place / "model", place / "archive", [place / "rows.jsonl"], place / name, settings, **options)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    write_rows(tmp_path / "rows.jsonl", task_rows(count=10))
+    analyze(tmp_path / "model", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    return tmp_path
+
+
+def test_bfloat16_on_a_cpu_teaches_as_float32_does(place: Path) -> None:
+    seen: set[torch.dtype] = set()
+    plain = torch.nn.functional.linear
+
+    def linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found = plain(x, *rest)
+        seen.add(found.dtype)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        wide = run(place, "wide", precision="float32", save_dtype="float32")
+        assert seen == {torch.float32}
+        seen.clear()
+        narrow = run(place, "narrow", precision="bfloat16", save_dtype="float32")
+        assert torch.bfloat16 in seen
+    assert narrow.loop.first_loss == pytest.approx(wide.loop.first_loss, rel=5e-3)
+    assert narrow.loop.first_loss != wide.loop.first_loss
+    assert narrow.loop.last_loss == pytest.approx(wide.loop.last_loss, rel=2e-2)
+    assert narrow.loop.last_loss < 0.95 * narrow.loop.first_loss
+    assert narrow.max_leak < 1e-6, "the update is added up and merged in full"
+    assert verify(place / "model", place / "narrow", place / "archive", device="cpu").passed
+
+
+def test_bfloat16_goes_on_bit_for_bit(place: Path) -> None:
+    run(place, "whole", precision="bfloat16")
+    calls = iter((None, None, 15))
+    with pytest.raises(Stopped):
+        run(place, "halted", precision="bfloat16", stop=lambda: next(calls))
+    run(place, "halted", precision="bfloat16", resume=True)
+    whole, halted = (sorted((place / name).glob("*.safetensors")) for name in ("whole", "halted"))
+    assert [path.read_bytes() for path in whole] == [path.read_bytes() for path in halted]
