@@ -182,6 +182,7 @@ def train_text(report: TrainReport) -> str:
         shown = ", ".join(report.frozen[:_MAX_LISTED]) + (", ..." if len(report.frozen) > _MAX_LISTED else "")
         lines.append(f"Frozen from now on, nothing left free: {len(report.frozen)} matrices ({shown}).")
     lines.append(f"\nWrote {report.output}: checkpoint, and in subspaces/ the archive for the next task.")
+    lines.append(f"{_parts(report.output)}.")
     if report.rose:
         lines.append(
             f"The loss ended above where it began ({loop.first_loss:.3f} -> {loop.last_loss:.3f}): lower "
@@ -210,6 +211,15 @@ def named_line(found: NamedHarm) -> str:
         f"{found.name}: loss {found.rise:+.4f} ± {found.rise_error:.4f}, KL {harm.nats:.4f} ± {harm.error:.4f} nats a token, on "
         f"{harm.num_samples} rows kept"
     )
+
+
+def _parts(output: Path) -> str:
+    """Bytes of an output's own files, and of its archives."""
+    found = {"the checkpoint": 0} | {f"{path.name}/": 0 for path in sorted(output.iterdir()) if path.is_dir()}
+    for path in output.rglob("*"):
+        inside = path.relative_to(output).parts
+        found[f"{inside[0]}/" if len(inside) > 1 else "the checkpoint"] += path.stat().st_size if path.is_file() else 0
+    return ", ".join(f"{size(count)} in {name}" for name, count in found.items())
 
 
 def _rate_line(report: TrainReport) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.planning import placement
-from sculptor.report.text import train_text
+from sculptor.report.text import size, train_text
 
 COVERS = [
     "sculptor.jobs.finish",
@@ -73,6 +73,12 @@ def test_the_report_the_record_and_the_metrics_say_the_same(made: Path, tmp_path
     entries = sum(r.shape[0] * r.shape[1] for r in Archive(made / "archive").values())
     assert report.num_trainable + report.num_protected == entries
     assert f"Peak learning rate {report.relative_rate:.3g} of each matrix's RMS" in train_text(report)
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+        for folder in (tmp_path / "out", tmp_path / "out" / "subspaces")
+    ]
+    shown = train_text(report).splitlines()[-1]
+    assert shown == f"{size(sizes[0])} in the checkpoint, {size(sizes[1])} in subspaces/."
     for lost, told in ((0.2, False), (0.4, True)):
         matrices = {name: replace(matrix, rounding_loss=lost) for name, matrix in report.matrices.items()}
         assert ("; --save-dtype float32 keeps all of it." in train_text(replace(report, matrices=matrices))) is told
@@ -82,6 +88,7 @@ def test_the_record_says_what_was_used_where_auto_was_asked_for(made: Path, tmp_
     run(made, tmp_path / "out")
     settings = record(tmp_path / "out")["settings"]
     assert settings["offload"] == "none"
+    assert settings["precision"] == "float32", "of a small model"
     assert settings["carry"] == "accumulate"
     assert settings["soften"] == 0.0
     assert settings["max_length"] == 64
@@ -267,7 +274,7 @@ def test_a_loss_that_fell_is_not_mentioned(cli: Callable[..., Result], made: Pat
     arguments = ("--data", made / "rows.jsonl", "--max-steps", 4, "--device", "cpu")
     found = cli("train", made / "model", "--subspaces", made / "archive", *arguments, "-o", tmp_path / "out")
     assert found.code == 0, found.err
-    assert found.out.rstrip("\n").splitlines()[-1].startswith("Wrote ")
+    assert found.out.rstrip("\n").splitlines()[-2].startswith("Wrote ")
     assert "ended above" not in found.out
     assert record(tmp_path / "out")["rose"] is False
 

@@ -1,11 +1,12 @@
 """What a model is multiplied in while it trains: which is chosen, and that bfloat16 on a CPU is training as on a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import save_checkpoint, task_rows, write_rows
+from conftest import FAMILIES, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
 from sculptor.checkpoint.reader import open_checkpoint
@@ -112,3 +113,39 @@ def test_bfloat16_goes_on_bit_for_bit(place: Path) -> None:
     run(place, "halted", precision="bfloat16", resume=True)
     whole, halted = (sorted((place / name).glob("*.safetensors")) for name in ("whole", "halted"))
     assert [path.read_bytes() for path in whole] == [path.read_bytes() for path in halted]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_trains_in_bfloat16(family: str, tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model", family, dtype=torch.bfloat16)
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows("pairs" if family == "t5" else "text"))
+    analyze(model, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    settings = TrainSettings(
+        max_steps=3,
+        batch_size=4,
+        micro_batch_size=2,
+        learning_rate=3e-3,
+        device="cpu",
+        carry="keep",
+        precision="bfloat16",
+    )
+    losses = []
+    for offload in ("none", "disk"):
+        report = train(model, tmp_path / "archive", [rows], tmp_path / offload, replace(settings, offload=offload))
+        losses.append(report.loop.last_loss)
+        assert verify(model, tmp_path / offload, tmp_path / "archive", device="cpu").passed
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_what_is_trained_openly_and_new_rows_go_along(place: Path) -> None:
+    told = {
+        "precision": "bfloat16",
+        "also_train": ("lm_head", "norm"),
+        "add_tokens": ("<next>",),
+        "save_dtype": "float32",
+    }
+    reports = [run(place, offload, offload=offload, **told) for offload in ("none", "cpu")]
+    assert reports[0].loop.last_loss == pytest.approx(reports[1].loop.last_loss, rel=1e-3)
+    assert reports[0].loop.last_loss < reports[0].loop.first_loss
+    assert reports[0].also_trained
