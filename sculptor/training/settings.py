@@ -27,11 +27,12 @@ Precision = Literal["auto", "float32", "bfloat16"]
 EVIDENCE = 0.01
 # Rows per forward where nothing else decides.
 MICRO_ROWS = 8
-# Rows per optimizer step, passes over the data, and steps of a run, where nothing else decides: few rows are passed over again, up
-# to three times, until there are a hundred steps; and a step takes fewer of them where there would not even be 25.
+# Where nothing else decides: few rows are passed over up to three times, and a step takes as few as eight of them, until a run
+# has so many steps. SmolLM2 learns 33 % of 200 facts and classes in 27 steps of three passes, 74 % in 39.
 MOST_ROWS, LEAST_ROWS = 32, 8
 MOST_EPOCHS = 3
-ENOUGH_STEPS, LEAST_STEPS = 100, 25
+ENOUGH_STEPS = 60
+FEW_STEPS = 25  # teach next to nothing at any rate that is safe
 
 
 @settings
@@ -42,7 +43,7 @@ class TrainSettings:
     """What rows teach: to say their text, or the class of theirs, by a head that is trained freely and made new where the model
     has none [default: what the model has a head for]."""
     epochs: Positive | None = None
-    """Passes over the data [default: 1, and up to 3 where a run would have fewer than 100 steps]."""
+    """Passes over the data [default: 1, and up to 3 where a run would have fewer than 60 steps]."""
     max_steps: AtLeastOne | None = None
     """Optimizer steps; overrides --epochs and repeats the data."""
     relative_rate: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -87,7 +88,7 @@ class TrainSettings:
     offload_inputs: Annotated[bool | None, Off("keep-inputs")] = None
     """With offloading: activation checkpoints wait in host memory too [default: on a GPU]."""
     batch_size: AtLeastOne | None = None
-    """Rows per optimizer step [default: 32, and as few as 8 where a run would have fewer than 25 steps]."""
+    """Rows per optimizer step [default: 32, and as few as 8 where a run would have fewer than 60 steps]."""
     micro_batch_size: AtLeastOne | None = None
     """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8]."""
     max_rows: AtLeastOne | None = None
@@ -193,7 +194,7 @@ class TrainSettings:
             wanted = 1 if self.max_steps is not None else -(-ENOUGH_STEPS * rows // max(1, num_epoch))
             epochs = float(min(MOST_EPOCHS, max(1, wanted)))
         if self.batch_size is None and self.max_steps is None:
-            rows = max(LEAST_ROWS, min(MOST_ROWS, int(epochs * num_epoch) // LEAST_STEPS))
+            rows = max(LEAST_ROWS, min(MOST_ROWS, int(epochs * num_epoch) // ENOUGH_STEPS))
         filled: TrainSettings = replace(self, epochs=epochs, batch_size=rows)
         return filled
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sculptor.data.examples import Encoded
-from sculptor.training.settings import LEAST_STEPS, TrainSettings
+from sculptor.training.settings import FEW_STEPS, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Steps:
         chosen += [f"--batch-size {rows}"] if asked.batch_size is None else []
         if chosen:
             notice(f"chosen: {' '.join(chosen)}: {self.total:,} steps, for {self.num_epoch:,} rows")
-        if self.total < LEAST_STEPS:
+        if self.total < FEW_STEPS:
             notice(
                 f"few steps to learn from: {self.total} in all, with --epochs {epochs:g} and {self.rows} rows in each; "
                 "more epochs, or fewer rows (--batch-size), make more"

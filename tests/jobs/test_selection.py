@@ -78,15 +78,15 @@ def test_what_has_no_sense_is_refused(cli: Callable[..., Result], place: Path, t
 
 
 def test_steps_are_those_of_the_rows_that_are_kept_and_mixed_in(place: Path, tmp_path: Path) -> None:
-    """100 rows: three passes in steps of 12; of half of them in steps of 8; with as many others again in steps of 24."""
-    rows = write_rows(tmp_path / "rows.jsonl", task_rows(count=100))
+    """200 rows: three passes in steps of 10; of half of them in steps of 8; with as many others again in steps of 20."""
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows(count=200))
     text = write_rows(tmp_path / "text.jsonl", task_rows("text", 30))
     usual = replace(SETTINGS, max_steps=None, batch_size=None, select_rows=None)
     cases = {
-        "all": (usual, (), "--batch-size 12: 27 steps, for 100 rows", 100),
-        "half": (replace(usual, select_rows=0.5), (), "--batch-size 8: 21 steps, for 50 rows", 50),
-        "mixed": (usual, [(str(text), 0.5)], "--batch-size 24: 27 steps, for 200 rows", 100),
-        "both": (replace(usual, select_rows=0.5), [(str(text), 0.5)], "--batch-size 12: 27 steps, for 100 rows", 50),
+        "all": (usual, (), "--batch-size 10: 60 steps, for 200 rows", 200),
+        "half": (replace(usual, select_rows=0.5), (), "--batch-size 8: 39 steps, for 100 rows", 100),
+        "mixed": (usual, [(str(text), 0.5)], "--batch-size 20: 60 steps, for 400 rows", 200),
+        "both": (replace(usual, select_rows=0.5), [(str(text), 0.5)], "--batch-size 10: 60 steps, for 200 rows", 100),
     }
     for name, (settings, replay, said, count) in cases.items():
         told: list[str] = []

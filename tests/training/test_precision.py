@@ -116,7 +116,7 @@ def test_bfloat16_goes_on_bit_for_bit(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"qwen2"}))
 def test_every_family_trains_in_bfloat16(family: str, tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model", family, dtype=torch.bfloat16)
     rows = write_rows(tmp_path / "rows.jsonl", task_rows("pairs" if family == "t5" else "text"))

@@ -26,22 +26,22 @@ def test_fewer_rows_than_a_step_takes_are_a_step() -> None:
 
 
 def test_few_rows_are_passed_over_again_in_small_steps_unless_that_is_said() -> None:
-    """Up to three passes where there would be fewer than a hundred steps; as few as 8 rows where fewer than 25."""
+    """Up to three passes, then as few as 8 rows, where there would be fewer than 60 steps."""
     usual = TrainSettings(device="cpu")
-    sizes = (1, 7, 8, 60, 100, 200, 300, 1066, 1067, 1600, 3199, 3200, 10**6)
-    assert [usual.for_rows(n).epochs for n in sizes] == [3, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 1, 1]
-    assert [usual.rows_of_step(n) for n in sizes] == [1, 7, 8, 8, 12, 24, 32, 32, 32, 32, 32, 32, 32]
-    assert [usual.total_steps(n) for n in (8, 200, 1067, 3200)] == [3, 27, 102, 100]
+    sizes = (1, 7, 8, 160, 200, 300, 640, 959, 960, 1919, 1920, 10**6)
+    assert [usual.for_rows(n).epochs for n in sizes] == [3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 1, 1]
+    assert [usual.rows_of_step(n) for n in sizes] == [1, 7, 8, 8, 10, 15, 32, 32, 32, 32, 32, 32]
+    assert [usual.total_steps(n) for n in (1, 8, 60, 160, 200, 640, 960, 1920)] == [3, 3, 24, 60, 60, 60, 60, 60]
     once = replace(usual, epochs=1)
-    assert [once.rows_of_step(n) for n in (100, 300, 799, 800)] == [8, 12, 31, 32]
+    assert [once.rows_of_step(n) for n in (100, 480, 799, 1919, 1920)] == [8, 8, 13, 31, 32]
     by_64 = replace(usual, batch_size=64)
-    assert [by_64.for_rows(n).epochs for n in (1000, 3200, 6400)] == [3, 2, 1]
+    assert [by_64.for_rows(n).epochs for n in (1000, 1920, 3840)] == [3, 2, 1]
     assert by_64.rows_of_step(100) == 64
     decided = replace(usual, max_steps=9)
     assert (decided.rows_of_step(100), decided.for_rows(100).epochs, decided.total_steps(100)) == (32, 1, 9)
     few = replace(ROWS, examples=ROWS.examples * 20)
-    filled = replace(usual, epochs=3.0, batch_size=21)
-    assert Steps.of(few, usual) == Steps(filled, num_epoch=180, rows=21, longest=10, mean=6.0, total=27)
+    filled = replace(usual, epochs=3.0, batch_size=9)
+    assert Steps.of(few, usual) == Steps(filled, num_epoch=180, rows=9, longest=10, mean=6.0, total=60)
 
 
 def test_an_epoch_of_fewer_rows_than_there_are() -> None:
@@ -77,7 +77,7 @@ def test_what_was_chosen_is_told() -> None:
         settings = TrainSettings(device="cpu", **asked)
         Steps.of(many, settings).tell(settings, told.append)
     assert told == [
-        "chosen: --epochs 3 --batch-size 21: 27 steps, for 180 rows",
-        "chosen: --batch-size 14: 26 steps, for 180 rows",
-        "chosen: --epochs 3: 90 steps, for 180 rows",
+        "chosen: --epochs 3 --batch-size 9: 60 steps, for 180 rows",
+        "chosen: --batch-size 8: 46 steps, for 180 rows",
+        "chosen: --epochs 2: 60 steps, for 180 rows",
     ]
