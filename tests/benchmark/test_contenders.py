@@ -163,6 +163,26 @@ def test_replay_mixes_the_rows_of_earlier_tasks_in(place: Path, tmp_path: Path, 
     assert [weight for _, weight in data_of(share, "replay", plan.tasks[1])] == [0.75, 0.25]
     epochs = replace(plan, train=replace(plan.train, max_steps=None, epochs=2, batch_size=8, micro_batch_size=8))
     assert settings_of(epochs, "replay", plan.tasks[1]).max_steps == 4, "the steps of plain fine-tuning"
+    usual = replace(plan, train=replace(plan.train, max_steps=None, batch_size=None, micro_batch_size=None))
+    found_settings = settings_of(usual, "replay", plan.tasks[1])
+    assert (found_settings.max_steps, found_settings.batch_size) == (6, 8), "and its rows, three passes over 16"
+
+
+def test_few_rows_are_passed_over_as_often_together(place: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    (place / "epochs.toml").write_text(
+        PLAN.replace(f"max_steps = {STEPS}\n", "").replace("batch_size = 64", "batch_size = 4")
+    )
+
+    def steps(method: Contender, *more: object) -> int:
+        output = tmp_path / f"{method}{len(more)}"
+        found = cli("continual", place / "epochs.toml", "-o", output, "--method", method, *more)
+        assert found.code == 0, found.err
+        count: int = json.loads((output / "model" / "sculptor.json").read_text())["result"]["steps"]
+        return count
+
+    assert steps("full") == 12, "three passes over 16 rows, 4 in a step"
+    assert steps("joint") == 24, "as many over both tasks' rows"
+    assert steps("joint", "--set", "train.epochs=1") == 8
 
 
 def run(cli: Callable[..., Result], place: Path, output: Path, *more: object) -> Any:
