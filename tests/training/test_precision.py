@@ -1,5 +1,6 @@
 """What a model is multiplied in while it trains: which is chosen, and that bfloat16 on a CPU is training as on a GPU."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import torch
 from conftest import FAMILIES, save_checkpoint, task_rows, write_rows
 
-from sculptor import AnalyzeSettings, TrainSettings, analyze, train, verify
+from sculptor import AnalyzeSettings, EstimateSettings, TrainSettings, analyze, estimate, train, verify
+from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import SettingsError, Stopped
+from sculptor.jobs import plan
 from sculptor.numerics import precision as devices
 from sculptor.training import precision as module
 from sculptor.training.precision import compute_dtype, decide_precision
@@ -82,16 +85,8 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_bfloat16_on_a_cpu_teaches_as_float32_does(place: Path) -> None:
-    seen: set[torch.dtype] = set()
-    plain = torch.nn.functional.linear
-
-    def linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        found = plain(x, *rest)
-        seen.add(found.dtype)
-        return found
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", linear)
+        seen = dtypes_of_products(patch)
         wide = run(place, "wide", precision="float32", save_dtype="float32")
         assert seen == {torch.float32}
         seen.clear()
@@ -103,6 +98,57 @@ def test_bfloat16_on_a_cpu_teaches_as_float32_does(place: Path) -> None:
     assert narrow.loop.last_loss < 0.95 * narrow.loop.first_loss
     assert narrow.max_leak < 1e-6, "the update is added up and merged in full"
     assert verify(place / "model", place / "narrow", place / "archive", device="cpu").passed
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models are large, and the CPU has the instructions."""
+    monkeypatch.setattr(module, "_LARGE", 1000)
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: True)
+
+
+def dtypes_of_products(patch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """What linear maps give from now on."""
+    seen: set[torch.dtype] = set()
+    plain = torch.nn.functional.linear
+
+    def linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found = plain(x, *rest)
+        seen.add(found.dtype)
+        return found
+
+    patch.setattr(torch.nn.functional, "linear", linear)
+    return seen
+
+
+@pytest.mark.usefixtures("large")
+def test_what_was_decided_is_planned_and_recorded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Any] = []
+    plain = plan.footprints
+    monkeypatch.setattr(plan, "footprints", lambda *given: planned.append(given[-1]) or plain(*given))
+    run(place, "auto")
+    assert {work.compute for work in planned} == {torch.bfloat16}
+    record = json.loads((place / "auto" / "sculptor.json").read_text())
+    assert record["settings"]["precision"] == "bfloat16"
+
+    def bases() -> float:
+        told = EstimateSettings(tflops=1, disk=1, device="cpu")
+        return estimate(place / "model", told).modes["none"].plan.device["bases"]
+
+    narrow = bases()
+    monkeypatch.setattr(module, "_LARGE", 10**9)
+    assert bases() == 2 * narrow
+
+
+@pytest.mark.usefixtures("large")
+def test_adapters_compute_as_protected_training_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "plan.toml").write_text(
+        'model = "model"\n[train]\nmax_steps = 2\nbatch_size = 4\ndevice = "cpu"\n[evaluate]\nexact_match = false\n'
+        '[[tasks]]\nname = "one"\ndata = ["rows.jsonl"]\ntest = ["rows.jsonl"]\n'
+    )
+    seen = dtypes_of_products(monkeypatch)
+    continual(place / "plan.toml", place / "out", method="lora")
+    assert torch.bfloat16 in seen
 
 
 def test_bfloat16_goes_on_bit_for_bit(place: Path) -> None:

@@ -5,18 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_checkpoint
+from conftest import save_checkpoint, slowly, task_rows, write_rows
 
-from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze
+from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.staging import writing
 from sculptor.checkpoint.written import begin
 from sculptor.errors import SettingsError
 from sculptor.model.load import LoadedModel
+from sculptor.numerics import reflectors
 from sculptor.progress import silent
 from sculptor.streaming.blocks import BlockStream
 from sculptor.streaming.regions import DeviceRegion, HostRegion
+from sculptor.training import coordinates
 from sculptor.training import setup as module
 from sculptor.training.protect import protected_matrices
 from sculptor.training.setup import prepare_model, trained_dtypes
@@ -188,3 +190,38 @@ def test_memory_is_given_back_when_it_fails(
     with pytest.raises(expected, match=message):
         prepare(made, tmp_path / "scratch", offload="cpu")
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize(
+    "told", [{"preserve": 0.8}, *slowly({"preserve": 0.8, "constraint": "input"}, {"basis": "curvature"})]
+)
+@pytest.mark.parametrize("offload", ["none", *slowly("cpu")])
+def test_boxes_that_begin_before_what_is_free_merge_to_what_was_trained(
+    told: dict[str, Any], offload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflectors, "ALIGNED", 5)
+    monkeypatch.setattr(reflectors, "WIDE", 2)
+    model = save_checkpoint(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows())
+    data = (str(rows),) if told.get("basis") else ()
+    analyze(model, tmp_path / "archive", AnalyzeSettings(**told, data=data, device="cpu"))
+    settings = TrainSettings(max_steps=3, batch_size=8, eval_every=1, learning_rate=1e-2, offload=offload, device="cpu")
+    report = train(model, tmp_path / "archive", [rows], tmp_path / "out", settings, eval_data=[rows])
+    assert report.loop.best_loss is not None
+    assert report.loop.best_loss < report.loop.first_loss - 0.02
+    assert evaluate(tmp_path / "out", rows, device="cpu").loss == pytest.approx(report.loop.best_loss, abs=1e-5)
+    assert verify(model, tmp_path / "out", tmp_path / "archive", device="cpu").passed
+
+
+@pytest.mark.parametrize(("precision", "native", "dtype"), [
+    ("float32", True, torch.float32), ("bfloat16", True, torch.bfloat16), ("bfloat16", False, torch.float32),
+])  # fmt: skip
+def test_products_with_bases_are_formed_in_what_the_device_multiplies(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, native: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(coordinates, "multiplies_bfloat16", lambda device: native)
+    loaded, updates = prepare(made, tmp_path / "scratch", precision=precision)
+    matrices = protected_matrices(loaded.model)
+    assert {tensor.dtype for matrix in matrices for tensor in matrix.coordinates.tensors.values()} == {dtype}
+    assert {value.dtype for matrix in matrices for value in matrix.coordinates.trained} == {torch.float32}
+    updates.close()
