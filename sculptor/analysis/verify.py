@@ -92,7 +92,7 @@ class Verification:
         protected: share of all matrices together that the archive forbids to change.
         kept: of the archive's curvature over all matrices; None without moments.
         new_tokens: that were added to its vocabulary; their rows are free, and nothing else of those tensors.
-        new_head: tensors of a classifier's head that the base has not; they are free.
+        new_head: tensors of a classifier's head that the base has not; they are free, and so is what its `classes` are called.
         old_text: how they change the way in which text is read that was there before.
         harm: to what the first base says by itself, where that was asked for; `named` what became of protected names.
     """
@@ -119,6 +119,7 @@ class Verification:
     kept: float | None = None
     new_tokens: tuple[str, ...] = ()
     new_head: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     old_text: tuple[str, ...] = ()
     harm: Harm | None = None
     named: tuple[NamedHarm, ...] = ()
@@ -273,6 +274,7 @@ def _verdict(
         kept=1 - touched / at_random if at_random else None,
         new_tokens=growth.tokens if growth else (),
         new_head=head.fresh if head else (),
+        classes=head.classes if head else (),
     )
 
 

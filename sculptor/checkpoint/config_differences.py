@@ -18,6 +18,11 @@ from sculptor.errors import CheckpointError
 # Of a configuration, what says nothing of the model.
 _FREE = ("transformers_version", "_name_or_path", "use_cache")
 MISSING = object()
+# Of how to generate, what is either on or not; anything else that is false is a number 0, or an error.
+_SWITCHES = frozenset(
+    {"output_attentions", "output_hidden_states", "output_logits", "renormalize_logits", "token_healing", "low_memory"}
+    | {"disable_compile", "return_legacy_cache"}
+)
 
 Configuration = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -48,6 +53,8 @@ def config_differences(
     for dtype in {named_dtype(now, (key,)) for key in DTYPE_KEYS if now.get(key) is not None} or {None}:
         if dtype not in allowed:
             yield f"dtype was {named_dtype(before)}, is {dtype}, and the tensors are not"
+    if named_dtype(before) is None and named_dtype(now) is None and len(floating_dtypes(base)) < len(stored):
+        yield f"dtype is named nowhere, and the tensors are of {len(stored)}, by one of which all of them are loaded"
     inner: dict[str, set[str | None]] = defaultdict(set)
     for place, dtype in inner_dtypes(before):
         inner[place].add(dtype)
@@ -152,9 +159,12 @@ def is_derived(base: Checkpoint, tuned: Checkpoint, pad_id: int | None) -> bool:
     """
     from transformers import AutoConfig, GenerationConfig
 
+    defaults = GenerationConfig._get_default_generation_params()
+    switches = _SWITCHES | {key for key, value in defaults.items() if isinstance(value, bool)}
+
     def said(made: Any) -> dict[str, Any]:
         kept = without(made.to_dict(), ("transformers_version", "_from_model_config", "use_cache"))
-        return {key: None if value is False else value for key, value in kept.items()}
+        return {key: None if value is False and key in switches else value for key, value in kept.items()}
 
     try:
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
@@ -162,7 +172,8 @@ def is_derived(base: Checkpoint, tuned: Checkpoint, pad_id: int | None) -> bool:
         now = said(GenerationConfig.from_pretrained(tuned.path, local_files_only=True))
     except Exception:  # it raises what it likes
         return False
-    return any(now == padded(said(made), now, pad_id) for made in (GenerationConfig.from_model_config(config), file))
+    made = (padded(said(each), now, pad_id) for each in (GenerationConfig.from_model_config(config), file))
+    return any(not list(settings(each, now, numbers=True)) for each in made)
 
 
 def _reads_by_version(path: Path) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sculptor.checkpoint.config_differences import MISSING, settings
 from sculptor.checkpoint.plain import read_plain
 
 # Of what a tokenizer was made with: where it lay, and what is compared by itself.
@@ -80,7 +81,7 @@ def compare_loaded(base: Path, other: Path, new: Collection[str] = ()) -> Loaded
     except Exception as cause:
         reason = " ".join(str(cause).split())[:80] or type(cause).__name__
         return LoadedTokenizer([f"the tokenizer is not loaded any more ({reason})"])
-    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    different = sorted(key for key in {*before, *now} if any(settings(before.get(key), now.get(key), numbers=True)))
     lines = [f"the tokenizer that is loaded differs: {', '.join(different[:5])}"] if different else []
     return LoadedTokenizer(lines, tokenizer)
 
@@ -94,7 +95,9 @@ def accounted_for(one: Path, other: Path, loaded: LoadedTokenizer) -> bool:
     """
     try:
         before, now = read_plain(one.read_bytes()) if one.is_file() else {}, read_plain(other.read_bytes())
-        changed = {key: value for key, value in now.items() if key not in before or before[key] != value}
+        changed = {
+            key: value for key, value in now.items() if any(settings(before.get(key, MISSING), value, "it", True))
+        }
     except (OSError, ValueError, RecursionError, AttributeError):
         return False
     return all(_is_said(key, value, loaded) for key, value in changed.items())

@@ -28,7 +28,6 @@ _SPLIT = ("micro_batch_size",)
 _HOW = (
     "common_tokens",
     "save_every",
-    "precision",
     "offload",
     "parallel",
     "offload_inputs",

@@ -40,7 +40,8 @@ def verify_text(result: Verification) -> str:
         lines.append(f"new tokens, whose rows are free: {len(result.new_tokens)} ({named}); old rows are compared")
     lines += [f"new tokens in old text: {line}" for line in result.old_text[:_MAX_LISTED] if not result.strict]
     if result.new_head:
-        lines.append(f"a new head, which is free: {', '.join(result.new_head)}")
+        classes = ", ".join(map(repr, result.classes))
+        lines.append(f"a new head, which is free: {', '.join(result.new_head)}; its classes, in order: {classes}")
     if result.also_trained:
         lines.append(f"trained without protection, by record and archive: {', '.join(result.also_trained)}")
     if result.doubt is not None:

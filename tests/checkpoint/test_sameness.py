@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_tokenizer, save_checkpoint
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sculptor.checkpoint.heads import find_new_head, plan_head
@@ -132,6 +133,53 @@ def test_how_to_generate_is_not_added_otherwise(tmp_path: Path) -> None:
     out = saved_again(base, tmp_path / "out")
     edit(out / "generation_config.json", temperature=0.3, do_sample=True)
     assert between(base, out) == ["generation_config.json was added"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("guidance_scale", False, False),  # a scale of 0, not none
+        ("repetition_penalty", False, False),
+        ("num_beams", False, False),
+        ("bos_token_id", 0.0, False),
+        ("pad_token_id", True, False),
+        ("do_sample", False, True),
+        ("output_attentions", False, True),
+    ],
+)
+def test_what_is_false_of_how_to_generate_is_none_of_a_switch_alone(
+    tmp_path: Path, key: str, value: Any, same: bool
+) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    no_generation(base)
+    out = saved_again(base, tmp_path / "out")
+    edit(out / "generation_config.json", **{key: value})
+    assert (between(base, out) == []) == same
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", 64.0), ("clean_up_tokenization_spaces", 0)])
+def test_numbers_of_a_tokenizer_are_of_their_type(tmp_path: Path, key: str, value: Any) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    edit(base / "tokenizer_config.json", **{key: 64 if value else False})
+    out = saved_again(base, tmp_path / "out")
+    assert between(base, out) == []
+    edit(out / "tokenizer_config.json", **{key: value})
+    assert between(base, out)
+
+
+def test_tensors_that_decide_in_what_all_are_loaded(tmp_path: Path) -> None:
+    """The first of them, where no configuration names a dtype."""
+    base = save_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    out = saved_again(base, tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["lm_head.weight"].float()}, out / "model.safetensors", {"format": "pt"}
+    )
+    assert between(base, out) == [], "the configuration names it"
+    for folder in (base, out):
+        edit(folder / "config.json", dtype=None)
+    (found,) = between(base, out)
+    assert found.endswith("dtype is named nowhere, and the tensors are of 2, by one of which all of them are loaded")
 
 
 def renumber(file: Path) -> None:

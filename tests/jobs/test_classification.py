@@ -132,7 +132,8 @@ def test_a_new_head_is_learned_and_the_body_verifies(
     assert first == pytest.approx(1.1, abs=0.5), "nats a row"
     proof = verify(base, tuned, made / f"{name}-archive", device="cpu")
     assert (proof.passed, proof.new_head, proof.also_trained) == (True, fresh, tuple(sorted(fresh)))
-    assert f"a new head, which is free: {', '.join(fresh)}" in verify_text(proof)
+    named = ", ".join(map(repr, proof.classes))
+    assert f"a new head, which is free: {', '.join(fresh)}; its classes, in order: {named}\n" in verify_text(proof)
     old, new = tensors(base), tensors(tuned)
     assert new.keys() - old.keys() == set(fresh)
     gone = {key for key in old if key.startswith(("cls.", "lm_head"))}

@@ -12,7 +12,7 @@ from conftest import FAMILIES, save_checkpoint, task_rows, write_rows
 from sculptor import AnalyzeSettings, EstimateSettings, TrainSettings, analyze, estimate, train, verify
 from sculptor.benchmark.runner import continual
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.errors import SettingsError, Stopped
+from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.jobs import plan
 from sculptor.numerics import precision as devices
 from sculptor.training import precision as module
@@ -156,6 +156,9 @@ def test_bfloat16_goes_on_bit_for_bit(place: Path) -> None:
     calls = iter((None, None, 15))
     with pytest.raises(Stopped):
         run(place, "halted", precision="bfloat16", stop=lambda: next(calls))
+    for other in ("float32", "auto"):
+        with pytest.raises(OutputError, match="precision"):
+            run(place, "halted", precision=other, resume=True)
     run(place, "halted", precision="bfloat16", resume=True)
     whole, halted = (sorted((place / name).glob("*.safetensors")) for name in ("whole", "halted"))
     assert [path.read_bytes() for path in whole] == [path.read_bytes() for path in halted]
