@@ -130,6 +130,16 @@ def plainly(settings: TrainSettings, task: PlannedTask) -> tuple[TrainSettings, 
     return settings.for_rows(rows), settings.total_steps(rows)
 
 
+def jointly(plan: Plan) -> Plan:
+    """With passes and rows of a step as single tasks have them: of the rows of all, fewer and more would be chosen."""
+    if plan.train.max_steps is not None:
+        return plan
+    found = [plainly(plan.train_settings(task), task)[0] for task in plan.tasks]
+    epochs = plan.train.epochs or max(settings.epochs or 1.0 for settings in found)
+    rows = plan.train.batch_size or min(settings.batch_size or 1 for settings in found)
+    return replace(plan, train=replace(plan.train, epochs=epochs, batch_size=rows))
+
+
 def _sizes(settings: TrainSettings, task: PlannedTask) -> list[int]:
     """Rows of each of a task's data."""
     sources = read_sources(task.data, settings.max_rows, settings.columns, all_renamed=False)

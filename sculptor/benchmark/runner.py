@@ -16,7 +16,7 @@ from typing import Any
 
 from sculptor import __version__
 from sculptor.benchmark.adapters import require_peft
-from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, plainly, update_norm
+from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, jointly, update_norm
 from sculptor.benchmark.crispedit import KIND as CRISPEDIT
 from sculptor.benchmark.inputs import digests_beside, files_of, read_inputs
 from sculptor.benchmark.learning import Learning
@@ -157,7 +157,7 @@ class _Run:
     ) -> None:
         self.world = world
         self.rules = rules if method == "sculptor" else {"crispedit": CRISPEDIT} if method == "crispedit" else None
-        self.plan = plan
+        self.plan = plan = jointly(plan) if method == "joint" else plan
         self.method = method
         self.partial = partial
         self.progress = progress
@@ -222,11 +222,7 @@ class _Run:
         if self.method != "joint":
             return [(task.name, task) for task in tasks]
         files = tuple(file for task in tasks for file in task.data)
-        epochs = None
-        if self.plan.train.max_steps is None and self.plan.train.epochs is None:
-            # As many passes as a task takes by itself, which of so many rows would be fewer.
-            epochs = max(plainly(self.plan.train_settings(task), task)[0].epochs or 1.0 for task in tasks)
-        together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=(), epochs=epochs)
+        together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=())
         return [("joint", together)]
 
     def _finish_stage(

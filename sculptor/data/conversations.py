@@ -119,7 +119,9 @@ def _of_cell(key: str, value: Any) -> Any:
 def _spoken(given: Any, where: str) -> dict[str, Any]:
     """A message with a role, also if it is in ShareGPT's words; without what is null."""
     if not isinstance(given, Mapping):
-        raise DataError(f"{where} is no object with a 'role'")
+        raise DataError(
+            f"{where} is {short(given)}, no object with a 'role'; a prompt that is no conversation is one text"
+        )
     message = {key: value for key, value in given.items() if value is not None or key == "content"}
     if "role" not in message and isinstance(message.get("from"), str):
         if message["from"] not in _SPEAKERS:

@@ -114,7 +114,8 @@ def _hint(row: Mapping[str, Any]) -> str:
     for prompt, completion in _USUAL:
         if prompt in row and completion in row:
             return f"; try --columns prompt={prompt},completion={completion}"
-    return ""
+    mark = next((mark for mark in ";|\t," if len(row) == 1 and mark in next(iter(row))), None)
+    return "" if mark is None else f"; columns are told apart by commas in .csv, by tabs in .tsv, not by {mark!r}"
 
 
 def _listed(row: Mapping[str, Any]) -> str:

@@ -174,7 +174,7 @@ def test_few_rows_are_passed_over_as_often_together(place: Path, tmp_path: Path,
     )
 
     def steps(method: Contender, *more: object) -> int:
-        output = tmp_path / f"{method}{len(more)}"
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
         found = cli("continual", place / "epochs.toml", "-o", output, "--method", method, *more)
         assert found.code == 0, found.err
         count: int = json.loads((output / "model" / "sculptor.json").read_text())["result"]["steps"]
@@ -183,6 +183,9 @@ def test_few_rows_are_passed_over_as_often_together(place: Path, tmp_path: Path,
     assert steps("full") == 12, "three passes over 16 rows, 4 in a step"
     assert steps("joint") == 24, "as many over both tasks' rows"
     assert steps("joint", "--set", "train.epochs=1") == 8
+    assert steps("joint", "--set", "train.batch_size=8", "--set", "train.epochs=1") == 4
+    (place / "epochs.toml").write_text((place / "epochs.toml").read_text().replace("batch_size = 4\n", "", 1))
+    assert steps("joint", "--set", "train.epochs=2", "--set", "train.clip=0.5") == 8, "of 8 rows, as each has them"
 
 
 def run(cli: Callable[..., Result], place: Path, output: Path, *more: object) -> Any:

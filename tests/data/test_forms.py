@@ -286,3 +286,19 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             read_rows(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("ending", "mark"), [("csv", ";"), ("csv", "|"), ("csv", "\t"), ("tsv", ",")])
+def test_columns_that_are_told_apart_otherwise_are_named(tmp_path: Path, ending: str, mark: str) -> None:
+    file = tmp_path / f"rows.{ending}"
+    file.write_text(f"prompt{mark}completion\na{mark}b\n")
+    with pytest.raises(DataError) as found:
+        read_rows([file])
+    assert str(found.value).endswith(f"; columns are told apart by commas in .csv, by tabs in .tsv, not by {mark!r}")
+
+
+def test_a_list_of_texts_is_no_conversation() -> None:
+    with pytest.raises(
+        DataError, match="message 1 is 'w1', no object with a 'role'; a prompt that is no conversation is one text"
+    ):
+        read_rows([[{"prompt": ["w1"], "completion": ["w2"]}]])
