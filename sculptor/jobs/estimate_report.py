@@ -44,7 +44,7 @@ class Estimate:
         kind: cuda or cpu.
         gpus: processes that share a step; `modes` is what each of them takes at most, `exchanged` bytes included.
         tokens: per step of all, on average if there are data; `micro_batches` it is split into.
-        data: what the rows become, if there are some; then `steps` of an epoch.
+        data: what the rows become, if there are some; then `steps` of an epoch, and `total` of a run unless `--epochs` is said.
         modes: by offload; of several processes by what each holds.
         speeds: TFLOP/s and GB/s; `measured` says which were measured here.
         device_memory, host_memory: bytes that are free.
@@ -71,3 +71,4 @@ class Estimate:
     gpus: int = 1
     data: DataReport | None = None
     steps: int | None = None
+    total: int | None = None

@@ -54,8 +54,8 @@ def _data(found: Estimate) -> list[str]:
     if found.data is None:
         return []
     return [
-        f"{found.data.num_examples:,} examples of up to {found.data.longest:,} tokens: {found.steps:,} steps per epoch. Memory is "
-        "for the longest."
+        f"{found.data.num_examples:,} examples of up to {found.data.longest:,} tokens: {found.steps:,} steps per epoch, by default "
+        f"{found.total:,} in all. Memory is for the longest."
     ]
 
 

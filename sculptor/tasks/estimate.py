@@ -124,6 +124,7 @@ def estimate(
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
         data=rows.report,
         steps=None if rows.report is None else -(-rows.report.num_epoch // batch),
+        total=None if rows.report is None else rows.usual(settings).total_steps(rows.report.num_epoch),
     )
 
 
@@ -144,7 +145,11 @@ class _Rows:
         """How many, all processes together."""
         if self.report is None:
             return settings.batch_size or MOST_ROWS
-        return TrainSettings(batch_size=settings.batch_size).rows_of_step(self.report.num_epoch)
+        return self.usual(settings).rows_of_step(self.report.num_epoch)
+
+    def usual(self, settings: EstimateSettings) -> TrainSettings:
+        """A training of which nothing else is said."""
+        return TrainSettings(batch_size=settings.batch_size)
 
 
 def _read_rows(
