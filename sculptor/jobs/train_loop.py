@@ -114,7 +114,7 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
     sections = job.archive.manifest.sections
     parts = {"samples": sections.get(SECTION)}
     if job.settings.optimizer == "bayes-adam":
-        parts["precision"] = sections.get(PRECISION)
+        parts["precision of numbers"] = sections.get(PRECISION)  # `precision` is a setting
     return settings | {
         "base": job.archive.manifest.base_identity,
         "subspaces": job.archive.identity,

@@ -1,5 +1,6 @@
 """What a model is multiplied in while it trains: which is chosen, and that bfloat16 on a CPU is training as on a GPU."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -151,15 +152,17 @@ def test_adapters_compute_as_protected_training_does(place: Path, monkeypatch: p
     assert torch.bfloat16 in seen
 
 
-def test_bfloat16_goes_on_bit_for_bit(place: Path) -> None:
-    run(place, "whole", precision="bfloat16")
+@pytest.mark.parametrize("optimizer", ["adamw", "bayes-adam"])
+def test_bfloat16_goes_on_bit_for_bit(place: Path, optimizer: str) -> None:
+    start = functools.partial(run, place, optimizer=optimizer)
+    start("whole", precision="bfloat16")
     calls = iter((None, None, 15))
     with pytest.raises(Stopped):
-        run(place, "halted", precision="bfloat16", stop=lambda: next(calls))
+        start("halted", precision="bfloat16", stop=lambda: next(calls))
     for other in ("float32", "auto"):
         with pytest.raises(OutputError, match="precision"):
-            run(place, "halted", precision=other, resume=True)
-    run(place, "halted", precision="bfloat16", resume=True)
+            start("halted", precision=other, resume=True)
+    start("halted", precision="bfloat16", resume=True)
     whole, halted = (sorted((place / name).glob("*.safetensors")) for name in ("whole", "halted"))
     assert [path.read_bytes() for path in whole] == [path.read_bytes() for path in halted]
 
