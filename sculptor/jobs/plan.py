@@ -17,7 +17,7 @@ from sculptor.planning.placement import available_memory, choose, output_bytes, 
 from sculptor.planning.splits import Split, choose_split, default_split
 from sculptor.training.precision import compute_dtype, decide_precision
 from sculptor.training.settings import Offload, Parallel, TrainSettings
-from sculptor.training.stepping.optimizer import moments_of, optimizer_on_host
+from sculptor.training.stepping.optimizer import kept_bytes, optimizer_on_host
 from sculptor.training.steps import Steps
 from sculptor.world import World
 
@@ -144,7 +144,8 @@ def _ways(job: TrainJob, device: torch.device, split: Split, world: World) -> di
         micro_batches=1,
         fused=settings.optimizer_mode == "fused",
         keep_inputs=settings.offload_inputs is False,
-        kept=len(moments_of(settings)),
+        kept=kept_bytes(settings),
+        copied=4 * (settings.optimizer == "bayes-adam"),
         on_host=optimizer_on_host(settings, "cpu", device),
         num_extra=sum(prod(job.checkpoint.infos[name].shape) for name in set(job.extra.values())) + _num_new(job),
         written=output_bytes(job.checkpoint, job.archive, settings.carry, cast_to(settings))

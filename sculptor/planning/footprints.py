@@ -69,8 +69,9 @@ class Workload:
     `on_host` is AdamW in host memory, `recompute` whether a resident run computes blocks again in the backward pass,
     `num_extra` how many numbers are trained openly, `written` bytes of what a run leaves on disk, `saves` how often it saves
     its state (more than twice is twice), `evaluates` whether it keeps the best parameters too, `row` the tokens of the longest
-    row, which is never split, `micro_rows` the most rows of a micro-batch, `processes` how many divide the model, `kept` how
-    many numbers the optimizer keeps of each that is trained, and `compute` what weights are multiplied in.
+    row, which is never split, `micro_rows` the most rows of a micro-batch, `processes` how many divide the model, `kept`
+    bytes of what the optimizer keeps of each number that is trained, `copied` of what it copies of each while it steps, and
+    `compute` what weights are multiplied in.
     """
 
     tokens: int
@@ -86,13 +87,14 @@ class Workload:
     row: int = 0
     micro_rows: int = 0
     processes: int = 1
-    kept: int = 2
+    kept: int = 8
+    copied: int = 0
     compute: torch.dtype | None = None
 
     @property
     def state(self) -> float:
         """Bytes of a trained number and what the optimizer keeps of it."""
-        return 4.0 * (1 + self.kept)
+        return 4.0 + self.kept
 
 
 def footprints(
@@ -221,7 +223,7 @@ class _Sizes:
             "bases": sum(self.bases.values()),
             "coordinates, gradients, AdamW": (self.work.state + 4) * self.num_coordinates,
             "activations": self.inside * (1 if self.work.recompute else self.num_blocks) + self.inputs + self.working,
-            "work space": RUNTIME[self.kind] + 12 * self.largest + 4 * (self.work.kept - 2) * self.num_coordinates,
+            "work space": RUNTIME[self.kind] + 12 * self.largest + self.work.copied * self.num_coordinates,
         } | self.extra()
         host = {"loading": self.file_size * (self.weights + self.outside) * 1.0} if self.kind == "cuda" else {}
         return Footprint("none", device, host, self.files(), self.operations_at_once, self.folding)
@@ -256,7 +258,7 @@ class _Sizes:
         slots, count = 2 if self.kind == "cuda" else 1, self.work.processes
         rest = {"others": self.rest_size * self.rest_in_blocks / max(1, self.num_blocks)}
         blocks = {path: found | rest for path, found in self.inside_blocks.items()}
-        parts = shares(blocks, self.matrices, self.file_size, self.kind, count)
+        parts = shares(blocks, self.matrices, self.file_size, self.kind, count, self.work.kept)
         most = max(parts, key=lambda share: share.num_bytes)
         exchanges = [beside(block, self.matrices, self.size) for block in blocks.values()]
         gradients, bases = (max(sizes) for sizes in zip(*exchanges, strict=True))

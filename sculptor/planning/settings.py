@@ -7,7 +7,7 @@ from pydantic import Field
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.numerics.staircase import Constraint
-from sculptor.training.settings import MOST_ROWS, Parallel
+from sculptor.training.settings import MOST_ROWS, OptimizerDtype, Parallel
 from sculptor.validation import AtLeastOne, ColumnNames, Name, Positive, option, settings
 
 _PRESERVE = 0.5
@@ -47,6 +47,8 @@ class EstimateSettings:
     """Processes that share the rows of a step, each with a GPU of its own."""
     parallel: Parallel = "auto"
     """With --gpus: as that of train [auto: shows both, and picks as train does]."""
+    optimizer_dtype: OptimizerDtype = "float32"
+    """As that of train: bfloat16 takes 4 bytes less of every trained number."""
     fused: bool = False
     """For --optimizer-mode fused."""
     device: Name = "auto"

@@ -1,7 +1,7 @@
 """What each of several processes holds of a model that is divided among them: as training chooses owners."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sculptor.methods.rule import cost_of
 from sculptor.planning.matrices import PlannedMatrix
@@ -16,6 +16,7 @@ class Share:
     Attributes:
         weights: bytes of weights; `pristine` of W0 beside them, `bases` of bases, `block_bases` of those of one block at most.
         coordinates: how many are trained.
+        kept: bytes of what the optimizer keeps of each of them.
     """
 
     weights: float = 0.0
@@ -23,11 +24,12 @@ class Share:
     bases: float = 0.0
     coordinates: float = 0.0
     block_bases: float = 0.0
+    kept: int = 8
 
     @property
     def state(self) -> float:
         """A, its gradients and moments."""
-        return 16.0 * self.coordinates
+        return (8.0 + self.kept) * self.coordinates
 
     @property
     def num_bytes(self) -> float:
@@ -41,6 +43,7 @@ def shares(
     file_size: int,
     kind: str,
     processes: int,
+    kept: int,
 ) -> list[Share]:
     """By rank.
 
@@ -50,16 +53,17 @@ def shares(
         file_size: bytes of a number of W0.
         kind: of the device, cuda or cpu.
         processes: how many there are.
+        kept: bytes of what the optimizer keeps of each trained number.
     """
     size = 2 if kind == "cuda" else 4
     beside = {
-        parameter: sum(held_bytes(m.rule, m.names, file_size * m.num_entries, kind) for m in found)
+        parameter: sum(held_bytes(m.rule, m.names, file_size * m.num_entries, kind, kept) for m in found)
         for parameter, found in matrices.items()
     }
     held = [{name: num + beside.get(name, 0.0) for name, num in block.items()} for block in blocks.values()]
     owners = choose_owners(held, processes)
     return [
-        _share([*zip(blocks.values(), owners, strict=True)], matrices, file_size, size, rank)
+        replace(_share([*zip(blocks.values(), owners, strict=True)], matrices, file_size, size, rank), kept=kept)
         for rank in range(processes)
     ]
 

@@ -32,6 +32,7 @@ from sculptor.progress import Progress, silent
 from sculptor.tasks.data import preview_rows
 from sculptor.training.precision import compute_dtype, decide_precision
 from sculptor.training.settings import MOST_ROWS, OptimizerMode, TrainSettings
+from sculptor.training.stepping.optimizer import kept_bytes
 
 _GPUS_OF_A_MACHINE = 8  # which share its host memory
 
@@ -96,6 +97,7 @@ def estimate(
         written=float(checkpoint.num_bytes + archive_bytes),
         saves=2,
         row=rows.longest,
+        kept=kept_bytes(TrainSettings(optimizer_dtype=settings.optimizer_dtype)),
         compute=compute,
     )
     split = ways.split(work)

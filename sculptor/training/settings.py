@@ -23,6 +23,7 @@ ReadOffload = Literal["none", "cpu", "disk", "auto"]  # where nothing is trained
 STREAMED = ("bases", "cpu", "disk")  # ways of offloading by which one block at a time is computed
 Parallel = Literal["auto", "replicate", "shard"]
 Precision = Literal["auto", "float32", "bfloat16"]
+OptimizerDtype = Literal["float32", "bfloat16"]
 # Of bayes-adam: after a hundred steps with a gradient of norm 1, the average number has as much precision again.
 EVIDENCE = 0.01
 # Rows per forward where nothing else decides.
@@ -56,6 +57,8 @@ class TrainSettings:
     optimizer: Optimizer = "adamw"
     """adamw, or bayes-adam (BAdam), whose step each number takes the less of, the more data have decided it; how much is kept in
     the archive from task to task, so it goes on by --carry keep."""
+    optimizer_dtype: OptimizerDtype = "float32"
+    """What the optimizer keeps the averages of gradients in: bfloat16 takes 4 bytes less of every trained number."""
     evidence: Positive | None = None
     """With bayes-adam: precision that a step with a gradient of norm 1 adds to the average number, over that of the start
     [default: 0.01]."""

@@ -25,6 +25,7 @@ from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import Peaks, peak_rates
 from sculptor.training.rows import NewRows, open_rows
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.optimizer import kept_bytes
 from sculptor.training.stepping.prepare import held_bytes
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 from sculptor.training.stepping.streamed import StreamedUpdates
@@ -75,21 +76,23 @@ def prepare_model(
         resident=frozenset(extra),
         keep_inputs=keep,
         progress=progress,
-        divide=_divide(checkpoint, architecture, archive, device) if divided else None,
+        divide=_divide(checkpoint, architecture, archive, device, kept_bytes(settings)) if divided else None,
         constants="cpu" if settings.offload == "bases" else None,
     )
     opened = _open_extra(loaded, extra)
     return streamed_updates(loaded, archive, opened, settings, progress, open_rows(loaded.model, growth))
 
 
-def _divide(checkpoint: Checkpoint, architecture: Architecture, archive: Archive, device: torch.device) -> Divide:
-    """Owners among all processes, so that each holds about as much as the others."""
+def _divide(
+    checkpoint: Checkpoint, architecture: Architecture, archive: Archive, device: torch.device, kept: int
+) -> Divide:
+    """Owners among all processes, so that each holds about as much as the others; `kept` are bytes of a number's moments."""
     open_names = set(archive.open_names)
     beside: dict[str, float] = defaultdict(float)
     for target in architecture.targets:
         if target.name in open_names:
             record, size = archive[target.name], checkpoint.info_of(target).num_bytes
-            beside[target.parameter] += held_bytes(record.rule, record.tensors, size, device.type)
+            beside[target.parameter] += held_bytes(record.rule, record.tensors, size, device.type, kept)
     world = here()
 
     def divide(blocks: Sequence[Mapping[str, int]]) -> Owners:

@@ -39,6 +39,7 @@ from sculptor.planning.matrices import PlannedMatrix
 from sculptor.training.protect import attach_coordinates, protected_blocks
 from sculptor.training.rates import Peaks
 from sculptor.training.settings import TrainSettings
+from sculptor.training.stepping.optimizer import kept_bytes
 from sculptor.training.stepping.resident import ResidentUpdates, TrainedParameters
 from sculptor.training.stepping.streamed import StreamedUpdates
 from sculptor.training.stepping.updates import Updates
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/sculptor-scratch"))
+    parser.add_argument("--optimizer-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--keep-inputs", action="store_true")
     parser.add_argument("--limit", type=float, help="GB of GPU memory that torch may take, cache and all")
     options = parser.parse_args()
@@ -228,6 +230,7 @@ def main() -> None:
         settings = TrainSettings(
             batch_size=rows, micro_batch_size=micro, learning_rate=1e-5, clip_by="matrix" if fused else "model",
             optimizer_mode="fused" if fused else "exact", optimizer_on="device" if variant == "device" else "auto",
+            optimizer_dtype=options.optimizer_dtype,
             offload="none" if mode == "full" or mode == "resident" else mode,  # type: ignore[arg-type]
         )  # fmt: skip
         started = time.perf_counter()
@@ -244,7 +247,10 @@ def main() -> None:
         free = psutil.virtual_memory().available
         found = measure(model, updates, device, rows, micro, options.length, options.steps)
         on_host = mode == "cpu" and not variant and device.type == "cuda"
-        work = Workload(rows * options.length, rows // micro, fused, options.keep_inputs, on_host, row=options.length)
+        work = Workload(
+            rows * options.length, rows // micro, fused, options.keep_inputs, on_host, row=options.length,
+            kept=kept_bytes(settings),
+        )  # fmt: skip
         plan = None if mode == "full" else footprints(checkpoint, architecture, archive.matrices, device, work)[
             "none" if mode == "resident" else mode
         ]  # fmt: skip

@@ -141,6 +141,7 @@ def train(model: Path, work: Path, archive: Path, parallel: Parallel, options: a
     settings = sculptor.TrainSettings(
         device=options.device, max_length=options.length, batch_size=rows * world.size, micro_batch_size=options.micro,
         max_steps=options.steps, parallel=parallel, offload=options.offload, carry="keep", learning_rate=1e-5,
+        optimizer_dtype=options.optimizer_dtype,
         save_every=10**6, harm_every=10**6 if read_samples(Archive(archive), None) else None,
         checkpoint_activations=options.recompute or None,
     )  # fmt: skip
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of a step, per process")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--micro", type=int, help="rows per forward")
+    parser.add_argument("--optimizer-dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--no-output", action="store_true")

@@ -88,7 +88,7 @@ class StreamedMatrix:
     keys: list[str]
     coordinates: list[nn.Parameter]
     optimizer: torch.optim.AdamW
-    moments: tuple[str, ...]
+    moments: Sequence[str]
     state: Layout
     gradients: Layout
     pristine: Layout
@@ -228,7 +228,8 @@ class StreamedBlock:
                     self._write(f"{key}.{moment}", saved[f"{key}.{moment}"])
 
     def _write(self, name: str, value: Tensor) -> None:
-        self.state.store(value.contiguous().view(-1).view(torch.uint8), self.state_layout[name].start)
+        span = self.state_layout[name]
+        self.state.store(value.to(span.dtype).contiguous().view(-1).view(torch.uint8), span.start)
 
     def close(self) -> None:
         """Gives back what it holds."""

@@ -39,10 +39,13 @@ class PreparedBlocks:
     num_coordinates: int
 
 
-def held_bytes(rule: Rule, names: Mapping[str, str], num_pristine_bytes: int, device_kind: str) -> float:
-    """What the owner of a matrix holds for it beside its weight: W0, bases, A with its gradient and moments."""
+def held_bytes(rule: Rule, names: Mapping[str, str], num_pristine_bytes: int, device_kind: str, kept: int) -> float:
+    """What the owner of a matrix holds for it beside its weight: W0, bases, A with its gradient and moments.
+
+    `kept` are the bytes of the moments of a number.
+    """
     size = 2 if device_kind == "cuda" else 4  # of a number of a basis in training
-    return num_pristine_bytes + size * sum(cost_of(rule, names).numbers.values()) + 16.0 * num_free(rule)
+    return num_pristine_bytes + size * sum(cost_of(rule, names).numbers.values()) + (8.0 + kept) * num_free(rule)
 
 
 def prepare_blocks(
@@ -129,7 +132,8 @@ def prepare_block(
         keys = [f"{name}.A{i}" for i in range(len(record.rule.shapes))]
         parameter = waiting.parameters[index][parameter_name]
         coordinates = [nn.Parameter(torch.empty(0, device=optimizer_device)) for _ in keys]
-        entries = [(key, torch.float32, shape) for key, shape in zip(keys, record.rule.shapes, strict=True)]
+        shapes = [*zip(keys, record.rule.shapes, strict=True)]
+        entries = [(key, torch.float32, shape) for key, shape in shapes]
         info = waiting.weights.files.checkpoint.info_of(record)
         group = Group(coordinates, peaks.matrices[name], settings.weight_decay)
         matrices.append(
@@ -142,11 +146,16 @@ def prepare_block(
                 keys,
                 coordinates,
                 make_optimizer([group], optimizer_device, settings, num_trained),
-                moments,
+                tuple(moments),
                 state=Layout(
-                    (key + suffix, dtype, shape)
-                    for suffix in ("", *("." + moment for moment in moments))
-                    for key, dtype, shape in entries
+                    [
+                        *entries,
+                        *(
+                            (f"{key}.{moment}", kept, shape)
+                            for moment, kept in moments.items()
+                            for key, shape in shapes
+                        ),
+                    ]
                 ),
                 gradients=Layout(entries),
                 pristine=Layout([("pristine", info.dtype, info.shape)]),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.training.stepping.block import StreamedBlock
-from sculptor.training.stepping.optimizer import load_state, with_state
+from sculptor.training.stepping.optimizer import AdamW, load_state, with_state
 from sculptor.training.stepping.updates import LazyTensors, tensors_of
 
 
@@ -22,7 +22,7 @@ class WaitingState:
         self,
         blocks: Mapping[int, StreamedBlock],
         extra: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: AdamW | None,
     ) -> None:
         self.blocks = blocks
         self.extra = extra
@@ -55,7 +55,7 @@ class WaitingState:
         parameters = self.parameters()
         small = with_state(self.extra, self.optimizer) if self.optimizer is not None else {}
         entries = dict(parameters.entries)
-        moments: dict[str, tuple[str, str]] = {}
+        moments: dict[str, tuple[str, str]] = {}  # where one is: coordinate, suffix
         for block in self.blocks.values():
             for matrix in block.matrices:
                 for key, a in zip(matrix.keys, matrix.coordinates, strict=True):
@@ -64,7 +64,8 @@ class WaitingState:
                     small[f"{key}.step"] = matrix.optimizer.state[a]["step"]
                     for moment in matrix.moments:
                         moments[f"{key}.{moment}"] = key, f".{moment}"
-                        entries[f"{key}.{moment}"] = entries[key]
+                        span = block.state_layout[f"{key}.{moment}"]
+                        entries[f"{key}.{moment}"] = span.dtype, tuple(span.shape)
         others = tensors_of(small)
 
         def read(name: str) -> Tensor:
