@@ -27,13 +27,21 @@ from .options import SuggestingCommand, bars, json_option, quiet_libraries, rule
     default=".",
     help="Where files would go; its disk is measured [default: here].",
 )
+@click.option("--all", "components", is_flag=True, help="Show memory by component.")
 @json_option
 def command(
-    model: str, subspaces: str | None, data: tuple[str, ...], directory: Path, as_json: bool, **settings: Any
+    model: str,
+    subspaces: str | None,
+    data: tuple[str, ...],
+    directory: Path,
+    components: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> int:
     """Say what training MODEL takes: memory, time per step, sizes, for each way of offloading.
 
-    Reads headers only, of the archive too; with --data the rows: the longest, an epoch's time, what the first becomes (`sculptor data` shows more). Times are bounds at the speeds shown last, which a busy machine measures too low.
+    Reads headers only, of the archive too; with --data the rows: the longest, an epoch's time, what the first becomes (`sculptor data` shows more). Times are what these operations take
+    at the speeds shown last, which a busy machine measures too low, and small models on a GPU do not reach.
     Exits with 1 if nothing fits.
 
     \b
@@ -50,5 +58,5 @@ def command(
     found = estimate(
         model, EstimateSettings(**settings), subspaces=subspaces, data=data, directory=directory, progress=bars
     )
-    click.echo(to_json(found) if as_json else estimate_text(found))
+    click.echo(to_json(found) if as_json else estimate_text(found, components))
     return 0 if found.chosen is not None else 1

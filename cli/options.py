@@ -1,6 +1,7 @@
 """What commands share: near-miss suggestions, progress bars and common options."""
 
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -84,19 +85,30 @@ def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
     """Progress on stderr with time left, shown only for what takes over two seconds."""
     from tqdm import tqdm
 
+    terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=desc,
         unit=unit,
         initial=initial,
         delay=SHOWN_AFTER,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
+        dynamic_ncols=terminal,
+        mininterval=0.5 if terminal else 10,  # a log file wants a line now and then
         unit_scale=unit == "B",
         leave=False,
-        file=sys.stderr,
+        file=sys.stderr if terminal else _Lines(),
         disable=not speaks(),
     )
+
+
+class _Lines(io.StringIO):
+    """Standard error that is no terminal: every state of a bar is a line of its own, and the end of one is none."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+        return len(text)
 
 
 def quiet_libraries() -> None:

@@ -1,5 +1,6 @@
 """`sculptor train`."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def command(
     from sculptor.report.html.page import check_page, write_page
     from sculptor.report.html.train import train_page
     from sculptor.report.json_text import to_json
-    from sculptor.report.text import train_text
+    from sculptor.report.train import train_text
     from sculptor.tasks.push import pushing
     from sculptor.tasks.train import train
 
@@ -137,7 +138,11 @@ def command(
             notice=tell,
             stop=asked_to_stop,
         )
-        click.echo(to_json(report, max_leak=report.max_leak) if as_json else train_text(report))
+        archive = output / "analyzed" if subspaces is None else subspaces
+        check = shlex.join(["sculptor", "verify", model, str(output), "--subspaces", str(archive)])
+        # Of a model that an adapter was merged into there is no directory left to name.
+        text = train_text(report, check if merge_adapter is None else None)
+        click.echo(to_json(report, max_leak=report.max_leak) if as_json else text)
         if html is not None and speaks():
             write_page(html, train_page(report), overwrite)
             tell(f"Wrote {html}.")

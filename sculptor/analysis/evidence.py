@@ -70,11 +70,12 @@ def measure_evidence(
         That of the blocks of one pass over the rows; all of it is to be taken before the next pass is asked for.
     """
     gradients = measures == "gradients"
+    calibrating, deriving = ("calibrate", "derive") if task == 0 else ("measure the task", "derive the next archive")
     groups = plan_passes(loaded, targets, sources, measures, settings)
     rows = sum(len(source.examples) for source in sources)
     made = 0
     for turn, chosen in enumerate(groups):
-        bar = progress(total=rows * len(groups), desc="calibrate", unit="row", initial=rows * turn)
+        bar = progress(total=rows * len(groups), desc=calibrating, unit="row", initial=rows * turn)
         total = MeasuredMoments()
         traces: dict[str, list[float]] = defaultdict(list)
         for i, source in enumerate(sources):
@@ -91,7 +92,7 @@ def measure_evidence(
             _add(total.inputs, found.inputs, traces, "input ", source.weight)
             _add(total.outputs, found.outputs, traces, "output ", source.weight)
         bar.close()
-        bar = progress(total=len(targets), desc="derive", unit="matrix", initial=made)
+        bar = progress(total=len(targets), desc=deriving, unit="matrix", initial=made)
         yield _evidence_of(loaded, chosen, total, traces, len(sources), gradients, task, bar)
         made += len(chosen)
         bar.close()

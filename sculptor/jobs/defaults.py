@@ -11,6 +11,7 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SELF, AnalyzeSettings
 from sculptor.model.load import load_tokenizer
+from sculptor.planning.expected import operations_per_token, sides_of
 
 # Tokens times parameters on a CPU, and bounds of the tokens: what two cores sample and measure in a few minutes.
 _CPU_WORK = 5e11
@@ -101,10 +102,8 @@ def _cost_line(settings: AnalyzeSettings, checkpoint: Checkpoint, targets: Seque
     """What is computed; how long that takes, a machine that others use cannot say beforehand."""
     tokens = settings.calibration_tokens or CALIBRATION_TOKENS
     gradients = settings.resolved_basis == "curvature"
-    groups = {target.input_group: target.shape[1] for target in targets}
-    sides = [*groups.values(), *((target.shape[0] for target in targets) if gradients else ())]
-    # Forward, backward, and forward again for it; outer products of every side
-    per_token = (8 if gradients else 2) * num_parameters(checkpoint) + 2 * sum(d * d for d in sides)
+    sides = sides_of(targets, gradients=gradients)
+    per_token = operations_per_token(checkpoint, sides, gradients=gradients)
     return (
         f"it takes {tokens:,} tokens ({tokens * per_token / 1e12:.1f} TFLOP) and {len(sides)} eigendecompositions of up to "
         f"{max(sides, default=0):,} rows; {FEWER}"

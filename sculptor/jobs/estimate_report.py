@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sculptor.jobs.data_report import DataReport
+from sculptor.planning.expected import Expected
 from sculptor.planning.footprints import Footprint
 from sculptor.planning.placement import Shortage
 
@@ -51,6 +52,7 @@ class Estimate:
         archive_bytes: size of the archive.
         basis: of the archive; `analysis_seconds` of decomposing every matrix for it, at most.
         chosen: the first mode that fits, or None.
+        expected: on a CPU with data, how long all of `train` takes.
     """
 
     model: str
@@ -72,3 +74,4 @@ class Estimate:
     data: DataReport | None = None
     steps: int | None = None
     total: int | None = None
+    expected: Expected | None = None

@@ -107,7 +107,9 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     best = (
         [] if loop.best_loss is None else [(f"evaluation loss, step {loop.best_step}, kept", f"{loop.best_loss:.4f}")]
     )
-    losses = [("training loss, first and last step", f"{loop.first_loss:.4f}, {loop.last_loss:.4f}{unit}")]
+    losses = [
+        ("training loss, first step and mean of the last tenth", f"{loop.first_loss:.4f}, {loop.last_loss:.4f}{unit}")
+    ]
     losses = [] if math.isnan(loop.last_loss) else losses
     harm = [] if loop.harm is None else [(HARM, f"{loop.harm.nats:.4f} ± {loop.harm.error:.4f} nats per token")]
     opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []

@@ -88,7 +88,9 @@ def draw_samples(
     length = min(own + (template_tokens(loaded) if chat else 0), max_length)
     # The template's tokens are not the model's: as much of its own words is drawn with a long one as with none.
     num_tokens = tokens_to_draw(loaded) * length // min(own, length)
-    examples = sample_examples(loaded, num_tokens, length, chat=chat, seed=seed, progress=progress)
+    examples = sample_examples(
+        loaded, num_tokens, length, chat=chat, seed=seed, progress=progress, name="sample, to measure harm on"
+    )
     examples = tuple(example for example in examples if num_predicted(example))
     if len(examples) < _FEWEST:
         raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")

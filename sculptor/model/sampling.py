@@ -32,7 +32,14 @@ _STRETCH = {
 
 @torch.no_grad()
 def sample_examples(
-    loaded: LoadedModel, num_tokens: int, max_length: int, *, chat: bool, seed: int, progress: Progress
+    loaded: LoadedModel,
+    num_tokens: int,
+    max_length: int,
+    *,
+    chat: bool,
+    seed: int,
+    progress: Progress,
+    name: str = "sample",
 ) -> tuple[Example, ...]:
     """Sequences sampled at temperature 1 until they hold `num_tokens` tokens.
 
@@ -43,7 +50,7 @@ def sample_examples(
         chat: sample a user's turn and the answer through the chat template, with the loss on the answer; else text
             from the beginning of a sequence.
         seed: of the sampling.
-        progress: makes a progress bar.
+        progress: makes a progress bar, of this name.
 
     Raises:
         CheckpointError: if the model cannot sample text.
@@ -59,7 +66,7 @@ def sample_examples(
     most = _rows_at_once(loaded, max_length)
     found: list[Example] = []
     total = 0
-    heard = _Heard(progress(total=num_tokens, desc="sample", unit="token"), num_tokens, loaded.pad_id)
+    heard = _Heard(progress(total=num_tokens, desc=name, unit="token"), num_tokens, loaded.pad_id)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for _ in range(_MAX_ROUNDS):

@@ -18,7 +18,11 @@ _MEASURED_SIZE = {"cuda": 2048, "cpu": 512}
 
 
 def measure_speeds(
-    given: Mapping[str, float | None], device: torch.device, here: bool, directory: Path
+    given: Mapping[str, float | None],
+    device: torch.device,
+    here: bool,
+    directory: Path,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """What the machine does, and which figures were measured.
 
@@ -26,9 +30,10 @@ def measure_speeds(
         given: TFLOP/s of matrix products, GB/s of the link and of the disk, as far as they are known.
         device: where to compute, `here` whether it is there.
         directory: on the disk that files would go to.
+        dtype: of the products.
     """
     measures: dict[str, Callable[[], float]] = {
-        "tflops": lambda: _measure_products(device),
+        "tflops": lambda: _measure_products(device, dtype),
         "link": lambda: _measure_link(device),
         "disk": lambda: _measure_disk(directory),
     }
@@ -41,6 +46,9 @@ def measure_speeds(
             with suppress(OSError):  # a disk that is full or read-only is assumed to be like others
                 speeds[name] = measure()
                 measured.append(name)
+    speeds["float32"] = speeds["tflops"]
+    if device.type == "cpu" and dtype != torch.float32 and "tflops" in measured:
+        speeds["float32"] = _measure_products(device, torch.float32)
     speeds["eigen"] = _measure_eigen(device if here else torch.device("cpu"))
     return speeds, tuple(measured)
 
@@ -59,8 +67,8 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
-def _measure_products(device: torch.device) -> float:
-    d, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+def _measure_products(device: torch.device, dtype: torch.dtype) -> float:
+    d = 4096 if device.type == "cuda" else 1024
     a = torch.ones(d, d, dtype=dtype, device=device)
     return 2 * d**3 / _timed(lambda: a @ a, device) / 1e12
 

@@ -11,8 +11,8 @@ from sculptor.report.text import size, table
 _RANKS = 8  # columns of a table that are read
 
 
-def estimate_text(found: Estimate) -> str:
-    """Memory by component, then time bounds and a verdict, for each mode."""
+def estimate_text(found: Estimate, components: bool = False) -> str:
+    """Memory, by component if asked for, then time and a verdict, for each mode."""
     where = "GPU" if found.kind == "cuda" else "CPU"
     lines = [
         f"{found.model}",
@@ -22,7 +22,7 @@ def estimate_text(found: Estimate) -> str:
         *_processes(found),
         f"{where}: {size(int(found.device_memory))} free; host: {size(int(found.host_memory))} free.",
         "",
-        _memory(found),
+        _memory(found, components),
         *_shares(found),
         "",
         _times(found),
@@ -42,9 +42,11 @@ def estimate_text(found: Estimate) -> str:
         mode = found.modes[found.chosen]
         option = "--offload" if found.gpus == 1 else "--parallel"
         lines.append(
-            f"Verdict: {option} auto picks {found.chosen}; at most {found.tokens / mode.step:,.0f} tokens/s, bound by "
+            f"Verdict: {option} auto picks {found.chosen}; about {found.tokens / mode.step:,.0f} tokens/s, bound by "
             f"{mode.bound}."
         )
+    if found.expected is not None:
+        lines.append(f"{str(found.expected).capitalize()}, by `sculptor train` with nothing else said.")
     if found.data is not None:
         lines += ["", data_text(found.data)]
     return "\n".join(lines)
@@ -92,7 +94,7 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
-def _memory(found: Estimate) -> str:
+def _memory(found: Estimate, components: bool) -> str:
     rows = []
     for place in ("device", "host", "disk"):
         parts: dict[str, dict[str, float]] = {}
@@ -100,7 +102,8 @@ def _memory(found: Estimate) -> str:
             held: Mapping[str, float] = getattr(mode.plan, place)
             for component, num_bytes in held.items():
                 parts.setdefault(component, {})[name] = num_bytes
-        rows += [[f"{place}: {part}", *_cells(sizes, found)] for part, sizes in parts.items()]
+        if components:
+            rows += [[f"{place}: {part}", *_cells(sizes, found)] for part, sizes in parts.items()]
         totals = {name: sum(getattr(mode.plan, place).values()) for name, mode in found.modes.items()}
         rows.append([f"{place}, in all", *_cells(totals, found)])
     return table(["memory", *found.modes], rows)
@@ -117,10 +120,10 @@ def _times(found: Estimate) -> str:
         ["link", *(f"{mode.link:.2f} s" if mode.link else "-" for mode in modes)],
         *([["bytes from others", *(size(int(mode.plan.exchanged)) for mode in modes)]] if found.gpus > 1 else []),
         ["disk", *(f"{mode.disk:.2f} s" if mode.disk else "-" for mode in modes)],
-        ["step, at least", *(f"{mode.step:.2f} s" for mode in modes)],
-        ["tokens/s, at most", *(f"{found.tokens / mode.step:,.0f}" for mode in modes)],
+        ["step, about", *(f"{mode.step:.2f} s" for mode in modes)],
+        ["tokens/s, about", *(f"{found.tokens / mode.step:,.0f}" for mode in modes)],
         ["bound by", *(mode.bound for mode in modes)],
-        *([["epoch, at least", *(_duration(found.steps * mode.step) for mode in modes)]] if found.steps else []),
+        *([["epoch, about", *(_duration(found.steps * mode.step) for mode in modes)]] if found.steps else []),
         ["fits", *("yes" if not mode.shortages else "no" for mode in modes)],
     ]
     return table(["time per step", *found.modes], rows)

@@ -4,6 +4,7 @@ from sculptor.analysis.verify import MatrixVerification, Verification
 from sculptor.report.text import harm_lines, percent, table
 
 _MAX_LISTED = 8
+_MUCH = 0.5  # of an update, for rounding to remove
 VERIFY_HEAD = ("matrix", "update", "leak", "rounding explains", "removed", "holds")
 
 
@@ -31,7 +32,7 @@ def verify_text(result: Verification) -> str:
             f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
         )
     lines += harm_lines(result.harm, named=result.named)
-    if result.eaten > 0.5:
+    if result.eaten > _MUCH:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
     if result.new_tokens:
@@ -77,7 +78,13 @@ def verdict_of(result: Verification) -> str:
         reasons.append(differences_of(result))
     if reasons:
         return "FAILED: " + " and ".join(reasons)
-    return "PASSED" if result.num_changed else "PASSED: nothing changed; are these the same checkpoint?"
+    if not result.num_changed:
+        return "PASSED: nothing changed; are these the same checkpoint?"
+    return (
+        "PASSED"
+        if result.eaten <= _MUCH
+        else f"PASSED, but rounding removed {percent(result.eaten)} of the update: see above"
+    )
 
 
 def differences_of(result: Verification) -> str:

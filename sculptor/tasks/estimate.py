@@ -9,23 +9,23 @@ from pathlib import Path
 import torch
 
 from sculptor.archive.store import Archive
-from sculptor.checkpoint.architecture import Architecture, Target, inspect_architecture
+from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of
 from sculptor.errors import DataError, SettingsError
 from sculptor.jobs.data_report import DataReport
+from sculptor.jobs.defaults import tokens_for
 from sculptor.jobs.estimate_report import Estimate, Mode
-from sculptor.methods.kinds import Kinds, known_kinds, make_method
-from sculptor.methods.method import Plans
-from sculptor.methods.rule import Rule
+from sculptor.methods.kinds import Kinds
 from sculptor.methods.staircase import StaircaseRule
 from sculptor.model.load import check_trainable, resolve_device
+from sculptor.planning.expected import Expected, decomposing_seconds, expect
 from sculptor.planning.footprints import Footprint, Workload, footprints
-from sculptor.planning.matrices import PlannedMatrix
+from sculptor.planning.matrices import PlannedMatrix, planned_matrices
 from sculptor.planning.placement import Shortage, available_disk, available_memory, plan_archive, shortages
 from sculptor.planning.settings import EstimateSettings
-from sculptor.planning.speeds import decomposition_seconds, measure_speeds
+from sculptor.planning.speeds import measure_speeds
 from sculptor.planning.splits import Split, choose_split
 from sculptor.planning.traffic import added_up
 from sculptor.progress import Progress, silent
@@ -76,7 +76,7 @@ def estimate(
         archive.check_names(checkpoint)
         matrices = plan_archive(archive, architecture)
     else:
-        matrices = _planned(architecture.targets, settings, rules)
+        matrices = planned_matrices(architecture.targets, settings.analysis, rules)
     archive_bytes = 4 * sum(_stored(matrices).values()) if archive is None else archive.num_bytes
     rows = _read_rows(checkpoint, architecture, data, settings, progress)
     machine = _Machine.of(settings, device, Path(directory))
@@ -105,7 +105,8 @@ def estimate(
     work = split.workload(replace(work, tokens=round(ways.share * rows.average)), ways.share)
     works = ways.plans(work)
     given = {name: getattr(settings, name) for name in ("tflops", "link", "disk")}
-    speeds, measured = measure_speeds(given, device, machine.here, Path(directory))
+    speeds, measured = measure_speeds(given, device, machine.here, Path(directory), compute)
+    total = None if rows.report is None else rows.usual(settings).total_steps(rows.report.num_epoch)
     modes = {name: _mode(plan, works[name], speeds, device.type, ways.lacking(plan)) for name, plan in plans.items()}
     return Estimate(
         model=str(model),
@@ -122,12 +123,35 @@ def estimate(
         host_memory=machine.host_bytes,
         archive_bytes=archive_bytes,
         basis=(settings.analysis if archive is None else archive.manifest.settings).resolved_basis,
-        analysis_seconds=_analysis_seconds(matrices, speeds["eigen"], device.type),
+        analysis_seconds=decomposing_seconds(matrices, speeds["eigen"], device.type),
         chosen=next((name for name, mode in modes.items() if not mode.shortages), None),
         data=rows.report,
         steps=None if rows.report is None else -(-rows.report.num_epoch // batch),
-        total=None if rows.report is None else rows.usual(settings).total_steps(rows.report.num_epoch),
+        total=total,
+        expected=_expected(checkpoint, architecture, archive, matrices, rows, work, total, speeds)
+        if device.type == "cpu" and settings.gpus == 1
+        else None,
     )
+
+
+def _expected(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    archive: Archive | None,
+    matrices: Sequence[PlannedMatrix],
+    rows: "_Rows",
+    work: Workload,
+    total: int | None,
+    speeds: Mapping[str, float],
+) -> Expected | None:
+    """Of what `train` does with the data and nothing else said; it analyzes where there is no archive."""
+    if rows.report is None or total is None:
+        return None
+    measured = any(isinstance(matrix.rule, StaircaseRule) and matrix.rule.moments for matrix in matrices)
+    tokens = tokens_for(checkpoint, torch.device("cpu"))
+    remembered = min(max(tokens, round(48 * rows.average)), rows.report.num_tokens) if measured else 0
+    analyzed = tokens if archive is None and measured else 0
+    return expect(checkpoint, architecture, matrices, work, total, speeds, analyzed=analyzed, remembered=remembered)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -255,40 +279,6 @@ class _Ways:
 
     def _choose(self, plans: Callable[[Split], dict[str, Footprint]], work: Workload, wanted: TrainSettings) -> Split:
         return choose_split(plans, wanted, self.share, work.row, self.machine.device, self.machine.device_bytes)
-
-
-def _analysis_seconds(matrices: Sequence[PlannedMatrix], speed: float, kind: str) -> float:
-    """What decomposing them takes: of moments each side by itself, of what is shared once."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for matrix in matrices:
-        for name in sorted(matrix.rule.orthonormal & matrix.rule.stored().keys()):
-            side = matrix.target.shape[0 if name == "output" else 1]
-            measured = isinstance(matrix.rule, StaircaseRule) and matrix.rule.moments
-            key, shape = (matrix.names[name], (side, side)) if measured else (matrix.target.name, matrix.target.shape)
-            shapes[key] = shape
-    return sum(decomposition_seconds(shape, speed, kind) for shape in shapes.values())
-
-
-def _planned(targets: Sequence[Target], settings: EstimateSettings, kinds: Kinds | None) -> list[PlannedMatrix]:
-    """What an analysis would give every matrix.
-
-    Raises:
-        SettingsError: if the rule does not follow from shapes, or something does not go with it.
-    """
-    method = make_method(settings.analysis, known_kinds(kinds), [target.shape for target in targets])
-    if not isinstance(method, Plans):
-        raise SettingsError(f"rule {settings.rule} does not follow from shapes: pass --subspaces")
-    rules = functools.cache(method.plan)
-    return [PlannedMatrix(target, rules(target.shape), _names(target, rules(target.shape))) for target in targets]
-
-
-def _names(target: Target, rule: Rule) -> dict[str, str]:
-    """Of its stored tensors: what is measured of an input is there once for all that read it."""
-    shared = isinstance(rule, StaircaseRule) and rule.moments
-    return {
-        name: f"{target.input_group if shared and name.startswith('input') else target.name}.{name}"
-        for name in rule.stored()
-    }
 
 
 def _stored(matrices: Sequence[PlannedMatrix]) -> dict[str, int]:

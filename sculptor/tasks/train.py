@@ -19,6 +19,7 @@ from sculptor.checkpoint.staging import STAGED_NAME, move, partial_path, put_in_
 from sculptor.checkpoint.written import LOCK_NAME, remove
 from sculptor.data.rows import Data
 from sculptor.interruption import signals_wait
+from sculptor.jobs.expected import tell_expected
 from sculptor.jobs.finish import write_output
 from sculptor.jobs.job import TrainJob, open_base, open_job, read_task
 from sculptor.jobs.memory import fit_memory
@@ -126,7 +127,10 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             )
         if not request.protect_data:
             check_samples(request.model)
-        steps_of(rows.encoded, rows.replays, settings).tell(settings, notice)  # before a long analysis
+        steps = steps_of(rows.encoded, rows.replays, settings)
+        steps.tell(settings, notice)  # before a long analysis
+        if not request.resume:
+            tell_expected(checkpoint, architecture, None, steps, rows.encoded.examples, settings, notice)
         with staged(inputs=[checkpoint.path, *read], resume=request.resume) as partial:
             analyze_first(request.model, partial, request.protect_data, settings, progress, notice, request.rules)
         request = replace(request, subspaces=partial_path(output) / ANALYZED, resume=True)
@@ -144,6 +148,9 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
         if rows is None and job.steps is not None:
             job.steps.tell(settings, notice)
         job = fit_memory(job, settings.memory_rows, partial, device, notice, world)
+        if rows is None and job.steps is not None and not request.resume:
+            examples = job.encoded.examples
+            tell_expected(job.checkpoint, job.architecture, job.archive, job.steps, examples, job.settings, notice)
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
         report = _run(request, job, device, partial, world)
         world.once(lambda: _place(partial, output, request.overwrite))

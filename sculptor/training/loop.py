@@ -40,7 +40,7 @@ class LoopResult:
 
     Attributes:
         steps: optimizer steps in all.
-        first_loss: training loss of the first step, `last_loss` of the last (nats per token).
+        first_loss: training loss of the first step, `last_loss` the mean over the last tenth of them (nats per token).
         best_step: the step whose parameters are kept, None without evaluation.
         best_loss: its evaluation loss.
         tokens: tokens read, padding excluded; `seconds` spent, both over all parts of a resumed run.
@@ -58,6 +58,11 @@ class LoopResult:
     harm: Harm | None = None
     steering_harm: float | None = None
     named: tuple[NamedHarm, ...] = ()
+
+
+def num_last(steps: int) -> int:
+    """The last tenth of so many steps."""
+    return max(1, steps // 10)
 
 
 class TrainingLoop:
@@ -231,7 +236,7 @@ class TrainingLoop:
             self.position,
             step=step + 1,
             first_loss=loss if step == 0 else self.position.first_loss,
-            last_loss=loss,
+            last_loss=self._late(step, loss),
             tokens=self.position.tokens + tokens,
             seconds=seconds,
         )
@@ -243,6 +248,12 @@ class TrainingLoop:
         rate = {name: rate_of(peak)}
         rate |= {} if self.as_base is None else {"kl": kl}
         self._log(step=step + 1, epoch=epoch, loss=loss, **rate, grad_norm=norm, tokens=tokens, seconds=seconds)
+
+    def _late(self, step: int, loss: float) -> float:
+        """Of steps so far, as far as they are of the last tenth: that of one step says what its rows are like."""
+        count = step - (self.total - num_last(self.total))
+        before = self.position.last_loss
+        return loss if count <= 0 or before is None else before + (loss - before) / (count + 1)
 
     @property
     def _rate(self) -> tuple[str, float]:

@@ -43,7 +43,7 @@ class Position:
         best_step: step of the best evaluation so far, None before the first.
         best_loss: its loss.
         metrics_bytes: length of metrics.jsonl at this step.
-        first_loss: training loss of the first step, `last_loss` of the last one done.
+        first_loss: training loss of the first step, `last_loss` of the last one done, in the last tenth of the run their mean.
         tokens: tokens read so far.
         seconds: time spent in the loop so far.
         harm: on the steering samples, when it was measured last.

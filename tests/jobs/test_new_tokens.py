@@ -23,7 +23,7 @@ from sculptor.jobs.job import open_base, read_task
 from sculptor.jobs.new_tokens import read_tokens
 from sculptor.model.samples import read_samples
 from sculptor.report.html.verify import verify_page
-from sculptor.report.text import train_text
+from sculptor.report.train import train_text
 from sculptor.report.verify import verify_text
 
 COVERS = ["sculptor.checkpoint.old_text", "sculptor.checkpoint.vocabulary"]

@@ -32,7 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_what_is_given_is_not_measured(measured: list[str], tmp_path: Path) -> None:
     found, names = measure_speeds({"tflops": 7.0, "link": 8.0, "disk": 9.0}, GPU, True, tmp_path)
-    assert found == {"tflops": 7.0, "link": 8.0, "disk": 9.0, "eigen": 0.125}
+    assert found == {"tflops": 7.0, "float32": 7.0, "link": 8.0, "disk": 9.0, "eigen": 0.125}
     assert names == ()
     assert measured == ["eigen"]
 

@@ -1,6 +1,7 @@
 """`train` as a whole: what it decides, says and notes, what it refuses, and what is left when it ends."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import AutoTokenizer
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.planning import placement
-from sculptor.report.text import size, train_text
+from sculptor.report.text import size
+from sculptor.report.train import train_text
 
 COVERS = [
     "sculptor.jobs.finish",
@@ -274,7 +276,12 @@ def test_a_loss_that_fell_is_not_mentioned(cli: Callable[..., Result], made: Pat
     arguments = ("--data", made / "rows.jsonl", "--max-steps", 4, "--device", "cpu")
     found = cli("train", made / "model", "--subspaces", made / "archive", *arguments, "-o", tmp_path / "out")
     assert found.code == 0, found.err
-    assert found.out.rstrip("\n").splitlines()[-2].startswith("Wrote ")
+    *_, wrote, sizes, check = found.out.rstrip("\n").splitlines()
+    assert wrote.startswith("Wrote ")
+    assert "in the checkpoint" in sizes
+    command = shlex.split(check.removeprefix("To check it: "))
+    assert command[0] == "sculptor"
+    assert cli(*command[1:]).code == 0
     assert "ended above" not in found.out
     assert record(tmp_path / "out")["rose"] is False
 

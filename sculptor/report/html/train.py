@@ -11,7 +11,8 @@ from sculptor.report.html.curves import Curve, chart
 from sculptor.report.html.figures import harm_tile, leak_map, leak_spot, share_map, update_map
 from sculptor.report.html.heat import Spot
 from sculptor.report.html.page import Child, details, element, listed, note, page, section, table, tiles
-from sculptor.report.text import not_targeted_lines, percent, train_text
+from sculptor.report.text import not_targeted_lines, percent
+from sculptor.report.train import train_text
 
 _COUNTERS = ("step", "epoch", "tokens", "seconds")
 _TITLES = {
@@ -66,7 +67,7 @@ def train_page(report: TrainReport) -> str:
 def _tiles(report: TrainReport, changed: bool) -> list[tuple[str, str, str | None]]:
     loop = report.loop
     found: list[tuple[str, str, str | None]] = [
-        ("Loss", f"{loop.first_loss:.3f} → {loop.last_loss:.3f}", "first and last step"),
+        ("Loss", f"{loop.first_loss:.3f} → {loop.last_loss:.3f}", "first step; mean of the last tenth"),
         ("Steps", f"{loop.steps:,}", f"{loop.tokens:,} tokens in {loop.seconds:.0f} s"),
         ("Rows", f"{report.num_examples:,}", f"{report.num_dropped:,} dropped, {report.num_cut:,} cut"),
         ("Free parameters", f"{report.num_trainable:,}", f"{report.num_protected:,} protected"),

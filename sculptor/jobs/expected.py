@@ -1,0 +1,104 @@
+"""Says how long a training will take, before it begins: on a CPU, where that is minutes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from sculptor.archive.store import Archive
+from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.data.examples import Example
+from sculptor.jobs.defaults import tokens_for
+from sculptor.jobs.memory import rows_for
+from sculptor.methods.method import carries_of
+from sculptor.methods.settings import AnalyzeSettings
+from sculptor.model.load import resolve_device
+from sculptor.planning.expected import Expected, expect
+from sculptor.planning.footprints import Workload
+from sculptor.planning.matrices import planned_matrices
+from sculptor.planning.placement import plan_archive
+from sculptor.planning.speeds import measure_speeds
+from sculptor.training.precision import compute_dtype, decide_precision
+from sculptor.training.settings import TrainSettings
+from sculptor.training.steps import Steps
+from sculptor.world import here
+
+_CPU = torch.device("cpu")
+# As fast as no CPU is: what is not worth a line then is not worth measuring the machine.
+_FAST = {"tflops": 2.0, "float32": 2.0, "eigen": 0.01}
+_SHORT = 20  # seconds
+_WORTH = 120
+
+
+def tell_expected(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    archive: Archive | None,
+    steps: Steps,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    notice: Callable[[str], object],
+) -> None:
+    """One line where it is more than two minutes, of one process on a CPU.
+
+    Args:
+        checkpoint, architecture: the model.
+        archive: its archive; without one it is analyzed first.
+        steps: of the run.
+        examples: of the task.
+        settings: as far as they are known.
+        notice: told.
+    """
+    if resolve_device(settings.device).type != "cpu" or here().size > 1:
+        return
+    dtype = compute_dtype(decide_precision(settings.precision, checkpoint, _CPU), _CPU)
+    speeds = _FAST
+    for measured in (False, True):
+        if measured:
+            speeds, _ = measure_speeds({"tflops": None, "link": 1.0, "disk": 1.0}, _CPU, True, Path(), dtype)
+        found = expected_of(checkpoint, architecture, archive, steps, examples, settings, speeds, dtype)
+        if found.total < (_WORTH if measured else _SHORT):
+            return
+    notice(f"{found}, on this machine with nothing else to do")
+
+
+def expected_of(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    archive: Archive | None,
+    steps: Steps,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    speeds: dict[str, float],
+    dtype: torch.dtype,
+) -> Expected:
+    """What `tell_expected` tells, at some speeds; `dtype` is what weights are multiplied in."""
+    matrices = (
+        planned_matrices(architecture.targets, AnalyzeSettings())
+        if archive is None
+        else plan_archive(archive, architecture)
+    )
+    merges = settings.carry == "merge" or (
+        settings.carry is None and (archive is None or carries_of(archive.method)[0] == "merge")
+    )
+    rows = settings.memory_rows or rows_for(checkpoint, examples, _CPU)
+    micro = min(settings.micro_rows, steps.rows)
+    work = Workload(
+        round(steps.rows * steps.mean),
+        -(-steps.rows // micro),
+        recompute=settings.checkpoint_activations is True,
+        row=steps.longest,
+        micro_rows=micro,
+        compute=dtype,
+    )
+    return expect(
+        checkpoint,
+        architecture,
+        matrices,
+        work,
+        steps.total,
+        speeds,
+        analyzed=tokens_for(checkpoint, _CPU) if archive is None else 0,
+        remembered=round(min(rows, len(examples)) * steps.mean) if merges else 0,
+    )

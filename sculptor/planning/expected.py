@@ -1,0 +1,113 @@
+"""How long `train` takes on a CPU, stage by stage, from operations and what the machine does in a second.
+
+On a GPU launches decide about small models, and this would say too little.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from sculptor.checkpoint.architecture import Architecture, Target
+from sculptor.checkpoint.reader import Checkpoint
+from sculptor.methods.staircase import StaircaseRule
+from sculptor.planning.footprints import Workload, footprints
+from sculptor.planning.matrices import PlannedMatrix
+from sculptor.planning.speeds import decomposition_seconds
+
+# A token that is sampled against one of many that are read at once: few rows, and a cache that grows.
+_SAMPLED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Seconds of each stage, 0 where there is none.
+
+    Attributes:
+        analysis: sampling, passes over text, decompositions.
+        training: `steps` of it.
+        archive: the task's rows measured, and what is known decomposed again.
+    """
+
+    analysis: float
+    training: float
+    archive: float
+    steps: int
+
+    @property
+    def total(self) -> float:
+        """Of all stages."""
+        return self.analysis + self.training + self.archive
+
+    def __str__(self) -> str:
+        parts = {
+            "to analyze": self.analysis,
+            f"for {self.steps:,} steps": self.training,
+            "for the next archive": self.archive,
+        }
+        shown = ", ".join(f"{_minutes(seconds)} {name}" for name, seconds in parts.items() if seconds >= 30)
+        return f"about {_minutes(self.total)} min in all" + (f": {shown}" if shown else "")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}" if seconds >= 90 else f"{seconds / 60:.1f}"
+
+
+def operations_per_token(checkpoint: Checkpoint, sides: Sequence[int], *, gradients: bool) -> float:
+    """Of measuring text: forward, backward, and forward again for it; and outer products of every side of a matrix."""
+    numbers = sum(prod(info.shape) for info in checkpoint.infos.values())
+    return float((8 if gradients else 2) * numbers + 2 * sum(d * d for d in sides))
+
+
+def sides_of(targets: Sequence[Target], *, gradients: bool) -> list[int]:
+    """Of matrices, those that are measured: what several read is measured once."""
+    groups = {target.input_group: target.shape[1] for target in targets}
+    return [*groups.values(), *((target.shape[0] for target in targets) if gradients else ())]
+
+
+def decomposing_seconds(matrices: Sequence[PlannedMatrix], speed: float, kind: str) -> float:
+    """What decomposing them takes: of moments each side by itself, of what is shared once."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for matrix in matrices:
+        for name in sorted(matrix.rule.orthonormal & matrix.rule.stored().keys()):
+            side = matrix.target.shape[0 if name == "output" else 1]
+            measured = isinstance(matrix.rule, StaircaseRule) and matrix.rule.moments
+            key, shape = (matrix.names[name], (side, side)) if measured else (matrix.target.name, matrix.target.shape)
+            shapes[key] = shape
+    return sum(decomposition_seconds(shape, speed, kind) for shape in shapes.values())
+
+
+def expect(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    matrices: Sequence[PlannedMatrix],
+    work: Workload,
+    steps: int,
+    speeds: Mapping[str, float],
+    *,
+    analyzed: int = 0,
+    remembered: int = 0,
+) -> Expected:
+    """Of a training on the CPU.
+
+    Args:
+        checkpoint, architecture: the model.
+        matrices: of its archive, or of the one that is made.
+        work: a step with tokens as they are on average.
+        steps: how many.
+        speeds: `tflops` of products as it trains, `float32` of others, `eigen` of `measure_speeds`.
+        analyzed: tokens that are sampled and measured before, if any.
+        remembered: tokens of the task that are measured after, if any.
+    """
+    step = footprints(checkpoint, architecture, matrices, torch.device("cpu"), work)["none"]
+    sides = sides_of([matrix.target for matrix in matrices], gradients=True)
+    read = operations_per_token(checkpoint, sides, gradients=True) / (1e12 * speeds["float32"])
+    said = _SAMPLED * operations_per_token(checkpoint, (), gradients=False) / (1e12 * speeds["float32"])
+    decomposed = decomposing_seconds(matrices, speeds["eigen"], "cpu")
+    return Expected(
+        analysis=analyzed * (read + said) + decomposed if analyzed else 0.0,
+        training=steps * (step.operations + step.folding) / (1e12 * speeds["tflops"]),
+        archive=remembered * read + decomposed if remembered else 0.0,
+        steps=steps,
+    )

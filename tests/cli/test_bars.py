@@ -1,0 +1,43 @@
+"""Progress bars: on a terminal one line that changes, in a log file lines."""
+
+import io
+import sys
+
+import pytest
+from sculptor_cli import options
+
+COVERS = ["sculptor_cli.options"]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(options, "SHOWN_AFTER", 0)
+    monkeypatch.setattr(options, "speaks", lambda: True)
+    bar = options.bars(total=3, desc="train", unit="step")
+    bar.set_postfix_str("loss 1.5", refresh=False)
+    for _ in range(3):
+        bar.update(1)
+        bar.refresh()
+    bar.close()
+    return stream.getvalue()
+
+
+def test_a_log_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, io.StringIO())
+    assert "\r" not in text
+    assert text.endswith("\n")
+    lines = text.splitlines()
+    assert all(line.startswith("train:") for line in lines), lines
+    assert "loss 1.5" in lines[-1]
+    assert any("2/3" in line for line in lines)
+
+
+def test_a_terminal_gets_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, _Terminal())
+    assert "\r" in text
+    assert "\n" not in text
