@@ -2,12 +2,14 @@
 
 import itertools
 import textwrap
+from collections.abc import Sequence
 
 from sculptor.evaluation.answers import Answer
 from sculptor.evaluation.rows import Evaluation
 from sculptor.report.text import WIDTH, percent, table
 
 _SHOWN = 400  # characters of a prompt or an answer
+_WORTH_SHARING = 40  # characters
 
 
 def evaluate_text(result: Evaluation) -> str:
@@ -19,8 +21,19 @@ def evaluate_text(result: Evaluation) -> str:
         parts.append(table(*watched_rows(result)))
     if result.tasks:
         parts.append(table(*tasks_rows(result)))
-    parts += itertools.starmap(_answer, beside(result))
+    start = shared_start([answer.prompt for answer in result.answers])
+    if start:
+        parts.append("\n".join(_wrapped("all", start)))
+    parts += [_answer(answer, base, len(start)) for answer, base in beside(result)]
     return "\n\n".join(parts)
+
+
+def shared_start(prompts: Sequence[str]) -> str:
+    """What several prompts begin with, in whole lines: a system prompt that is worth showing once."""
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    start = "".join(column[0] for column in same) if len(prompts) > 1 else ""
+    start = start[: start.rfind("\n") + 1]
+    return start if len(start) >= _WORTH_SHARING else ""
 
 
 def beside(result: Evaluation) -> list[tuple[Answer, Answer | None]]:
@@ -99,14 +112,19 @@ def measures_rows(result: Evaluation) -> list[list[str]]:
     return rows
 
 
-def _answer(answer: Answer, base: Answer | None) -> str:
+def _answer(answer: Answer, base: Answer | None, shared: int) -> str:
     lines = [answer.where]
-    parts = [("asked", answer.prompt), ("expected", answer.expected), ("said", answer.said)]
+    asked = ("… " if shared else "") + answer.prompt[shared:]
+    parts = [("asked", asked), ("expected", answer.expected), ("said", answer.said)]
     for name, text in [*parts, *([] if base is None else [("base", base.said)])]:
-        lines += textwrap.wrap(
-            _printable(text), WIDTH, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False
-        ) or [f"  {name:9}(nothing)"]
+        lines += _wrapped(name, text)
     return "\n".join([*lines, f"  {_mark(answer)}" + ("" if base is None else f"; the base: {_mark(base)}")])
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        _printable(text), WIDTH, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False
+    ) or [f"  {name:9}(nothing)"]
 
 
 def _mark(answer: Answer) -> str:
