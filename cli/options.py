@@ -1,9 +1,7 @@
 """What commands share: near-miss suggestions, progress bars and common options."""
 
 import dataclasses
-import io
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
@@ -78,37 +76,11 @@ def tell(text: str) -> None:
         click.echo(text, err=True)
 
 
-SHOWN_AFTER = 2.0  # seconds that go without a bar
-
-
 def bars(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
-    """Progress on stderr with time left, shown only for what takes over two seconds."""
-    from tqdm import tqdm
+    """Progress on stderr with time left, in the first process."""
+    from sculptor import progress
 
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=desc,
-        unit=unit,
-        initial=initial,
-        delay=SHOWN_AFTER,
-        dynamic_ncols=terminal,
-        mininterval=0.5 if terminal else 10,  # a log file wants a line now and then
-        unit_scale=unit == "B",
-        leave=False,
-        file=sys.stderr if terminal else _Lines(),
-        disable=not speaks(),
-    )
-
-
-class _Lines(io.StringIO):
-    """Standard error that is no terminal: every state of a bar is a line of its own, and the end of one is none."""
-
-    def write(self, text: str) -> int:
-        if line := text.strip("\r\n "):
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
-        return len(text)
+    return (progress.bars if speaks() else progress.silent)(total=total, desc=desc, unit=unit, initial=initial)
 
 
 def quiet_libraries() -> None:

@@ -230,7 +230,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def run_command(*arguments: object) -> Result:
         from sculptor_cli.main import run
 
-        monkeypatch.setattr("sculptor_cli.options.SHOWN_AFTER", 1e9)  # what a slow machine shows is no part of a test
+        monkeypatch.setattr("sculptor.progress.SHOWN_AFTER", 1e9)  # what a slow machine shows is no part of a test
         monkeypatch.setattr("sys.argv", ["sculptor", *map(str, arguments)])
         capsys.readouterr()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -12,7 +12,9 @@ from conftest import save_checkpoint, slowly, task_rows, write_rows
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import sculptor
+import sculptor.tasks.callback as callback_module
 from sculptor.data.collated import batch_examples
+from sculptor.progress import silent
 
 COVERS = ["sculptor.data.collated", "sculptor.tasks.callback", "sculptor.jobs.same_model", "sculptor.training.saved"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "trainers.md"
@@ -253,6 +255,35 @@ def test_what_is_changed_while_it_trains_is_not_written(place: Path, bases: dict
     with pytest.raises(sculptor.SculptorError, match="predicts something else than what is written of it"):
         Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()
     assert not list(place.glob("out*"))
+
+
+@pytest.mark.parametrize(("quiet", "given"), [(False, False), (True, False), (False, True)])
+def test_the_callback_shows_what_it_does_as_the_trainer_does(
+    place: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, quiet: bool, given: bool
+) -> None:
+    """After the last step it writes, measures and verifies: minutes that are not silent, unless the trainer is, or one says how."""
+    shown: dict[str, list[str]] = {"ours": [], "given": []}
+
+    def showing(to: str) -> Any:
+        def bar(*, total: int, desc: str, unit: str, initial: int = 0) -> Any:
+            shown[to].append(desc)
+            return silent(total=total, desc=desc, unit=unit, initial=initial)
+
+        return bar
+
+    monkeypatch.setattr(callback_module, "bars", showing("ours"))
+    options = {"progress": showing("given")} if given else {}
+    model = AutoModelForCausalLM.from_pretrained("model")
+    sculptor.protect(model, bases["weights"])
+    arguments = TrainingArguments(
+        "run", use_cpu=True, report_to="none", max_steps=1, save_strategy="no", disable_tqdm=quiet
+    )
+    callback = sculptor.SculptorCallback("model", bases["weights"], "out", **options)
+    rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    there = "given" if given else "ours"
+    assert shown.pop("given" if there == "ours" else "ours") == []
+    assert ("verify" in shown[there]) is ("write" in shown[there]) is (given or not quiet)
 
 
 def test_rows_of_other_collators() -> None:

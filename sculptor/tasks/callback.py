@@ -46,7 +46,7 @@ from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import measures_of
 from sculptor.methods.settings import Carry
 from sculptor.model.load import LoadedModel, load_tokenizer
-from sculptor.progress import Progress, silent
+from sculptor.progress import Progress, bars, silent
 from sculptor.training.base import BaseWeights
 from sculptor.training.loop import LoopResult
 from sculptor.training.protect import ProtectedMatrix, protected_matrices
@@ -80,7 +80,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             keeps another model at the end, since it is the output otherwise.
         overwrite: replace an existing output.
         rules: kinds of rules beside sculptor's own.
-        progress: makes progress bars.
+        progress: makes progress bars [default: as the command line has them, unless the trainer shows none].
         notice: told in a line what was written, with its leak.
 
     Attributes:
@@ -106,7 +106,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         at_save: bool = True,
         overwrite: bool = False,
         rules: Kinds | None = None,
-        progress: Progress = silent,
+        progress: Progress | None = None,
         notice: Callable[[str], object] = print,
     ) -> None:
         self.base, self.subspaces, self.output = model, subspaces, Path(output).resolve()
@@ -115,7 +115,9 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             carry=carry, memory_rows=memory_rows, memory_weight=memory_weight, save_dtype=save_dtype
         )
         self.at_save, self.overwrite = at_save, overwrite
-        self.rules, self.progress, self.notice = rules, progress, notice
+        self.rules, self.notice = rules, notice
+        self.progress = silent if progress is None else progress
+        self._own_bars = progress is None
         self.report: TrainReport | None = None
         self.verification: Verification | None = None
         self._job: TrainJob | None = None
@@ -124,6 +126,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuses what could not be written, before any step."""
         self._began = time.perf_counter()
+        if self._own_bars:
+            self.progress = silent if getattr(args, "disable_tqdm", True) else bars
         if self.output.exists() and not self.overwrite:
             raise OutputError(f"{self.output}: exists already; choose another output or pass overwrite=True")
         run = Path(args.output_dir).resolve()

@@ -6,7 +6,9 @@ import sys
 import pytest
 from sculptor_cli import options
 
-COVERS = ["sculptor_cli.options"]
+from sculptor import progress
+
+COVERS = ["sculptor.progress", "sculptor_cli.options"]
 
 
 class _Terminal(io.StringIO):
@@ -16,8 +18,7 @@ class _Terminal(io.StringIO):
 
 def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> str:
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(options, "SHOWN_AFTER", 0)
-    monkeypatch.setattr(options, "speaks", lambda: True)
+    monkeypatch.setattr(progress, "SHOWN_AFTER", 0)
     bar = options.bars(total=3, desc="train", unit="step")
     bar.set_postfix_str("loss 1.5", refresh=False)
     for _ in range(3):
@@ -35,6 +36,17 @@ def test_a_log_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line.startswith("train:") for line in lines), lines
     assert "loss 1.5" in lines[-1]
     assert any("2/3" in line for line in lines)
+
+
+def test_of_several_processes_the_first_alone_shows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(progress, "SHOWN_AFTER", 0)
+    bar = options.bars(total=3, desc="train", unit="step")
+    bar.update(3)
+    bar.close()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_gets_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
