@@ -19,7 +19,7 @@ BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PRECISION = "precision"
 # Numbers whose moments are widened at a time: few launches on a GPU; on a CPU they stay in its cache.
-_PIECE = {"cuda": 2**22, "cpu": 2**17}
+_PIECE = {"cuda": 2**24, "cpu": 2**17}
 
 
 class Group(NamedTuple):
