@@ -11,7 +11,7 @@ from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
 from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sources, weight_of
 from sculptor.errors import SettingsError
-from sculptor.methods.settings import SELF, AnalyzeSettings, is_self
+from sculptor.methods.settings import SAMPLED_LENGTH, SELF, AnalyzeSettings, is_self
 from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.model.sampling import sample_examples
 from sculptor.progress import Progress
@@ -69,6 +69,7 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, p
     if own is None:
         return []
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
+    max_length = min(max_length, SAMPLED_LENGTH) if settings.max_length is None else max_length
     use_template(loaded.tokenizer, settings.chat_template)
     examples = sample_examples(
         loaded, settings.tokens_per_source, max_length, chat=settings.chat, seed=settings.seed, progress=progress

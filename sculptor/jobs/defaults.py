@@ -9,14 +9,13 @@ import torch
 from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
-from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SELF, AnalyzeSettings
+from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SAMPLED_LENGTH, SELF, AnalyzeSettings
 from sculptor.model.load import load_tokenizer
 from sculptor.planning.expected import operations_per_token, sides_of
 
 # Tokens times parameters on a CPU, and bounds of the tokens: what two cores sample and measure in a few minutes.
 _CPU_WORK = 5e11
 _CPU_TOKENS = (2000, 30_000)
-_CPU_LENGTH = 256  # of sampled sequences: on a CPU a step takes about the same for few rows as for many
 
 _PROTECTED = {
     "weights": "protects the largest singular values, which needs no data and keeps general ability no better than chance does",
@@ -43,8 +42,8 @@ def fill_in(
                 "needs none"
             )
         tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
-        length = _CPU_LENGTH if device.type == "cpu" and settings.max_length is None else settings.max_length
-        length = None if length is None else min(length, architecture.max_positions or length)
+        length = settings.max_length or SAMPLED_LENGTH
+        length = min(length, architecture.max_positions or length)
         chat = settings.chat or bool(tokenizer.chat_template)
         settings = replace(settings, data=(SELF,), chat=chat, max_length=length)
     return replace(settings, calibration_tokens=settings.calibration_tokens or tokens_for(checkpoint, device))

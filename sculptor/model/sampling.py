@@ -15,7 +15,8 @@ from sculptor.progress import Bar, Progress
 
 # Rows sampled side by side: as many as their caches (keys and values of every layer) fit into, within bounds.
 _CACHE_BYTES = {"cuda": 6e9, "cpu": 1e9}
-_ROWS = (4, 256)
+_ROWS = (4, 512)
+_LIKELY = 0.7  # of the longest, before there is a mean: how long a conversation is
 _MAX_USER_TOKENS = 96
 _MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
@@ -74,7 +75,8 @@ def sample_examples(
                 break
             # Conversations end before the longest: as many as the mean of those so far asks for, and some more, since another
             # round for what is still lacking takes nearly as long as one of many rows.
-            likely = max(2, total // len(found)) if chat and found else max_length
+            mean = total // len(found) if found else int(_LIKELY * max_length)
+            likely = max(2, mean) if chat else max_length
             rows = max(1, min(most, math.ceil((_MORE if chat else 1.0) * (num_tokens - total) / likely)))
             sampled = (
                 _converse(loaded, rows, max_length, heard) if chat else _speak(loaded, rows, start, max_length, heard)
@@ -119,7 +121,10 @@ class _Heard:
 
 def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
     config = loaded.model.config.get_text_config()
-    per_token = 2 * config.num_hidden_layers * config.hidden_size * (2 if loaded.device.type == "cuda" else 4)
+    heads = getattr(config, "num_attention_heads", None)
+    kept = getattr(config, "num_key_value_heads", None)
+    share = kept / heads if isinstance(kept, int) and isinstance(heads, int) and 0 < kept < heads else 1.0
+    per_token = share * 2 * config.num_hidden_layers * config.hidden_size * (2 if loaded.device.type == "cuda" else 4)
     return int(min(max(_CACHE_BYTES[loaded.device.type] / (per_token * max_length), _ROWS[0]), _ROWS[1]))
 
 
