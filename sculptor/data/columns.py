@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sculptor.errors import SettingsError
+from sculptor.errors import DataError, SettingsError
+from sculptor.validation import each_key_once
 
 # What a row can have for us; the first of each form is what tells it.
 KNOWN = (
@@ -48,11 +49,22 @@ def rename(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     return {ours: row[theirs] for ours, theirs in columns.items() if theirs in row} | rest
 
 
-def parsed(value: Any) -> Any:
-    """A list that stands in a cell of a table, as JSON text; everything else as it is."""
+class Cells(dict[str, Any]):
+    """A row of a table, whose cells may hold a list as JSON text."""
+
+
+def parsed(value: Any, where: str) -> Any:
+    """A list that is written as JSON text, as in a cell of a table; everything else as it is.
+
+    Raises:
+        DataError: if it has a key twice.
+    """
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return json.loads(value, object_pairs_hook=each_key_once)
+        except (json.JSONDecodeError, RecursionError):
             return value
+        except ValueError as cause:
+            if "twice" in str(cause):
+                raise DataError(f"{where}: JSON in a cell has {cause}") from None
     return value

@@ -35,7 +35,7 @@ def conversation(row: Mapping[str, Any], messages: Any, where: str, start: int =
     Raises:
         DataError: with file and line.
     """
-    messages = parsed(messages)
+    messages = parsed(messages, where)
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: 'messages' is not a list of messages")
     if system := row.get("system"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sculptor.data.columns import Cells
 from sculptor.errors import DataError
 from sculptor.validation import each_key_once
 
@@ -114,6 +115,12 @@ def _read_array(path: Path, text: str) -> Found:
         yield f"{path}: row {number}", row
 
 
+def _each_whole(text: str, first: int, last: int, count: int) -> bool:
+    """Whether every one of some lines has as many tabs as a row has."""
+    lines = _LINE_END.split(text)[first - 1 : last]
+    return all(line.count("\t") == count - 1 for line in lines)
+
+
 def _read_table(path: Path, text: str, delimiter: str) -> Found:
     """Cells are texts as they stand; an empty one is an empty text."""
     csv.field_size_limit(_MAX_CELL)
@@ -130,9 +137,14 @@ def _read_table(path: Path, text: str, delimiter: str) -> Found:
                     raise DataError(
                         f"{path}:{line}: {len(cells)} cells, the head has {len(head)}; quote cells with {delimiter!r}"
                     )
+                if delimiter == "\t" and reader.line_num > line and _each_whole(text, line, reader.line_num, len(head)):
+                    raise DataError(
+                        f"{path}:{line}: quotes make one row of lines {line} to {reader.line_num}, each of which is a row by its "
+                        "tabs; write the rows as .csv or JSON lines"
+                    )
                 if [cells[0].removeprefix("\ufeff"), *cells[1:]] == head:
                     raise DataError(f"{path}:{line}: the head again, as where files are put together; remove the line")
-                yield f"{path}:{line}", dict(zip(head, cells, strict=True))
+                yield f"{path}:{line}", Cells(zip(head, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as cause:
         raise DataError(f"{path}:{reader.line_num}: no table ({cause})") from cause

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sculptor.data.columns import Columns, parsed, rename
+from sculptor.data.columns import Cells, Columns, parsed, rename
 from sculptor.data.conversations import conversation, is_trained, short
 from sculptor.data.labelled import EXPECTED_LABELLED, KEYS, Classes, labelled, usual_columns
 from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow
@@ -65,6 +65,7 @@ def recognise(given: Any, where: str, columns: Columns, classes: Classes | None 
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise DataError(f"{where}: expected a JSON object, found {type(given).__name__}")
     named = {key: value for key, value in rename(given, columns).items() if value is not None}
+    named |= _turns_in_cells(named, where) if isinstance(given, Cells) else {}
     _check_text(named, where)
     forms = [form for form in (_FORMS if classes is None else [_labelled_form(classes)]) if form.tells(named)]
     if len(forms) > 1 and columns:
@@ -137,7 +138,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = parsed(row.get(key, ()))
+    value = parsed(row.get(key, ()), where)
     if (
         not isinstance(value, list | tuple)
         or not all(isinstance(item, str) and item.strip() for item in value)
@@ -152,8 +153,8 @@ def _make_text(row: Mapping[str, Any], where: str) -> Row:
 
 
 def _make_pair(row: Mapping[str, Any], where: str) -> Row:
-    prompt, completion = _turns(row["prompt"]), _turns(row.get("completion"))
-    if prompt is not None and completion is not None:  # as TRL has conversations
+    prompt, completion = row["prompt"], row.get("completion")
+    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):  # as TRL has conversations
         if "choices" in row:
             raise DataError(f"{where}: 'choices' beside messages; ranking needs 'prompt' as a text")
         _check_wanted(row, where)
@@ -206,14 +207,14 @@ def _right(row: Mapping[str, Any], choices: tuple[str, ...], references: tuple[s
     return choices[number]
 
 
-def _turns(value: Any) -> list[Any] | None:
-    """A list of messages, also as JSON text in a cell; None for any other text, whatever it begins with."""
-    found = parsed(value)
-    if isinstance(value, str) and not (
-        isinstance(found, list) and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in found)
-    ):
-        return None
-    return list(found) if isinstance(found, list | tuple) else None
+def _turns_in_cells(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Prompt and completion of a table, where both are lists of messages; any other text is text, whatever it begins with."""
+    found = {key: parsed(row.get(key), where) for key in ("prompt", "completion")}
+    whole = all(
+        isinstance(value, list) and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+        for value in found.values()
+    )
+    return found if whole else {}
 
 
 def _with_references(made: MessagesRow, row: Mapping[str, Any], where: str) -> Row:
@@ -236,7 +237,7 @@ def _make_alpaca(row: Mapping[str, Any], where: str) -> Row:
     answer = _text(row, "output", where)
     if not asked.strip() or not answer.strip():
         raise DataError(f"{where}: empty {'instruction' if answer.strip() else 'output'}")
-    history = parsed(row.get("history")) or []
+    history = parsed(row.get("history"), where) or []
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise DataError(f"{where}: 'history' is not a list of pairs")
     turns = [*(text for pair in history for text in pair), asked, answer]

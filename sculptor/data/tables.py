@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sculptor.data.columns import Cells
 from sculptor.data.files import Found, read_file_rows
 from sculptor.data.reference import TABLE_ENDINGS, TEXT_ENDINGS, Reference
 from sculptor.distribution import extra
@@ -63,7 +64,7 @@ def dataset_rows(dataset: Any, name: str) -> Found:
     plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
     tidy, named = hasattr(dataset, "features"), _named_classes(dataset)
     for number, row in enumerate(plain, 1):
-        yield f"{name}: row {number}", _with_names(_tidy(row), named) if tidy else row
+        yield f"{name}: row {number}", Cells(_with_names(_tidy(row), named)) if tidy else row
 
 
 def _named_classes(dataset: Any) -> dict[str, list[str]]:
@@ -126,7 +127,14 @@ def _check_all_read(datasets: Any, reference: Reference) -> None:
         return
     taken = datasets.load_dataset_builder(reference.place).config.data_files or {}
     read = {Path(file).resolve() for files in taken.values() for file in files}
-    every = (file for file in reference.path.rglob("*") if file.suffix.lower() in (*TEXT_ENDINGS, *TABLE_ENDINGS))
+    known = (*TEXT_ENDINGS, *TABLE_ENDINGS)
+    others = sorted(file for file in read if file.suffix.lower() not in known)
+    if others and len(others) < len(read):  # rows.jsonl.bak, which the library takes beside rows.jsonl
+        raise DataError(
+            f"{reference.text}: {others[0].name} would be read, too: its name ends in none of {', '.join(known)}; take it away, or "
+            "name the files one by one"
+        )
+    every = (file for file in reference.path.rglob("*") if file.suffix.lower() in known)
     left = sorted(file for file in every if file.resolve() not in read and not file.name.startswith((".", "_")))
     if read and left:
         raise DataError(

@@ -32,7 +32,6 @@ def one(tmp_path: Path, row: dict[str, Any], columns: Any = None) -> Any:
         {"messages": SHARED},
         {"messages": json.dumps(TALK)},
         {"prompt": TALK[:1], "completion": TALK[1:]},
-        {"prompt": json.dumps(TALK[:1]), "completion": json.dumps(TALK[1:])},
         {"instruction": "w1", "input": "", "output": "w2"},
         {"instruction": "w1", "output": "w2", "input": None},
         {"messages": [dict(message, name=None, weight=None) for message in TALK], "tools": None, "text": None},
@@ -43,6 +42,46 @@ def test_every_form_of_a_conversation_says_the_same(tmp_path: Path, row: dict[st
     assert isinstance(found, MessagesRow)
     assert list(found.messages) == TALK
     assert found.trained == (False, True)
+
+
+def test_json_text_is_a_conversation_in_a_table_alone(tmp_path: Path) -> None:
+    """Rows of JSON say what they mean: there the text is what is learned, as of a task that writes JSON."""
+    texts = [json.dumps(TALK[:1]), json.dumps(TALK[1:])]
+    found = one(tmp_path, dict(zip(("prompt", "completion"), texts, strict=True)))
+    assert isinstance(found, CompletionRow)
+    assert [found.prompt, found.completion] == texts
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], texts, [texts[0], "no list"]])
+    talk, text = read_rows(tmp_path / "a.csv")
+    assert isinstance(talk, MessagesRow)
+    assert list(talk.messages) == TALK
+    assert isinstance(text, CompletionRow)
+    assert (text.prompt, text.completion) == (texts[0], "no list")
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "choices", "references", "history"])
+def test_json_in_a_cell_has_each_key_once(tmp_path: Path, key: str) -> None:
+    cell = '[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "good", "content": "bad"}]'
+    rest = {"instruction": "w1", "output": "w2"} if key == "history" else {}
+    rest = {"prompt": "w1", "completion": "w2"} if key in ("choices", "references") else rest
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([[key, *rest], [cell, *rest.values()]])
+    rows = write_rows(tmp_path / "rows.jsonl", [{key: cell} | rest])
+    for path in (tmp_path / "a.csv", rows):
+        with pytest.raises(DataError, match=r"(csv:2|jsonl:1): JSON in a cell has key 'content' twice"):
+            read_rows(path)
+
+
+def test_quotes_join_no_rows_of_a_tsv(tmp_path: Path) -> None:
+    """Many files of tabs have quotes that are text; a cell of several lines is one where these are no rows of their own."""
+    (tmp_path / "a.tsv").write_text('prompt\tcompletion\nq1\t"a\nq2\tb\nq3\tc"\n')
+    with pytest.raises(DataError, match="a.tsv:2: quotes make one row of lines 2 to 4"):
+        read_rows(tmp_path / "a.tsv")
+    (tmp_path / "b.tsv").write_text('prompt\tcompletion\nq1\t"a\nb"\nq2\t"c"\n')
+    first, second = read_rows(tmp_path / "b.tsv")
+    assert isinstance(first, CompletionRow)
+    assert isinstance(second, CompletionRow)
+    assert (first.completion, second.completion) == ("a\nb", "c")
 
 
 def test_sharegpt_has_systems_tools_and_calls(tmp_path: Path) -> None:

@@ -170,6 +170,17 @@ def test_what_cannot_be_read_is_one_line(datasets: Any, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("ending", [".bak", ".orig", ".old", ".tmp", ".1", ".lock", ".gz"])
+def test_a_folder_has_no_second_copies_of_its_files(datasets: Any, tmp_path: Path, ending: str) -> None:
+    """The library would take them, too."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / f"rows.jsonl{ending}").write_text('{"text": "OLD"}\n')
+    with pytest.raises(DataError, match=f"rows.jsonl{ending} would be read, too"):
+        read_rows(tmp_path)
+    (tmp_path / f"rows.jsonl{ending}").unlink()
+    assert len(read_rows(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("names", "left"),
     [
