@@ -33,7 +33,7 @@ _PART = re.compile(r"(?P<module>.+)\.(?:lora_(?P<a>[AB])\.weight|lora_embedding_
 _IDLE = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "lora_dropout",
-        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "runtime_config",
+        "layers_pattern", "modules_to_save", "runtime_config",
         "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
     }
 )  # fmt: skip
@@ -55,6 +55,22 @@ class _Config:
     fan_in_fan_out: bool = False  # as the module stores its weight, which the model says by itself
     bias: str = "none"
     init_lora_weights: bool | str | None = True
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+
+    def leaves_out(self, module: str) -> str | None:
+        """The setting by which PEFT passes by a module of the model, if there is one."""
+        if self.exclude_modules and _names(self.exclude_modules, module):
+            return "exclude_modules"
+        if self.target_modules and self.target_modules != "all-linear" and not _names(self.target_modules, module):
+            return "target_modules"
+        layers = self.layers_to_transform
+        if layers is None or layers == ():
+            return None
+        number = re.match(r".*\.[^.]*\.(\d+)\.", module)
+        wanted = layers if isinstance(layers, tuple) else (layers,)
+        return "layers_to_transform" if number and int(number[1]) not in wanted else None
 
     def rank(self, module: str) -> int:
         """r of a module of the model."""
@@ -65,6 +81,13 @@ class _Config:
         rank = self.rank(module)
         alpha = _pattern(self.alpha_pattern, module, self.lora_alpha)
         return float(alpha / rank**0.5 if self.use_rslora else alpha / rank)
+
+
+def _names(modules: str | tuple[str, ...], module: str) -> bool:
+    """Whether PEFT takes a module to be meant: by a pattern for all of its path, or by the ends of paths."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in modules)
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -124,6 +147,11 @@ class Adapter(Mapping[str, Tensor]):
         if place.tied:
             raise CheckpointError(
                 f"{self.path}: tensor {key} is for {parameter}, which is tied to another parameter; merge it with PEFT"
+            )
+        if found and (setting := self.config.leaves_out(module)) is not None:
+            raise CheckpointError(
+                f"{self.path}: tensor {key} is of a module that {CONFIG_NAME} leaves out ({setting}): PEFT does not apply it; "
+                f"{_REMEDY}"
             )
         if found:
             self._pairs[tensor][found["a"] or found["b"]] = key
@@ -218,7 +246,8 @@ def _read_config(path: Path) -> _Config:
         )
     if min([config.r, *(config.rank_pattern or {}).values()]) < 1:
         raise CheckpointError(f"{file}: a rank below 1; {_REMEDY}")
-    for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
+    regular = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
+    for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {}), *regular):
         try:
             re.compile(pattern)
         except re.error as cause:

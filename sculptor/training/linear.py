@@ -50,7 +50,9 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.of, ctx.take = of, take
         ctx.set_materialize_grads(False)
-        return linear(x, weight, bias)
+        found = linear(x, weight, bias)
+        # A model may go on in place, which autograd forbids on a view that a function gives.
+        return torch.ops.aten._unsafe_view(found, found.shape) if found._is_view() else found
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:

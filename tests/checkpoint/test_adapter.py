@@ -38,6 +38,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "k_proj"]}),
+    "some": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "exclude_modules": ["layers.0.self_attn.v_proj"],
+            "layers_to_transform": [0, 1],
+        },
+    ),
+    "pattern": ("llama", {"target_modules": r".*\.1\..*_proj"}),
+    "one layer": ("llama", {"target_modules": ["mlp.down_proj"], "layers_to_transform": 1}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "seq2seq": ("t5", {"target_modules": ["q", "v", "wo"]}),
 }
@@ -93,6 +103,13 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda path: change_tensors(path, lambda found: found.update({FIRST: torch.zeros(4, 7)})),
         "do not make a change of model.layers.0.self_attn.q_proj.weight",
     ),
+    "target": (configured({"target_modules": ["v_proj"]}), r"leaves out \(target_modules\)"),
+    "target pattern": (configured({"target_modules": ".*v_proj"}), r"leaves out \(target_modules\)"),
+    "exclude": (configured({"exclude_modules": ["self_attn.q_proj"]}), r"leaves out \(exclude_modules\)"),
+    "exclude pattern": (configured({"exclude_modules": ".*layers.0.*"}), r"leaves out \(exclude_modules\)"),
+    "layers": (configured({"layers_to_transform": [1]}), r"leaves out \(layers_to_transform\)"),
+    "layer": (configured({"layers_to_transform": 1}), r"leaves out \(layers_to_transform\)"),
+    "no pattern": (configured({"target_modules": "("}), r"'\(' is no pattern"),
     "magnitude": (renamed(FIRST, FIRST.replace("lora_A", "lora_magnitude_vector")), "is of no plain LoRA"),
     "module": (renamed(FIRST, FIRST.replace("q_proj", "w_proj")), "is it the adapter's base"),
 }

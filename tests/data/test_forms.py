@@ -75,7 +75,7 @@ def test_json_in_a_cell_has_each_key_once(tmp_path: Path, key: str) -> None:
 def test_quotes_join_no_rows_of_a_tsv(tmp_path: Path) -> None:
     """Many files of tabs have quotes that are text; a cell of several lines is one where these are no rows of their own."""
     (tmp_path / "a.tsv").write_text('prompt\tcompletion\nq1\t"a\nq2\tb\nq3\tc"\n')
-    with pytest.raises(DataError, match="a.tsv:2: quotes make one row of lines 2 to 4"):
+    with pytest.raises(DataError, match=r"a\.tsv:2: quotes make one row of lines 2 to 4"):
         read_rows(tmp_path / "a.tsv")
     (tmp_path / "b.tsv").write_text('prompt\tcompletion\nq1\t"a\nb"\nq2\t"c"\n')
     first, second = read_rows(tmp_path / "b.tsv")

@@ -64,6 +64,22 @@ def test_gradients_are_those_of_torch(bias: bool, shape: tuple[int, ...], genera
     assert len(given) == 1
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(N,), (5, N), (2, 3, N)])
+def test_a_model_may_go_on_in_place(bias: bool, shape: tuple[int, ...], generator: torch.Generator) -> None:
+    """As LED does with its queries."""
+    module = plain(bias, generator)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    (module(x) / 3).square().sum().backward()
+    assert x.grad is not None
+    expected, x.grad = x.grad, None
+    hand_over(module, RULE, lambda product: None, torch.device("cpu"))
+    found = module(x)
+    found /= 3
+    found.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_an_input_without_a_gradient_stops_nothing(generator: torch.Generator) -> None:
     module, given = plain(False, generator).requires_grad_(False), []  # type: ignore[var-annotated]
     hand_over(module, RULE, given.append, torch.device("cpu"))
