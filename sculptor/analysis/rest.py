@@ -12,6 +12,7 @@ from sculptor.checkpoint.heads import NewHead
 from sculptor.checkpoint.reader import Checkpoint, Slice
 from sculptor.checkpoint.tensors import dtype_name
 from sculptor.checkpoint.vocabulary import Growth, are_outsized
+from sculptor.errors import VerificationError
 from sculptor.numerics.finite import is_finite
 
 _PIECE = 8192  # rows of a large tensor that are compared at once
@@ -87,3 +88,38 @@ def _same(base: Tensor, tuned: Tensor, declared: Collection[torch.dtype]) -> boo
         ):
             return False
     return torch.equal(base.reshape(-1).view(torch.uint8), tuned.reshape(-1).view(torch.uint8))
+
+
+def check_same_tensors(
+    base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None, head: NewHead | None
+) -> None:
+    """Checks that both have the same tensors, but for rows of new tokens and a new head.
+
+    Raises:
+        VerificationError: naming the first that differs.
+    """
+    dropped, fresh = (head.dropped, set(head.fresh)) if head else (frozenset(), set())
+    missing = sorted(set(base.infos) - set(tuned.infos) - dropped)
+    added = sorted(set(tuned.infos) - set(base.infos) - fresh)
+    if missing or added:
+        remedy = "compare a checkpoint with its own base"
+        if any(".parametrizations." in name for name in added):
+            remedy = (
+                "it was saved while it was protected, with coordinates in the place of weights: use the callback's output, "
+                "or call sculptor.merge(model) before it is saved"
+            )
+        raise VerificationError(
+            f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
+            f"first {(missing + added)[0]}; {remedy}"
+        )
+    for record in archive.values():
+        dtype = tuned.infos[record.tensor].dtype
+        if not dtype.is_floating_point:
+            raise VerificationError(f"{tuned.path}: {record.tensor} holds {dtype}; expected floating point")
+    for name, info in base.infos.items():
+        if name in dropped:
+            continue
+        shape = (growth.after, *info.shape[1:]) if growth and name in growth.names else info.shape
+        if tuned.infos[name].shape != shape:
+            found = list(tuned.infos[name].shape)
+            raise VerificationError(f"{tuned.path}: {name} has shape {found}, {list(info.shape)} in {base.path}")

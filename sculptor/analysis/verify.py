@@ -20,13 +20,13 @@ from torch import Tensor
 
 from sculptor.analysis.leak import LeakMeasure, measure_leak
 from sculptor.analysis.lineage import OPENED, Lineage, trace_lineage
-from sculptor.analysis.rest import compare_rest, lossless
+from sculptor.analysis.rest import check_same_tensors, compare_rest, lossless
 from sculptor.analysis.roundings import rounds_an_allowed
 from sculptor.archive.manifest import MatrixRecord
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.heads import NewHead, find_new_head
 from sculptor.checkpoint.reader import Checkpoint
-from sculptor.checkpoint.renamed import in_common_names
+from sculptor.checkpoint.renamed import Common, in_common_names, notes_of
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest
 from sculptor.checkpoint.vocabulary import Growth, find_growth
@@ -95,6 +95,7 @@ class Verification:
         new_head: tensors of a classifier's head that the base has not; they are free, and so is what its `classes` are called.
         old_text: how they change the way in which text is read that was there before.
         harm: to what the first base says by itself, where that was asked for; `named` what became of protected names.
+        notes: what transformers loads as before, and other programs may not.
     """
 
     passed: bool
@@ -123,6 +124,7 @@ class Verification:
     old_text: tuple[str, ...] = ()
     harm: Harm | None = None
     named: tuple[NamedHarm, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def verify_checkpoints(
@@ -146,11 +148,12 @@ def verify_checkpoints(
         archive.check_base(base, progress)
     except ArchiveError as cause:
         raise VerificationError(str(cause)) from cause
-    head = find_new_head(base, tuned)
+    head, common = find_new_head(base, tuned), None
     if head is None:
-        base, tuned = in_common_names(base, tuned)
+        common = in_common_names(base, tuned)
+        base, tuned = common.base, common.other
     growth = find_growth(base, tuned)
-    _check_same_tensors(base, tuned, archive, growth, head)
+    check_same_tensors(base, tuned, archive, growth, head)
     measuring = _Measuring(base, tuned, archive, device or torch.device("cpu"), strict, progress, world)
     supposed = trace_lineage(tuned, archive)
     found = measuring.measure(supposed)
@@ -161,7 +164,7 @@ def verify_checkpoints(
             raise VerificationError(
                 f"{tuned.path}: its matrices changed while they were read; verify it when nobody writes there"
             )
-    return world.once(lambda: _verdict(base, tuned, archive, lineage, found.matrices, strict, growth, head))
+    return world.once(lambda: _verdict(base, tuned, archive, lineage, found.matrices, strict, growth, head, common))
 
 
 class _Measured(NamedTuple):
@@ -232,6 +235,7 @@ def _verdict(
     strict: bool,
     growth: Growth | None,
     head: NewHead | None,
+    common: Common | None,
 ) -> Verification:
     """What all matrices, and everything that is none, say together."""
     _check_protects(tuned, archive, measured)
@@ -246,6 +250,8 @@ def _verdict(
     matrices = tuple(judged for _, judged in measured)
     changed, num_untouched = compare_rest(base, tuned, archive, lineage, growth, head)
     found_differences = tuple(differences(base, tuned, growth, None if head is None else head.config))
+    if common is not None and (mixed := common.mixed()) is not None:
+        found_differences = (f"names of tensors: {mixed}", *found_differences)
     update, frozen, eaten, rounding = (value**0.5 for value in squares)
     scale = update or 1.0
     both = tuned.infos.keys() & base.infos.keys()
@@ -275,6 +281,7 @@ def _verdict(
         new_tokens=growth.tokens if growth else (),
         new_head=head.fresh if head else (),
         classes=head.classes if head else (),
+        notes=tuple(notes_of(base, tuned, common)),
     )
 
 
@@ -317,33 +324,3 @@ def _judge(
         if found.touched is not None and found.touched_at_random
         else None,
     )
-
-
-def _check_same_tensors(
-    base: Checkpoint, tuned: Checkpoint, archive: Archive, growth: Growth | None, head: NewHead | None
-) -> None:
-    dropped, fresh = (head.dropped, set(head.fresh)) if head else (frozenset(), set())
-    missing = sorted(set(base.infos) - set(tuned.infos) - dropped)
-    added = sorted(set(tuned.infos) - set(base.infos) - fresh)
-    if missing or added:
-        remedy = "compare a checkpoint with its own base"
-        if any(".parametrizations." in name for name in added):
-            remedy = (
-                "it was saved while it was protected, with coordinates in the place of weights: use the callback's output, "
-                "or call sculptor.merge(model) before it is saved"
-            )
-        raise VerificationError(
-            f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "
-            f"first {(missing + added)[0]}; {remedy}"
-        )
-    for record in archive.values():
-        dtype = tuned.infos[record.tensor].dtype
-        if not dtype.is_floating_point:
-            raise VerificationError(f"{tuned.path}: {record.tensor} holds {dtype}; expected floating point")
-    for name, info in base.infos.items():
-        if name in dropped:
-            continue
-        shape = (growth.after, *info.shape[1:]) if growth and name in growth.names else info.shape
-        if tuned.infos[name].shape != shape:
-            found = list(tuned.infos[name].shape)
-            raise VerificationError(f"{tuned.path}: {name} has shape {found}, {list(info.shape)} in {base.path}")

@@ -35,6 +35,7 @@ from sculptor.benchmark.stages import draw_once, measure_stage
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import STAGED_NAME, move, put_in_place, write_json, writing
+from sculptor.checkpoint.tokenizers import speech_digest
 from sculptor.checkpoint.written import remove
 from sculptor.data.chat import use_template
 from sculptor.edits.settings import BankSettings
@@ -171,8 +172,10 @@ class _Run:
             "version": __version__,
             "evaluated rows": self.inputs.evaluated_digest,
         }
+        checkpoint = open_checkpoint(plan.model)
         own |= {
-            "model files": identity(open_checkpoint(plan.model).digests_beside(())),
+            "model files": identity(checkpoint.digests_beside(())),
+            "tokenizer and generation": speech_digest(checkpoint.path),
             "data files": self.inputs.trained_digest,
             "files beside": digests_beside(plan),
         }

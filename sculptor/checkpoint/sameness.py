@@ -25,6 +25,7 @@ from sculptor.checkpoint.processors import PROCESSOR_FILES, same_processor
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.tensors import read_header
 from sculptor.checkpoint.tokenizers import (
+    OF_TOKENIZER,
     LoadedTokenizer,
     accounted_for,
     compare_loaded,
@@ -44,9 +45,6 @@ _FOR_PEOPLE = re.compile(
     re.IGNORECASE,
 )
 _TRAINERS = re.compile(r"checkpoint-\d+")
-_TOKENIZER = re.compile(
-    r"(.*/)?(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece)|.*\.(model|spm|bpe|jinja)$"
-)
 
 
 def differences(
@@ -75,10 +73,10 @@ def differences(
     found += _weight_differences(base, tuned)
     found += _module_differences(base.path, tuned.path, modules, inside - every)
     others = len(found)
-    of_tokenizer = any(map(_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
+    of_tokenizer = any(map(OF_TOKENIZER.match, now)) or _makes_a_tokenizer(tuned)
     found += _file_differences(base, tuned, before, now, loaded, of_tokenizer, growth, head)
     for place, tokenizer in loaded.items():
-        told = any(_TOKENIZER.match(line) and line.rpartition("/")[0] == place for line in found[others:])
+        told = any(OF_TOKENIZER.match(line) and line.rpartition("/")[0] == place for line in found[others:])
         if tokenizer is not None and not told and of_tokenizer and (tokenizer.tokenizer is not None or not found):
             found += [
                 f"{place}{': ' if place else ''}{line}" for line in tokenizer.differences
@@ -110,7 +108,7 @@ def _file_differences(
         same = tokenizer is not None and not tokenizer.differences and f"{of}/{TOKENIZER_NAME}".lstrip("/") in now
         if name not in now:
             # Code, secrets and links are never carried along; where no tokenizer can be loaded, it is no other one.
-            needless = _TOKENIZER.match(name) and (same or (not place and not of_tokenizer))
+            needless = OF_TOKENIZER.match(name) and (same or (not place and not of_tokenizer))
             needless = needless or (name == GENERATION_NAME and head is not None and not generates(tuned))
             needless = needless or (name in PROCESSOR_FILES and same_processors())
             if name in carried and not needless:
@@ -134,7 +132,7 @@ def tokenizer_differences(base: Path, other: Path) -> list[str]:
     """
     found = []
     for name in sorted(path.as_posix() for path in companions(other)):
-        if not _TOKENIZER.match(name) or LICENCE.fullmatch(name):
+        if not OF_TOKENIZER.match(name) or LICENCE.fullmatch(name):
             continue
         if not (base / name).is_file():
             found.append(f"{name} was added")

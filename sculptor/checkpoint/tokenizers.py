@@ -1,13 +1,18 @@
 """What a tokenizer is once transformers has loaded it: files may say the same in several ways, and another in one more name."""
 
+import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sculptor.checkpoint.config_differences import MISSING, settings
+from sculptor.checkpoint.configuration import GENERATION_NAME
+from sculptor.checkpoint.directory import companions
 from sculptor.checkpoint.plain import read_plain
+from sculptor.validation import file_digest
 
 # Of what a tokenizer was made with: where it lay, and what is compared by itself.
 _ASIDE = frozenset({"name_or_path", "is_local", "local_files_only", "added_tokens_decoder", "chat_template"})
@@ -19,12 +24,23 @@ _OF_CALLS = frozenset(
 )
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _PARTS_ASIDE = ("added_tokens", "padding", "truncation", "version")
+OF_TOKENIZER = re.compile(
+    r"(.*/)?(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece)|.*\.(model|spm|bpe|jinja)$"
+)
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _TEXTS = (
     "The year 2024, it's 3.14 \u2014 na\u00efve?\n\n  x=1;",
     "\u4f60\u597d  \u043c\u0438\u0440 \U0001f600\t<s> [CLS]",
     "",
 )
+
+
+def speech_digest(path: Path) -> str:
+    """SHA-256 of the files by which text becomes tokens, and an answer is generated: what a run that goes on needs as it was."""
+    names = sorted(name.as_posix() for name in companions(path))
+    spoken = [name for name in names if OF_TOKENIZER.match(name) or name == GENERATION_NAME]
+    lines = "".join(f"{name}={file_digest(path / name)}\n" for name in spoken)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def load_plainly(path: Path) -> Any:

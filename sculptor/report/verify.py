@@ -35,6 +35,7 @@ def verify_text(result: Verification) -> str:
     if result.eaten > _MUCH:
         lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
+    lines += [f"note: {note}" for note in result.notes]
     if result.new_tokens:
         # All of them, and likewise below: what is free is to be looked at.
         named = ", ".join(map(repr, result.new_tokens))

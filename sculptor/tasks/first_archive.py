@@ -8,6 +8,7 @@ from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
 from sculptor.checkpoint.staging import move_back, partial_path
+from sculptor.checkpoint.tokenizers import speech_digest
 from sculptor.data.row_types import MessagesRow
 from sculptor.data.rows import Data, Item, as_items, digest_rows, names_of, read_sources, weight_of
 from sculptor.errors import OutputError, SettingsError
@@ -71,9 +72,9 @@ def analyze_first(
         check_samples(model)
     world = join(settings.device)
     with world.together():
-        read = _read_of(items, template)
+        read = _read_of(items, template) | {"tokenizer": speech_digest(open_base(model)[0].path)}
     world.once(lambda: move_back(staged, ANALYZED))
-    world.once(lambda: check_made_of(staged, ANALYZED, read, "was made with other --protect-data"))
+    world.once(lambda: check_made_of(staged, ANALYZED, read, "was made with another tokenizer or other --protect-data"))
     if not (path / MANIFEST_NAME).is_file():
         analyze(
             model,

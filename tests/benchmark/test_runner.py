@@ -563,10 +563,22 @@ def test_other_rows_are_not_mixed_into_a_resumed_matrix(place: Path) -> None:
     """The rows of the matrix that stand are of the files as they were."""
     with pytest.raises(Stopped):
         continual(place / "plan.toml", place / "cut", method="full", stop=StopAt(5))
+    known = (place / "first-test.jsonl").read_text()
     rows = task_rows(count=24)[:3]
     write_rows(place / "first-test.jsonl", rows)
     with pytest.raises(OutputError, match="--overwrite"):
         continual(place / "plan.toml", place / "cut", method="full", resume=True)
+
+
+    # And of the tokens that the model read, and how it was asked.
+    (place / "first-test.jsonl").write_text(known)
+    for name in ("tokenizer.json", "generation_config.json"):
+        file = place / "base" / name
+        known = file.read_text()
+        file.write_text(known.replace("{", '{"w": 1, ', 1))
+        with pytest.raises(OutputError, match="tokenizer and generation"):
+            continual(place / "plan.toml", place / "cut", method="full", resume=True)
+        file.write_text(known)
 
 
 @pytest.mark.slow

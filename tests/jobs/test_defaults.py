@@ -141,6 +141,14 @@ def test_a_stopped_one_goes_on_with_its_archive(tmp_path: Path) -> None:
     ):
         with pytest.raises(OutputError, match=message):
             train(model, None, [data], tmp_path / "cut", SHORT, protect_data=[protected], resume=True)
+    # What is protected was read by a tokenizer, and through a template.
+    for name, change in (("tokenizer_config.json", '{"w1": 1,'), ("chat_template.jinja", "{{ messages }}")):
+        file = model / name
+        known = file.read_text() if file.exists() else None
+        file.write_text(change + known.lstrip("{") if known else change)
+        with pytest.raises(OutputError, match="made with another tokenizer or other --protect-data"):
+            train(model, None, [rows], tmp_path / "cut", SHORT, protect_data=[rows], resume=True)
+        file.unlink() if known is None else file.write_text(known)
     # What somebody put there stays, is named, and hinders until it is moved.
     for name in ("output/notes.txt", "analyzed/notes.txt", "state/step-notes.txt"):
         mine = tmp_path / "cut.partial" / name

@@ -122,6 +122,8 @@ def _elsewhere(result: Verification) -> Sequence[Child]:
         parts += [element("h3", "What differs in what else is loaded"), listed(result.differences)]
     if result.new_tokens:
         parts += [element("h3", "New tokens, whose rows are free"), listed([*map(repr, result.new_tokens)])]
+    if result.notes:
+        parts += [element("h3", "What not every program loads"), listed(result.notes)]
     if result.old_text and not result.strict:
         parts += [element("h3", "New tokens in old text"), listed(result.old_text)]
     if result.also_trained:
