@@ -16,6 +16,7 @@ from sculptor.data.chat import use_template
 from sculptor.data.edges import end_answers_at
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
+from sculptor.model.positions import guard_positions
 from sculptor.model.probe import check_model, check_text_alone
 from sculptor.numerics.finite import is_finite
 from sculptor.numerics.precision import why_not
@@ -126,6 +127,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, architecture: Archi
     model.requires_grad_(False)
     model.to(device).eval()
     check_model(checkpoint, architecture, model, device)
+    guard_positions(model)
     return LoadedModel(checkpoint, architecture, model, load_tokenizer(checkpoint, architecture), device)
 
 
@@ -185,6 +187,7 @@ def load_streamed(
     except BaseException:
         stream.close()  # host memory that is pinned stays so else
         raise
+    guard_positions(model)
     return LoadedModel(checkpoint, architecture, model, tokenizer, device, stream)
 
 

@@ -569,7 +569,6 @@ def test_other_rows_are_not_mixed_into_a_resumed_matrix(place: Path) -> None:
     with pytest.raises(OutputError, match="--overwrite"):
         continual(place / "plan.toml", place / "cut", method="full", resume=True)
 
-
     # And of the tokens that the model read, and how it was asked.
     (place / "first-test.jsonl").write_text(known)
     for name in ("tokenizer.json", "generation_config.json"):
