@@ -139,7 +139,8 @@ def command(
             stop=asked_to_stop,
         )
         archive = output / "analyzed" if subspaces is None else subspaces
-        check = shlex.join(["sculptor", "verify", model, str(output), "--subspaces", str(archive)])
+        places = [f"./{place}" if str(place).startswith("-") else str(place) for place in (model, output, archive)]
+        check = shlex.join(["sculptor", "verify", *places[:2], "--subspaces", places[2]])
         # Of a model that an adapter was merged into there is no directory left to name.
         text = train_text(report, check if merge_adapter is None else None)
         click.echo(to_json(report, max_leak=report.max_leak) if as_json else text)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sculptor.data.conversations import arguments_parsed, prints_objects
 from sculptor.data.edges import answer_end, special_ids
 from sculptor.data.forms import listed_keys
 from sculptor.data.left_out import THOUGHTS, Message, refuse_left_out, says, silent_keys
@@ -27,11 +28,13 @@ class Rendered(NamedTuple):
         ids: tokens.
         mask: per token, whether it carries loss.
         ended: an end of sequence was added, since the template gives the turn none.
+        rewritten: the template says a turn that is learned in other words than the row does.
     """
 
     ids: list[int]
     mask: list[bool]
     ended: bool
+    rewritten: bool = False
 
 
 def use_template(tokenizer: Any, chosen: str | None) -> None:
@@ -112,10 +115,10 @@ class _Conversation:
 
     def sequences(self) -> list[Rendered]:
         """As `render_conversation`."""
-        with_objects = [_arguments_parsed(message) for message in self.messages]
+        with_objects = [arguments_parsed(message) for message in self.messages]
         try:
             called = any(message.get("tool_calls") for message in with_objects)
-            if called and _prints_objects(self._try(with_objects), with_objects):
+            if called and prints_objects(self._try(with_objects), with_objects):
                 return self._sequences(self.messages)
             try:
                 return self._sequences(with_objects)
@@ -221,13 +224,19 @@ class _Conversation:
         written = " ".join(str(message.get("content")) for message in self.messages)
         ends = [places[i][0] for i in range(max(0, last - 2), last + 1) if self._ends(ids[i], written)]
         if not may_end or marked is not None or (ends and self._said(text, spans[-1], speaker) <= max(ends)):
-            return Rendered(ids, mask, False)
-        return Rendered([*ids[: last + 1], answer_end(self.tokenizer)], [*mask[: last + 1], True], True)
+            return Rendered(ids, mask, False, self._is_rewritten(text, speaker))
+        ids, mask = [*ids[: last + 1], answer_end(self.tokenizer)], [*mask[: last + 1], True]
+        return Rendered(ids, mask, True, self._is_rewritten(text, speaker))
+
+    def _is_rewritten(self, text: str, speaker: int) -> bool:
+        """Whether a learned turn does not stand in a text as it is, but for white space at its end."""
+        return any(
+            str(self.messages[i].get("content") or "").rstrip() not in text for i in self.trained if i <= speaker
+        )
 
     def _said(self, text: str, span: Span, speaker: int) -> int:
         """Where in a turn what the row says ends, seen from turns that say something else: the turn cannot end before."""
-        message = self.messages[speaker]
-        if not isinstance(content := message.get("content"), str) or not content.strip():
+        if not str((message := self.messages[speaker]).get("content") or "").strip():
             return 0
         after = text[: span[1]]
         others = (self._try([*self.messages[:speaker], {**message, "content": text}]) for text in _OTHERS)
@@ -309,36 +318,3 @@ def _template_text(row: MessagesRow, tokenizer: Any) -> str:
             f"the tokenizer has several chat templates ({names}); choose one with --chat-template"
         ) from cause
     return text
-
-
-def _prints_objects(text: str | None, messages: Sequence[Message]) -> bool:
-    """Whether a template writes arguments as Python shows objects, and not as JSON: it wants their text."""
-    if text is None:
-        return False
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            call = call.get("function", call) if isinstance(call, dict) else {}
-            arguments = call.get("arguments") if isinstance(call, dict) else None
-            if isinstance(arguments, dict) and arguments and str(arguments) in text:
-                return True
-    return False
-
-
-def _arguments_parsed(message: Message) -> Message:
-    """Arguments of tool calls as objects: APIs give them as JSON text, templates want to write it themselves."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return message | {"tool_calls": [_parsed_call(call) for call in calls]}
-
-
-def _parsed_call(call: Any) -> Any:
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _parsed_call(call["function"])}
-    try:
-        arguments = json.loads(call["arguments"])  # of which no key is there twice: rows are checked
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return call
-    return call | {"arguments": arguments} if isinstance(arguments, dict) else call

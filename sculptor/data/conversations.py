@@ -1,7 +1,7 @@
 """Conversations as people write them, to messages as chat templates take them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sculptor.data.columns import parsed
@@ -182,3 +182,36 @@ def _check_arguments(calls: Any, where: str) -> None:
             except (ValueError, RecursionError) as cause:
                 if "twice" in str(cause):
                     raise DataError(f"{where} has a call with {cause} in its arguments") from None
+
+
+def prints_objects(text: str | None, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a template writes arguments as Python shows objects, and not as JSON: it wants their text."""
+    if text is None:
+        return False
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            call = call.get("function", call) if isinstance(call, dict) else {}
+            arguments = call.get("arguments") if isinstance(call, dict) else None
+            if isinstance(arguments, dict) and arguments and str(arguments) in text:
+                return True
+    return False
+
+
+def arguments_parsed(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of tool calls as objects: APIs give them as JSON text, templates want to write it themselves."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_parsed_call(call) for call in calls]}
+
+
+def _parsed_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _parsed_call(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])  # of which no key is there twice: rows are checked
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call

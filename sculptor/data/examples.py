@@ -45,7 +45,8 @@ class Encoded:
     """All examples, in the order of their rows.
 
     Attributes:
-        num_dropped: rows that did not fit; `num_cut` lost a part of their prompt, `num_ended` were given an end of sequence.
+        num_dropped: rows that did not fit; `num_cut` lost a part of their prompt, `num_ended` were given an end of sequence, and
+            of `num_rewritten` the chat template says what is learned in other words.
         mixture: shares of the data they come from; None if the data are simply put together.
     """
 
@@ -54,6 +55,7 @@ class Encoded:
     num_cut: int
     num_ended: int = 0
     mixture: Mixture | None = None
+    num_rewritten: int = 0
 
     @property
     def num_epoch(self) -> int:
@@ -108,12 +110,14 @@ class EncodedRow:
         cut: the middle of its prompt was left out.
         ended: an end of sequence was added to what the chat template made.
         apart: prompt and completion, joined, would be tokenised in another way at their edge.
+        rewritten: the chat template says what is learned in other words.
     """
 
     examples: tuple[Example, ...]
     cut: bool = False
     ended: bool = False
     apart: bool = False
+    rewritten: bool = False
 
 
 def encode(
@@ -140,6 +144,7 @@ def encode(
         num_dropped=sum(not row.examples for row in found),
         num_cut=sum(row.cut for row in found),
         num_ended=sum(row.ended for row in found),
+        num_rewritten=sum(row.rewritten for row in found),
     )
 
 
@@ -160,6 +165,7 @@ def encode_sources(
         sum(part.num_cut for part in parts),
         sum(part.num_ended for part in parts),
         mixture_of(sources, [len(part.examples) for part in parts]),
+        sum(part.num_rewritten for part in parts),
     )
 
 
@@ -306,7 +312,8 @@ def _encode_messages(row: MessagesRow, tokenizer: Any, max_length: int) -> Encod
     rendered = render_conversation(row, tokenizer)
     fitted = [_fit(each.ids, each.mask, max_length) for each in rendered]
     examples = tuple(example for example, _ in fitted if example is not None)
-    return EncodedRow(examples, any(cut for _, cut in fitted), any(each.ended for each in rendered))
+    ended, rewritten = (any(getattr(each, name) for each in rendered) for name in ("ended", "rewritten"))
+    return EncodedRow(examples, any(cut for _, cut in fitted), ended, rewritten=rewritten)
 
 
 def _fit(ids: Sequence[int], mask: Sequence[bool], max_length: int) -> tuple[Example | None, bool]:

@@ -38,5 +38,10 @@ def with_replay(task: Encoded, replays: Sequence[Replay]) -> Encoded:
     whole = sum(own.weights)
     weights = [weight * rest / whole for weight in own.weights] + [replay.share for replay in replays]
     return Encoded(
-        tuple(examples), task.num_dropped, task.num_cut, task.num_ended, Mixture(tuple(sizes), tuple(weights))
+        tuple(examples),
+        task.num_dropped,
+        task.num_cut,
+        task.num_ended,
+        Mixture(tuple(sizes), tuple(weights)),
+        task.num_rewritten,
     )

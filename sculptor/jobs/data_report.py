@@ -66,6 +66,7 @@ class DataReport:
         num_cut: rows that lost the middle of what comes before the loss.
         num_split: rows that became several sequences.
         num_ended: rows whose chat template gives turns no end, so that one was added.
+        num_rewritten: rows of which the chat template says what is learned in other words.
         num_apart: rows whose prompt and completion, joined, would be tokenised in another way at their edge.
         num_epoch: sequences of an epoch, fewer than all with weights.
         longest: tokens of the longest sequence; `max_length` is what they were fitted into.
@@ -81,6 +82,7 @@ class DataReport:
     num_cut: int
     num_split: int
     num_ended: int
+    num_rewritten: int
     num_apart: int
     num_epoch: int
     longest: int

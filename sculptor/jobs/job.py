@@ -233,6 +233,11 @@ def read_task(
         check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
     tell_other_end(rows, tokenizer, notice)
+    if encoded.num_rewritten:
+        notice(
+            f"{encoded.num_rewritten:,} of {len(rows):,} rows: the chat template says the assistant's turn otherwise than the row "
+            "(white space before it, case, marks), and so it is learned; `sculptor data` shows it"
+        )
     tell_unseen(growth, encoded.examples, notice)
     for source in sources:
         tell_unread(source.name, source.rows, tokenizer, notice)

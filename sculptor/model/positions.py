@@ -56,7 +56,7 @@ def _check(limits: Mapping[str, int], model: nn.Module, args: tuple[Any, ...], n
             )
         if shortest <= limit:
             raise DataError(
-                f"rows of {shortest} and of more than {limit} tokens in one forward pass: this model turns positions by the longest "
+                f"rows of {shortest} and of more than {limit} tokens in a forward pass: this model turns positions by the longest "
                 f"({kind}), so that results would depend on the batch; give --max-length {limit}, or one row a pass "
                 "(--batch-size 1, of train --micro-batch-size 1)"
             )

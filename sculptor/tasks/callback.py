@@ -115,9 +115,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             carry=carry, memory_rows=memory_rows, memory_weight=memory_weight, save_dtype=save_dtype
         )
         self.at_save, self.overwrite = at_save, overwrite
-        self.rules, self.notice = rules, notice
+        self.rules, self.notice, self._own_bars = rules, notice, progress is None
         self.progress = silent if progress is None else progress
-        self._own_bars = progress is None
         self.report: TrainReport | None = None
         self.verification: Verification | None = None
         self._job: TrainJob | None = None
@@ -344,8 +343,7 @@ def _result(state: Any, history: Sequence[Mapping[str, Any]], seconds: float) ->
 def _demand(found: Verification, output: Path) -> None:
     if found.passed:
         return
-    failed = [matrix.name for matrix in found.matrices if not matrix.holds]
-    what = [*failed, *found.changed_elsewhere, *found.differences]
+    what = [*(m.name for m in found.matrices if not m.holds), *found.changed_elsewhere, *found.differences]
     raise TrainingError(
         f"{output}: not written, since it does not verify: leak {found.leak:.1e}, rounding explains {found.rounding:.1e}; "
         f"{len(what)} faults, first {what[0]}; did anything but the coordinates change?"

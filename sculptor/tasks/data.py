@@ -97,6 +97,7 @@ def preview_rows(
         num_cut=sum(row.cut for row in encoded),
         num_split=sum(len(row.examples) > 1 for row in encoded),
         num_ended=sum(row.ended for row in encoded),
+        num_rewritten=sum(row.rewritten for row in encoded),
         num_apart=sum(row.apart for row in encoded),
         num_epoch=sum(counts),
         longest=max((example.length for example in examples), default=0),

@@ -394,3 +394,23 @@ def test_an_end_is_learned_whatever_follows(
     assert [text.replace("\n", "").strip() for text in found] == expected
     tokenizer.chat_template = CHATML
     assert len(learned(tokenizer, tmp_path, {"messages": messages})) == 1, "it has ends of its own"
+
+
+@pytest.mark.parametrize(
+    ("habit", "answers", "count"),
+    [
+        ("m.content", ["    x = 1\n    return x", "Good bye"], 0),
+        ("m.content | trim", ["    x = 1\n    return x", "Good bye"], 1),
+        ("m.content | trim", ["Good bye\n\n", "Hello"], 0),
+        ("m.content | upper", ["Good bye", "Hello"], 2),
+        ("m.content.replace('\n\n', '\n')", ["a\n\nb", "Hello"], 1),
+    ],
+)
+def test_a_template_that_rewrites_what_is_learned_is_told(
+    tokenizer: Any, tmp_path: Path, habit: str, answers: list[str], count: int
+) -> None:
+    tokenizer.chat_template = CHATML.replace("m.content", habit)
+    talks = [{"messages": [HELLO[0], {"role": "assistant", "content": answer}]} for answer in answers]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    assert encode(read_rows(file), tokenizer, "causal", 512).num_rewritten == count

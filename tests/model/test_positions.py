@@ -47,7 +47,7 @@ def test_long_and_short_rows_are_not_read_together(
     asked = ("--device", "cpu", "--offload", offload)
     refused = cli("evaluate", model, "--data", rows, *asked)
     assert refused.code == 1
-    assert "in one forward pass: this model turns positions by the longest (longrope)" in refused.err
+    assert "in a forward pass: this model turns positions by the longest (longrope)" in refused.err
     assert "--max-length 32" in refused.err
     alone = cli("evaluate", model, "--data", rows, *asked, "--batch-size", 1, "--json")
     assert alone.code == 0, alone.err
