@@ -1,6 +1,7 @@
 """`train --optimizer-dtype bfloat16`: the same run wherever blocks wait and however often it is halted, for fewer bytes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,23 @@ def test_an_estimate_counts_what_it_saves(place: Path, mode: str) -> None:
     saved = 4 * Archive(place / "archive").num_free
     assert getattr(wide, part)[name] - getattr(narrow, part)[name] == saved
     assert wide.loaded - narrow.loaded == (saved if mode != "none" else 0)
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_what_earlier_tasks_made_sure_goes_along(place: Path, offload: str) -> None:
+    """A second task of bayes-adam begins with averages of 0 and precisions as they were, in float32."""
+    told = {"optimizer": "bayes-adam", "evidence": 0.3, "offload": offload}
+    shutil.rmtree(place / "archive")
+    curvature = AnalyzeSettings(
+        basis="curvature", data=(str(place / "rows.jsonl"),), device="cpu"
+    )  # several coordinates a matrix
+    analyze(place / "model", place / "archive", curvature)
+    run(place, "first", told)
+    settings = TrainSettings(**NARROW | told)
+    rows, archive = [place / "rows.jsonl"], place / "first" / "subspaces"
+    report = train(place / "first", archive, rows, place / "second", settings)
+    assert report.loop.last_loss < report.loop.first_loss
+    before, after = (load_file(path / "optimizer.safetensors") for path in (archive, place / "second" / "subspaces"))
+    grown = {name for name, value in before.items() if name.endswith(".precision") and (after[name] >= value).all()}
+    assert grown == {name for name in before if name.endswith(".precision")}
+    assert {before[name].dtype for name in grown} == {torch.float32}

@@ -258,3 +258,19 @@ def test_a_changed_mask_token_is_no_resume(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"mask_token": "<unk>"}))
     with pytest.raises(SculptorError, match="mask"):
         train(path, tmp_path / "archive", [rows], tmp_path / "out", chosen, resume=True)
+
+
+@pytest.mark.parametrize("steps", [6, 30])
+def test_the_last_loss_is_that_of_the_last_tenth(task: dict[str, Any], tmp_path: Path, steps: int) -> None:
+    """One step's says what its rows are like; a halted run has the same."""
+    told = settings(max_steps=steps, batch_size=2, learning_rate=3e-3, save_every=2)
+    given = (task["model"], task["subspaces"], task["data"])
+    whole = train(*given, tmp_path / "whole", told).loop
+    losses = losses_of(tmp_path / "whole")
+    count = max(1, steps // 10)
+    assert whole.last_loss == pytest.approx(sum(losses[-count:]) / count)
+    assert whole.first_loss == losses[0]
+    polls = iter([*[None] * (steps - 2), 15])
+    with pytest.raises(Stopped):
+        train(*given, tmp_path / "cut", told, stop=lambda: next(polls))
+    assert train(*given, tmp_path / "cut", told, resume=True).loop.last_loss == pytest.approx(whole.last_loss)
