@@ -19,6 +19,7 @@ from sculptor.planning.footprints import Workload
 from sculptor.planning.matrices import planned_matrices
 from sculptor.planning.placement import plan_archive
 from sculptor.planning.speeds import measure_speeds
+from sculptor.planning.splits import default_split
 from sculptor.training.precision import compute_dtype, decide_precision
 from sculptor.training.settings import TrainSettings
 from sculptor.training.steps import Steps
@@ -83,7 +84,7 @@ def expected_of(
         settings.carry is None and (archive is None or carries_of(archive.method)[0] == "merge")
     )
     rows = settings.memory_rows or rows_for(checkpoint, examples, _CPU)
-    micro = min(settings.micro_rows, steps.rows)
+    micro = default_split(settings, steps.rows, _CPU, steps.longest).rows
     work = Workload(
         round(steps.rows * steps.mean),
         -(-steps.rows // micro),

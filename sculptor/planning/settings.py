@@ -34,7 +34,7 @@ class EstimateSettings:
     batch_size: AtLeastOne | None = None
     """Rows per optimizer step [default: 32, with --data as that of train]."""
     micro_batch_size: AtLeastOne | None = None
-    """Rows per forward [default: on a GPU as many as fit, else 8]."""
+    """Rows per forward [default: as that of train]."""
     max_length: AtLeastOne | None = None
     """Tokens per row [default: 1024 or the model's limit]."""
     chat_template: Name | None = None

@@ -18,6 +18,10 @@ _MARGIN = 1.5
 _PARTS = 8
 
 
+# Tokens that a forward pass on a CPU may have in more rows than are usual: of short rows, a pass more costs more than padding.
+_SHORT = 1024
+
+
 class Split(NamedTuple):
     """Rows of a micro-batch, and whether blocks are computed again in the backward pass."""
 
@@ -29,10 +33,11 @@ class Split(NamedTuple):
         return replace(work, micro_batches=-(-batch // self.rows), micro_rows=self.rows, recompute=self.recompute)
 
 
-def default_split(settings: TrainSettings, batch: int, device: torch.device) -> Split:
-    """What is done where nothing is known of memory."""
+def default_split(settings: TrainSettings, batch: int, device: torch.device, longest: int = 0) -> Split:
+    """What is done where nothing is known of memory; on a CPU short rows, of `longest` tokens at most, go together."""
     again = settings.checkpoint_activations
-    most = batch if settings.optimizer_mode == "fused" else MICRO_ROWS
+    short = _SHORT // longest if longest and device.type == "cpu" else 0
+    most = batch if settings.optimizer_mode == "fused" else max(MICRO_ROWS, short)
     rows = min(settings.micro_batch_size or most, batch)
     return Split(rows, device.type == "cuda" if again is None else again)
 
@@ -40,7 +45,7 @@ def default_split(settings: TrainSettings, batch: int, device: torch.device) -> 
 def candidates(settings: TrainSettings, batch: int, longest: int, device: torch.device) -> list[Split]:
     """Splits that the settings allow, the fastest first."""
     if device.type != "cuda":
-        return [default_split(settings, batch, device)]
+        return [default_split(settings, batch, device, longest)]
     sizes = [batch]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))

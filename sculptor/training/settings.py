@@ -93,7 +93,8 @@ class TrainSettings:
     batch_size: AtLeastOne | None = None
     """Rows per optimizer step [default: 32, and as few as 8 where a run would have fewer than 60 steps]."""
     micro_batch_size: AtLeastOne | None = None
-    """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8]."""
+    """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8, and more of rows so short that they hold 1,024
+    tokens]."""
     max_rows: AtLeastOne | None = None
     """Rows to use of each file, the first ones [default: all]."""
     select_rows: Annotated[float, Field(gt=0, lt=1)] | None = None

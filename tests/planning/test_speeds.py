@@ -63,6 +63,13 @@ def test_a_full_disk_is_assumed_to_be_like_others(monkeypatch: pytest.MonkeyPatc
     assert found["disk"] == 2.0
 
 
+def test_a_busy_cpu_is_not_taken_for_one_that_cannot_decompose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speeds, "_measure_eigen", lambda device: 60.0)
+    found, _ = measure_speeds(NOTHING, CPU, True, tmp_path)
+    assert found["eigen"] == pytest.approx(250 * 512**3 / 0.5e12)
+    assert measure_speeds(NOTHING, GPU, True, tmp_path)[0]["eigen"] == 60.0
+
+
 def test_decompositions_take_the_cube_of_the_smaller_side() -> None:
     assert decomposition_seconds((512, 512), 0.5, "cpu") == pytest.approx(0.5)
     assert decomposition_seconds((1024, 5000), 0.5, "cpu") == pytest.approx(4.0)

@@ -33,7 +33,7 @@ def test_what_is_asked_for_is_done() -> None:
 
 
 def test_a_cpu_has_its_default() -> None:
-    assert candidates(settings(), 64, 100, CPU) == [Split(8, False)]
+    assert candidates(settings(), 64, 1000, CPU) == [Split(8, False)]
     assert candidates(settings(), 5, 100, CPU) == [Split(5, False)]
     assert default_split(settings(), 64, CUDA) == Split(8, True)
 
@@ -71,6 +71,15 @@ def test_the_first_that_fits_is_taken(plans_of: Any) -> None:
     assert choose_split(plans_of, settings(), 64, 1024, CUDA, 1.0) == Split(8, True)  # `choose` says what is lacking
 
 
+def test_short_rows_go_together_on_a_cpu() -> None:
+    """A pass more costs more than padding; long ones and a GPU have no use for that."""
+    found = [candidates(settings(), 40, longest, torch.device("cpu")) for longest in (1024, 128, 100, 64, 20)]
+    assert found == [[Split(rows, False)] for rows in (8, 8, 10, 16, 40)]
+    given = candidates(settings(micro_batch_size=4), 40, 20, torch.device("cpu"))
+    assert given == [Split(4, False)]
+    assert default_split(settings(), 40, CUDA, 20) == Split(8, True)
+
+
 def test_streamed_blocks_are_always_computed_again(plans_of: Any) -> None:
     assert choose_split(plans_of, settings(offload="cpu"), 64, 1024, CUDA, 1e15) == Split(64, True)
 
@@ -84,8 +93,9 @@ def test_the_split_of_a_run_is_noted_and_has_to_stay(tmp_path: Path, monkeypatch
     with pytest.raises(Stopped):
         train(model, tmp_path / "archive", [rows], tmp_path / "out", chosen, stop=stop)
     monkeypatch.setattr(splits, "MICRO_ROWS", 3)  # as on a device of another size
+    monkeypatch.setattr(splits, "_SHORT", 0)
     with pytest.raises(SculptorError, match="micro_batch_size"):
         train(model, tmp_path / "archive", [rows], tmp_path / "out", chosen, resume=True)
     monkeypatch.undo()
     train(model, tmp_path / "archive", [rows], tmp_path / "out", chosen, resume=True)
-    assert '"micro_batch_size": 8' in (tmp_path / "out" / "sculptor.json").read_text()
+    assert '"micro_batch_size": 12' in (tmp_path / "out" / "sculptor.json").read_text()
