@@ -13,7 +13,7 @@ from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sourc
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import SAMPLED_LENGTH, SELF, AnalyzeSettings, is_self
 from sculptor.model.load import LoadedModel, load_tokenizer
-from sculptor.model.sampling import sample_examples
+from sculptor.model.sampling import sample_examples, template_tokens
 from sculptor.progress import Progress
 
 
@@ -69,8 +69,10 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, p
     if own is None:
         return []
     max_length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
-    max_length = min(max_length, SAMPLED_LENGTH) if settings.max_length is None else max_length
     use_template(loaded.tokenizer, settings.chat_template)
+    if settings.max_length is None:  # a template's tokens are not the model's
+        aside = template_tokens(loaded) if settings.chat and loaded.tokenizer.chat_template else 0
+        max_length = min(max_length, SAMPLED_LENGTH + aside)
     examples = sample_examples(
         loaded, settings.tokens_per_source, max_length, chat=settings.chat, seed=settings.seed, progress=progress
     )

@@ -33,7 +33,7 @@ _PART = re.compile(r"(?P<module>.+)\.(?:lora_(?P<a>[AB])\.weight|lora_embedding_
 _IDLE = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "lora_dropout",
-        "layers_pattern", "modules_to_save", "runtime_config",
+        "modules_to_save", "runtime_config",
         "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
     }
 )  # fmt: skip
@@ -58,6 +58,7 @@ class _Config:
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
 
     def leaves_out(self, module: str) -> str | None:
         """The setting by which PEFT passes by a module of the model, if there is one."""
@@ -68,7 +69,9 @@ class _Config:
         layers = self.layers_to_transform
         if layers is None or layers == ():
             return None
-        number = re.match(r".*\.[^.]*\.(\d+)\.", module)
+        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ("[^.]*",)
+        found = (re.match(rf".*?\.{pattern}\.(\d+)\.", module) for pattern in patterns)
+        number = next(filter(None, found), None)  # the first of a path, as PEFT has it
         wanted = layers if isinstance(layers, tuple) else (layers,)
         return "layers_to_transform" if number and int(number[1]) not in wanted else None
 
@@ -246,7 +249,9 @@ def _read_config(path: Path) -> _Config:
         )
     if min([config.r, *(config.rank_pattern or {}).values()]) < 1:
         raise CheckpointError(f"{file}: a rank below 1; {_REMEDY}")
+    told = config.layers_pattern or ()
     regular = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
+    regular += [told] if isinstance(told, str) else told
     for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {}), *regular):
         try:
             re.compile(pattern)

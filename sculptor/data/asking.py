@@ -1,9 +1,11 @@
 """Conversations as questions: what stands before an assistant's turn, and where the model's own turn ends."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sculptor.data.chat import messages_as_rendered
 from sculptor.data.edges import answer_end, special_ids
 from sculptor.data.row_types import MessagesRow
 from sculptor.errors import DataError
@@ -19,11 +21,13 @@ class Question:
         ids: the prompt's tokens.
         text: the prompt as it is rendered.
         expected: what answers are right.
+        whole: the turn as the row has it, thinking included.
     """
 
     ids: list[int]
     text: str
     expected: tuple[str, ...]
+    whole: str
 
 
 def question_of(row: MessagesRow, tokenizer: Any) -> Question:
@@ -38,13 +42,38 @@ def question_of(row: MessagesRow, tokenizer: Any) -> Question:
     if not tokenizer.chat_template:
         raise DataError(f"{row.where}: 'messages' rows need a chat template; give one with --chat-template")
     try:
-        text = render_question(tokenizer, row.messages[:last], row.tools, dict(row.template_options))
+        messages = messages_as_rendered(row, tokenizer)
+        text = render_question(tokenizer, messages[:last], row.tools, dict(row.template_options))
+        said = str(messages[last].get("content") or "")
+        if messages[last].get("tool_calls"):
+            said = _called(row, messages[: last + 1], text, tokenizer)
+    except DataError:
+        raise
     except Exception as cause:  # templates are programs
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise DataError(f"{row.where}: the chat template does not take these messages ({reason})") from cause
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    said = str(row.messages[last].get("content") or "")
-    return Question(ids, text, tuple(answer_part(answer) for answer in (said, *row.references)))
+    return Question(ids, text, tuple(answer_part(answer) for answer in (said, *row.references)), said)
+
+
+def _called(row: MessagesRow, messages: Sequence[Any], before: str, tokenizer: Any) -> str:
+    """What a turn with calls says, as its template writes it, up to where it ends."""
+    options = dict(row.template_options)
+    whole: str = tokenizer.apply_chat_template(list(messages), tools=list(row.tools) or None, tokenize=False, **options)
+    if not whole.startswith(before):
+        raise DataError(
+            f"{row.where}: the chat template writes a turn with calls in another way than it asks for it: answers cannot be "
+            "compared; leave out --exact-match"
+        )
+    ids = list(tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False).input_ids)
+    end = next((at for at, token in enumerate(ids) if token in end_ids(tokenizer)), len(ids))
+    return spoken(tokenizer, ids[:end])
+
+
+def spoken(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What tokens of an answer say, special ones included: they may be what is asked for."""
+    found: str = tokenizer.decode(ids, skip_special_tokens=False)
+    return found.strip()
 
 
 def render_question(tokenizer: Any, messages: Any, tools: Any = (), options: Any = None) -> str:

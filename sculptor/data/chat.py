@@ -18,6 +18,7 @@ from sculptor.errors import DataError, SettingsError
 
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 # What no turn says: where a text differs from one with these, it is the turn's own.
+_OPENING = 16  # characters
 _OTHERS = ("\u241e", "\u2302")
 
 
@@ -91,6 +92,16 @@ def check_use(rows: Iterable[Row], chosen: str | None) -> None:
     """
     if chosen is not None and not any(isinstance(row, MessagesRow) for row in rows):
         raise SettingsError("--chat-template without effect: no row has 'messages'")
+
+
+def messages_as_rendered(row: MessagesRow, tokenizer: Any) -> list[Message]:
+    """A conversation as its template takes it: arguments of calls as objects, unless it wants them as text."""
+    conversation = _Conversation(row, tokenizer)
+    with_objects = [arguments_parsed(message) for message in conversation.messages]
+    if not any(message.get("tool_calls") for message in with_objects):
+        return conversation.messages
+    text = conversation._try(with_objects)
+    return conversation.messages if text is None or prints_objects(text, with_objects) else with_objects
 
 
 def render_conversation(row: MessagesRow, tokenizer: Any) -> list[Rendered]:
@@ -224,15 +235,17 @@ class _Conversation:
         written = " ".join(str(message.get("content")) for message in self.messages)
         ends = [places[i][0] for i in range(max(0, last - 2), last + 1) if self._ends(ids[i], written)]
         if not may_end or marked is not None or (ends and self._said(text, spans[-1], speaker) <= max(ends)):
-            return Rendered(ids, mask, False, self._is_rewritten(text, speaker))
+            return Rendered(ids, mask, False, self._is_rewritten(text, spans, speaker))
         ids, mask = [*ids[: last + 1], answer_end(self.tokenizer)], [*mask[: last + 1], True]
-        return Rendered(ids, mask, True, self._is_rewritten(text, speaker))
+        return Rendered(ids, mask, True, self._is_rewritten(text, spans, speaker))
 
-    def _is_rewritten(self, text: str, speaker: int) -> bool:
-        """Whether a learned turn does not stand in a text as it is, but for white space at its end."""
-        return any(
-            str(self.messages[i].get("content") or "").rstrip() not in text for i in self.trained if i <= speaker
-        )
+    def _is_rewritten(self, text: str, spans: Sequence[Span], speaker: int) -> bool:
+        """Whether a learned turn does not stand in its part of a text as it is, but for white space at its end."""
+        turns = self.trained if len(spans) == len(self.trained) else [speaker]
+        said = [str(self.messages[i].get("content") or "").rstrip() for i in turns]
+        # What a template says before the turn may be its beginning ("<think>").
+        parts = (text[max(0, start - _OPENING) : stop] for start, stop in spans)
+        return any(turn not in part for turn, part in zip(said, parts, strict=True))
 
     def _said(self, text: str, span: Span, speaker: int) -> int:
         """Where in a turn what the row says ends, seen from turns that say something else: the turn cannot end before."""

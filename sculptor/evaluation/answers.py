@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sculptor.data.asking import answer_part, end_ids, question_of, render_question
+from sculptor.data.asking import answer_part, end_ids, question_of, render_question, spoken
 from sculptor.data.edges import prompt_ids
 from sculptor.data.examples import cut_middle
 from sculptor.data.row_types import MessagesRow
@@ -69,7 +69,7 @@ def answer_rows(
     """
     tokenizer = loaded.tokenizer
     asked = [question_of(row, tokenizer) for row in rows]
-    answers = [text for question in asked for text in question.expected]
+    answers = [text for question in asked for text in (*question.expected, question.whole)]
     count = max_new or max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in answers) + 1
     if max_length - count < 1:
         raise DataError(
@@ -83,7 +83,7 @@ def answer_rows(
         chosen = order[start : start + batch_size]
         reader = open_reader(loaded, [prompts[i] for i in chosen])
         for i, ids in zip(chosen, greedy(reader, count, stops), strict=True):
-            said = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            said = spoken(tokenizer, ids)
             exact = answer_part(said) in asked[i].expected
             found[i] = Answer(rows[i].where, asked[i].text, asked[i].expected[0], said, exact)
         bar.update(len(chosen))
@@ -121,7 +121,7 @@ def say(
         chosen = order[start : start + batch_size]
         reader = open_reader(loaded, [ids[i] for i in chosen])
         for i, said in zip(chosen, greedy(reader, max_new, stops), strict=True):
-            found[i] = answer_part(tokenizer.decode(said, skip_special_tokens=True))
+            found[i] = answer_part(spoken(tokenizer, said))
         bar.update(len(chosen))
     return [found[i] for i in range(len(prompts))]
 

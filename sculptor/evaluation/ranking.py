@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sculptor.data.asking import spoken
 from sculptor.data.edges import completion_ids, prompt_ids, target_ids
 from sculptor.data.examples import cut_middle
 from sculptor.data.rows import CompletionRow
@@ -103,11 +104,11 @@ def score_rows(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         candidates = [[known[text] for text in wanted[i]] for i in chosen]
-        scores, spoken = _score_batch(loaded, [prompts[i] for i in chosen], candidates, num_new, stops)
-        for i, score, ids in zip(chosen, scores, spoken, strict=True):
+        scores, greedily = _score_batch(loaded, [prompts[i] for i in chosen], candidates, num_new, stops)
+        for i, score, ids in zip(chosen, scores, greedily, strict=True):
             row, own = rows[i], wanted[i].index(rows[i].completion)
             right, normalized = _ranked(row, wanted[i], score, labels)
-            said = None if ids is None else tokenizer.decode(ids, skip_special_tokens=True).strip()
+            said = None if ids is None else spoken(tokenizer, ids)
             references = {text.strip() for text in (row.completion, *row.references)}
             results[i] = RowScore(
                 loss=-score[own].whole,

@@ -9,7 +9,7 @@ import torch
 from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
-from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SAMPLED_LENGTH, SELF, AnalyzeSettings
+from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SELF, AnalyzeSettings
 from sculptor.model.load import load_tokenizer
 from sculptor.planning.expected import operations_per_token, sides_of
 
@@ -42,10 +42,7 @@ def fill_in(
                 "needs none"
             )
         tokenizer = load_tokenizer(checkpoint, architecture, settings.chat_template)
-        length = settings.max_length or SAMPLED_LENGTH
-        length = min(length, architecture.max_positions or length)
-        chat = settings.chat or bool(tokenizer.chat_template)
-        settings = replace(settings, data=(SELF,), chat=chat, max_length=length)
+        settings = replace(settings, data=(SELF,), chat=settings.chat or bool(tokenizer.chat_template))
     return replace(settings, calibration_tokens=settings.calibration_tokens or tokens_for(checkpoint, device))
 
 

@@ -16,9 +16,10 @@ _KINDS = ("longrope", "dynamic")
 
 
 def guard_positions(model: nn.Module) -> None:
-    """Has a model refuse rows whose results would depend on others in the same forward pass."""
+    """Has a model refuse rows whose results would depend on others in the same forward pass, or on what was read before."""
     limits = dict(_limits(model))
     if limits:
+        model._sculptor_cache_works = False  # type: ignore[assignment]  # keys of a cache were turned by what there was then
         model.register_forward_pre_hook(partial(_check, limits), with_kwargs=True)
 
 
@@ -31,9 +32,8 @@ def _limits(model: nn.Module) -> Iterator[tuple[str, int]]:
                 continue
             told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
             told = told.get(layer, told) if layer is not None else told
-            limit = told.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
+            limit = told.get("original_max_position_embeddings") if kind == "longrope" else None
+            limit = limit or (getattr(config, "original_max_position_embeddings", None) if kind == "longrope" else None)
             limit = limit or getattr(module, "original_max_seq_len", None)
             if isinstance(limit, int):
                 yield kind, limit

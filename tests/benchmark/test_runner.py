@@ -524,9 +524,9 @@ class CutAt:
         ("sculptor", "evaluate", 2),  # the base
         ("sculptor", "calibrate", 1),  # the first archive
         ("sculptor", "write", 1),  # the first model
-        ("sculptor", "calibrate", 2),  # its moments
+        ("sculptor", "measure the task", 1),  # its moments
         ("sculptor", "evaluate", 5),  # after the first task
-        ("sculptor", "calibrate", 3),  # the last task's moments
+        ("sculptor", "measure the task", 2),  # the last task's moments
         ("sculptor", "evaluate", 9),  # after the last
         ("full", "analyze", 2),
         ("full", "evaluate", 5),

@@ -32,7 +32,7 @@ def test_what_the_model_says_is_protected(cli: Callable[..., Result], tmp_path: 
     model = save_checkpoint(tmp_path / "model")
     found = cli("analyze", model, "-o", tmp_path / "a", "--device", "cpu")
     assert found.code == 0, found.err
-    chosen = "--basis curvature --data self --max-length 64 --calibration-tokens 400"
+    chosen = "--basis curvature --data self --calibration-tokens 400"
     assert f"chosen: {chosen}: protects what the loss depends on" in found.err
     assert "it takes 400 tokens" in found.err
     assert cli("analyze", model, "-o", tmp_path / "b", "--device", "cpu", *chosen.split()).code == 0
