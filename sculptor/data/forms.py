@@ -65,7 +65,13 @@ def recognise(given: Any, where: str, columns: Columns, classes: Classes | None 
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise DataError(f"{where}: expected a JSON object, found {type(given).__name__}")
     named = {key: value for key, value in rename(given, columns).items() if value is not None}
-    named |= _turns_in_cells(named, where) if isinstance(given, Cells) else {}
+    lists = _lists_of_messages(named, where)
+    if isinstance(given, Cells):
+        if len(lists) == 1 and named.keys() >= {"prompt", "completion"}:
+            raise DataError(
+                f"{where}: {next(iter(lists))!r} is a list of messages, the other is not; both have to be one or the other"
+            )
+        named |= lists
     _check_text(named, where)
     forms = [form for form in (_FORMS if classes is None else [_labelled_form(classes)]) if form.tells(named)]
     if len(forms) > 1 and columns:
@@ -87,7 +93,9 @@ def recognise(given: Any, where: str, columns: Columns, classes: Classes | None 
         unread |= named.keys() & {"tools", "chat_template_kwargs", "system"}
     renamed = [f"{columns[key]} as {key}" for key in form.reads if columns.get(key) in given]
     text = form.name + (f" ({', '.join(renamed)})" if renamed else "")
-    return Recognised(made, text, form.is_ours and not renamed, tuple(sorted(unread)))
+    as_texts = len(lists) == 2 and isinstance(made, CompletionRow)  # of JSON lines, which say what they mean
+    text += ", texts that are lists of messages, read as texts" if as_texts else ""
+    return Recognised(made, text, form.is_ours and not renamed and not as_texts, tuple(sorted(unread)))
 
 
 def _labelled_form(classes: Classes) -> _Form:
@@ -207,14 +215,17 @@ def _right(row: Mapping[str, Any], choices: tuple[str, ...], references: tuple[s
     return choices[number]
 
 
-def _turns_in_cells(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Prompt and completion of a table, where both are lists of messages; any other text is text, whatever it begins with."""
-    found = {key: parsed(row.get(key), where) for key in ("prompt", "completion")}
-    whole = all(
-        isinstance(value, list) and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
-        for value in found.values()
-    )
-    return found if whole else {}
+def _lists_of_messages(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Of prompt and completion, those that are texts of lists of messages; any other text is text, whatever it begins with."""
+    texts = {key: row[key] for key in ("prompt", "completion") if isinstance(row.get(key), str)}
+    found = {key: parsed(value, where) for key, value in texts.items()}
+    return {
+        key: value for key, value in found.items() if isinstance(value, list) and value and all(map(_is_message, value))
+    }
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def _with_references(made: MessagesRow, row: Mapping[str, Any], where: str) -> Row:

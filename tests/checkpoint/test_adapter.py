@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "pattern": ("llama", {"target_modules": r".*\.1\..*_proj"}),
+    "one block of two stacks": ("t5", {"target_modules": ["q", "v"], "layers_to_transform": [1]}),
     "one layer": ("llama", {"target_modules": ["mlp.down_proj"], "layers_to_transform": 1}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "seq2seq": ("t5", {"target_modules": ["q", "v", "wo"]}),

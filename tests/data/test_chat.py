@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
+from sculptor.data.asking import question_of, spoken
 from sculptor.data.chat import unread_keys, use_template
 from sculptor.data.examples import IGNORED, encode
 from sculptor.data.rows import MessagesRow, read_rows
@@ -414,3 +415,43 @@ def test_a_template_that_rewrites_what_is_learned_is_told(
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     assert encode(read_rows(file), tokenizer, "causal", 512).num_rewritten == count
+
+
+def test_words_of_the_prompt_do_not_hide_that(tokenizer: Any, tmp_path: Path) -> None:
+    """Nor does an earlier turn that is trained by itself tell of it."""
+    tokenizer.chat_template = CHATML.replace("m.content", "(m.content | lower if m.role == 'assistant' else m.content)")
+    talk = [{"role": "user", "content": "Answer with one of: Yes, No"}, {"role": "assistant", "content": "Yes"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": talk}) + "\n")
+    assert encode(read_rows(file), tokenizer, "causal", 512).num_rewritten == 1
+
+
+def test_calls_are_asked_and_expected_as_they_are_trained(tokenizer: Any, tmp_path: Path) -> None:
+    talk = [*HELLO, {"role": "user", "content": "Call"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": talk}) + "\n")
+    (row,) = read_rows(file)
+    assert isinstance(row, MessagesRow)
+    found = question_of(row, tokenizer)
+    (said,) = found.expected
+    assert '<call>{"a": 1}</call>' in said
+    assert "im_end" not in said
+    earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}, *TWO[2:]]
+    file.write_text(json.dumps({"messages": earlier}) + "\n")
+    (row,) = read_rows(file)
+    assert isinstance(row, MessagesRow)
+    assert '<call>{"a": 1}</call>' in question_of(row, tokenizer).text, "not JSON text, encoded once more"
+
+
+def test_thinking_counts_for_the_length_of_an_answer_and_special_tokens_are_said(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    answer = "<think>\naaa\n</think>\n\nYes"
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": [HELLO[0], {"role": "assistant", "content": answer}]}) + "\n")
+    (row,) = read_rows(file)
+    assert isinstance(row, MessagesRow)
+    found = question_of(row, tokenizer)
+    assert (found.expected, found.whole) == (("Yes",), answer)
+    ids = tokenizer("<|im_start|>Yes", add_special_tokens=False).input_ids
+    assert spoken(tokenizer, ids) == "<|im_start|>Yes"

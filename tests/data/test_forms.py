@@ -51,12 +51,12 @@ def test_json_text_is_a_conversation_in_a_table_alone(tmp_path: Path) -> None:
     assert isinstance(found, CompletionRow)
     assert [found.prompt, found.completion] == texts
     with (tmp_path / "a.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["prompt", "completion"], texts, [texts[0], "no list"]])
+        csv.writer(file).writerows([["prompt", "completion"], texts, ["[w1]", "no list"]])
     talk, text = read_rows(tmp_path / "a.csv")
     assert isinstance(talk, MessagesRow)
     assert list(talk.messages) == TALK
     assert isinstance(text, CompletionRow)
-    assert (text.prompt, text.completion) == (texts[0], "no list")
+    assert (text.prompt, text.completion) == ("[w1]", "no list")
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations", "choices", "references", "history"])
@@ -341,3 +341,15 @@ def test_a_list_of_texts_is_no_conversation() -> None:
         DataError, match="message 1 is 'w1', no object with a 'role'; a prompt that is no conversation is one text"
     ):
         read_rows([[{"prompt": ["w1"], "completion": ["w2"]}]])
+
+
+def test_texts_that_are_lists_of_messages_are_told(tmp_path: Path) -> None:
+    texts = [json.dumps(TALK[:1]), json.dumps(TALK[1:])]
+    rows = write_rows(tmp_path / "rows.jsonl", [dict(zip(("prompt", "completion"), texts, strict=True))])
+    told: list[str] = []
+    read_rows(rows, None, None, told.append)
+    assert "texts that are lists of messages, read as texts" in told[0]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], [texts[0], "w2"]])
+    with pytest.raises(DataError, match="'prompt' is a list of messages, the other is not"):
+        read_rows(tmp_path / "a.csv")

@@ -12,6 +12,8 @@ from conftest import IDS, SMALL, Result, make_tokenizer, save_checkpoint, task_r
 
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import DataError
+from sculptor.evaluation.answers import greedy
+from sculptor.evaluation.readers import open_reader
 from sculptor.model.load import load_model
 
 LIMIT = 32
@@ -102,6 +104,27 @@ def test_positions_of_what_was_read_before_are_refused(tmp_path: Path) -> None:
     model(input_ids=torch.full((1, LIMIT), 4))
     with pytest.raises(DataError, match=r"longest row that it has read \(dynamic\)"):
         model(input_ids=torch.full((1, LIMIT + 1), 4))
+
+
+def test_dynamic_positions_go_by_the_model_s_own_length(tmp_path: Path) -> None:
+    """Whatever else the configuration says of an original one."""
+    path = saved(tmp_path / "model", "dynamic")
+    config = json.loads((path / "config.json").read_text())
+    config["rope_parameters"]["original_max_position_embeddings"] = 8
+    (path / "config.json").write_text(json.dumps(config))
+    load_model(open_checkpoint(path), torch.device("cpu")).model(input_ids=torch.full((1, LIMIT), 4))
+
+
+def test_answers_beyond_the_length_are_read_whole(tmp_path: Path) -> None:
+    """Behind a cache keys would be turned short and queries long."""
+    loaded = load_model(open_checkpoint(saved(tmp_path / "model", "longrope")), torch.device("cpu"))
+    prompt = [4 + i % 20 for i in range(LIMIT - 1)]
+    (found,) = greedy(open_reader(loaded, [prompt]), 6, ())
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert found == ids[len(prompt) :]
 
 
 def test_other_models_are_left_alone(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Text that a small model says by itself: seeded, within the budget, with the loss where it belongs."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 import transformers
 from conftest import FAMILIES, save_checkpoint
 
+from sculptor import AnalyzeSettings
+from sculptor.analysis import sources
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
@@ -183,6 +187,38 @@ def test_a_long_template_leaves_room_for_answers(loaded: LoadedModel) -> None:
         assert prompt[-2:] == [TURN, ANSWER]
         assert example.length == 64 or example.input_ids[-1] in (END, TURN)
         assert len(prompt) <= 33 + (64 - 33) // 2
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_template_s_tokens_are_not_the_model_s(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    """What is calibrated on, where nothing was said of its length."""
+    monkeypatch.setattr(sources, "SAMPLED_LENGTH", 20)
+    loaded.tokenizer.chat_template = WORDY
+    settings = AnalyzeSettings(basis="curvature", data=("self",), chat=chat, calibration_tokens=400)
+    (source,) = sources.sample_sources(loaded, settings, ("self",), silent)
+    assert max(example.length for example in source.examples) == (53 if chat else 20)
+    longer = replace(settings, max_length=60)
+    (source,) = sources.sample_sources(loaded, longer, ("self",), silent)
+    assert max(example.length for example in source.examples) == 60
+
+
+def test_rows_are_as_many_as_their_caches_allow(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of models with few key heads more; and the first round of conversations takes them for shorter than they may be."""
+    monkeypatch.setattr(sampling, "_CACHE_BYTES", {"cpu": 8.0 * 10 * 2 * 2 * 32 * 16})
+    heads = loaded.model.config.num_attention_heads
+    monkeypatch.setattr(loaded.model.config, "num_key_value_heads", heads)
+    alike = sampling._rows_at_once(loaded, 16)
+    monkeypatch.setattr(loaded.model.config, "num_key_value_heads", heads // 2)
+    assert sampling._rows_at_once(loaded, 16) == 2 * alike
+    rounds: list[int] = []
+    plain = sampling._converse
+    monkeypatch.setattr(sampling, "_converse", lambda a, rows, *rest: (rounds.append(rows), plain(a, rows, *rest))[1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(sampling, "_CACHE_BYTES", {"cpu": 1e9})
+    loaded.tokenizer.chat_template = TEMPLATE
+    sample(loaded, num_tokens=600, max_length=48, chat=True)
+    assert rounds[0] == math.ceil(1.15 * 600 / int(0.7 * 48))
 
 
 def test_a_template_without_room_is_refused(loaded: LoadedModel) -> None:

@@ -63,6 +63,14 @@ def test_a_full_disk_is_assumed_to_be_like_others(monkeypatch: pytest.MonkeyPatc
     assert found["disk"] == 2.0
 
 
+def test_what_is_not_multiplied_in_bfloat16_is_measured_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speeds, "_measure_products", lambda device, dtype: 0.4 if dtype == torch.bfloat16 else 0.2)
+    found, _ = measure_speeds(NOTHING, CPU, True, tmp_path, torch.bfloat16)
+    assert (found["tflops"], found["float32"]) == (0.4, 0.2)
+    found, _ = measure_speeds(NOTHING, CPU, True, tmp_path, torch.float32)
+    assert (found["tflops"], found["float32"]) == (0.2, 0.2)
+
+
 def test_a_busy_cpu_is_not_taken_for_one_that_cannot_decompose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(speeds, "_measure_eigen", lambda device: 60.0)
     found, _ = measure_speeds(NOTHING, CPU, True, tmp_path)
