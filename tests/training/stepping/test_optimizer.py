@@ -42,21 +42,24 @@ def step(named: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, number: i
     optimizer.step()
 
 
+def formula(name: str, number: int, gradient: Any, value: Any, m: Any, v: Any) -> tuple[Any, Any, Any]:
+    """A step of one parameter in float64, as Loshchilov and Hutter have it."""
+    peak, decay = (1e-3, 0.0) if name == "c" else (1e-2, 0.1)
+    rate, g = peak / (number + 1), gradient.double()
+    m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
+    first, second = (x / (1 - beta ** (number + 1)) for x, beta in zip((m, v), BETAS, strict=True))
+    return value * (1 - rate * decay) - rate * first / (second.sqrt() + 1e-8), m, v
+
+
 def test_it_is_the_formula(generator: torch.Generator) -> None:
-    """Loshchilov and Hutter: the decay apart from the gradient, both times the step's rate, which is of each group's peak."""
+    """The decay apart from the gradient, both times the step's rate, which is of each group's peak."""
     named, optimizer = made(generator)
     assert len(optimizer.param_groups) == 2, "a group of nothing is none"
     state = {name: (a.detach().double(), *[torch.zeros(a.shape, dtype=torch.float64)] * 2) for name, a in named.items()}
     for number in range(3):
         step(named, optimizer, number)
-        for name, (value, m, v) in state.items():
-            peak, decay = (1e-3, 0.0) if name == "c" else (1e-2, 0.1)
-            rate, gradient = peak / (number + 1), named[name].grad
-            assert gradient is not None
-            g = gradient.double()
-            m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
-            first, second = (x / (1 - beta ** (number + 1)) for x, beta in zip((m, v), BETAS, strict=True))
-            state[name] = value * (1 - rate * decay) - rate * first / (second.sqrt() + 1e-8), m, v
+        for name, before in state.items():
+            state[name] = formula(name, number, named[name].grad, *before)
             torch.testing.assert_close(named[name].detach().double(), state[name][0], rtol=1e-5, atol=1e-7)
 
 
@@ -110,14 +113,8 @@ def test_moments_in_bfloat16_are_the_formula_rounded(generator: torch.Generator)
     state = {name: (a.detach().double(), *[torch.zeros(a.shape, dtype=torch.float64)] * 2) for name, a in named.items()}
     for number in range(5):
         step(named, optimizer, number)
-        for name, (value, m, v) in state.items():
-            peak, decay = (1e-3, 0.0) if name == "c" else (1e-2, 0.1)
-            rate, gradient = peak / (number + 1), named[name].grad
-            assert gradient is not None
-            g = gradient.double()
-            m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
-            first, second = (x / (1 - beta ** (number + 1)) for x, beta in zip((m, v), BETAS, strict=True))
-            value = value * (1 - rate * decay) - rate * first / (second.sqrt() + 1e-8)
+        for name, before in state.items():
+            value, m, v = formula(name, number, named[name].grad, *before)
             torch.testing.assert_close(named[name].detach().double(), value, rtol=1e-5, atol=1e-7)
             kept = [optimizer.state[named[name]][moment] for moment in module.MOMENTS]
             assert [moment.dtype for moment in kept] == [torch.bfloat16] * 2
