@@ -8,7 +8,7 @@ from sculptor_cli import options
 
 from sculptor import progress
 
-COVERS = ["sculptor.progress", "sculptor_cli.options"]
+COVERS = ["sculptor.progress"]
 
 
 class _Terminal(io.StringIO):

@@ -13,7 +13,7 @@ from sculptor.data.examples import IGNORED, encode
 from sculptor.data.rows import MessagesRow, read_rows
 from sculptor.errors import DataError, SettingsError
 
-COVERS = ["sculptor.data.conversations", "sculptor.data.left_out"]
+COVERS = ["sculptor.data.asking", "sculptor.data.conversations", "sculptor.data.left_out"]
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"

@@ -17,7 +17,6 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.model.load import load_model
 from sculptor.report.evaluate import measures_rows
 
-COVERS = ["sculptor.report.evaluate"]
 TEMPLATE = "{% for m in messages %}w9 {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
 CHOICES = [
     {

@@ -16,7 +16,7 @@ from sculptor.planning.expected import Expected, expect
 from sculptor.planning.footprints import Workload
 from sculptor.planning.matrices import planned_matrices
 
-COVERS = ["sculptor.planning.expected", "sculptor.jobs.expected"]
+COVERS = ["sculptor.planning.expected"]
 SPEEDS = {"tflops": 2e-6, "float32": 1e-6, "eigen": 0.5}
 
 

@@ -14,7 +14,6 @@ from sculptor import AnalyzeSettings, Archive, EstimateSettings, TrainSettings, 
 from sculptor.errors import OutputError, Stopped
 from sculptor.training.state import STATE_NAME
 
-COVERS = ["sculptor.training.stepping.optimizer"]
 NARROW: dict[str, Any] = {
     "max_steps": 6, "batch_size": 4, "learning_rate": 3e-3, "device": "cpu", "carry": "keep", "save_every": 2,
     "optimizer_dtype": "bfloat16",

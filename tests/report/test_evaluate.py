@@ -8,7 +8,6 @@ from sculptor.evaluation.answers import Answer
 from sculptor.evaluation.rows import Evaluation
 from sculptor.report.evaluate import evaluate_text, shared_start
 
-COVERS = ["sculptor.report.evaluate"]
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant of a certain name<|im_end|>\n<|im_start|>user\n"
 
 

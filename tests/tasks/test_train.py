@@ -24,6 +24,7 @@ COVERS = [
     "sculptor.jobs.train_loop",
     "sculptor.jobs.train_record",
     "sculptor.jobs.train_report",
+    "sculptor.report.train",
 ]
 SHORT = TrainSettings(max_steps=3, batch_size=8, learning_rate=1e-2, device="cpu")
 
