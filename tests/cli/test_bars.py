@@ -8,8 +8,6 @@ from sculptor_cli import options
 
 from sculptor import progress
 
-COVERS = ["sculptor.progress"]
-
 
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
