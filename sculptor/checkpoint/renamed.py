@@ -39,9 +39,10 @@ class Common(NamedTuple):
         for new, parameter in self.parameters.items():
             if not f".{parameter}".endswith(f".{new}"):
                 return f"{new} stands for {self.renamed[new]}, and is no name that the model has ({parameter})"
-        kept = [
-            _parts(name) for name in self.other.infos if name in self.base.infos and name not in self.renamed.values()
-        ]
+        if not self.renamed:
+            return None
+        old_names = set(self.renamed.values())
+        kept = [_parts(name) for name in self.other.infos if name in self.base.infos and name not in old_names]
         for new, old in self.renamed.items():
             lead, known = _place(old, new)
             alike = next((name for name in kept if name[: len(lead)] == lead), None)

@@ -97,11 +97,9 @@ def check_use(rows: Iterable[Row], chosen: str | None) -> None:
 def messages_as_rendered(row: MessagesRow, tokenizer: Any) -> list[Message]:
     """A conversation as its template takes it: arguments of calls as objects, unless it wants them as text."""
     conversation = _Conversation(row, tokenizer)
-    with_objects = [arguments_parsed(message) for message in conversation.messages]
-    if not any(message.get("tool_calls") for message in with_objects):
-        return conversation.messages
-    text = conversation._try(with_objects)
-    return conversation.messages if text is None or prints_objects(text, with_objects) else with_objects
+    chosen = conversation.with_calls()
+    called = any(message.get("tool_calls") for message in chosen)
+    return conversation.messages if called and conversation._try(chosen) is None else chosen
 
 
 def render_conversation(row: MessagesRow, tokenizer: Any) -> list[Rendered]:
@@ -126,13 +124,9 @@ class _Conversation:
 
     def sequences(self) -> list[Rendered]:
         """As `render_conversation`."""
-        with_objects = [arguments_parsed(message) for message in self.messages]
         try:
-            called = any(message.get("tool_calls") for message in with_objects)
-            if called and prints_objects(self._try(with_objects), with_objects):
-                return self._sequences(self.messages)
             try:
-                return self._sequences(with_objects)
+                return self._sequences(self.with_calls())
             except TypeError:  # a template that joins arguments as they are wants text
                 return self._sequences(self.messages)
         except (DataError, SettingsError):
@@ -140,6 +134,12 @@ class _Conversation:
         except Exception as cause:  # templates are programs; they fail in any way they like
             text = " ".join(str(cause).split())[:200] or type(cause).__name__
             raise DataError(f"{self.row.where}: the chat template does not take these messages ({text})") from cause
+
+    def with_calls(self) -> list[Message]:
+        """Its messages, arguments of calls as objects unless the template prints these as Python does."""
+        with_objects = [arguments_parsed(message) for message in self.messages]
+        called = any(message.get("tool_calls") for message in with_objects)
+        return self.messages if called and prints_objects(self._try(with_objects), with_objects) else with_objects
 
     def _sequences(self, messages: Sequence[Message]) -> list[Rendered]:
         self._check_rendered(messages)
