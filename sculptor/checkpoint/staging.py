@@ -284,6 +284,7 @@ _HINTS = {
     "base": "the matrices of the model changed since",
     "rows": "the data files hold other rows now",
     "tokens": "the same rows have other tokens now: another tokenizer or chat template, or one that prints the date",
+    "tokenizer and generation": "the model's files of its tokenizer, or of how it generates, changed since",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sculptor.checkpoint.tokenizers import speech_digest
 from sculptor.data.examples import digest_examples
 from sculptor.evaluation.loss import mean_loss
 from sculptor.jobs.job import TrainJob
@@ -120,6 +121,7 @@ def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str
         "subspaces": job.archive.identity,
         **{name: None if part is None else part.sha256 for name, part in parts.items()},
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
+        "tokenizer and generation": speech_digest(job.checkpoint.path),
         "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],
     }

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,24 @@ def test_a_signal_in_the_last_step_stops_before_anything_is_written(made: Path, 
         run(made, tmp_path / "out", stop=lambda: next(polls))
     assert not (tmp_path / "out.partial" / "output").exists()
     assert run(made, tmp_path / "out", resume=True).loop.steps == 3
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json"])
+def test_a_model_that_speaks_otherwise_is_not_gone_on_with(made: Path, tmp_path: Path, file: str) -> None:
+    """In words that no row of the task has, too: the output gets its tokenizer."""
+    shutil.copytree(made / "model", tmp_path / "model")
+    polls = iter([None, 15])
+    arguments = (made / "archive", [made / "rows.jsonl"], tmp_path / "out", replace(SHORT, save_every=1))
+    with pytest.raises(Stopped):
+        train(tmp_path / "model", *arguments, stop=lambda: next(polls))
+    content = json.loads((tmp_path / "model" / file).read_text())
+    if file == "tokenizer.json":
+        content["normalizer"] = {"type": "Replace", "pattern": {"String": "zebra"}, "content": "w1"}
+    else:
+        content["eos_token_id"] = 5
+    (tmp_path / "model" / file).write_text(json.dumps(content))
+    with pytest.raises(OutputError, match=r"saved by a run with other settings \(tokenizer and generation;"):
+        train(tmp_path / "model", *arguments, resume=True)
 
 
 def test_an_input_is_no_output(made: Path, tmp_path: Path) -> None:
