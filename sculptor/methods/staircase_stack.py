@@ -65,8 +65,11 @@ class StaircaseStack:
     ) -> list[tuple[Tensor, ...]]:
         """The gradient of every A."""
         (boxes,) = self.whole.project(weights, tensors, [], gradients)
-        flat = boxes.view(-1) if self.alike else boxes[self._free(tensors)]  # row by row, as the A_g lie
-        parts = torch.split(flat, [a.numel() for (a,) in coordinates])
+        sizes = [a.numel() for (a,) in coordinates]
+        flat = boxes.reshape(-1)  # row by row, as the A_g lie
+        if not self.alike:  # how many are free is known, so that nobody has to wait for the device to count them
+            flat = flat[torch.nonzero_static(self._free(tensors).view(-1), size=sum(sizes)).view(-1)]
+        parts = torch.split(flat, sizes)
         return [(part.view(a.shape),) for part, (a,) in zip(parts, coordinates, strict=True)]
 
     def _free(self, tensors: Tensors) -> Tensor:

@@ -55,9 +55,13 @@ class LoadedModel:
     def batch(self, examples: Sequence[Example], seed: int) -> Batch:
         """One micro-batch on the host; `seed` decides what is masked, where tokens are."""
         vocab_size = min(len(self.tokenizer), self.architecture.vocab_size)
-        # Attention on a GPU is planned anew for every shape, which takes longer than some padding.
-        widths = Widths(64, self.architecture.max_positions) if self.device.type == "cuda" else EXACT
-        return make_batch(examples, self.kind, self.pad_id, self.tokenizer.mask_token_id, vocab_size, seed, widths)
+        mask_id = self.tokenizer.mask_token_id
+        return make_batch(examples, self.kind, self.pad_id, mask_id, vocab_size, seed, self.widths)
+
+    @property
+    def widths(self) -> Widths:
+        """What rows are padded to: attention on a GPU is planned anew for every shape, which takes longer than some padding."""
+        return Widths(64, self.architecture.max_positions) if self.device.type == "cuda" else EXACT
 
     def pass_by(self) -> None:
         """Does this process's part of a forward pass without gradients that others have rows for."""

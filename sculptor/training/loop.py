@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,15 +23,18 @@ from sculptor.data.mixture import Mixture
 from sculptor.errors import Stopped, TrainingError
 from sculptor.model.harm import Harm, NamedHarm
 from sculptor.model.load import LoadedModel
-from sculptor.model.loss import AsBase, batch_loss, num_loss_tokens
+from sculptor.model.loss import AsBase, num_loss_tokens
 from sculptor.progress import Bar, Progress, silent
 from sculptor.training.harm import HarmControl
-from sculptor.training.precision import autocast
+from sculptor.training.passes import Passed
+from sculptor.training.recorded import make_passes
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
 from sculptor.training.stepping.updates import LazyTensors, Updates, tensors_of
 from sculptor.world import ALONE, World
+
+_LOOKED_AT = 2000  # steps, for which shapes of micro-batches come often
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class TrainingLoop:
         self.plan = BatchPlan(lengths, settings.rows_of_step(num_epoch), settings.seed, self.world, mixture)
         self.total = settings.total_steps(num_epoch)
         self.position = Position(step=0)
+        self.passes = make_passes(loaded, settings, as_base, updates.resident(), updates.refresh, self._first_batches)
         self._saved_at = self._saving = 0.0  # when a state was saved, and how long it took
 
     def run(self, progress: Progress) -> LoopResult:
@@ -193,28 +197,11 @@ class TrainingLoop:
         model = self.loaded.model
         if not model.training:  # asked first: it goes through every module
             model.train()
-        losses: list[Tensor] = []
-        apart: list[Tensor] = []
+        passed: list[Passed] = []
+        self.passes.begin_step()
         for batch in batches:
             self.updates.begin(rate_of)
-            with autocast(self.settings.precision, self.loaded.device):
-                found = batch_loss(
-                    model,
-                    batch.to(self.loaded.device),
-                    self.loaded.kind,
-                    by_entropy=self.settings.token_weights == "entropy",
-                    as_base=self.as_base,
-                )
-            share = found.total / total_tokens
-            if found.auxiliary is not None:
-                share = share + found.auxiliary * (found.num_tokens / total_tokens)
-            losses.append(share.detach())
-            if found.divergence is not None:
-                assert self.settings.kl_weight is not None
-                apart.append(found.divergence.detach() / total_tokens)
-                share = share + self.settings.kl_weight * (found.divergence / total_tokens)
-            if share.requires_grad:  # layer dropping may leave out everything that is trained
-                share.backward()  # type: ignore[no-untyped-call]
+            passed.append(self.passes.run(batch, total_tokens))
             self.updates.pass_by()
         for _ in range(passes - len(batches)):  # of other processes, which have more rows
             self.updates.begin(rate_of)
@@ -223,7 +210,10 @@ class TrainingLoop:
             self.penalty().backward()  # type: ignore[no-untyped-call]
         norm = self.updates.clip()
         # Only now, since a number waits for the device.
-        loss, kl = self.world.total(sum(map(float, losses)), sum(map(float, apart)))
+        loss, kl = self.world.total(
+            sum(float(found.loss) for found in passed),
+            sum(float(found.divergence) for found in passed if found.divergence is not None),
+        )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss} and gradient norm {norm} at step {step + 1}: not finite; lower {self._rate_setting} or look at "
@@ -269,12 +259,17 @@ class TrainingLoop:
         return f"--{name.replace('_', '-')} ({value:.3g})"
 
     def _micro_batches(self, rows: list[int], step: int) -> list[Batch]:
-        size = self.settings.micro_rows
         seed = (self.settings.seed * 1_000_003 + step) % 2**63
-        return [
-            self.loaded.batch([self.examples[row] for row in rows[start : start + size]], seed)
-            for start in range(0, len(rows), size)
-        ]
+        return [self.loaded.batch(part, seed) for part in self._split(rows)]
+
+    def _split(self, rows: list[int]) -> Iterator[list[Example]]:
+        size = self.settings.micro_rows
+        for start in range(0, len(rows), size):
+            yield [self.examples[row] for row in rows[start : start + size]]
+
+    def _first_batches(self) -> Iterator[list[Example]]:
+        for step in range(min(self.total, _LOOKED_AT)):
+            yield from self._split(self.plan.rows(step))
 
     def _check_harm(self, control: HarmControl, step: int) -> None:
         found = control.check()

@@ -32,9 +32,16 @@ def decide_precision(precision: Precision, checkpoint: Checkpoint, device: torch
     return "bfloat16" if stored and sum(sizes.values()) >= _LARGE and multiplies_bfloat16(device) else "float32"
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """What a model computes in: bfloat16 products where weights that are trained are multiplied so, nothing lowered else."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(precision, device) == torch.bfloat16)
+def autocast(precision: Precision, device: torch.device, *, cached: bool = True) -> AbstractContextManager[object]:
+    """What a model computes in: bfloat16 products where weights that are trained are multiplied so, nothing lowered else.
+
+    Args:
+        precision: as decided.
+        device: where.
+        cached: whether casts of weights are kept for as long as it is entered.
+    """
+    enabled = compute_dtype(precision, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:

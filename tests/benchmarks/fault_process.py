@@ -197,7 +197,9 @@ def forked(arguments: Sequence[str], work: Path, log: Path, fault: Fault | None 
     if child:
         return _ended(os.waitpid(child, 0)[1], log)
     code: Any = 70
-    torch.set_num_threads(1)  # makes anew a pool of threads that a fork has lost, which two new threads would do at once
+    torch.set_num_threads(
+        1
+    )  # makes anew a pool of threads that a fork has lost, which two new threads would do at once
     try:
         for number, place in ((0, "/dev/null"), (1, log.with_suffix(".out")), (2, log)):
             os.dup2(os.open(place, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if number else 0)), number)

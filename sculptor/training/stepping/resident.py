@@ -99,6 +99,12 @@ class ResidentUpdates(Updates):
     def fingerprints(self) -> dict[str, list[float]]:
         return {name: coordinates.fingerprint() for name, coordinates in self._coordinates.items()}
 
+    def resident(self) -> list[nn.Parameter]:
+        return list(self._named.values())
+
+    def refresh(self) -> None:
+        self.trainable.refresh()
+
     def begin(self, rate_of: RateOf) -> None:
         """Gradients add up in the parameters themselves."""
 

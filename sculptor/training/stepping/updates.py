@@ -64,6 +64,13 @@ class Trained(ABC):
 class Updates(Trained):
     """The trained parameters, by name (coordinates are `<matrix>.A<i>`), and their optimizer."""
 
+    def resident(self) -> list[nn.Parameter] | None:
+        """All that is trained, if it is on the device with all of the model, and gradients add up there."""
+        return None
+
+    def refresh(self) -> None:
+        """Has every weight folded again when it is next read."""
+
     @abstractmethod
     def begin(self, rate_of: RateOf) -> None:
         """The backward pass of a micro-batch follows, in a step of these rates."""
