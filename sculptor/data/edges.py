@@ -116,3 +116,22 @@ def target_ids(tokenizer: Any, completion: str) -> list[int]:
     """What a decoder that reads no prompt is to say: as the tokenizer writes targets, with their start or language."""
     ids: list[int] = tokenizer(text_target=completion, verbose=False).input_ids
     return ids if tokenizer.eos_token_id in ids else [*ids, tokenizer.eos_token_id]
+
+
+@functools.lru_cache(maxsize=8)
+def target_start(tokenizer: Any) -> tuple[int, ...]:
+    """What targets have before their text: a language, for some."""
+    first, second = (target_ids(tokenizer, text) for text in ("a", "1"))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    special = special_ids(tokenizer) - {tokenizer.eos_token_id}
+    return tuple(itertools.takewhile(special.__contains__, (token for token, _ in same)))
+
+
+def tell_language(rows: Iterable[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:
+    """Tells, in one line, that targets are written in the language of prompts, where a tokenizer names no other."""
+    source, target = (getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang"))
+    if isinstance(source, str) and target in (None, source) and any(isinstance(row, CompletionRow) for row in rows):
+        notice(
+            f"completions are written as targets in {source}, the language of the prompts, since the model's tokenizer names no "
+            "other; for another, save it with tgt_lang= beside the model"
+        )

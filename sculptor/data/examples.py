@@ -45,8 +45,8 @@ class Encoded:
     """All examples, in the order of their rows.
 
     Attributes:
-        num_dropped: rows that did not fit; `num_cut` lost a part of their prompt, `num_ended` were given an end of sequence, and
-            of `num_rewritten` the chat template says what is learned in other words.
+        num_dropped: rows, or turns with a sequence of their own, that did not fit; `num_cut` lost a part of their prompt,
+            `num_ended` were given an end of sequence, and of `num_rewritten` the chat template says what is learned in other words.
         mixture: shares of the data they come from; None if the data are simply put together.
     """
 
@@ -72,7 +72,7 @@ class Encoded:
         """A line on rows of some data that did not fit; None if all did."""
         if not self.num_dropped and not self.num_cut:
             return None
-        dropped = f"{self.num_dropped:,} rows dropped (completion too long)"
+        dropped = f"{self.num_dropped:,} rows or turns dropped (completion too long)"
         return f"{name}: {dropped}, {self.num_cut:,} with the middle of the prompt cut"
 
 
@@ -107,6 +107,7 @@ class EncodedRow:
 
     Attributes:
         examples: its sequences; none, if its completion does not fit.
+        dropped: sequences that it would have had, but for a completion that does not fit.
         cut: the middle of its prompt was left out.
         ended: an end of sequence was added to what the chat template made.
         apart: prompt and completion, joined, would be tokenised in another way at their edge.
@@ -114,6 +115,7 @@ class EncodedRow:
     """
 
     examples: tuple[Example, ...]
+    dropped: int = 0
     cut: bool = False
     ended: bool = False
     apart: bool = False
@@ -141,7 +143,7 @@ def encode(
         )
     return Encoded(
         tuple(examples),
-        num_dropped=sum(not row.examples for row in found),
+        num_dropped=sum(row.dropped for row in found),
         num_cut=sum(row.cut for row in found),
         num_ended=sum(row.ended for row in found),
         num_rewritten=sum(row.rewritten for row in found),
@@ -279,7 +281,7 @@ def _encode_labelled(row: Row, tokenizer: Any, max_length: int) -> EncodedRow:
         raise DataError(f"{row.where}: empty after tokenisation")
     types = found.get("token_type_ids") or ()
     label = IGNORED if row.index is None else row.index
-    return EncodedRow((Example(tuple(found.input_ids), (label,), tuple(types) if any(types) else ()),), cut)
+    return EncodedRow((Example(tuple(found.input_ids), (label,), tuple(types) if any(types) else ()),), cut=cut)
 
 
 def _encode_pair(row: Row, tokenizer: Any, max_length: int) -> EncodedRow:
@@ -291,8 +293,9 @@ def _encode_pair(row: Row, tokenizer: Any, max_length: int) -> EncodedRow:
     if not source or not tokenizer(row.completion, add_special_tokens=False, verbose=False).input_ids:
         raise DataError(f"{row.where}: empty after tokenisation")
     if len(target) > max_length:
-        return EncodedRow(())
-    return EncodedRow((Example(tuple(cut_middle(source, max_length)), tuple(target)),), len(source) > max_length)
+        return EncodedRow((), 1)
+    example = Example(tuple(cut_middle(source, max_length)), tuple(target))
+    return EncodedRow((example,), cut=len(source) > max_length)
 
 
 def _encode_completion(row: CompletionRow, tokenizer: Any, max_length: int) -> EncodedRow:
@@ -305,7 +308,7 @@ def _encode_completion(row: CompletionRow, tokenizer: Any, max_length: int) -> E
         )
     apart = is_apart(tokenizer, row.prompt + row.completion, prompt + completion)
     example, cut = _fit(prompt + completion, [False] * len(prompt) + [True] * len(completion), max_length)
-    return EncodedRow((example,) if example else (), cut, apart=apart)
+    return EncodedRow((example,) if example else (), int(example is None), cut, apart=apart)
 
 
 def _encode_messages(row: MessagesRow, tokenizer: Any, max_length: int) -> EncodedRow:
@@ -313,7 +316,7 @@ def _encode_messages(row: MessagesRow, tokenizer: Any, max_length: int) -> Encod
     fitted = [_fit(each.ids, each.mask, max_length) for each in rendered]
     examples = tuple(example for example, _ in fitted if example is not None)
     ended, rewritten = (any(getattr(each, name) for each in rendered) for name in ("ended", "rewritten"))
-    return EncodedRow(examples, any(cut for _, cut in fitted), ended, rewritten=rewritten)
+    return EncodedRow(examples, len(fitted) - len(examples), any(cut for _, cut in fitted), ended, rewritten=rewritten)
 
 
 def _fit(ids: Sequence[int], mask: Sequence[bool], max_length: int) -> tuple[Example | None, bool]:

@@ -12,7 +12,7 @@ from sculptor.errors import DataError
 
 EXPECTED_LABELLED = "'text' and 'label', with 'text_pair' for pairs"
 KEYS = ("text", "text_pair", "label")
-_WHOLE = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _LISTED = 8  # classes that a message names
 # Columns that people have for a text, or two.
 _USUAL = (
@@ -52,14 +52,18 @@ def labelled(row: Mapping[str, Any], where: str, classes: Classes) -> LabelledRo
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{where}: a text is {short(text)}; expected words")
-    name = _name(row["label"], where) if "label" in row else None
+    name = _name(row["label"], where, classes.names) if "label" in row else None
     if name is None and classes.needed:
         raise DataError(f"{where}: no 'label'; expected {EXPECTED_LABELLED}{usual_columns(row)}")
     index = _number(name, classes.names, where) if name is not None and classes.names else None
     return LabelledRow(where, texts[0], texts[1] if len(texts) > 1 else None, name, index)
 
 
-def _name(given: Any, where: str) -> str:
+def _name(given: Any, where: str, names: tuple[str, ...]) -> str:
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        called = next((name for name in names if _is_number(name) and float(name) == given), None)
+        if called is not None:
+            return called
     if isinstance(given, float) and given.is_integer():  # as tables with an empty cell have whole numbers
         given = int(given)
     if isinstance(given, bool):
@@ -74,10 +78,14 @@ def _number(name: str, names: tuple[str, ...], where: str) -> int:
     """Which class a label means: by name, or by number where no class is called by one, so that all labels are read alike."""
     if name in names:
         return names.index(name)
-    numbered = any(_WHOLE.fullmatch(each) for each in names)
+    numbered = any(_is_number(each) for each in names)
     if name.isascii() and name.isdigit() and int(name) < len(names) and not numbered:
         return int(name)
     raise DataError(f"{where}: 'label' is {short(name)}; the classes of the model are {listed_classes(names)}")
+
+
+def _is_number(name: str) -> bool:
+    return bool(_NUMBER.fullmatch(name))
 
 
 def class_names(rows: Iterable[Row]) -> tuple[str, ...]:

@@ -1,13 +1,13 @@
 """What a model says by itself: greedy continuations, and whether they are the expected answers."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sculptor.data.asking import answer_part, end_ids, question_of, render_question, spoken
-from sculptor.data.edges import prompt_ids
+from sculptor.data.edges import prompt_ids, target_start
 from sculptor.data.examples import cut_middle
 from sculptor.data.row_types import MessagesRow
 from sculptor.errors import DataError, SettingsError
@@ -41,6 +41,32 @@ def stops_of(loaded: LoadedModel) -> frozenset[int]:
     own = getattr(loaded.model.generation_config, "eos_token_id", None)
     listed = own if isinstance(own, list) else [own]
     return end_ids(loaded.tokenizer) | {token for token in listed if token is not None}
+
+
+# Of generation_config.json: what changes greedy answers, and the value that does not.
+_CHANGES = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "guidance_scale": 1.0,
+    "watermarking_config": None, "stop_strings": None, "min_length": 0, "min_new_tokens": None, "forced_bos_token_id": None,
+}  # fmt: skip
+
+
+def tell_left_out(loaded: LoadedModel, notice: Callable[[str], object]) -> None:
+    """Tells, in one line, what answers leave out of what a model's files say of how it generates."""
+    config = loaded.model.generation_config
+    set_ = {name: getattr(config, name, None) for name in _CHANGES}
+    left = [name for name, value in set_.items() if value not in (None, _CHANGES[name], [])]
+    if (
+        loaded.kind != "causal"
+        and "forced_bos_token_id" in left
+        and config.forced_bos_token_id in target_start(loaded.tokenizer)
+    ):
+        left.remove("forced_bos_token_id")
+    if left:
+        notice(
+            f"{loaded.checkpoint.path.name}: answers are what the model itself finds likeliest, without the {', '.join(left)} of "
+            "its generation_config.json"
+        )
 
 
 @torch.no_grad()

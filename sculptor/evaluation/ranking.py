@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sculptor.data.asking import spoken
-from sculptor.data.edges import completion_ids, prompt_ids, target_ids
+from sculptor.data.edges import completion_ids, prompt_ids, target_ids, target_start
 from sculptor.data.examples import cut_middle
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import DataError
@@ -99,6 +99,7 @@ def score_rows(
         if not prompt:
             raise DataError(f"{row.where}: prompt is empty after tokenisation")
     stops = stops_of(loaded) if generate else ()
+    start_ids = () if loaded.kind == "causal" else target_start(tokenizer)
     order = world.share(sorted(range(len(rows)), key=lambda i: -len(prompts[i])))
     results: dict[int, RowScore] = {}
     for start in range(0, len(order), batch_size):
@@ -108,7 +109,7 @@ def score_rows(
         for i, score, ids in zip(chosen, scores, greedily, strict=True):
             row, own = rows[i], wanted[i].index(rows[i].completion)
             right, normalized = _ranked(row, wanted[i], score, labels)
-            said = None if ids is None else spoken(tokenizer, ids)
+            said = None if ids is None else spoken(tokenizer, _behind(ids, start_ids))
             references = {text.strip() for text in (row.completion, *row.references)}
             results[i] = RowScore(
                 loss=-score[own].whole,
@@ -128,6 +129,11 @@ def _candidates(row: CompletionRow, labels: Sequence[str]) -> list[str]:
     """What is scored behind a prompt: its own choices, or the labels; its completion in any case."""
     offered = row.choices or labels
     return [*offered, *([] if row.completion in offered else [row.completion])]
+
+
+def _behind(ids: list[int], start: Sequence[int]) -> list[int]:
+    """What is said behind what every target starts with."""
+    return ids[len(start) :] if tuple(ids[: len(start)]) == tuple(start) else ids
 
 
 def _length(answer: Callable[[Any, str], list[int]], tokenizer: Any, row: CompletionRow) -> int:

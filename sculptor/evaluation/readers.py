@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sculptor.data.edges import target_ids
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import decoder_inputs
 
@@ -153,8 +154,9 @@ class _EncoderDecoder:
         encoder = self.model.get_encoder()
         output = encoder(input_ids=torch.tensor(ids, device=self.device), attention_mask=self.mask)
         self.output_class, self.hidden = type(output), output[0]
-        end = torch.full((len(prompts), 1), loaded.tokenizer.eos_token_id, device=self.device)
-        self.start = decoder_inputs(self.model, end)
+        # As training makes it of a target: some models begin with the language, which targets end with.
+        target = torch.tensor([target_ids(loaded.tokenizer, "a")], device=self.device)
+        self.start = decoder_inputs(self.model, target)[:, :1].repeat(len(prompts), 1)
         self.first_logits = self._run(self.start, self.hidden, self.mask)[:, -1]
 
     def _run(self, ids: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:

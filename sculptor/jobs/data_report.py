@@ -62,7 +62,7 @@ class DataReport:
     Attributes:
         num_rows: rows read; `num_examples` sequences made of them.
         num_tokens: read by the model in an epoch; `num_learned` of them carry loss.
-        num_dropped: rows whose completion does not fit.
+        num_dropped: rows, or turns with a sequence of their own, whose completion does not fit.
         num_cut: rows that lost the middle of what comes before the loss.
         num_split: rows that became several sequences.
         num_ended: rows whose chat template gives turns no end, so that one was added.

@@ -15,7 +15,7 @@ from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.checkpoint.vocabulary import Growth
 from sculptor.data.chat import check_use, tell_unread
-from sculptor.data.edges import tell_other_end
+from sculptor.data.edges import tell_language, tell_other_end
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.labelled import classes_of
 from sculptor.data.mixture import Mixture
@@ -233,6 +233,7 @@ def read_task(
         check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
     tell_other_end(rows, tokenizer, notice)
+    tell_language(rows, tokenizer, notice)
     if encoded.num_rewritten:
         notice(
             f"{encoded.num_rewritten:,} of {len(rows):,} rows: the chat template says the assistant's turn otherwise than the row "

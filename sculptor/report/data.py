@@ -35,7 +35,7 @@ def data_text(found: DataReport) -> str:
     sums = [
         ("rows", found.num_rows), ("sequences", found.num_examples), ("tokens read", found.num_tokens),
         ("tokens with loss", found.num_learned), ("longest sequence", found.longest), ("longest allowed", found.max_length),
-        ("rows dropped, too long", found.num_dropped), ("rows with a prompt cut", found.num_cut),
+        ("rows or turns dropped, too long", found.num_dropped), ("rows with a prompt cut", found.num_cut),
         ("rows in several sequences", found.num_split), ("rows given an end", found.num_ended),
         ("rows that the template rewrites", found.num_rewritten),
         ("rows tokenised apart at the edge", found.num_apart),

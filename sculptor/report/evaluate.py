@@ -106,7 +106,7 @@ def measures_rows(result: Evaluation) -> list[list[str]]:
         rows.append(["tokens", f"{result.num_tokens:,}"])
     rows += [[f"rows to {task}", f"{count:,}"] for task, count in result.routed.items()]
     if result.num_dropped:
-        rows.append(["rows dropped, too long", f"{result.num_dropped:,}"])
+        rows.append(["rows or turns dropped, too long", f"{result.num_dropped:,}"])
     if result.num_cut:
         rows.append([f"rows with a {'text' if result.classified else 'prompt'} cut", f"{result.num_cut:,}"])
     return rows

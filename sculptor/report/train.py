@@ -16,7 +16,7 @@ def train_text(report: TrainReport, check: str | None = None) -> str:
     lines = []
     if report.num_dropped or report.num_cut:
         lines.append(
-            f"Data: {report.num_examples} rows; {report.num_dropped} dropped (completion too long), "
+            f"Data: {report.num_examples} rows; {report.num_dropped} rows or turns dropped (completion too long), "
             f"{report.num_cut} with {'a text' if report.classes else 'the middle of the prompt'} cut"
             + ("; raise --max-length to keep more." if report.num_cut > 0.2 * report.num_examples else ".")
         )

@@ -15,7 +15,7 @@ from sculptor.data.chat import use_template
 from sculptor.data.edges import prompt_ids
 from sculptor.data.examples import resolve_max_length
 from sculptor.errors import CheckpointError, DataError, SettingsError
-from sculptor.evaluation.answers import stops_of
+from sculptor.evaluation.answers import stops_of, tell_left_out
 from sculptor.jobs.job import open_model
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.model.sampling import continue_prompts
@@ -213,6 +213,7 @@ def chat(
             )
         loaded = open_model(checkpoint, place, architecture, offload, progress=progress)
         use_template(loaded.tokenizer, chat_template)
+        tell_left_out(loaded, notice)
         room = resolve_max_length(max_length, architecture.max_positions)
         if max_new_tokens is not None and max_new_tokens >= room:
             raise SettingsError(

@@ -93,7 +93,7 @@ def preview_rows(
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_learned=sum(map(_learned, examples)),
-        num_dropped=sum(not row.examples for row in encoded),
+        num_dropped=sum(row.dropped for row in encoded),
         num_cut=sum(row.cut for row in encoded),
         num_split=sum(len(row.examples) > 1 for row in encoded),
         num_ended=sum(row.ended for row in encoded),

@@ -11,12 +11,13 @@ from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
 from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
-from sculptor.data.edges import tell_other_end
+from sculptor.data.edges import tell_language, tell_other_end
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Item, Row, as_items, digest_rows, names_of
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import SettingsError
+from sculptor.evaluation.answers import tell_left_out
 from sculptor.evaluation.harness import TaskResult, check_tasks, run_tasks
 from sculptor.evaluation.rows import (
     NOTHING,
@@ -227,6 +228,7 @@ def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluatio
     use_template(loaded.tokenizer, request.chat_template)
     tell_unread("rows", asked.every_row, loaded.tokenizer, request.notice)
     tell_other_end(asked.every_row, loaded.tokenizer, request.notice)
+    tell_language(asked.every_row, loaded.tokenizer, request.notice)
     routed = None
     if asked.bank is not None:
         told = BankSettings(max_length=length, batch_size=size)
@@ -243,6 +245,8 @@ def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluatio
         return found
 
     found = measure(asked.rows, request.labels, request.generation) if asked.rows else NOTHING
+    if found.exact_match is not None or found.answers:
+        tell_left_out(loaded, request.notice)
     watched = tuple(_watched(name, measure(text, None, Generation(exact_match=False))) for name, text in asked.texts)
     return replace(found, watched=watched, tasks=_ask_tasks(request, asked))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
+from conftest import write_rows
 
 from sculptor.data.asking import question_of, spoken
 from sculptor.data.chat import unread_keys, use_template
@@ -103,6 +104,16 @@ def test_turns_one_by_one_where_thinking_is_dropped(tokenizer: Any, tmp_path: Pa
     messages = [dict(message, thinking="hmm") if message["role"] == "assistant" else message for message in TWO]
     found = learned(tokenizer, tmp_path, {"messages": messages})
     assert found == ["hmm\n</think>\nHello there<|im_end|>\n", "hmm\n</think>\nGood bye<|im_end|>\n"]
+
+
+def test_turns_that_do_not_fit_are_counted_one_by_one(tokenizer: Any, tmp_path: Path) -> None:
+    """A row of which some turns are left is no row that fits."""
+    tokenizer.chat_template = THINKING
+    long = {"role": "assistant", "content": "Good bye " * 200, "thinking": "hmm"}
+    messages = [TWO[0], dict(TWO[1], thinking="hmm"), HELLO[0], long]
+    encoded = encode(read_rows(write_rows(tmp_path / "rows.jsonl", [{"messages": messages}])), tokenizer, "causal", 200)
+    assert (len(encoded.examples), encoded.num_dropped) == (1, 1)
+    assert str(encoded.says("rows")).startswith("rows: 1 rows or turns dropped (completion too long)")
 
 
 def test_an_end_is_learned_where_the_template_has_none(tokenizer: Any, tmp_path: Path) -> None:

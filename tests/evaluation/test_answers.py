@@ -1,5 +1,6 @@
 """Choices against float64 log-probabilities, several references, answers in conversations, watched texts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from conftest import Result, make_tokenizer, save_checkpoint, task_rows, write_rows
 from evaluation.test_ranking import reference_generation
 
-from sculptor import evaluate
+from sculptor import chat, evaluate
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.asking import end_ids, question_of
 from sculptor.data.rows import MessagesRow, read_rows
@@ -169,6 +170,23 @@ def test_abilities_are_read(shared: Path) -> None:
         assert all(len(row.choices) > 1 for row in rows)  # type: ignore[union-attr]
 
 
+def test_what_answers_leave_out_is_told(cli: Callable[..., Result], tmp_path: Path) -> None:
+    path = talker(tmp_path / "talk")
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows(count=4))
+    plain = cli("evaluate", path, "--data", rows, "--device", "cpu")
+    assert plain.code == 0
+    assert "generation_config" not in plain.err
+    file = path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}))
+    told = "talk: answers are what the model itself finds likeliest, without the repetition_penalty, no_repeat_ngram_size of its"
+    assert told in cli("evaluate", path, "--data", rows, "--device", "cpu").err
+    lines: list[str] = []
+    with chat(path, device="cpu", notice=lines.append):
+        assert [line for line in lines if line.startswith(told)]
+    silent = cli("evaluate", path, "--data", rows, "--no-exact-match", "--device", "cpu")
+    assert "generation_config" not in silent.err, "nothing is said then"
+
+
 def test_what_does_not_fit_is_counted(tmp_path: Path) -> None:
     path = talker(tmp_path / "talk")
     said = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
@@ -176,7 +194,7 @@ def test_what_does_not_fit_is_counted(tmp_path: Path) -> None:
     rows = [{"messages": said}, {"messages": long}]
     found = evaluate(path, write_rows(tmp_path / "a.jsonl", rows), device="cpu", max_length=16)
     assert (found.num_rows, found.num_dropped, found.num_cut) == (2, 1, 0)
-    assert ["rows dropped, too long", "1"] in measures_rows(found)
+    assert ["rows or turns dropped, too long", "1"] in measures_rows(found)
     pairs = [{"prompt": prompt, "completion": "w2"} for prompt in ("w1", "w1 " * 40)]
     found = evaluate(path, write_rows(tmp_path / "b.jsonl", pairs), device="cpu", max_length=16)
     assert (found.num_rows, found.num_dropped, found.num_cut) == (2, 0, 1)

@@ -341,3 +341,15 @@ def test_labels_are_read_alike_in_all_rows() -> None:
 def test_what_only_looks_like_a_number_is_a_name() -> None:
     rows = [LabelledRow(f"rows:{i}", "w1", None, name, None) for i, name in enumerate(["\u00b2", "3", "10"])]
     assert class_names(rows) == ("10", "3", "\u00b2")
+
+
+def test_names_that_are_numbers_are_names() -> None:
+    """As a table of floats has them: 1.0 is the class of that name, and not the second."""
+    from sculptor.data.labelled import Classes, labelled
+
+    for names in (("1.0", "2.0", "3.0"), ("1", "2", "3")):
+        read = [labelled({"text": "w1", "label": label}, "a:1", Classes(names)).index for label in (1, 2.0)]
+        assert read == [0, 1]
+        assert labelled({"text": "w1", "label": names[2]}, "a:1", Classes(names)).index == 2
+        with pytest.raises(DataError, match="'label' is '0'"):
+            labelled({"text": "w1", "label": 0}, "a:1", Classes(names))

@@ -108,7 +108,7 @@ def test_rows_beside_the_task_that_do_not_fit_are_told(tmp_path: Path) -> None:
     told: list[str] = []
     checkpoint, architecture = open_base(model)
     read_task(checkpoint, architecture, task, beside, TrainSettings(max_length=16), told.append, [(beside, 0.2)])
-    counts = "1 rows dropped (completion too long), 1 with the middle of the prompt cut"
+    counts = "1 rows or turns dropped (completion too long), 1 with the middle of the prompt cut"
     assert told == [f"--eval-data: {counts}", f"--replay beside.jsonl: {counts}"]
 
 
