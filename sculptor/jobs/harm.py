@@ -8,6 +8,7 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import Harm, measure_harm
+from sculptor.model.modes import evaluating
 from sculptor.model.samples import Samples, read_samples
 from sculptor.training.harm import steps_between
 from sculptor.training.settings import TrainSettings
@@ -43,11 +44,8 @@ def harm(
     archive = subspaces if isinstance(subspaces, Archive) else Archive(subspaces, rules=rules)
     embeddings = model.get_input_embeddings().weight
     found = need_samples(archive, embeddings.shape[0])
-    training = model.training
-    try:
+    with evaluating(model):
         return measure_harm(model, getattr(found, samples), embeddings.device)
-    finally:
-        model.train(training)
 
 
 def need_samples(archive: Archive, vocab_size: int | None) -> Samples:

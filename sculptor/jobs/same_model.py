@@ -5,8 +5,7 @@ functions were put since, computes something else with the same tensors, and so 
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from sculptor.data.batches import Batch
 from sculptor.errors import SettingsError, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import logits_of
+from sculptor.model.modes import evaluating
 from sculptor.training.protect import protected_matrices
 
 # What no forward pass of a finished model depends on.
@@ -133,21 +133,9 @@ def _probe(model: Any, loaded: LoadedModel) -> Tensor:
     device = model.get_input_embeddings().weight.device
     length = min(_LENGTH, loaded.architecture.max_positions or _LENGTH)
     ids = torch.tensor([[i * _STEP % loaded.architecture.vocab_size for i in range(length)]], device=device)
-    with _as_for_use(model):
+    with evaluating(model):
         logits = logits_of(model, Batch(ids, torch.ones_like(ids), ids), loaded.architecture.kind)
     return logits[0].float().cpu()
-
-
-@contextmanager
-def _as_for_use(model: nn.Module) -> Iterator[None]:
-    """Without dropout; what trains goes on training."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def check_size(model: Any, expected: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.architecture import ModelKind
+from sculptor.model.modes import evaluating
 
 
 class Head:
@@ -102,21 +103,17 @@ def find_head(model: Any, kind: ModelKind) -> Head | None:
 def _works(head: Head) -> bool:
     """Tried on a token, with the model as it is but for dropout."""
     model = head.model
-    modes = [(module, module.training) for module in model.modules()]
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     inputs: dict[str, Any] = {"input_ids": ids} | ({"decoder_input_ids": ids} if head.kind == "seq2seq" else {})
-    model.eval()
     try:
-        with head.kept_out() as kept:
-            whole = model(**inputs).logits
-        parts = head.logits(kept[0][0])
+        with evaluating(model):
+            with head.kept_out() as kept:
+                whole = model(**inputs).logits
+            parts = head.logits(kept[0][0])
     except torch.OutOfMemoryError:
         raise
     except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError):
         return False
-    finally:
-        for module, training in modes:
-            module.training = training
     scale = float(whole.abs().max()) or 1.0
     return parts.shape == whole[0].shape and bool(torch.allclose(parts, whole[0], rtol=0.02, atol=0.02 * scale))

@@ -89,7 +89,7 @@ def parts_work(module: torch.nn.Module, forward: Callable[..., Any], whole: Call
     both = sum(args[0].shape[0] for args, _ in parts[:2])
     args, kwargs = _split(whole, [both, whole[0][0].shape[0] - both])[0]
     hidden = args[0].clone()
-    training = module.training
+    training = [each for each in module.modules() if each.training]
     module.eval()
     try:
         expected = _first(forward(hidden, *args[1:], **kwargs))
@@ -101,7 +101,8 @@ def parts_work(module: torch.nn.Module, forward: Callable[..., Any], whole: Call
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
     finally:
-        module.train(training)
+        for each in training:
+            each.training = True
     scale = float(expected.abs().max()) or 1.0
     return found.shape == expected.shape and bool(torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale))
 

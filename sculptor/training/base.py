@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sculptor.model.modes import evaluating
 from sculptor.training.protect import protected_matrices
 
 
@@ -25,21 +26,17 @@ class BaseWeights:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Without dropout: the base's predictions are what they are."""
-        training = self._model.training
         trained = [value.data for value, _ in self._extra]
         self._switch(True)
         for value, base in self._extra:
             value.data = base
-        if training:
-            self._model.eval()
         try:
-            yield
+            with evaluating(self._model):
+                yield
         finally:
             self._switch(False)
             for (value, _), data in zip(self._extra, trained, strict=True):
                 value.data = data
-            if training:
-                self._model.train()
 
     def _switch(self, off: bool) -> None:
         for coordinates in self._coordinates:

@@ -112,9 +112,12 @@ def test_harm_is_measured_and_told_everywhere(cli: Callable[..., Result], made: 
     )
     model = AutoModelForCausalLM.from_pretrained(out)
     model.train()
+    model.model.layers[0].eval()  # as somebody has set it
     by_hand = sculptor.harm(model, made / "archive")
     assert by_hand.nats == pytest.approx(harm["nats"], rel=1e-4)
     assert model.training
+    assert not any(module.training for module in model.model.layers[0].modules())
+    assert model.model.layers[1].training
     steering = sculptor.harm(model, Archive(made / "archive"), samples="steering")
     assert steering.nats == pytest.approx(measured[-1]["harm"], rel=1e-4)
     base = AutoModelForCausalLM.from_pretrained(made / "model")
