@@ -137,7 +137,10 @@ class TrainingLoop:
         devices = [self.loaded.device.index or 0] if self.loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.settings.seed + self.world.rank)  # dropout differs where rows do
-            return self._run(progress if self.world.first else silent)
+            try:
+                return self._run(progress if self.world.first else silent)
+            finally:
+                self.passes.close()
 
     def _run(self, progress: Progress) -> LoopResult:
         self._restore()

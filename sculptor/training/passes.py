@@ -35,6 +35,9 @@ class Passes:
     def begin_step(self) -> None:
         """Micro-batches of another step follow."""
 
+    def close(self) -> None:
+        """Gives back what is kept between steps."""
+
     def run(self, batch: Batch, total_tokens: int) -> Passed:
         """Adds to the gradients those of the loss of a batch, on the host, over all tokens of its step."""
         with autocast(self.settings.precision, self.loaded.device):

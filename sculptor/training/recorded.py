@@ -20,6 +20,7 @@ from sculptor.model.loss import AsBase, inputs_of
 from sculptor.training.passes import Passed, Passes
 from sculptor.training.precision import autocast
 from sculptor.training.settings import TrainSettings
+from sculptor.world import here
 
 _COLUMNS = 32  # places with loss are rounded up to a multiple
 _OFTEN = 4  # a shape that comes less often is not worth recording: that takes as long as three passes
@@ -161,6 +162,13 @@ class RecordedPasses(Passes):
         if self._recorded:
             self._give_gradients()
 
+    def close(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+        self._recorded.clear()
+        self._gradients = []
+        self.shapes = frozenset()
+
     def run(self, batch: Batch, total_tokens: int) -> Passed:
         shape, first = shape_of(batch)
         if shape not in self.shapes or not (shape in self._recorded or self._record(shape)):
@@ -267,5 +275,6 @@ def _is_recordable(loaded: LoadedModel, settings: TrainSettings, as_base: AsBase
         and "token_type_ids" not in takes
         and as_base is None
         and settings.token_weights == "same"
+        and here().size == 1  # other processes' collective calls would be in the way
         and not model.is_gradient_checkpointing
     )
