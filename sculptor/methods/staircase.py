@@ -221,7 +221,12 @@ class StaircaseRule:
 
     def stack_key(self, tensors: Tensors) -> Hashable:
         """Sides prepared alike; steps may differ."""
-        sides = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("soft")}
+        # How many directions are written out differs with the steps; a stack makes them as many.
+        sides = {
+            name: tensor.shape[:1] if name.endswith("columns") else tuple(tensor.shape)
+            for name, tensor in tensors.items()
+            if not name.startswith("soft")
+        }
         forms = tuple(None if side is None else side.form for side in (self.output, self.input))
         return self.shape, forms, tuple(sides.items()), "soft_inputs" in tensors
 

@@ -32,10 +32,12 @@ class StaircaseStack:
     def prepare(self, tensors: Sequence[Tensors]) -> Tensors:
         """Stacked, with the reach of every row; softening begins at the box's first directions."""
         rows, columns = self.whole.shape
-        lengths = {"soft_outputs": rows - self.origin[0], "soft_inputs": columns - self.origin[1]}
+        free = rows - self.origin[0], columns - self.origin[1]
+        names = (("soft_outputs", "output_columns"), ("soft_inputs", "input_columns"))
+        lengths = {name: length for pair, length in zip(names, free, strict=True) for name in pair}
 
         def longer(name: str, tensor: Tensor) -> Tensor:
-            return pad(tensor, (lengths[name] - len(tensor), 0)) if name in lengths else tensor
+            return pad(tensor, (lengths[name] - tensor.shape[-1], 0)) if name in lengths else tensor
 
         found = {name: torch.stack([longer(name, each[name]) for each in tensors]) for name in tensors[0]}
         if self.alike:

@@ -233,8 +233,9 @@ class Stack:
             self._tensors = self._rules.prepare([member.coordinates.tensors for member in self.members])
             for i, member in enumerate(self.members):
                 for name, own in member.coordinates.tensors.items():
-                    if self._tensors[name][i].shape == own.shape:
-                        member.coordinates.register_buffer(name, self._tensors[name][i], persistent=False)
+                    held = self._tensors[name][i][..., -own.shape[-1] :]  # a stack may have begun earlier, with zeros
+                    if held.shape == own.shape:
+                        member.coordinates.register_buffer(name, held, persistent=False)
         return self._tensors
 
 
