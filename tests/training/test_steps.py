@@ -26,27 +26,27 @@ def test_fewer_rows_than_a_step_takes_are_a_step() -> None:
 
 
 def test_few_rows_are_passed_over_again_in_small_steps_unless_that_is_said() -> None:
-    """Up to three passes, then as few as 8 rows, where there would be fewer than 60 steps."""
+    """Up to five passes where there would be fewer than 60 steps, then as few as 4 rows where there would be fewer than 100."""
     usual = TrainSettings(device="cpu")
-    sizes = (1, 7, 8, 160, 200, 300, 640, 959, 960, 1919, 1920, 10**6)
-    assert [usual.for_rows(n).epochs for n in sizes] == [3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 1, 1]
-    assert [usual.rows_of_step(n) for n in sizes] == [1, 7, 8, 8, 10, 15, 32, 32, 32, 32, 32, 32]
-    assert [usual.total_steps(n) for n in (1, 8, 60, 160, 200, 640, 960, 1920)] == [3, 3, 24, 60, 60, 60, 60, 60]
+    sizes = (1, 3, 8, 80, 200, 479, 480, 639, 640, 959, 960, 1500, 1919, 1920, 3200, 10**6)
+    assert [usual.for_rows(n).epochs for n in sizes] == [5, 5, 5, 5, 5, 5, 4, 4, 3, 3, 2, 2, 2, 1, 1, 1]
+    assert [usual.rows_of_step(n) for n in sizes] == [1, 3, 4, 4, 10, 23, 19, 25, 19, 28, 19, 30, 32, 19, 32, 32]
+    assert [usual.total_steps(n) for n in (1, 8, 60, 80, 200, 640, 960, 1920)] == [5, 10, 75, 100, 100, 102, 102, 102]
     once = replace(usual, epochs=1)
-    assert [once.rows_of_step(n) for n in (100, 480, 799, 1919, 1920)] == [8, 8, 13, 31, 32]
+    assert [once.rows_of_step(n) for n in (100, 480, 799, 3199, 3200)] == [4, 4, 7, 31, 32]
     by_64 = replace(usual, batch_size=64)
-    assert [by_64.for_rows(n).epochs for n in (1000, 1920, 3840)] == [3, 2, 1]
+    assert [by_64.for_rows(n).epochs for n in (760, 1000, 1920, 3840)] == [5, 4, 2, 1]
     assert by_64.rows_of_step(100) == 64
     decided = replace(usual, max_steps=9)
     assert (decided.rows_of_step(100), decided.for_rows(100).epochs, decided.total_steps(100)) == (32, 1, 9)
     few = replace(ROWS, examples=ROWS.examples * 20)
-    filled = replace(usual, epochs=3.0, batch_size=9)
-    assert Steps.of(few, usual) == Steps(filled, num_epoch=180, rows=9, longest=10, mean=6.0, total=60)
+    filled = replace(usual, epochs=5.0, batch_size=9)
+    assert Steps.of(few, usual) == Steps(filled, num_epoch=180, rows=9, longest=10, mean=6.0, total=100)
 
 
 def test_an_epoch_of_fewer_rows_than_there_are() -> None:
     found = Steps.of(ROWS, TrainSettings(device="cpu"), 3)
-    assert (found.num_epoch, found.rows, found.longest, found.mean, found.total) == (3, 3, 10, 6.0, 3)
+    assert (found.num_epoch, found.rows, found.longest, found.mean, found.total) == (3, 3, 10, 6.0, 5)
 
 
 @pytest.mark.parametrize("mixture", [None, Mixture((6, 3), (1.0, 1.0))])
@@ -77,7 +77,7 @@ def test_what_was_chosen_is_told() -> None:
         settings = TrainSettings(device="cpu", **asked)
         Steps.of(many, settings).tell(settings, told.append)
     assert told == [
-        "chosen: --epochs 3 --batch-size 9: 60 steps, for 180 rows",
-        "chosen: --batch-size 8: 46 steps, for 180 rows",
+        "chosen: --epochs 5 --batch-size 9: 100 steps, for 180 rows",
+        "chosen: --batch-size 4: 90 steps, for 180 rows",
         "chosen: --epochs 2: 60 steps, for 180 rows",
     ]
