@@ -32,7 +32,7 @@ from sculptor.methods.rule import (
     dense,
 )
 from sculptor.methods.sides import Added, Completed, Side
-from sculptor.methods.staircase_stack import StaircaseStack
+from sculptor.methods.staircase_stack import StaircaseStack, kinds_of
 from sculptor.numerics.bases import Basis, frozen_parts, frozen_variance, protected_directions
 from sculptor.numerics.free_space import (
     FreeSpace,
@@ -221,14 +221,8 @@ class StaircaseRule:
 
     def stack_key(self, tensors: Tensors) -> Hashable:
         """Sides prepared alike; steps may differ."""
-        # How many directions are written out differs with the steps; a stack makes them as many.
-        sides = {
-            name: tensor.shape[:1] if name.endswith("columns") else tuple(tensor.shape)
-            for name, tensor in tensors.items()
-            if not name.startswith("soft")
-        }
         forms = tuple(None if side is None else side.form for side in (self.output, self.input))
-        return self.shape, forms, tuple(sides.items()), "soft_inputs" in tensors
+        return self.shape, forms, kinds_of(tensors)
 
     def stack(self, others: Sequence[Any]) -> RuleStack:
         """Whatever their steps are."""

@@ -1,6 +1,6 @@
 """Many staircase rules of one shape as one: small matrices cost more to start than to turn."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,16 @@ from torch.nn.functional import pad
 from sculptor.methods.rule import Rule, Tensors
 from sculptor.numerics.free_space import box_origin, first_free, hull
 from sculptor.numerics.staircase import Staircase
+
+
+def kinds_of(tensors: Tensors) -> Hashable:
+    """Sides as far as they have to be alike: how many directions are written out differs with the steps."""
+    known = (
+        (name, tensor.shape[:1] if name.endswith("columns") else tuple(tensor.shape))
+        for name, tensor in tensors.items()
+        if not name.startswith("soft")
+    )
+    return tuple(known), "soft_inputs" in tensors
 
 
 class StaircaseStack:

@@ -24,6 +24,7 @@ from sculptor.numerics.bases import Basis, Form
 ALIGNED = 16
 WIDE = 256
 
+
 def box_start(start: int, dim: int) -> int:
     """`start`, or a few directions of `dim` before it, so that there is a good number from there on."""
     free = dim - start

@@ -165,7 +165,7 @@ def test_replay_mixes_the_rows_of_earlier_tasks_in(place: Path, tmp_path: Path, 
     assert settings_of(epochs, "replay", plan.tasks[1]).max_steps == 4, "the steps of plain fine-tuning"
     usual = replace(plan, train=replace(plan.train, max_steps=None, batch_size=None, micro_batch_size=None))
     found_settings = settings_of(usual, "replay", plan.tasks[1])
-    assert (found_settings.max_steps, found_settings.batch_size) == (6, 8), "and its rows, three passes over 16"
+    assert (found_settings.max_steps, found_settings.batch_size) == (20, 4), "and its rows, five passes over 16"
 
 
 def test_few_rows_are_passed_over_as_often_together(place: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
@@ -180,12 +180,12 @@ def test_few_rows_are_passed_over_as_often_together(place: Path, tmp_path: Path,
         count: int = json.loads((output / "model" / "sculptor.json").read_text())["result"]["steps"]
         return count
 
-    assert steps("full") == 12, "three passes over 16 rows, 4 in a step"
-    assert steps("joint") == 24, "as many over both tasks' rows"
+    assert steps("full") == 20, "five passes over 16 rows, 4 in a step"
+    assert steps("joint") == 40, "as many over both tasks' rows"
     assert steps("joint", "--set", "train.epochs=1") == 8
     assert steps("joint", "--set", "train.batch_size=8", "--set", "train.epochs=1") == 4
     (place / "epochs.toml").write_text((place / "epochs.toml").read_text().replace("batch_size = 4\n", "", 1))
-    assert steps("joint", "--set", "train.epochs=2", "--set", "train.clip=0.5") == 8, "of 8 rows, as each has them"
+    assert steps("joint", "--set", "train.epochs=2", "--set", "train.clip=0.5") == 16, "of 4 rows, as each has them"
 
 
 def run(cli: Callable[..., Result], place: Path, output: Path, *more: object) -> Any:

@@ -46,7 +46,10 @@ class Same:
 class Unable:
     """Of a model that cannot be recorded, which it finds out at the end."""
 
+    tried = 0
+
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.tried += 1
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -75,17 +78,14 @@ def run(place: Path, name: str, device: str = "cpu", changes: dict[str, Any] | N
     )
 
 
-def record_by(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> list[RecordedPasses]:
+def record_by(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> None:
     """Has loops on a CPU record, too."""
-    made: list[RecordedPasses] = []
 
     def make(loaded: Any, settings: Any, as_base: Any, trained: Any, expire: Any, batches: Any) -> RecordedPasses:
         shapes = often(shape_of_rows(rows, max(len(row.input_ids) for row in rows)) for rows in batches())
-        made.append(RecordedPasses(loaded, settings, trained, expire, shapes, recorder))
-        return made[-1]
+        return RecordedPasses(loaded, settings, trained, expire, shapes, recorder)
 
     monkeypatch.setattr(loop, "make_passes", make)
-    return made
 
 
 def updates(place: Path, name: str) -> dict[str, torch.Tensor]:
@@ -97,11 +97,9 @@ def updates(place: Path, name: str) -> dict[str, torch.Tensor]:
 def test_it_is_the_same_training(place: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run(place, "plain", changes=changes)
     recorder = Same()
-    made = record_by(monkeypatch, recorder)
+    record_by(monkeypatch, recorder)
     run(place, "out", changes=changes)
-    (passes,) = made
     assert 0 < recorder.played < 24, "some shapes come often, and some do not"
-    assert passes.shapes
     for key, value in updates(place, "plain").items():
         found = updates(place, "out")[key]
         assert (found - value).norm() <= 2e-4 * value.norm(), key
@@ -124,10 +122,10 @@ def test_one_that_goes_on_is_bit_for_bit_the_whole(place: Path, monkeypatch: pyt
 
 def test_a_model_that_cannot_be_recorded_trains_as_ever(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(place, "plain")
-    made = record_by(monkeypatch, Unable())
+    recorder = Unable()
+    record_by(monkeypatch, recorder)
     run(place, "out")
-    (passes,) = made
-    assert not passes.shapes
+    assert recorder.tried == 1, "once is enough"
     whole, out = ((place / name / "model.safetensors").read_bytes() for name in ("plain", "out"))
     assert whole == out
 
