@@ -100,7 +100,7 @@ def test_data_tell_the_longest_row_and_an_epoch(cli: Callable[..., Result], tmp_
         assert mode["compute"] < same.json["modes"][name]["compute"]
     text = cli(*arguments).out
     assert f"3 examples of up to {longest} tokens: 2 steps per epoch, by default 10 in all." in text
-    assert (found["steps"], found["total"]) == (2, 6)
+    assert (found["steps"], found["total"]) == (2, 10)
     shown = cli("data", rows, "--model", tmp_path / "model", "--rows", 1).out
     assert shown in text  # what the first row becomes, and the sums
     assert "epoch, about" in text
