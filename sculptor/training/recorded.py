@@ -5,8 +5,10 @@ once, with the fold of the weights. Which shapes are recorded follows from the r
 """
 
 import inspect
+import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -73,6 +75,28 @@ def often(shapes: Iterable[Shape]) -> frozenset[Shape]:
     return frozenset(shape for _, shape in found[:_MOST])
 
 
+@contextmanager
+def without_chance(device: torch.device) -> Iterator[None]:
+    """For what gives the same whenever it is run: no dropout, no layers that are left out by chance.
+
+    Raises:
+        RuntimeError: if random numbers were drawn; no generator has moved then.
+    """
+    on_gpu = device.type == "cuda"
+    host, drawn, own = torch.get_rng_state(), random.getstate(), torch.cuda.get_rng_state(device) if on_gpu else None
+    try:
+        yield
+    finally:
+        moved = not torch.equal(host, torch.get_rng_state()) or drawn != random.getstate()
+        torch.set_rng_state(host)
+        random.setstate(drawn)
+        if own is not None:
+            moved = moved or not torch.equal(own, torch.cuda.get_rng_state(device))
+            torch.cuda.set_rng_state(own, device)
+    if moved:
+        raise RuntimeError("random numbers were drawn")
+
+
 class Recorder(Protocol):
     """Records what a function launches."""
 
@@ -97,14 +121,10 @@ class Graphs:
         free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         if free < total / 2:
             raise RuntimeError("what a recording keeps may be wanted elsewhere")
-        random = torch.cuda.get_rng_state(self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        with without_chance(self._device), torch.cuda.stream(self._stream):
             run()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        if not torch.equal(random, torch.cuda.get_rng_state(self._device)):
-            torch.cuda.set_rng_state(random, self._device)
-            raise RuntimeError("a pass with dropout")
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # A recording that fails leaves its stream the current one.

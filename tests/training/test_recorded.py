@@ -20,7 +20,7 @@ from sculptor.data.batches import collate
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import Stopped
 from sculptor.training import loop, recorded
-from sculptor.training.recorded import Graphs, RecordedPasses, Shape, often, shape_of, shape_of_rows
+from sculptor.training.recorded import Graphs, RecordedPasses, Shape, often, shape_of, shape_of_rows, without_chance
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
@@ -186,9 +186,21 @@ def test_a_pass_with_dropout_is_not_recorded() -> None:
     module = nn.Dropout(0.5)
     x = torch.ones(64, device="cuda")
     before = torch.cuda.get_rng_state()
-    with pytest.raises(RuntimeError, match="dropout"):
+    with pytest.raises(RuntimeError, match="random numbers"):
         Graphs(torch.device("cuda")).record(lambda: module(x))
     assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random])
+def test_what_is_left_to_chance_is_not_recorded(draw: Callable[[], Any]) -> None:
+    """Layers that are dropped: a recording would drop the same ones for ever."""
+    states = torch.get_rng_state(), random.getstate()
+    with pytest.raises(RuntimeError, match="random numbers were drawn"), without_chance(torch.device("cpu")):
+        draw()
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    with without_chance(torch.device("cpu")):
+        torch.ones(3).sum()
 
 
 @pytest.mark.parametrize("device", DEVICES)
