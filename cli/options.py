@@ -202,7 +202,7 @@ def merged(model: str, directory: str | None, device: str, output: Path | None =
         return model
     from sculptor.tasks.adapter import merge_adapter
 
-    made = merge_adapter(model, directory, device=device, progress=bars, goes_to=output)
+    made = merge_adapter(model, directory, device=device, progress=bars, goes_to=output, notice=tell)
     tell(f"merged {model} into its base: {made}; that is MODEL from now on")
     return str(made)
 

@@ -324,3 +324,17 @@ def test_a_tokenizer_that_is_not_the_base_s_is_refused(place: Path, bases: dict[
     with pytest.raises(sculptor.SculptorError, match="another vocabulary than the base's tokenizer"):
         trainer(tokenizer, "other").train()
     assert not (place / "other").exists()
+
+
+def test_what_trained_nothing_is_told(place: Path, bases: dict[str, Path]) -> None:
+    """An optimizer that was made before the coordinates were there knows nothing of them."""
+    told: list[str] = []
+    model = AutoModelForCausalLM.from_pretrained("model")
+    early = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sculptor.protect(model, "subspaces")
+    callback = sculptor.SculptorCallback("model", "subspaces", "out", carry="keep", notice=told.append)
+    arguments = TrainingArguments("run", use_cpu=True, report_to="none", max_steps=1)
+    rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback], optimizers=(early, None)).train()
+    assert [line for line in told if "no matrix has changed: nothing was trained; make the optimizer after" in line]
+    assert not [line for line in told if "verified" in line]

@@ -55,7 +55,8 @@ def labelled(row: Mapping[str, Any], where: str, classes: Classes) -> LabelledRo
     name = _name(row["label"], where, classes.names) if "label" in row else None
     if name is None and classes.needed:
         raise DataError(f"{where}: no 'label'; expected {EXPECTED_LABELLED}{usual_columns(row)}")
-    index = _number(name, classes.names, where) if name is not None and classes.names else None
+    stored = getattr(row.get("label"), "number", None)
+    index = _number(name, stored, classes.names, where) if name is not None and classes.names else None
     return LabelledRow(where, texts[0], texts[1] if len(texts) > 1 else None, name, index)
 
 
@@ -74,13 +75,18 @@ def _name(given: Any, where: str, names: tuple[str, ...]) -> str:
     raise DataError(f"{where}: 'label' is {short(given)}, {what}; expected a text or a whole number")
 
 
-def _number(name: str, names: tuple[str, ...], where: str) -> int:
-    """Which class a label means: by name, or by number where no class is called by one, so that all labels are read alike."""
+def _number(name: str, stored: int | None, names: tuple[str, ...], where: str) -> int:
+    """Which class a label means: by name, or by number where no class is called by one, so that all labels are read alike.
+
+    A table that has numbers, with digits for their names, means its numbers.
+    """
     if name in names:
         return names.index(name)
     numbered = any(_is_number(each) for each in names)
-    if name.isascii() and name.isdigit() and int(name) < len(names) and not numbered:
-        return int(name)
+    if name.isascii() and name.isdigit() and not numbered:
+        number = int(name) if stored is None else stored
+        if number < len(names):
+            return number
     raise DataError(f"{where}: 'label' is {short(name)}; the classes of the model are {listed_classes(names)}")
 
 

@@ -75,10 +75,23 @@ def _named_classes(dataset: Any) -> dict[str, list[str]]:
     return {key: names for key, names in found.items() if key != "gold" or not all(map(str.isdigit, names))}
 
 
+class ClassName(str):
+    """The name of a class in a column of numbers, and the number that is stored."""
+
+    number: int
+
+    @classmethod
+    def of(cls, name: str, number: int) -> "ClassName":
+        """One name."""
+        made = cls(name)
+        made.number = number
+        return made
+
+
 def _with_names(row: Any, named: Mapping[str, list[str]]) -> Any:
     """A row with names in the place of such numbers; -1 says that there is none."""
     told = {key: row[key] for key in named if isinstance(row.get(key), int)}
-    found = {key: named[key][number] if number >= 0 else None for key, number in told.items()}
+    found = {key: ClassName.of(named[key][number], number) if number >= 0 else None for key, number in told.items()}
     return row | found if found else row
 
 

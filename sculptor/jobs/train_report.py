@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sculptor.analysis.verify import Verification
 from sculptor.archive.manifest import FrozenMatrices
 from sculptor.numerics.rounding import ROUNDING_SLACK
 from sculptor.training.loop import LoopResult
+
+_SOME = 0.1  # of an update that may be lost to rounding without a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +110,17 @@ class TrainReport:
     def frozen(self) -> tuple[str, ...]:
         """Matrices with no free direction left."""
         return tuple(name for name, matrix in self.matrices.items() if matrix.frozen)
+
+
+def written_line(step: int, report: TrainReport, found: Verification) -> str:
+    """What the callback of a trainer says of an output that it has verified."""
+    if not any(matrix.update_norm for matrix in report.matrices.values()):
+        return (
+            f"step {step}: wrote {report.output}, in which no matrix has changed: nothing was trained; make the optimizer after "
+            "sculptor.protect, and look at its learning rate"
+        )
+    lost = f"; rounding removed {found.eaten:.0%} of the update, save_dtype='float32' keeps it"
+    return (
+        f"step {step}: wrote {report.output}, verified: leak {found.leak:.1e} of the update into what is protected, rounding "
+        f"explains {found.rounding:.1e}{lost if found.eaten > _SOME else ''}"
+    )

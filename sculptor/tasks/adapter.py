@@ -1,5 +1,7 @@
 """A LoRA adapter in the place of a model: merged into its base first, one tensor in memory at a time."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from sculptor.checkpoint.adapter import CONFIG_NAME, is_adapter
@@ -21,6 +23,7 @@ def merge_adapter(
     device: str = "auto",
     progress: Progress = silent,
     goes_to: Path | None = None,
+    notice: Callable[[str], object] = lambda _: None,
 ) -> Path:
     """Writes the checkpoint that an adapter and its base make together: W0 + s B A in float64, rounded once.
 
@@ -31,6 +34,7 @@ def merge_adapter(
         device: where products run.
         progress: makes progress bars.
         goes_to: what is made of the merged checkpoint next; it may not lie in what is read here either.
+        notice: told, in a line each, what of the adapter's tokenizer the merged checkpoint does not have.
 
     Returns:
         `output`.
@@ -45,7 +49,11 @@ def merge_adapter(
     named = _base_of(path) if base is None else base
     if goes_to is not None:
         check_apart(goes_to.resolve(), [path, named])
-    join(device).once(lambda: edit(named, path, output, Interpolate(alpha=1.0), device=device, progress=progress))
+    merge = functools.partial(edit, named, path, output, Interpolate(alpha=1.0), device=device, progress=progress)
+    for what in join(device).once(lambda: merge().not_taken):
+        notice(
+            f"{path.name}: not taken of the adapter: {what}; put its file into the merged checkpoint, if rows want it"
+        )
     return output
 
 

@@ -41,7 +41,7 @@ from sculptor.jobs.same_model import (
     check_tokenizer,
     has_moved,
 )
-from sculptor.jobs.train_report import TrainReport
+from sculptor.jobs.train_report import TrainReport, written_line
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import measures_of
 from sculptor.methods.settings import Carry
@@ -60,7 +60,6 @@ _TOLD = (
     "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "seed", "bf16", "fp16", "beta", "loss_type",
 )  # fmt: skip
 MERGED_NAME = "merged"
-_MUCH = 0.1  # of an update that may be lost to rounding without a word
 
 
 class SculptorCallback(TrainerCallback):  # type: ignore[misc]
@@ -243,13 +242,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
                 check_computes(model, written, autocast_of(args), "what is written of it")
             put_in_place(partial, output, overwrite=overwrite)
         found = self.verification
-        leak = found.leak
-        state.log_history.append({"sculptor_leak": leak, "step": state.global_step, "epoch": state.epoch})
-        lost = f"; rounding removed {found.eaten:.0%} of the update, save_dtype='float32' keeps it"
-        self.notice(
-            f"step {state.global_step}: wrote {output}, verified: leak {leak:.1e} of the update into what is protected, rounding "
-            f"explains {found.rounding:.1e}{lost if found.eaten > _MUCH else ''}"
-        )
+        state.log_history.append({"sculptor_leak": found.leak, "step": state.global_step, "epoch": state.epoch})
+        self.notice(written_line(state.global_step, self.report, found))
 
 
 class _Guest(Trained):

@@ -10,6 +10,7 @@ import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, evaluate, preview, train
+from sculptor.data.labelled import Classes, labelled
 from sculptor.data.rows import digest_rows, names_of, read_rows, read_sources
 from sculptor.data.tables import dataset_rows
 from sculptor.errors import DataError
@@ -240,3 +241,19 @@ def test_names_of_digits_are_no_choices_and_minus_one_is_no_class() -> None:
     rows = [{"gold": 0, "label": 1}, {"gold": 2, "label": -1}]
     made = datasets.Dataset.from_list(rows, features=features)
     assert [row for _, row in dataset_rows(made, "d")] == [{"gold": 0, "label": "yes"}, {"gold": 2, "label": None}]
+
+
+def test_digits_that_name_numbers_are_not_numbers() -> None:
+    """A column of 0, 1, 2 whose names are 1, 2, 3, for a model that has no such names: what is stored counts."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2", "3"])}
+    )
+    made = datasets.Dataset.from_dict({"text": ["w1"] * 3, "label": [0, 1, 2]}, features=features)
+
+    def read(*names: str) -> list[int | None]:
+        return [labelled(row, where, Classes(names)).index for where, row in dataset_rows(made, "d")]
+
+    assert read("LABEL_0", "LABEL_1", "LABEL_2") == [0, 1, 2]
+    assert read("3", "2", "1") == [2, 1, 0], "by name, where the model has them"
+    assert [row["label"] for _, row in dataset_rows(made, "d")] == ["1", "2", "3"]

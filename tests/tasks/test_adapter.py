@@ -1,5 +1,6 @@
 """`--merge-adapter`: a LoRA adapter as MODEL."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def test_commands_merge_an_adapter_when_told(
     assert (tmp_path / "other" / "model.safetensors").read_bytes() == (
         tmp_path / "merged" / "model.safetensors"
     ).read_bytes()
+    shutil.copytree(tmp_path / "adapter", tmp_path / "talks")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "base" / file, tmp_path / "talks")
+    (tmp_path / "talks" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    told: list[str] = []
+    sculptor.merge_adapter("talks", "with-talk", device="cpu", notice=told.append)
+    assert len(told) == 1
+    assert told[0].startswith("talks: not taken of the adapter: chat_template")
     with pytest.raises(sculptor.SculptorError, match="base is no adapter"):
         sculptor.merge_adapter("base", "x")
     (tmp_path / "base").rename(tmp_path / "moved")
