@@ -99,6 +99,7 @@ def test_harm_is_measured_and_told_everywhere(cli: Callable[..., Result], made: 
     assert record["result"]["steering_harm"] == measured[-1]["harm"]
     assert 0 < harm["error"] < harm["nats"]
     assert f"{harm['nats']:.4f} ± {harm['error']:.4f} nats a token" in found.out
+    assert ("--max-harm 0.02 keeps it lower" in found.out) == (harm["nats"] > 0.05)
     assert f"{harm['nats']:.4f} ± {harm['error']:.4f}" in (out / "README.md").read_text(encoding="utf-8")
     verified = cli(
         "verify", made / "model", out, "--subspaces", made / "archive", "--harm", "--device", "cpu", "--json"
