@@ -14,6 +14,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.eval()
         for module in training:
             module.training = True

@@ -5,7 +5,7 @@ On a CPU a recording is the function itself, on a GPU a CUDA graph.
 
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import Stopped
 from sculptor.training import loop, recorded
 from sculptor.training.recorded import Graphs, RecordedPasses, Shape, often, shape_of, shape_of_rows, without_chance
+from sculptor.training.stack import Stack
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
@@ -78,11 +79,11 @@ def run(place: Path, name: str, device: str = "cpu", changes: dict[str, Any] | N
     )
 
 
-def record_by(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> None:
+def record_by(monkeypatch: pytest.MonkeyPatch, recorder: Any, choose: Any = often) -> None:
     """Has loops on a CPU record, too."""
 
     def make(loaded: Any, settings: Any, as_base: Any, trained: Any, expire: Any, batches: Any) -> RecordedPasses:
-        shapes = often(shape_of_rows(rows, max(len(row.input_ids) for row in rows)) for rows in batches())
+        shapes = choose(shape_of_rows(rows, max(len(row.input_ids) for row in rows)) for rows in batches())
         return RecordedPasses(loaded, settings, trained, expire, shapes, recorder)
 
     monkeypatch.setattr(loop, "make_passes", make)
@@ -105,6 +106,42 @@ def test_it_is_the_same_training(place: Path, changes: dict[str, Any], monkeypat
         assert (found - value).norm() <= 2e-4 * value.norm(), key
     assert plain.loop.last_loss < plain.loop.first_loss
     assert verify(place / "model", place / "out", place / "archive", device="cpu").passed
+
+
+def test_a_step_may_be_recorded_in_part(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of a micro-batch that was run before the first recording stay."""
+    run(place, "plain")
+    recorder = Same()
+
+    def second_of_the_first(shapes: Iterable[Shape]) -> frozenset[Shape]:
+        first, second, *_ = shapes
+        assert first != second
+        return frozenset([second])
+
+    record_by(monkeypatch, recorder, second_of_the_first)
+    run(place, "out")
+    assert recorder.played
+    for key, value in updates(place, "plain").items():
+        assert (updates(place, "out")[key] - value).norm() <= 2e-4 * value.norm(), key
+
+
+def test_a_recording_folds_the_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was folded before it: else they would be the same for ever."""
+    folded: list[int] = []
+    fold = Stack._fold
+    monkeypatch.setattr(Stack, "_fold", lambda self: (folded.append(1), fold(self))[1])
+
+    class Twice(Same):
+        def record(self, run: Callable[[], None]) -> Callable[[], None]:
+            run()
+            before = len(folded)
+            run()
+            assert len(folded) > before
+            return super().record(run)
+
+    record_by(monkeypatch, Twice())
+    run(place, "out")
+    assert folded
 
 
 def test_one_that_goes_on_is_bit_for_bit_the_whole(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
