@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sculptor.data.conversations import arguments_parsed, prints_objects
+from sculptor.data.conversations import arguments_as_text, arguments_parsed, prints_objects
 from sculptor.data.edges import answer_end, special_ids
 from sculptor.data.forms import listed_keys
 from sculptor.data.left_out import THOUGHTS, Message, refuse_left_out, says, silent_keys
@@ -99,7 +99,7 @@ def messages_as_rendered(row: MessagesRow, tokenizer: Any) -> list[Message]:
     conversation = _Conversation(row, tokenizer)
     chosen = conversation.with_calls()
     called = any(message.get("tool_calls") for message in chosen)
-    return conversation.messages if called and conversation._try(chosen) is None else chosen
+    return conversation.with_text() if called and conversation._try(chosen) is None else chosen
 
 
 def render_conversation(row: MessagesRow, tokenizer: Any) -> list[Rendered]:
@@ -128,7 +128,7 @@ class _Conversation:
             try:
                 return self._sequences(self.with_calls())
             except TypeError:  # a template that joins arguments as they are wants text
-                return self._sequences(self.messages)
+                return self._sequences(self.with_text())
         except (DataError, SettingsError):
             raise
         except Exception as cause:  # templates are programs; they fail in any way they like
@@ -139,7 +139,11 @@ class _Conversation:
         """Its messages, arguments of calls as objects unless the template prints these as Python does."""
         with_objects = [arguments_parsed(message) for message in self.messages]
         called = any(message.get("tool_calls") for message in with_objects)
-        return self.messages if called and prints_objects(self._try(with_objects), with_objects) else with_objects
+        return self.with_text() if called and prints_objects(self._try(with_objects), with_objects) else with_objects
+
+    def with_text(self) -> list[Message]:
+        """Its messages, arguments of calls as JSON text."""
+        return list(map(arguments_as_text, self.messages))
 
     def _sequences(self, messages: Sequence[Message]) -> list[Rendered]:
         self._check_rendered(messages)

@@ -205,6 +205,21 @@ def arguments_parsed(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"tool_calls": [_parsed_call(call) for call in calls]}
 
 
+def arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of tool calls as JSON text, for templates that write them as they are."""
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": list(map(_told_call, calls))} if isinstance(calls, list) else message
+
+
+def _told_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _told_call(call["function"])}
+    given = call.get("arguments")
+    return call | {"arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else call
+
+
 def _parsed_call(call: Any) -> Any:
     if not isinstance(call, dict):
         return call

@@ -10,6 +10,7 @@ Message = dict[str, Any]
 _THOUGHT = re.compile(r"<think>(.*?\S.*?)</think>", re.DOTALL)
 _KEPT: set[Hashable] = set()  # forms of conversations of which templates are known to leave out nothing
 _MOST_KEPT = 10_000
+_PARTS = (("name", "arguments"), ("name",), ("arguments",))  # of a call
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 # What is looked at by other checks, or decides nothing that is said.
 _LOOKED_AT = ("role", "content", "tool_calls", *THOUGHTS)
@@ -76,8 +77,11 @@ def _check(
             return False
 
     for number in range(len(message.get("tool_calls") or ())):
-        if lost(message | {"tool_calls": _other_call(message["tool_calls"], number)}):
-            raise _left_out(where, i, message, f" call {number + 1} of")
+        for parts in _PARTS:
+            other = _other_call(message["tool_calls"], number, parts)
+            if other != message["tool_calls"] and lost(message | {"tool_calls": other}):
+                part = " " if len(parts) > 1 else f" the {parts[0]} of "
+                raise _left_out(where, i, message, f"{part}call {number + 1} of")
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         if any(lost(message | {"content": changed}) for changed in _changes(content)):
@@ -135,8 +139,8 @@ def says(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else bool(value)
 
 
-def _other_call(calls: Sequence[Any], number: int) -> list[Any]:
-    """The calls with another name and other arguments in one of them."""
+def _other_call(calls: Sequence[Any], number: int, parts: Sequence[str]) -> list[Any]:
+    """The calls with another name or other arguments in one of them; by themselves only what is there is changed."""
 
     def renamed(call: Any) -> Any:
         if isinstance(call, dict) and isinstance(call.get("function"), dict):
@@ -145,6 +149,7 @@ def _other_call(calls: Sequence[Any], number: int) -> list[Any]:
             return call
         given = call.get("arguments")
         arguments = given | {"x": 0} if isinstance(given, dict) else f"{given or ''} "
-        return call | {"name": f"{call.get('name')}x", "arguments": arguments}
+        changed = {"name": f"{call.get('name')}x", "arguments": arguments}
+        return call | {part: changed[part] for part in parts if len(parts) > 1 or call.get(part)}
 
     return [renamed(call) if i == number else call for i, call in enumerate(calls)]

@@ -1,6 +1,7 @@
 """Conversations as people have them: thinking, tools, weights, templates of every habit."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ COVERS = ["sculptor.data.asking", "sculptor.data.conversations", "sculptor.data.
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}</call>{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Drops the thinking of all turns but the last, and opens it in the generation prompt.
@@ -146,7 +147,7 @@ def test_tools_and_calls_go_to_the_template(tokenizer: Any, tmp_path: Path) -> N
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     row = {"messages": [HELLO[0], called, {"role": "tool", "content": "1"}, HELLO[1]], "tools": TOOLS}
     (found,) = learned(tokenizer, tmp_path, row)
-    assert found == '<call>{"a": 1}</call><|im_end|>\nHello there<|im_end|>\n'
+    assert found == '<call>f{"a": 1}</call><|im_end|>\nHello there<|im_end|>\n'
     assert learned(tokenizer, tmp_path, row | {"tools": json.dumps(TOOLS)}) == [found]
 
 
@@ -345,15 +346,29 @@ def test_keys_that_a_template_does_not_read_are_named(tokenizer: Any, tmp_path: 
     assert unread_keys([row], tokenizer) == {"id": 1}
 
 
-def test_arguments_stay_as_they_were_written(tokenizer: Any, tmp_path: Path) -> None:
-    """A template that writes them as they are gets their text, and not how Python shows objects."""
-    call = {"type": "function", "function": {"name": "f", "arguments": '{"city": "Paris", "ok": true, "n": null}'}}
+@pytest.mark.parametrize("parsed", [False, True])
+def test_arguments_stay_as_they_were_written(tokenizer: Any, tmp_path: Path, parsed: bool) -> None:
+    """A template that writes them as they are gets JSON text, and not how Python shows objects."""
+    text = '{"city": "Zürich", "ok": true, "n": null}'
+    call = {"type": "function", "function": {"name": "f", "arguments": json.loads(text) if parsed else text}}
     messages = [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-    tokenizer.chat_template = CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments }}{% endif %}"
-    )
-    (found,) = learned(tokenizer, tmp_path, {"messages": messages})
-    assert found.startswith('{"city": "Paris", "ok": true, "n": null}')
+    shown = "{{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments }}"
+    for joined in (shown, "{{ m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}"):
+        tokenizer.chat_template = CHATML.replace(
+            "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}" + joined + "{% endif %}"
+        )
+        (found,) = learned(tokenizer, tmp_path, {"messages": messages})
+        assert found.startswith(f"f {text}")
+
+
+@pytest.mark.parametrize("part", ["name", "arguments"])
+def test_a_part_of_a_call_that_is_left_out_is_refused(tokenizer: Any, tmp_path: Path, part: str) -> None:
+    messages = [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    other = "arguments" if part == "name" else "name"
+    shown = "{% if m.tool_calls %}{{ m.tool_calls[0].function." + other + " }}{% endif %}"
+    tokenizer.chat_template = re.sub(r"{% for c in .*?{% endfor %}", shown, CHATML)
+    with pytest.raises(DataError, match=f"leaves out the {part} of call 1 of message 2"):
+        learned(tokenizer, tmp_path, {"messages": messages})
 
 
 @pytest.mark.parametrize("said", ["d", "end", "m", "<", "|im_", "ok"])
@@ -445,13 +460,13 @@ def test_calls_are_asked_and_expected_as_they_are_trained(tokenizer: Any, tmp_pa
     assert isinstance(row, MessagesRow)
     found = question_of(row, tokenizer)
     (said,) = found.expected
-    assert '<call>{"a": 1}</call>' in said
+    assert '<call>f{"a": 1}</call>' in said
     assert "im_end" not in said
     earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}, *TWO[2:]]
     file.write_text(json.dumps({"messages": earlier}) + "\n")
     (row,) = read_rows(file)
     assert isinstance(row, MessagesRow)
-    assert '<call>{"a": 1}</call>' in question_of(row, tokenizer).text, "not JSON text, encoded once more"
+    assert '<call>f{"a": 1}</call>' in question_of(row, tokenizer).text, "not JSON text, encoded once more"
 
 
 def test_thinking_counts_for_the_length_of_an_answer_and_special_tokens_are_said(
