@@ -105,8 +105,8 @@ def check_same_tensors(
         remedy = "compare a checkpoint with its own base"
         if any(".parametrizations." in name for name in added):
             remedy = (
-                "it was saved while it was protected, with coordinates in the place of weights: use the callback's output, "
-                "or call sculptor.merge(model) before it is saved"
+                "it was saved while it was protected, with coordinates beside the weights: use its folder merged/ or the "
+                "callback's output, or call sculptor.merge(model) before it is saved"
             )
         raise VerificationError(
             f"{tuned.path}: tensors differ from {base.path}: {len(missing)} missing, {len(added)} added, "

@@ -39,7 +39,7 @@ from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import Harm, NamedHarm, measure_harm
 from sculptor.model.load import LoadedModel, check_head, resolve_device
 from sculptor.model.protected import measure_protected, read_protected
-from sculptor.model.samples import Sample, draw_samples
+from sculptor.model.samples import SECTION, Sample, draw_samples
 from sculptor.progress import Progress, silent
 from sculptor.tasks.verify import verify
 from sculptor.training.settings import ReadOffload
@@ -150,7 +150,11 @@ def card(
         thresholds=tuple(threshold.text for threshold in thresholds),
         strict=strict,
         passed=not any(each.failed for each in cards),
-        harm_of=None if not before.samples else "base" if archive is None else "archive",
+        harm_of=None
+        if not before.samples
+        else "archive"
+        if archive and SECTION in archive.manifest.sections
+        else "base",
         phrases=PHRASES if any(each.counts_refusals for each in measures) else (),
         left_out=tuple(left_out),
     )
@@ -211,8 +215,8 @@ def _leak(
 def _samples(
     archive: Archive | None, loaded: LoadedModel, length: int, left_out: list[str], progress: Progress
 ) -> Sequence[Sample]:
-    """What harm is measured on: the half of an archive's samples that reports, or samples drawn from the base."""
-    if archive is not None:
+    """What harm is measured on: the half of an archive's samples that reports, or, without any, samples drawn from the base."""
+    if archive is not None and SECTION in archive.manifest.sections:
         return need_samples(archive, loaded.architecture.vocab_size).reporting
     try:
         return draw_samples(loaded, length, _SEED, progress, kept=_KEPT).all

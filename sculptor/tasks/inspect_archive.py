@@ -46,6 +46,7 @@ class Inspection:
     Attributes:
         path: of the archive, of `num_bytes` bytes; `created_by` which version of sculptor.
         model_class: of the model that it is of.
+        identity: digest of all tensors and rules, by which records and model cards name the archive.
         base_identity: digest of that checkpoint's matrices.
         tasks: its history, the analysis first.
         roles: its matrices by role, `blocks` by block, `matrices` one by one.
@@ -62,6 +63,7 @@ class Inspection:
     rule: str
     terms: Terms
     num_bytes: int
+    identity: str
     base_identity: str
     tasks: tuple[TaskRecord, ...]
     roles: tuple[RoleSummary, ...]
@@ -127,6 +129,7 @@ def inspect(
         rule=manifest.settings.rule,
         terms=opened.method.terms,
         num_bytes=opened.num_bytes,
+        identity=opened.identity,
         base_identity=manifest.base_identity,
         tasks=manifest.tasks,
         roles=summarize_roles(opened),

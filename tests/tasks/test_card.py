@@ -145,6 +145,26 @@ def test_strict_wants_the_interval_to_hold(made: Path) -> None:
         assert bool(found.tuned[0].failed) is not passed
 
 
+def test_an_archive_without_samples_gates_too(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
+    """Harm is then on what the base says here."""
+    analyze(made / "base", tmp_path / "plain", AnalyzeSettings(basis="weights", preserve=0.5, device="cpu"))
+    train(
+        made / "base",
+        tmp_path / "plain",
+        [made / "rows.jsonl"],
+        tmp_path / "out",
+        TrainSettings(max_steps=1, device="cpu"),
+    )
+    found = cli(
+        "card", made / "base", tmp_path / "out", "--data", made / "rows.jsonl", "--subspaces", tmp_path / "plain",
+        "--fail-if", "unverified", "--device", "cpu", "--json", tmp_path / "card.json",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    content = json.loads((tmp_path / "card.json").read_text())
+    assert content["harm_of"] == "base"
+    assert content["tuned"][0]["leak"]["passed"]
+
+
 def test_an_update_that_leaks_fails_unverified(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "other", seed=5)
     arguments = ("--subspaces", made / "archive", "--fail-if", "unverified", "--device", "cpu")
