@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import inspect_architecture
@@ -150,11 +150,7 @@ def card(
         thresholds=tuple(threshold.text for threshold in thresholds),
         strict=strict,
         passed=not any(each.failed for each in cards),
-        harm_of=None
-        if not before.samples
-        else "archive"
-        if archive and SECTION in archive.manifest.sections
-        else "base",
+        harm_of=_drawn_from(archive) if before.samples else None,
         phrases=PHRASES if any(each.counts_refusals for each in measures) else (),
         left_out=tuple(left_out),
     )
@@ -212,11 +208,16 @@ def _leak(
     return Leak(found.passed, found.leak, found.rounding, found.max_leak)
 
 
+def _drawn_from(archive: Archive | None) -> Literal["archive", "base"]:
+    """Whose samples harm is measured on: an archive may keep none."""
+    return "archive" if archive is not None and SECTION in archive.manifest.sections else "base"
+
+
 def _samples(
     archive: Archive | None, loaded: LoadedModel, length: int, left_out: list[str], progress: Progress
 ) -> Sequence[Sample]:
     """What harm is measured on: the half of an archive's samples that reports, or, without any, samples drawn from the base."""
-    if archive is not None and SECTION in archive.manifest.sections:
+    if archive is not None and _drawn_from(archive) == "archive":
         return need_samples(archive, loaded.architecture.vocab_size).reporting
     try:
         return draw_samples(loaded, length, _SEED, progress, kept=_KEPT).all
