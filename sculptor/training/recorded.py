@@ -219,7 +219,6 @@ class RecordedPasses(Passes):
         found = _Recorded(ids, torch.ones_like(ids), labels, columns, nothing, nothing.clone())
         before = [parameter.grad for parameter in self.trained]
         held = self._gradients or [torch.zeros_like(parameter) for parameter in self.trained]
-        self.expire()
         try:
             found.play = self._recorder.record(lambda: self._pass(found, held))
         except RuntimeError:  # a model that waits for the device, dropout, no memory: as without a recording
