@@ -1,6 +1,7 @@
 """How far two archives protect the same directions: principal angles per matrix and side."""
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,18 +54,17 @@ def compare_archives(first: Archive, second: Archive, progress: Progress = silen
     if not shared:
         raise ArchiveError(f"{first.path} and {second.path} share no matrix; they are of different models")
     results = []
-    bar = progress(total=len(shared), desc="compare", unit="matrix")
-    for name in shared:
-        if first[name].shape != second[name].shape:
-            raise ArchiveError(
-                f"{name} is {list(first[name].shape)} in {first.path} and {list(second[name].shape)} in {second.path}"
+    with closing(progress(total=len(shared), desc="compare", unit="matrix")) as bar:
+        for name in shared:
+            if first[name].shape != second[name].shape:
+                raise ArchiveError(
+                    f"{name} is {list(first[name].shape)} in {first.path} and {list(second[name].shape)} in {second.path}"
+                )
+            (a_output, a_input), (b_output, b_input) = _protected(first.read(name)), _protected(second.read(name))
+            results.append(
+                MatrixComparison(name, first[name].role, _compare(a_output, b_output), _compare(a_input, b_input))
             )
-        (a_output, a_input), (b_output, b_input) = _protected(first.read(name)), _protected(second.read(name))
-        results.append(
-            MatrixComparison(name, first[name].role, _compare(a_output, b_output), _compare(a_input, b_input))
-        )
-        bar.update(1)
-    bar.close()
+            bar.update(1)
     return tuple(results)
 
 

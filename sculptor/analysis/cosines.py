@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -51,9 +52,8 @@ def measure_importance(
     if not examples:
         return {}
     loaded = load_model(checkpoint, device, architecture)
-    bar = progress(total=len(examples), desc="importance", unit="row")
-    cosines = measure_cosines(loaded, targets, examples, seed, bar)
-    bar.close()
+    with closing(progress(total=len(examples), desc="importance", unit="row")) as bar:
+        cosines = measure_cosines(loaded, targets, examples, seed, bar)
     return normalize_importance(cosines)
 
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -75,27 +76,25 @@ def measure_evidence(
     rows = sum(len(source.examples) for source in sources)
     made = 0
     for turn, chosen in enumerate(groups):
-        bar = progress(total=rows * len(groups), desc=calibrating, unit="row", initial=rows * turn)
-        total = MeasuredMoments()
-        traces: dict[str, list[float]] = defaultdict(list)
-        for i, source in enumerate(sources):
-            found = measure_moments(
-                loaded,
-                chosen,
-                source.examples,
-                gradients=gradients,
-                labels=settings.fisher,
-                weighting=settings.weighting or ("gradients" if gradients else "tokens"),
-                seed=settings.seed + i,
-                bar=bar,
-            )
-            _add(total.inputs, found.inputs, traces, "input ", source.weight)
-            _add(total.outputs, found.outputs, traces, "output ", source.weight)
-        bar.close()
-        bar = progress(total=len(targets), desc=deriving, unit="matrix", initial=made)
-        yield _evidence_of(loaded, chosen, total, traces, len(sources), gradients, task, bar)
-        made += len(chosen)
-        bar.close()
+        with closing(progress(total=rows * len(groups), desc=calibrating, unit="row", initial=rows * turn)) as bar:
+            total = MeasuredMoments()
+            traces: dict[str, list[float]] = defaultdict(list)
+            for i, source in enumerate(sources):
+                found = measure_moments(
+                    loaded,
+                    chosen,
+                    source.examples,
+                    gradients=gradients,
+                    labels=settings.fisher,
+                    weighting=settings.weighting or ("gradients" if gradients else "tokens"),
+                    seed=settings.seed + i,
+                    bar=bar,
+                )
+                _add(total.inputs, found.inputs, traces, "input ", source.weight)
+                _add(total.outputs, found.outputs, traces, "output ", source.weight)
+        with closing(progress(total=len(targets), desc=deriving, unit="matrix", initial=made)) as bar:
+            yield _evidence_of(loaded, chosen, total, traces, len(sources), gradients, task, bar)
+            made += len(chosen)
 
 
 def _evidence_of(

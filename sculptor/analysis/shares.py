@@ -1,5 +1,6 @@
 """How tasks share what an archive protects, as far as its rules know: means over all matrices."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +35,19 @@ def task_shares(archive: Archive, progress: Progress = silent) -> tuple[TaskShar
     own = torch.zeros(len(tasks), dtype=torch.float64)
     overlaps = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     count = 0
-    bar = progress(total=len(archive), desc="tasks", unit="matrix")
-    for name in archive:
-        entry = archive.read(name)
-        found = entry.rule.shares(entry.tensors) if isinstance(entry.rule, Directed) else None
-        bar.update(1)
-        if found is None or found.held.numel() != len(tasks):  # tasks that left the archive as it was have no profile
-            continue
-        count += 1
-        protected += found.held
-        own += weights * found.held / (weights * found.held).sum().clamp_min(torch.finfo(torch.float64).tiny)
-        overlaps += found.overlaps
-    bar.close()
+    with closing(progress(total=len(archive), desc="tasks", unit="matrix")) as bar:
+        for name in archive:
+            entry = archive.read(name)
+            found = entry.rule.shares(entry.tensors) if isinstance(entry.rule, Directed) else None
+            bar.update(1)
+            if found is None or found.held.numel() != len(
+                tasks
+            ):  # tasks that left the archive as it was have no profile
+                continue
+            count += 1
+            protected += found.held
+            own += weights * found.held / (weights * found.held).sum().clamp_min(torch.finfo(torch.float64).tiny)
+            overlaps += found.overlaps
     if not count:
         return ()
     return tuple(

@@ -10,6 +10,7 @@ How many merges are believed is in `analysis.lineage`; what is loaded beside ten
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -188,15 +189,14 @@ class _Measuring:
 
     def measure(self, lineage: Lineage) -> _Measured:
         """All matrices, as a lineage explains them."""
-        bar = self.progress(total=len(self.archive), desc="verify", unit="matrix")
-        found, digests = [], {}
-        names = list(self.archive)
-        with self.archive.ahead(self.world.share(names)):
-            for mark, one in self.world.in_order(names, partial(self._matrix, lineage)):
-                found.append(one)
-                digests[one[1].name] = mark
-                bar.update(1)
-        bar.close()
+        with closing(self.progress(total=len(self.archive), desc="verify", unit="matrix")) as bar:
+            found, digests = [], {}
+            names = list(self.archive)
+            with self.archive.ahead(self.world.share(names)):
+                for mark, one in self.world.in_order(names, partial(self._matrix, lineage)):
+                    found.append(one)
+                    digests[one[1].name] = mark
+                    bar.update(1)
         return _Measured(found, self.world.from_first(digests))
 
     def _matrix(self, lineage: Lineage, name: str) -> Iterator[tuple[str, tuple[LeakMeasure, MatrixVerification]]]:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -323,20 +323,19 @@ class Archive(Mapping[str, MatrixRecord]):
         """
         self.check_names(checkpoint)
         different = []
-        bar = progress(total=len(self), desc="check base", unit="matrix")
+        with closing(progress(total=len(self), desc="check base", unit="matrix")) as bar:
 
-        def look(name: str) -> tuple[str, float | None]:
-            weight = checkpoint.matrix(self[name])
-            return digest(weight), rms(weight) if self[name].base_rms is None else None
+            def look(name: str) -> tuple[str, float | None]:
+                weight = checkpoint.matrix(self[name])
+                return digest(weight), rms(weight) if self[name].base_rms is None else None
 
-        names = list(self)
-        for name, (found, size) in zip(names, in_threads(look, names), strict=True):
-            if found != self[name].base_digest:
-                different.append(name)
-            if size is not None:
-                self._note_rms(name, size)
-            bar.update(1)
-        bar.close()
+            names = list(self)
+            for name, (found, size) in zip(names, in_threads(look, names), strict=True):
+                if found != self[name].base_digest:
+                    different.append(name)
+                if size is not None:
+                    self._note_rms(name, size)
+                bar.update(1)
         if different:
             raise ArchiveError(
                 f"{self.path}: archive of another checkpoint: {len(different)} of {len(self)} matrices differ from "

@@ -7,6 +7,7 @@ version of the paper that sculptor implements.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,8 @@ def train_adapter(
             staged.mkdir(exist_ok=True)
         saved = None if settings.save_dtype == "keep" else getattr(torch, settings.save_dtype)
         replacements = _merged(loaded.model, architecture, saved)
-        bar = progress(total=checkpoint.num_bytes, desc="write", unit="B")
-        write_checkpoint(checkpoint, staged, replacements, dtype=saved, bar=bar)
-        bar.close()
+        with closing(progress(total=checkpoint.num_bytes, desc="write", unit="B")) as bar:
+            write_checkpoint(checkpoint, staged, replacements, dtype=saved, bar=bar)
         if method == "olora":
             _write_earlier(staged, earlier, parameters)
         record = {"created_by": f"sculptor {__version__}", "method": method, "settings": published(settings)}

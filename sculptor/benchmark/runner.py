@@ -188,24 +188,25 @@ class _Run:
         if given and self.method not in ("sculptor", "crispedit"):
             self.notice(f"without effect with --method {self.method}: {', '.join(given)}")
         steps = self._trainings()
-        bar = self.progress(total=len(steps), desc="tasks", unit="task", initial=max(0, len(self.stages) - 1))
-        if not self.stages:
-            self._finish_stage("base", self.plan.model, None, 0.0)
-        model, archive = self.plan.model, None
-        for i, (name, task) in enumerate(steps, 1):
-            target = self.partial / f"{i:02d}-{name}"
-            if i >= len(self.stages):
-                started = time.perf_counter()
-                self.learning.learn(task, model, archive, target)
-                self._finish_stage(
-                    name, str(target), self.learning.num_kept_bytes(target), time.perf_counter() - started, model
-                )
-                bar.update(1)
-            if i > 1:
-                before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
-                self.world.once(functools.partial(remove, before))
-            model, archive = str(target), target / "subspaces" if self.learning.carries else None
-        bar.close()
+        with closing(
+            self.progress(total=len(steps), desc="tasks", unit="task", initial=max(0, len(self.stages) - 1))
+        ) as bar:
+            if not self.stages:
+                self._finish_stage("base", self.plan.model, None, 0.0)
+            model, archive = self.plan.model, None
+            for i, (name, task) in enumerate(steps, 1):
+                target = self.partial / f"{i:02d}-{name}"
+                if i >= len(self.stages):
+                    started = time.perf_counter()
+                    self.learning.learn(task, model, archive, target)
+                    self._finish_stage(
+                        name, str(target), self.learning.num_kept_bytes(target), time.perf_counter() - started, model
+                    )
+                    bar.update(1)
+                if i > 1:
+                    before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
+                    self.world.once(functools.partial(remove, before))
+                model, archive = str(target), target / "subspaces" if self.learning.carries else None
         self.world.once(lambda: self._keep_last(Path(model)))
         return self.stages
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Container, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -176,12 +177,13 @@ class Checkpoint(Mapping[str, Tensor]):
     def digests_beside(self, known: Container[str], progress: Progress = silent) -> dict[str, str]:
         """SHA-256 of every tensor that is not known otherwise, and of the configuration: what else makes the model."""
         names = [name for name in self if name not in known]
-        bar = progress(total=sum(self.infos[name].num_bytes for name in names), desc="check model", unit="B")
-        found = {}
-        for name, mark in zip(names, in_threads(lambda name: digest(self[name]), names), strict=True):
-            found[name] = mark
-            bar.update(self.infos[name].num_bytes)
-        bar.close()
+        with closing(
+            progress(total=sum(self.infos[name].num_bytes for name in names), desc="check model", unit="B")
+        ) as bar:
+            found = {}
+            for name, mark in zip(names, in_threads(lambda name: digest(self[name]), names), strict=True):
+                found[name] = mark
+                bar.update(self.infos[name].num_bytes)
         text = json.dumps(self.config, sort_keys=True)
         return found | {CONFIG_NAME: hashlib.sha256(text.encode()).hexdigest()}
 

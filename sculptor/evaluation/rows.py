@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,9 +148,8 @@ def evaluate_rows(
         raise SettingsError("--exact-match and --show without effect: nothing is answered in 'text' rows")
     check_one_kind(len(talked), len(rows), "are conversations")
     answered = talked if generation.exact_match else talked[: generation.show]
-    bar = progress(total=len(world.share(answered)), desc="answer", unit="row")
-    answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar, world)
-    bar.close()
+    with closing(progress(total=len(world.share(answered)), desc="answer", unit="row")) as bar:
+        answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar, world)
     exact = sum(answer.exact for answer in answers) / len(answers) if generation.exact_match else None
     return replace(found, exact_match=exact, answers=tuple(answers[: generation.show]))
 
@@ -224,9 +224,8 @@ def _evaluate_loss(
     loaded: LoadedModel, rows: Sequence[Row], length: int, batch_size: int, progress: Progress, world: World
 ) -> Evaluation:
     encoded = encode(rows, loaded.tokenizer, loaded.kind, length, loaded.architecture.vocab_size)
-    bar = progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")
-    loss, tokens = mean_loss(loaded, encoded.examples, batch_size, bar, world)
-    bar.close()
+    with closing(progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")) as bar:
+        loss, tokens = mean_loss(loaded, encoded.examples, batch_size, bar, world)
     return Evaluation(
         loss, math.exp(min(loss, 700.0)), None, None, len(rows), tokens, None,
         num_dropped=encoded.num_dropped, num_cut=encoded.num_cut,
@@ -237,9 +236,8 @@ def _evaluate_classes(
     loaded: LoadedModel, rows: Sequence[Row], length: int, batch_size: int, progress: Progress, world: World
 ) -> Evaluation:
     encoded = encode(rows, loaded.tokenizer, loaded.kind, length, loaded.architecture.vocab_size)
-    bar = progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")
-    loss, accuracy = classify(loaded, encoded.examples, batch_size, bar, world)
-    bar.close()
+    with closing(progress(total=len(world.share(encoded.examples)), desc="evaluate", unit="row")) as bar:
+        loss, accuracy = classify(loaded, encoded.examples, batch_size, bar, world)
     return Evaluation(
         loss, math.exp(min(loss, 700.0)), accuracy, None, len(rows), len(rows), loaded.architecture.classes,
         num_cut=encoded.num_cut, classified=True,
@@ -258,10 +256,11 @@ def _evaluate_pairs(
 ) -> Evaluation:
     choosing = bool(rows[0].choices)
     exact = generation.exact_match if generation.exact_match is not None else not choosing
-    bar = progress(total=len(world.share(rows)), desc="evaluate", unit="row")
-    asked = exact or generation.show > 0
-    scores = score_rows(loaded, rows, labels or (), length, batch_size, bar, asked, generation.max_new_tokens, world)
-    bar.close()
+    with closing(progress(total=len(world.share(rows)), desc="evaluate", unit="row")) as bar:
+        asked = exact or generation.show > 0
+        scores = score_rows(
+            loaded, rows, labels or (), length, batch_size, bar, asked, generation.max_new_tokens, world
+        )
     tokens = sum(score.num_tokens for score in scores)
     loss = sum(score.loss for score in scores) / tokens
     shown = list(zip(rows, scores, strict=True))[: generation.show]

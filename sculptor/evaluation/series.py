@@ -5,6 +5,7 @@ is that of the mean of differences (`sculptor.numerics.ratio`).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,9 +79,8 @@ def read_series(loaded: LoadedModel, rows: Sequence[Row], reading: Reading, prog
     found = []
     if talked and reading.exact_match:
         check_one_kind(len(talked), len(rows), "are conversations")
-        bar = progress(total=len(talked), desc="answer", unit="row")
-        answers = answer_rows(loaded, talked, reading.max_length, reading.max_new_tokens, reading.batch_size, bar)
-        bar.close()
+        with closing(progress(total=len(talked), desc="answer", unit="row")) as bar:
+            answers = answer_rows(loaded, talked, reading.max_length, reading.max_new_tokens, reading.batch_size, bar)
         found.append(_of_rows("exact_match", [answer.exact for answer in answers]))
     return [*found, _loss(loaded, settled, reading, progress)]
 
@@ -88,9 +88,8 @@ def read_series(loaded: LoadedModel, rows: Sequence[Row], reading: Reading, prog
 def _loss(loaded: LoadedModel, rows: Sequence[Row], reading: Reading, progress: Progress) -> Series:
     """The unit is a sequence: a long text has several."""
     encoded = encode(rows, loaded.tokenizer, "causal", reading.max_length, loaded.architecture.vocab_size)
-    bar = progress(total=len(encoded.examples), desc="evaluate", unit="row")
-    sums, counts = zip(*each_loss(loaded, encoded.examples, reading.batch_size, bar), strict=True)
-    bar.close()
+    with closing(progress(total=len(encoded.examples), desc="evaluate", unit="row")) as bar:
+        sums, counts = zip(*each_loss(loaded, encoded.examples, reading.batch_size, bar), strict=True)
     return Series("loss", sums, counts)
 
 
@@ -100,11 +99,10 @@ def _of_pairs(loaded: LoadedModel, rows: Sequence[CompletionRow], reading: Readi
         check_one_kind(choosing, len(rows), "have choices")
     labels = None if choosing else labels_of(rows, None)
     exact = reading.exact_match if reading.exact_match is not None else not choosing
-    bar = progress(total=len(rows), desc="evaluate", unit="row")
-    scores = score_rows(
-        loaded, rows, labels or (), reading.max_length, reading.batch_size, bar, exact, reading.max_new_tokens
-    )
-    bar.close()
+    with closing(progress(total=len(rows), desc="evaluate", unit="row")) as bar:
+        scores = score_rows(
+            loaded, rows, labels or (), reading.max_length, reading.batch_size, bar, exact, reading.max_new_tokens
+        )
     return [*_shares(scores), Series("loss", tuple(s.loss for s in scores), tuple(s.num_tokens for s in scores))]
 
 
@@ -139,7 +137,5 @@ def ifeval_series(
 
 
 def _said(loaded: LoadedModel, prompts: Sequence[str], reading: Reading, max_new: int, progress: Progress) -> list[str]:
-    bar = progress(total=len(prompts), desc="answer", unit="row")
-    found = say(loaded, prompts, reading.max_length, max_new, reading.batch_size, bar)
-    bar.close()
-    return found
+    with closing(progress(total=len(prompts), desc="answer", unit="row")) as bar:
+        return say(loaded, prompts, reading.max_length, max_new, reading.batch_size, bar)

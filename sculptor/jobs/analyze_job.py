@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,10 @@ def new_records(
 ) -> dict[str, MatrixRecord]:
     """What is known of every matrix before it is analyzed; each process reads some of them."""
     share, found = world.share(targets), dict[str, MatrixRecord]()
-    bar = progress(total=len(share), desc="digest", unit="matrix")
-    with world.together():
+    with closing(progress(total=len(share), desc="digest", unit="matrix")) as bar, world.together():
         for record in in_threads(functools.partial(_new_record, checkpoint), share):
             found[record.name] = record
             bar.update(1)
-    bar.close()
     together = {name: record for part in world.gather(found) for name, record in part.items()}
     return {target.name: together[target.name] for target in targets}
 

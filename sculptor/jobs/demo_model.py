@@ -1,6 +1,7 @@
 """The demonstration's own model: a small Llama that is trained from scratch on invented facts."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,18 @@ def make_model(path: Path, facts: dict[str, list[CompletionRow]], seed: int, pro
 def _pretrain(model: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], progress: Progress) -> None:
     batch = collate(encode(rows, tokenizer, "causal", 64).examples, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PRETRAIN_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    bar = progress(total=_PRETRAIN_STEPS, desc="make a model", unit="step")
-    for step in range(_PRETRAIN_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = _PRETRAIN_RATE * min(1.0, (step + 1) / 20, (_PRETRAIN_STEPS - step) / 50)
-        total, num_tokens, *_ = batch_loss(model, batch, "causal")
-        loss = total / num_tokens
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {float(loss.detach()):.3f}", refresh=False)
-        bar.update(1)
-    bar.close()
+    with closing(progress(total=_PRETRAIN_STEPS, desc="make a model", unit="step")) as bar:
+        for step in range(_PRETRAIN_STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = _PRETRAIN_RATE * min(1.0, (step + 1) / 20, (_PRETRAIN_STEPS - step) / 50)
+            total, num_tokens, *_ = batch_loss(model, batch, "causal")
+            loss = total / num_tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix_str(f"loss {float(loss.detach()):.3f}", refresh=False)
+            bar.update(1)
 
 
 def _make_tokenizer(facts: dict[str, list[CompletionRow]]) -> Any:

@@ -7,6 +7,7 @@ tensor, as they would be written; what an edit keeps of each matrix waits in hos
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,23 +103,22 @@ def choose_best(
     Raises:
         EditError: if tuning gained nothing on the task, or lost nothing on the text.
     """
-    bar = progress(total=2 + len(softs) * len(alphas), desc="choose", unit="candidate")
-    ends = []
-    for alpha in (0.0, 1.0):
-        ends.append(trial.measure(Even(alpha)))
-        bar.update(1)
-    base, tuned = ends
-    _check_ends(base, tuned)
-    points = []
-    for soft in softs:
-        trial.kept.clear()
-        for alpha in alphas:
-            found = trial.measure(make(alpha, soft))
-            kept = (found.task - base.task) / (tuned.task - base.task)
-            back = (tuned.watch - found.watch) / (tuned.watch - base.watch)
-            points.append(Point(alpha, soft, found.task, found.watch, kept, back))
+    with closing(progress(total=2 + len(softs) * len(alphas), desc="choose", unit="candidate")) as bar:
+        ends = []
+        for alpha in (0.0, 1.0):
+            ends.append(trial.measure(Even(alpha)))
             bar.update(1)
-    bar.close()
+        base, tuned = ends
+        _check_ends(base, tuned)
+        points = []
+        for soft in softs:
+            trial.kept.clear()
+            for alpha in alphas:
+                found = trial.measure(make(alpha, soft))
+                kept = (found.task - base.task) / (tuned.task - base.task)
+                back = (tuned.watch - found.watch) / (tuned.watch - base.watch)
+                points.append(Point(alpha, soft, found.task, found.watch, kept, back))
+                bar.update(1)
     best = max(range(len(points)), key=lambda i: (points[i].score, points[i].alpha))
     return Choice(base.by, (base.task, base.watch), (tuned.task, tuned.watch), tuple(points), best)
 

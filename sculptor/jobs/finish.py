@@ -149,9 +149,8 @@ class _Finish:
             if world.size > 1:
                 self._coming = world.in_order(names, self._parcel, owners)
             if world.first:
-                bar = self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")
-                write_checkpoint(job.checkpoint, self.staged, self._edits(self.opened), dtype=self.saved, bar=bar)
-                bar.close()
+                with closing(self.progress(total=job.checkpoint.num_bytes, desc="write", unit="B")) as bar:
+                    write_checkpoint(job.checkpoint, self.staged, self._edits(self.opened), dtype=self.saved, bar=bar)
             assert next(self._coming, None) is None  # where others are the first, the work is done here
         waiting = self.world.from_first(self.archive.waiting)
         if waiting:

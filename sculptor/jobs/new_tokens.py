@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,8 @@ def write_grown_base(checkpoint: Checkpoint, growth: Growth, partial: Path, prog
     with writing(path):
         remove(path)
         path.mkdir(exist_ok=True)
-    bar = progress(total=checkpoint.num_bytes, desc="add tokens", unit="B")
-    write_grown(checkpoint, path, growth, bar)
-    bar.close()
+    with closing(progress(total=checkpoint.num_bytes, desc="add tokens", unit="B")) as bar:
+        write_grown(checkpoint, path, growth, bar)
 
 
 def open_grown(checkpoint: Checkpoint, growth: Growth, partial: Path) -> Checkpoint:

@@ -1,6 +1,7 @@
 """`train --select-rows`: the rows that the model predicts worst, by one pass before the first step."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -30,15 +31,14 @@ def select_rows(
     """
     examples = job.encoded.examples
     count = job.settings.num_selected(len(examples))
-    bar = progress(total=len(examples), desc="select rows", unit="row")
-    errors: dict[int, float] = {}
-    loaded.model.eval()
-    for chosen in _parts(examples, loaded, job.settings.micro_rows):
-        batch = loaded.batch([examples[i] for i in chosen], _MASKING_SEED).to(loaded.device)
-        with torch.no_grad(), autocast(job.settings.precision, loaded.device):
-            errors |= zip(chosen, row_errors(loaded.model, batch, loaded.kind).tolist(), strict=True)
-        bar.update(len(chosen))
-    bar.close()
+    with closing(progress(total=len(examples), desc="select rows", unit="row")) as bar:
+        errors: dict[int, float] = {}
+        loaded.model.eval()
+        for chosen in _parts(examples, loaded, job.settings.micro_rows):
+            batch = loaded.batch([examples[i] for i in chosen], _MASKING_SEED).to(loaded.device)
+            with torch.no_grad(), autocast(job.settings.precision, loaded.device):
+                errors |= zip(chosen, row_errors(loaded.model, batch, loaded.kind).tolist(), strict=True)
+            bar.update(len(chosen))
     ranked = sorted(errors, key=lambda i: (-errors[i], i))
     kept = world.from_first(sorted(ranked[:count]))
     notice(f"--select-rows {job.settings.select_rows}: {count:,} of {len(examples):,} rows are trained on")

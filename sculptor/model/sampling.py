@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ def sample_examples(
     most = _rows_at_once(loaded, max_length)
     found: list[Example] = []
     total = 0
-    heard = _Heard(progress(total=num_tokens, desc=name, unit="token"), num_tokens, loaded.pad_id)
-    with torch.random.fork_rng(devices=devices):
+    with closing(progress(total=num_tokens, desc=name, unit="token")) as bar, torch.random.fork_rng(devices=devices):
+        heard = _Heard(bar, num_tokens, loaded.pad_id)
         torch.manual_seed(seed)
         for _ in range(_MAX_ROUNDS):
             if total >= num_tokens - 1:  # one token is no sequence
@@ -87,7 +88,6 @@ def sample_examples(
                     found.append(Example(example.input_ids[:kept], example.labels[:kept]))
                     total += kept
             heard.up_to(total)
-    heard.bar.close()
     found = [example for example in found if set(example.labels) != {IGNORED}]
     if not found:
         raise DataError(f"{place}: the model says nothing by itself; give --data files instead of self")

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,10 @@ def stream_model(
     total = sum(
         size for i, of in enumerate(found.sizes) for name, size in of.items() if held is None or held.mine(i, name)
     )
-    bar = progress(total=total, desc="load", unit="B") if home.in_memory else None
     apart = None if constants in (None, tier) else Scratch(constants, scratch, device)
-    weights = BlockWeights(files, layouts, home, bar.update if bar else _ignore, held, apart)
-    if bar is not None:
-        bar.close()
+    told = progress if home.in_memory else silent  # on the disk there is nothing to load
+    with closing(told(total=total, desc="load", unit="B")) as bar:
+        weights = BlockWeights(files, layouts, home, bar.update, held, apart)
     waiting = WaitingBlocks(
         model,
         blocks,
@@ -192,10 +192,6 @@ def _block_of(names: Sequence[str], blocks: Sequence[str]) -> int | None:
 
 def _num_bytes(parameter: Tensor, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * parameter.dtype.itemsize
-
-
-def _ignore(_: int) -> None:
-    """Nobody watches."""
 
 
 def _empty_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, torch.dtype]:

@@ -182,29 +182,27 @@ def _decompose(run: _Run) -> _Found:
     for target in job.targets:
         if target.name not in run.done:
             blocks[target.block].append(target)
-    bar = run.progress(total=len(job.targets), desc="analyze", unit="matrix", initial=len(run.done))
+    with closing(run.progress(total=len(job.targets), desc="analyze", unit="matrix", initial=len(run.done))) as bar:
+        groups = list(blocks.values())
+        mine = {target.name: target for group in run.world.share(groups) for target in group}
+        sizes = {name: job.checkpoint.info_of(target).num_bytes for name, target in mine.items()}
+        ahead = ReadAhead(lambda name: job.checkpoint.matrix(mine[name]), ([name] for name in mine), sizes)
 
-    groups = list(blocks.values())
-    mine = {target.name: target for group in run.world.share(groups) for target in group}
-    sizes = {name: job.checkpoint.info_of(target).num_bytes for name, target in mine.items()}
-    ahead = ReadAhead(lambda name: job.checkpoint.matrix(mine[name]), ([name] for name in mine), sizes)
+        def evidence() -> Iterator[Evidence]:
+            for target in mine.values():
+                weight = weigh(job.checkpoint, target, run.device, ahead.take(target.name))
+                yield Evidence(target.name, target.shape, weight, cosines.get(target.name))
 
-    def evidence() -> Iterator[Evidence]:
-        for target in mine.values():
-            weight = weigh(job.checkpoint, target, run.device, ahead.take(target.name))
-            yield Evidence(target.name, target.shape, weight, cosines.get(target.name))
+        needed = max((working_bytes(target, moments=False) for target in mine.values()), default=0)
+        made = in_streams(job.method.derive, evidence(), run.device, num_streams(run.device, needed))
 
-    needed = max((working_bytes(target, moments=False) for target in mine.values()), default=0)
-    made = in_streams(job.method.derive, evidence(), run.device, num_streams(run.device, needed))
+        def derive(block: Sequence[Target]) -> Iterator[tuple[str, Derived]]:
+            for target, derived in zip(block, made):  # noqa: B905 - which goes on with the next block
+                yield target.name, derived
 
-    def derive(block: Sequence[Target]) -> Iterator[tuple[str, Derived]]:
-        for target, derived in zip(block, made):  # noqa: B905 - which goes on with the next block
-            yield target.name, derived
-
-    with closing(ahead), closing(made):
-        for _ in write_rules(run.writer, groups, derive, run.records, run.world):
-            bar.update(1)
-    bar.close()
+        with closing(ahead), closing(made):
+            for _ in write_rules(run.writer, groups, derive, run.records, run.world):
+                bar.update(1)
     if job.settings.samples:
         with run.open_model() as loaded:
             _keep_samples(run, loaded)
@@ -253,11 +251,10 @@ def _check_finite(checkpoint: Checkpoint, targets: Sequence[Target], progress: P
     """Tensors that are not decomposed have to be finite too: the model runs on all of them."""
     whole = {target.tensor for target in targets if target.part is None}
     rest = [name for name in checkpoint if name not in whole]
-    bar = progress(total=len(rest), desc="check", unit="tensor")
-    for name in rest:
-        checkpoint.read_finite(name)
-        bar.update(1)
-    bar.close()
+    with closing(progress(total=len(rest), desc="check", unit="tensor")) as bar:
+        for name in rest:
+            checkpoint.read_finite(name)
+            bar.update(1)
 
 
 def _taken_up(writer: ArchiveWriter) -> set[str]:

@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -123,18 +124,17 @@ def add_to_bank(
         raise BankError(f"{directory}: bank of another checkpoint than {pairs.base.path}; {BEGAN}")
     loaded = load_model(pairs.base, resolve_device(settings.device))
     key = make_key(read_queries(loaded, rows, settings, progress))
-    bar = progress(total=len(pairs.by_name), desc="add", unit="tensor")
-    deltas: dict[str, Compact] = {}
-    squares = [0.0, 0.0]  # of what is left out, and of all
-    for tensor in pairs.by_name:
-        old, new = pairs.read(tensor, None, pairs.base[tensor])
-        if not torch.equal(old, new):
-            deltas[tensor] = compact(old, new, rank)
-            difference = new.double() - old.double()
-            squares[0] += float((difference - deltas[tensor].whole()).square().sum())
-            squares[1] += float(difference.square().sum())
-        bar.update(1)
-    bar.close()
+    with closing(progress(total=len(pairs.by_name), desc="add", unit="tensor")) as bar:
+        deltas: dict[str, Compact] = {}
+        squares = [0.0, 0.0]  # of what is left out, and of all
+        for tensor in pairs.by_name:
+            old, new = pairs.read(tensor, None, pairs.base[tensor])
+            if not torch.equal(old, new):
+                deltas[tensor] = compact(old, new, rank)
+                difference = new.double() - old.double()
+                squares[0] += float((difference - deltas[tensor].whole()).square().sum())
+                squares[1] += float(difference.square().sum())
+            bar.update(1)
     if not deltas:
         raise EditError(f"{pairs.tuned.path}: has the weights of {pairs.base.path}; there is nothing to add")
     kept = math.sqrt(max(0.0, 1 - squares[0] / squares[1]))
@@ -158,10 +158,8 @@ def read_queries(loaded: LoadedModel, rows: list[Row], settings: BankSettings, p
     if loaded.kind != "causal":
         raise BankError(f"{loaded.checkpoint.path}: a bank is for decoders; this model is {loaded.kind}")
     length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
-    bar = progress(total=len(rows), desc="route", unit="row")
-    found = queries(loaded, rows, length, settings.batch_size, bar)
-    bar.close()
-    return found
+    with closing(progress(total=len(rows), desc="route", unit="row")) as bar:
+        return queries(loaded, rows, length, settings.batch_size, bar)
 
 
 def route_rows(
@@ -272,9 +270,8 @@ def export_task(
         )
     edits: dict[str, Any] = {name: partial(mixed, opened, ((task, 1.0),), name, dtype=saved) for name in deltas}
     with one_pass(output, command="bank export", overwrite=overwrite) as staged:
-        bar = progress(total=checkpoint.num_bytes, desc="write", unit="B")
-        write_checkpoint(checkpoint, staged, edits, dtype=saved, bar=bar)
-        bar.close()
+        with closing(progress(total=checkpoint.num_bytes, desc="write", unit="B")) as bar:
+            write_checkpoint(checkpoint, staged, edits, dtype=saved, bar=bar)
         found = next(one for one in opened.tasks if one.name == task)
         facts = {"task": asdict(found), "base": {"name": published_name(checkpoint.path), "identity": opened.base}}
         lineage = {

@@ -1,6 +1,7 @@
 """`sculptor.convert`: an archive of an earlier format as one of today's."""
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 from sculptor.archive.store import MANIFEST_NAME, Archive
@@ -41,12 +42,11 @@ def convert(
     opened.check_base(checkpoint, progress)
     files = (*opened.manifest.files, *(section.file for section in opened.manifest.sections.values()))
     with staging(output, command="convert", overwrite=overwrite, resume=None, worth_keeping=lambda _: False) as partial:
-        bar = progress(total=len(files), desc="copy", unit="file")
-        for name in files:
-            with writing(partial / name):
-                shutil.copyfile(opened.path / name, partial / name)
-            bar.update(1)
-        bar.close()
+        with closing(progress(total=len(files), desc="copy", unit="file")) as bar:
+            for name in files:
+                with writing(partial / name):
+                    shutil.copyfile(opened.path / name, partial / name)
+                bar.update(1)
         write_json(partial / MANIFEST_NAME, opened.manifest.to_json())
         commit(partial, output, overwrite=overwrite)
     return Archive(output, rules=rules)

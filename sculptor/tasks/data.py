@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,11 @@ def preview_rows(
     found = [row for source in sources for row in source.rows]
     check_use(found, chat_template)
     tokenizer = load_tokenizer(checkpoint, architecture, chat_template)
-    bar = progress(total=len(found), desc="encode", unit="row")
-    encoded: list[EncodedRow] = []
-    for row in found:
-        encoded.append(encode_row(row, tokenizer, architecture.kind, length, architecture.vocab_size))
-        bar.update(1)
-    bar.close()
+    with closing(progress(total=len(found), desc="encode", unit="row")) as bar:
+        encoded: list[EncodedRow] = []
+        for row in found:
+            encoded.append(encode_row(row, tokenizer, architecture.kind, length, architecture.vocab_size))
+            bar.update(1)
     examples = [example for row in encoded for example in row.examples]
     parts = _divide(encoded, sources)
     mixture = mixture_of(sources, parts)

@@ -5,6 +5,7 @@ One pass over the checkpoint that is copied, one tensor in memory. That is TUNED
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,10 @@ class _Job:
         settings = self._decide()
         making = Making(self.pairs)
         made = self._pass(settings, making)
-        bar = self.progress(total=self.pairs.source.num_bytes, desc="measure", unit="B")
-        for name in self.pairs.by_name:
-            made.tensor(name)
-            bar.update(self.pairs.source.infos[name].num_bytes)
-        bar.close()
+        with closing(self.progress(total=self.pairs.source.num_bytes, desc="measure", unit="B")) as bar:
+            for name in self.pairs.by_name:
+                made.tensor(name)
+                bar.update(self.pairs.source.infos[name].num_bytes)
         return self._report(settings, making, None)
 
     def write(self, staged: Path, output: Path) -> EditReport:
@@ -166,9 +166,8 @@ class _Job:
         settings = self._decide()
         making = Making(self.pairs)
         source = self.pairs.source
-        bar = self.progress(total=source.num_bytes, desc="write", unit="B")
-        write_checkpoint(source, staged, self._pass(settings, making).changes(), dtype=self.saved, bar=bar)
-        bar.close()
+        with closing(self.progress(total=source.num_bytes, desc="write", unit="B")) as bar:
+            write_checkpoint(source, staged, self._pass(settings, making).changes(), dtype=self.saved, bar=bar)
         report = self._report(settings, making, output)
         write_json(staged / RECORD_NAME, edit_record(making, report, self.archive, self.saved, self.facts))
         write_readme(staged, edit_readme(making, report, self.archive, self.facts))

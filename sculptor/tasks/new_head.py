@@ -5,7 +5,7 @@ where that model has no head at all, as an encoder by itself, is the archive mad
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -142,6 +142,5 @@ def _write(checkpoint: Checkpoint, path: Path, head: NewHead, seed: int, progres
     with writing(path):
         remove(path.parent)
         path.mkdir(parents=True)
-    bar = progress(total=checkpoint.num_bytes, desc="new head", unit="B")
-    write_with_head(checkpoint, path, head, seed, bar)
-    bar.close()
+    with closing(progress(total=checkpoint.num_bytes, desc="new head", unit="B")) as bar:
+        write_with_head(checkpoint, path, head, seed, bar)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -160,18 +161,16 @@ class _Pruning:
 
     def measure(self) -> PruneReport:
         """What would go."""
-        bar = self.progress(total=len(self.targets), desc="measure", unit="matrix")
-        for target in self.targets:
-            self._prune(target, self.checkpoint.matrix(target))
-            bar.update(1)
-        bar.close()
+        with closing(self.progress(total=len(self.targets), desc="measure", unit="matrix")) as bar:
+            for target in self.targets:
+                self._prune(target, self.checkpoint.matrix(target))
+                bar.update(1)
         return self._report(None)
 
     def write(self, staged: Path, output: Path) -> PruneReport:
         """Checkpoint and record, into a staged directory."""
-        bar = self.progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
-        write_checkpoint(self.checkpoint, staged, self._changes(), bar=bar)
-        bar.close()
+        with closing(self.progress(total=self.checkpoint.num_bytes, desc="write", unit="B")) as bar:
+            write_checkpoint(self.checkpoint, staged, self._changes(), bar=bar)
         report = self._report(output)
         write_json(staged / RECORD_NAME, self._record(report))
         write_readme(staged, self._readme(report))

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
@@ -186,11 +187,10 @@ class StreamedModel:
         output = Path(output).resolve()
         check_apart(output, [self.checkpoint.path, self.archive.path])
         with one_pass(output, command="stream", overwrite=overwrite) as staged:
-            bar = progress(total=self.checkpoint.num_bytes, desc="write", unit="B")
-            edits = edits_of(self.archive.values(), lambda record: self._merge(record.name))
-            with self.archive.ahead(names_as_written(self.checkpoint, self.archive, None)):
-                write_checkpoint(self.checkpoint, staged, edits, bar=bar)
-            bar.close()
+            with closing(progress(total=self.checkpoint.num_bytes, desc="write", unit="B")) as bar:
+                edits = edits_of(self.archive.values(), lambda record: self._merge(record.name))
+                with self.archive.ahead(names_as_written(self.checkpoint, self.archive, None)):
+                    write_checkpoint(self.checkpoint, staged, edits, bar=bar)
             previous = read_record(self.checkpoint.path)
             lineage = [*previous.lineage, merge_of(self.checkpoint, self.archive, None)]
             record = {"created_by": f"sculptor {__version__}", "command": "stream", "lineage": [*map(asdict, lineage)]}

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,34 +146,32 @@ class TrainingLoop:
     def _run(self, progress: Progress) -> LoopResult:
         self._restore()
         self._truncate_metrics()
-        bar = progress(total=self.total, desc="train", unit="step", initial=self.position.step)
-        started = time.perf_counter() - self.position.seconds
-        for step in range(self.position.step, self.total):
-            self._step(step, bar, started)
-            done = step + 1
-            evaluates = self.evaluate is not None and (done % self._eval_every == 0 or done == self.total)
-            if self.harm is not None and self.harm.due(done, self.total, evaluates):
-                self._check_harm(self.harm, done)
-            if evaluates:
-                self._evaluate(done)
-            signal_number = self.world.most(self.stop() or 0)
-            if done == self.total or signal_number or self._should_save(done):
-                self._save()
-            if signal_number:
-                bar.close()
-                raise Stopped(
-                    f"stopped by signal {signal_number} after step {done} of {self.total}; the state is saved, "
-                    "go on with --resume",
-                    signal_number,
-                )
-        self.loaded.model.eval()
-        position = self.position
-        if position.best_step is not None:
-            self.updates.load(self.store.load_best(position.best_step), optimizer=False)
-        assert position.first_loss is not None
-        assert position.last_loss is not None
-        steering, harm, named = self.harm.final() if self.harm is not None else (None, None, ())
-        bar.close()
+        with closing(progress(total=self.total, desc="train", unit="step", initial=self.position.step)) as bar:
+            started = time.perf_counter() - self.position.seconds
+            for step in range(self.position.step, self.total):
+                self._step(step, bar, started)
+                done = step + 1
+                evaluates = self.evaluate is not None and (done % self._eval_every == 0 or done == self.total)
+                if self.harm is not None and self.harm.due(done, self.total, evaluates):
+                    self._check_harm(self.harm, done)
+                if evaluates:
+                    self._evaluate(done)
+                signal_number = self.world.most(self.stop() or 0)
+                if done == self.total or signal_number or self._should_save(done):
+                    self._save()
+                if signal_number:
+                    raise Stopped(
+                        f"stopped by signal {signal_number} after step {done} of {self.total}; the state is saved, "
+                        "go on with --resume",
+                        signal_number,
+                    )
+            self.loaded.model.eval()
+            position = self.position
+            if position.best_step is not None:
+                self.updates.load(self.store.load_best(position.best_step), optimizer=False)
+            assert position.first_loss is not None
+            assert position.last_loss is not None
+            steering, harm, named = self.harm.final() if self.harm is not None else (None, None, ())
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,

@@ -3,6 +3,7 @@
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,17 +125,15 @@ def streamed_updates(
     assert loaded.stream is not None
     peaks = _peaks(settings, archive, extra, rows)
     extra = {**extra, **{new.name: new.values for new in rows}}
-    bar = progress(total=len(loaded.stream.paths), desc="prepare", unit="block")
     try:
-        updates = StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
+        with closing(progress(total=len(loaded.stream.paths), desc="prepare", unit="block")) as bar:
+            updates = StreamedUpdates(loaded.model, loaded.stream, archive, extra, peaks, settings, bar.update)
         return replace(loaded, stream=updates.stream), updates
     except BaseException as cause:
         loaded.stream.close()
         if isinstance(cause, MemoryError):
             raise SettingsError(f"--offload {settings.offload}: {cause}; use --offload disk") from cause
         raise
-    finally:
-        bar.close()
 
 
 def _prepare_resident(
@@ -150,12 +149,16 @@ def _prepare_resident(
     loaded = load_model(checkpoint, device, architecture)
     on_gpu = device.type == "cuda"
     dtype = compute_dtype(settings.precision, device)
-    bar = progress(total=len(archive.open_names), desc="prepare", unit="matrix")
-    soften = settings.soften or 0.0
-    attach_coordinates(
-        loaded.model, archive, compute_dtype=dtype, fold="manual", soften=soften, done=functools.partial(bar.update, 1)
-    )
-    bar.close()
+    with closing(progress(total=len(archive.open_names), desc="prepare", unit="matrix")) as bar:
+        soften = settings.soften or 0.0
+        attach_coordinates(
+            loaded.model,
+            archive,
+            compute_dtype=dtype,
+            fold="manual",
+            soften=soften,
+            done=functools.partial(bar.update, 1),
+        )
     opened = _open_extra(loaded, extra)
     rows = open_rows(loaded.model, growth)
     recompute = on_gpu if settings.checkpoint_activations is None else settings.checkpoint_activations

@@ -1,7 +1,9 @@
 """Progress bars: on a terminal one line that changes, in a log file lines."""
 
+import ast
 import io
 import sys
+from pathlib import Path
 
 import pytest
 from sculptor_cli import options
@@ -51,3 +53,22 @@ def test_a_terminal_gets_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) 
     text = shown(monkeypatch, _Terminal())
     assert "\r" in text
     assert "\n" not in text
+
+
+def makes_bar(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and any(word.arg == "desc" for word in node.keywords)
+
+
+def test_a_bar_is_closed_where_the_work_fails() -> None:
+    """One that stays open moves every later one down a line, as long as somebody keeps the error."""
+    package = Path(progress.__file__).parent
+    made = closed = 0
+    for file in set(package.rglob("*.py")) - {Path(progress.__file__)}:
+        for node in ast.walk(ast.parse(file.read_text())):
+            made += makes_bar(node)
+            if isinstance(node, ast.With):
+                items = [item.context_expr for item in node.items]
+                closed += sum(
+                    ast.unparse(item).startswith("closing(") and any(map(makes_bar, ast.walk(item))) for item in items
+                )
+    assert made == closed > 30
