@@ -120,6 +120,10 @@ def test_saves_resume_and_the_best_model(place: Path, bases: dict[str, Path]) ->
     assert [round(entry["sculptor_leak"], 9) for entry in trainer.state.log_history if "sculptor_leak" in entry]
     record = json.loads((place / "whole" / "sculptor.json").read_text())
     assert (record["command"], record["trainer"]["max_steps"]) == ("trainer", 4)
+    assert (record["trainer"]["lr_scheduler_type"], record["result"]["tokens"]) == ("linear", None)
+    assert "num_train_epochs" not in record["trainer"], "max_steps was asked for"
+    last = json.loads((place / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["sculptor_leak"] == callback.verification.leak
     assert not (place / "run" / "checkpoint-4" / "merged").exists()
 
     # What the Trainer saved in between is the model as it was, and so is what lies beside it.

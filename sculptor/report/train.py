@@ -23,7 +23,7 @@ def train_text(report: TrainReport, check: str | None = None) -> str:
         )
     lines += not_targeted_lines(report.not_targeted)
     lines.append(
-        f"Trained {report.num_trainable:,} free parameters for {loop.steps} steps, {loop.tokens:,} tokens, "
+        f"Trained {report.num_trainable:,} free parameters for {loop.steps} steps, {loop.tokens or 0:,} tokens, "
         f"in {loop.seconds:.0f} s: loss {loop.first_loss:.3f} -> {loop.last_loss:.3f}"
         + (f", the mean of the last {last}." if (last := num_last(loop.steps)) > 1 else ".")
     )

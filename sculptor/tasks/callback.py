@@ -5,10 +5,9 @@ save and at the end: merged checkpoint, updated archive and record, verified bef
 """
 
 import json
-import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -42,23 +41,18 @@ from sculptor.jobs.same_model import (
     has_moved,
 )
 from sculptor.jobs.train_report import TrainReport, written_line
+from sculptor.jobs.trainer_facts import result_of, told
 from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import measures_of
 from sculptor.methods.settings import Carry
 from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.progress import Progress, bars, silent
 from sculptor.training.base import BaseWeights
-from sculptor.training.loop import LoopResult
 from sculptor.training.protect import ProtectedMatrix, protected_matrices
 from sculptor.training.settings import SaveDtype, TrainSettings
 from sculptor.training.stepping.updates import Trained
 from sculptor.world import ALONE, here
 
-# Of a trainer's arguments, what a record tells.
-_TOLD = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim", "seed", "bf16", "fp16", "beta", "loss_type",
-)  # fmt: skip
 MERGED_NAME = "merged"
 
 
@@ -190,7 +184,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             {},
             "placed by the trainer",
             rows_elsewhere=len(seen) if isinstance(seen, Sized) else 0,
-            trainer=_told(args),
+            trainer=told(args),
         )
         device = next(model.parameters()).device
         self._job = fit_memory(job, self.settings.memory_rows, None, device, self.notice, ALONE)
@@ -230,7 +224,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             lines = "".join(json.dumps(entry, default=str) + "\n" for entry in history)
             with writing(partial / "metrics.jsonl"):
                 (partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
-            result = _result(state, history, time.perf_counter() - self._began)
+            result = result_of(state, history, time.perf_counter() - self._began)
             self.report = write_output(job, loaded, trained, result, output, partial, self.progress)
             made = open_checkpoint(partial / "output")
             self.verification = verify_checkpoints(
@@ -240,10 +234,17 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             check_settings(model, job.checkpoint)
             with closing(open_model(made, device, job.architecture, "auto", progress=self.progress)) as written:
                 check_computes(model, written, autocast_of(args), "what is written of it")
+            # The trainer's own state was saved before: of the output at the end nothing but its own metrics say the leak.
+            state.log_history.append(
+                {"sculptor_leak": self.verification.leak, "step": state.global_step, "epoch": state.epoch}
+            )
+            with (
+                writing(partial / "output" / "metrics.jsonl"),
+                (partial / "output" / "metrics.jsonl").open("a") as file,
+            ):
+                file.write(json.dumps(state.log_history[-1]) + "\n")
             put_in_place(partial, output, overwrite=overwrite)
-        found = self.verification
-        state.log_history.append({"sculptor_leak": found.leak, "step": state.global_step, "epoch": state.epoch})
-        self.notice(written_line(state.global_step, self.report, found))
+        self.notice(written_line(state.global_step, self.report, self.verification))
 
 
 class _Guest(Trained):
@@ -307,31 +308,6 @@ def _check(matrices: Sequence[ProtectedMatrix], archive: Archive) -> None:
         )
     if {matrix.coordinates.archive for matrix in matrices} != {archive.identity}:
         raise ArchiveError(f"{archive.path}: the model is protected with another archive; name that one")
-
-
-def _told(args: Any) -> dict[str, Any]:
-    """What a record says of another program."""
-    import transformers
-
-    values = {name: getattr(args, name) for name in _TOLD if getattr(args, name, None) is not None}
-    plain = {name: value if isinstance(value, int | float | bool) else str(value) for name, value in values.items()}
-    return {"arguments": type(args).__name__, "transformers": transformers.__version__, **plain}
-
-
-def _result(state: Any, history: Sequence[Mapping[str, Any]], seconds: float) -> LoopResult:
-    """What the trainer's log says; a loss is NaN that it did not log yet."""
-    losses = [float(entry["loss"]) for entry in history if "loss" in entry]
-    losses = losses or [float(entry["train_loss"]) for entry in history if "train_loss" in entry] or [math.nan]
-    best = None if state.best_metric is None else state.best_global_step
-    return LoopResult(
-        steps=state.global_step,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        best_step=best,
-        best_loss=None if best is None else float(state.best_metric),
-        tokens=int(state.num_input_tokens_seen),
-        seconds=seconds,
-    )
 
 
 def _demand(found: Verification, output: Path) -> None:

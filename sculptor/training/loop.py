@@ -47,7 +47,7 @@ class LoopResult:
         first_loss: training loss of the first step, `last_loss` the mean over the last tenth of them (nats per token).
         best_step: the step whose parameters are kept, None without evaluation.
         best_loss: its evaluation loss.
-        tokens: tokens read, padding excluded; `seconds` spent, both over all parts of a resumed run.
+        tokens: tokens read, padding excluded, None if a trainer counts none; `seconds` spent; over all parts of a resumed run.
         harm: of what is kept, on samples of the base that no step depended on; `steering_harm` on those that steer, both
             None without samples; `named` of protected names.
     """
@@ -57,7 +57,7 @@ class LoopResult:
     last_loss: float
     best_step: int | None
     best_loss: float | None
-    tokens: int
+    tokens: int | None
     seconds: float
     harm: Harm | None = None
     steering_harm: float | None = None

@@ -68,7 +68,7 @@ def _tiles(report: TrainReport, changed: bool) -> list[tuple[str, str, str | Non
     loop = report.loop
     found: list[tuple[str, str, str | None]] = [
         ("Loss", f"{loop.first_loss:.3f} → {loop.last_loss:.3f}", "first step; mean of the last tenth"),
-        ("Steps", f"{loop.steps:,}", f"{loop.tokens:,} tokens in {loop.seconds:.0f} s"),
+        ("Steps", f"{loop.steps:,}", f"{loop.tokens or 0:,} tokens in {loop.seconds:.0f} s"),
         ("Rows", f"{report.num_examples:,}", f"{report.num_dropped:,} dropped, {report.num_cut:,} cut"),
         ("Free parameters", f"{report.num_trainable:,}", f"{report.num_protected:,} protected"),
     ]
