@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import Architecture
+from sculptor.checkpoint.modes import evaluating
 from sculptor.errors import SettingsError
 from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import Harm, measure_harm
-from sculptor.model.modes import evaluating
 from sculptor.model.samples import Samples, read_samples
 from sculptor.training.harm import steps_between
 from sculptor.training.settings import TrainSettings

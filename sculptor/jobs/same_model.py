@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.config_differences import setting_differences
+from sculptor.checkpoint.modes import evaluating
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.batches import Batch
 from sculptor.errors import SettingsError, TrainingError
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import logits_of
-from sculptor.model.modes import evaluating
 from sculptor.training.protect import protected_matrices
 
 # What no forward pass of a finished model depends on.

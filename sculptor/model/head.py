@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.architecture import ModelKind
-from sculptor.model.modes import evaluating
+from sculptor.checkpoint.modes import evaluating
 
 
 class Head:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sculptor.checkpoint.modes import evaluating
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -89,20 +91,16 @@ def parts_work(module: torch.nn.Module, forward: Callable[..., Any], whole: Call
     both = sum(args[0].shape[0] for args, _ in parts[:2])
     args, kwargs = _split(whole, [both, whole[0][0].shape[0] - both])[0]
     hidden = args[0].clone()
-    training = [each for each in module.modules() if each.training]
-    module.eval()
     try:
-        expected = _first(forward(hidden, *args[1:], **kwargs))
-        if hidden._version:
-            return False
-        found = torch.cat([_first(forward(*args, **kwargs)) for args, kwargs in parts[:2]])
+        with evaluating(module):
+            expected = _first(forward(hidden, *args[1:], **kwargs))
+            if hidden._version:
+                return False
+            found = torch.cat([_first(forward(*args, **kwargs)) for args, kwargs in parts[:2]])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
-    finally:
-        for each in training:
-            each.training = True
     scale = float(expected.abs().max()) or 1.0
     return found.shape == expected.shape and bool(torch.allclose(found, expected, rtol=0.02, atol=0.02 * scale))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sculptor.model.modes import evaluating
+from sculptor.checkpoint.modes import evaluating
 from sculptor.training.protect import protected_matrices
 
 
