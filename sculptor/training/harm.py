@@ -131,13 +131,19 @@ class HarmControl:
 
         return harm_at
 
-    def final(self) -> tuple[float, Harm, tuple[NamedHarm, ...]]:
-        """Of the model as it is: on the steering samples, on those that no step depended on, and what became of every name."""
-        steering, reporting = (self._measure(half) for half in (self._samples.steering, self._samples.reporting))
+    def final(self, steering: float | None) -> tuple[float, Harm, tuple[NamedHarm, ...]]:
+        """Of the model as it is: on the steering samples, on those that no step depended on, and what became of every name.
+
+        Args:
+            steering: what the last step's check found, where that is the model as it is.
+        """
+        if steering is None:
+            steering = self._measure(self._samples.steering).nats
+        reporting = self._measure(self._samples.reporting)
         loaded = self._loaded
         with self._autocast():
             named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in self._named]
-        return steering.nats, reporting, tuple(named)
+        return steering, reporting, tuple(named)
 
     def _measure(self, samples: tuple[Sample, ...]) -> Harm:
         loaded = self._loaded

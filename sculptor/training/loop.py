@@ -171,7 +171,8 @@ class TrainingLoop:
                 self.updates.load(self.store.load_best(position.best_step), optimizer=False)
             assert position.first_loss is not None
             assert position.last_loss is not None
-            steering, harm, named = self.harm.final() if self.harm is not None else (None, None, ())
+            last = position.harm if position.best_step is None else None
+            steering, harm, named = (None, None, ()) if self.harm is None else self.harm.final(last)
         return LoopResult(
             steps=self.total,
             first_loss=position.first_loss,
