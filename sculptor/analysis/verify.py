@@ -30,6 +30,7 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.renamed import Common, in_common_names, notes_of
 from sculptor.checkpoint.sameness import differences
 from sculptor.checkpoint.tensors import digest
+from sculptor.checkpoint.tokenizers import notes_of_calls
 from sculptor.checkpoint.vocabulary import Growth, find_growth
 from sculptor.errors import ArchiveError, VerificationError
 from sculptor.model.harm import Harm, NamedHarm
@@ -281,7 +282,7 @@ def _verdict(
         new_tokens=growth.tokens if growth else (),
         new_head=head.fresh if head else (),
         classes=head.classes if head else (),
-        notes=tuple(notes_of(base, tuned, common)),
+        notes=(*notes_of(base, tuned, common), *notes_of_calls(base.path, tuned.path)),
     )
 
 

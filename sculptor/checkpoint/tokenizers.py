@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ _OF_CALLS = frozenset(
     | {"truncation", "truncation_side", "truncation_strategy"}
 )
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-_PARTS_ASIDE = ("added_tokens", "padding", "truncation", "version")
+# Which every call of transformers sets anew, and saving writes as they were last.
+_BY_CALLS = ("padding", "truncation")
+_PARTS_ASIDE = ("added_tokens", "version", *_BY_CALLS)
 OF_TOKENIZER = re.compile(
     r"(.*/)?(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|spiece|sentencepiece)|.*\.(model|spm|bpe|jinja)$"
 )
@@ -43,6 +46,18 @@ def speech_digest(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Around the `tokenizers` library, which ends in a panic, no `Exception`, where a damaged file breaks it."""
+    try:
+        yield
+    except BaseException as cause:
+        if type(cause).__name__ == "PanicException":
+            raise ValueError(f"the tokenizers library fails: {cause}") from cause
+        raise
+
+
+@panics_as_errors()
 def load_plainly(path: Path) -> Any:
     """The tokenizer of a directory, by transformers' own classes.
 
@@ -159,6 +174,25 @@ def same_pipeline(one: Path, other: Path) -> bool:
     return first is not None and first == second
 
 
+def notes_of_calls(base: Path, other: Path) -> Iterator[str]:
+    """How a `tokenizer.json` pads or cuts by itself and that of the base does not, a line each."""
+    before, now = (_said_of_calls(path / "tokenizer.json") for path in (base, other))
+    for key, value in now.items():
+        if value is not None and value != before.get(key):
+            yield (
+                f"tokenizer.json has {key} of its own, which transformers sets anew in every call; programs that read the file "
+                "alone go by it"
+            )
+
+
+def _said_of_calls(file: Path) -> dict[str, Any]:
+    try:
+        content = read_plain(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: content.get(key) for key in _BY_CALLS} if isinstance(content, dict) else {}
+
+
 def is_consistent(file: Path) -> bool:
     """Whether a `tokenizer.json` gives added tokens the numbers that they are loaded with: other programs read these."""
     return _pipeline(file) is not None
@@ -168,14 +202,15 @@ def _pipeline(file: Path) -> dict[str, Any] | None:
     from tokenizers import Tokenizer
 
     try:
-        made, raw = Tokenizer.from_file(str(file)), read_plain(file.read_bytes())
+        with panics_as_errors():
+            made, raw = Tokenizer.from_file(str(file)), read_plain(file.read_bytes())
         told = all(made.token_to_id(token["content"]) == token["id"] for token in raw.get("added_tokens") or ())
         content = json.loads(made.to_str())
     except Exception:  # it raises what it likes
         return None
     # No prefix and an empty one are the same, and saving writes either.
     model = {key: value for key, value in content["model"].items() if key not in _AFFIXES or value}
-    rest = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    rest = {key: value for key, value in content.items() if key not in _BY_CALLS}
     return rest | {"model": model} if told else None
 
 
@@ -185,6 +220,7 @@ def _templates(tokenizer: Any) -> dict[str, str]:
     return dict(found) if isinstance(found, dict) else {} if found is None else {"default": found}
 
 
+@panics_as_errors()
 def _facts(tokenizer: Any, new: Collection[str]) -> dict[str, Any]:
     """All that decides which tokens a text becomes, and which text tokens become."""
     vocabulary = tokenizer.get_vocab()

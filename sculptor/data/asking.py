@@ -1,13 +1,13 @@
 """Conversations as questions: what stands before an assistant's turn, and where the model's own turn ends."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sculptor.data.chat import messages_as_rendered
-from sculptor.data.edges import answer_end, special_ids
-from sculptor.data.row_types import MessagesRow
+from sculptor.data.edges import answer_end, special_ids, tell_language, tell_other_end
+from sculptor.data.row_types import MessagesRow, Row
 from sculptor.errors import DataError
 
 _MARK = "\u241e"  # stands for what is said
@@ -92,13 +92,40 @@ def answer_part(text: str) -> str:
 @functools.lru_cache(maxsize=8)
 def end_ids(tokenizer: Any) -> frozenset[int]:
     """Tokens that end a turn: the end of sequence, and what the chat template writes behind the assistant's words."""
-    ends = {answer_end(tokenizer)}
-    if tokenizer.chat_template:
-        talk = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK * 2}]
-        try:
-            behind = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(_MARK * 2)[2]
-        except Exception:  # templates refuse what they like
-            behind = ""
-        following = tokenizer(behind.strip(), add_special_tokens=False).input_ids[:1]
-        ends |= set(following) & special_ids(tokenizer)
-    return frozenset(ends)
+    return _template_end(tokenizer) | {answer_end(tokenizer)}
+
+
+def _template_end(tokenizer: Any) -> frozenset[int]:
+    """The special token that the chat template writes behind the assistant's words, if there is one."""
+    if not tokenizer.chat_template:
+        return frozenset()
+    talk = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK * 2}]
+    try:
+        behind = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(_MARK * 2)[2]
+    except Exception:  # templates refuse what they like
+        return frozenset()
+    following = tokenizer(behind.strip(), add_special_tokens=False).input_ids[:1]
+    return frozenset(following) & special_ids(tokenizer)
+
+
+def tell_ends(rows: Sequence[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:
+    """Tells, in a line each, what of answers' ends and languages is not as one would think, if anything is."""
+    tell_other_end(rows, tokenizer, notice)
+    if any(isinstance(row, MessagesRow) for row in rows):
+        tell_unstopped(tokenizer, notice)
+    tell_language(rows, tokenizer, notice)
+
+
+def tell_unstopped(tokenizer: Any, notice: Callable[[str], object]) -> None:
+    """Tells, in one line, of a chat template that ends turns where generation goes on, if it does.
+
+    Where it goes on, `evaluate` and `chat` stop all the same, and other programs do not.
+    """
+    ends, stops = _template_end(tokenizer), getattr(tokenizer, "stops", None)
+    if stops is None or not ends or ends & stops:
+        return
+    (end,) = ends
+    notice(
+        f"the chat template ends turns with {tokenizer.convert_ids_to_tokens(end)}, where generation does not stop: programs "
+        f"that go by generation_config.json speak on behind every answer; add {end} to its eos_token_id, before training"
+    )

@@ -139,7 +139,7 @@ class _Conversation:
         """Its messages, arguments of calls as objects unless the template prints these as Python does."""
         with_objects = [arguments_parsed(message) for message in self.messages]
         called = any(message.get("tool_calls") for message in with_objects)
-        return self.with_text() if called and prints_objects(self._try(with_objects), with_objects) else with_objects
+        return self.with_text() if called and prints_objects(self._try, with_objects) else with_objects
 
     def with_text(self) -> list[Message]:
         """Its messages, arguments of calls as JSON text."""

@@ -49,6 +49,14 @@ def rename(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     return {ours: row[theirs] for ours, theirs in columns.items() if theirs in row} | rest
 
 
+def hidden_by(row: Mapping[str, Any], columns: Columns) -> set[str]:
+    """Keys of ours in a row that columns take the place of, so that nothing reads them."""
+    if not any(theirs in row for theirs in columns.values()):
+        return set()
+    replaced = {ours for ours, theirs in columns.items() if theirs != ours} - set(columns.values())
+    return {key for key in replaced if row.get(key) is not None}
+
+
 class Cells(dict[str, Any]):
     """A row of a table, whose cells may hold a list as JSON text."""
 

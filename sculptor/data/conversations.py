@@ -1,7 +1,7 @@
 """Conversations as people write them, to messages as chat templates take them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sculptor.data.columns import parsed
@@ -14,6 +14,8 @@ _OWN_OPTIONS = frozenset(
     ("add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "tools", "conversation", "return_dict",
      "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs")
 )  # fmt: skip
+# OpenAI's key, and those of others.
+_TRAINED_BY = ("weight", "train", "training")
 _WEIGHTS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 # ShareGPT's speakers, and those of its relatives.
 _SPEAKERS = {
@@ -44,7 +46,7 @@ def conversation(row: Mapping[str, Any], messages: Any, where: str, start: int =
     for i, given in enumerate(messages, 1):
         message = _spoken(given, f"{where}: message {i}")
         on = is_trained(message, f"{where}: message {i}")
-        if on and message["role"] != "assistant" and any(message.get(key) is not None for key in ("weight", "train")):
+        if on and message["role"] != "assistant" and any(message.get(key) is not None for key in _TRAINED_BY):
             raise DataError(f"{where}: message {i} is of role {message['role']!r}; only the assistant's can be trained")
         trained.append(on and message["role"] == "assistant" and i > start)
         cleaned.append(_message(message, f"{where}: message {i}"))
@@ -101,7 +103,7 @@ def is_trained(given: Mapping[str, Any], where: str) -> bool:
     Raises:
         DataError: for any other value.
     """
-    found = {key: _of_cell(key, given[key]) for key in ("weight", "train", "training") if given.get(key) is not None}
+    found = {key: _of_cell(key, given[key]) for key in _TRAINED_BY if given.get(key) is not None}
     for key, value in found.items():
         if isinstance(value, bool) is (key == "weight") or value not in (0, 1):
             expected = "0 or 1" if key == "weight" else "true or false"
@@ -131,8 +133,13 @@ def _spoken(given: Any, where: str) -> dict[str, Any]:
             key: value for key, value in message.items() if key not in ("from", "value", "content")
         }
         return _call(message, where) if calls else message
-    if not isinstance(message.get("role"), str) or not message["role"]:
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
         raise DataError(f"{where} is no object with a 'role'")
+    if role != "assistant" and _SPEAKERS.get(role.lower()) == "assistant":
+        raise DataError(
+            f"{where} is of role {short(role)}, on which there would be no loss; turns that are learned are of role 'assistant'"
+        )
     return message
 
 
@@ -151,7 +158,7 @@ def _call(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message as templates take it: its content is text, or null beside tool calls."""
-    kept = {key: value for key, value in message.items() if key not in ("weight", "train", "training")}
+    kept = {key: value for key, value in message.items() if key not in _TRAINED_BY}
     content = kept.get("content")
     if isinstance(content, list | tuple):
         if not all(
@@ -184,49 +191,58 @@ def _check_arguments(calls: Any, where: str) -> None:
                     raise DataError(f"{where} has a call with {cause} in its arguments") from None
 
 
-def prints_objects(text: str | None, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a template writes arguments as Python shows objects, and not as JSON: it wants their text."""
-    if text is None:
-        return False
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            call = call.get("function", call) if isinstance(call, dict) else {}
-            arguments = call.get("arguments") if isinstance(call, dict) else None
-            if isinstance(arguments, dict) and arguments and str(arguments) in text:
-                return True
-    return False
+# Arguments that stand nowhere but in a call.
+_UNHEARD_OF = {"\u241e": "\u2302"}
+
+
+def prints_objects(
+    render: Callable[[Sequence[dict[str, Any]]], str | None], messages: Sequence[dict[str, Any]]
+) -> bool:
+    """Whether a template writes arguments as Python shows objects, and not as JSON: it wants their text.
+
+    Args:
+        render: the template; None where it does not take messages.
+        messages: with arguments as objects.
+    """
+    text = render([_with_arguments(message, _unheard_of) for message in messages])
+    return text is not None and str(_UNHEARD_OF) in text
 
 
 def arguments_parsed(message: dict[str, Any]) -> dict[str, Any]:
     """Arguments of tool calls as objects: APIs give them as JSON text, templates want to write it themselves."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return message | {"tool_calls": [_parsed_call(call) for call in calls]}
+    return _with_arguments(message, _parsed)
 
 
 def arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     """Arguments of tool calls as JSON text, for templates that write them as they are."""
+    return _with_arguments(message, _told)
+
+
+def _with_arguments(message: dict[str, Any], made: Callable[[Any], Any]) -> dict[str, Any]:
+    """A message with other arguments in its calls."""
     calls = message.get("tool_calls")
-    return message | {"tool_calls": list(map(_told_call, calls))} if isinstance(calls, list) else message
+    return message | {"tool_calls": [_with(call, made) for call in calls]} if isinstance(calls, list) else message
 
 
-def _told_call(call: Any) -> Any:
+def _with(call: Any, made: Callable[[Any], Any]) -> Any:
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return call | {"function": _told_call(call["function"])}
-    given = call.get("arguments")
-    return call | {"arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else call
+        return call | {"function": _with(call["function"], made)}
+    return call | {"arguments": made(call["arguments"])} if "arguments" in call else call
 
 
-def _parsed_call(call: Any) -> Any:
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _parsed_call(call["function"])}
+def _unheard_of(given: Any) -> Any:
+    return _UNHEARD_OF if isinstance(given, dict) and given else given
+
+
+def _told(given: Any) -> Any:
+    return json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else given
+
+
+def _parsed(given: Any) -> Any:
     try:
-        arguments = json.loads(call["arguments"])  # of which no key is there twice: rows are checked
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return call
-    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
+        found = json.loads(given)  # of which no key is there twice: rows are checked
+    except (TypeError, ValueError, RecursionError):
+        return given
+    return found if isinstance(found, dict) else given

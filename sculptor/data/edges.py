@@ -53,6 +53,7 @@ def end_answers_at(tokenizer: Any, stops: Collection[int]) -> None:
         tokenizer: whose `answer_end` it becomes; it renders and writes as before.
         stops: ids at which generation stops, the most usual first; what is no special token, or the unknown one, is none.
     """
+    tokenizer.stops = frozenset(stops)
     special = [token for token in stops if token in special_ids(tokenizer) - {tokenizer.unk_token_id}]
     if special and tokenizer.eos_token_id not in special:
         tokenizer.answer_end_id = special[0]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sculptor.data.columns import Cells, Columns, parsed, rename
+from sculptor.data.columns import Cells, Columns, hidden_by, parsed, rename
 from sculptor.data.conversations import conversation, is_trained, short
 from sculptor.data.labelled import EXPECTED_LABELLED, KEYS, Classes, labelled, usual_columns
 from sculptor.data.row_types import CompletionRow, MessagesRow, Row, TextRow
@@ -85,7 +85,7 @@ def recognise(given: Any, where: str, columns: Columns, classes: Classes | None 
         names = " and ".join(form.name for form in forms)
         raise DataError(f"{where}: could be {names}; choose one with {ways}, or remove the keys of the others")
     form = forms[0]
-    unread = set(named) - {*form.reads, *_OF_ROWS}
+    unread = hidden_by(given, columns) | set(named) - {*form.reads, *_OF_ROWS}
     if not is_trained(named, f"{where}: row"):
         return Recognised(None, form.name, form.is_ours, tuple(sorted(unread)))
     made = form.make(named, where)
@@ -253,7 +253,7 @@ def _make_alpaca(row: Mapping[str, Any], where: str) -> Row:
         raise DataError(f"{where}: 'history' is not a list of pairs")
     turns = [*(text for pair in history for text in pair), asked, answer]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-    made = conversation(row, messages, where, len(messages) - 2)
+    made = conversation(row, messages, where)
     alone = not history and not row.get("system")
     return _with_references(replace(made, plain=(f"{asked}\n", answer) if alone else None), row, where)
 

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sculptor.errors import DataError, SettingsError
 
 __all__ = [
     "CompletionRow", "Data", "DataSource", "Item", "MessagesRow", "Row", "TextRow", "as_items", "check_weights", "digest_rows",
-    "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "unweighted", "weight_of",
+    "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "to_read_again", "unweighted", "weight_of",
 ]  # fmt: skip
 
 # A name (`PLACE[:CONFIG][@SPLIT][:WEIGHT]`), a Dataset, an iterable of dicts, or one of these with its weight.
@@ -151,6 +151,17 @@ def as_items(data: Data) -> list[Item]:
     if data and isinstance(data[0], Mapping) and not _has_splits(data[0]):
         return [data]  # rows themselves
     return list(data)
+
+
+def to_read_again(data: Data, max_rows: int | None = None) -> list[Item]:
+    """Data as a list, of which nothing is used up by being read; no more rows of each are read than are wanted."""
+    return [_kept(item, max_rows) for item in as_items(data)]
+
+
+def _kept(item: Any, max_rows: int | None) -> Item:
+    if _is_weighted(item):
+        return _kept(item[0], max_rows), item[1]
+    return list(itertools.islice(item, max_rows)) if isinstance(item, Iterator) else item
 
 
 def names_of(data: Data) -> tuple[str, ...]:

@@ -61,10 +61,25 @@ def _not_here(reference: Reference) -> str:
 
 def dataset_rows(dataset: Any, name: str) -> Found:
     """Rows of a `Dataset`, an `IterableDataset` or any other iterable of dicts."""
-    plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
-    tidy, named = hasattr(dataset, "features"), _named_classes(dataset)
+    plain = _in_python(dataset)
+    tidy, named = hasattr(dataset, "features") and not _is_transformed(dataset), _named_classes(dataset)
     for number, row in enumerate(plain, 1):
         yield f"{name}: row {number}", Cells(_with_names(_tidy(row), named)) if tidy else row
+
+
+def _in_python(dataset: Any) -> Any:
+    """The same rows without tensors; what a transform makes of them stays, and columns that were left out do."""
+    if not hasattr(dataset, "with_format") or _is_transformed(dataset):
+        return dataset
+    form = getattr(dataset, "format", None)
+    chosen = {"columns": form["columns"]} if isinstance(form, Mapping) and form.get("columns") else {}
+    return dataset.with_format(None, **chosen)
+
+
+def _is_transformed(dataset: Any) -> bool:
+    """Whether rows are made by somebody's own function as they are read."""
+    form = getattr(dataset, "format", None)
+    return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def _named_classes(dataset: Any) -> dict[str, list[str]]:

@@ -72,6 +72,7 @@ class DataReport:
         longest: tokens of the longest sequence; `max_length` is what they were fitted into.
         sources: each of the data.
         rows: the first ones.
+        remarks: what of answers' ends and languages is not as one would think.
     """
 
     num_rows: int
@@ -89,3 +90,4 @@ class DataReport:
     max_length: int
     sources: tuple[SourcePreview, ...]
     rows: tuple[RowPreview, ...]
+    remarks: tuple[str, ...]

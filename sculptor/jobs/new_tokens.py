@@ -110,14 +110,15 @@ def texts_of(samples: Samples) -> Iterator[tuple[int, ...]]:
 
 
 def tell_unseen(growth: Growth | None, examples: Iterable[Example], notice: Callable[[str], object]) -> None:
-    """Says which new tokens, if there are any, stand in no row: nothing moves theirs."""
+    """Says which new tokens, if there are any, stand in no row: a head learns that they are not said, and that is all."""
     if growth is None:
         return
     seen = {token for example in examples for token in (*example.input_ids, *example.labels)}
     unseen = [token for i, token in enumerate(growth.tokens) if growth.start + i not in seen]
     if unseen:
         more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
-        notice(f"--add-tokens: no row has {', '.join(map(repr, unseen[:8]))}{more}, so what they begin as stays")
+        listed = ", ".join(map(repr, unseen[:8])) + more
+        notice(f"--add-tokens: no row has {listed}: nothing is learned of them but that they are not said")
 
 
 def write_grown_base(checkpoint: Checkpoint, growth: Growth, partial: Path, progress: Progress) -> None:

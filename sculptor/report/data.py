@@ -41,6 +41,7 @@ def data_text(found: DataReport) -> str:
         ("rows tokenised apart at the edge", found.num_apart),
     ]  # fmt: skip
     lines.append(table(["in all", ""], [[name, f"{value:,}"] for name, value in sums]))
+    lines += [line for remark in found.remarks for line in _folded(remark)]
     lines.append("Loss is on what stands between » and «.")
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from typing import Any
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.asking import end_ids, render_question
+from sculptor.data.asking import end_ids, render_question, tell_unstopped
 from sculptor.data.chat import use_template
 from sculptor.data.edges import prompt_ids
 from sculptor.data.examples import resolve_max_length
@@ -214,6 +214,7 @@ def chat(
         loaded = open_model(checkpoint, place, architecture, offload, progress=progress)
         use_template(loaded.tokenizer, chat_template)
         tell_left_out(loaded, notice)
+        tell_unstopped(loaded.tokenizer, notice)
         room = resolve_max_length(max_length, architecture.max_positions)
         if max_new_tokens is not None and max_new_tokens >= room:
             raise SettingsError(

@@ -1,6 +1,6 @@
 """`sculptor.evaluate`: what a checkpoint makes of rows, of watched texts, and of tasks of lm-eval."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +9,12 @@ from typing import Any
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.configuration import check_attention
 from sculptor.checkpoint.reader import Checkpoint, identity, open_checkpoint
+from sculptor.data.asking import tell_ends
 from sculptor.data.chat import check_use, tell_unread, use_template
 from sculptor.data.columns import Columns
-from sculptor.data.edges import tell_language, tell_other_end
 from sculptor.data.examples import resolve_max_length
 from sculptor.data.labelled import classes_of
-from sculptor.data.rows import Data, Item, Row, as_items, digest_rows, names_of
+from sculptor.data.rows import Data, Row, as_items, digest_rows, names_of, to_read_again
 from sculptor.edits.settings import BankSettings
 from sculptor.errors import SettingsError
 from sculptor.evaluation.answers import tell_left_out
@@ -101,7 +101,7 @@ def evaluate(
         SculptorError: if the checkpoint or the data cannot be used.
     """
     request = EvaluateRequest(
-        model=model, data=_to_read_again(data), labels=labels, watch=_to_read_again(watch), tasks=tasks,
+        model=model, data=to_read_again(data), labels=labels, watch=to_read_again(watch), tasks=tasks,
         include_path=include_path, num_fewshot=num_fewshot, chat=chat,
         generation=Generation(exact_match, max_new_tokens, show), columns=columns, max_rows=max_rows, max_length=max_length,
         chat_template=chat_template, batch_size=batch_size, attn_implementation=attn_implementation, device=device,
@@ -118,11 +118,6 @@ def evaluate(
         _check_comparable(request, other)
     found = _evaluate(request, opened_bank, world)
     return replace(found, base=_evaluate(other, None, world))
-
-
-def _to_read_again(data: Data) -> list[Item]:
-    """Data as a list, of which nothing is used up by being read."""
-    return [list(item) if isinstance(item, Iterator) else item for item in as_items(data)]
 
 
 def _each_once(notice: Callable[[str], object]) -> Callable[[str], object]:
@@ -227,8 +222,7 @@ def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluatio
     loaded, length, size, progress = asked.loaded, asked.length, request.batch_size, request.progress
     use_template(loaded.tokenizer, request.chat_template)
     tell_unread("rows", asked.every_row, loaded.tokenizer, request.notice)
-    tell_other_end(asked.every_row, loaded.tokenizer, request.notice)
-    tell_language(asked.every_row, loaded.tokenizer, request.notice)
+    tell_ends(asked.every_row, loaded.tokenizer, request.notice)
     routed = None
     if asked.bank is not None:
         told = BankSettings(max_length=length, batch_size=size)

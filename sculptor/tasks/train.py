@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from sculptor.analysis.lineage import ANALYZED, OPENED
+from sculptor.analysis.lineage import ANALYZED, CARRIED, OPENED
+from sculptor.archive.store import MANIFEST_NAME
 from sculptor.archive.writer import forget_progress
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.directory import tell_left_behind
 from sculptor.checkpoint.staging import STAGED_NAME, move, partial_path, put_in_place
 from sculptor.checkpoint.written import LOCK_NAME, remove
-from sculptor.data.rows import Data
+from sculptor.data.rows import Data, to_read_again
 from sculptor.interruption import signals_wait
 from sculptor.jobs.expected import tell_expected
 from sculptor.jobs.finish import write_output
@@ -95,9 +96,11 @@ def train(
     Raises:
         SculptorError: if an input or the output cannot be used, or the run cannot go on.
     """
+    settings = settings or TrainSettings()
     request = TrainRequest(
-        model=model, subspaces=subspaces, data=data, output=Path(output).resolve(), settings=settings or TrainSettings(),
-        eval_data=eval_data, protect_data=protect_data, report_to=report_to, replay=replay, overwrite=overwrite,
+        model=model, subspaces=subspaces, data=to_read_again(data, settings.max_rows), output=Path(output).resolve(),
+        settings=settings, eval_data=to_read_again(eval_data), protect_data=protect_data, report_to=report_to,
+        replay=to_read_again(replay, settings.max_rows), overwrite=overwrite,
         resume=resume, progress=progress, notice=notice, stop=stop, rules=rules,
     )  # fmt: skip
     head = wanted_head(request)
@@ -106,6 +109,14 @@ def train(
     with with_new_head(head, request) as made:
         headed = replace(request, model=made.path, subspaces=made.archive, protect_data=(), resume=True)
         return _train(headed, made)
+
+
+def _tell_own_archive(place: Path, notice: Callable[[str], object]) -> None:
+    """Says that the model has an archive, which a user who gives none may have forgotten."""
+    if (place / MANIFEST_NAME).is_file():
+        notice(
+            f"{place} protects what earlier tasks of this model use, and is left aside: --subspaces {place} trains with it"
+        )
 
 
 def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport:
@@ -127,6 +138,7 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             )
         if not request.protect_data:
             check_samples(request.model)
+        _tell_own_archive(checkpoint.path / CARRIED, notice)
         steps = steps_of(rows.encoded, rows.replays, settings)
         steps.tell(settings, notice)  # before a long analysis
         if not request.resume:

@@ -97,7 +97,7 @@ class TrainSettings:
     """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8, and more of rows so short that they hold 1,024
     tokens]."""
     max_rows: AtLeastOne | None = None
-    """Rows to use of each file, the first ones [default: all]."""
+    """Rows to use of each of the data, the first ones [default: all]."""
     select_rows: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the task's rows to train on: those that the model predicts worst, by one pass before the first step (EL2N, in
     the manner of EsaCL) [default: all]."""

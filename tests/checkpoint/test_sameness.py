@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from sculptor.checkpoint.heads import find_new_head, plan_head
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.sameness import differences
+from sculptor.checkpoint.tokenizers import notes_of_calls, panics_as_errors
 
 COVERS = [
     "sculptor.checkpoint.config_differences",
@@ -469,4 +470,33 @@ def test_code_is_never_for_people(tmp_path: Path, name: str) -> None:
     out = saved_again(base, tmp_path / "out")
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_text("import os\n")
+    assert between(base, out)
+
+
+def test_how_a_file_cuts_by_itself_is_told(tmp_path: Path) -> None:
+    """transformers sets it anew in every call; a program that reads the file alone does not."""
+    base = save_checkpoint(tmp_path / "base")
+    out = saved_again(base, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    padded_and_cut(tokenizer)
+    tokenizer.save_pretrained(out)
+    notes = list(notes_of_calls(base, out))
+    assert [note.split(" of its own")[0] for note in notes] == ["tokenizer.json has truncation"]
+    assert list(notes_of_calls(out, out)) == []
+
+
+def test_a_library_that_panics_is_an_error(tmp_path: Path) -> None:
+    class PanicException(BaseException):
+        """As the bindings of `tokenizers` have it, which is no `Exception`."""
+
+    with pytest.raises(ValueError, match="the tokenizers library fails: broken"), panics_as_errors():
+        raise PanicException("broken")
+    with pytest.raises(KeyboardInterrupt), panics_as_errors():
+        raise KeyboardInterrupt
+    base = save_checkpoint(tmp_path / "base")
+    out = saved_again(base, tmp_path / "out")
+    content = json.loads((out / "tokenizer.json").read_text())
+    content["model"] = {"type": "BPE", "vocab": {"a": 0, "b": 1, "##b": 2, "ab": 3}, "merges": [["a", "b"]]}
+    content["model"]["continuing_subword_prefix"] = "##"
+    (out / "tokenizer.json").write_text(json.dumps(content))
     assert between(base, out)

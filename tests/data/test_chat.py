@@ -1,5 +1,6 @@
 """Conversations as people have them: thinking, tools, weights, templates of every habit."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import transformers
 from conftest import write_rows
 
-from sculptor.data.asking import question_of, spoken
+from sculptor.data.asking import question_of, spoken, tell_ends
 from sculptor.data.chat import unread_keys, use_template
+from sculptor.data.edges import end_answers_at
 from sculptor.data.examples import IGNORED, encode
 from sculptor.data.rows import MessagesRow, read_rows
 from sculptor.errors import DataError, SettingsError
@@ -359,6 +361,48 @@ def test_arguments_stay_as_they_were_written(tokenizer: Any, tmp_path: Path, par
         )
         (found,) = learned(tokenizer, tmp_path, {"messages": messages})
         assert found.startswith(f"f {text}")
+
+
+@pytest.mark.parametrize("place", ["user", "tool", "thinking"])
+def test_what_else_is_said_decides_nothing_about_arguments(tokenizer: Any, tmp_path: Path, place: str) -> None:
+    """Somebody may well say what Python shows of a call's arguments; a template that writes JSON goes on to."""
+    shown, thinking = "called with {'city': 'Rome'}", {"thinking": "I call {'city': 'Rome'}"}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.thinking or '' }}{{ m.content }}")
+    messages = [
+        {"role": "user", "content": shown if place == "user" else "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call], **(thinking if place == "thinking" else {})},
+        {"role": "tool", "content": shown if place == "tool" else "ok"}, HELLO[1],
+    ]  # fmt: skip
+    assert '<call>f{"city": "Rome"}</call>' in learned(tokenizer, tmp_path, {"messages": messages})[0]
+
+
+@pytest.mark.parametrize("role", ["Assistant", "model", "gpt"])
+def test_an_assistant_by_another_name_is_refused(tokenizer: Any, tmp_path: Path, role: str) -> None:
+    with pytest.raises(DataError, match=f"message 2 is of role '{role}', on which there would be no loss"):
+        learned(tokenizer, tmp_path, {"messages": [HELLO[0], HELLO[1] | {"role": role}, *TWO]})
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training"])
+def test_only_the_assistant_is_trained(tokenizer: Any, tmp_path: Path, key: str) -> None:
+    with pytest.raises(DataError, match="message 1 is of role 'user'; only the assistant's can be trained"):
+        learned(tokenizer, tmp_path, {"messages": [HELLO[0] | {key: 1 if key == "weight" else True}, HELLO[1]]})
+
+
+def test_turns_that_end_where_generation_goes_on_are_told(tokenizer: Any, tmp_path: Path) -> None:
+    (row,) = read_rows([{"messages": HELLO}])
+    end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    for stops, told in (((end,), False), ((other, end), False), ((other,), True), ((), True)):
+        said: list[str] = []
+        changed = copy.deepcopy(tokenizer)
+        end_answers_at(changed, stops)
+        tell_ends([row], changed, said.append)
+        assert bool(said) is told, stops
+    assert said[0].startswith("the chat template ends turns with <|im_end|>, where generation does not stop")
+    assert f"add {end} to its eos_token_id" in said[0]
+    said.clear()
+    tell_ends(read_rows([{"prompt": "Hi", "completion": "Hello"}]), changed, said.append)
+    assert not said, "answers to prompts end with what generation stops at"
 
 
 @pytest.mark.parametrize("part", ["name", "arguments"])

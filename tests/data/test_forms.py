@@ -13,6 +13,7 @@ from sculptor.data.examples import encode
 from sculptor.data.rows import CompletionRow, MessagesRow, TextRow, digest_rows, read_rows, read_sources, settle
 from sculptor.errors import DataError, SettingsError
 
+COVERS = ["sculptor.data.columns"]
 TALK = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
 SHARED = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]
 PAIR = {"prompt": "w1", "completion": "w2"}
@@ -107,7 +108,7 @@ def test_an_instruction_is_a_conversation_only_for_who_talks(tmp_path: Path) -> 
     assert spoken.input_ids == (13, 5, 7, 0, 13, 6, 0)
     later = one(tmp_path, {"instruction": "w1", "output": "w2", "history": [["w5", "w6"]]})
     assert [message["content"] for message in later.messages] == ["w5", "w6", "w1", "w2"]
-    assert later.trained == (False, False, False, True)
+    assert later.trained == (False, True, False, True)
 
 
 def test_columns_are_named(tmp_path: Path) -> None:
@@ -122,6 +123,8 @@ def test_columns_are_named(tmp_path: Path) -> None:
         "rows.jsonl: 1 rows read as prompt and completion (question as prompt, answer as completion); "
         "not read: 'id' of 1 rows, 'text' of 1 rows"
     ]
+    (source,) = read_sources([[{"prompt": "w8", "q": "w1", "a": "w2"}]], None, "prompt=q,completion=a")
+    assert source.unread == {"prompt": 1}, "another column took its name"
     assert one(tmp_path, {"body": "w1"}, "text=body").text == "w1"
     assert one(tmp_path, {"log": SHARED}, "conversations=log").messages[1]["content"] == "w2"
     for wrong, message in (

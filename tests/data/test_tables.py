@@ -90,6 +90,16 @@ def test_the_commands_read_them_alike(datasets: Any, cli: Callable[..., Result],
     assert measured[0] == measured[1]
 
 
+def test_a_transform_and_columns_that_were_left_out_stay_so(datasets: Any) -> None:
+    made = datasets.Dataset.from_list([{"prompt": f"q{i}", "completion": " RAW", "weight": i % 2} for i in range(4)])
+    shouted = made.with_transform(
+        lambda rows: {"prompt": rows["prompt"], "completion": [c.lower() for c in rows["completion"]]}
+    )
+    assert [row.completion for row in read_rows(shouted)] == [" raw"] * 4
+    assert len(read_rows(made.with_format("torch", columns=["prompt", "completion"]))) == 4
+    assert len(read_rows(made.with_format("numpy"))) == 2, "the weight of a row is 0 or 1"
+
+
 def test_a_dataset_is_trained_and_recorded(datasets: Any, cli: Callable[..., Result], tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
     rows = [{"q": row["prompt"], "a": row["completion"]} for row in task_rows(count=12)]
@@ -106,7 +116,7 @@ def test_a_dataset_is_trained_and_recorded(datasets: Any, cli: Callable[..., Res
         found = train(model, tmp_path / "archive", given, tmp_path / name, options, eval_data=rows, notice=said.append)
         assert any("q as prompt, a as completion" in line for line in said)
         record = json.loads((tmp_path / name / "sculptor.json").read_text())
-        assert record["data"]["files"] == [{"a": "Dataset", "b": "list_iterator"}[name]]
+        assert record["data"]["files"] == [{"a": "Dataset", "b": "list"}[name]]
         digests.append((record["data"]["rows_sha256"], found.loop.last_loss))
     assert digests[0] == digests[1]
 

@@ -353,3 +353,14 @@ def test_names_that_are_numbers_are_names() -> None:
         assert labelled({"text": "w1", "label": names[2]}, "a:1", Classes(names)).index == 2
         with pytest.raises(DataError, match="'label' is '0'"):
             labelled({"text": "w1", "label": 0}, "a:1", Classes(names))
+
+
+def test_rows_that_can_be_read_once_are_those_that_are_trained(made: Path, tmp_path: Path) -> None:
+    """Their classes are looked at first."""
+    rows = labelled_rows()
+    settings = replace(SETTINGS, epochs=None, max_steps=1, max_rows=12)
+    digests = []
+    for name, given in (("list", rows), ("once", iter(rows)), ("later", rows[12:])):
+        train(made / "llama", made / "llama-archive", given, tmp_path / name, settings)
+        digests.append(json.loads((tmp_path / name / "sculptor.json").read_text())["data"]["rows_sha256"])
+    assert digests[0] == digests[1] != digests[2]

@@ -340,7 +340,7 @@ def test_files_of_tokens_are_read_as_they_are_meant(made: Path, tmp_path: Path) 
     found = read_task(*open_base(made / "exact"), [made / "rows.jsonl"], (), settings, told.append)
     assert found.growth is not None
     assert found.growth.tokens == ("<call>", "</call>", "<x>")
-    assert told == ["--add-tokens: no row has '<x>', so what they begin as stays"]
+    assert told == ["--add-tokens: no row has '<x>': nothing is learned of them but that they are not said"]
     file.write_bytes(b"<a>\r\n<b>\r\n")
     assert read_tokens((str(file),)) == ["<a>", "<b>"]
     file.write_bytes(b"<a>\n<b> \n")

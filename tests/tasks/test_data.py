@@ -40,6 +40,11 @@ def test_rows_are_shown_with_what_carries_loss(cli: Callable[..., Result], tmp_p
     assert "dropped" in result.out
     assert max(map(len, result.out.splitlines())) <= 100
     assert cli("data", file, "--model", model, "--json").json["num_rows"] == 7
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
+    (model / "generation_config.json").unlink(missing_ok=True)
+    told = cli("data", talk, "--model", model, "--chat-template", tmp_path / "template.jinja").out
+    assert "the chat template ends turns with <end>, where generation does not stop" in " ".join(told.split())
     wrong = cli("data", file, "--model", model, "--chat-template", tmp_path / "template.jinja")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
 

@@ -336,3 +336,13 @@ def test_a_tokenizer_without_an_end_of_sequence_suits_encoders(tmp_path: Path, t
     train(base, tmp_path / "archive", [data], tmp_path / "out", settings)
     assert verify(base, tmp_path / "out", tmp_path / "archive", device="cpu").passed
     assert evaluate(tmp_path / "out", str(data), device="cpu").loss > 0
+
+
+def test_an_archive_that_the_model_has_is_not_passed_over_in_silence(made: Path, tmp_path: Path) -> None:
+    run(made, tmp_path / "first")
+    said: list[str] = []
+    options = replace(SHORT, max_steps=1)
+    train(tmp_path / "first", None, [made / "rows.jsonl"], tmp_path / "second", options,
+          protect_data=[made / "rows.jsonl"], notice=said.append)  # fmt: skip
+    own = tmp_path / "first" / "subspaces"
+    assert [line for line in said if line.startswith(f"{own} protects what earlier tasks of this model use")]
