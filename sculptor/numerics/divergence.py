@@ -57,7 +57,7 @@ def truncate(logits: Tensor, k: int, draws: int, generator: torch.Generator) -> 
     if logits.ndim != 2 or k < 1 or logits.shape[1] < 2:
         raise ValueError(f"expected logits (t, V) with V > 1 and k >= 1, got {list(logits.shape)} and {k}")
     ids = logits.topk(min(k, logits.shape[1] - 1), dim=-1).indices
-    merged = _merged(_wide(logits), ids)
+    merged, _ = _merged(_wide(logits), ids)
     rest = _rest(_wide(logits), ids).log_softmax(dim=-1)
     rest = rest.masked_fill(rest.isnan(), 0.0)  # no mass at all: any token is drawn, and counts nothing
     drawn = torch.multinomial(rest.exp(), draws, True, generator=generator) if draws and len(rest) else ids[:, :0]
@@ -73,7 +73,7 @@ def truncated_divergence(base: Truncated, logits: Tensor) -> Tensor:
         ValueError: if the shapes do not belong together.
     """
     _check_kept(base, logits)
-    return _expected(_wide(base.log_probabilities), _merged(_wide(logits), base.ids.long()))
+    return _expected(_wide(base.log_probabilities), _merged(_wide(logits), base.ids.long())[0])
 
 
 def estimated_divergence(base: Truncated, logits: Tensor) -> Tensor:
@@ -82,11 +82,13 @@ def estimated_divergence(base: Truncated, logits: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes do not belong together.
     """
-    bound = truncated_divergence(base, logits)
+    _check_kept(base, logits)
+    wide = _wide(logits)
+    merged, rest = _merged(wide, base.ids.long())
+    bound = _expected(_wide(base.log_probabilities), merged)
     if not base.drawn.shape[1]:
         return bound
-    ids, wide = base.ids.long(), _wide(logits)
-    shares = wide.gather(1, base.drawn.long()) - _rest(wide, ids).logsumexp(dim=-1, keepdim=True)
+    shares = wide.gather(1, base.drawn.long()) - rest
     mass = _wide(base.log_probabilities)[:, -1]
     inside = (_wide(base.log_shares) - shares).mean(dim=-1).masked_fill(mass.isneginf(), 0.0)
     return bound + mass.exp() * inside
@@ -97,11 +99,14 @@ def _expected(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(dim=-1)
 
 
-def _merged(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities (t, k + 1) of some tokens, and of all others together."""
-    whole = logits.logsumexp(dim=-1, keepdim=True)
-    rest = _rest(logits, ids).logsumexp(dim=-1, keepdim=True)
-    return torch.cat([logits.gather(1, ids), rest], dim=-1) - whole
+def _merged(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (t, k + 1) of some tokens, and of all others together; and logsumexp (t, 1) of the others' logits.
+
+    The vocabulary is gone through once: it takes as long as a few blocks of a small model.
+    """
+    kept, rest = logits.gather(1, ids), _rest(logits, ids).logsumexp(dim=-1, keepdim=True)
+    whole = torch.logaddexp(kept.logsumexp(dim=-1, keepdim=True), rest)
+    return torch.cat([kept, rest], dim=-1) - whole, rest
 
 
 def _rest(logits: Tensor, ids: Tensor) -> Tensor:
