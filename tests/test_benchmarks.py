@@ -68,3 +68,15 @@ def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     )  # fmt: skip
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 3
     assert "protect weights" in capsys.readouterr().out
+
+
+def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = save_checkpoint(tmp_path / "model")
+    run(
+        monkeypatch, "scaling.py", "--tokenizer", tokenizer, "--word", "w1 ", "--axes", "depth", "--scale", 0.125, "--length", 16,
+        "--calibration", 64, "--vocabulary", 64, "--steps", 1, "--json", tmp_path / "found.json",
+    )  # fmt: skip
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert [row["depth"] for row in found["rows"]] == [2, 4, 8]
+    assert all(row[stage] > 0 for row in found["rows"] for stage in found["exponents"])
+    assert "exponent" in capsys.readouterr().out

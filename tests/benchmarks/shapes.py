@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,12 @@ SHAPES = {
 
 
 def make_checkpoint(path: Path, shape: str, tokenizer: Path, device: str = "cpu") -> Path:
-    """A bf16 Llama of a shape, in one file, with a tokenizer copied from another checkpoint."""
+    """`random_checkpoint` of a shape."""
+    return random_checkpoint(path, SHAPES[shape], tokenizer, device)
+
+
+def random_checkpoint(path: Path, sizes: dict[str, Any], tokenizer: Path, device: str = "cpu") -> Path:
+    """A bf16 Llama of some sizes, in one file, with a tokenizer copied from another checkpoint."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     common = {
@@ -41,7 +47,7 @@ def make_checkpoint(path: Path, shape: str, tokenizer: Path, device: str = "cpu"
         "eos_token_id": 0,
         "pad_token_id": 1,
     }
-    config = LlamaConfig(**(common | SHAPES[shape]))
+    config = LlamaConfig(**(common | sizes))
     with torch.device("meta"):
         entries = [
             (name, torch.bfloat16, tuple(tensor.shape))

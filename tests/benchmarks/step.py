@@ -84,7 +84,7 @@ def prepare(method: str, model: Any, options: argparse.Namespace) -> tuple[Any, 
     return model, finish, updates.num_trainable
 
 
-def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
+def run(method: str, options: argparse.Namespace, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """Seconds of a step, tokens per second, and peak memory."""
     device = torch.device(options.device)
     loaded = load_model(open_checkpoint(options.model), device)
@@ -95,7 +95,8 @@ def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(options.rows // options.micro):
-        ids = torch.randint(2, 8000, (options.micro, options.length), generator=generator).to(device)
+        most = min(8000, loaded.architecture.vocab_size)
+        ids = torch.randint(2, most, (options.micro, options.length), generator=generator).to(device)
         batches.append(Batch(ids, torch.ones_like(ids), ids))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -110,11 +111,11 @@ def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
 
     for i in range(options.steps + 3):
         synchronize(device)
-        started = time.perf_counter()
+        started = clock()
         step()
         synchronize(device)
         if i >= 3:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
     if options.trace:
         trace(method, step, options.trace, device)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
