@@ -40,7 +40,7 @@ class Point:
 
 
 AXES: dict[str, tuple[float, ...]] = {
-    "width": (256, 512, 1024), "depth": (2, 4, 8), "share": (0.2, 0.4, 0.8), "tokens": (512, 1024, 2048),
+    "width": (256, 512, 1024), "depth": (2, 4, 8), "share": (0.3, 0.6, 0.9), "tokens": (512, 1024, 2048),
 }  # fmt: skip
 
 
