@@ -168,7 +168,7 @@ class TrainingLoop:
             self.loaded.model.eval()
             position = self.position
             if position.best_step is not None:
-                self.updates.load(self.store.load_best(position.best_step), optimizer=False)
+                self.updates.load(self.store.load_best(position.best_step), optimizer=self._keeps_state)
             assert position.first_loss is not None
             assert position.last_loss is not None
             last = position.harm if position.best_step is None else None
@@ -185,6 +185,11 @@ class TrainingLoop:
             steering_harm=steering,
             named=named,
         )
+
+    @property
+    def _keeps_state(self) -> bool:
+        """Whether an optimizer's state goes on in the archive: that of what is kept, not of steps behind it."""
+        return self.settings.optimizer == "bayes-adam"
 
     @property
     def _eval_every(self) -> int:
@@ -291,7 +296,8 @@ class TrainingLoop:
         if self.position.best_loss is None or loss < self.position.best_loss:
             self.position = replace(self.position, best_step=step, best_loss=loss)
             save = functools.partial(self.store.save_best, step)
-            self.store.note_best(step, write_together(self.world, self.updates.parameters(), save))
+            kept = self.updates.state() if self._keeps_state else self.updates.parameters()
+            self.store.note_best(step, write_together(self.world, kept, save))
 
     def _log(self, **values: float) -> None:
         if not self.world.first:

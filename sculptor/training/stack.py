@@ -156,9 +156,9 @@ class Stack:
         return self._versions[place] != [a._version for a in self.members[place].coordinates.trained]
 
     def _look(self) -> None:
-        """By content: optimizers may change parameters behind every counter, and keep gradients elsewhere."""
+        """By counters, and by content: optimizers may change parameters behind every counter, and keep gradients elsewhere."""
         assert self._mark is not None
-        if torch.equal(_mark(self._values()), self._mark):
+        if self._versions == self._counted() and torch.equal(_mark(self._values()), self._mark):
             self._begin_pass()
         else:
             self._fold()
@@ -166,7 +166,11 @@ class Stack:
     def _begin_pass(self) -> None:
         self._given, self._unsure = (), False
         self._served.clear()
-        self._versions = [[a._version for a in member.coordinates.trained] for member in self.members]
+        self._versions = self._counted()
+
+    def _counted(self) -> list[list[int]]:
+        """What torch counts of changes in place."""
+        return [[a._version for a in member.coordinates.trained] for member in self.members]
 
     def _fold(self) -> None:
         """From pristine W0."""
@@ -281,10 +285,18 @@ def _is_same(now: Tensor, then: Tensor) -> bool:
     return bool((apart <= turned).all()) and int(torch.count_nonzero(apart > noise)) <= 0.01 * apart.numel()
 
 
+# A prime: rows and columns of matrices do not fall on it, so what is turned round or moved by them does not stay in its sum.
+_SUMS = 61
+
+
 def _mark(values: Sequence[Tensor]) -> Tensor:
-    """Tells contents apart: of all bits their sum and, where torch has it, their exclusive or; on their device."""
+    """Tells contents apart: of every 61st number's bits the sum and, where torch has it, of all the exclusive or; on the device.
+
+    One sum would not see an order, and signs only in their number.
+    """
     bits = torch.cat([value.detach().reshape(-1) for value in values]).view(torch.int32)
-    marks = [bits.sum(dtype=torch.int64)]
+    whole = bits.numel() // _SUMS * _SUMS
+    marks = [bits[:whole].view(-1, _SUMS).sum(dim=0, dtype=torch.int64), bits[whole:].to(torch.int64)]
     if hasattr(torch, "hash_tensor") and bits.numel():
-        marks.append(torch.hash_tensor(bits).to(torch.int64))
-    return torch.stack(marks)
+        marks.append(torch.hash_tensor(bits).to(torch.int64).reshape(1))
+    return torch.cat(marks)

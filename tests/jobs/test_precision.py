@@ -171,3 +171,21 @@ def test_what_does_not_go_together_is_refused(cli: Callable[..., Result], place:
         archive = tmp_path / rule
         analyze(place / "model", archive, AnalyzeSettings(rule=rule, device="cpu"))
         assert f"does not go with an archive with rule {rule}" in said("--optimizer", "bayes-adam", archive=archive)
+
+
+def test_what_is_known_is_of_what_is_kept(place: Path, tmp_path: Path) -> None:
+    """Steps behind the best one are thrown away, and what they have decided with them."""
+    others = write_rows(tmp_path / "others.jsonl", [{"text": "w9 w11 w13 w15 w17 w19 w11 w9 w19"} for _ in range(4)])
+    longer = replace(SETTINGS, max_steps=6, eval_every=1, learning_rate=0.1)
+    data = [str(place / "a.jsonl")]
+    report = train(place / "model", place / "half", data, tmp_path / "best", longer, eval_data=[str(others)])
+    step = report.loop.best_step
+    assert step is not None
+    assert step < 6
+    train(place / "model", place / "half", data, tmp_path / "short", replace(longer, max_steps=step, eval_every=None))
+    kept, expected = known(tmp_path / "best" / "subspaces"), known(tmp_path / "short" / "subspaces")
+    assert kept.keys() == expected.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("best", "short")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

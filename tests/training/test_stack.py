@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,39 @@ def test_a_step_is_seen_though_no_counter_moves(
         expected = (fresh if whole else fresh.model)(input_ids=ids(0))[0]
     torch.testing.assert_close(seen[-1], expected, atol=0, rtol=0)
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], object]] = {
+    "negated": lambda a: a.neg_(),
+    "negated behind the counter": lambda a: a.data.neg_(),
+    "turned round": lambda a: a.copy_(a.flip(0)),
+    "turned round behind the counter": lambda a: a.data.copy_(a.flip(0)),
+    "moved by one row": lambda a: a.data.copy_(a.roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("how", list(CHANGES))
+def test_the_same_numbers_in_other_places_are_seen(
+    made: dict[str, tuple[Path, Path]], basis: str, monkeypatch: pytest.MonkeyPatch, together: bool, how: str,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    """As in search without gradients: of what is changed so, neither the sum nor the exclusive or of all bits changes."""
+    model = protected(made, basis, together, monkeypatch)
+    with torch.no_grad():
+        for a in trained(model):
+            drawn = torch.randn(a.numel() // 2, generator=generator) * 0.05  # as many below 0 as above
+            a.copy_(torch.cat([drawn.abs(), -drawn.abs(), torch.zeros(a.numel() % 2)]).view(a.shape))
+        before = model(input_ids=ids(0))[0]
+        for a in trained(model):
+            CHANGES[how](a)
+        found = model(input_ids=ids(0))[0]
+        fresh = copy.deepcopy(model)
+        for stack in stacks_of(fresh):
+            stack.expire()
+        expected = fresh(input_ids=ids(0))[0]
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    assert not torch.equal(found, before)
 
 
 @pytest.mark.parametrize("together", [False, True])
