@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sculptor.archive.manifest import REMEDY, Manifest, MatrixRecord
+from sculptor.archive.places import MANIFEST_NAME as MANIFEST_NAME
+from sculptor.archive.places import hint, remedy
 from sculptor.checkpoint.ahead import ReadAhead
 from sculptor.checkpoint.reader import Checkpoint, identity
 from sculptor.checkpoint.tensors import TensorInfo, digest, in_threads, read_header, read_known
@@ -25,7 +27,6 @@ from sculptor.numerics.rounding import rms
 from sculptor.progress import Progress, silent
 from sculptor.validation import check_file, read_file
 
-MANIFEST_NAME = "archive.json"
 # float32 rounding of an orthonormal basis is near 1e-7; a basis this far off was not written by us. Bases in narrower
 # dtypes are as far off as these, and made orthonormal again when they are read.
 ORTHONORMAL_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -122,9 +123,7 @@ class Archive(Mapping[str, MatrixRecord]):
         self.kinds = known_kinds(rules)
         file = self.path / MANIFEST_NAME
         if not file.is_file():
-            inside = self.path / "subspaces" / MANIFEST_NAME
-            hint = f"; the archive is in {inside.parent}" if inside.is_file() else ""
-            raise ArchiveError(f"{self.path}: no {MANIFEST_NAME}; expected a subspace archive{hint}")
+            raise ArchiveError(f"{self.path}: no {MANIFEST_NAME}; expected a subspace archive{hint(self.path)}")
         self.manifest = Manifest.from_json(read_file(file, ArchiveError, REMEDY), file, self.kinds)
         self._infos: dict[str, TensorInfo] = {}
         self._checked: dict[str, FileState] = {}  # digest
@@ -339,11 +338,5 @@ class Archive(Mapping[str, MatrixRecord]):
         if different:
             raise ArchiveError(
                 f"{self.path}: archive of another checkpoint: {len(different)} of {len(self)} matrices differ from "
-                f"{checkpoint.path}, first {different[0]}; {self._remedy(checkpoint)}"
+                f"{checkpoint.path}, first {different[0]}; {remedy(self.path, checkpoint.path)}"
             )
-
-    def _remedy(self, checkpoint: Checkpoint) -> str:
-        carried, owner = checkpoint.path / "subspaces", self.path.resolve().parent
-        if (owner / "config.json").is_file() and owner != checkpoint.path.resolve():
-            return f"it belongs to {owner}, for the task after; use the archive that was trained with"
-        return f"use {carried}" if carried.is_dir() else "run `sculptor analyze` on this checkpoint"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
 
+from sculptor.archive.places import remedy
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.architecture import find_blocks
 from sculptor.checkpoint.names import match_names
@@ -116,7 +117,7 @@ def protect(
     for name, parameter in parameters.items():  # what says most first
         _check_shape(archive, name, model.get_parameter(parameter))
     for name, parameter in parameters.items():
-        _check_bytes(archive, name, archive[name].window.of(model.get_parameter(parameter)))
+        _check_bytes(archive, name, archive[name].window.of(model.get_parameter(parameter)), model)
     for name, parameter in parameters.items():
         archive.note_rms(name, archive[name].window.of(model.get_parameter(parameter)))
     gentle = (archive.method.defaults.soften or 0.0) if soften is None else soften
@@ -250,7 +251,7 @@ def _check_shape(archive: Archive, name: str, parameter: Tensor) -> None:
         )
 
 
-def _check_bytes(archive: Archive, name: str, weight: Tensor) -> None:
+def _check_bytes(archive: Archive, name: str, weight: Tensor, model: nn.Module) -> None:
     record = archive[name]
     base = getattr(torch, record.base_dtype)
     if torch.promote_types(base, weight.dtype) != weight.dtype:
@@ -261,8 +262,14 @@ def _check_bytes(archive: Archive, name: str, weight: Tensor) -> None:
     if digest(weight.detach().to(base)) != record.base_digest:
         raise ArchiveError(
             f"{archive.path}: archive of another model: {name} differs from the weights that were analyzed; "
-            "run `sculptor analyze` on this checkpoint"
+            f"{remedy(archive.path, _place_of(model))}"
         )
+
+
+def _place_of(model: Any) -> Path | None:
+    """The directory that transformers has loaded a model from, as far as it says."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(name) if isinstance(name, str) and name else None
 
 
 def protected_matrices(model: nn.Module) -> list[ProtectedMatrix]:

@@ -1,0 +1,28 @@
+"""Which archive somebody may have meant: an output has up to two."""
+
+from pathlib import Path
+
+MANIFEST_NAME = "archive.json"
+# For the next task, and of the model that was trained, if that archive was made on the way.
+_CARRIED, _ANALYZED = "subspaces", "analyzed"
+
+
+def hint(path: Path) -> str:
+    """Which archives are in a folder that is none; empty if there are none."""
+    told = {_ANALYZED: "that of the model that was trained", _CARRIED: "the one for the task after this"}
+    parts = [f"{told[name]} is {path / name}" for name in told if (path / name / MANIFEST_NAME).is_file()]
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def remedy(archive: Path, model: Path | None) -> str:
+    """What to do about an archive that is not a model's; None for a model that was loaded from nowhere."""
+    path = archive.resolve()
+    owner = path.parent
+    if (owner / "config.json").is_file() and (model is None or owner != model.resolve()):
+        if path.name == _ANALYZED:
+            return f"it is the archive of what {owner} was trained from"
+        made = owner / _ANALYZED
+        use = str(made) if (made / MANIFEST_NAME).is_file() else "the archive that was trained with"
+        return f"it belongs to {owner}, for the task after; use {use}"
+    carried = None if model is None else model / _CARRIED
+    return f"use {carried}" if carried is not None and carried.is_dir() else "run `sculptor analyze` on this checkpoint"
