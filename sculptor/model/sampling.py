@@ -11,6 +11,7 @@ from torch import Tensor
 from sculptor.checkpoint.configuration import reason_of
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
+from sculptor.model.decoding import CACHES, decode
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar, Progress
 
@@ -22,8 +23,6 @@ _MAX_USER_TOKENS = 96
 _MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
-# What a cache is called by newer and older versions of transformers.
-_CACHES = ("cache", "past_key_values")
 # What models raise where their caches do not go with how they are used.
 _BREAKS = (ValueError, RuntimeError, AttributeError, TypeError, IndexError, KeyError, NotImplementedError)
 _MORE = 1.15  # conversations than are likely to be needed
@@ -219,6 +218,10 @@ def continue_prompts(
     ids = torch.tensor([[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     ids, mask = ids.to(loaded.device), mask.to(loaded.device)
+    if loaded.device.type == "cuda":
+        said = decode(loaded, ids, mask, num_new, ends, temperature, heard=heard)
+        if said is not None:
+            return [_up_to(tokens, ends)[0] for tokens in said.tolist()]
     found: list[list[int]] = [[] for _ in prompts]
     rows, left = list(range(len(prompts))), num_new
     kept: Mapping[str, Any] = {}
@@ -233,11 +236,11 @@ def continue_prompts(
             left -= settings.max_new_tokens
             going = []
             for i, (row, tokens) in enumerate(zip(rows, new.tolist(), strict=True)):
-                stop = next((at + 1 for at, token in enumerate(tokens) if token in ends), None)
-                found[row] += tokens[:stop]
-                going += [i] if stop is None else []
+                said_now, ended = _up_to(tokens, ends)
+                found[row] += said_now
+                going += [] if ended else [i]
             if going and left:
-                name = next((name for name in _CACHES if name in made), "")
+                name = next((name for name in CACHES if name in made), "")
                 cache = _kept(model, made[name], going, len(rows)) if name else None
                 kept = {} if cache is None else {name: cache}
                 stretch = stretch if kept else left  # what was read is read again, once
@@ -246,6 +249,12 @@ def continue_prompts(
     finally:
         model.generation_config = own
     return found
+
+
+def _up_to(tokens: Sequence[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+    """Tokens up to the first of `ends`, and whether there is one."""
+    stop = next((at + 1 for at, token in enumerate(tokens) if token in ends), None)
+    return list(tokens[:stop]), stop is not None
 
 
 def _generate(loaded: LoadedModel, ids: Tensor, mask: Tensor, kept: Mapping[str, Any], heard: _Heard | None) -> Any:
