@@ -233,16 +233,19 @@ class Weighing(Protocol):
 
 
 class RuleStack(Protocol):
-    """Rules of one kind and shape (m, n) that are folded and projected with at once; coordinates are those of each."""
+    """Rules of one kind and shape (m, n) that are folded and projected with at once; coordinates are those of each.
+
+    Of rules that do not read W0, which would have to be copied into one piece for that.
+    """
 
     def prepare(self, tensors: Sequence[Tensors]) -> Tensors:
         """Prepared tensors of each as the two others take them: stacked, where they have one shape."""
 
-    def update(self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]]) -> Tensor:
-        """dW (s, m, n), for W0 (s, m, n)."""
+    def update(self, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]]) -> Tensor:
+        """dW (s, m, n)."""
 
     def project(
-        self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]], gradients: Tensor
+        self, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]], gradients: Tensor
     ) -> list[tuple[Tensor, ...]]:
         """As `Rule.project`, for gradients (s, m, n)."""
 

@@ -176,13 +176,13 @@ class StaircaseRule:
 
     def update(self, weight: Tensor, tensors: Tensors, coordinates: Sequence[Tensor]) -> Tensor:
         """dW, in the dtype of the bases, or that of the coordinates where there are none."""
-        return self._space(tensors).fold(list(coordinates))
+        return self.space(tensors).fold(list(coordinates))
 
     def project(
         self, weight: Tensor, tensors: Tensors, coordinates: Sequence[Tensor], gradient: Gradient
     ) -> tuple[Tensor, ...]:
         """Q_U[:, a:b]^T G Q_V[:, r:] of every group."""
-        space = self._space(tensors)
+        space = self.space(tensors)
         if isinstance(gradient, OuterProduct):
             order = self.order(gradient.inputs.shape[-2])
             if order == "both":
@@ -229,7 +229,8 @@ class StaircaseRule:
         staircases = [rule.staircase for rule in (self, *others)]
         return StaircaseStack(staircases, replace(self, steps=hull(staircases).steps))
 
-    def _space(self, tensors: Tensors) -> FreeSpace:
+    def space(self, tensors: Tensors) -> FreeSpace:
+        """What is free, with sides as prepared."""
         soft = (tensors["soft_outputs"], tensors["soft_inputs"]) if "soft_outputs" in tensors else None
         sides = {name: side.restored(name, tensors, dim) for name, side, dim in self._sides()}
         return FreeSpace(self.staircase, sides.get("output"), sides.get("input"), soft)

@@ -1,13 +1,14 @@
 """Many staircase rules of one shape as one: small matrices cost more to start than to turn."""
 
 from collections.abc import Hashable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sculptor.methods.rule import Rule, Tensors
-from sculptor.numerics.free_space import box_origin, first_free, hull
+from sculptor.methods.rule import Tensors
+from sculptor.numerics.free_space import FreeSpace, box_origin, first_free, hull
 from sculptor.numerics.staircase import Staircase
 
 
@@ -21,6 +22,21 @@ def kinds_of(tensors: Tensors) -> Hashable:
     return tuple(known), "soft_inputs" in tensors
 
 
+class Whole(Protocol):
+    """The rule of a staircase."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Of its coordinates."""
+
+    def space(self, tensors: Tensors) -> FreeSpace:
+        """What is free, with sides as prepared; those of several matrices as one."""
+
+
 class StaircaseStack:
     """Staircases of one shape as one: all coordinates go into boxes of one size, and the boxes are turned together.
 
@@ -31,7 +47,7 @@ class StaircaseStack:
         whole: a rule whose staircase is their hull.
     """
 
-    def __init__(self, staircases: Sequence[Staircase], whole: Rule) -> None:
+    def __init__(self, staircases: Sequence[Staircase], whole: Whole) -> None:
         self.staircases = tuple(staircases)
         self.whole = whole
         whole_box = hull(staircases)
@@ -61,7 +77,7 @@ class StaircaseStack:
         reaches = torch.tensor([reach - self.least for _, _, reach in staircase.groups])
         return reaches.repeat_interleave(sizes.clamp_min(0))
 
-    def update(self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]]) -> Tensor:
+    def update(self, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]]) -> Tensor:
         """dW (s, m, n)."""
         flat = [a.reshape(-1) for (a,) in coordinates]
         rows, columns = self.whole.shape
@@ -70,13 +86,13 @@ class StaircaseStack:
             boxes = torch.cat(flat).view(shape)
         else:
             boxes = flat[0].new_zeros(shape).masked_scatter_(self._free(tensors), torch.cat(flat))
-        return self.whole.update(weights, tensors, [boxes])
+        return self.whole.space(tensors).fold([boxes])
 
     def project(
-        self, weights: Tensor, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]], gradients: Tensor
+        self, tensors: Tensors, coordinates: Sequence[Sequence[Tensor]], gradients: Tensor
     ) -> list[tuple[Tensor, ...]]:
         """The gradient of every A."""
-        (boxes,) = self.whole.project(weights, tensors, [], gradients)
+        (boxes,) = self.whole.space(tensors).project(gradients)
         sizes = [a.numel() for (a,) in coordinates]
         flat = boxes.reshape(-1)  # row by row, as the A_g lie
         if not self.alike:  # how many are free is known, so that nobody has to wait for the device to count them

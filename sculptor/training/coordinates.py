@@ -36,8 +36,8 @@ class WeightSource(Protocol):
     def weight(self, coordinates: "Coordinates", pristine: Tensor) -> Tensor:
         """W0 + dW as the module stores it, through autograd where gradients are wanted."""
 
-    def multiply(self, coordinates: "Coordinates", pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x (W0 + dW)^T + b, of which a rule gets X and dY; None where it had better get a gradient."""
+    def multiply(self, coordinates: "Coordinates", pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W0 + dW)^T + b; a rule that has less to do so gets X and dY in the place of a gradient."""
 
     def expire(self, moved: bool = False) -> None:
         """It is folded again when it is next asked for; `moved` says that tensors are elsewhere now."""
@@ -100,6 +100,7 @@ class Coordinates(nn.Module):
         self.values = _Values(
             nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device)) for shape in self._shapes
         )
+        self._held = self.values._parameters  # asked for in every forward pass: a list of torch's own takes its time
 
     @property
     def name(self) -> str:
@@ -118,13 +119,14 @@ class Coordinates(nn.Module):
 
     @property
     def trained(self) -> list[Tensor]:
-        """The parameters A; a list of torch's own takes its time, and this is asked in every forward pass."""
-        return list(self.values._parameters.values())  # type: ignore[arg-type]
+        """The parameters A."""
+        return list(self._held.values())  # type: ignore[arg-type]
 
     def original(self, module: nn.Module) -> nn.Parameter:
         """The parameter of a protected module that W0 is, or is a part of."""
         if self.record.window.is_whole:
-            return module.parametrizations.weight.original  # type: ignore[union-attr,return-value]
+            parametrized: Any = module._modules["parametrizations"]  # as above: asked for often
+            return parametrized._modules["weight"]._parameters["original"]  # type: ignore[no-any-return]
         return module.get_parameter(self.record.parameter.rpartition(".")[2])
 
     def pristine(self, module: nn.Module) -> Tensor:
@@ -139,10 +141,10 @@ class Coordinates(nn.Module):
         ask = _ask_eagerly if torch.compiler.is_dynamo_compiling() else _ask
         return ask(self, weight)
 
-    def multiply(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The product with the folded weight, given pristine W0; None where that is to be asked for."""
+    def multiply(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the folded weight, given pristine W0."""
         if self.off:
-            return None
+            return nn.functional.linear(x, weight.to(self.compute_dtype or weight.dtype), bias)
         check_copied(self)
         return self.source.multiply(self, weight, x, bias)
 

@@ -91,14 +91,14 @@ class Stack:
             self._given = _Fold.apply(self, self._folded, *self._values())  # type: ignore[no-untyped-call]
         return self._given[place]
 
-    def multiply(self, coordinates: Coordinates, pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    def multiply(self, coordinates: Coordinates, pristine: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """As `WeightSource.multiply`."""
-        dtype = coordinates.compute_dtype or pristine.dtype
-        wanted = any(a.requires_grad for a in coordinates.trained)
-        if len(self.members) > 1 or not wanted or not is_narrowed(coordinates.rule, x, dtype):
-            return None
-        _, folded = self._current(coordinates, pristine)
-        return multiply(x, folded, bias, self._take, coordinates.trained)
+        if len(self.members) == 1 and any(a.requires_grad for a in coordinates.trained):
+            dtype = coordinates.compute_dtype or pristine.dtype
+            if is_narrowed(coordinates.rule, x, dtype):
+                _, folded = self._current(coordinates, pristine)
+                return multiply(x, folded, bias, self._take, coordinates.trained)
+        return nn.functional.linear(x, self.weight(coordinates, pristine), bias)
 
     def _take(self, gradient: OuterProduct) -> Sequence[Tensor | None]:
         return self.project([gradient])
@@ -191,7 +191,7 @@ class Stack:
             return [folded_weight(first.rule, first.tensors, values, pristine, self._transposed, dtype)]
         pristine = self._stacked([member.pristine for member in self.members])
         assert self._rules is not None
-        update = self._rules.update(pristine, self._stacked_tensors(), _coordinates(self.members))
+        update = self._rules.update(self._stacked_tensors(), _coordinates(self.members))
         folded = update.add_(pristine) if update.dtype == torch.float32 else pristine.to(torch.float32) + update
         return list((folded.mT if self._transposed else folded).to(dtype).contiguous().unbind())
 
@@ -217,7 +217,6 @@ class Stack:
                 # Contiguous as autograd stores it in a parameter, so that streaming gives the same.
                 gradient = as_out_in(gradient.contiguous(), self._transposed)
             return [coordinates.rule.project(weight, coordinates.tensors, list(coordinates.values), gradient)]
-        pristine = self._stacked([member.pristine for member in members])
         if len(members) == len(self.members):
             assert self._rules is not None
             rules, tensors = self._rules, self._stacked_tensors()
@@ -225,7 +224,7 @@ class Stack:
             rules = _stack_of(members)
             tensors = rules.prepare([member.coordinates.tensors for member in members])
         full = self._stacked([each for each in gradients if isinstance(each, Tensor)])  # as they all are
-        return rules.project(pristine, tensors, _coordinates(members), full)
+        return rules.project(tensors, _coordinates(members), full)
 
     def _stacked(self, matrices: Sequence[Tensor]) -> Tensor:
         return torch.stack([as_out_in(matrix, self._transposed) for matrix in matrices])

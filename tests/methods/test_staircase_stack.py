@@ -66,8 +66,8 @@ def test_a_stack_gives_what_each_gives(
     weights, gradients = torch.randn(2, len(rules), *rules[0].shape, dtype=torch.float64, generator=generator)
     stack = rules[0].stack(rules[1:])
     together = stack.prepare(tensors)
-    updates = stack.update(weights, together, coordinates)
-    projected = stack.project(weights, together, coordinates, gradients)
+    updates = stack.update(together, coordinates)
+    projected = stack.project(together, coordinates, gradients)
     for i, rule in enumerate(rules):
         expected = rule.update(weights[i], tensors[i], coordinates[i])
         torch.testing.assert_close(updates[i], expected, rtol=1e-12, atol=1e-12)
