@@ -18,6 +18,8 @@ from sculptor.numerics.ratio import ratio_of_sums
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative
 from sculptor.world import ALONE, World
 
+_LOGITS = {"cuda": 2**27}  # elements of a pass
+
 
 @dataclass(frozen=True, slots=True)
 class Harm:
@@ -82,13 +84,21 @@ def measure_harm(
     """
     model.eval()
     order = sorted(range(len(samples)), key=lambda i: -samples[i].example.length)
-    groups = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+    rows = _rows(model, samples[order[0]].example.length, device)
+    rows = min(rows, -(-len(order) // world.size)) if world.size > 1 else rows
+    groups = [order[start : start + rows] for start in range(0, len(order), rows)]
     sums = [0.0] * len(samples)
     for group in world.share(groups):
         losses = sample_losses(model, [samples[i] for i in group], device, pad_id)
         for i, found in zip(group, losses.tolist(), strict=True):
             sums[i] = found
     return harm_of(world.total(*sums), [len(sample.base.ids) for sample in samples])
+
+
+def _rows(model: Any, length: int, device: torch.device) -> int:
+    """Of a pass: on a GPU a pass of few rows takes as long as one of many, whose logits fit."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    return max(ROWS, _LOGITS.get(device.type, 0) // (length * vocabulary))
 
 
 def sample_losses(model: Any, samples: Sequence[Sample], device: torch.device, pad_id: int = 0) -> Tensor:

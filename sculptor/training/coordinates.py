@@ -143,8 +143,8 @@ class Coordinates(nn.Module):
 
     def multiply(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with the folded weight, given pristine W0."""
-        if self.off:
-            return nn.functional.linear(x, weight.to(self.compute_dtype or weight.dtype), bias)
+        if self.off or torch.compiler.is_dynamo_compiling():
+            return nn.functional.linear(x, self.forward(weight), bias)
         check_copied(self)
         return self.source.multiply(self, weight, x, bias)
 

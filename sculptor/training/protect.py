@@ -194,8 +194,8 @@ def _multiply(module: Any, x: Tensor) -> Tensor:
     Asks the coordinates themselves: what torch's modules and parametrizations do to find them takes longer than the map of a small
     model.
     """
-    held = module._modules.get("parametrizations")
-    if held is not None and "weight" in held._modules and not torch.compiler.is_dynamo_compiling():
+    held = None if torch.compiler.is_dynamo_compiling() else module._modules.get("parametrizations")
+    if held is not None and "weight" in held._modules:
         own = held._modules["weight"]
         coordinates = own._modules["0"]
         if len(own._modules) == 1 and isinstance(coordinates, Coordinates):
