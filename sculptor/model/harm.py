@@ -3,7 +3,7 @@
 Sequences are independent, tokens of one are not, so its standard error is that of a ratio of sums (`sculptor.numerics.ratio`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,13 @@ def harm_of(sums: Sequence[float], counts: Sequence[int]) -> Harm:
 
 @torch.no_grad()
 def measure_harm(
-    model: Any, samples: Sequence[Sample], device: torch.device, *, pad_id: int = 0, world: World = ALONE
+    model: Any,
+    samples: Sequence[Sample],
+    device: torch.device,
+    *,
+    pad_id: int = 0,
+    world: World = ALONE,
+    losses: Callable[[Sequence[Sample]], Tensor] | None = None,
 ) -> Harm:
     """Harm of a causal model as it is; the model is left in evaluation mode.
 
@@ -81,6 +87,7 @@ def measure_harm(
         device: where its inputs go.
         pad_id: any id the model has.
         world: processes that divide the samples; all get the result.
+        losses: what gives the losses of some samples, if not `sample_losses`.
     """
     model.eval()
     order = sorted(range(len(samples)), key=lambda i: -samples[i].example.length)
@@ -89,9 +96,10 @@ def measure_harm(
     groups = [order[start : start + rows] for start in range(0, len(order), rows)]
     sums = [0.0] * len(samples)
     for group in world.share(groups):
-        losses = sample_losses(model, [samples[i] for i in group], device, pad_id)
-        for i, found in zip(group, losses.tolist(), strict=True):
-            sums[i] = found
+        chosen = [samples[i] for i in group]
+        found = sample_losses(model, chosen, device, pad_id) if losses is None else losses(chosen)
+        for i, loss in zip(group, found.tolist(), strict=True):
+            sums[i] = loss
     return harm_of(world.total(*sums), [len(sample.base.ids) for sample in samples])
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from sculptor.model.harm import Harm, NamedHarm, measure_harm
 from sculptor.model.load import LoadedModel
 from sculptor.model.protected import Protected, measure_protected
@@ -18,6 +20,7 @@ from sculptor.model.samples import Sample, Samples
 from sculptor.training.stepping.updates import Updates
 from sculptor.world import ALONE, World
 
+LossesOf = Callable[[Sequence[Sample]], Tensor]
 # Of the time that training takes, what measuring may take; a forward is a third of a step's forward and backward.
 _SHARE, _FORWARD = 0.05, 1 / 3
 # A scale that satisfies the budget is good enough where it uses this share of it.
@@ -82,6 +85,9 @@ class HarmControl:
         autocast: makes the context that the model computes in.
         world: the processes that share the work.
         named: what is kept of texts that were protected by name, to report on.
+
+    Attributes:
+        losses: what gives the losses of samples that are looked at again and again, if a training has its own way.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class HarmControl:
         self._world = ALONE if loaded.stream is not None and loaded.stream.divided else world
         self.every = every
         self.limit = limit
+        self.losses: LossesOf | None = None
         kept = updates.extra if limit is not None else {}
         self._base = {name: value.detach().cpu().clone() for name, value in kept.items()}
 
@@ -113,7 +120,7 @@ class HarmControl:
 
     def check(self) -> Checked:
         """Measures, and scales the update back where harm is above the limit."""
-        harm = self._measure(self._samples.steering).nats
+        harm = self._steering()
         if self.limit is None or not self.limit < harm < math.inf:
             return Checked(harm, 1.0)
         scale, harm = largest_scale(self._harm_at(), harm, self.limit)
@@ -127,7 +134,7 @@ class HarmControl:
             nonlocal now
             self._updates.scale(scale / now, self._base)
             now = scale
-            return self._measure(self._samples.steering).nats
+            return self._steering()
 
         return harm_at
 
@@ -138,14 +145,20 @@ class HarmControl:
             steering: what the last step's check found, where that is the model as it is.
         """
         if steering is None:
-            steering = self._measure(self._samples.steering).nats
+            steering = self._steering()
         reporting = self._measure(self._samples.reporting)
         loaded = self._loaded
         with self._autocast():
             named = [measure_protected(loaded.model, each, loaded.device, pad_id=loaded.pad_id) for each in self._named]
         return steering, reporting, tuple(named)
 
-    def _measure(self, samples: tuple[Sample, ...]) -> Harm:
+    def _steering(self) -> float:
+        """Of the samples that are looked at again and again."""
+        return self._measure(self._samples.steering, self.losses).nats
+
+    def _measure(self, samples: tuple[Sample, ...], losses: LossesOf | None = None) -> Harm:
         loaded = self._loaded
         with self._autocast():
-            return measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id, world=self._world)
+            return measure_harm(
+                loaded.model, samples, loaded.device, pad_id=loaded.pad_id, world=self._world, losses=losses
+            )

@@ -126,6 +126,8 @@ class TrainingLoop:
         self.total = settings.total_steps(num_epoch)
         self.position = Position(step=0)
         self.passes = make_passes(loaded, settings, as_base, updates.resident(), updates.refresh, self._first_batches)
+        if harm is not None:
+            harm.losses = self.passes.sample_losses
         self._saved_at = self._saving = 0.0  # when a state was saved, and how long it took
 
     def run(self, progress: Progress) -> LoopResult:

@@ -1,5 +1,6 @@
 """The forward and backward pass of a micro-batch, one kernel after another."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -7,8 +8,11 @@ from torch import Tensor
 from sculptor.data.batches import Batch
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import AsBase, batch_loss
+from sculptor.model.samples import Sample
 from sculptor.training.precision import autocast
 from sculptor.training.settings import TrainSettings
+
+LONG = 4e13  # operations of a pass that takes longer than launching it does, on any GPU
 
 
 class Passed(NamedTuple):
@@ -34,6 +38,11 @@ class Passes:
 
     def begin_step(self) -> None:
         """Micro-batches of another step follow."""
+
+    @property
+    def sample_losses(self) -> Callable[[Sequence[Sample]], Tensor] | None:
+        """As `sculptor.model.harm.sample_losses` of the model as it is, where this has a way of its own."""
+        return None
 
     def close(self) -> None:
         """Gives back what is kept between steps."""

@@ -19,8 +19,10 @@ from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED, Example
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import AsBase, inputs_of
-from sculptor.training.passes import Passed, Passes
+from sculptor.model.samples import Sample
+from sculptor.training.passes import LONG, Passed, Passes
 from sculptor.training.precision import autocast
+from sculptor.training.recorded_harm import RecordedLosses
 from sculptor.training.settings import TrainSettings
 from sculptor.world import here
 
@@ -28,7 +30,6 @@ _COLUMNS = 32  # places with loss are rounded up to a multiple
 _OFTEN = 4  # a shape that comes less often is not worth recording: that takes as long as three passes
 _MOST = 12  # shapes
 _LOGITS = 2**27  # of a pass, in elements; longer ones are made in slices
-_FLOPS = 4e13  # of a pass that is longer than launching it takes, on any GPU
 
 
 class Shape(NamedTuple):
@@ -175,6 +176,7 @@ class RecordedPasses(Passes):
         self.expire = expire
         self.shapes = shapes
         self._recorder = recorder
+        self._losses = RecordedLosses(loaded, settings, expire, recorder.record)
         self._recorded: dict[Shape, _Recorded] = {}
         self._gradients: list[Tensor] = []
 
@@ -182,7 +184,12 @@ class RecordedPasses(Passes):
         if self._recorded:
             self._give_gradients()
 
+    @property
+    def sample_losses(self) -> Callable[[Sequence[Sample]], Tensor]:
+        return self._losses
+
     def close(self) -> None:
+        self._losses.close()
         for parameter in self.trained:
             parameter.grad = None
         self._recorded.clear()
@@ -280,7 +287,7 @@ def make_passes(
     short = frozenset(
         shape
         for shape in shapes
-        if 8 * numbers * shape.rows * shape.length <= _FLOPS and vocabulary * shape.rows * shape.columns <= _LOGITS
+        if 8 * numbers * shape.rows * shape.length <= LONG and vocabulary * shape.rows * shape.columns <= _LOGITS
     )
     return RecordedPasses(loaded, settings, trained, expire, short, Graphs(loaded.device)) if short else plain
 

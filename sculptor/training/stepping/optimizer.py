@@ -31,11 +31,12 @@ class Group(NamedTuple):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's; moments in bfloat16 are widened to float32, piece by piece, for each step.
+    """torch's, told what torch would find out for every group anew: each matrix has a rate, and so a group, of its own.
 
-    They are rounded to nearest: at most by 2^-8 a step. Since an average forgets a tenth (`exp_avg`) or a twentieth
-    (`exp_avg_sq`) a step, it does not stall by that, and errors add up to 4 and 8 % of it at most; a step reads the root of
-    the second. Dettmers et al. (arXiv 2110.02861) go down to 8 bits.
+    Moments in bfloat16 are widened to float32, piece by piece, for each step. They are rounded to nearest: at most by 2^-8 a
+    step. Since an average forgets a tenth (`exp_avg`) or a twentieth (`exp_avg_sq`) a step, it does not stall by that, and
+    errors add up to 4 and 8 % of it at most; a step reads the root of the second. Dettmers et al. (arXiv 2110.02861) go down
+    to 8 bits.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
@@ -46,17 +47,45 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """As torch has it."""
         assert closure is None
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 and not self.defaults["fused"]:
             return super().step()
-        for group in self.param_groups:
-            given = [a for a in group["params"] if a.grad is not None]
-            for a in given:
+        groups = [([a for a in group["params"] if a.grad is not None], group) for group in self.param_groups]
+        every = [a for given, _ in groups for a in given]
+        for a in every:
+            if "step" not in self.state[a]:
                 self._make_state(a)
-            for piece in _pieces(given, self.state):
-                self._step(piece, group)
-            if given:
-                torch._foreach_add_([self.state[a]["step"] for a in given], 1)
+        if self.dtype != torch.float32:
+            for given, group in groups:
+                for piece in _pieces(given, self.state):
+                    self._step(piece, group)
+        if every:
+            torch._foreach_add_([self.state[a]["step"] for a in every], 1)
+        if self.dtype == torch.float32:
+            for given, group in groups:
+                self._step_at_once(given, group)
         return None
+
+    def _step_at_once(self, given: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        """Parameters whose steps are counted already."""
+        for dtype in dict.fromkeys(a.dtype for a in given):
+            alike = [a for a in given if a.dtype == dtype]
+            states = [self.state[a] for a in alike]
+            torch._fused_adamw_(
+                list[Tensor](alike),
+                [a.grad for a in alike if a.grad is not None],  # as all have one
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                grad_scale=getattr(self, "grad_scale", None),
+            )
 
     def _make_state(self, a: nn.Parameter) -> None:
         kept = self.state[a]
@@ -64,7 +93,7 @@ class AdamW(torch.optim.AdamW):
             kept["step"] = torch.zeros((), device=a.device if self.defaults["fused"] else "cpu")
         for moment in MOMENTS:
             if moment not in kept:
-                kept[moment] = torch.zeros_like(a, dtype=self.dtype)
+                kept[moment] = torch.zeros_like(a, dtype=a.dtype if self.dtype == torch.float32 else self.dtype)
 
     def _step(self, piece: Sequence["_Stretch"], group: dict[str, Any]) -> None:
         wide = [[moment.float() for moment in (s.exp_avg, s.exp_avg_sq)] for s in piece]
