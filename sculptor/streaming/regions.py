@@ -226,7 +226,7 @@ class BlockWeights:
         return [name for name in self.layouts[block] if self.owners is None or self.owners.mine(block, name)]
 
     def region(self, block: int) -> Region:
-        """Where changed parameters of a block are kept."""
+        """Where changed parameters of a block are kept; made when it is first asked for, by the thread that trains."""
         if block not in self._regions:
             start, stop = self._parts[block]
             self._regions[block] = self.scratch.region(f"weights-{block}", stop - start)
@@ -251,9 +251,9 @@ class BlockWeights:
                 self.files.fill(name, layout.view(memory, name))
 
     def store(self, block: int, memory: Tensor, name: str) -> None:
-        """Keeps one parameter of a block that is in device memory, on the current stream."""
+        """Keeps one parameter of a block that is in device memory, on the current stream; its region has been asked for."""
         span = self.layouts[block][name]
-        self.region(block).store(memory[span.start : span.stop], span.start - self._parts[block][0])
+        self._regions[block].store(memory[span.start : span.stop], span.start - self._parts[block][0])
         self._changed.add((block, name))
 
     def close(self) -> None:

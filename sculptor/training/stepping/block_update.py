@@ -129,8 +129,9 @@ class BlockUpdater:
             )
         if matrix.is_last:
             weights = self.waiting.weights
+            region = weights.region(block)  # before the lane's own thread asks: two would each make one, of the same file
             store = partial(weights.store, block, slot.memory, matrix.parameter_name)
-            slot.uses["store"] = weights.region(block).written = self.transfers.store(store, [done])
+            slot.uses["store"] = region.written = self.transfers.store(store, [done])
 
     def close(self) -> None:
         """Gives the memory back."""
