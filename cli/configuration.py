@@ -147,6 +147,11 @@ def _left_out(content: Mapping[str, Any], settings: dict[str, Any]) -> dict[str,
         shares = any(part.get("share") != DEFAULT_SHARE for part in parts)
         named = [f"{part.get('name')}:{part.get('share')}" if shares else str(part.get("name")) for part in parts]
         left["replay"] = _Left(f"mixed in {', '.join(named)}", shares)
+    template = settings.get("chat_template")
+    if isinstance(template, str) and (
+        Path(template).suffix or Path(template).exists()
+    ):  # else one of the tokenizer's own
+        left["chat_template"] = _Left(f"wrote conversations by {settings.pop('chat_template')}")
     chosen = _part(content, "eval_data").get("files")
     if chosen or _part(content, "result").get("best_step") is not None:
         named = [f" ({', '.join(map(str, chosen))})"] if isinstance(chosen, list) else []

@@ -117,6 +117,10 @@ def command(
     from sculptor.tasks.train import train
 
     quiet_libraries()
+    if resume and merge_adapter is not None:
+        raise click.UsageError(
+            f"--resume goes on with what was merged: give {merge_adapter} as MODEL, without --merge-adapter"
+        )
     if html is not None:
         rows = [item for item in (*data, *eval_data, *protect_data, *replay) if not is_self(item)]
         template = settings["chat_template"]

@@ -1,16 +1,19 @@
 """Conversations as questions: what stands before an assistant's turn, and where the model's own turn ends."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sculptor.data.chat import messages_as_rendered
+from sculptor.data.conversations import short
 from sculptor.data.edges import answer_end, special_ids, tell_language, tell_other_end
 from sculptor.data.row_types import MessagesRow, Row
 from sculptor.errors import DataError
 
 _MARK = "\u241e"  # stands for what is said
+_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,23 @@ def tell_ends(rows: Sequence[Row], tokenizer: Any, notice: Callable[[str], objec
     tell_other_end(rows, tokenizer, notice)
     if any(isinstance(row, MessagesRow) for row in rows):
         tell_unstopped(tokenizer, notice)
+        tell_roles(rows, tokenizer, notice)
     tell_language(rows, tokenizer, notice)
+
+
+def tell_roles(rows: Iterable[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:
+    """Tells, in one line, of roles that are nobody's own and that the chat template does not name, if there are any."""
+    template = str(tokenizer.chat_template)
+    counts = Counter(
+        role
+        for row in rows
+        if isinstance(row, MessagesRow)
+        for role in dict.fromkeys(str(message["role"]) for message in row.messages)
+        if role not in _ROLES and not any(f"{quote}{role}{quote}" in template for quote in "'\"")
+    )
+    if counts:
+        named = ", ".join(f"{short(role)} in {count:,} row{'s' if count > 1 else ''}" for role, count in counts.items())
+        notice(f"roles that the chat template has no name for, which it writes as any other, without loss: {named}")
 
 
 def tell_unstopped(tokenizer: Any, notice: Callable[[str], object]) -> None:

@@ -285,9 +285,12 @@ class _Conversation:
 
     def _ends(self, token: int, written: str) -> bool:
         """Whether a token can end a turn: the end of sequence, or one of the template's own special or added tokens."""
-        if token == answer_end(self.tokenizer):
+        if token == answer_end(self.tokenizer) or token in (getattr(self.tokenizer, "stops", None) or ()):
             return True
-        return token in special_ids(self.tokenizer) and self.tokenizer.convert_ids_to_tokens(token) not in written
+        known, name = self.tokenizer.added_tokens_decoder.get(token), self.tokenizer.convert_ids_to_tokens(token)
+        # One that is no special token marks parts of a turn: "</tool_call>".
+        closes = known is not None and not known.special and name.startswith("</")
+        return token in special_ids(self.tokenizer) and not closes and name not in written
 
     def _check_rendered(self, messages: Sequence[Message]) -> None:
         """Refuses what the template leaves out: it would be trained silently on something else."""

@@ -23,6 +23,12 @@ _SPEAKERS = {
     "model": "assistant", "bot": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool",
     "function_call": "assistant",
 }  # fmt: skip
+# What other programs call the roles of chat templates, in any case of letters.
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "tool")}, "human": "user", "tool_response": "tool",
+    **{role: "assistant" for role, meant in _SPEAKERS.items() if meant == "assistant"}, "ai": "assistant",
+    "tool_call": "assistant",
+}  # fmt: skip
 
 
 def short(key: object) -> str:
@@ -136,11 +142,16 @@ def _spoken(given: Any, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise DataError(f"{where} is no object with a 'role'")
-    if role != "assistant" and _SPEAKERS.get(role.lower()) == "assistant":
-        raise DataError(
-            f"{where} is of role {short(role)}, on which there would be no loss; turns that are learned are of role 'assistant'"
-        )
-    return message
+    meant = _ROLES.get(role.lower(), role)
+    if role == meant:
+        return message
+    if meant != "assistant":
+        raise DataError(f"{where} is of role {short(role)}, which chat templates call {meant!r}")
+    calls = ", a call in its 'tool_calls'" if role.lower() in ("function_call", "tool_call") else ""
+    raise DataError(
+        f"{where} is of role {short(role)}, on which there would be no loss; turns that are learned are of role "
+        f"'assistant'{calls}"
+    )
 
 
 def _call(message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def open_job(
         eval_data=names_of(as_items(request.eval_data)),
     )
     mixed = job.of_steps
-    if replays:
+    if replays and settings.select_rows is None:  # else of fewer rows, which are not known yet
         notice(_replay_line(job, mixed))
     steps = steps_of(rows.encoded, replays, settings)
     settings = steps.settings

@@ -25,6 +25,7 @@ def fit_memory(
     device: torch.device,
     notice: Callable[[str], object],
     world: World,
+    said: str = "--memory-rows {}",
 ) -> TrainJob:
     """The job with the number of rows that it measures, told in a line if these are fewer than the task has.
 
@@ -35,6 +36,7 @@ def fit_memory(
         device: where rows are measured.
         notice: told what was chosen.
         world: the processes that share the run.
+        said: how the user would ask for a number.
     """
     settings, examples = job.settings, job.encoded.examples
     if asked is not None or settings.memory_rows is None:
@@ -43,7 +45,7 @@ def fit_memory(
     count = began or rows_for(job.checkpoint, examples, device)
     if count < min(MEMORY_ROWS, len(examples)):
         notice(
-            f"chosen: --memory-rows {count}: the next task's archive is measured on so many of the {len(examples):,} rows; each "
+            f"chosen: {said.format(count)}: the next task's archive is measured on so many of the {len(examples):,} rows; each "
             "takes about as long as to train on it"
         )
     return replace(job, settings=replace(settings, memory_rows=count))

@@ -129,7 +129,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         for place in (self.output, *merged):
             check_apart(place, [self.base, self.subspaces])
         spoken = given.get("processing_class")
-        here().once(lambda: self._open(args, _unwrapped(given["model"]), given.get("train_dataloader"), spoken))
+        here().once(lambda: self._open(args, state, _unwrapped(given["model"]), given.get("train_dataloader"), spoken))
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Writes `merged/` into the checkpoint that the trainer has just saved."""
@@ -142,7 +142,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
         """Writes the output, of the model that the trainer keeps."""
         here().once(lambda: self._write(self.output, self.overwrite, args, state, given["model"]))
 
-    def _open(self, args: Any, model: nn.Module, loader: Any, spoken: Any) -> None:
+    def _open(self, args: Any, state: Any, model: nn.Module, loader: Any, spoken: Any) -> None:
         checkpoint, architecture = open_base(self.base)
         tell_left_behind(checkpoint.path, checkpoint.files, self.notice)
         archive = Archive(self.subspaces, rules=self.rules)
@@ -167,7 +167,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             if measured and architecture.kind != "causal":
                 raise SettingsError(f"{architecture.model_class}: the archive goes on by rows of the task; give data=")
             with torch.random.fork_rng(_devices(model)):
-                found = collated_examples(loader, settings.memory_rows or 0) if measured else ()
+                found = collated_examples(loader, self._num_measured(args, state, settings)) if measured else ()
             rows = Rows(Encoded(found, 0, 0), None, None)
         seen = getattr(loader, "dataset", None)
         names = names_of(items) if items else (f"the trainer's rows ({type(args).__name__})",)
@@ -187,7 +187,15 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             trainer=told(args),
         )
         device = next(model.parameters()).device
-        self._job = fit_memory(job, self.settings.memory_rows, None, device, self.notice, ALONE)
+        self._job = fit_memory(job, self.settings.memory_rows, None, device, self.notice, ALONE, "memory_rows={}")
+
+    def _num_measured(self, args: Any, state: Any, settings: TrainSettings) -> int:
+        """Rows for the next archive: unless told otherwise no more than the run trains on."""
+        most = settings.memory_rows or 0
+        if self.settings.memory_rows is not None:
+            return most
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return min(most, max(1, int(state.max_steps * step)))
 
     def _check_base(self, args: Any, model: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
         """Whether what is about to be trained is the base, but for its coordinates."""

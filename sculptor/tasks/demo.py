@@ -127,7 +127,7 @@ def _variants(old: Path) -> list[tuple[str, str, AnalyzeSettings]]:
     """Directory, title and analysis of every run."""
     return [
         ("plain", "plain fine-tuning", AnalyzeSettings(preserve=0.0, device="cpu")),
-        ("weights", "protected: weights, 60 %", AnalyzeSettings(preserve=0.6, device="cpu")),
+        ("weights", "protected: weights, 60 % of each matrix", AnalyzeSettings(preserve=0.6, device="cpu")),
         (
             "self",
             "protected: curvature, sampled text",

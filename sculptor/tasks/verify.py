@@ -74,12 +74,16 @@ def verify(
     return replace(found, harm=measured, named=tuple(named))
 
 
+_UNKNOWN = "whether they stand in text cannot be told: the archive keeps no samples of what the base says by itself"
+
+
 def _with_old_text(found: Verification, base: Checkpoint, tuned: Checkpoint, archive: Archive) -> Verification:
     """Says how old text is read otherwise by new tokens; strictly, it may not be."""
     growth, samples = find_growth(base, tuned), read_samples(archive)
     assert growth is not None
     reread = measure_reread(base.path, growth, () if samples is None else texts_of(samples))
-    lines = (*reread.lines, *filter(None, [reread.summary]))
+    unknown = "" if samples is not None else _UNKNOWN
+    lines = (*reread.lines, *filter(None, [reread.summary, unknown]))
     if not (found.strict and lines):
         return replace(found, old_text=lines)
     differ = tuple(f"new tokens: {line}" for line in lines)

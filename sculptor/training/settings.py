@@ -64,7 +64,7 @@ class TrainSettings:
     """With bayes-adam: precision that a step with a gradient of norm 1 adds to the average number, over that of the start
     [default: 0.01]."""
     weight_decay: NotNegative = 0.0
-    """Pulls the update towards 0, the weights towards the base."""
+    """Pulls the update of protected matrices towards 0, the weights towards the base; what is trained openly has none."""
     warmup: NotNegative = 0.03
     """Share (below 1) or number of steps with rising learning rate."""
     schedule: Schedule = "cosine"

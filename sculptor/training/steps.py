@@ -42,7 +42,9 @@ class Steps:
         )
 
     def tell(self, asked: TrainSettings, notice: Callable[[str], object]) -> None:
-        """Says, in a line, how rows were divided where nothing was said, and that a run takes hardly any steps, if it does."""
+        """Says, in a line each, how rows were divided where nothing was said, and that a run takes hardly any steps, if it does."""
+        if asked.warmup >= 1 and asked.warmup > self.total - 1:
+            notice(f"--warmup {asked.warmup:g}: of {self.total} steps the rate rises for {self.total - 1}")
         if asked.max_steps is not None:
             return
         epochs, rows = self.settings.epochs, self.settings.batch_size

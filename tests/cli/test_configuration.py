@@ -192,6 +192,24 @@ def test_data_that_a_record_only_names_are_asked_for(tmp_path: Path, cli: Callab
     one_line(cli(*given), "analyzed its model on data of its own", "give it as --protect-data")
 
 
+def test_a_template_file_that_a_record_only_names_is_asked_for(
+    tmp_path: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another of that name may lie here; a name of the tokenizer's own is taken as it is."""
+    monkeypatch.chdir(tmp_path)
+    record = tmp_path / "sculptor.json"
+    given = ("train", "m", "-o", tmp_path / "a", "--data", "b.jsonl", "--config", record)
+    for name, is_file in (("alt.jinja", True), ("plain", True), ("tool_use", False)):
+        if name == "plain":
+            (tmp_path / name).write_text("another")
+        record.write_text(json.dumps({"command": "train", "settings": {"chat_template": name}}))
+        if is_file:
+            one_line(cli(*given), f"wrote conversations by {name}", "give it as --chat-template")
+            assert parsed(*given, "--chat-template", "own.jinja")["chat_template"] == "own.jinja"
+        else:
+            assert parsed(*given)["chat_template"] == name
+
+
 def test_a_run_is_repeated_from_its_record(tmp_path: Path, cli: Callable[..., Result]) -> None:
     model, rows = save_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", task_rows())
     file = tmp_path / "plan.toml"

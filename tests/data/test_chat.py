@@ -377,10 +377,54 @@ def test_what_else_is_said_decides_nothing_about_arguments(tokenizer: Any, tmp_p
     assert '<call>f{"city": "Rome"}</call>' in learned(tokenizer, tmp_path, {"messages": messages})[0]
 
 
-@pytest.mark.parametrize("role", ["Assistant", "model", "gpt"])
+@pytest.mark.parametrize("role", ["Assistant", "model", "gpt", "ai", "tool_call", "function_call"])
 def test_an_assistant_by_another_name_is_refused(tokenizer: Any, tmp_path: Path, role: str) -> None:
-    with pytest.raises(DataError, match=f"message 2 is of role '{role}', on which there would be no loss"):
+    with pytest.raises(DataError, match=f"message 2 is of role '{role}', on which there would be no loss") as found:
         learned(tokenizer, tmp_path, {"messages": [HELLO[0], HELLO[1] | {"role": role}, *TWO]})
+    assert ("a call in its 'tool_calls'" in str(found.value)) == role.endswith("_call")
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"), [("human", "user"), ("User", "user"), ("System", "system"), ("tool_response", "tool")]
+)
+def test_roles_by_other_names_are_refused(tokenizer: Any, tmp_path: Path, role: str, meant: str) -> None:
+    """A template that writes any role would make a header of it that the model never sees."""
+    with pytest.raises(DataError, match=f"message 1 is of role '{role}', which chat templates call '{meant}'"):
+        learned(tokenizer, tmp_path, {"messages": [HELLO[0] | {"role": role}, *TWO]})
+
+
+def test_roles_that_a_template_does_not_name_are_told(tokenizer: Any) -> None:
+    rows = read_rows([{"messages": [{"role": "environment", "content": "wet"}, *HELLO]}, {"messages": HELLO}])
+    for template, told in ((CHATML, True), (CHATML.replace("m.role }}", "m.role or 'environment' }}"), False)):
+        tokenizer.chat_template = template
+        lines: list[str] = []
+        tell_ends(rows, tokenizer, lines.append)
+        found = [line for line in lines if "no name for" in line]
+        assert bool(found) == told
+        assert not told or found[0].endswith("'environment' in 1 row")
+
+
+@pytest.mark.parametrize("how", ["added", "special", "stops"])
+def test_a_tag_that_a_template_closes_ends_no_turn(trained: Any, how: str) -> None:
+    """A turn that is a call gets an end of sequence, where the template ends turns with the next one's start alone."""
+    tokenizer = copy.deepcopy(trained)
+    token = "</call>" if how == "added" else "<|called|>"
+    if how == "added":
+        tokenizer.add_tokens([token])
+    else:
+        tokenizer.add_special_tokens({"extra_special_tokens": [token]})
+    if how == "stops":
+        end_answers_at(tokenizer, [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(token)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+        "<call>{{ c.function.name }}{{ c.function.arguments | tojson }}TOKEN{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ).replace("TOKEN", token)
+    rows = read_rows([{"messages": [HELLO[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]}])
+    encoded = encode(rows, tokenizer, "causal", 512, len(tokenizer))
+    (example,) = encoded.examples
+    last = tokenizer.convert_ids_to_tokens(example.labels[-1])
+    assert last == ("</s>" if how == "added" else token)
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training"])

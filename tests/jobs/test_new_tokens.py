@@ -390,6 +390,21 @@ def test_tokens_of_the_chat_template_are_refused_unless_wanted(made: Path, tmp_p
     assert not verify(base, tmp_path / "out", tmp_path / "archive", device="cpu", strict=True).passed
 
 
+def test_without_samples_nobody_can_tell_whether_new_tokens_stand_in_text(made: Path, tmp_path: Path) -> None:
+    """So a strict verification does not pass them, and none says that nothing has changed."""
+    base = made / "exact"
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+    tuned = tmp_path / "tuned"
+    settings = replace(SETTINGS, add_tokens=("<call>",), max_steps=1, relative_rate=1e-9)
+    train(base, tmp_path / "archive", [made / "rows.jsonl"], tuned, settings)
+    for strict in (False, True):
+        found = verify(base, tuned, tmp_path / "archive", device="cpu", strict=strict)
+        assert found.passed != strict
+        text = verify_text(found)
+        assert "cannot be told: the archive keeps no samples" in text
+        assert "are these the same checkpoint" not in text
+
+
 @pytest.mark.slow
 def test_tokens_that_old_text_has_are_refused_unless_wanted(made: Path, tmp_path: Path) -> None:
     """They change how it is read, whatever is protected."""

@@ -38,6 +38,9 @@ def test_commands_merge_an_adapter_when_told(
     again = cli(*analyze[:2], "-o", "b", "--preserve", 0.5, "--merge-adapter", "merged")
     assert (again.code, again.err.count("\n")) == (1, 1)
     assert "exists already" in again.err
+    resumed = cli("train", "adapter", "-o", "t", "--data", "rows.jsonl", "--merge-adapter", "merged", "--resume")
+    assert resumed.code == 2
+    assert "give merged as MODEL, without --merge-adapter" in resumed.err
     score = cli("evaluate", "adapter", "--data", "rows.jsonl", "--merge-adapter", "other", "--json")
     assert score.code == 0, score.err
     assert (tmp_path / "other" / "model.safetensors").read_bytes() == (

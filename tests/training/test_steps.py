@@ -81,3 +81,11 @@ def test_what_was_chosen_is_told() -> None:
         "chosen: --batch-size 4: 90 steps, for 180 rows",
         "chosen: --epochs 2: 60 steps, for 180 rows",
     ]
+
+
+def test_a_warm_up_that_the_run_does_not_hold_is_told() -> None:
+    told: list[str] = []
+    for warmup in (0.5, 8, 9, 20):
+        settings = replace(SETTINGS, warmup=warmup, max_steps=9)
+        Steps.of(ROWS, settings).tell(settings, told.append)
+    assert told == ["--warmup 9: of 9 steps the rate rises for 8", "--warmup 20: of 9 steps the rate rises for 8"]

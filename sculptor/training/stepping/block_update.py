@@ -129,7 +129,9 @@ class BlockUpdater:
             )
         if matrix.is_last:
             weights = self.waiting.weights
-            region = weights.region(block)  # before the lane's own thread asks: two would each make one, of the same file
+            region = weights.region(
+                block
+            )  # before the lane's own thread asks: two would each make one, of the same file
             store = partial(weights.store, block, slot.memory, matrix.parameter_name)
             slot.uses["store"] = region.written = self.transfers.store(store, [done])
 

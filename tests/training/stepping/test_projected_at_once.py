@@ -18,7 +18,6 @@ from sculptor.training.stepping.block import Stage
 
 COVERS = [
     "sculptor.training.stepping.block",
-    "sculptor.training.stepping.block_update",
     "sculptor.training.stepping.prepare",
 ]
 RATE = 1e-3
