@@ -290,6 +290,32 @@ def test_the_archive_format_page_names_every_key() -> None:
             assert f"`{field.name}`" in page, field.name
 
 
+def test_the_page_of_records_names_every_key(tmp_path: Path) -> None:
+    from edited import save_tuned
+
+    from sculptor import AnalyzeSettings, TrainSettings, analyze, edit, train
+    from sculptor.edits.settings import Interpolate
+
+    base, rows = save_checkpoint(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", task_rows(count=6))
+    analyze(base, tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu", samples=True))
+    settings = TrainSettings(max_steps=2, device="cpu", also_train=("*norm*",))
+    data = [f"{rows}:1", f"{rows}:2"]
+    train(base, tmp_path / "archive", data, tmp_path / "tuned", settings, eval_data=rows, replay="self:0.1")
+    edit(base, save_tuned(base, tmp_path / "other"), tmp_path / "edited", Interpolate(alpha=0.5), device="cpu")
+    page = (ROOT / "docs" / "record.md").read_text(encoding="utf-8")
+    found = set()
+    for place in ("tuned", "edited"):
+        record = json.loads((tmp_path / place / "sculptor.json").read_text())
+        parts = [record, *(record.get(key, {}) for key in ("base", "data", "eval_data", "examples", "result", "tuned"))]
+        parts += [record["lineage"][0], *list(record.get("matrices", {}).values())[:1], *record.get("roles", [])[:1]]
+        found |= {key for part in parts for key in part}
+    for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines():
+        found |= json.loads(line).keys() - {"relative_rate"}
+    named = set(re.findall(r"`([\w.]+)`", page))
+    assert not found - named
+    assert len(found) > 40
+
+
 def test_an_independent_reader_follows_the_format_page(tmp_path: Path) -> None:
     """A reader written from docs/archive-format.md alone, without sculptor's own."""
     import hashlib
