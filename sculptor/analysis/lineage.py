@@ -9,14 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sculptor.archive.places import CARRIED
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.records import Merge, read_record
 from sculptor.errors import SculptorError
-
-CARRIED = "subspaces"  # where an output has the archive for the next task
-OPENED = "opened"  # and the one that it was trained with, if its rules were chosen by the task's rows
-ANALYZED = "analyzed"  # and the one that `train` made first, if none was given
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,8 @@ def task_shares(archive: Archive, progress: Progress = silent) -> tuple[TaskShar
             entry = archive.read(name)
             found = entry.rule.shares(entry.tensors) if isinstance(entry.rule, Directed) else None
             bar.update(1)
-            if found is None or found.held.numel() != len(
-                tasks
-            ):  # tasks that left the archive as it was have no profile
+            # Tasks that left the archive as it was have no profile.
+            if found is None or found.held.numel() != len(tasks):
                 continue
             count += 1
             protected += found.held

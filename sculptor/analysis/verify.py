@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from sculptor.analysis.leak import LeakMeasure, measure_leak
-from sculptor.analysis.lineage import OPENED, Lineage, trace_lineage
+from sculptor.analysis.lineage import Lineage, trace_lineage
 from sculptor.analysis.rest import check_same_tensors, compare_rest, lossless
 from sculptor.analysis.roundings import rounds_an_allowed
 from sculptor.archive.manifest import MatrixRecord
+from sculptor.archive.places import OPENED
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.heads import NewHead, find_new_head
 from sculptor.checkpoint.reader import Checkpoint

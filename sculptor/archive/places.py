@@ -3,13 +3,14 @@
 from pathlib import Path
 
 MANIFEST_NAME = "archive.json"
-# For the next task, and of the model that was trained, if that archive was made on the way.
-_CARRIED, _ANALYZED = "subspaces", "analyzed"
+CARRIED = "subspaces"  # where an output has the archive for the next task
+OPENED = "opened"  # and the one that it was trained with, if its rules were chosen by the task's rows
+ANALYZED = "analyzed"  # and the one that `train` made first, if none was given
 
 
 def hint(path: Path) -> str:
     """Which archives are in a folder that is none; empty if there are none."""
-    told = {_ANALYZED: "that of the model that was trained", _CARRIED: "the one for the task after this"}
+    told = {ANALYZED: "that of the model that was trained", CARRIED: "the one for the task after this"}
     parts = [f"{told[name]} is {path / name}" for name in told if (path / name / MANIFEST_NAME).is_file()]
     return f"; {', '.join(parts)}" if parts else ""
 
@@ -19,10 +20,10 @@ def remedy(archive: Path, model: Path | None) -> str:
     path = archive.resolve()
     owner = path.parent
     if (owner / "config.json").is_file() and (model is None or owner != model.resolve()):
-        if path.name == _ANALYZED:
+        if path.name == ANALYZED:
             return f"it is the archive of what {owner} was trained from"
-        made = owner / _ANALYZED
+        made = owner / ANALYZED
         use = str(made) if (made / MANIFEST_NAME).is_file() else "the archive that was trained with"
         return f"it belongs to {owner}, for the task after; use {use}"
-    carried = None if model is None else model / _CARRIED
+    carried = None if model is None else model / CARRIED
     return f"use {carried}" if carried is not None and carried.is_dir() else "run `sculptor analyze` on this checkpoint"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sculptor.analysis.leak import measure_leak
-from sculptor.analysis.lineage import ANALYZED
 from sculptor.archive.manifest import MatrixRecord
+from sculptor.archive.places import ANALYZED
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.orientation import to_device

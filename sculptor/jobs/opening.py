@@ -10,7 +10,7 @@ import torch
 
 from sculptor.analysis.derive import Measurement, decide, write_measured
 from sculptor.analysis.evidence import Source
-from sculptor.analysis.lineage import OPENED
+from sculptor.archive.places import OPENED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import ArchiveWriter
 from sculptor.checkpoint.staging import move_back, writing

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sculptor.analysis.lineage import ANALYZED, OPENED
+from sculptor.archive.places import ANALYZED, OPENED
 from sculptor.archive.store import Archive
 from sculptor.checkpoint.directory import published_name
 from sculptor.checkpoint.reader import Checkpoint

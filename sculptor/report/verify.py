@@ -29,7 +29,7 @@ def verify_text(result: Verification) -> str:
     ]
     if result.kept is not None:
         lines.append(
-            f"curvature kept: {percent(result.kept)} of what an update of this size in random directions would disturb"
+            f"curvature spared: {percent(result.kept)} of what an update of this size in random directions would disturb"
         )
     lines += harm_lines(result.harm, named=result.named)
     if result.eaten > _MUCH:

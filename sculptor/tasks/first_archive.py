@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sculptor.analysis.lineage import ANALYZED
+from sculptor.archive.places import ANALYZED
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.archive.writer import has_progress
 from sculptor.checkpoint.staging import move_back, partial_path

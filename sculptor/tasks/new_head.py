@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sculptor.analysis.lineage import ANALYZED
+from sculptor.archive.places import ANALYZED
 from sculptor.checkpoint.architecture import Architecture, inspect_architecture
 from sculptor.checkpoint.heads import NewHead, plan_head, write_with_head
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sculptor.analysis.lineage import ANALYZED, CARRIED, OPENED
+from sculptor.archive.places import ANALYZED, CARRIED, OPENED
 from sculptor.archive.store import MANIFEST_NAME
 from sculptor.archive.writer import forget_progress
 from sculptor.checkpoint.architecture import inspect_architecture

@@ -377,7 +377,7 @@ def test_an_earlier_archive_reports_a_leak_and_what_was_kept(cli: Callable[..., 
     train(cli, tmp_path / "first", tmp_path / "first" / "subspaces", other, tmp_path / "second")
     found = cli("verify", model, tmp_path / "second", "--subspaces", tmp_path / "a", "--device", "cpu")
     assert found.code == 1
-    assert "curvature kept" in found.out
+    assert "curvature spared" in found.out
     assert "this one is of an earlier state" in found.out
     told = cli("verify", model, tmp_path / "second", "--subspaces", tmp_path / "a", "--device", "cpu", "--json").json
     assert not told["passed"]

@@ -10,7 +10,7 @@ from conftest import losses_of_a_plain_loop, save_checkpoint, slowly, task_rows,
 from safetensors.torch import load_file, save_file
 
 import sculptor
-from sculptor.analysis.lineage import OPENED
+from sculptor.archive.places import OPENED
 from sculptor.benchmark.plan import RULES_OF
 from sculptor.errors import ArchiveError, OutputError, SettingsError, Stopped
 from sculptor.methods.kinds import KINDS, TABLE, make_method

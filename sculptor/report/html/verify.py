@@ -106,7 +106,7 @@ def _tiles(result: Verification) -> list[tuple[str, str, str | None]]:
     if result.kept is not None:
         found.append(
             (
-                "Curvature kept",
+                "Curvature spared",
                 percent(result.kept),
                 "of what an update of this size in random directions would disturb",
             )
