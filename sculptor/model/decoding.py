@@ -76,7 +76,7 @@ def decode(
         heard: is told of the tokens.
         record: makes a step one that can be played again; it runs it once.
     """
-    if num_new < _WORTH:
+    if num_new < _WORTH or loaded.stream is not None:  # blocks come and go, which no recording would do again
         return None
     steps = _Steps.of(loaded, ids, mask, num_new, ends, temperature)
     if steps is None:

@@ -1,6 +1,7 @@
 """Steps of decoding that are recorded: the same tokens as `generate` says, and never others in silence."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ import transformers
 from conftest import FAMILIES, save_checkpoint
 from torch import Tensor
 
+from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.jobs.opening import open_model
 from sculptor.model import decoding, sampling
 from sculptor.model.decoding import decode, recorded
 from sculptor.model.load import LoadedModel, load_model
@@ -177,6 +180,15 @@ def test_what_cannot_be_recorded_is_said_the_usual_way(tmp_path: Path, monkeypat
 
     assert decode(loaded, ids, mask, 20, [63], 1.0, record=fails) is None
     assert decode(loaded, ids, mask, decoding._WORTH - 1, [63], 1.0, record=run_again) is None
+
+
+def test_blocks_that_come_and_go_are_not_recorded(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "model", "llama"))
+    loaded = open_model(checkpoint, torch.device("cpu"), inspect_architecture(checkpoint), "disk")
+    with closing(loaded):
+        ids, mask = prompts_of(loaded, [[5, 6], [7]])
+        assert loaded.stream is not None
+        assert decode(loaded, ids, mask, 20, [63], 1.0, record=run_again) is None
 
 
 def test_tokens_are_told_while_they_are_said(tmp_path: Path) -> None:
