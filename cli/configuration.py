@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from .nearest import nearest
 
@@ -168,12 +169,20 @@ def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+# Of two that exclude each other the command line's is taken; neither is set by default.
+_RIVALS = (("epochs", "max_steps"), ("learning_rate", "relative_rate"))
+
+
 def check_complete(ctx: click.Context) -> None:
-    """Refuses a record whose data were not given again.
+    """Refuses a record whose data were not given again; what an option of the command line excludes is not taken from a file.
 
     Raises:
         UsageError: naming them.
     """
+    for one, other in (*_RIVALS, *((b, a) for a, b in _RIVALS)):
+        sources = [ctx.get_parameter_source(name) for name in (one, other)]
+        if sources == [ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP]:
+            ctx.params[other] = None
     path, left = ctx.meta.get(_LEFT_OUT, (None, {}))
     for name, (what, shares) in left.items():
         if name in ctx.params and not (_are_weighted(ctx.params[name]) if shares else ctx.params[name]):

@@ -76,6 +76,10 @@ def test_examples_run_and_verify(place: Path, title: str) -> None:
     assert found.num_changed
     if "trainer" in namespace:
         assert namespace["trainer"].state.log_history[-1]["sculptor_leak"] == found.leak
+        written = namespace["trainer"].callback_handler.callbacks
+        (callback,) = [each for each in written if isinstance(each, sculptor.SculptorCallback)]
+        harm = sculptor.harm(AutoModelForCausalLM.from_pretrained(TITLES[title]), "subspaces")
+        assert callback.report.loop.harm.nats == pytest.approx(harm.nats, rel=1e-3, abs=1e-6)
         again = sculptor.Archive(place / TITLES[title] / "subspaces")
         again.check_base(sculptor.checkpoint.reader.open_checkpoint(place / TITLES[title]))
     if title == "DPOTrainer":

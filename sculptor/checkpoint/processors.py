@@ -6,6 +6,7 @@ from typing import Any
 from sculptor.checkpoint.plain import read_plain
 
 TEMPLATE_FILE = "chat_template.json"
+_WITH_TEMPLATES = (TEMPLATE_FILE, "processor_config.json")  # which other programs read templates from
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -18,7 +19,7 @@ _PARTS = ("image_processor", "video_processor", "feature_extractor", "audio_proc
 def same_processor(base: Path, other: Path) -> bool:
     """Whether transformers loads the same processor from two directories, its tokenizers aside; False if it loads none.
 
-    A file of a template has to say what is loaded: other programs read it where transformers does not.
+    A template in a file has to be the one that is loaded: other programs read it where transformers does not.
     """
     from transformers import AutoProcessor
 
@@ -27,10 +28,14 @@ def same_processor(base: Path, other: Path) -> bool:
             AutoProcessor.from_pretrained(path, trust_remote_code=False, local_files_only=True)
             for path in (base, other)
         )
-        told, before = ((path / TEMPLATE_FILE) for path in (other, base))
-        new = told.is_file() and not (before.is_file() and before.read_bytes() == told.read_bytes())
-        if new and read_plain(told.read_bytes())["chat_template"] != getattr(second, "chat_template", None):
-            return False
+        loaded = getattr(second, "chat_template", None)
+        for name in _WITH_TEMPLATES:
+            told, before = other / name, base / name
+            if not told.is_file() or (before.is_file() and before.read_bytes() == told.read_bytes()):
+                continue
+            content = read_plain(told.read_bytes())
+            if (name == TEMPLATE_FILE or "chat_template" in content) and content["chat_template"] != loaded:
+                return False
         return _facts(first) == _facts(second)
     except Exception:  # it raises what it likes, and may want libraries that are not here
         return False

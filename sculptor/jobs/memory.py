@@ -26,6 +26,7 @@ def fit_memory(
     notice: Callable[[str], object],
     world: World,
     said: str = "--memory-rows {}",
+    keep: str = "--carry keep",
 ) -> TrainJob:
     """The job with the number of rows that it measures, told in a line if these are fewer than the task has.
 
@@ -36,7 +37,7 @@ def fit_memory(
         device: where rows are measured.
         notice: told what was chosen.
         world: the processes that share the run.
-        said: how the user would ask for a number.
+        said, keep: how the user would ask for a number, and for none.
     """
     settings, examples = job.settings, job.encoded.examples
     if asked is not None or settings.memory_rows is None:
@@ -46,7 +47,7 @@ def fit_memory(
     if count < min(MEMORY_ROWS, len(examples)):
         notice(
             f"chosen: {said.format(count)}: the next task's archive is measured on so many of the {len(examples):,} rows; each "
-            "takes about as long as to train on it"
+            f"takes about as long as to train on it, and none is with {keep}"
         )
     return replace(job, settings=replace(settings, memory_rows=count))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sculptor.analysis.verify import Verification
@@ -79,7 +79,7 @@ class TrainReport:
     relative_rate: float | None
     scaled: bool
     max_harm: float | None
-    matrices: Mapping[str, MatrixReport]
+    matrices: Mapping[str, MatrixReport] = field(repr=False)
     new_tokens: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     num_measured: int | None = None
@@ -119,8 +119,10 @@ def written_line(step: int, report: TrainReport, found: Verification) -> str:
             f"step {step}: wrote {report.output}, in which no matrix has changed: nothing was trained; make the optimizer after "
             "sculptor.protect, and look at its learning rate"
         )
-    lost = f"; rounding removed {found.eaten:.0%} of the update, save_dtype='float32' keeps it"
+    harm = report.loop.harm
+    said = "" if harm is None else f"; harm {harm.nats:.2g} ± {harm.error:.1g} nats a token"
+    lost = f"; rounding removed {report.rounding_loss:.0%} of the update, save_dtype='float32' keeps it"
     return (
         f"step {step}: wrote {report.output}, verified: leak {found.leak:.1e} of the update into what is protected, rounding "
-        f"explains {found.rounding:.1e}{lost if found.eaten > _SOME else ''}"
+        f"explains {found.rounding:.1e}{said}{lost if report.rounding_loss > _SOME else ''}"
     )

@@ -38,7 +38,7 @@ def train_text(report: TrainReport, check: str | None = None) -> str:
     if loop.harm is not None and loop.harm.nats > _FELT and report.max_harm is None:
         lines.append(
             "Other answers have changed with it, too: `sculptor chat` with --base lets you hear how. --max-harm 0.02 keeps it "
-            "lower,\n--replay self mixes in what the model says, and rows of other questions show where the task ends."
+            "lower,\nor --replay self mixes in what the model says; and rows of other questions show where the task ends."
         )
     if report.also_trained:
         lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")

@@ -23,8 +23,7 @@ def verify_text(result: Verification) -> str:
         f"leak {result.leak:.2e} over {result.num_targets} matrices ({result.num_changed} changed), largest {result.max_leak:.2e}; "
         f"rounding explains {result.rounding:.2e}",
         f"the archive protects {percent(result.protected)} of these matrices",
-        f"rounding removed {percent(result.eaten)} of the update"
-        + (f", rounded {result.num_merges} times" if result.num_merges > 1 else ""),
+        eaten_line(result),
         f"other tensors: {result.num_untouched}, {rest}" + (f" (matrices now {result.cast})" if result.cast else ""),
     ]
     if result.kept is not None:
@@ -33,7 +32,7 @@ def verify_text(result: Verification) -> str:
         )
     lines += harm_lines(result.harm, named=result.named)
     if result.eaten > _MUCH:
-        lines.append("the update is below the resolution of the dtype: save with --save-dtype float32 or train longer")
+        lines.append("most of it is below the resolution of the dtype: save with --save-dtype float32 or train longer")
     lines += [f"DIFFERS: {what}" for what in result.differences[:_MAX_LISTED]]
     lines += [f"note: {note}" for note in result.notes]
     if result.new_tokens:
@@ -60,6 +59,15 @@ def verify_text(result: Verification) -> str:
     return "\n\n".join([*parts, "\n".join(lines)])
 
 
+def eaten_line(result: Verification) -> str:
+    """What rounding did to the update, by how finely the files can tell: an estimate, and none where the update is as small."""
+    times = f", rounded {result.num_merges} times" if result.num_merges > 1 else ""
+    if result.eaten <= _MUCH:
+        return f"rounding removed {percent(result.eaten)} of the update{times}"
+    size = f"{percent(result.eaten)} of the update's size or more"
+    return f"rounding to the files' dtype is {size}{times}: `train` says what it removed"
+
+
 def holds_when(result: Verification) -> str:
     """What is asked of a matrix."""
     return (
@@ -81,11 +89,7 @@ def verdict_of(result: Verification) -> str:
         return "FAILED: " + " and ".join(reasons)
     if not (result.num_changed or result.new_tokens or result.new_head):
         return "PASSED: nothing changed; are these the same checkpoint?"
-    return (
-        "PASSED"
-        if result.eaten <= _MUCH
-        else f"PASSED, but rounding removed {percent(result.eaten)} of the update: see above"
-    )
+    return "PASSED" if result.eaten <= _MUCH else "PASSED, but the update is hardly larger than its rounding: see above"
 
 
 def differences_of(result: Verification) -> str:

@@ -28,6 +28,7 @@ from sculptor.data.examples import Encoded, resolve_max_length
 from sculptor.data.rows import Data, as_items, names_of, task_name
 from sculptor.errors import ArchiveError, OutputError, SettingsError, TrainingError
 from sculptor.jobs.finish import write_output
+from sculptor.jobs.harm import harm
 from sculptor.jobs.job import Rows, TrainJob, open_base, open_model, read_task, resolve_settings
 from sculptor.jobs.memory import fit_memory
 from sculptor.jobs.same_model import (
@@ -46,6 +47,7 @@ from sculptor.methods.kinds import Kinds
 from sculptor.methods.method import measures_of
 from sculptor.methods.settings import Carry
 from sculptor.model.load import LoadedModel, load_tokenizer
+from sculptor.model.samples import read_samples
 from sculptor.progress import Progress, bars, silent
 from sculptor.training.base import BaseWeights
 from sculptor.training.protect import ProtectedMatrix, protected_matrices
@@ -187,7 +189,9 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             trainer=told(args),
         )
         device = next(model.parameters()).device
-        self._job = fit_memory(job, self.settings.memory_rows, None, device, self.notice, ALONE, "memory_rows={}")
+        self._job = fit_memory(
+            job, self.settings.memory_rows, None, device, self.notice, ALONE, "memory_rows={}", 'carry="keep"'
+        )
 
     def _num_measured(self, args: Any, state: Any, settings: TrainSettings) -> int:
         """Rows for the next archive: unless told otherwise no more than the run trains on."""
@@ -233,6 +237,8 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
             with writing(partial / "metrics.jsonl"):
                 (partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
             result = result_of(state, history, time.perf_counter() - self._began)
+            if output == self.output and read_samples(job.archive, job.architecture.vocab_size) is not None:
+                result = replace(result, harm=harm(model, job.archive))
             self.report = write_output(job, loaded, trained, result, output, partial, self.progress)
             made = open_checkpoint(partial / "output")
             self.verification = verify_checkpoints(

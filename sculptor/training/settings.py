@@ -92,7 +92,8 @@ class TrainSettings:
     offload_inputs: Annotated[bool | None, Off("keep-inputs")] = None
     """With offloading: activation checkpoints wait in host memory too [default: on a GPU]."""
     batch_size: AtLeastOne | None = None
-    """Rows per optimizer step [default: 32, and as few as 4 where a run would have fewer than 100 steps]."""
+    """Rows per optimizer step [default: 32; without --max-steps as few as 4 where a run would have fewer than 100
+    steps]."""
     micro_batch_size: AtLeastOne | None = None
     """Rows per forward; splits a batch [default: on a GPU as many as fit, else 8, and more of rows so short that they hold 1,024
     tokens]."""

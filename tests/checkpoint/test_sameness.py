@@ -287,6 +287,8 @@ def test_a_template_that_only_other_programs_read_is_told(tmp_path: Path) -> Non
     shutil.copytree(base, tmp_path / "out")
     (tmp_path / "out" / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'other' }}"}))
     assert between(base, tmp_path / "out") == ["chat_template.json was added"]
+    (tmp_path / "out" / "chat_template.json").rename(tmp_path / "out" / "processor_config.json")
+    assert between(base, tmp_path / "out") == ["processor_config.json was added"]
 
 
 def processors_in_two_forms(path: Path) -> tuple[Path, Path]:

@@ -192,6 +192,21 @@ def test_data_that_a_record_only_names_are_asked_for(tmp_path: Path, cli: Callab
     one_line(cli(*given), "analyzed its model on data of its own", "give it as --protect-data")
 
 
+def test_the_command_line_takes_the_place_of_what_it_excludes(tmp_path: Path) -> None:
+    """`--epochs` beside a file's max_steps would have no effect, and a rate beside one of the other kind is refused."""
+    record, table = tmp_path / "sculptor.json", tmp_path / "plan.toml"
+    for mine, theirs, value in (("epochs", "max_steps", 3), ("learning_rate", "relative_rate", 0.01)):
+        record.write_text(json.dumps({"command": "train", "settings": {theirs: value}}))
+        table.write_text(f"[train]\n{theirs} = {value}\n")
+        for file in (record, table):
+            given = ("train", "m", "-o", tmp_path / "a", "--data", "b.jsonl", "--config", file)
+            assert parsed(*given)[theirs] == value
+            found = parsed(*given, f"--{mine.replace('_', '-')}", "0.5")
+            assert (found[mine], found[theirs]) == (0.5, None)
+    both = parsed("train", "m", "-o", tmp_path / "a", "--data", "b.jsonl", "--epochs", "0.5", "--max-steps", "3")
+    assert (both["epochs"], both["max_steps"]) == (0.5, 3), "as --max-steps says of itself"
+
+
 def test_a_template_file_that_a_record_only_names_is_asked_for(
     tmp_path: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

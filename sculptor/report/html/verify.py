@@ -100,7 +100,7 @@ def _tiles(result: Verification) -> list[tuple[str, str, str | None]]:
         ("Largest leak", f"{result.max_leak:.2e}", "of a matrix's update"),
         ("Matrices", f"{result.num_targets:,}", f"{result.num_changed:,} changed"),
         ("Protected", percent(result.protected), "of these matrices"),
-        ("Removed by rounding", percent(result.eaten), f"of the update{rounded}"),
+        ("Rounding", percent(result.eaten), f"of the size of the update{rounded}"),
         ("Other tensors", f"{result.num_untouched:,}", f"matrices now {result.cast}" if result.cast else "compared"),
     ]
     if result.kept is not None:
