@@ -389,6 +389,7 @@ def test_a_changed_parameter_is_loaded_as_it_was_stored(tier: Tier, tmp_path: Pa
     name = "model.layers.1.mlp.up_proj.weight"
     changed = torch.randn(layout[name].shape, generator=generator)
     layout.view(memory, name).copy_(changed)
+    stream.weights.region(1)  # which the thread that trains asks for first
     stream.weights.store(1, memory, name)
     for chosen in (None, [name], ["model.layers.1.mlp.down_proj.weight", name]):
         memory.zero_()
