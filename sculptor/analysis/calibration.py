@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sculptor.analysis.expert_rows import watch_experts
-from sculptor.analysis.padded import ACTIVATION_BYTES, Mask, find_masks, make_batches
+from sculptor.analysis.padded import Mask, activation_bytes, find_masks, make_batches
 from sculptor.checkpoint.architecture import Target, find_blocks
 from sculptor.data.examples import Example
 from sculptor.methods.settings import Labels, Weighting
@@ -77,7 +77,7 @@ def passes(
         available = 1e9 * (device_memory or 0) - model_bytes
     else:
         available = 1e9 * ((device_memory or _CPU_MEMORY) - _CPU_RUNTIME) - model_bytes
-    budget = _SHARE * (available - max(decomposition, ACTIVATION_BYTES[device.type]))
+    budget = _SHARE * (available - max(decomposition, activation_bytes(device, device_memory)))
     blocks: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         blocks[target.block].append(target)
@@ -109,6 +109,7 @@ def measure_moments(
     labels: Labels = "true",
     seed: int = 0,
     weighting: Weighting = "tokens",
+    device_memory: float | None = None,
     bar: Bar,
 ) -> MeasuredMoments:
     """Moments of some matrices over all tokens of some examples.
@@ -121,6 +122,7 @@ def measure_moments(
         labels: the rows' own, or drawn from the model's predictions (the true Fisher).
         weighting: how much each token's input counts: the same, or as the squared gradient it receives.
         seed: of the drawn labels, and of what is masked in a masked language model.
+        device_memory: GB to stay within; None for what a batch is best with.
         bar: advanced by one per example.
     """
     recorder = _Recorder(targets, gradients, weighting)
@@ -137,7 +139,7 @@ def measure_moments(
     handles += watch_experts(model, targets, recorder)
     restore = _recompute_blocks(loaded) if gradients else lambda: None
     try:
-        for batch in make_batches(loaded, examples, seed):
+        for batch in make_batches(loaded, examples, seed, device_memory):
             if gradients and labels == "sampled":
                 with torch.no_grad():
                     batch = sample_labels(model, batch, loaded.kind, generator)

@@ -88,6 +88,7 @@ def measure_evidence(
                     labels=settings.fisher,
                     weighting=settings.weighting or ("gradients" if gradients else "tokens"),
                     seed=settings.seed + i,
+                    device_memory=settings.device_memory,
                     bar=bar,
                 )
                 _add(total.inputs, found.inputs, traces, "input ", source.weight)

@@ -68,9 +68,15 @@ class Importance:
         levels[-1, -1] = -torch.inf
         return levels
 
-    def staircase(self, threshold: float, steps: int, rest_threshold: float | None = None) -> Staircase:
-        """The pairs above a threshold, in groups of rows; directions that are not stored may have one of their own."""
-        levels = self.levels(steps)
+    def staircase(self, threshold: float, steps: int, levels: Tensor, rest_threshold: float | None = None) -> Staircase:
+        """The pairs above a threshold, in groups of rows; directions that are not stored may have one of their own.
+
+        Args:
+            threshold: of importance.
+            steps: how many row groups at most.
+            levels: of as many, which are the same for every threshold.
+            rest_threshold: of directions that are not stored.
+        """
         above = levels[:, :-1] > threshold
         whole = above.all(dim=1) & (levels[:, -1] > (threshold if rest_threshold is None else rest_threshold))
         reaches = torch.where(whole, self.columns, above.sum(dim=1))
@@ -89,7 +95,7 @@ class Importance:
 
 def least_free_share(matrices: Sequence[Importance], steps: int = STEPS) -> float:
     """The share that stays free when every stored direction is frozen wherever it can be."""
-    return _free_share([matrix.staircase(-1.0, steps) for matrix in matrices])
+    return _free_share([matrix.staircase(-1.0, steps, matrix.levels(steps)) for matrix in matrices])
 
 
 def allocate(matrices: Sequence[Importance], budget: float, steps: int = STEPS) -> list[Staircase]:
@@ -107,32 +113,31 @@ def allocate(matrices: Sequence[Importance], budget: float, steps: int = STEPS) 
     Raises:
         ValueError: if the stored directions cannot freeze as much.
     """
-    least = least_free_share(matrices, steps)
+    levels = [matrix.levels(steps) for matrix in matrices]
+
+    def at(threshold: float, rest_threshold: float | None) -> list[Staircase]:
+        found = zip(matrices, levels, strict=True)
+        return [matrix.staircase(threshold, steps, own, rest_threshold) for matrix, own in found]
+
+    def lowest(rest_threshold: float | None) -> float:
+        """The lowest threshold that leaves `budget` free."""
+        low, high = 0, thresholds.numel() - 1  # nothing is above the last: all is free there
+        while low < high:
+            middle = (low + high) // 2
+            if _free_share(at(float(thresholds[middle]), rest_threshold)) >= budget - 1e-9:
+                high = middle
+            else:
+                low = middle + 1
+        return float(thresholds[low])
+
+    least = _free_share(at(-1.0, None))
     if not least - 1e-9 <= budget <= 1:
         raise ValueError(f"free share {budget} is not between {least:.3f}, which the stored directions allow, and 1")
-    levels = torch.cat([torch.full((1,), -1.0, dtype=torch.float64), *(m.levels(steps).flatten() for m in matrices)])
-    thresholds = torch.unique_consecutive(levels.sort().values)
-    first = _lowest(matrices, budget, steps, thresholds, None)
+    every = torch.cat([torch.full((1,), -1.0, dtype=torch.float64), *(own.flatten() for own in levels)])
+    thresholds = torch.unique_consecutive(every.sort().values)
+    first = lowest(None)
     # What is not stored freezes in large blocks, and the next one may not fit; single columns still do.
-    return _at(matrices, _lowest(matrices, budget, steps, thresholds, first), steps, first)
-
-
-def _lowest(
-    matrices: Sequence[Importance], budget: float, steps: int, thresholds: Tensor, rest_threshold: float | None
-) -> float:
-    """The lowest of ascending thresholds that leaves `budget` free."""
-    low, high = 0, thresholds.numel() - 1  # nothing is above the last: all is free there
-    while low < high:
-        middle = (low + high) // 2
-        if _free_share(_at(matrices, float(thresholds[middle]), steps, rest_threshold)) >= budget - 1e-9:
-            high = middle
-        else:
-            low = middle + 1
-    return float(thresholds[low])
-
-
-def _at(matrices: Sequence[Importance], threshold: float, steps: int, rest_threshold: float | None) -> list[Staircase]:
-    return [matrix.staircase(threshold, steps, rest_threshold) for matrix in matrices]
+    return at(lowest(first), first)
 
 
 def _free_share(staircases: Sequence[Staircase]) -> float:

@@ -159,11 +159,9 @@ def spectral_norm(matrix: Tensor, iterations: int = 24) -> float:
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(tall.shape[1], dtype=torch.float64, generator=generator).to(matrix.device)
-    norm = 0.0
-    for _ in range(iterations):
-        left = tall @ (right / right.norm().clamp_min(torch.finfo(torch.float64).tiny))
-        norm = float(left.norm())
-        if norm == 0.0:
-            return 0.0
-        right = tall.T @ (left / norm)
-    return norm
+    tiny, norm = torch.finfo(torch.float64).tiny, right.new_zeros(())
+    for _ in range(iterations):  # on the device: a number here would wait for it each time
+        left = tall @ (right / right.norm().clamp_min(tiny))
+        norm = left.norm()
+        right = tall.T @ (left / norm.clamp_min(tiny))
+    return float(norm)
