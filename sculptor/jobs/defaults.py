@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from sculptor.checkpoint.architecture import Architecture, Target
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.errors import SettingsError
-from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SELF, AnalyzeSettings
+from sculptor.jobs.on_this_machine import on_this_machine
+from sculptor.methods.settings import CALIBRATION_TOKENS, RULES, SELF, AnalyzeSettings, is_self
 from sculptor.model.load import load_tokenizer
-from sculptor.planning.expected import operations_per_token, sides_of
+from sculptor.planning.expected import expect_analysis, operations_per_token, sides_of
 
 # Tokens times parameters on a CPU, and bounds of the tokens: what two cores sample and measure in a few minutes.
 _CPU_WORK = 5e11
@@ -67,13 +69,14 @@ def tell_choice(
     settings: AnalyzeSettings,
     checkpoint: Checkpoint,
     targets: Sequence[Target],
+    device: torch.device,
     notice: Callable[[str], object],
 ) -> None:
     """Says what was chosen where nothing was given, as the options that ask for it, and what that takes.
 
     Args:
         given: by the user, `settings` what became of it.
-        checkpoint, targets: what is analyzed.
+        checkpoint, targets: what is analyzed, on `device`.
         notice: told one line, or two.
     """
     basis, own = settings.resolved_basis, bool(settings.data) and not given.data
@@ -91,16 +94,21 @@ def tell_choice(
     text = ", of text that the model says" if own else ""
     text += " through its chat template" if settings.chat else ""
     notice(f"chosen: {' '.join(chosen)}: {_PROTECTED[basis]}{text}")
-    notice(_cost_line(settings, checkpoint, targets))
+    notice(_cost_line(settings, checkpoint, targets, device))
 
 
-def _cost_line(settings: AnalyzeSettings, checkpoint: Checkpoint, targets: Sequence[Target]) -> str:
-    """What is computed; how long that takes, a machine that others use cannot say beforehand."""
+def _cost_line(
+    settings: AnalyzeSettings, checkpoint: Checkpoint, targets: Sequence[Target], device: torch.device
+) -> str:
+    """What is computed, and how long that takes if nobody else uses the machine."""
     tokens = settings.calibration_tokens or CALIBRATION_TOKENS
     gradients = settings.resolved_basis == "curvature"
     sides = sides_of(targets, gradients=gradients)
     per_token = operations_per_token(checkpoint, sides, gradients=gradients)
+    how = {"gradients": gradients, "sampled": any(map(is_self, settings.data))}
+    expected = partial(expect_analysis, checkpoint, sides, tokens, **how)
+    time = on_this_machine(expected, device, torch.float32)
     return (
         f"it takes {tokens:,} tokens ({tokens * per_token / 1e12:.1f} TFLOP) and {len(sides)} eigendecompositions of up to "
-        f"{max(sides, default=0):,} rows; {FEWER}"
+        f"{max(sides, default=0):,} rows{f': {time}' if time else ''}; {FEWER}"
     )

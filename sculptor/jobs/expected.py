@@ -1,7 +1,6 @@
 """Says how long a training will take, before it begins: on a CPU, where that is minutes."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -11,6 +10,7 @@ from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.examples import Example
 from sculptor.jobs.defaults import tokens_for
 from sculptor.jobs.memory import rows_for
+from sculptor.jobs.on_this_machine import on_this_machine
 from sculptor.methods.method import carries_of
 from sculptor.methods.settings import AnalyzeSettings
 from sculptor.model.load import resolve_device
@@ -18,18 +18,12 @@ from sculptor.planning.expected import Expected, expect
 from sculptor.planning.footprints import Workload
 from sculptor.planning.matrices import planned_matrices
 from sculptor.planning.placement import plan_archive
-from sculptor.planning.speeds import measure_speeds
 from sculptor.planning.splits import default_split
 from sculptor.training.precision import compute_dtype, decide_precision
 from sculptor.training.settings import TrainSettings
 from sculptor.training.steps import Steps
-from sculptor.world import here
 
 _CPU = torch.device("cpu")
-# As fast as no CPU is: what is not worth a line then is not worth measuring the machine.
-_FAST = {"tflops": 2.0, "float32": 2.0, "eigen": 0.01}
-_SHORT = 20  # seconds
-_WORTH = 120
 
 
 def tell_expected(
@@ -51,30 +45,10 @@ def tell_expected(
         settings: as far as they are known.
         notice: told.
     """
-    if resolve_device(settings.device).type != "cpu" or here().size > 1:
+    device = resolve_device(settings.device)
+    if device.type != "cpu":
         return
     dtype = compute_dtype(decide_precision(settings.precision, checkpoint, _CPU), _CPU)
-    speeds = _FAST
-    for measured in (False, True):
-        if measured:
-            speeds, _ = measure_speeds({"tflops": None, "link": 1.0, "disk": 1.0}, _CPU, True, Path(), dtype)
-        found = expected_of(checkpoint, architecture, archive, steps, examples, settings, speeds, dtype)
-        if found.total < (_WORTH if measured else _SHORT):
-            return
-    notice(f"{found}, on this machine with nothing else to do")
-
-
-def expected_of(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    archive: Archive | None,
-    steps: Steps,
-    examples: Sequence[Example],
-    settings: TrainSettings,
-    speeds: dict[str, float],
-    dtype: torch.dtype,
-) -> Expected:
-    """What `tell_expected` tells, at some speeds; `dtype` is what weights are multiplied in."""
     matrices = (
         planned_matrices(architecture.targets, AnalyzeSettings())
         if archive is None
@@ -93,13 +67,13 @@ def expected_of(
         micro_rows=micro,
         compute=dtype,
     )
-    return expect(
-        checkpoint,
-        architecture,
-        matrices,
-        work,
-        steps.total,
-        speeds,
-        analyzed=tokens_for(checkpoint, _CPU) if archive is None else 0,
-        remembered=round(min(rows, len(examples)) * steps.mean) if merges else 0,
-    )
+    analyzed = tokens_for(checkpoint, _CPU) if archive is None else 0
+    remembered = round(min(rows, len(examples)) * steps.mean) if merges else 0
+
+    def expected(speeds: Mapping[str, float]) -> Expected:
+        sizes = checkpoint, architecture, matrices, work, steps.total, speeds
+        return expect(*sizes, analyzed=analyzed, remembered=remembered)
+
+    told = on_this_machine(expected, device, dtype)
+    if told is not None:
+        notice(told)

@@ -1,10 +1,11 @@
-"""How long `train` takes on a CPU, stage by stage, from operations and what the machine does in a second.
+"""How long `train` and `analyze` take on a CPU, stage by stage, from operations and what the machine does in a second.
 
 On a GPU launches decide about small models, and this would say too little.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -48,6 +49,8 @@ class Expected:
             f"for {self.steps:,} steps": self.training,
             "for the next archive": self.archive,
         }
+        if not self.steps:
+            return f"about {_minutes(self.total)} min"
         listed = {name: seconds for name, seconds in parts.items() if seconds >= 30}
         shown = ", ".join(f"{_minutes(seconds)} {name}" for name, seconds in listed.items())
         # Of minutes as they are shown, which are added up.
@@ -87,6 +90,40 @@ def decomposing_seconds(matrices: Sequence[PlannedMatrix], speed: float, kind: s
     return sum(decomposition_seconds(shape, speed, kind) for shape in shapes.values())
 
 
+def measuring_seconds(
+    checkpoint: Checkpoint, sides: Sequence[int], tokens: int, speed: float, *, gradients: bool, sampled: bool
+) -> float:
+    """What tokens take that are read for the moments of some sides, at a speed in TFLOP/s.
+
+    Args:
+        checkpoint: the model.
+        sides: as `sides_of`.
+        tokens: how many.
+        speed: of products.
+        gradients: whether they are read backward too.
+        sampled: whether the model says them first.
+    """
+    each = operations_per_token(checkpoint, sides, gradients=gradients)
+    if sampled:
+        each += _SAMPLED * operations_per_token(checkpoint, (), gradients=False)
+    return tokens * each / (1e12 * speed)
+
+
+def expect_analysis(
+    checkpoint: Checkpoint,
+    sides: Sequence[int],
+    tokens: int,
+    speeds: Mapping[str, float],
+    *,
+    gradients: bool,
+    sampled: bool,
+) -> Expected:
+    """Of an analysis on the CPU that decomposes the moment of every side; otherwise as `measuring_seconds`."""
+    read = measuring_seconds(checkpoint, sides, tokens, speeds["float32"], gradients=gradients, sampled=sampled)
+    decomposed = sum(decomposition_seconds((side, side), speeds["eigen"], "cpu") for side in sides)
+    return Expected(read + decomposed, 0.0, 0.0, 0)
+
+
 def expect(
     checkpoint: Checkpoint,
     architecture: Architecture,
@@ -111,12 +148,11 @@ def expect(
     """
     step = footprints(checkpoint, architecture, matrices, torch.device("cpu"), work)["none"]
     sides = sides_of([matrix.target for matrix in matrices], gradients=True)
-    read = operations_per_token(checkpoint, sides, gradients=True) / (1e12 * speeds["float32"])
-    said = _SAMPLED * operations_per_token(checkpoint, (), gradients=False) / (1e12 * speeds["float32"])
+    measured = partial(measuring_seconds, checkpoint, sides, speed=speeds["float32"], gradients=True)
     decomposed = decomposing_seconds(matrices, speeds["eigen"], "cpu")
     return Expected(
-        analysis=analyzed * (read + said) + decomposed if analyzed else 0.0,
+        analysis=measured(analyzed, sampled=True) + decomposed if analyzed else 0.0,
         training=_BESIDE * steps * (step.operations + step.folding) / (1e12 * speeds["tflops"]),
-        archive=remembered * read + decomposed if remembered else 0.0,
+        archive=measured(remembered, sampled=False) + decomposed if remembered else 0.0,
         steps=steps,
     )

@@ -96,7 +96,7 @@ def analyze(
         resume=resume,
         worth_keeping=has_progress,
     ) as partial:
-        tell_choice(given, job.settings, job.checkpoint, job.targets, notice)
+        tell_choice(given, job.settings, job.checkpoint, job.targets, device, notice)
         check_alike(world, files_key(job))
         records = new_records(job.checkpoint, job.targets, progress, world)
         key = run_key(job, records, progress)

@@ -172,7 +172,7 @@ class SculptorCallback(TrainerCallback):  # type: ignore[misc]
                 found = collated_examples(loader, self._num_measured(args, state, settings)) if measured else ()
             rows = Rows(Encoded(found, 0, 0), None, None)
         seen = getattr(loader, "dataset", None)
-        names = names_of(items) if items else (f"the trainer's rows ({type(args).__name__})",)
+        names = names_of(items) if items else ("the trainer's rows",)
         job = TrainJob(
             checkpoint,
             architecture,

@@ -10,7 +10,8 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 from sculptor import AnalyzeSettings, TrainSettings, analyze, train
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.jobs import expected as module
+from sculptor.jobs import defaults
+from sculptor.jobs import on_this_machine as module
 from sculptor.methods.rule import cost_of
 from sculptor.planning.expected import Expected, expect
 from sculptor.planning.footprints import Workload
@@ -86,11 +87,38 @@ def test_a_long_training_is_told_of_before_it_begins(
     assert measured == [], "what is quick on any machine is not worth measuring this one"
     monkeypatch.setattr(module, "_SHORT", 0)
     (line,) = told("slow")
-    assert measured == [torch.float32]
+    assert measured == [torch.float32] * (1 if given else 2), "the analysis says for itself what it takes"
     assert "for 2 steps" in line
     assert ("to analyze" in line) is not given
     monkeypatch.setattr(module, "_WORTH", 10**9)
     assert told("still") == []
+
+
+@pytest.mark.parametrize("data", [(), ("rows",)])
+def test_a_long_analysis_is_told_of_before_it_begins(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: tuple[str, ...]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", task_rows(count=10))
+    settings = AnalyzeSettings(data=tuple(str(rows) for _ in data), device="cpu", samples=False)
+    monkeypatch.setattr(defaults, "_CPU_TOKENS", (400, 400))
+    monkeypatch.setattr(module, "measure_speeds", lambda *_: (SPEEDS | {"float32": 1e-7, "eigen": 0.001}, ()))
+
+    def told(name: str) -> str:
+        lines: list[str] = []
+        analyze(model, tmp_path / name, settings, notice=lines.append)
+        return next(line for line in lines if line.startswith("it takes 400 tokens"))
+
+    assert "min" not in told("quick")
+    monkeypatch.setattr(module, "_SHORT", 0)
+    numbers = sum(torch.Size(info.shape).numel() for info in open_checkpoint(model).infos.values())
+    sides = {t.input_group: t.shape[1] for t in inspect_architecture(open_checkpoint(model)).targets}.values()
+    sides = [*sides, *(t.shape[0] for t in inspect_architecture(open_checkpoint(model)).targets)]
+    sampled = 0 if data else 12 * 2 * numbers
+    seconds = 400 * (8 * numbers + 2 * sum(d * d for d in sides) + sampled) / 1e5
+    seconds += sum(0.001 * (d / 512) ** 3 for d in sides)
+    assert f": about {seconds / 60:.0f} min, on this machine with nothing else to do; fewer" in told("slow")
+    monkeypatch.setattr(module, "_WORTH", 10**9)
+    assert "min" not in told("still")
 
 
 def test_an_estimate_says_it_on_a_cpu_with_data(model: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
