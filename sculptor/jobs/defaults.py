@@ -105,8 +105,8 @@ def _cost_line(
     gradients = settings.resolved_basis == "curvature"
     sides = sides_of(targets, gradients=gradients)
     per_token = operations_per_token(checkpoint, sides, gradients=gradients)
-    how = {"gradients": gradients, "sampled": any(map(is_self, settings.data))}
-    expected = partial(expect_analysis, checkpoint, sides, tokens, **how)
+    sampled = any(map(is_self, settings.data))
+    expected = partial(expect_analysis, checkpoint, sides, tokens, gradients=gradients, sampled=sampled)
     time = on_this_machine(expected, device, torch.float32)
     return (
         f"it takes {tokens:,} tokens ({tokens * per_token / 1e12:.1f} TFLOP) and {len(sides)} eigendecompositions of up to "
