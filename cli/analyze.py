@@ -66,7 +66,7 @@ def command(
 
     quiet_libraries()
     report = analyze(
-        merged(model, merge_adapter, settings["device"], output),
+        merged(model, merge_adapter, settings["device"], output, overwrite=overwrite),
         output,
         AnalyzeSettings(**settings),
         offload=offload,

@@ -196,12 +196,22 @@ def adapter_option(command: Command) -> Command:
     )(command)
 
 
-def merged(model: str, directory: str | None, device: str, output: Path | None = None) -> str:
-    """MODEL, or what merging it gives; `output` is what is made of that."""
+def merged(
+    model: str, directory: str | None, device: str, output: Path | None = None, *, overwrite: bool = False
+) -> str:
+    """MODEL, or what merging it gives; `output`, which may be there with `overwrite`, is what is made of that."""
     if directory is None:
         return model
+    from sculptor.checkpoint.staging import check_free
+    from sculptor.errors import OutputError
     from sculptor.tasks.adapter import merge_adapter
 
+    if os.path.lexists(directory):
+        raise OutputError(
+            f"{directory}: exists already; choose another --merge-adapter, or give it as MODEL if it was merged before"
+        )
+    if output is not None:
+        check_free(output, command=str(click.get_current_context().info_name), overwrite=overwrite)
     made = merge_adapter(model, directory, device=device, progress=bars, goes_to=output, notice=tell)
     tell(f"merged {model} into its base: {made}; that is MODEL from now on")
     return str(made)

@@ -127,7 +127,7 @@ def command(
         check_page(html, overwrite, output, [model, merge_adapter, subspaces, template, *local_files(rows)])
     with pushing(output, push_to_hub, public, overwrite, tell, speaks()):
         report = train(
-            merged(model, merge_adapter, settings["device"], output),
+            merged(model, merge_adapter, settings["device"], output, overwrite=overwrite),
             subspaces,
             data,
             output,

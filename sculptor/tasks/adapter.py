@@ -8,7 +8,7 @@ from sculptor.checkpoint.adapter import CONFIG_NAME, is_adapter
 from sculptor.checkpoint.reader import find_directory
 from sculptor.checkpoint.staging import check_apart
 from sculptor.edits.settings import Interpolate
-from sculptor.errors import CheckpointError, SettingsError
+from sculptor.errors import CheckpointError, OutputError, SettingsError
 from sculptor.jobs.processes import join
 from sculptor.progress import Progress, silent
 from sculptor.tasks.edit import edit
@@ -49,6 +49,8 @@ def merge_adapter(
     named = _base_of(path) if base is None else base
     if goes_to is not None:
         check_apart(goes_to.resolve(), [path, named])
+        if output in (goes_to.resolve(), *goes_to.resolve().parents):
+            raise OutputError(f"{goes_to}: lies in what is merged first, {output}; choose a place beside it")
     merge = functools.partial(edit, named, path, output, Interpolate(alpha=1.0), device=device, progress=progress)
     for what in join(device).once(lambda: merge().not_taken):
         notice(

@@ -38,6 +38,18 @@ def test_commands_merge_an_adapter_when_told(
     again = cli(*analyze[:2], "-o", "b", "--preserve", 0.5, "--merge-adapter", "merged")
     assert (again.code, again.err.count("\n")) == (1, 1)
     assert "exists already" in again.err
+    assert "give it as MODEL" in again.err
+    for output, advice in (
+        ("a", "a: exists already; choose another --output or pass --overwrite"),
+        ("late/a", "late/a: lies in what is merged first"),
+        ("late", "late: lies in what is merged first"),
+    ):
+        found = cli(*analyze[:2], "-o", output, "--preserve", 0.5, "--merge-adapter", "late")
+        assert (found.code, found.err.count("\n")) == (1, 1)
+        assert advice in found.err
+        assert not (tmp_path / "late").exists(), "nothing is merged for an output that cannot be"
+    found = cli(*analyze, "--merge-adapter", "third", "--overwrite")
+    assert found.code == 0, found.err
     resumed = cli("train", "adapter", "-o", "t", "--data", "rows.jsonl", "--merge-adapter", "merged", "--resume")
     assert resumed.code == 2
     assert "give merged as MODEL, without --merge-adapter" in resumed.err
