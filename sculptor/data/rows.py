@@ -216,6 +216,11 @@ def _has_splits(item: Mapping[str, Any]) -> bool:
     return bool(item) and all(hasattr(value, "features") for value in item.values())
 
 
+def _is_frame(item: Any) -> bool:
+    """Whether this is a table of pandas or polars, of which one is given names of columns where rows are asked for."""
+    return hasattr(item, "columns") and (hasattr(item, "iterrows") or hasattr(item, "iter_rows"))
+
+
 def _open(item: Any) -> _Opened:
     weight = None
     if _is_weighted(item):
@@ -227,8 +232,12 @@ def _open(item: Any) -> _Opened:
         return _Opened(reference.text, weight if weight is not None else reference.weight, reference)
     if isinstance(item, Mapping) and _has_splits(item):
         item = choose_split(item, type(item).__name__)
-    if not isinstance(item, Iterable) or isinstance(item, Mapping):
-        raise DataError(f"data are of type {type(item).__name__}; expected a file, a Dataset or an iterable of dicts")
+    if not isinstance(item, Iterable) or isinstance(item, Mapping) or _is_frame(item):
+        remedy = "; of columns make rows: Dataset.from_dict(...)" if isinstance(item, Mapping) else ""
+        remedy = "; of a frame make rows: frame.to_dict('records')" if _is_frame(item) else remedy
+        raise DataError(
+            f"data are of type {type(item).__name__}; expected a file, a Dataset or an iterable of dicts{remedy}"
+        )
     split = getattr(item, "split", None)
     dataset = getattr(getattr(item, "info", None), "dataset_name", None)
     name = f"{dataset or type(item).__name__}{f'@{split}' if split else ''}"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +321,8 @@ def test_only_the_rows_that_are_asked_for_are_read() -> None:
 def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
     for given, message in (
         (5, "data are of type int"),
-        ({"prompt": "a"}, "data are of type dict"),
+        ({"prompt": ["a"]}, r"data are of type dict; .*; of columns make rows: Dataset.from_dict"),
+        (Frame(), r"data are of type Frame; .*; of a frame make rows: frame.to_dict\('records'\)"),
         ([1, 2], "data are of type int"),
         (iter(["text"]), "expected a JSON object, found str"),
         (str(tmp_path / "nothing"), "no such data file or folder"),
@@ -328,6 +330,18 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             read_rows(given)  # type: ignore[arg-type]
+
+
+class Frame:
+    """A table as pandas has it: asked for rows it gives names of columns."""
+
+    columns = ("prompt", "completion")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def iterrows(self) -> Iterator[Any]:
+        return iter([(0, {"prompt": "a", "completion": "b"})])
 
 
 @pytest.mark.parametrize(("ending", "mark"), [("csv", ";"), ("csv", "|"), ("csv", "\t"), ("tsv", ",")])
