@@ -196,15 +196,9 @@ def adapter_option(command: Command) -> Command:
     )(command)
 
 
-def merged(
-    model: str, directory: str | None, device: str, output: Path | None = None, *, overwrite: bool = False
-) -> str:
-    """MODEL, or what merging it gives; `output`, which may be there with `overwrite`, is what is made of that."""
-    if directory is None:
-        return model
+def _check_places(directory: str, output: Path | None, overwrite: bool) -> None:
     from sculptor.checkpoint.staging import check_free
     from sculptor.errors import OutputError
-    from sculptor.tasks.adapter import merge_adapter
 
     if os.path.lexists(directory):
         raise OutputError(
@@ -212,6 +206,18 @@ def merged(
         )
     if output is not None:
         check_free(output, command=str(click.get_current_context().info_name), overwrite=overwrite)
+
+
+def merged(
+    model: str, directory: str | None, device: str, output: Path | None = None, *, overwrite: bool = False
+) -> str:
+    """MODEL, or what merging it gives; `output`, which may be there with `overwrite`, is what is made of that."""
+    if directory is None:
+        return model
+    from sculptor.jobs.processes import join
+    from sculptor.tasks.adapter import merge_adapter
+
+    join(device).once(lambda: _check_places(directory, output, overwrite))  # others may come when it is merged already
     made = merge_adapter(model, directory, device=device, progress=bars, goes_to=output, notice=tell)
     tell(f"merged {model} into its base: {made}; that is MODEL from now on")
     return str(made)
