@@ -238,3 +238,10 @@ def test_it_is_the_same_every_time(generator: torch.Generator) -> None:
     assert allocate(matrices, 0.3) == allocate(matrices, 0.3)
     turned = allocate(matrices[::-1], 0.3)[::-1]
     assert turned == allocate(matrices, 0.3), "whatever the order of the matrices"
+
+
+def test_single_columns_still_freeze_where_what_is_not_stored_does_not_fit() -> None:
+    outputs, inputs = 1 / torch.arange(1.0, 5), 1 / torch.arange(1.0, 7)
+    (found,) = allocate([Importance(4, outputs, inputs, 2, 2)], 0.6, 3)
+    # The four columns that are not stored come next in the first row: one threshold alone stops before them, at 18 free.
+    assert (found.steps, found.num_free) == (((4, 2),), 16)
