@@ -33,7 +33,7 @@ from .options import SuggestingCommand, bars, html_option, overwrite_option, qui
     multiple=True,
     metavar="NAME<VALUE",
     help="Exit code 1 if a measure changed beyond this: piqa<-1 (points), wikitext>0.02 (nats), NAME.FIGURE for another than "
-    "the first of its figures; harm>0.02, leak>0.1 and `unverified` are no changes; repeatable.",
+    "the first of its figures; harm>0.02, harm.first>0.2, leak>0.1 and `unverified` are no changes; repeatable.",
 )
 @click.option("--strict", is_flag=True, help="Hold the worse end of the 95 % interval against --fail-if.")
 @click.option(

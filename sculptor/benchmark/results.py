@@ -12,7 +12,7 @@ from sculptor.checkpoint.reader import find_directory
 from sculptor.data.rows import names_of
 from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
 from sculptor.jobs.readme import Readme, code, listed
-from sculptor.jobs.train_record import HARM
+from sculptor.jobs.train_record import harm_figures
 from sculptor.model.harm import Harm
 from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
@@ -185,7 +185,7 @@ def _figures(report: ContinualReport) -> list[tuple[str, str]]:
         ("average", f"{scale * metrics.average:.3f} {unit}"),
         *([] if metrics.backward is None else [("backward transfer", f"{abs(scale) * metrics.backward:+.3f}")]),
         *rise,
-        *([] if harm is None else [(HARM, f"{harm.nats:.4f} ± {harm.error:.4f} nats per token")]),
+        *([] if harm is None else harm_figures(harm)),
     ]
 
 

@@ -13,8 +13,9 @@ from sculptor.numerics.ratio import Z95, Ratio
 Role = Literal["task", "ability", "watched"]
 SHARES = ("accuracy", "acc_norm", "exact_match", "refused", "followed", "instructions")
 _THRESHOLD = re.compile(r"\s*([^<>\s]+)\s*([<>])\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*")
-HARM, LEAK, UNVERIFIED = "harm", "leak", "unverified"
-RESERVED = (HARM, LEAK, UNVERIFIED)
+HARM, FIRST, LEAK, UNVERIFIED = "harm", "harm.first", "leak", "unverified"
+HARMS = (HARM, FIRST)
+RESERVED = (*HARMS, LEAK, UNVERIFIED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class Threshold:
 
     Attributes:
         text: as it was given.
-        name: of a measure, NAME or NAME.FIGURE; harm, leak; or `unverified`.
+        name: of a measure, NAME or NAME.FIGURE; harm, harm.first, leak; or `unverified`.
         above: whether more than the value fails, else less.
         value: in points, nats, or of the leak.
     """
@@ -155,7 +156,7 @@ def check_known(thresholds: Sequence[Threshold], figures: Mapping[str, Sequence[
     Args:
         thresholds: parsed.
         figures: of every measure.
-        others: which of harm, leak and unverified there will be, and names that the archive protects.
+        others: which of harm, harm.first, leak and unverified there will be, and names that the archive protects.
 
     Raises:
         SettingsError: naming what there is.
@@ -198,9 +199,10 @@ def _found(
     threshold: Threshold, lines: Sequence[Line], harm: Harm | None, leak: Leak | None, named: Sequence[NamedHarm]
 ) -> tuple[Ratio, str]:
     """What a threshold is about, in its unit."""
-    if threshold.name == HARM:
+    if threshold.name in HARMS:
         assert harm is not None
-        return Ratio(harm.nats, harm.error), " nats"
+        found = (harm.nats, harm.error) if threshold.name == HARM else (harm.first, harm.first_error)
+        return Ratio(*found), " nats"
     if threshold.name in (LEAK, UNVERIFIED):
         assert leak is not None
         return Ratio(leak.leak if threshold.name == LEAK else float(not leak.passed), 0.0), ""

@@ -20,11 +20,12 @@ from sculptor.jobs.job import TrainJob
 from sculptor.jobs.readme import Readme, code, listed
 from sculptor.jobs.record import record_head
 from sculptor.jobs.train_report import TrainReport
+from sculptor.model.harm import Harm
 from sculptor.training.settings import TrainSettings
 
 # What an output depends on that another program's training ended with.
 _OF_OUTPUT = ("carry", "memory_rows", "memory_weight", "soften", "save_dtype")
-HARM = "harm, KL(base || this) on samples of the first base that no step depended on"
+_HARM = "harm, KL(base || this) on samples of the first base that no step depended on"
 
 
 def merge_of(checkpoint: Checkpoint, archive: Archive, saved: torch.dtype | None, opened: Sequence[str] = ()) -> Merge:
@@ -99,6 +100,17 @@ def train_readme(job: TrainJob, report: TrainReport, *, analyzed: bool) -> Readm
     )
 
 
+def harm_figures(harm: Harm) -> list[tuple[str, str]]:
+    """Harm for a table of figures."""
+    return [
+        (_HARM, f"{harm.nats:.4f} ± {harm.error:.4f} nats per token"),
+        (
+            "of it at the first token of each, by which an answer begins",
+            f"{harm.first:.4f} ± {harm.first_error:.4f} nats",
+        ),
+    ]
+
+
 def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
     loop = report.loop
     total = report.num_protected + job.archive.num_free
@@ -111,7 +123,6 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
         ("training loss, first step and mean of the last tenth", f"{loop.first_loss:.4f}, {loop.last_loss:.4f}{unit}")
     ]
     losses = [] if math.isnan(loop.last_loss) else losses
-    harm = [] if loop.harm is None else [(HARM, f"{loop.harm.nats:.4f} ± {loop.harm.error:.4f} nats per token")]
     opened = [("trained without protection", listed(report.also_trained))] if report.also_trained else []
     return [
         ("rows", f"{report.num_examples:,}, {report.num_dropped:,} dropped, {report.num_cut:,} cut"),
@@ -126,7 +137,7 @@ def _figures(job: TrainJob, report: TrainReport) -> list[tuple[str, str]]:
             f"{report.unexplained_leak:.1e}" if report.unexplained_leak > 0 else "none",
         ),
         ("of the update, removed by rounding to the dtype of the file", f"{100 * report.rounding_loss:.1f} %"),
-        *harm,
+        *([] if loop.harm is None else harm_figures(loop.harm)),
         *opened,
     ]
 

@@ -1,6 +1,7 @@
 """Harm: KL(base || new) in nats a token on the base's own samples, from what is kept of the base's predictions.
 
 Sequences are independent, tokens of one are not, so its standard error is that of a ratio of sums (`sculptor.numerics.ratio`).
+The first token of each is told apart: the mean over all tokens hides what becomes of how answers begin, which decides the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ class Harm:
     Attributes:
         nats: KL(base || new) a token.
         error: its standard error, over samples.
+        first: KL(base || new) at the first token of a sample, in a conversation of its answer; the mean over samples.
+        first_error: its standard error.
         num_samples: sequences, with `num_tokens` predictions.
     """
 
@@ -35,6 +38,8 @@ class Harm:
 
     nats: Finite
     error: NotNegative
+    first: Finite
+    first_error: NotNegative
     num_samples: Count
     num_tokens: Count
 
@@ -57,16 +62,17 @@ class NamedHarm:
     rise_error: NotNegative
 
 
-def harm_of(sums: Sequence[float], counts: Sequence[int]) -> Harm:
-    """From the sum and the number of tokens of every sample.
+def harm_of(sums: Sequence[Sequence[float]], counts: Sequence[int]) -> Harm:
+    """From every sample's sum and its first token's part of that (`by_sample`), and its number of tokens.
 
     Raises:
         ValueError: if there are fewer than two samples, or no tokens.
     """
     if len(sums) < 2 or not sum(counts):
         raise ValueError(f"{len(sums)} samples of {sum(counts)} tokens: expected at least two")
-    mean, error = ratio_of_sums(sums, counts)
-    return Harm(mean, error, len(sums), sum(counts))
+    mean = ratio_of_sums([whole for whole, _ in sums], counts)
+    first = ratio_of_sums([first for _, first in sums], [min(1, count) for count in counts])
+    return Harm(mean.mean, mean.error, first.mean, first.error, len(sums), sum(counts))
 
 
 @torch.no_grad()
@@ -94,13 +100,14 @@ def measure_harm(
     rows = _rows(model, samples[order[0]].example.length, device)
     rows = min(rows, -(-len(order) // world.size)) if world.size > 1 else rows
     groups = [order[start : start + rows] for start in range(0, len(order), rows)]
-    sums = [0.0] * len(samples)
+    sums = [0.0] * (2 * len(samples))
     for group in world.share(groups):
         chosen = [samples[i] for i in group]
         found = sample_losses(model, chosen, device, pad_id) if losses is None else losses(chosen)
-        for i, loss in zip(group, found.tolist(), strict=True):
-            sums[i] = loss
-    return harm_of(world.total(*sums), [len(sample.base.ids) for sample in samples])
+        for i, both in zip(group, found.tolist(), strict=True):
+            sums[2 * i : 2 * i + 2] = both
+    total = world.total(*sums)
+    return harm_of(list(zip(total[::2], total[1::2], strict=True)), [len(sample.base.ids) for sample in samples])
 
 
 def _rows(model: Any, length: int, device: torch.device) -> int:
@@ -110,7 +117,12 @@ def _rows(model: Any, length: int, device: torch.device) -> int:
 
 
 def sample_losses(model: Any, samples: Sequence[Sample], device: torch.device, pad_id: int = 0) -> Tensor:
-    """The sum of KL(base || new) over each sample's tokens (rows,), float64; carries the graph where there is one."""
+    """KL(base || new), summed over each sample's tokens and of its first alone (rows, 2), float64; carries the graph if any."""
     batch = collate([sample.example for sample in samples], pad_id).to(device)
-    found = estimated_divergence(joined(samples, device), predictions(model, batch, "causal")).double()
-    return torch.stack([part.sum() for part in torch.split(found, [len(each.base.ids) for each in samples])])
+    return by_sample(estimated_divergence(joined(samples, device), predictions(model, batch, "causal")), samples)
+
+
+def by_sample(apart: Tensor, samples: Sequence[Sample]) -> Tensor:
+    """What all tokens of some samples have, one after another: the sum of each sample and its first (rows, 2), float64."""
+    parts = torch.split(apart.double(), [len(each.base.ids) for each in samples])
+    return torch.stack([torch.stack((part.sum(), part[:1].sum())) for part in parts])

@@ -18,7 +18,7 @@ from sculptor.archive.store import Archive
 from sculptor.data.batches import collate
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import ArchiveError
-from sculptor.model.harm import NamedHarm, harm_of
+from sculptor.model.harm import NamedHarm, by_sample, harm_of
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import predictions
 from sculptor.model.samples import DRAWN, KEPT, Sample, joined, num_predicted, parse_tensors, samples_of, tensors_of
@@ -79,12 +79,12 @@ def describe_protected(loaded: LoadedModel, name: str, examples: Sequence[Exampl
 def measure_protected(model: Any, kept: Protected, device: torch.device, *, pad_id: int = 0) -> NamedHarm:
     """What became of a name in a causal model as it is; the model is left in evaluation mode."""
     model.eval()
-    apart: list[float] = []
+    apart: list[list[float]] = []
     rises: list[float] = []
     for group in _groups([sample.example.length for sample in kept.samples]):
         chosen = [kept.samples[i] for i in group]
         logits, labels, counts = _read(model, [sample.example for sample in chosen], device, pad_id)
-        apart += _sums(estimated_divergence(joined(chosen, device), logits), counts)
+        apart += by_sample(estimated_divergence(joined(chosen, device), logits), chosen).tolist()
         found = _sums(cross_entropy(logits.float(), labels, reduction="none"), counts)
         rises += [now - kept.losses[i] for i, now in zip(group, found, strict=True)]
     counts = [len(sample.base.ids) for sample in kept.samples]

@@ -11,7 +11,7 @@ from sculptor.errors import SettingsError
 from sculptor.jobs.card_report import SHARES, CardReport, Leak, Line, TunedCard
 from sculptor.model.harm import Harm
 from sculptor.report.html.page import check_place
-from sculptor.report.text import WIDTH, named_line, percent, table
+from sculptor.report.text import WIDTH, first_text, harm_text, named_line, percent, table
 
 LINES_HEAD = ["measured", "figure", "rows", "base", "tuned", "change", "95 % interval"]
 _FIGURES = {
@@ -85,7 +85,7 @@ def line_row(line: Line) -> list[str]:
 
 def harm_line(harm: Harm) -> str:
     """What harm is, and of how much."""
-    return f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || tuned), on {harm.num_samples} samples"
+    return f"harm {harm_text(harm, 'tuned')}; {first_text(harm)} at their first"
 
 
 def leak_line(leak: Leak) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sculptor.benchmark.results import ContinualReport, Stage
 from sculptor.model.harm import Harm
-from sculptor.report.text import table
+from sculptor.report.text import first_text, harm_text, table
 
 _MAX_NAME = 16  # characters of a column's head
 
@@ -17,7 +17,7 @@ def continual_text(report: ContinualReport) -> str:
             stage.name,
             *(score_text(report, value) for value in scores),
             *(f"{stage.watched[name]:.3f}" for name in watched),
-            *([] if report.harm is None else [harm_text(stage)]),
+            *([] if report.harm is None else [stage_harm(stage)]),
         ]
         for stage, scores in zip(report.stages, report.matrix, strict=True)
     ]
@@ -40,14 +40,14 @@ def continual_text(report: ContinualReport) -> str:
     )
 
 
-def harm_text(stage: Stage) -> str:
+def stage_harm(stage: Stage) -> str:
     """The harm of a stage, in the unit of `harm_line`."""
     return "-" if stage.harm is None else f"{stage.harm.nats:.4f}"
 
 
 def harm_line(harm: Harm) -> str:
     """What the last stage's harm is, and of what."""
-    return f"harm {harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || new), on {harm.num_samples:,} samples"
+    return f"harm {harm_text(harm)}; {first_text(harm)} at their first"
 
 
 def score_text(report: ContinualReport, value: float) -> str:

@@ -132,14 +132,26 @@ def not_targeted_lines(not_targeted: Sequence[FrozenMatrices]) -> list[str]:
     return lines
 
 
+def harm_text(harm: Harm, new: str = "new") -> str:
+    """The mean over all tokens, and of what."""
+    return f"{harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || {new}), on {harm.num_samples:,} samples"
+
+
+def first_text(harm: Harm) -> str:
+    """The mean over the first tokens."""
+    return f"{harm.first:.4f} ± {harm.first_error:.4f}"
+
+
 def harm_lines(
     harm: Harm | None, steering: float | None = None, limit: float | None = None, named: Sequence[NamedHarm] = ()
 ) -> list[str]:
     """What a model lost of its first base's own predictions."""
     if harm is None:
         return []
-    found = f"{harm.nats:.4f} ± {harm.error:.4f} nats a token, KL(base || new), on {harm.num_samples} samples"
-    lines = [f"Harm to what the first base says by itself: {found}."]
+    lines = [
+        f"Harm to what the first base says by itself: {harm_text(harm)}.",
+        f"Of it at the first token of each, by which an answer begins: {first_text(harm)}.",
+    ]
     if steering is not None and limit is not None:
         lines.append(f"On the samples that steered it: {steering:.4f}, of {limit:g} allowed (--max-harm).")
     return lines + list(map(named_line, named))

@@ -7,7 +7,10 @@ from sculptor.report.text import harm_lines, not_targeted_lines, percent, size
 from sculptor.training.loop import num_last
 
 _MAX_LISTED = 8
-_FELT = 0.05  # nats a token: some answers to what nobody taught are others
+_FELT, _FELT_FIRST = (
+    0.05,
+    0.2,
+)  # nats a token, and at the first of an answer: some answers to what nobody taught are others
 _MUCH = 0.25  # of an update that rounding removes: worth another dtype
 
 
@@ -35,7 +38,8 @@ def train_text(report: TrainReport, check: str | None = None) -> str:
         shown = ", ".join(map(repr, report.new_tokens[:_MAX_LISTED]))
         lines.append(f"New tokens, whose rows were trained: {len(report.new_tokens)} ({shown}).")
     lines += harm_lines(loop.harm, loop.steering_harm, report.max_harm, loop.named)
-    if loop.harm is not None and loop.harm.nats > _FELT and report.max_harm is None:
+    felt = loop.harm is not None and (loop.harm.nats > _FELT or loop.harm.first > _FELT_FIRST)
+    if felt and report.max_harm is None:
         lines.append(
             "Other answers have changed with it, too: `sculptor chat` with --base lets you hear how. --max-harm 0.02 keeps it "
             "lower,\nor --replay self mixes in what the model says; and rows of other questions show where the task ends."

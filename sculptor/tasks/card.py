@@ -20,8 +20,9 @@ from sculptor.evaluation.refusals import PHRASES
 from sculptor.evaluation.rows import check_finite
 from sculptor.evaluation.series import Figure, Reading, Series, change
 from sculptor.jobs.card_report import (
-    HARM,
+    HARMS,
     LEAK,
+    RESERVED,
     UNVERIFIED,
     CardReport,
     Leak,
@@ -111,7 +112,7 @@ def card(
         raise SettingsError("--strict without effect: there is no --fail-if")
     measures, left_out = read_measures(data, abilities, watch, columns, max_rows, notice)
     archive = None if subspaces is None else Archive(subspaces, rules=rules)
-    others = [HARM, *(() if archive is None else (LEAK, UNVERIFIED, *_names(archive, measures)))]
+    others = [*HARMS, *(() if archive is None else (LEAK, UNVERIFIED, *_names(archive, measures)))]
     every: tuple[str, ...] = get_args(Figure)
     check_known(thresholds, {measure.name: every for measure in measures}, others)
     proofs = [_leak(base, each, subspaces, device, rules, progress) for each in tuned]
@@ -136,7 +137,7 @@ def card(
 
     before = measure(base, None)
     figures = {name: [series.figure for series in found] for name, found in before.series.items()}
-    check_known(thresholds, figures, others if before.samples else others[1:])
+    check_known(thresholds, figures, others if before.samples else others[len(HARMS) :])
     cards = []
     for model, leak in zip(tuned, proofs, strict=True):
         after = measure(model, before.samples)
@@ -169,7 +170,7 @@ class _Found:
 def _names(archive: Archive, measures: Sequence[Measure]) -> list[str]:
     """What the archive protects by name, and reports on; thresholds have to tell it from everything else."""
     names = [each.name for each in read_protected(archive)]
-    twice = sorted({*names} & ({measure.name for measure in measures} | {HARM, LEAK, UNVERIFIED}))
+    twice = sorted({*names} & ({measure.name for measure in measures} | {*RESERVED}))
     if twice:
         raise SettingsError(
             f"{twice[0]}: a file and a name that the archive protects are called the same; rename the file"

@@ -9,7 +9,7 @@ from torch import Tensor
 from sculptor.data.batches import Batch, collate
 from sculptor.data.examples import IGNORED
 from sculptor.model.decoding import Record
-from sculptor.model.harm import sample_losses
+from sculptor.model.harm import by_sample, sample_losses
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import inputs_of
 from sculptor.model.samples import Sample, joined
@@ -53,7 +53,7 @@ class RecordedLosses:
         self._is_able = True
 
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        """The sum of KL(base || new) over each sample's tokens (rows,), float64, without gradients."""
+        """KL(base || new), summed over each sample's tokens and of its first alone (rows, 2), float64, without gradients."""
         found = self._recorded.get(tuple(map(id, samples))) or self._made(tuple(samples))
         if found is None:
             return sample_losses(self._loaded.model, samples, self._loaded.device, self._loaded.pad_id)
@@ -73,7 +73,7 @@ class RecordedLosses:
         wanted = batch.labels[:, 1:] != IGNORED
         columns = wanted.any(dim=0).nonzero().flatten()
         places = wanted[:, columns].flatten().nonzero().flatten()
-        sums = torch.zeros(len(samples), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(samples), 2, dtype=torch.float64, device=device)
         found = _Recorded(samples, batch, joined(samples, device), columns, places, sums)
         try:
             found.play = self._record(lambda: self._pass(found))
@@ -90,6 +90,5 @@ class RecordedLosses:
         self._expire()
         with torch.no_grad(), autocast(self._settings.precision, self._loaded.device, cached=False):
             outputs = model(**inputs_of(model, found.batch, "causal"), logits_to_keep=found.columns)
-            apart = estimated_divergence(found.base, outputs.logits.flatten(0, 1)[found.places]).double()
-        counts = [len(sample.base.ids) for sample in found.samples]
-        found.sums.copy_(torch.stack([part.sum() for part in torch.split(apart, counts)]))
+            apart = estimated_divergence(found.base, outputs.logits.flatten(0, 1)[found.places])
+        found.sums.copy_(by_sample(apart, found.samples))

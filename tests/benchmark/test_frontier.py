@@ -38,7 +38,9 @@ def finished(
         "created_by": "sculptor", "method": method, "basis": "curvature" if method == "sculptor" else None, "split": "test",
         "seed": seed, "tasks": tasks, "metric": "accuracy", "stages": stages,
         "metrics": {"average": average, "backward": -0.01, "learning": average + 0.01, "forward": None}, "watch_rise": 2.0,
-        "harm": None if harm is None else {"nats": harm, "error": harm / 10, "num_samples": 9, "num_tokens": 90},
+        "harm": None if harm is None else {
+            "nats": harm, "error": harm / 10, "first": 5 * harm, "first_error": harm, "num_samples": 9, "num_tokens": 90
+        },
         "plan": {"model": "m", "train": {"seed": seed, "learning_rate": rate}, "method": method},
     } | more  # fmt: skip
     (place / "continual.json").write_text(json.dumps(content))
@@ -149,4 +151,4 @@ def test_the_command_prints_draws_and_writes_a_page(tmp_path: Path, cli: Callabl
     assert json.loads(cli("frontier", *runs, "--json").out)["points"][0]["harm"]["mean"] == 0.02
     unmeasured = finished(tmp_path / "3", harm=None)
     assert cli("frontier", unmeasured, "--plot", tmp_path / "g.png").code == 0
-    assert read_finished(runs[0]).harm == Harm(0.02, 0.002, 9, 90)
+    assert read_finished(runs[0]).harm == Harm(0.02, 0.002, 0.1, 0.02, 9, 90)

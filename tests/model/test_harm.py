@@ -1,6 +1,7 @@
 """Harm of a model in memory: against float64 by hand, from all that is kept or from less, 0 for what did not change."""
 
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -44,25 +45,30 @@ def moved(loaded: LoadedModel, size: float) -> float:
 
 def by_hand(
     model: torch.nn.Module, base: torch.nn.Module, examples: list[Example], k: int | None
-) -> tuple[float, float]:
-    """Mean and standard error in float64, one sequence at a time; with the k likeliest tokens of the base, or all."""
-    sums, counts = [], []
+) -> tuple[float, float, float, float]:
+    """Mean and standard error in float64, one sequence at a time; with the k likeliest tokens of the base, or all.
+
+    Then the same of the first tokens that carry loss.
+    """
+    sums, firsts, counts = [], [], []
     for example in examples:
         ids = torch.tensor([example.input_ids])
         p, q = (m.double()(input_ids=ids).logits[0, :-1].softmax(-1) for m in (base, model))
-        total = 0.0
+        apart = []
         on = [i for i, label in enumerate(example.labels[1:]) if label != IGNORED]
         for i in on:
             top = sorted(range(p.shape[1]), key=lambda t: -float(p[i, t]))[: k or p.shape[1]]
             a, b = ([float(d[i, t]) for t in top] for d in (p, q))
             rest = [max(1 - math.fsum(part), 0.0) for part in (a, b)]
             pairs = [*zip(a, b, strict=True), *([rest] if k else [])]
-            total += math.fsum(x * math.log(x / y) for x, y in pairs)
-        sums.append(total)
+            apart.append(math.fsum(x * math.log(x / y) for x, y in pairs))
+        sums.append(sum(apart))
+        firsts.append(apart[0])
         counts.append(len(on))
     mean, n = sum(sums) / sum(counts), len(sums)
     spread = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True)) * n / (n - 1)
-    return mean, math.sqrt(spread) / sum(counts)
+    first = statistics.fmean(firsts), statistics.stdev(firsts) / math.sqrt(n)
+    return mean, math.sqrt(spread) / sum(counts), *first
 
 
 def test_it_is_what_float64_says_and_without_draws_below_it(
@@ -84,13 +90,14 @@ def test_it_is_what_float64_says_and_without_draws_below_it(
         moved(loaded, size)
         found = measure_harm(loaded.model, samples.all, loaded.device, pad_id=loaded.pad_id)
         twin = copy.deepcopy(loaded.model)
-        mean, error = by_hand(twin, copy.deepcopy(base), examples, 10)
-        assert (found.nats, found.error) == pytest.approx((mean, error), rel=2e-3)
+        expected = by_hand(twin, copy.deepcopy(base), examples, 10)
+        assert (found.nats, found.error, found.first, found.first_error) == pytest.approx(expected, rel=2e-3)
         assert (found.num_samples, found.num_tokens) == (12, sum(map(num_predicted, examples)))
-        exact, _ = by_hand(twin, copy.deepcopy(base), examples, None)
+        exact, _, first, _ = by_hand(twin, copy.deepcopy(base), examples, None)
         assert 0 < found.nats < exact
         estimate = measure_harm(loaded.model, drawn.all, loaded.device, pad_id=loaded.pad_id)
         assert estimate.nats == pytest.approx(exact, rel=0.05)
+        assert estimate.first == pytest.approx(first, rel=0.2), "of twelve tokens, with draws"
         whole.append(found.nats / exact)
         assert measure_harm(loaded.model, samples.all, loaded.device) == found
     assert min(whole) > 0.3
@@ -120,7 +127,7 @@ def test_gradients_are_those_of_the_divergence(loaded: LoadedModel) -> None:
     base = copy.deepcopy(loaded.model)
     moved(loaded, 0.05)
     weight = loaded.model.lm_head.weight.requires_grad_()
-    sample_losses(loaded.model, samples.all, loaded.device).sum().backward()
+    sample_losses(loaded.model, samples.all, loaded.device)[:, 0].sum().backward()
     found, weight.grad = weight.grad, None
     for sample in samples.all:
         ids = torch.tensor([sample.example.input_ids])
@@ -134,10 +141,11 @@ def test_gradients_are_those_of_the_divergence(loaded: LoadedModel) -> None:
 
 def test_what_cannot_be_a_mean_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two"):
-        harm_of([1.0], [3])
+        harm_of([(1.0, 0.5)], [3])
     with pytest.raises(ValueError, match="at least two"):
-        harm_of([0.0, 0.0], [0, 0])
-    assert harm_of([1.0, 2.0], [1, 2]).error == 0
+        harm_of([(0.0, 0.0), (0.0, 0.0)], [0, 0])
+    found = harm_of([(1.0, 1.0), (2.0, 1.0), (0.0, 0.0)], [1, 2, 0])
+    assert (found.nats, found.error, found.first, found.first_error) == (1, 0, 1, 0), "one of no tokens counts nowhere"
 
 
 def test_the_estimate_on_a_really_trained_model(shared: Path) -> None:

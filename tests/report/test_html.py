@@ -130,7 +130,7 @@ def verification() -> Verification:
         passed=False, leak=0.02, max_leak=0.31, rounding=1e-6, eaten=0.1, num_targets=25, num_changed=24,
         untouched_identical=False, num_untouched=7, changed_elsewhere=(BAD,), differences=(BAD,), also_trained=(BAD,),
         num_merges=1, num_claimed=3, doubt=BAD, strict=True, cast="float32", matrices=(*matrices, still), kept=-0.2,
-        harm=Harm(0.0123, 0.0004, 64, 900),
+        harm=Harm(0.0123, 0.0004, 0.21, 0.03, 64, 900),
     )  # fmt: skip
 
 
@@ -250,6 +250,7 @@ def test_a_failed_verification_says_so_and_no_name_is_markup(verification: Verif
     assert seen.said.count(SHOWN) == 3  # changed, different, trained
     assert "/home" not in text
     assert "0.0123 ± 0.0004" in seen.said
+    assert "0.2100 ± 0.0300" in seen.said
     assert "bad" in seen.classes
     assert any(row[0] == "0" and "✗" in row[1] for row in seen.rows)  # both experts in one cell
     assert ["1", "1.00"] in [row[:2] for row in seen.rows]

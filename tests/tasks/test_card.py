@@ -78,6 +78,7 @@ def test_it_is_what_evaluate_and_verify_say(cli: Callable[..., Result], made: Pa
     assert (tuned["leak"]["passed"], tuned["leak"]["leak"]) == (proof.passed, proof.leak)
     assert proof.harm is not None
     assert tuned["harm"]["nats"] == pytest.approx(proof.harm.nats, rel=1e-6)
+    assert tuned["harm"]["first"] == pytest.approx(proof.harm.first, rel=1e-6)
     for line in tuned["lines"]:
         assert line["change"] == pytest.approx(line["tuned"] - line["base"], abs=1e-9)
         assert line["low"] <= line["change"] <= line["high"]
@@ -123,7 +124,16 @@ def test_changes_are_in_pairs() -> None:
 
 @pytest.mark.parametrize(
     ("threshold", "code"),
-    [("text>-9", 1), ("text<-9", 0), ("rows.loss<9", 1), ("harm>0", 1), ("harm>9", 0), ("rows<-101", 0)],
+    [
+        ("text>-9", 1),
+        ("text<-9", 0),
+        ("rows.loss<9", 1),
+        ("harm>0", 1),
+        ("harm>9", 0),
+        ("harm.first>0", 1),
+        ("harm.first>9", 0),
+        ("rows<-101", 0),
+    ],
 )
 def test_thresholds_decide_the_exit_code(cli: Callable[..., Result], made: Path, threshold: str, code: int) -> None:
     more = ("--data", made / "rows.jsonl", "--watch", made / "text.jsonl", "--max-rows", 4, "--no-exact-match")
@@ -177,7 +187,7 @@ def test_an_update_that_leaks_fails_unverified(cli: Callable[..., Result], made:
 @pytest.mark.parametrize(
     ("more", "needles"),
     [
-        (("--fail-if", "piqa<-1"), ("'piqa' is not measured", "measured are harm, rows")),
+        (("--fail-if", "piqa<-1"), ("'piqa' is not measured", "measured are harm, harm.first, rows")),
         (("--fail-if", "leak>1"), ("needs --subspaces",)),
         (("--fail-if", "rows"), ("expected NAME<VALUE",)),
         (("--fail-if", "rows.instructions<0"), ("'rows.instructions' is not measured",)),
@@ -216,7 +226,7 @@ def test_a_model_that_predicts_no_numbers_passes_nothing(
     found = cli("edit", "interpolate", made / "base", other, *chosen)
     assert found.code == 1
     assert "predicts no numbers on the rows" in found.err
-    assert failures([parse_threshold("harm>1")], [], Harm(math.nan, 0.0, 2, 2), None, [], strict=False)
+    assert failures([parse_threshold("harm>1")], [], Harm(math.nan, 0.0, 0.0, 0.0, 2, 2), None, [], strict=False)
 
 
 def test_thresholds_are_read_as_they_are_written() -> None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, evaluate, train, verify
 from sculptor.errors import OutputError, SettingsError, Stopped
+from sculptor.model.harm import Harm
 from sculptor.planning import placement
 from sculptor.report.text import size
 from sculptor.report.train import train_text
@@ -86,6 +87,12 @@ def test_the_report_the_record_and_the_metrics_say_the_same(made: Path, tmp_path
     for lost, told in ((0.2, False), (0.4, True)):
         matrices = {name: replace(matrix, rounding_loss=lost) for name, matrix in report.matrices.items()}
         assert ("; --save-dtype float32 keeps all of it." in train_text(replace(report, matrices=matrices))) is told
+    for nats, first, told in ((0.01, 0.1, False), (0.06, 0.1, True), (0.01, 0.3, True)):
+        loop = replace(report.loop, harm=Harm(nats, 0.001, first, 0.01, 16, 900))
+        shown = train_text(replace(report, loop=loop))
+        assert ("Other answers have changed" in shown) is told, "in the mean, or in how they begin"
+        assert f"begins: {first:.4f} ± 0.0100." in shown
+        assert "Other answers" not in train_text(replace(report, loop=loop, max_harm=0.1)), "who set a limit knows"
 
 
 def test_the_record_says_what_was_used_where_auto_was_asked_for(made: Path, tmp_path: Path) -> None:

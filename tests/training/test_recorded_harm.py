@@ -78,6 +78,7 @@ def test_it_follows_the_model(tmp_path: Path, device: str, monkeypatch: pytest.M
         wanted = measure_harm(loaded.model, samples.all, loaded.device, pad_id=loaded.pad_id)
         assert found.nats == pytest.approx(wanted.nats, rel=1e-4, abs=1e-6)
         assert (found.error, found.num_tokens) == (pytest.approx(wanted.error, rel=1e-3, abs=1e-6), wanted.num_tokens)
+        assert found.first == pytest.approx(wanted.first, rel=1e-3, abs=1e-6)
         seen.append(found.nats)
         move(loaded, seed)
     passes = -(-len(samples.all) // 8)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from sculptor.benchmark.results import ContinualReport, Stage
-from sculptor.report.continual import harm_text, method_of, metrics_text, score_text, unit_of
+from sculptor.report.continual import method_of, metrics_text, score_text, stage_harm, unit_of
 from sculptor.report.html.curves import Curve, chart
 from sculptor.report.html.heat import Cell, Head, heat_map
 from sculptor.report.html.page import Child, Markup, element, page, section, table, tiles
-from sculptor.report.text import size
+from sculptor.report.text import first_text, size
 
 _MEANINGS = {
     "AA": "average in the end",
@@ -36,7 +36,7 @@ def _tiles(report: ContinualReport) -> list[tuple[str, str, str | None]]:
     if report.watch_rise is not None:
         found.append(("Watched loss", f"{report.watch_rise:+.3f}", "from the base to the end"))
     if report.harm is not None:
-        error = f"± {report.harm.error:.4f} nats a token, KL(base || new)"
+        error = f"± {report.harm.error:.4f} nats a token, KL(base || new); {first_text(report.harm)} at the first of an answer"
         found.append(("Harm", f"{report.harm.nats:.4f}", error))
     return found
 
@@ -87,7 +87,7 @@ def _stages(report: ContinualReport) -> Markup:
         [
             stage.name,
             *(f"{stage.watched[name]:.3f}" for name in watched),
-            harm_text(stage),
+            stage_harm(stage),
             f"{stage.seconds:.0f}",
             "–" if stage.archive_bytes is None else size(stage.archive_bytes),
         ]

@@ -6,7 +6,7 @@ from sculptor.model.harm import Harm, NamedHarm
 from sculptor.numerics.rounding import ROUNDING_SLACK
 from sculptor.report.html.heat import Spot, by_block_and_role
 from sculptor.report.html.page import Markup
-from sculptor.report.text import percent
+from sculptor.report.text import first_text, percent
 
 
 def harm_tile(harm: Harm | None, named: Sequence[NamedHarm] = ()) -> list[tuple[str, str, str | None]]:
@@ -14,7 +14,8 @@ def harm_tile(harm: Harm | None, named: Sequence[NamedHarm] = ()) -> list[tuple[
     if harm is None:
         return []
     found = [
-        ("Harm", f"{harm.nats:.4f} ± {harm.error:.4f}", f"nats a token, KL(base || new), {harm.num_samples} samples")
+        ("Harm", f"{harm.nats:.4f} ± {harm.error:.4f}", f"nats a token, KL(base || new), {harm.num_samples} samples"),
+        ("At the first token", first_text(harm), "nats, by which an answer begins"),
     ]
     for each in named:
         told = f"change of the loss; KL {each.harm.nats:.4f} nats a token, {each.harm.num_samples} rows"
