@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sculptor.analysis.beginnings import beginning_weights
 from sculptor.analysis.expert_rows import watch_experts
 from sculptor.analysis.padded import Mask, activation_bytes, find_masks, make_batches
 from sculptor.checkpoint.architecture import Target, find_blocks
@@ -126,6 +127,11 @@ def measure_moments(
         bar: advanced by one per example.
     """
     recorder = _Recorder(targets, gradients, weighting)
+
+    def weigh(labels: Tensor) -> Tensor:
+        """What a gradient counts is squared."""
+        return beginning_weights(labels, loaded.kind).sqrt()
+
     generator = torch.Generator(loaded.device).manual_seed(seed)
     model = loaded.model
     model.eval()
@@ -145,7 +151,7 @@ def measure_moments(
                     batch = sample_labels(model, batch, loaded.kind, generator)
             with torch.set_grad_enabled(gradients), suppress(_EnoughError):
                 with recorder.recording(find_masks(batch, loaded)):
-                    found = batch_loss(model, batch, loaded.kind)
+                    found = batch_loss(model, batch, loaded.kind, weigh=weigh if gradients else None)
                 if gradients:  # blocks run a second time in it, which is not recorded
                     found.total.backward()  # type: ignore[no-untyped-call]
             bar.update(batch.input_ids.shape[0])

@@ -11,7 +11,7 @@ from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
 from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sources, weight_of
 from sculptor.errors import SettingsError
-from sculptor.methods.settings import SAMPLED_LENGTH, SELF, AnalyzeSettings, is_self
+from sculptor.methods.settings import SAMPLED_LENGTH, SAMPLED_ROWS, SELF, AnalyzeSettings, is_self
 from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.model.sampling import sample_examples, template_tokens
 from sculptor.progress import Progress
@@ -72,12 +72,18 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, p
     use_template(loaded.tokenizer, settings.chat_template)
     if settings.max_length is None:  # a template's tokens are not the model's
         aside = template_tokens(loaded) if settings.chat and loaded.tokenizer.chat_template else 0
-        max_length = min(max_length, SAMPLED_LENGTH + aside)
+        max_length = min(max_length, sampled_length(settings.tokens_per_source) + aside)
     examples = sample_examples(
         loaded, settings.tokens_per_source, max_length, chat=settings.chat, seed=settings.seed, progress=progress
     )
     scale, weight = _scale(data), weight_of(own)
     return [Source(SELF, examples, 1.0 if scale is None or weight is None else weight * scale)]
+
+
+def sampled_length(num_tokens: int) -> int:
+    """Longest sequence that a model says, unless it is said: of few tokens they are shorter, and more."""
+    least, most = SAMPLED_LENGTH
+    return min(max(num_tokens // SAMPLED_ROWS, least), most)
 
 
 def spread(examples: Sequence[Example], num_tokens: int) -> tuple[Example, ...]:

@@ -25,6 +25,8 @@ from sculptor.numerics.entropy import entropy_weights
 
 # Makes a model compute with its base's weights for as long as it is entered.
 AsBase = Callable[[], AbstractContextManager[object]]
+# What each token's loss is multiplied by (B, L), of labels in the place of the logits that predict them.
+Weigh = Callable[[Tensor], Tensor]
 # Logits that exist at a time, in elements.
 SLICE = {"cuda": 2**25, "cpu": 2**23}
 
@@ -54,7 +56,13 @@ def num_loss_tokens(batch: Batch, kind: ModelKind) -> int:
 
 
 def batch_loss(
-    model: Any, batch: Batch, kind: ModelKind, *, by_entropy: bool = False, as_base: AsBase | None = None
+    model: Any,
+    batch: Batch,
+    kind: ModelKind,
+    *,
+    by_entropy: bool = False,
+    as_base: AsBase | None = None,
+    weigh: Weigh | None = None,
 ) -> BatchLoss:
     """Cross-entropy of a batch that is on the model's device; with `as_base` KL(base || new) on the same tokens, too.
 
@@ -64,10 +72,12 @@ def batch_loss(
         kind: how its labels are to be read.
         by_entropy: weight each token by the entropy of its prediction (`numerics.entropy`).
         as_base: takes one more forward, without gradients, of the same model with the base's weights.
+        weigh: says what each token's loss is multiplied by.
     """
     all_labels = _read_labels(batch, kind)
     wanted = all_labels != IGNORED
     labels = all_labels[wanted]
+    weights = None if weigh is None else weigh(all_labels)[wanted]
     rows = max(1, SLICE[labels.device.type] // int(model.get_input_embeddings().weight.shape[0]))
     head = find_head(model, kind) if labels.numel() > rows else None
 
@@ -85,24 +95,33 @@ def batch_loss(
             known = read()[1]
     outputs, found = read()
     if head is None:
-        sums = _sums(found, labels, known, by_entropy)
+        sums = _sums(found, labels, known, weights, by_entropy)
     else:
-        parts = [torch.split(each, rows) for each in (found, labels, *([] if known is None else [known]))]
+        each = [found, labels, known, weights]
+        parts = ([None] * -(-len(labels) // rows) if part is None else torch.split(part, rows) for part in each)
         slices = [_slice_sums(head, as_base, by_entropy, *part) for part in zip(*parts, strict=True)]
         sums = torch.stack(slices).sum(dim=0)
     apart = sums[1] if as_base is not None else None
     return BatchLoss(sums[0], labels.numel(), _auxiliary(model, outputs), apart)
 
 
-def _sums(logits: Tensor, labels: Tensor, known: Tensor | None, by_entropy: bool) -> Tensor:
+def _sums(logits: Tensor, labels: Tensor, known: Tensor | None, weights: Tensor | None, by_entropy: bool) -> Tensor:
     """Over some tokens: cross-entropy and, where the base's logits are known, KL(base || new)."""
-    each = nn.functional.cross_entropy(logits.float(), labels, reduction="none" if by_entropy else "sum")
-    total = (entropy_weights(logits) * each).sum() if by_entropy else each
+    if by_entropy:
+        weights = entropy_weights(logits) * (1.0 if weights is None else weights)
+    each = nn.functional.cross_entropy(logits.float(), labels, reduction="sum" if weights is None else "none")
+    total = each if weights is None else (weights * each).sum()
     return torch.stack([total] if known is None else [total, divergence(known, logits).sum()])
 
 
 def _slice_sums(
-    head: Head, as_base: AsBase | None, by_entropy: bool, hidden: Tensor, labels: Tensor, before: Tensor | None = None
+    head: Head,
+    as_base: AsBase | None,
+    by_entropy: bool,
+    hidden: Tensor,
+    labels: Tensor,
+    before: Tensor | None,
+    weights: Tensor | None,
 ) -> Tensor:
     """`_sums` of hidden states; `before` are the base's."""
 
@@ -111,7 +130,7 @@ def _slice_sums(
         if before is not None and as_base is not None:
             with torch.no_grad(), as_base():
                 known = head.logits(before)
-        return _sums(head.logits(hidden), labels, known, by_entropy)
+        return _sums(head.logits(hidden), labels, known, weights, by_entropy)
 
     if not torch.is_grad_enabled():
         return sums(hidden)

@@ -154,6 +154,24 @@ def test_a_loss_without_gradients_is_the_same(
     torch.testing.assert_close(found, whole, atol=0, rtol=1e-6)
 
 
+def test_every_slice_has_its_own_weights(
+    tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, batch = load(tmp_path, "llama"), ragged(generator)
+
+    def weigh(labels: Tensor) -> Tensor:
+        return torch.arange(labels.numel()).view(labels.shape) % 7 + 0.5
+
+    whole = batch_loss(loaded.model, batch, loaded.kind, weigh=weigh)
+    expected = gradients_of(loaded, whole)
+    monkeypatch.setitem(SLICE, "cpu", ROWS * VOCABULARY)
+    rows = watch(loaded.model)
+    found = batch_loss(loaded.model, batch, loaded.kind, weigh=weigh)
+    torch.testing.assert_close(found.total, whole.total, atol=0, rtol=1e-6)
+    assert_same(gradients_of(loaded, found), expected)
+    assert max(rows) == ROWS
+
+
 @pytest.mark.parametrize("family", ["gemma2-capped", "cohere"])
 def test_what_a_family_does_to_logits_is_honoured(
     family: str, tmp_path: Path, small_slices: None, generator: torch.Generator

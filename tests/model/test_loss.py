@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, make_tokenizer, save_checkpoint
+from torch import nn
 
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.batches import Batch
@@ -33,6 +34,20 @@ def test_loss_equals_the_model_s_own(family: str, tmp_path: Path, generator: tor
         reference = loaded.model(**inputs, labels=batch.labels).loss
     assert found.num_tokens == num_loss_tokens(batch, loaded.kind)
     torch.testing.assert_close(found.total / found.num_tokens, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_count_as_they_are_weighed(tmp_path: Path, generator: torch.Generator) -> None:
+    """By the labels in the place where they are predicted; tokens without loss are not asked for."""
+    loaded = load_model(open_checkpoint(save_checkpoint(tmp_path / "m")), torch.device("cpu"))
+    batch = ragged(generator)
+    weights = torch.rand(3, 7, generator=generator)
+    with torch.no_grad():
+        found = batch_loss(loaded.model, batch, "causal", weigh=lambda labels: weights.expand_as(labels))
+        logits = loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].double()
+    labels = batch.labels[:, 1:]
+    each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    assert float(found.total) == pytest.approx(float((weights * each).sum()), rel=1e-5)
+    assert found.num_tokens == int((labels != IGNORED).sum())
 
 
 def test_a_router_s_loss_is_added(tmp_path: Path, generator: torch.Generator) -> None:

@@ -194,11 +194,14 @@ def test_a_template_s_tokens_are_not_the_model_s(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, chat: bool
 ) -> None:
     """What is calibrated on, where nothing was said of its length."""
-    monkeypatch.setattr(sources, "SAMPLED_LENGTH", 20)
+    monkeypatch.setattr(sources, "SAMPLED_LENGTH", (20, 30))
     loaded.tokenizer.chat_template = WORDY
     settings = AnalyzeSettings(basis="curvature", data=("self",), chat=chat, calibration_tokens=400)
     (source,) = sources.sample_sources(loaded, settings, ("self",), silent)
     assert max(example.length for example in source.examples) == (53 if chat else 20)
+    more = replace(settings, calibration_tokens=780)
+    (source,) = sources.sample_sources(loaded, more, ("self",), silent)
+    assert max(example.length for example in source.examples) == (59 if chat else 26), "a thirtieth"
     longer = replace(settings, max_length=60)
     (source,) = sources.sample_sources(loaded, longer, ("self",), silent)
     assert max(example.length for example in source.examples) == 60
