@@ -27,7 +27,8 @@ DEFAULT_ENERGY = 0.95
 DEFAULT_BLOCK = 32
 ROW_GROUPS = 7
 # Of what a model says: a step takes about the same for few rows as for many, and what was measured on real models was so long.
-SAMPLED_LENGTH = 256
+# Of few tokens conversations are shorter, so that there are some dozens of them: thirteen are no measure of how a model answers.
+SAMPLED_LENGTH, SAMPLED_ROWS = (128, 256), 30
 CALIBRATION_TOKENS = 100_000  # unless told otherwise; `analysis/defaults.py` says how many on a CPU
 _OF_WEIGHTS = ("constraint", "preserve", "min_retention", "target_retention")
 
@@ -72,7 +73,7 @@ class AnalyzeSettings:
     """Tokens to calibrate on, over all files [default: 100000; on a CPU 5e11 over the model's parameters, between
     2000 and 30000]."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
-    """Longest sequence in tokens [default: 1024 or the model's limit; 256 of what the model says]."""
+    """Longest sequence in tokens [default: 1024 or the model's limit; 128 to 256 of what the model says]."""
     keep: _Part = 0.5
     """Share of each moment's directions that is stored."""
     row_groups: Annotated[int, Field(ge=1, le=32)] = ROW_GROUPS

@@ -78,15 +78,15 @@ def test_what_has_no_sense_is_refused(cli: Callable[..., Result], place: Path, t
 
 
 def test_steps_are_those_of_the_rows_that_are_kept_and_mixed_in(place: Path, tmp_path: Path) -> None:
-    """200 rows: five passes in steps of 10; of half of them in steps of 5; with as many others again in steps of 20."""
+    """200 rows: five passes in steps of 7; of half of them in steps of 4; with as many others again in steps of 14."""
     rows = write_rows(tmp_path / "rows.jsonl", task_rows(count=200))
     text = write_rows(tmp_path / "text.jsonl", task_rows("text", 30))
     usual = replace(SETTINGS, max_steps=None, batch_size=None, select_rows=None)
     cases = {
-        "all": (usual, (), "--batch-size 10: 100 steps, for 200 rows", 200),
-        "half": (replace(usual, select_rows=0.5), (), "--batch-size 5: 100 steps, for 100 rows", 100),
-        "mixed": (usual, [(str(text), 0.5)], "--batch-size 20: 100 steps, for 400 rows", 200),
-        "both": (replace(usual, select_rows=0.5), [(str(text), 0.5)], "--batch-size 10: 100 steps, for 200 rows", 100),
+        "all": (usual, (), "--batch-size 7: 145 steps, for 200 rows", 200),
+        "half": (replace(usual, select_rows=0.5), (), "--batch-size 4: 125 steps, for 100 rows", 100),
+        "mixed": (usual, [(str(text), 0.5)], "--batch-size 14: 145 steps, for 400 rows", 200),
+        "both": (replace(usual, select_rows=0.5), [(str(text), 0.5)], "--batch-size 7: 145 steps, for 200 rows", 100),
     }
     for name, (settings, replay, said, count) in cases.items():
         told: list[str] = []

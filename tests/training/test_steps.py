@@ -26,22 +26,22 @@ def test_fewer_rows_than_a_step_takes_are_a_step() -> None:
 
 
 def test_few_rows_are_passed_over_again_in_small_steps_unless_that_is_said() -> None:
-    """Up to five passes where there would be fewer than 60 steps, then as few as 4 rows where there would be fewer than 100."""
+    """Up to five passes where there would be fewer than 60 steps, then as few as 4 rows where there would be fewer than 140."""
     usual = TrainSettings(device="cpu")
     sizes = (1, 3, 8, 80, 200, 479, 480, 639, 640, 959, 960, 1500, 1919, 1920, 3200, 10**6)
     assert [usual.for_rows(n).epochs for n in sizes] == [5, 5, 5, 5, 5, 5, 4, 4, 3, 3, 2, 2, 2, 1, 1, 1]
-    assert [usual.rows_of_step(n) for n in sizes] == [1, 3, 4, 4, 10, 23, 19, 25, 19, 28, 19, 30, 32, 19, 32, 32]
-    assert [usual.total_steps(n) for n in (1, 8, 60, 80, 200, 640, 960, 1920)] == [5, 10, 75, 100, 100, 102, 102, 102]
+    assert [usual.rows_of_step(n) for n in sizes] == [1, 3, 4, 4, 7, 17, 13, 18, 13, 20, 13, 21, 27, 13, 22, 32]
+    assert [usual.total_steps(n) for n in (1, 8, 60, 80, 200, 640, 960, 1920)] == [5, 10, 75, 100, 145, 150, 148, 148]
     once = replace(usual, epochs=1)
-    assert [once.rows_of_step(n) for n in (100, 480, 799, 3199, 3200)] == [4, 4, 7, 31, 32]
+    assert [once.rows_of_step(n) for n in (100, 480, 799, 3199, 4480)] == [4, 4, 5, 22, 32]
     by_64 = replace(usual, batch_size=64)
     assert [by_64.for_rows(n).epochs for n in (760, 1000, 1920, 3840)] == [5, 4, 2, 1]
     assert by_64.rows_of_step(100) == 64
     decided = replace(usual, max_steps=9)
     assert (decided.rows_of_step(100), decided.for_rows(100).epochs, decided.total_steps(100)) == (32, 1, 9)
     few = replace(ROWS, examples=ROWS.examples * 20)
-    filled = replace(usual, epochs=5.0, batch_size=9)
-    assert Steps.of(few, usual) == Steps(filled, num_epoch=180, rows=9, longest=10, mean=6.0, total=100)
+    filled = replace(usual, epochs=5.0, batch_size=6)
+    assert Steps.of(few, usual) == Steps(filled, num_epoch=180, rows=6, longest=10, mean=6.0, total=150)
 
 
 def test_an_epoch_of_fewer_rows_than_there_are() -> None:
@@ -77,7 +77,7 @@ def test_what_was_chosen_is_told() -> None:
         settings = TrainSettings(device="cpu", **asked)
         Steps.of(many, settings).tell(settings, told.append)
     assert told == [
-        "chosen: --epochs 5 --batch-size 9: 100 steps, for 180 rows",
+        "chosen: --epochs 5 --batch-size 6: 150 steps, for 180 rows",
         "chosen: --batch-size 4: 90 steps, for 180 rows",
         "chosen: --epochs 2: 60 steps, for 180 rows",
     ]
