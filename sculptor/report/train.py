@@ -7,10 +7,8 @@ from sculptor.report.text import harm_lines, not_targeted_lines, percent, size
 from sculptor.training.loop import num_last
 
 _MAX_LISTED = 8
-_FELT, _FELT_FIRST = (
-    0.05,
-    0.2,
-)  # nats a token, and at the first of an answer: some answers to what nobody taught are others
+# Nats a token, and at the first of an answer: some answers to what nobody taught are others.
+_FELT, _FELT_FIRST = 0.05, 0.2
 _MUCH = 0.25  # of an update that rounding removes: worth another dtype
 
 
