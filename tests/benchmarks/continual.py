@@ -24,6 +24,7 @@ ORDERS = {
     "1": ("dbpedia", "amazon", "yelp", "agnews"),
     "2": ("agnews", "yelp", "amazon", "dbpedia"),
     "6": ("dbpedia", "amazon", "yelp", "agnews", "sst2", "rte"),
+    "6r": ("rte", "sst2", "agnews", "yelp", "amazon", "dbpedia"),
 }
 
 
@@ -193,7 +194,7 @@ def run_suites(
     suites: dict[str, list[Run]],
     text_of: Callable[[Path, Path, Run], str],
     doc: str,
-    after: Callable[[argparse.Namespace], list[str]] = lambda _: [],
+    after: Callable[[argparse.Namespace, Run], list[str]] = lambda *_: [],
 ) -> None:
     """The command line: runs one of some suites, several runs side by side.
 
@@ -201,7 +202,7 @@ def run_suites(
         suites: by name.
         text_of: model, data and a run to its plan.
         doc: of the command.
-        after: a command that is given a run's output, and prints a line of JSON that goes with its results.
+        after: a command for a run that is given its output, too, and prints a line of JSON that goes with its results.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=suites)
@@ -231,7 +232,7 @@ def run_suites(
                 if slot not in running and waiting and now < arguments.deadline - 60:
                     number, run = waiting.pop(0)
                     text = text_of(arguments.model.resolve(), arguments.data.resolve(), run)
-                    process = start(run, number, arguments.first_gpu + gpu, arguments, text, after(arguments))
+                    process = start(run, number, arguments.first_gpu + gpu, arguments, text, after(arguments, run))
                     running[slot] = number, run, process, now
             for slot, (number, run, process, began) in list(running.items()):
                 if process.poll() is not None:

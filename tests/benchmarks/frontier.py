@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import abilities
 from continual import ORDERS, Run, run_suites
 
 DEVICE = "cuda"
-ABILITIES = ("piqa", "arc_easy", "hellaswag")
 SAID = 128  # tokens of an answer
 
 
@@ -125,6 +125,15 @@ SUITES: dict[str, list[Run]] = {
     "six-protected": [Run("6", "sculptor", 0.0, split="test"), Run("6", "crispedit", 0.0, split="test")],
     # The six tasks with other seeds; means over three are of these and of "six".
     "six-seeds": [Run("6", method, rate, seed=seed, split="test") for seed in (1, 2) for method, rate in _BEST],
+    # The six tasks in both orders with three seeds, the baselines nearest to it, and the four tasks once more.
+    "both-orders": [
+        *(Run(order, "sculptor", 0.0, seed=seed, split="test") for seed in range(3) for order in ("6", "6r")),
+        *(Run("6", "joint", 5e-5, seed=seed, split="test") for seed in range(3)),
+        *(Run("1", "sculptor", 0.0, seed=seed, split="test") for seed in range(3)),
+        *(Run(order, "crispedit", 0.0, split="test") for order in ("6", "6r")),
+        *(Run(order, method, 5e-5, split="test") for method in ("replay", "full", "kl") for order in ("6", "6r")),
+        Run("2", "sculptor", 0.0, split="test"),
+    ],
     # Systems that needed more time or memory than the others.
     "rest": [
         *(Run("1", method, 1e-4, split="test") for method in ("l2", "eaft", "esacl")),
@@ -150,6 +159,8 @@ def prepare(model: Path, data: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(DEVICE)
     lines = (data / "abilities" / "helpful_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line)["prompt"] for line in lines]
@@ -179,24 +190,25 @@ def prepare(model: Path, data: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def measure(run: Path, data: Path) -> None:
-    """Prints what the model of a run can still do."""
-    import sculptor
+def _file_name(run: Run) -> str:
+    """Runs that differ by their seed alone differ behind the last dash."""
+    return "-".join(
+        [run.method, f"order{run.order}", f"{run.rate:g}" if run.rate else "default", *run.sets, str(run.seed)]
+    )
 
-    found = {}
-    for name in ABILITIES:
-        rows = data / "abilities" / f"{name}.jsonl"
-        score = sculptor.evaluate(run, str(rows), max_rows=300, batch_size=32)
-        assert score.accuracy is not None
-        found[name] = score.accuracy
-    score = sculptor.evaluate(run, str(data / "abilities" / "lambada.jsonl"), exact_match=False, max_rows=300)
-    found["lambada_loss"] = score.loss or 0.0
-    print(json.dumps(found))
+
+def measure(data: Path, name: str, run: Path) -> None:
+    """Prints what the model of a run can still do; which rows are right stays beside it, for `abilities.py compare`."""
+    file = run.parent / "abilities" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    abilities.read(run / "model", data, file)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    print(json.dumps({suite: abilities.mean(found[suite]) for suite in abilities.SUITES}))
 
 
 def main() -> None:
     if sys.argv[1:2] == ["measure"]:
-        measure(Path(sys.argv[3]) / "model", Path(sys.argv[2]))
+        measure(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
     elif sys.argv[1:2] == ["prepare"]:
         parser = argparse.ArgumentParser()
         parser.add_argument("--model", type=Path, required=True)
@@ -205,7 +217,10 @@ def main() -> None:
         prepare(arguments.model, arguments.data)
     else:
         run_suites(
-            SUITES, plan_text, __doc__ or "", lambda given: [sys.executable, __file__, "measure", str(given.data)]
+            SUITES,
+            plan_text,
+            __doc__ or "",
+            lambda given, run: [sys.executable, __file__, "measure", str(given.data), _file_name(run)],
         )
 
 
