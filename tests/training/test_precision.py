@@ -20,6 +20,7 @@ from sculptor.training import passes
 from sculptor.training import precision as module
 from sculptor.training.precision import compute_dtype, decide_precision
 
+COVERS = ["sculptor.training.passes"]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
