@@ -19,6 +19,7 @@ from sculptor.errors import CheckpointError, SculptorError, SettingsError
 from sculptor.model.positions import guard_positions
 from sculptor.model.probe import check_model, check_text_alone
 from sculptor.numerics.finite import is_finite
+from sculptor.numerics.kernels import keep_kernels
 from sculptor.numerics.precision import why_not
 from sculptor.progress import Progress, silent
 from sculptor.streaming.blocks import BlockStream
@@ -52,11 +53,11 @@ class LoadedModel:
         wanted = int(found if found is not None else self.tokenizer.eos_token_id or 0)
         return wanted if 0 <= wanted < self.architecture.vocab_size else 0
 
-    def batch(self, examples: Sequence[Example], seed: int) -> Batch:
+    def batch(self, examples: Sequence[Example], seed: int, widths: Widths | None = None) -> Batch:
         """One micro-batch on the host; `seed` decides what is masked, where tokens are."""
         vocab_size = min(len(self.tokenizer), self.architecture.vocab_size)
         mask_id = self.tokenizer.mask_token_id
-        return make_batch(examples, self.kind, self.pad_id, mask_id, vocab_size, seed, self.widths)
+        return make_batch(examples, self.kind, self.pad_id, mask_id, vocab_size, seed, widths or self.widths)
 
     @property
     def widths(self) -> Widths:
@@ -80,6 +81,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         SettingsError: if the device is unknown or not there.
     """
+    keep_kernels()
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

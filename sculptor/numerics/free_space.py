@@ -141,8 +141,6 @@ class FreeSpace:
         if not coordinates:
             raise ValueError("a matrix without free pairs has no update")
         update = self._box(coordinates)
-        if self.softening is not None:
-            update = update * self._gains()
         update = update.to(self._dtype(update))
         turns = (self._turn_input, self._turn_output)
         for turn in turns if self._output_sees_all() else turns[::-1]:
@@ -183,9 +181,13 @@ class FreeSpace:
         """The box's rows and columns that belong to coordinates, wide and slowed down."""
         box = box.to(torch.promote_types(box.dtype, torch.float32))
         if self.softening is not None:
-            box = box * self._gains()
-        parts = list(self._parts(box))
-        return (parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten(-2) for part in parts], -1),)
+            box = self._gains(box.dtype).mul_(box)
+        if len(self.groups) == 1:
+            return (next(self._parts(box)).contiguous(),)
+        found = box.new_empty(*box.shape[:-2], self.staircase.num_free)
+        for part, values in zip(self._parts(box), self._parts_of(found), strict=True):
+            values.copy_(part)
+        return (found,)
 
     def _read_input(self, x: Tensor) -> Tensor:
         return x if self.input is None else self.input.apply_transposed(x.mT, self.least).mT
@@ -231,25 +233,46 @@ class FreeSpace:
         sides = [(self.output, self.first), (self.input, self.least)]
         return [value for side, start in sides if side is not None for value in side.fingerprint(start)]
 
-    def _gains(self) -> Tensor:
+    def _gains(self, dtype: torch.dtype) -> Tensor:
+        """Of the box; its own, to be written to: small matrices take longer to pass over than to turn."""
         assert self.softening is not None
         outputs, inputs = self.softening
-        return (outputs[..., :, None] * inputs[..., None, :]).add_(1).rsqrt_()
+        gains = (outputs[..., :, None] * inputs[..., None, :]).add_(1).rsqrt_()
+        return gains.to(torch.promote_types(gains.dtype, dtype))
 
     def _box(self, coordinates: Sequence[Tensor]) -> Tensor:
+        """The box of free directions, slowed down; 0 where a pair is frozen."""
         (a,) = coordinates
         shape = self.staircase.rows - self.first, self.staircase.columns - self.least
         if len(self.groups) == 1:
             if a.shape[-2:] == shape:
-                return a
+                return a if self.softening is None else self._gains(a.dtype).mul_(a)
             a = a.flatten(-2)
-        box = a.new_zeros(*a.shape[:-1], *shape)
-        at = 0
-        for part in self._parts(box):
-            count = part.shape[-2] * part.shape[-1]
-            part.copy_(a[..., at : at + count].view(part.shape))
-            at += count
+        if self.softening is None:
+            box = a.new_zeros(*a.shape[:-1], *shape)
+            for part, values in zip(self._parts(box), self._parts_of(a), strict=True):
+                part.copy_(values)
+            return box
+        box = self._gains(a.dtype)
+        for part, values in zip(self._parts(box), self._parts_of(a), strict=True):
+            part.mul_(values)
+        for frozen in self._frozen(box):
+            frozen.zero_()
         return box
+
+    def _parts_of(self, a: Tensor) -> Iterator[Tensor]:
+        """Every A_g (..., rows, columns) of coordinates that lie in a row; views."""
+        at = 0
+        for group in self.groups:
+            rows, columns = group.stop - group.start, self.staircase.columns - group.reach
+            yield a[..., at : at + rows * columns].view(*a.shape[:-1], rows, columns)
+            at += rows * columns
+
+    def _frozen(self, box: Tensor) -> Iterator[Tensor]:
+        """What of a box (..., m - first, n - least) belongs to no A_g; views."""
+        yield box[..., : self.groups[0].start - self.first, :]
+        for group in self.groups:
+            yield box[..., group.start - self.first : group.stop - self.first, : group.reach - self.least]
 
     def _parts(self, box: Tensor) -> Iterator[Tensor]:
         """Where each A_g lies in a box (..., m - first, n - least); views."""

@@ -270,7 +270,7 @@ class TrainingLoop:
 
     def _micro_batches(self, rows: list[int], step: int) -> list[Batch]:
         seed = (self.settings.seed * 1_000_003 + step) % 2**63
-        return [self.loaded.batch(part, seed) for part in self._split(rows)]
+        return [self.loaded.batch(part, seed, self.passes.widths) for part in self._split(rows)]
 
     def _split(self, rows: list[int]) -> Iterator[list[Example]]:
         size = self.settings.micro_rows

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from conftest import Result, save_checkpoint, task_rows, write_rows
 
-COVERS = ["sculptor.model.probe"]
-
 
 @pytest.mark.slow
 def test_commands_that_run_a_model_choose_its_attention(

@@ -16,9 +16,11 @@ from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.jobs import plan
 from sculptor.numerics import precision as devices
+from sculptor.training import passes
 from sculptor.training import precision as module
 from sculptor.training.precision import compute_dtype, decide_precision
 
+COVERS = ["sculptor.training.passes"]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -120,6 +122,25 @@ def dtypes_of_products(patch: pytest.MonkeyPatch) -> set[torch.dtype]:
 
     patch.setattr(torch.nn.functional, "linear", linear)
     return seen
+
+
+@pytest.mark.parametrize(("precision", "multiple"), [("bfloat16", 8), ("float32", 1)])
+def test_rows_in_bfloat16_are_padded_to_shapes_that_come_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, precision: str, multiple: int
+) -> None:
+    seen: list[tuple[int, int, bool]] = []
+    plain = passes.batch_loss
+
+    def batch_loss(model: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        longest = int(batch.attention_mask.sum(dim=1).max())
+        seen.append((batch.input_ids.shape[1], longest, torch.backends.cuda.flash_sdp_enabled()))
+        return plain(model, batch, *rest, **named)
+
+    monkeypatch.setattr(passes, "batch_loss", batch_loss)
+    run(place, "out", precision=precision)
+    assert any(longest % 8 for _, longest, _ in seen)
+    assert {width for width, _, _ in seen} == {-(-longest // multiple) * multiple for _, longest, _ in seen}
+    assert {flash for _, _, flash in seen} == {multiple == 1}
 
 
 @pytest.mark.usefixtures("large")

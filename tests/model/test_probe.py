@@ -1,0 +1,47 @@
+"""A model tried out once: padding that moves predictions is found, and rounding of another shape is not taken for it."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_checkpoint
+from transformers import AutoModelForCausalLM
+
+from sculptor.checkpoint.architecture import inspect_architecture
+from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.errors import CheckpointError
+from sculptor.model import probe
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "what", "refused"),
+    [
+        (torch.bfloat16, "nothing", False),
+        (torch.bfloat16, "another shape", False),
+        (torch.bfloat16, "padding", True),
+        (torch.float32, "nothing", False),
+        (torch.float32, "another shape", True),
+        (torch.float32, "padding", True),
+    ],
+)
+def test_what_moves_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, what: str, refused: bool
+) -> None:
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "model", dtype=dtype))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).eval()
+    plain = probe.logits_of
+
+    def logits_of(model: Any, batch: Any, kind: Any) -> torch.Tensor:
+        found = plain(model, batch, kind).float()
+        padded = (batch.attention_mask == 0).any(dim=1)[:, None, None]
+        shape = batch.input_ids.shape[1] < 8
+        moved = {"nothing": found.new_zeros(()), "another shape": found.new_tensor(shape), "padding": padded}[what]
+        return found + 0.4 * found.std() * moved
+
+    monkeypatch.setattr(probe, "logits_of", logits_of)
+    with pytest.raises(CheckpointError, match="padding moves what LlamaFor") if refused else nullcontext():
+        probe.check_model(checkpoint, inspect_architecture(checkpoint), model, CPU)
