@@ -239,9 +239,12 @@ def run_suites(
                     report(run, number, now - began, arguments.output, results)
                     del running[slot]
             if now > arguments.deadline:
-                for _, run, process, _ in running.values():
+                for number, run, process, began in running.values():
                     os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
                     print(f"{run.name:70} stopped at the deadline", flush=True)
+                    if (arguments.output / f"{number:03d}" / "continual.json").is_file():
+                        report(run, number, now - began, arguments.output, results)  # what came after it is missing
                 break
             time.sleep(0.5)
     print(f"{len(waiting)} runs not started; {time.perf_counter() - started:.0f} s", flush=True)
