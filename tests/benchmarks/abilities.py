@@ -31,6 +31,7 @@ from sculptor.progress import silent
 
 SUITES: dict[str, Figure] = {"piqa": "accuracy", "arc_easy": "accuracy", "hellaswag": "acc_norm", "lambada": "loss"}
 LENGTH, ANSWER, BATCH = 1024, 768, 64
+ASKED = 256  # prompts at once: every token of an answer is a pass of its own
 
 
 def read(model: Path, data: Path, file: Path) -> None:
@@ -46,7 +47,7 @@ def read(model: Path, data: Path, file: Path) -> None:
             found[suite] = _series(loaded, rows, figure)
         prompts = [str(row["prompt"]) for row in _instructions(data)]
         found["ifeval"] = say(
-            loaded, prompts, LENGTH, ANSWER, BATCH, silent(total=len(prompts), desc="answer", unit="row")
+            loaded, prompts, LENGTH, ANSWER, ASKED, silent(total=len(prompts), desc="answer", unit="row")
         )
     file.write_text(json.dumps(found), encoding="utf-8")
 
