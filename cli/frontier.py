@@ -10,7 +10,9 @@ from .options import SuggestingCommand, html_option, json_option, overwrite_opti
 @click.command("frontier", cls=SuggestingCommand)
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--against", metavar="harm|TEXT", help="What a run costs: harm, or the rise on a watched text, by its file name."
+    "--against",
+    metavar="harm|harm.first|TEXT",
+    help="What a run costs: harm, that at first tokens of answers, or the rise on a watched text, by its file name.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw AA against what it costs into this picture file.")
 @html_option

@@ -11,7 +11,7 @@ from typing import Any
 from sculptor.benchmark.finished import Finished, read_finished
 from sculptor.errors import SettingsError
 
-HARM = "harm"
+HARM, FIRST = "harm", "harm.first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Point:
         seeds: one for each run.
         average, backward, learning: AA, BWT and LA of `sculptor.evaluation.matrix`.
         harm: KL(base || last) in nats a token; None where a run did not measure it.
+        first: the same at the first tokens of answers alone.
         watched: rise of the loss on each watched text, in nats a token.
         seconds: of training, for the whole sequence.
     """
@@ -48,12 +49,13 @@ class Point:
     backward: Mean | None
     learning: Mean | None
     harm: Mean | None
+    first: Mean | None
     watched: Mapping[str, Mean]
     seconds: Mean
 
     def cost(self, against: str | None) -> Mean | None:
-        """What was done to what the model knew: `HARM`, or the rise on a watched text."""
-        return self.harm if against == HARM else self.watched.get(against or "")
+        """What was done to what the model knew: `HARM`, `FIRST`, or the rise on a watched text."""
+        return {HARM: self.harm, FIRST: self.first}.get(against or "", self.watched.get(against or ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Frontier:
         tasks: names of them, in order.
         split: which files of the tasks were evaluated, test or validation.
         metric: what AA is of: accuracy, exact_match, or loss (negative, so that more is better).
-        against: what they cost: `HARM`, or the name of a watched text; None where no run measured either.
+        against: what they cost: `HARM`, `FIRST`, or the name of a watched text; None where no run measured either.
         points: runs, put together where they differ in their seed alone.
     """
 
@@ -80,7 +82,7 @@ def frontier(runs: Sequence[str | Path], against: str | None = None) -> Frontier
 
     Args:
         runs: outputs of `sculptor continual`, or their continual.json.
-        against: `HARM`, or the name of a text that the runs watched; default harm, or else the first text.
+        against: `HARM`, `FIRST`, or the name of a text that the runs watched; default harm, or else the first text.
 
     Returns:
         The points, cheapest first.
@@ -119,7 +121,7 @@ def frontier(runs: Sequence[str | Path], against: str | None = None) -> Frontier
 
 
 def _against(points: Sequence[Point], asked: str | None) -> str | None:
-    measured = [HARM] * any(point.harm is not None for point in points)
+    measured = [HARM, FIRST] if any(point.harm is not None for point in points) else []
     measured += dict.fromkeys(text for point in points for text in point.watched)
     if asked is None:
         return measured[0] if measured else None
@@ -190,6 +192,7 @@ def _point(runs: Sequence[Finished], name: str) -> Point:
         backward=mean(lambda run: run.metrics.backward),
         learning=mean(lambda run: run.metrics.learning),
         harm=mean(lambda run: None if run.harm is None else run.harm.nats),
+        first=mean(lambda run: None if run.harm is None else run.harm.first),
         watched={text: value for text, value in watched.items() if value is not None},
         seconds=_mean([sum(stage.seconds for stage in run.stages) for run in runs]),
     )

@@ -62,11 +62,14 @@ def check_model(
     except Exception as cause:  # models ask for images, languages, ...
         raise _needs_more(checkpoint, name, cause) from cause
     scale = float(alone.std())
-    moved = float((logits[2:, :-_CHANGED] - alone).abs().max())
+    apart = logits[2:, :-_CHANGED] - alone
+    moved = float(apart.abs().max())
     dtype = torch.bfloat16 if mixed else computing_dtype(model)
-    if kind == "causal" and dtype not in _NOISE:
-        # Another shape rounds otherwise, in bfloat16 once by 0.4 of a tuned model's spread; the row beside it does not.
-        moved = min(moved, float((logits[2, :-_CHANGED] - logits[0, :-_CHANGED]).abs().max()))
+    if (
+        dtype not in _NOISE
+    ):  # another shape rounds otherwise, the largest of all logits once by 0.4 of a tuned model's spread
+        beside = (logits[2] - logits[0])[:-_CHANGED].abs().max() if kind == "causal" else apart.square().mean().sqrt()
+        moved = min(moved, float(beside))
     if moved > _NOISE.get(dtype, _NOISE_OTHERS) * scale:
         raise CheckpointError(
             f"{checkpoint.path}: padding moves what {name} predicts, by {moved / scale:.0e} of its spread; its loss would depend "

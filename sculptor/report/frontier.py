@@ -19,7 +19,8 @@ def frontier_text(found: Frontier) -> str:
         [
             table(["run", *frontier_head(found)[:-1]], rows, keep_start=True),
             f"{found.metric.replace('_', ' ')} on {found.split} rows of {', '.join(found.tasks)}, "
-            f"{'nats per token' if found.metric == 'loss' else '%'}; harm: KL(base || last), nats a token",
+            f"{'nats per token' if found.metric == 'loss' else '%'}",
+            "harm: KL(base || last), nats a token; first: at the first tokens of answers",
         ]
     )
 
@@ -27,11 +28,11 @@ def frontier_text(found: Frontier) -> str:
 def frontier_head(found: Frontier, texts: Sequence[str] | None = None) -> list[str]:
     """Names of the columns of `frontier_rows`; `texts` in the place of short names of the watched texts."""
     short = [Path(name).stem[:_MAX_TEXT] for name in texts_of(found)]
-    return ["AA", "BWT", "LA", "harm", *(short if texts is None else texts), "seconds"]
+    return ["AA", "BWT", "LA", "harm", "first", *(short if texts is None else texts), "seconds"]
 
 
 def frontier_rows(found: Frontier) -> list[list[str]]:
-    """The figures of every point: AA and harm with their deviations, BWT, LA, rises of watched texts, seconds."""
+    """The figures of every point, AA and harm with their deviations."""
     scale = 1 if found.metric == "loss" else 100
 
     def text(value: Mean | None, pattern: str, scale: float = 1, *, alone: bool = False) -> str:
@@ -51,6 +52,7 @@ def frontier_rows(found: Frontier) -> list[list[str]]:
             text(point.backward, f"+{figures}", scale, alone=True),
             text(point.learning, figures, scale, alone=True),
             text(point.harm, ".4f"),
+            text(point.first, ".3f", alone=True),
             *(text(point.watched.get(name), "+.3f", alone=True) for name in texts_of(found)),
             text(point.seconds, ".0f", alone=True),
         ]

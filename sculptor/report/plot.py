@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import Archive
-from sculptor.benchmark.frontier import HARM, Frontier
+from sculptor.benchmark.frontier import FIRST, HARM, Frontier
 from sculptor.benchmark.results import ContinualReport
 from sculptor.distribution import extra
 from sculptor.errors import SettingsError
@@ -84,7 +84,7 @@ def plot_frontier(found: Frontier, path: Path) -> None:
 
     if found.against is None:
         raise SettingsError("--plot: the runs measured neither harm nor watched texts")
-    label = "KL(base || last)" if found.against == HARM else "rise of the loss"
+    label = "KL(base || last)" if found.against in (HARM, FIRST) else "rise of the loss"
     drawn = [(point, value) for point in found.points if (value := point.cost(found.against)) is not None]
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.subplots()

@@ -29,6 +29,7 @@ from sculptor.progress import Bar, Progress, silent
 from sculptor.training.harm import HarmControl
 from sculptor.training.passes import Passed
 from sculptor.training.recorded import make_passes
+from sculptor.training.saves import Saves
 from sculptor.training.schedule import rates_of
 from sculptor.training.settings import TrainSettings
 from sculptor.training.state import Position, StateStore, by_rank, random_state, set_random_state, write_together
@@ -128,7 +129,7 @@ class TrainingLoop:
         self.passes = make_passes(loaded, settings, as_base, updates.resident(), updates.refresh, self._first_batches)
         if harm is not None:
             harm.losses = self.passes.sample_losses
-        self._saved_at = self._saving = 0.0  # when a state was saved, and how long it took
+        self.saves = Saves(updates.num_trainable, settings, self.total)
 
     def run(self, progress: Progress) -> LoopResult:
         """Trains from the newest saved state, or from the start, to the end; leaves the best parameters in place.
@@ -159,8 +160,9 @@ class TrainingLoop:
                 if evaluates:
                     self._evaluate(done)
                 signal_number = self.world.most(self.stop() or 0)
-                if done == self.total or signal_number or self._should_save(done):
-                    self._save()
+                if signal_number or self.world.from_first(self.saves.due(done)):
+                    with self.saves.timed():
+                        self._save()
                 if signal_number:
                     raise Stopped(
                         f"stopped by signal {signal_number} after step {done} of {self.total}; the state is saved, "
@@ -310,20 +312,7 @@ class TrainingLoop:
         self.position = replace(self.position, metrics_bytes=length)
         self.report(values)
 
-    def _should_save(self, done: int) -> bool:
-        """Where it is due; a twentieth of the time at most goes into it, unless the user says how often."""
-        if done % self.settings.steps_between_saves(self.total):
-            return False
-        due = self.settings.save_every is not None or time.perf_counter() - self._saved_at >= 20 * self._saving
-        return self.world.from_first(due)
-
     def _save(self) -> None:
-        started = time.perf_counter()
-        self._write_state()
-        self._saved_at = time.perf_counter()
-        self._saving = self._saved_at - started
-
-    def _write_state(self) -> None:
         random = tensors_of(by_rank(self.world.gather(random_state(self.loaded.device))))
         state = self.updates.state()
         entries = {**state.entries, **random.entries}

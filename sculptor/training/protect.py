@@ -1,6 +1,7 @@
 """`protect`: coordinates put into a loaded model."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,23 @@ def protect(
     model.register_forward_pre_hook(functools.partial(look_at_it, matrices))
     ignore_in_broadcasts(model, buffers_of(matrices))
     save_plain(model, protected_matrices)
+    _tell_of_new_head(model, archive)
     return model
+
+
+def _tell_of_new_head(model: Any, archive: Archive) -> None:
+    """A head that the archive's base has not is frozen at its random start values, unless somebody says otherwise."""
+    own = getattr(model, "base_model_prefix", "")
+    said = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(model).__name__ == archive.manifest.model_class or not own or said is not None:
+        return
+    new = [name for name, _ in model.named_parameters() if not name.startswith(own + ".")]
+    if new:
+        warnings.warn(
+            f"{new[0]} is new to {archive.manifest.model_class}, of which the archive is, and frozen as it is; to train it: "
+            f'model.get_submodule("{new[0].rpartition(".")[0]}").requires_grad_(True)',
+            stacklevel=3,
+        )
 
 
 @_disable_dynamo

@@ -90,9 +90,11 @@ def test_what_a_run_costs_may_be_a_watched_text(tmp_path: Path, cli: Callable[..
     found = frontier(runs, "wiki.txt")
     assert [point.method for point in found.points] == ["full", "sculptor (curvature)"]
     assert [point.cost(found.against).mean for point in found.points] == pytest.approx([0.2, 0.3])  # type: ignore[union-attr]
+    found = frontier(runs, "harm.first")
+    assert [point.cost(found.against).mean for point in found.points] == pytest.approx([0.5, 1.0])  # type: ignore[union-attr]
     refused = cli("frontier", *runs, "--against", "other.txt")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
-    assert "--against other.txt: expected one of harm, wiki.txt, which the runs measured" in refused.err
+    assert "--against other.txt: expected one of harm, harm.first, wiki.txt, which the runs measured" in refused.err
 
 
 def test_orders_of_tasks_are_points_of_their_own(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_the_command_prints_draws_and_writes_a_page(tmp_path: Path, cli: Callabl
     assert "sculptor (curvature)" in found.out
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "f.html").read_text(encoding="utf-8")
-    assert page.count('class="mark"') == 4  # two pictures of two points
+    assert page.count('class="mark"') == 6  # three pictures of two points
     assert page == frontier_page(frontier(runs))
     again = cli("frontier", *runs, "--html", tmp_path / "f.html")
     assert (again.code, again.err.count("\n")) == (1, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, save_checkpoint, slowly
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from sculptor import AnalyzeSettings, Archive, analyze, merge, protect, verify
 from sculptor.errors import ArchiveError, CapacityError, TrainingError, VerificationError
@@ -496,3 +496,16 @@ def test_a_diverged_run_is_said_to_be_one(made: dict[str, tuple[Path, Path]]) ->
         model(**batch(0))
     with pytest.raises(TrainingError, match=r"not finite|overflow"):
         merge(model)
+
+
+def test_a_new_head_is_not_frozen_in_silence(made: dict[str, tuple[Path, Path]]) -> None:
+    path, archive = made["llama-double"]
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+    with pytest.warns(UserWarning, match=r"^score\.weight is new to LlamaForCausalLM, .*; to train it: ") as told:
+        protect(model, archive)
+    assert not model.score.weight.requires_grad
+    exec(str(told[0].message).rpartition("to train it: ")[2], {"model": model})
+    assert model.score.weight.requires_grad
+    assert all(
+        "parametrizations" in name for name, p in model.named_parameters() if p.requires_grad and name != "score.weight"
+    )

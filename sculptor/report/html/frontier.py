@@ -14,6 +14,7 @@ def frontier_page(found: Frontier) -> str:
         for i, (point, values) in enumerate(zip(found.points, frontier_rows(found), strict=True), 1)
     ]
     harmed = [(i, point, point.harm) for i, point in enumerate(found.points, 1) if point.harm is not None]
+    first = [(i, point, point.first) for i, point in enumerate(found.points, 1) if point.first is not None]
     texts = [
         (name, [(i, point, point.watched[name]) for i, point in enumerate(found.points, 1) if name in point.watched])
         for name in texts_of(found)
@@ -26,7 +27,15 @@ def frontier_page(found: Frontier) -> str:
             f"{_unit(found)} on {found.split} rows of {', '.join(found.tasks)}: up is better, left is safer.",
             class_="soft",
         ),
-        section("Against harm", _picture(found, "Harm", "KL(base || last), nats a token", harmed)) if harmed else None,
+        section(
+            "Against harm",
+            [
+                _picture(found, "Harm", "KL(base || last), nats a token", harmed),
+                _picture(found, "Harm at first tokens of answers", "KL(base || last), nats", first),
+            ],
+        )
+        if harmed
+        else None,
         section(
             "Against watched texts",
             [_picture(found, name, "rise of the loss, nats a token", points) for name, points in texts],
