@@ -196,10 +196,11 @@ def test_what_was_finished_is_not_resumed(made: Path, tmp_path: Path) -> None:
 def test_a_loop_that_had_come_to_its_end_is_only_written(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that died while it wrote its output trains nothing again."""
+    """A run that died while it wrote its output trains nothing again, if its last state was worth the time."""
     from sculptor.tasks import train as module
 
-    run(made, tmp_path / "whole")
+    worth = replace(SHORT, save_every=1)
+    run(made, tmp_path / "whole", worth)
     write = module.write_output
 
     def killed(*_: Any) -> None:
@@ -207,11 +208,11 @@ def test_a_loop_that_had_come_to_its_end_is_only_written(
 
     monkeypatch.setattr(module, "write_output", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(made, tmp_path / "out")
+        run(made, tmp_path / "out", worth)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(module, "write_output", write)
     polls: list[int] = []
-    report = run(made, tmp_path / "out", resume=True, stop=lambda: polls.append(1))
+    report = run(made, tmp_path / "out", worth, resume=True, stop=lambda: polls.append(1))
     assert polls == [], "no step was left"
     assert report.loop.steps == 3
     for file in ("model.safetensors", "subspaces/subspaces-00001.safetensors"):
