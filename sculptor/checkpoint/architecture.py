@@ -106,7 +106,7 @@ class Architecture:
         max_positions: longest sequence its positions allow, None where they have no limit.
         vocab_size: ids it has embeddings for.
         classes: of a classifier, names by number.
-        score_heads: heads whose attention scores are written out, a number for each two tokens of a row; 0 where they are not.
+        heads: of its attention; `writes_scores` whether their scores are written out, a number for each two tokens of a row.
     """
 
     model_class: str
@@ -118,7 +118,8 @@ class Architecture:
     max_positions: int | None
     vocab_size: int
     classes: tuple[str, ...] = ()
-    score_heads: int = 0
+    heads: int = 0
+    writes_scores: bool = False
 
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
@@ -221,14 +222,10 @@ def _inspect(checkpoint: Checkpoint) -> Architecture:
         max_positions=max_positions(skeleton),
         vocab_size=vocab_size(checkpoint, skeleton),
         classes=tuple(skeleton.config.id2label.values()) if kind == "classifier" else (),
-        score_heads=_score_heads(checkpoint, skeleton),
+        heads=int(getattr(skeleton.config.get_text_config(), "num_attention_heads", 0) or 0),
+        # As transformers chooses: its own kernels where a model has them, unless it is told otherwise.
+        writes_scores=not skeleton._supports_sdpa or checkpoint.attn_implementation == "eager",
     )
-
-
-def _score_heads(checkpoint: Checkpoint, skeleton: Any) -> int:
-    """As transformers chooses: its own kernels where a model has them, unless it is told otherwise."""
-    written_out = not skeleton._supports_sdpa or checkpoint.attn_implementation == "eager"
-    return int(getattr(skeleton.config.get_text_config(), "num_attention_heads", 0) or 0) if written_out else 0
 
 
 def role_of(module: str, block: str, several_stacks: bool) -> str:

@@ -26,7 +26,12 @@ def multiple_of_lengths(device: torch.device, dtype: torch.dtype) -> int:
 
 def attention(device: torch.device, dtype: torch.dtype, length: int) -> AbstractContextManager[object]:
     """Around forward and backward passes of rows of a length, which chooses how attention is computed."""
-    return sdpa_kernel(SDPBackend.MATH) if _is_compiled(device, dtype) and length <= _SHORT else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if writes_scores(device, dtype, length) else nullcontext()
+
+
+def writes_scores(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+    """Whether `attention` has a number for each two tokens of a row in memory."""
+    return _is_compiled(device, dtype) and length <= _SHORT
 
 
 def _is_compiled(device: torch.device, dtype: torch.dtype) -> bool:

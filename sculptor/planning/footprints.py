@@ -14,6 +14,7 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.methods.rule import cost_of
 from sculptor.model.loss import SLICE
+from sculptor.numerics.kernels import writes_scores
 from sculptor.planning.matrices import PlannedMatrix, basis_numbers
 from sculptor.planning.shares import Share, shares
 from sculptor.planning.traffic import added_up, beside, shown
@@ -167,18 +168,17 @@ class _Sizes:
         self.coordinates = {b: sum(m.num_free for m in ms) for b, ms in by_block.items()}
         self.bases = {b: self.size * sum(basis_numbers(ms).values()) for b, ms in by_block.items()}
         self.largest = max((m.num_entries for m in matrices), default=0)
-        self.ring = max(
-            (int(self.work.state + 4) * m.num_free + self.file_size * m.num_entries for m in matrices),
-            default=0,
-        )
+        state = int(self.work.state + 4)
+        self.ring = max((state * m.num_free + self.file_size * m.num_entries for m in matrices), default=0)
         self.host_ring = max((4 * m.num_free + self.file_size * m.num_entries for m in matrices), default=0)
         self.num_coordinates = sum(self.coordinates.values())
         micro = work.micro_rows * work.row or work.tokens / work.micro_batches
         widths_in = [t.shape[1] for t in architecture.targets]
         hidden = max(set(widths_in), key=widths_in.count)  # what most matrices read
-        scores = architecture.score_heads * micro * (work.row or micro / max(1, work.micro_rows))
-        self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro
-        self.inside += (_SCORE + (self.size if self.size < _SCORE else 0)) * scores
+        row = work.row or micro / max(1, work.micro_rows)
+        written = architecture.writes_scores or writes_scores(device, work.compute or torch.float32, round(row))
+        scores = architecture.heads * micro * row if written else 0.0
+        self.inside = self.size * _ACTIVATIONS * max(widths.values()) * micro + (_SCORE + self.size % _SCORE) * scores
         # A router's loss is over the whole batch, which is not split then.
         configs = (checkpoint.config, checkpoint.config.get("text_config") or {})
         whole = any(each.get("output_router_logits") for each in configs) or self.kind not in PART_TOKENS

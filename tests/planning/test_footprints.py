@@ -58,12 +58,25 @@ def test_scores_that_are_written_out_grow_with_the_square_of_a_row(made: Path) -
     architecture = inspect_architecture(checkpoint)
     config = checkpoint.config
     heads, blocks = config["num_attention_heads"], config["num_hidden_layers"]
-    assert architecture.score_heads == heads
+    assert (architecture.heads, architecture.writes_scores) == (heads, True)
     planned = plan_archive(Archive(made / "weights"), architecture)
     eager = footprints(checkpoint, architecture, planned, GPU, work)
     scores = heads * 2 * 2048**2
     assert eager["none"].device["activations"] - plain == pytest.approx((6 * blocks + 8) * scores, rel=0.05)
     assert eager["cpu"].device["activations"] > plans(made, work=work)["cpu"].device["activations"]
+
+
+def test_scores_of_short_rows_in_bfloat16_on_a_cpu_are_written_out(made: Path) -> None:
+    def activations(row: int, compute: torch.dtype) -> float:
+        work = Workload(1024, 1, micro_rows=1024 // row, row=row, recompute=False, compute=compute)
+        return plans(made, CPU, work=work)["none"].device["activations"]
+
+    config = open_checkpoint(made / "model").config
+    heads, blocks = config["num_attention_heads"], config["num_hidden_layers"]
+    narrow, wide = torch.bfloat16, torch.float32
+    assert activations(128, wide) == pytest.approx(activations(256, wide), rel=1e-3)
+    apart = activations(128, narrow) - activations(256, narrow)
+    assert apart == pytest.approx((6 * blocks + 8) * heads * 1024 * 128, rel=0.1)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
