@@ -55,7 +55,8 @@ class Point:
 
     def cost(self, against: str | None) -> Mean | None:
         """What was done to what the model knew: `HARM`, `FIRST`, or the rise on a watched text."""
-        return {HARM: self.harm, FIRST: self.first}.get(against or "", self.watched.get(against or ""))
+        found = {HARM: self.harm, FIRST: self.first}.get(against or "")
+        return self.watched.get(against or "") if found is None else found
 
 
 @dataclass(frozen=True, slots=True)

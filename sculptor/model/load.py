@@ -16,7 +16,7 @@ from sculptor.data.chat import use_template
 from sculptor.data.edges import end_answers_at
 from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, SculptorError, SettingsError
-from sculptor.model.positions import guard_positions
+from sculptor.model.positions import guard_positions, turns_at
 from sculptor.model.probe import check_model, check_text_alone
 from sculptor.numerics.finite import is_finite
 from sculptor.numerics.kernels import keep_kernels
@@ -62,7 +62,12 @@ class LoadedModel:
     @property
     def widths(self) -> Widths:
         """What rows are padded to: attention on a GPU is planned anew for every shape, which takes longer than some padding."""
-        return Widths(64, self.architecture.max_positions) if self.device.type == "cuda" else EXACT
+        return self.padded_to(64) if self.device.type == "cuda" else EXACT
+
+    def padded_to(self, multiple: int) -> Widths:
+        """No further than positions reach, and not beyond where they turn otherwise."""
+        known = (self.architecture.max_positions, turns_at(self.model))
+        return Widths(multiple, min((each for each in known if each is not None), default=None))
 
     def pass_by(self) -> None:
         """Does this process's part of a forward pass without gradients that others have rows for."""

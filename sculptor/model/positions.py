@@ -20,7 +20,14 @@ def guard_positions(model: nn.Module) -> None:
     limits = dict(_limits(model))
     if limits:
         model._sculptor_cache_works = False  # type: ignore[assignment]  # keys of a cache were turned by what there was then
+        model._sculptor_turns_at = min(limits.values())  # type: ignore[assignment]
         model.register_forward_pre_hook(partial(_check, limits), with_kwargs=True)
+
+
+def turns_at(model: Any) -> int | None:
+    """The length up to which no row's positions depend on others; None where they never do."""
+    found: int | None = getattr(model, "_sculptor_turns_at", None)
+    return found
 
 
 def _limits(model: nn.Module) -> Iterator[tuple[str, int]]:

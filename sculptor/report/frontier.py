@@ -7,17 +7,22 @@ from sculptor.benchmark.frontier import Frontier, Mean
 from sculptor.report.text import table
 
 _MAX_TEXT = 14
+_MOST_TEXTS = 2
 
 
 def frontier_text(found: Frontier) -> str:
     """What `sculptor frontier` prints."""
+    head = frontier_head(found)
+    shown = len(head) - 1 - max(0, len(texts_of(found)) - _MOST_TEXTS)  # without seconds, and texts that find no place
     rows = [
-        [f"{i}. {point.name}", *values[:-1]]
+        [f"{i}. {point.name}", *values[:shown]]
         for i, (point, values) in enumerate(zip(found.points, frontier_rows(found), strict=True), 1)
     ]
+    more = texts_of(found)[_MOST_TEXTS:]
     return "\n".join(
         [
-            table(["run", *frontier_head(found)[:-1]], rows, keep_start=True),
+            table(["run", *head[:shown]], rows, keep_start=True),
+            *([f"also watched, see --html or --json: {', '.join(more)}"] if more else []),
             f"{found.metric.replace('_', ' ')} on {found.split} rows of {', '.join(found.tasks)}, "
             f"{'nats per token' if found.metric == 'loss' else '%'}",
             "harm: KL(base || last), nats a token; first: at the first tokens of answers",

@@ -102,7 +102,7 @@ def plot_frontier(found: Frontier, path: Path) -> None:
     if min(value.mean for _, value in drawn) > 0:
         axes.set_xscale("log")
     axes.set(
-        xlabel=f"{found.against}: {label}, nats a token",
+        xlabel=f"{found.against}: {label}, nats{'' if found.against == FIRST else ' a token'}",
         ylabel=f"AA, {'nats per token' if found.metric == 'loss' else '%'}",
     )
     axes.set_title(f"{', '.join(found.tasks)}: up is better, left is safer")

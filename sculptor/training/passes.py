@@ -50,7 +50,7 @@ class Passes:
         """What rows are padded to."""
         dtype = compute_dtype(self.settings.precision, self.loaded.device)
         multiple = multiple_of_lengths(self.loaded.device, dtype)
-        return Widths(multiple, self.loaded.architecture.max_positions) if multiple > 1 else self.loaded.widths
+        return self.loaded.padded_to(multiple) if multiple > 1 else self.loaded.widths
 
     def close(self) -> None:
         """Gives back what is kept between steps."""

@@ -135,12 +135,13 @@ def protect(
 
 def _tell_of_new_head(model: Any, archive: Archive) -> None:
     """A head that the archive's base has not is frozen at its random start values, unless somebody says otherwise."""
-    own = getattr(model, "base_model_prefix", "")
-    said = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(model).__name__ == archive.manifest.model_class or not own or said is not None:
+    inside = getattr(model, "base_model_prefix", "") + "."
+    says = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    if says or archive.manifest.model_class in {kind.__name__ for kind in type(model).__mro__}:
         return
-    new = [name for name, _ in model.named_parameters() if not name.startswith(own + ".")]
-    if new:
+    names = [name for name, _ in model.named_parameters()]
+    new = [name for name in names if not name.startswith(inside)]
+    if 0 < len(new) < len(names):  # a base model alone has nothing that is inside
         warnings.warn(
             f"{new[0]} is new to {archive.manifest.model_class}, of which the archive is, and frozen as it is; to train it: "
             f'model.get_submodule("{new[0].rpartition(".")[0]}").requires_grad_(True)',

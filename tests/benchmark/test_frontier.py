@@ -97,6 +97,22 @@ def test_what_a_run_costs_may_be_a_watched_text(tmp_path: Path, cli: Callable[..
     assert "--against other.txt: expected one of harm, harm.first, wiki.txt, which the runs measured" in refused.err
 
 
+def test_a_text_may_be_called_as_harm_is_and_many_find_their_place(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    def run(name: str, method: str, **more: Any) -> Path:
+        place = finished(tmp_path / name, method, harm=None, **more)
+        content = json.loads((place / "continual.json").read_text())
+        for i, stage in enumerate(content["stages"]):
+            stage["watched"] = dict.fromkeys(("harm", "a-long-name-of-a-text.txt", "wiki.txt"), 2.0 + i)
+        (place / "continual.json").write_text(json.dumps(content))
+        return place
+
+    runs = [run("1", "sculptor"), run("2", "full"), run("3", "full", seed=1)]
+    assert [point.cost("harm").mean for point in frontier(runs, "harm").points] == [2.0, 2.0]  # type: ignore[union-attr]
+    text = cli("frontier", *runs).out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "also watched, see --html or --json: wiki.txt" in text
+
+
 def test_orders_of_tasks_are_points_of_their_own(tmp_path: Path) -> None:
     runs = [finished(tmp_path / "1"), finished(tmp_path / "2", tasks=["b", "a"], plan={"tasks": [{"name": "b"}]})]
     assert sorted(point.name.rpartition(", ")[2] for point in frontier(runs).points) == ["a first", "b first"]

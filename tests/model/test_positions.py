@@ -106,6 +106,13 @@ def test_positions_of_what_was_read_before_are_refused(tmp_path: Path) -> None:
         model(input_ids=torch.full((1, LIMIT + 1), 4))
 
 
+@pytest.mark.parametrize("rope", sorted(ROPES))
+def test_padding_ends_where_positions_turn_otherwise(tmp_path: Path, rope: str) -> None:
+    """A row that fits must not be refused for what it is padded to; one that does not is padded no further than it is long."""
+    widths = load_model(open_checkpoint(saved(tmp_path / "model", rope)), torch.device("cpu")).padded_to(24)
+    assert [widths.of(longest) for longest in (20, 24, 25, LIMIT, LIMIT + 1)] == [24, 24, LIMIT, LIMIT, LIMIT + 1]
+
+
 def test_dynamic_positions_go_by_the_model_s_own_length(tmp_path: Path) -> None:
     """Whatever else the configuration says of an original one."""
     path = saved(tmp_path / "model", "dynamic")

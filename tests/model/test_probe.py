@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
         (torch.bfloat16, "nothing", False),
         (torch.bfloat16, "another shape", False),
         (torch.bfloat16, "padding", True),
+        (torch.bfloat16, "its width", True),
         (torch.float32, "nothing", False),
         (torch.float32, "another shape", True),
         (torch.float32, "padding", True),
@@ -44,7 +45,9 @@ def test_what_moves_predictions(
         padded = (batch.attention_mask == 0).any(dim=1)[:, None, None]
         one = torch.zeros_like(found)  # as rounding: of thousands of numbers one is moved so far
         one[..., 0, 3] = float(batch.input_ids.shape[1] < 8)
-        moved = {"nothing": torch.zeros_like(found), "another shape": one, "padding": padded}[what]
+        moved = {"nothing": torch.zeros_like(found), "another shape": one, "padding": padded}.get(what)
+        if moved is None:  # what depends on how wide a batch is, wherever the padding
+            return found * batch.input_ids.shape[1]
         return found + 0.4 * found.std() * moved
 
     monkeypatch.setattr(probe, "logits_of", logits_of)

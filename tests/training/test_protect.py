@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, save_checkpoint, slowly
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from conftest import FAMILIES, make_tokenizer, save_checkpoint, slowly
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from sculptor import AnalyzeSettings, Archive, analyze, merge, protect, verify
 from sculptor.errors import ArchiveError, CapacityError, TrainingError, VerificationError
@@ -509,3 +509,18 @@ def test_a_new_head_is_not_frozen_in_silence(made: dict[str, tuple[Path, Path]])
     assert all(
         "parametrizations" in name for name, p in model.named_parameters() if p.requires_grad and name != "score.weight"
     )
+
+
+@pytest.mark.filterwarnings("error")
+def test_there_is_no_new_head_where_there_is_none(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    path, archive = made["llama-double"]
+    protect(AutoModel.from_pretrained(path), archive)
+    headed = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+    headed.save_pretrained(tmp_path / "headed")
+    make_tokenizer().save_pretrained(tmp_path / "headed")
+    analyze(tmp_path / "headed", tmp_path / "archive", AnalyzeSettings(preserve=0.5, device="cpu"))
+
+    class Own(type(headed)):  # type: ignore[misc]
+        """Somebody's own, of the same head."""
+
+    protect(Own.from_pretrained(tmp_path / "headed"), tmp_path / "archive")
