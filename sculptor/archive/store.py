@@ -123,7 +123,9 @@ class Archive(Mapping[str, MatrixRecord]):
         self.kinds = known_kinds(rules)
         file = self.path / MANIFEST_NAME
         if not file.is_file():
-            raise ArchiveError(f"{self.path}: no {MANIFEST_NAME}; expected a subspace archive{hint(self.path)}")
+            raise ArchiveError(
+                f"{self.path}: no {MANIFEST_NAME}; expected a subspace archive, as `sculptor analyze` makes{hint(self.path)}"
+            )
         self.manifest = Manifest.from_json(read_file(file, ArchiveError, REMEDY), file, self.kinds)
         self._infos: dict[str, TensorInfo] = {}
         self._checked: dict[str, FileState] = {}  # digest

@@ -285,6 +285,7 @@ _HINTS = {
     "rows": "the data files hold other rows now",
     "tokens": "the same rows have other tokens now: another tokenizer or chat template, or one that prints the date",
     "tokenizer and generation": "the model's files of its tokenizer, or of how it generates, changed since",
+    "threads": "threads was {old}, now {new}: set OMP_NUM_THREADS={old}",
 }
 
 
@@ -301,12 +302,12 @@ def key_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
         if name == "model":
             return f"{', '.join(different)}; {', '.join(changed[:3])}{more} changed since"
         name, old, new = f"{name}.{changed[0]}", old.get(changed[0]), new.get(changed[0])
-    return f"{', '.join(different)}; {_HINTS.get(name) or f'{name} was {_short(old)}, now {_short(new)}'}"
+    told = _HINTS.get(name, "{name} was {old}, now {new}").format(name=name, old=_short(old), new=_short(new))
+    return f"{', '.join(different)}; {told}"
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:59] + "…"
 
 
 @contextmanager

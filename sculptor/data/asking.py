@@ -9,7 +9,7 @@ from typing import Any
 from sculptor.data.chat import messages_as_rendered
 from sculptor.data.conversations import short
 from sculptor.data.edges import answer_end, special_ids, tell_language, tell_other_end
-from sculptor.data.row_types import MessagesRow, Row
+from sculptor.data.row_types import CompletionRow, MessagesRow, Row, settle
 from sculptor.errors import DataError
 
 _MARK = "\u241e"  # stands for what is said
@@ -118,6 +118,20 @@ def tell_ends(rows: Sequence[Row], tokenizer: Any, notice: Callable[[str], objec
         tell_unstopped(tokenizer, notice)
         tell_roles(rows, tokenizer, notice)
     tell_language(rows, tokenizer, notice)
+
+
+def tell_plain(rows: Sequence[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:
+    """Tells, in one line, of prompts that a model which talks is taught as they stand; they may be meant as questions."""
+    if not tokenizer.chat_template:
+        return
+    marks = set(tokenizer.all_special_tokens)
+    prompts = [settled.prompt for row in rows if isinstance(settled := settle(row, True), CompletionRow)]
+    count = sum(not any(mark in prompt for mark in marks) for prompt in prompts)  # else somebody applied a template
+    if count:
+        notice(
+            f"{count:,} of {len(rows):,} rows are a prompt and its completion, which are learned as they stand, without the chat "
+            'template; for a conversation give {"messages": [...]}'
+        )
 
 
 def tell_roles(rows: Iterable[Row], tokenizer: Any, notice: Callable[[str], object]) -> None:

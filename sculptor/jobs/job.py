@@ -14,7 +14,7 @@ from sculptor.checkpoint.directory import check_modules
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.checkpoint.records import read_record
 from sculptor.checkpoint.vocabulary import Growth
-from sculptor.data.asking import tell_ends
+from sculptor.data.asking import tell_ends, tell_plain
 from sculptor.data.chat import check_use, tell_unread
 from sculptor.data.examples import Encoded, encode, encode_sources, resolve_max_length
 from sculptor.data.labelled import classes_of
@@ -233,6 +233,7 @@ def read_task(
         check_use(rows, settings.chat_template)
     encoded = encode_sources(sources, tokenizer, kind, max_length, size)
     tell_ends(rows, tokenizer, notice)
+    tell_plain(rows, tokenizer, notice)
     if encoded.num_rewritten:
         notice(
             f"{encoded.num_rewritten:,} of {len(rows):,} rows: the chat template says the assistant's turn otherwise than the row "

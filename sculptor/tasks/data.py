@@ -8,7 +8,7 @@ from typing import Any
 
 from sculptor.checkpoint.architecture import Architecture, ModelKind, inspect_architecture
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
-from sculptor.data.asking import tell_ends
+from sculptor.data.asking import tell_ends, tell_plain
 from sculptor.data.chat import check_use, unread_keys
 from sculptor.data.columns import Columns
 from sculptor.data.examples import IGNORED, EncodedRow, Example, encode_row, mixture_of, resolve_max_length
@@ -87,6 +87,7 @@ def preview_rows(
     examples = [example for row in encoded for example in row.examples]
     remarks: list[str] = []
     tell_ends(found, tokenizer, remarks.append)
+    tell_plain(found, tokenizer, remarks.append)
     parts = _divide(encoded, sources)
     mixture = mixture_of(sources, parts)
     counts = parts if mixture is None else list(mixture.counts)

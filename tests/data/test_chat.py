@@ -10,7 +10,7 @@ import pytest
 import transformers
 from conftest import write_rows
 
-from sculptor.data.asking import question_of, spoken, tell_ends
+from sculptor.data.asking import question_of, spoken, tell_ends, tell_plain
 from sculptor.data.chat import unread_keys, use_template
 from sculptor.data.edges import end_answers_at
 from sculptor.data.examples import IGNORED, encode
@@ -402,6 +402,18 @@ def test_roles_that_a_template_does_not_name_are_told(tokenizer: Any) -> None:
         found = [line for line in lines if "no name for" in line]
         assert bool(found) == told
         assert not told or found[0].endswith("'environment' in 1 row")
+
+
+def test_prompts_that_are_learned_without_the_template_are_told(tokenizer: Any) -> None:
+    pair = {"prompt": "Who is it?", "completion": " A baker"}
+    rendered = {"prompt": f"{tokenizer.all_special_tokens[0]}user Who is it?", "completion": "A baker"}
+    rows = read_rows([pair, rendered, {"messages": HELLO}, {"text": "plain"}])
+    told: list[str] = []
+    tell_plain(rows, tokenizer, told.append)
+    assert [line[:47] for line in told] == ["1 of 4 rows are a prompt and its completion, wh"]
+    tokenizer.chat_template = None
+    tell_plain(rows, tokenizer, told.append)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("how", ["added", "special", "stops"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sculptor.checkpoint.staging import key_difference
 from sculptor.errors import OutputError
 from sculptor.training.state import Position, StateStore
 from sculptor.training.stepping.updates import tensors_of
@@ -65,6 +66,9 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path, name: str, content: byt
 
 def test_other_settings_and_other_bases_are_refused(tmp_path: Path) -> None:
     StateStore(tmp_path, KEY, PRINTS).save(Position(1), tensors_of({"a": torch.zeros(3)}))
+    assert key_difference({"threads": 2, "epochs": 5}, {"threads": 1, "epochs": 5}) == (
+        "threads; threads was 2, now 1: set OMP_NUM_THREADS=2"
+    )
     with pytest.raises(OutputError, match=r"other settings .learning_rate; learning_rate was 0.001, now 0.1"):
         StateStore(tmp_path, KEY | {"learning_rate": 0.1}, PRINTS).load()
     with pytest.raises(OutputError, match="belong to other bases"):
