@@ -65,9 +65,8 @@ def check_model(
     apart = logits[2:, :-_CHANGED] - alone
     moved = float(apart.abs().max())
     dtype = torch.bfloat16 if mixed else computing_dtype(model)
-    if (
-        dtype not in _NOISE
-    ):  # another shape rounds otherwise, the largest of all logits once by 0.4 of a tuned model's spread
+    # Another shape rounds otherwise, the largest of all logits in bfloat16 once by 0.4 of a tuned model's spread.
+    if dtype not in _NOISE:
         found = float(apart.square().mean().sqrt())
         if kind == "causal":  # the row beside it, of the same shape, tells what padding does where little is moved
             found = max(found, float((logits[2] - logits[0])[:-_CHANGED].abs().max()))

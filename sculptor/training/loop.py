@@ -160,7 +160,8 @@ class TrainingLoop:
                 if evaluates:
                     self._evaluate(done)
                 signal_number = self.world.most(self.stop() or 0)
-                if signal_number or self.world.from_first(self.saves.due(done)):
+                # Processes agree where there is something to agree on: that waits for all of them.
+                if signal_number or (self.saves.may_be(done) and self.world.from_first(self.saves.due(done))):
                     with self.saves.timed():
                         self._save()
                 if signal_number:

@@ -28,13 +28,15 @@ class Saves:
         self._takes = _BYTES * num_trainable / _BYTES_A_SECOND
         self._last = time.perf_counter()
 
+    def may_be(self, done: int) -> bool:
+        """Whether this is a step at which states are saved at all; the same in all processes."""
+        return done == self.total or done % self.settings.steps_between_saves(self.total) == 0
+
     def due(self, done: int) -> bool:
-        """After so many steps."""
-        last = done == self.total
-        if not last and done % self.settings.steps_between_saves(self.total):
-            return False
+        """Whether it is worth the time after so many steps, as this process sees it."""
         since = time.perf_counter() - self._last
-        return self.settings.save_every is not None or since >= (_SELDOM_LAST if last else _SELDOM) * self._takes
+        seldom = _SELDOM_LAST if done == self.total else _SELDOM
+        return self.may_be(done) and (self.settings.save_every is not None or since >= seldom * self._takes)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
