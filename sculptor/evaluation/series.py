@@ -131,6 +131,11 @@ def ifeval_series(
     """How often all instructions of a prompt are followed, and how often one is."""
     longest = min(1280, reading.max_length * 3 // 4)  # as lm-eval's task has it
     said = _said(loaded, [str(row["prompt"]) for row in rows], reading, reading.max_new_tokens or longest, progress)
+    return followed_series(rows, said, check)
+
+
+def followed_series(rows: Sequence[Mapping[str, Any]], said: Sequence[str], check: Check) -> list[Series]:
+    """`ifeval_series` of answers that were given."""
     followed = [check(row, answer) for row, answer in zip(rows, said, strict=True)]
     each = Series("instructions", tuple(float(sum(f)) for f in followed), tuple(map(len, followed)))
     return [_of_rows("followed", [all(f) for f in followed]), each]

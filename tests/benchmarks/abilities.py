@@ -23,7 +23,7 @@ from sculptor.data.rows import Row
 from sculptor.evaluation.answers import say
 from sculptor.evaluation.ifeval import find_checker
 from sculptor.evaluation.rows import read_evaluation_rows
-from sculptor.evaluation.series import Figure, Reading, Series, change, read_series
+from sculptor.evaluation.series import Figure, Reading, Series, change, followed_series, read_series
 from sculptor.jobs.job import open_model
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.numerics.ratio import ratio_of_sums
@@ -81,10 +81,11 @@ def compare(base: Path, files: Sequence[Path], data: Path | None) -> None:
             rows = zip(*(each[figure].sums for each in group), strict=True)
             differences = [sum(row) / len(row) - was for row, was in zip(rows, old.sums, strict=True)]
             found = ratio_of_sums(differences, old.counts)
-            each_seed = " ".join(f"{100 * one.mean:+.2f}" for one in moved)
+            scale = 1 if old.figure == "loss" else 100
+            each_seed = " ".join(f"{scale * one.mean:+.2f}" for one in moved)
             print(
-                f"{name:30} {figure:12} {100 * old.mean.mean:6.2f} {100 * (old.mean.mean + found.mean):6.2f} "
-                f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f})  {each_seed}"
+                f"{name:30} {figure:12} {scale * old.mean.mean:6.2f} {scale * (old.mean.mean + found.mean):6.2f} "
+                f"{scale * found.mean:+.2f} ({scale * found.low:+.2f} to {scale * found.high:+.2f})  {each_seed}"
             )
 
 
@@ -97,10 +98,7 @@ def _judged(file: Path, data: Path | None) -> dict[str, Series]:
     if data is not None:
         check = find_checker()
         assert check is not None
-        followed = [check(row, said) for row, said in zip(_instructions(data), found["ifeval"], strict=True)]
-        series["ifeval"] = Series("followed", tuple(float(all(each)) for each in followed), (1,) * len(followed))
-        counts = tuple(map(len, followed))
-        series["instructions"] = Series("instructions", tuple(float(sum(each)) for each in followed), counts)
+        series |= {each.figure: each for each in followed_series(_instructions(data), found["ifeval"], check)}
     return series
 
 

@@ -111,6 +111,30 @@ def test_fold_equals_the_sum_over_row_groups(steps: tuple[tuple[int, int], ...],
     torch.testing.assert_close(space.fold(coordinates), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("steps", STEPS)
+def test_pairs_are_slowed_down_each_by_its_factor_and_no_frozen_one_moves(
+    steps: tuple[tuple[int, int], ...], generator: torch.Generator
+) -> None:
+    staircase = Staircase(8, 10, steps)
+    plain = space_of(
+        staircase, Basis(orthonormal(8, 6, generator), "leading"), Basis(orthonormal(10, 7, generator), "leading")
+    )
+    assert plain.output is not None
+    assert plain.input is not None
+    h, w = (torch.rand(size, dtype=torch.float64, generator=generator) for size in (8 - plain.first, 10 - plain.least))
+    space = FreeSpace(staircase, plain.output, plain.input, (h, w))
+    factors = 1 / (1 + h[:, None] * w).sqrt()
+    coordinates = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in space.shapes]
+    given = [a.clone() for a in coordinates]
+    turned = dense(plain.output)[:, plain.first :].T @ plain.fold(coordinates) @ dense(plain.input)[:, plain.least :]
+    expected = dense(plain.output)[:, plain.first :] @ (factors * turned) @ dense(plain.input)[:, plain.least :].T
+    torch.testing.assert_close(space.fold(coordinates), expected, atol=1e-12, rtol=0)
+    assert all(torch.equal(a, was) for a, was in zip(coordinates, given, strict=True))
+    gradient = torch.randn(8, 10, dtype=torch.float64, generator=generator)
+    pairing = sum(float((a * g).sum()) for a, g in zip(coordinates, space.project(gradient), strict=True))
+    assert pairing == pytest.approx(float((expected * gradient).sum()), rel=1e-10)
+
+
 @pytest.mark.parametrize(("constraint", "m", "n", "k"), CASES)
 def test_project_is_the_gradient_of_fold(
     constraint: Constraint, m: int, n: int, k: int, generator: torch.Generator
