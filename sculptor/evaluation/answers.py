@@ -12,6 +12,7 @@ from sculptor.data.examples import cut_middle
 from sculptor.data.row_types import MessagesRow
 from sculptor.errors import DataError, SettingsError
 from sculptor.evaluation.readers import Reader, open_reader
+from sculptor.model.decoding import decode, padded_left
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar
 from sculptor.world import ALONE, World
@@ -107,8 +108,7 @@ def answer_rows(
     found: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        reader = open_reader(loaded, [prompts[i] for i in chosen])
-        for i, ids in zip(chosen, greedy(reader, count, stops), strict=True):
+        for i, ids in zip(chosen, _continued(loaded, [prompts[i] for i in chosen], count, stops), strict=True):
             said = spoken(tokenizer, ids)
             exact = answer_part(said) in asked[i].expected
             found[i] = Answer(rows[i].where, asked[i].text, asked[i].expected[0], said, exact)
@@ -145,8 +145,7 @@ def say(
     found: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        reader = open_reader(loaded, [ids[i] for i in chosen])
-        for i, said in zip(chosen, greedy(reader, max_new, stops), strict=True):
+        for i, said in zip(chosen, _continued(loaded, [ids[i] for i in chosen], max_new, stops), strict=True):
             found[i] = answer_part(spoken(tokenizer, said))
         bar.update(len(chosen))
     return [found[i] for i in range(len(prompts))]
@@ -157,6 +156,16 @@ def _asked(tokenizer: Any, prompt: str) -> list[int]:
         return prompt_ids(tokenizer, prompt)
     text = render_question(tokenizer, [{"role": "user", "content": prompt}])
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _continued(
+    loaded: LoadedModel, prompts: Sequence[list[int]], num_new: int, stops: Collection[int]
+) -> list[list[int]]:
+    """What `greedy` says to prompts; on a GPU with steps that are recorded, where a model's can be."""
+    said = decode(loaded, *padded_left(loaded, prompts), num_new, sorted(stops), 0.0)
+    if said is None:
+        return greedy(open_reader(loaded, prompts), num_new, stops)
+    return [_until(ids, stops) for ids in said.tolist()]
 
 
 def greedy(reader: Reader, num_new: int, stops: Collection[int]) -> list[list[int]]:
@@ -173,4 +182,9 @@ def greedy(reader: Reader, num_new: int, stops: Collection[int]) -> list[list[in
         said.append(chosen)
         ended |= torch.isin(chosen[:, 0], ends)
     sequences = torch.cat(said, dim=1).tolist()
-    return [ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))] for ids in sequences]
+    return [_until(ids, stops) for ids in sequences]
+
+
+def _until(ids: list[int], stops: Collection[int]) -> list[int]:
+    """Tokens before the first of `stops`."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]

@@ -25,6 +25,14 @@ _SAME = 0.1
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
+def padded_left(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts as (rows, width), padded on the left, and the mask of what is no padding; where the model computes."""
+    width = max(map(len, prompts))
+    ids = [[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=loaded.device), torch.tensor(mask, device=loaded.device)
+
+
 class Heard(Protocol):
     """Is told of tokens while they are said, as a streamer of `generate` is."""
 
@@ -63,9 +71,11 @@ def decode(
     temperature: float,
     *,
     heard: Heard | None = None,
-    record: Record = recorded,
+    record: Record | None = None,
 ) -> Tensor | None:
     """New tokens (rows, at most num_new), padded behind the first of `ends`; None where a model's steps cannot be recorded.
+
+    So it is without a GPU, whose launches are what a recording spares.
 
     Args:
         loaded: a causal model.
@@ -74,8 +84,11 @@ def decode(
         ends: tokens that end a row.
         temperature: 0 for the most likely tokens.
         heard: is told of the tokens.
-        record: makes a step one that can be played again; it runs it once.
+        record: makes a step one that can be played again; it runs it once. Default a CUDA graph.
     """
+    record = recorded if record is None and loaded.device.type == "cuda" else record
+    if record is None:
+        return None
     if num_new < _WORTH or loaded.stream is not None:  # blocks come and go, which no recording would do again
         return None
     steps = _Steps.of(loaded, ids, mask, num_new, ends, temperature)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sculptor.checkpoint.configuration import reason_of
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
-from sculptor.model.decoding import CACHES, decode
+from sculptor.model.decoding import CACHES, decode, padded_left
 from sculptor.model.load import LoadedModel
 from sculptor.progress import Bar, Progress
 
@@ -214,14 +214,10 @@ def continue_prompts(
         pad_token_id=loaded.pad_id,
         return_dict_in_generate=True,
     )
-    width = max(map(len, prompts))
-    ids = torch.tensor([[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    ids, mask = ids.to(loaded.device), mask.to(loaded.device)
-    if loaded.device.type == "cuda":
-        said = decode(loaded, ids, mask, num_new, ends, temperature, heard=heard)
-        if said is not None:
-            return [_up_to(tokens, ends)[0] for tokens in said.tolist()]
+    ids, mask = padded_left(loaded, prompts)
+    said = decode(loaded, ids, mask, num_new, ends, temperature, heard=heard)
+    if said is not None:
+        return [_up_to(tokens, ends)[0] for tokens in said.tolist()]
     found: list[list[int]] = [[] for _ in prompts]
     rows, left = list(range(len(prompts))), num_new
     kept: Mapping[str, Any] = {}

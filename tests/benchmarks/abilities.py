@@ -1,11 +1,12 @@
 """What tuned models can still do, row by row and in pairs with their base: cloze suites, the loss of LAMBADA, and IFEval.
 
-    python tests/benchmarks/abilities.py read MODEL DATA FILE
+    python tests/benchmarks/abilities.py read MODEL DATA FILE [--choices-only]
     python tests/benchmarks/abilities.py compare BASE FILE... [--ifeval DATA]
 
-`read` asks a model all rows of DATA/abilities/{piqa,arc_easy,hellaswag,lambada}.jsonl and the prompts of ifeval.jsonl, and keeps
-in FILE which rows were right and what was said. `compare` prints how FILEs differ from BASE; several FILEs called alike up to
-their last dash are seeds of one thing, and become a mean. With --ifeval, lm-eval's checker judges what was said (extra `harness`).
+`read` asks a model all rows of DATA/abilities/{piqa,arc_easy,hellaswag,lambada}.jsonl and, unless told otherwise, the prompts of
+ifeval.jsonl, and keeps in FILE which rows were right and what was said. `compare` prints how FILEs differ from BASE; several
+FILEs called alike up to their last dash are seeds of one thing, and become a mean. With --ifeval, lm-eval's checker judges what
+was said (extra `harness`).
 """
 
 import argparse
@@ -30,12 +31,12 @@ from sculptor.numerics.ratio import ratio_of_sums
 from sculptor.progress import silent
 
 SUITES: dict[str, Figure] = {"piqa": "accuracy", "arc_easy": "accuracy", "hellaswag": "acc_norm", "lambada": "loss"}
-LENGTH, ANSWER, BATCH = 1024, 768, 64
+LENGTH, ANSWER, BATCH = 1024, 768, 128
 ASKED = 256  # prompts at once: every token of an answer is a pass of its own
 
 
-def read(model: Path, data: Path, file: Path) -> None:
-    """Asks a model everything."""
+def read(model: Path, data: Path, file: Path, *, answers: bool = True) -> None:
+    """Asks a model everything; without `answers` what it is to choose alone."""
     checkpoint = open_checkpoint(model)
     loaded = open_model(
         checkpoint, resolve_device("auto"), inspect_architecture(checkpoint), "auto", tokens=BATCH * LENGTH
@@ -45,10 +46,11 @@ def read(model: Path, data: Path, file: Path) -> None:
         for suite, figure in SUITES.items():
             rows = read_evaluation_rows([str(data / "abilities" / f"{suite}.jsonl")], None, None, None)
             found[suite] = _series(loaded, rows, figure)
-        prompts = [str(row["prompt"]) for row in _instructions(data)]
-        found["ifeval"] = say(
-            loaded, prompts, LENGTH, ANSWER, ASKED, silent(total=len(prompts), desc="answer", unit="row")
-        )
+        if answers:
+            prompts = [str(row["prompt"]) for row in _instructions(data)]
+            found["ifeval"] = say(
+                loaded, prompts, LENGTH, ANSWER, ASKED, silent(total=len(prompts), desc="answer", unit="row")
+            )
     file.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -76,6 +78,8 @@ def compare(base: Path, files: Sequence[Path], data: Path | None) -> None:
         groups[file.stem.rpartition("-")[0] or file.stem].append(_judged(file, data))
     for name, group in groups.items():
         for figure, old in before.items():
+            if any(figure not in each for each in group):
+                continue
             moved = [change(old, each[figure]) for each in group]
             # Over seeds a row's outcome is its mean: what is left is how rows differ.
             rows = zip(*(each[figure].sums for each in group), strict=True)
@@ -95,7 +99,7 @@ def _judged(file: Path, data: Path | None) -> dict[str, Series]:
         name: Series(figure, tuple(found[name]["sums"]), tuple(found[name]["counts"]))
         for name, figure in SUITES.items()
     }
-    if data is not None:
+    if data is not None and "ifeval" in found:
         check = find_checker()
         assert check is not None
         series |= {each.figure: each for each in followed_series(_instructions(data), found["ifeval"], check)}
@@ -108,13 +112,14 @@ def main() -> None:
     asked = commands.add_parser("read")
     for name in ("model", "data", "file"):
         asked.add_argument(name, type=Path)
+    asked.add_argument("--choices-only", action="store_true")
     compared = commands.add_parser("compare")
     compared.add_argument("base", type=Path)
     compared.add_argument("files", type=Path, nargs="+")
     compared.add_argument("--ifeval", type=Path, metavar="DATA")
     arguments = parser.parse_args()
     if arguments.command == "read":
-        read(arguments.model, arguments.data, arguments.file)
+        read(arguments.model, arguments.data, arguments.file, answers=not arguments.choices_only)
         found = json.loads(arguments.file.read_text(encoding="utf-8"))
         print(" ".join(f"{suite} {mean(found[suite]):.4f}" for suite in SUITES))
     else:

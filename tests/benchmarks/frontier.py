@@ -5,7 +5,8 @@
 
 DATA holds cl/<task>/{train,validation,test}.jsonl, text/wikitext2-test.txt, and abilities/*.jsonl. `prepare` adds
 DATA/prepared-MODEL: the model's greedy answers to abilities/helpful_prompts.jsonl (how it goes on, where it has no chat
-template), whose loss is watched. After its last task every run is asked for its abilities, too.
+template), whose loss is watched. After its last task every run is asked for its abilities, too,
+and those of ANSWERED for answers to IFEval, which take minutes.
 """
 
 import argparse
@@ -48,7 +49,7 @@ save_every = 100000
 [evaluate]
 exact_match = false
 max_length = 512
-batch_size = 32
+batch_size = 256
 {tasks}'''
 
 
@@ -67,6 +68,7 @@ def calibration(model: Path, run: Run) -> str:
 
 WEIGHTS = ("analyze.basis=weights", "analyze.preserve=0.5")
 _BEST = (("sculptor", 0.0), ("joint", 5e-5))
+ANSWERED = {(order, method) for order in ("6", "6r") for method, _ in _BEST}
 SUITES: dict[str, list[Run]] = {
     # Every rate is shown, so nothing is chosen; 0 is the default.
     "ours": [
@@ -132,6 +134,7 @@ SUITES: dict[str, list[Run]] = {
         *(Run("1", "sculptor", 0.0, seed=seed, split="test") for seed in range(3)),
         *(Run(order, "crispedit", 0.0, split="test") for order in ("6", "6r")),
         *(Run(order, method, 5e-5, split="test") for method in ("replay", "full", "kl") for order in ("6", "6r")),
+        *(Run(order, "sculptor", 0.0, ("train.max_harm=0.02",), split="test") for order in ("6", "6r")),
         Run("2", "sculptor", 0.0, split="test"),
     ],
     # Systems that needed more time or memory than the others.
@@ -197,18 +200,18 @@ def _file_name(run: Run) -> str:
     )
 
 
-def measure(data: Path, name: str, run: Path) -> None:
+def measure(data: Path, name: str, run: Path, *, answered: bool) -> None:
     """Prints what the model of a run can still do; which rows are right stays beside it, for `abilities.py compare`."""
     file = run.parent / "abilities" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
-    abilities.read(run / "model", data, file)
+    abilities.read(run / "model", data, file, answers=answered)
     found = json.loads(file.read_text(encoding="utf-8"))
     print(json.dumps({suite: abilities.mean(found[suite]) for suite in abilities.SUITES}))
 
 
 def main() -> None:
     if sys.argv[1:2] == ["measure"]:
-        measure(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+        measure(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[5]), answered=sys.argv[4] == "answered")
     elif sys.argv[1:2] == ["prepare"]:
         parser = argparse.ArgumentParser()
         parser.add_argument("--model", type=Path, required=True)
@@ -220,7 +223,14 @@ def main() -> None:
             SUITES,
             plan_text,
             __doc__ or "",
-            lambda given, run: [sys.executable, __file__, "measure", str(given.data), _file_name(run)],
+            lambda given, run: [
+                sys.executable,
+                __file__,
+                "measure",
+                str(given.data),
+                _file_name(run),
+                "answered" if (run.order, run.method) in ANSWERED else "choices",
+            ],
         )
 
 

@@ -9,13 +9,18 @@ import pytest
 import torch
 from conftest import Result, make_tokenizer, save_checkpoint, task_rows, write_rows
 from evaluation.test_ranking import reference_generation
+from model.test_decoding import run_again
 
 from sculptor import chat, evaluate
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.asking import end_ids, question_of
 from sculptor.data.rows import MessagesRow, read_rows
 from sculptor.errors import DataError, SettingsError
+from sculptor.evaluation import answers
+from sculptor.evaluation.answers import say
+from sculptor.model.decoding import decode
 from sculptor.model.load import load_model
+from sculptor.progress import silent
 from sculptor.report.evaluate import measures_rows
 
 TEMPLATE = "{% for m in messages %}w9 {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
@@ -113,6 +118,24 @@ def test_conversations_are_answered(cli: Callable[..., Result], tmp_path: Path) 
     text = write_rows(tmp_path / "text.jsonl", task_rows("text"))
     with pytest.raises(SettingsError, match="--exact-match and --show without effect"):
         evaluate(path, text, device="cpu", show=1)
+
+
+def test_recorded_steps_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU records, here without one: answers of several lengths, of which some end."""
+    loaded = load_model(open_checkpoint(talker(tmp_path / "m")), torch.device("cpu"))
+    prompts = [" ".join(f"w{(i * j) % 9}" for j in range(1 + i % 4)) for i in range(9)]
+    usual = say(loaded, prompts, 64, 12, 4, silent(total=9, desc="answer", unit="row"))
+    assert len({len(text.split()) for text in usual}) > 1
+    count = 0
+
+    def recorded(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return decode(*arguments, record=run_again)
+
+    monkeypatch.setattr(answers, "decode", recorded)
+    assert say(loaded, prompts, 64, 12, 4, silent(total=9, desc="answer", unit="row")) == usual
+    assert count == 3
 
 
 def test_one_figure_for_each_watched_text(cli: Callable[..., Result], tmp_path: Path) -> None:
