@@ -25,6 +25,7 @@ ORDERS = {
     "2": ("agnews", "yelp", "amazon", "dbpedia"),
     "6": ("dbpedia", "amazon", "yelp", "agnews", "sst2", "rte"),
     "6r": ("rte", "sst2", "agnews", "yelp", "amazon", "dbpedia"),
+    "said": ("extract", "tools", "gsm8k", "style"),  # tests/benchmarks/generated.py
 }
 
 

@@ -47,7 +47,7 @@ checkpoint_activations = false
 save_every = 100000
 {rate}
 [evaluate]
-exact_match = false
+exact_match = {"true" if run.order == "said" else "false"}
 max_length = 512
 batch_size = 256
 {tasks}'''
@@ -136,6 +136,14 @@ SUITES: dict[str, list[Run]] = {
         *(Run(order, method, 5e-5, split="test") for method in ("replay", "full", "kl") for order in ("6", "6r")),
         *(Run(order, "sculptor", 0.0, ("train.max_harm=0.02",), split="test") for order in ("6", "6r")),
         Run("2", "sculptor", 0.0, split="test"),
+    ],
+    # Answers that are said: JSON, calls of functions, worked sums, a house's own style.
+    "said": [
+        *(Run("said", "sculptor", 0.0, seed=seed, split="test") for seed in range(3)),
+        *(Run("said", method, 5e-5, split="test") for method in ("joint", "replay", "full", "kl")),
+        Run("said", "crispedit", 0.0, split="test"),
+        *(Run("said", method, 1e-4, split="test") for method in ("joint", "replay", "full")),
+        Run("said", "lora", 2e-4, split="test"),
     ],
     # Systems that needed more time or memory than the others.
     "rest": [
