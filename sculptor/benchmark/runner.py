@@ -42,7 +42,7 @@ from sculptor.edits.settings import BankSettings
 from sculptor.errors import OutputError, SettingsError
 from sculptor.jobs.bank_files import Bank
 from sculptor.jobs.job import open_model, read_offload
-from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.processes import Place, check_alike, join
 from sculptor.jobs.readme import write_readme
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.model.load import LoadedModel, resolve_device
@@ -107,15 +107,8 @@ def continual(
         whose = "a bank's rows are" if method == "slm" else "PEFT's methods run"
         raise SettingsError(f"--method {method} with {world.size} processes: {whose} in one; start it alone")
     output = Path(output).resolve()
-    with staged_together(
-        world,
-        output,
-        command="continual",
-        inputs=[plan, *files_of(resolved)],
-        overwrite=overwrite,
-        resume=resume,
-        worth_keeping=_has_scores,
-    ) as partial:
+    place = Place(world, output, "continual", overwrite, resume)
+    with place.staged([plan, *files_of(resolved)], _has_scores) as partial:
         with world.together():
             run = _Run(resolved, method, split, partial, progress, notice, stop, rules, world)
         check_alike(world, run.key)

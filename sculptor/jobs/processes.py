@@ -3,13 +3,14 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sculptor import world as processes
-from sculptor.checkpoint.staging import check_apart, partial_path, staging
+from sculptor.checkpoint.staging import check_apart, check_free, partial_path, staging
 from sculptor.errors import DataError, PeerError
 from sculptor.world import World
 
@@ -28,46 +29,64 @@ def on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
-@contextmanager
-def staged_together(
-    world: World,
-    output: Path,
-    *,
-    command: str,
-    inputs: Iterable[str | Path],
-    overwrite: bool,
-    resume: bool,
-    worth_keeping: Callable[[Path], bool],
-) -> Iterator[Path]:
-    """`staging` by the first process; the others find the directory there, and leave it alone.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where what comes out of several processes goes; the first one makes it there, the others find it and leave it alone.
 
-    Args:
+    Attributes:
         world: all processes.
-        output, command, overwrite, resume, worth_keeping: as for `staging`.
-        inputs: what the run reads, which the output may not be or hold.
+        output, command, overwrite, resume: as for `staging`.
     """
-    with ExitStack() as stack:
 
-        def enter() -> Path:
-            check_apart(output, inputs)
-            return stack.enter_context(
-                staging(
-                    output,
-                    command=command,
-                    overwrite=overwrite,
-                    resume=resume,
-                    worth_keeping=worth_keeping,
+    world: World
+    output: Path
+    command: str
+    overwrite: bool
+    resume: bool
+
+    def check(self, inputs: Iterable[str | Path]) -> None:
+        """Refuses what `staged` would refuse, before any work.
+
+        Raises:
+            OutputError: if the output is or holds an input, exists, or something is left over.
+        """
+
+        def check() -> None:
+            check_apart(self.output, inputs)
+            check_free(self.output, command=self.command, overwrite=self.overwrite, resume=self.resume)
+
+        self.world.once(check)
+
+    @contextmanager
+    def staged(self, inputs: Iterable[str | Path], worth_keeping: Callable[[Path], bool]) -> Iterator[Path]:
+        """`staging` by the first process.
+
+        Args:
+            inputs: what the run reads, which the output may not be or hold.
+            worth_keeping: as for `staging`.
+        """
+        with ExitStack() as stack:
+
+            def enter() -> Path:
+                check_apart(self.output, inputs)
+                return stack.enter_context(
+                    staging(
+                        self.output,
+                        command=self.command,
+                        overwrite=self.overwrite,
+                        resume=self.resume,
+                        worth_keeping=worth_keeping,
+                    )
                 )
-            )
 
-        try:
-            yield world.once(enter)
-        except PeerError as error:
-            if error.told:
-                raise
-            partial = partial_path(output)
-            done = f": what is done is in {partial}" if worth_keeping(partial) else ""
-            raise PeerError(f"{error} with --resume{done}") from error
+            try:
+                yield self.world.once(enter)
+            except PeerError as error:
+                if error.told:
+                    raise
+                partial = partial_path(self.output)
+                done = f": what is done is in {partial}" if worth_keeping(partial) else ""
+                raise PeerError(f"{error} with --resume{done}") from error
 
 
 def check_alike(world: World, key: Mapping[str, Any]) -> None:

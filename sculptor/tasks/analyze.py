@@ -28,7 +28,7 @@ from sculptor.jobs.analyze_job import AnalyzeJob, files_key, new_records, open_a
 from sculptor.jobs.analyze_report import AnalyzeReport, report_of
 from sculptor.jobs.defaults import tell_choice
 from sculptor.jobs.job import open_model
-from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.processes import Place, check_alike, join
 from sculptor.jobs.protected import keep_protected
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.method import Derived, Evidence
@@ -81,21 +81,12 @@ def analyze(
     make_method(given, kinds)  # refuses before any work
     output, world = Path(output).resolve(), join(given.device)
     device = resolve_device(given.device)
+    place = Place(world, output, "analyze", overwrite, resume)
+    read = [*filter(None, [given.chat_template]), *local_files([*items, *given.protected.values()])]
+    place.check([model, *read])
     with world.together():
         job = open_analysis(model, given, items, kinds, device, notice)
-    with staged_together(
-        world,
-        output,
-        command="analyze",
-        inputs=[
-            job.checkpoint.path,
-            *local_files([*job.items, *given.protected.values()]),
-            *filter(None, [given.chat_template]),
-        ],
-        overwrite=overwrite,
-        resume=resume,
-        worth_keeping=has_progress,
-    ) as partial:
+    with place.staged([job.checkpoint.path, *read, *local_files(job.items)], has_progress) as partial:
         tell_choice(given, job.settings, job.checkpoint, job.targets, device, notice)
         check_alike(world, files_key(job))
         records = new_records(job.checkpoint, job.targets, progress, world)

@@ -19,7 +19,7 @@ from sculptor.data.labelled import Classes, class_names, listed_classes
 from sculptor.data.rows import Data, as_items, read_sources
 from sculptor.jobs.classification import check_task
 from sculptor.jobs.job import open_base
-from sculptor.jobs.processes import join, staged_together
+from sculptor.jobs.processes import Place, join
 from sculptor.jobs.train_request import TrainRequest
 from sculptor.model.load import load_tokenizer
 from sculptor.progress import Progress
@@ -103,15 +103,8 @@ def with_new_head(head: NewHead, request: TrainRequest) -> Iterator[HeadedBase]:
     request.check_protected()
     checkpoint = open_checkpoint(request.model, settings.attn_implementation)
     path = partial / HEADED_NAME / checkpoint.path.resolve().name
-    with staged_together(
-        world,
-        request.output,
-        command="train",
-        inputs=[checkpoint.path, *request.files(), *([] if subspaces is None else [subspaces])],
-        overwrite=request.overwrite,
-        resume=request.resume,
-        worth_keeping=is_begun,
-    ):
+    place = Place(world, request.output, "train", request.overwrite, request.resume)
+    with place.staged([checkpoint.path, *request.files(), *([] if subspaces is None else [subspaces])], is_begun):
         world.once(lambda: _write(checkpoint, path, head, settings.seed, request.progress))
         if subspaces is None:
             bare = inspect_architecture(checkpoint).kind == "headless"

@@ -4,7 +4,6 @@ Everything is staged in `<output>.partial`: saved states and metrics while the l
 in its folder `output`, which a rename puts in its place.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from sculptor.jobs.new_tokens import open_grown, write_grown_base
 from sculptor.jobs.opening import open_rules
 from sculptor.jobs.plan import plan_job
 from sculptor.jobs.precision import load_precision
-from sculptor.jobs.processes import check_alike, join, staged_together
+from sculptor.jobs.processes import Place, check_alike, join
 from sculptor.jobs.replay import steps_of
 from sculptor.jobs.selection import select_rows
 from sculptor.jobs.trackers import Tracker, Trackers, check_folder, check_trackers
@@ -125,10 +124,10 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
     request.check_used()
     settings, output, progress, notice = request.settings, request.output, request.progress, request.notice
     world, device = join(settings.device), resolve_device(settings.device)
-    staged = functools.partial(
-        staged_together, world, output, command="train", overwrite=request.overwrite, worth_keeping=is_begun
-    )
+    place = Place(world, output, "train", request.overwrite, request.resume)
     read, given = request.files(), request.subspaces if made is None else made.given_archive
+    if made is None:
+        place.check([request.model, *([] if given is None else [given]), *read])
     rows = None
     if request.subspaces is None:
         with world.together():
@@ -143,9 +142,10 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
         steps.tell(settings, notice)  # before a long analysis
         if not request.resume:
             tell_expected(checkpoint, architecture, None, steps, rows.encoded.examples, settings, notice)
-        with staged(inputs=[checkpoint.path, *read], resume=request.resume) as partial:
+        with place.staged([checkpoint.path, *read], is_begun) as partial:
             analyze_first(request.model, partial, request.protect_data, settings, progress, notice, request.rules)
         request = replace(request, subspaces=partial_path(output) / ANALYZED, resume=True)
+        place = replace(place, resume=True)
     with world.together():
         job = open_job(request, rows, None if made is None else (made.base, made.head.fresh))
     tell_left_behind(job.base.path, job.base.files, notice)
@@ -156,7 +156,7 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
     if request.report_to:
         with world.together():
             check_folder(output, read)
-    with staged(inputs=read, resume=request.resume) as partial:
+    with place.staged(read, is_begun) as partial:
         if rows is None and job.steps is not None:
             job.steps.tell(settings, notice)
         job = fit_memory(job, settings.memory_rows, partial, device, notice, world)

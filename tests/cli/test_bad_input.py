@@ -95,10 +95,17 @@ def test_rows_name_file_and_line(cli: Callable[..., Result], made: dict[str, Pat
 def test_existing_outputs_are_kept(cli: Callable[..., Result], made: dict[str, Path]) -> None:
     made["out"].mkdir()
     (made["out"] / "precious").write_text("x")
-    files = {"precious": fingerprint(made["out"] / "precious")}
+    files, rows = {"precious": fingerprint(made["out"] / "precious")}, made["data"].read_text()
     (made["out"] / ".sculptor").write_text(json.dumps({"files": files}))
     one_line(train(cli, made), "exists already", "--overwrite")
     one_line(cli("analyze", made["model"], "-o", made["out"]), "exists already")
+    made["data"].write_text("nothing of this is read")  # what takes time comes after
+    for more in (("--subspaces", made["archive"]), ()):
+        said = cli("train", made["model"], *more, "--data", made["data"], "-o", made["out"], "--device", "cpu")
+        one_line(said, "exists already")
+    measured = ("--basis", "curvature", "--data", made["data"])
+    one_line(cli("analyze", made["model"], *measured, "-o", made["out"], "--device", "cpu"), "exists already")
+    made["data"].write_text(rows)
     assert (made["out"] / "precious").read_text() == "x"
     assert train(cli, made, "--overwrite").code == 0
     assert not (made["out"] / "precious").exists()
