@@ -20,7 +20,7 @@ from sculptor.training.base import BaseWeights
 from sculptor.training.harm import HarmControl
 from sculptor.training.loop import TrainingLoop
 from sculptor.training.precision import autocast
-from sculptor.training.state import STATE_NAME, StateStore
+from sculptor.training.state import STATE_NAME, StateStore, check_saved
 from sculptor.training.stepping.updates import Updates
 from sculptor.world import World, here
 
@@ -101,28 +101,43 @@ def _harm_control(loaded: LoadedModel, updates: Updates, job: TrainJob, world: W
     )
 
 
-def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
-    """What has to be the same for a saved state to be taken up."""
+def check_taken_up(job: TrainJob, partial: Path) -> None:
+    """Refuses a saved state of other settings or rows before the model is loaded; the loop compares everything.
+
+    Raises:
+        OutputError: naming what differs.
+    """
+    check_saved(partial / STATE_NAME, _asked_key(job))
+
+
+def _asked_key(job: TrainJob) -> dict[str, Any]:
+    """What was asked for, of what has to be the same for a saved state to be taken up."""
     settings = asdict(job.settings)
     for name in (*_HOW, *_SPLIT):
         settings.pop(name)
-    rows = job.of_steps
+    return settings | {
+        "eval_data": None if job.evaluation is None else f"{len(job.evaluation.examples)} rows",
+        "base": job.archive.manifest.base_identity,
+        "subspaces": job.archive.identity,
+        "rows": job.rows_digest,
+    }
+
+
+def _run_key(job: TrainJob, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
+    """What has to be the same for a saved state to be taken up."""
+    key, rows = _asked_key(job), job.of_steps
     examples = [rows.examples, job.evaluation.examples if job.evaluation else ()]
     if job.architecture.kind == "masked":
-        settings["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
-    settings["mixture"] = None if rows.mixture is None else asdict(rows.mixture)
-    settings["eval_data"] = None if job.evaluation is None else f"{len(job.evaluation.examples)} rows"
+        key["mask"] = [loaded.tokenizer.mask_token_id, loaded.pad_id, len(loaded.tokenizer)]
     sections = job.archive.manifest.sections
     parts = {"samples": sections.get(SECTION)}
     if job.settings.optimizer == "bayes-adam":
         parts["precision of numbers"] = sections.get(PRECISION)  # `precision` is a setting
-    return settings | {
-        "base": job.archive.manifest.base_identity,
-        "subspaces": job.archive.identity,
+    return key | {
+        "mixture": None if rows.mixture is None else asdict(rows.mixture),
         **{name: None if part is None else part.sha256 for name, part in parts.items()},
         "model": job.checkpoint.digests_beside({record.tensor for record in job.archive.values()}, progress),
         "tokenizer and generation": speech_digest(job.checkpoint.path),
-        "rows": job.rows_digest,
         "tokens": [digest_examples(part) for part in examples],
     }
 

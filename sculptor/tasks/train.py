@@ -4,6 +4,7 @@ Everything is staged in `<output>.partial`: saved states and metrics while the l
 in its folder `output`, which a rename puts in its place.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from sculptor.jobs.processes import Place, check_alike, join
 from sculptor.jobs.replay import steps_of
 from sculptor.jobs.selection import select_rows
 from sculptor.jobs.trackers import Tracker, Trackers, check_folder, check_trackers
-from sculptor.jobs.train_loop import make_loop
+from sculptor.jobs.train_loop import check_taken_up, make_loop
 from sculptor.jobs.train_report import TrainReport
 from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.kinds import Kinds
@@ -164,6 +165,7 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             examples = job.encoded.examples
             tell_expected(job.checkpoint, job.architecture, job.archive, job.steps, examples, job.settings, notice)
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
+        world.once(functools.partial(check_taken_up, job, partial))
         report = _run(request, job, device, partial, world)
         world.once(lambda: _place(partial, output, request.overwrite))
     return report

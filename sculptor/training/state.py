@@ -101,6 +101,22 @@ def saved_key(directory: Path) -> Mapping[str, Any]:
     return {}
 
 
+def check_saved(directory: Path, key: Mapping[str, Any]) -> None:
+    """Refuses a saved state with another key, as far as it is known: before what takes time. `StateStore.load` compares all.
+
+    Raises:
+        OutputError: naming what differs.
+    """
+    saved, now = saved_key(directory), json.loads(json.dumps(key))
+    _check_same(directory, {name: saved.get(name) for name in now} if saved else now, now)
+
+
+def _check_same(place: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    different = key_difference(saved, now)
+    if different is not None:
+        raise OutputError(f"{place}: saved by a run with other settings ({different}); use the same or {_REMEDY}")
+
+
 class StateStore:
     """The saved states of one run.
 
@@ -186,9 +202,7 @@ class StateStore:
         alike = state.split.get("processes") == self.split["processes"]
         now = self.split if alike else {}
         saved = {name: state.split.get(name) for name in now}
-        different = key_difference({**state.key, **saved}, {**self.key, **now})
-        if different is not None:
-            raise OutputError(f"{newest}: saved by a run with other settings ({different}); use the same or {_REMEDY}")
+        _check_same(newest, {**state.key, **saved}, {**self.key, **now})
         if not _same_bases(state.fingerprints, self.fingerprints):
             raise OutputError(
                 f"{newest}: its coordinates belong to other bases (this library or device completes them differently); "

@@ -251,6 +251,18 @@ def test_a_model_that_speaks_otherwise_is_not_gone_on_with(made: Path, tmp_path:
         train(tmp_path / "model", *arguments, resume=True)
 
 
+def test_other_settings_are_found_before_the_model_is_loaded(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls = iter([None, 15])
+    with pytest.raises(Stopped):
+        run(made, tmp_path / "out", replace(SHORT, save_every=1), stop=lambda: next(polls))
+    monkeypatch.setattr("sculptor.tasks.train.prepare_model", None)
+    with pytest.raises(OutputError, match=r"other settings .weight_decay; weight_decay was .*, now 0.5"):
+        run(made, tmp_path / "out", replace(SHORT, save_every=1, weight_decay=0.5), resume=True)
+    assert list((tmp_path / "out.partial" / "state").glob("step-*"))
+
+
 def test_an_input_is_no_output(made: Path, tmp_path: Path) -> None:
     for output in (made, made / "model", made / "archive"):
         with pytest.raises(OutputError, match=r"is or holds the input"):
