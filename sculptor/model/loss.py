@@ -19,6 +19,7 @@ from sculptor.checkpoint.architecture import ModelKind
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
 from sculptor.model.head import Head, find_head
+from sculptor.model.masks import reads_mask
 from sculptor.numerics.divergence import divergence
 from sculptor.numerics.el2n import error_norms
 from sculptor.numerics.entropy import entropy_weights
@@ -196,7 +197,9 @@ def logits_of(model: Any, batch: Batch, kind: ModelKind) -> Tensor:
 
 def inputs_of(model: Any, batch: Batch, kind: ModelKind) -> dict[str, Any]:
     """What a model reads of a batch, by the names of its arguments."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+    if kind != "causal" or reads_mask(model):
+        inputs["attention_mask"] = batch.attention_mask
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:  # a cache would be met again when blocks are recomputed
         inputs["use_cache"] = False
@@ -205,6 +208,11 @@ def inputs_of(model: Any, batch: Batch, kind: ModelKind) -> dict[str, Any]:
     if kind == "seq2seq":
         inputs["decoder_input_ids"] = decoder_inputs(model, batch.labels)
     return inputs
+
+
+def masked_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """`inputs_of` a causal model with the mask: while a graph is recorded transformers looks at no values, and makes one."""
+    return inputs_of(model, batch, "causal") | {"attention_mask": batch.attention_mask}
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:

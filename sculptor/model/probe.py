@@ -14,6 +14,7 @@ from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED
 from sculptor.errors import CheckpointError, SculptorError
 from sculptor.model.loss import batch_loss, inputs_of, logits_of
+from sculptor.model.masks import note_mask
 
 _LENGTH, _CHANGED = 8, 3
 # Of the change at the changed tokens themselves, what rounding may make of earlier ones.
@@ -85,6 +86,9 @@ def check_model(
             f"{checkpoint.path}: {name} is no causal model as it is configured: a later token moves an earlier prediction; set "
             '"is_decoder": true in config.json, or name the class for masked language modelling in "architectures"'
         )
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        inputs = inputs_of(model, Batch(ids, mask, labels), kind)
+        note_mask(model, inputs, mask, logits, _NOISE.get(dtype, _NOISE_OTHERS) * scale)
 
 
 def _check_classifier(checkpoint: Checkpoint, name: str, model: Any, ids: Tensor, mixed: bool) -> None:

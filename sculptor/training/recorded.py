@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sculptor.data.batches import Batch
 from sculptor.data.examples import IGNORED, Example
 from sculptor.model.load import LoadedModel
-from sculptor.model.loss import AsBase, inputs_of
+from sculptor.model.loss import AsBase, masked_inputs
 from sculptor.model.samples import Sample
 from sculptor.training.passes import LONG, Passed, Passes
 from sculptor.training.precision import autocast
@@ -247,7 +247,7 @@ class RecordedPasses(Passes):
         batch = Batch(found.input_ids, found.attention_mask, found.labels)
         self.expire()
         with autocast(self.settings.precision, self.loaded.device, cached=False):
-            outputs = model(**inputs_of(model, batch, "causal"), logits_to_keep=found.columns)
+            outputs = model(**masked_inputs(model, batch), logits_to_keep=found.columns)
         if getattr(outputs, "aux_loss", None) is not None:
             raise RuntimeError("a model that has a loss of its own")
         logits = outputs.logits.float().flatten(0, 1)

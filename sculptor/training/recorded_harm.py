@@ -11,7 +11,7 @@ from sculptor.data.examples import IGNORED
 from sculptor.model.decoding import Record
 from sculptor.model.harm import by_sample, sample_losses
 from sculptor.model.load import LoadedModel
-from sculptor.model.loss import inputs_of
+from sculptor.model.loss import masked_inputs
 from sculptor.model.samples import Sample, joined
 from sculptor.numerics.divergence import Truncated, estimated_divergence
 from sculptor.training.passes import LONG
@@ -89,6 +89,6 @@ class RecordedLosses:
         model = self._loaded.model
         self._expire()
         with torch.no_grad(), autocast(self._settings.precision, self._loaded.device, cached=False):
-            outputs = model(**inputs_of(model, found.batch, "causal"), logits_to_keep=found.columns)
+            outputs = model(**masked_inputs(model, found.batch), logits_to_keep=found.columns)
             apart = estimated_divergence(found.base, outputs.logits.flatten(0, 1)[found.places])
         found.sums.copy_(by_sample(apart, found.samples))

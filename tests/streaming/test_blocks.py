@@ -82,6 +82,7 @@ def train_once(model: Any, batch: Batch, architecture: Architecture) -> Tensor:
 
 def resident(checkpoint: Checkpoint, architecture: Architecture, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     model = load_model(checkpoint, CPU, architecture).model
+    model._sculptor_reads_mask = True  # as in streamed ones that nobody has tried
     for name in parameters_of(architecture):
         model.get_parameter(name).requires_grad_(True)
     loss = train_once(model, batch, architecture)
