@@ -21,8 +21,9 @@ from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.files import read_file_rows
 from sculptor.data.rows import Row
+from sculptor.errors import DataError
 from sculptor.evaluation.answers import say
-from sculptor.evaluation.ifeval import find_checker
+from sculptor.evaluation.ifeval import Check, find_checker
 from sculptor.evaluation.rows import read_evaluation_rows
 from sculptor.evaluation.series import Figure, Reading, Series, change, followed_series, read_series
 from sculptor.jobs.job import open_model
@@ -102,8 +103,20 @@ def _judged(file: Path, data: Path | None) -> dict[str, Series]:
     if data is not None and "ifeval" in found:
         check = find_checker()
         assert check is not None
-        series |= {each.figure: each for each in followed_series(_instructions(data), found["ifeval"], check)}
+        pairs = [pair for pair in zip(_instructions(data), found["ifeval"], strict=True) if _is_judged(check, pair[0])]
+        rows, said = zip(*pairs, strict=True)
+        series |= {each.figure: each for each in followed_series(rows, said, check)}
+        print(f"{file.stem}: {len(pairs)} of {len(found['ifeval'])} prompts of IFEval are judged")
     return series
+
+
+def _is_judged(check: Check, row: dict[str, Any]) -> bool:
+    """Some instructions are judged by data of nltk, which not every machine has."""
+    try:
+        check(row, "An answer. Of two sentences.")
+    except DataError:
+        return False
+    return True
 
 
 def main() -> None:
