@@ -34,6 +34,7 @@ class Point:
     Attributes:
         name: the method, and of what differs from other points of the same method, the values.
         method: as `sculptor continual --method` has it, with the basis of our own.
+        tasks: in the order in which they were learned.
         seeds: one for each run.
         average, backward, learning: AA, BWT and LA of `sculptor.evaluation.matrix`.
         harm: KL(base || last) in nats a token; None where a run did not measure it.
@@ -44,6 +45,7 @@ class Point:
 
     name: str
     method: str
+    tasks: tuple[str, ...]
     seeds: tuple[int, ...]
     average: Mean
     backward: Mean | None
@@ -188,6 +190,7 @@ def _point(runs: Sequence[Finished], name: str) -> Point:
     return Point(
         name=name,
         method=_method(runs[0]),
+        tasks=runs[0].tasks,
         seeds=tuple(sorted(run.seed for run in runs)),
         average=_mean([run.metrics.average for run in runs]),
         backward=mean(lambda run: run.metrics.backward),

@@ -90,14 +90,19 @@ def plot_frontier(found: Frontier, path: Path) -> None:
     axes = figure.subplots()
     scale = 1 if found.metric == "loss" else 100
     colors = colormaps["tab20"].resampled(20)
-    for i, method in enumerate(dict.fromkeys(point.method for point, _ in drawn)):
+    methods = list(dict.fromkeys(point.method for point, _ in drawn))
+    # A line through the settings of a method; tasks in another order are another sequence.
+    for method, tasks in dict.fromkeys((point.method, point.tasks) for point, _ in drawn):
         own = sorted(
-            ((value, point.average) for point, value in drawn if point.method == method), key=lambda each: each[0].mean
+            ((x, point.average) for point, x in drawn if (point.method, point.tasks) == (method, tasks)),
+            key=lambda each: each[0].mean,
         )
+        i, known = methods.index(method), axes.get_legend_handles_labels()[1]
         axes.errorbar(
             [x.mean for x, _ in own], [scale * y.mean for _, y in own],
             xerr=[x.deviation or 0 for x, _ in own], yerr=[scale * (y.deviation or 0) for _, y in own],
-            marker="os^Dv<>Phd*X"[i % 12], color=colors(i % 20), markersize=6, linewidth=1.2, label=method,
+            marker="os^Dv<>Phd*X"[i % 12], color=colors(i % 20), markersize=6, linewidth=1.2,
+            label=None if method in known else method,
         )  # fmt: skip
     if min(value.mean for _, value in drawn) > 0:
         axes.set_xscale("log")

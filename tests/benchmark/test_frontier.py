@@ -14,6 +14,7 @@ from sculptor.benchmark.finished import Finished, read_finished
 from sculptor.benchmark.frontier import frontier
 from sculptor.errors import DataError, SettingsError
 from sculptor.model.harm import Harm
+from sculptor.report import plot
 from sculptor.report.frontier import frontier_text
 from sculptor.report.html.frontier import frontier_page
 from sculptor.validation import read_json
@@ -151,6 +152,32 @@ def test_every_field_damaged_is_one_line(tmp_path: Path) -> None:
         else:
             assert not must_fail or what == "surprise = 1", what  # a later version may say more
     assert tried > 30
+
+
+def test_a_line_goes_through_settings_not_through_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot, "_save", lambda figure, _: drawn.append(figure))
+    back = ["b", "a"]
+    runs = [
+        finished(tmp_path / str(i), method, harm=0.01 * (i + 1), rate=rate, tasks=tasks, plan=plan | {"tasks": tasks})
+        for i, (method, rate, tasks) in enumerate(
+            [
+                ("sculptor", 1e-3, ["a", "b"]),
+                ("sculptor", 1e-4, ["a", "b"]),
+                ("sculptor", 1e-3, back),
+                ("full", 1e-3, back),
+            ]
+        )
+        for plan in [{"model": "m", "train": {"seed": 0, "learning_rate": rate}, "method": method}]
+    ]
+    found = frontier(runs)
+    assert [point.tasks for point in found.points] == [("a", "b"), ("a", "b"), ("b", "a"), ("b", "a")]
+    plot.plot_frontier(found, tmp_path / "f.png")
+    (axes,) = drawn[0].axes
+    assert [len(of.lines[0].get_xdata()) for of in axes.containers] == [2, 1, 1]
+    assert len({of.lines[0].get_color() for of in axes.containers[:2]}) == 1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sculptor (curvature)", "full"]
 
 
 def test_the_command_prints_draws_and_writes_a_page(tmp_path: Path, cli: Callable[..., Result]) -> None:
