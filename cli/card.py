@@ -47,7 +47,7 @@ from .options import SuggestingCommand, bars, html_option, overwrite_option, qui
     help="Of what is generated [default: of the longest expected answer; 64 for refusals, 1280 for IFEval].",
 )
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Rows per forward.")
+@click.option("--batch-size", type=int, help="Rows per forward [default: 16, and on a GPU as many as go well].")
 @settings_options(TrainSettings, "max_rows", "columns", "chat_template", "device")
 @settings_options(ReadSettings)
 @click.option(

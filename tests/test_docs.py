@@ -245,13 +245,15 @@ def test_commands_on_data_and_evaluation_are_real(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
+    from click import Group
     from sculptor_cli.main import main
 
-    shown = (
-        CliRunner().invoke(main, [*name.split(), "--help"], prog_name="sculptor", terminal_width=100).output.rstrip()
-    )
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert f"## sculptor {name}\n\n```text\n{shown}\n```" in page
+    command = main.commands[name]
+    parts = [name, *(f"{name} {part}" for part in (command.commands if isinstance(command, Group) else ()))]
+    for part in parts:
+        help_ = CliRunner().invoke(main, [*part.split(), "--help"], prog_name="sculptor", terminal_width=100)
+        assert f"## sculptor {part}\n\n```text\n{help_.output.rstrip()}\n```" in page
 
 
 def anchors(page: Path) -> set[str]:

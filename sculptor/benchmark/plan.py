@@ -39,8 +39,8 @@ class EvaluateSettings:
 
     max_length: Annotated[int, Field(ge=MIN_MAX_LENGTH, le=2**31)] | None = None
     """Longest sequence in tokens; default 1024 or the model's limit."""
-    batch_size: AtLeastOne = 32
-    """Rows per forward."""
+    batch_size: AtLeastOne | None = None
+    """Rows per forward [default: 16, and on a GPU as many as go well]."""
     exact_match: bool = True
     """Also generate greedily and compare; takes longest."""
     harm: bool = True

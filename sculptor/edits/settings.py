@@ -79,13 +79,13 @@ class Choose:
     """With --choose: how many values of --alpha are tried, from 0 to 1."""
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
     """With --choose: longest sequence in tokens [default: 1024 or the model's limit]."""
-    batch_size: AtLeastOne = 16
-    """With --choose: rows per forward."""
+    batch_size: AtLeastOne | None = None
+    """With --choose: rows per forward [default: 16, and on a GPU as many as go well]."""
 
     def __post_init__(self) -> None:
         if self.choose and not self.watch:
             raise SettingsError("--choose needs --watch: text whose loss shows what general ability is back")
-        defaults = {"watch": (), "grid": 11, "max_length": None, "batch_size": 16}
+        defaults = {"watch": (), "grid": 11, "max_length": None, "batch_size": None}
         idle = [name for name, value in defaults.items() if getattr(self, name) != value]
         if idle and not self.choose:
             raise SettingsError(f"--{idle[0].replace('_', '-')} without effect without --choose")
@@ -102,7 +102,7 @@ class BankSettings:
 
     max_length: Annotated[int, Field(ge=8, le=2**31)] | None = None
     """Longest sequence in tokens [default: 1024 or the model's limit]."""
-    batch_size: AtLeastOne = 16
-    """Rows per forward."""
+    batch_size: AtLeastOne | None = None
+    """Rows per forward [default: 16, and on a GPU as many as go well]."""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N."""

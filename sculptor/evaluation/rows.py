@@ -16,6 +16,7 @@ from sculptor.evaluation.harness import TaskResult
 from sculptor.evaluation.loss import classify, mean_loss
 from sculptor.evaluation.ranking import score_rows
 from sculptor.model.load import LoadedModel
+from sculptor.model.room import rows_at_once
 from sculptor.progress import Progress
 from sculptor.world import ALONE, World
 
@@ -101,7 +102,7 @@ def evaluate_rows(
     rows: Sequence[Row],
     labels: Sequence[str] | None,
     max_length: int | None,
-    batch_size: int,
+    batch_size: int | None,
     *,
     generation: Generation,
     progress: Progress,
@@ -114,7 +115,7 @@ def evaluate_rows(
         rows: as `read_evaluation_rows` gives them.
         labels: completions to rank; default the distinct completions of the rows, when there are at most 32.
         max_length: longest sequence in tokens; default 1024 or the model's limit.
-        batch_size: rows per forward.
+        batch_size: rows per forward; None for as many as go well.
         generation: what to generate.
         progress: makes progress bars.
         world: the processes that divide the rows; all get the same figures.
@@ -123,6 +124,7 @@ def evaluate_rows(
         SettingsError: if the labels lack a completion, or a setting would have no effect.
     """
     length = resolve_max_length(max_length, loaded.architecture.max_positions)
+    batch_size = batch_size or rows_at_once(loaded, length)
     if loaded.kind == "classifier":
         if labels is not None or generation.exact_match or generation.max_new_tokens is not None or generation.show:
             raise SettingsError(

@@ -30,7 +30,7 @@ class EvaluateRequest:
     max_rows: int | None
     max_length: int | None
     chat_template: str | None
-    batch_size: int
+    batch_size: int | None
     attn_implementation: str | None
     device: str
     offload: ReadOffload

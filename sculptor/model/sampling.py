@@ -13,6 +13,7 @@ from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
 from sculptor.model.decoding import CACHES, decode, padded_left
 from sculptor.model.load import LoadedModel
+from sculptor.model.room import cache_bytes
 from sculptor.progress import Bar, Progress
 
 # Rows sampled side by side: as many as their caches (keys and values of every layer) fit into, within bounds.
@@ -119,12 +120,8 @@ class _Heard:
 
 
 def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
-    config = loaded.model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    kept = getattr(config, "num_key_value_heads", None)
-    share = kept / heads if isinstance(kept, int) and isinstance(heads, int) and 0 < kept < heads else 1.0
-    per_token = share * 2 * config.num_hidden_layers * config.hidden_size * (2 if loaded.device.type == "cuda" else 4)
-    return int(min(max(_CACHE_BYTES[loaded.device.type] / (per_token * max_length), _ROWS[0]), _ROWS[1]))
+    fit = _CACHE_BYTES[loaded.device.type] / (cache_bytes(loaded) * max_length)
+    return int(min(max(fit, _ROWS[0]), _ROWS[1]))
 
 
 def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int, heard: _Heard) -> list[Example]:

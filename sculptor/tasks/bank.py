@@ -35,6 +35,7 @@ from sculptor.jobs.readme import Readme, code, write_readme
 from sculptor.jobs.record import record_head
 from sculptor.model.load import LoadedModel, load_model, resolve_device
 from sculptor.model.queries import queries
+from sculptor.model.room import rows_at_once
 from sculptor.numerics.routing import make_key, mix, scores
 from sculptor.progress import Progress, silent
 from sculptor.training.settings import SaveDtype
@@ -159,7 +160,7 @@ def read_queries(loaded: LoadedModel, rows: list[Row], settings: BankSettings, p
         raise BankError(f"{loaded.checkpoint.path}: a bank is for decoders; this model is {loaded.kind}")
     length = resolve_max_length(settings.max_length, loaded.architecture.max_positions)
     with closing(progress(total=len(rows), desc="route", unit="row")) as bar:
-        return queries(loaded, rows, length, settings.batch_size, bar)
+        return queries(loaded, rows, length, settings.batch_size or rows_at_once(loaded, length), bar)
 
 
 def route_rows(

@@ -40,6 +40,7 @@ from sculptor.methods.kinds import Kinds
 from sculptor.model.harm import Harm, NamedHarm, measure_harm
 from sculptor.model.load import LoadedModel, check_head, resolve_device
 from sculptor.model.protected import measure_protected, read_protected
+from sculptor.model.room import PLANNED_ROWS, rows_at_once
 from sculptor.model.samples import SECTION, Sample, draw_samples
 from sculptor.progress import Progress, silent
 from sculptor.tasks.verify import verify
@@ -65,7 +66,7 @@ def card(
     max_rows: int | None = None,
     max_length: int | None = None,
     chat_template: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     device: str = "auto",
     offload: ReadOffload = "auto",
     rules: Kinds | None = None,
@@ -89,7 +90,7 @@ def card(
         max_rows: rows to use of each file, the first ones; default all.
         max_length: longest sequence in tokens; default 1024 or the model's limit.
         chat_template: for conversations: name of one of the tokenizer's templates, or a file; default its own.
-        batch_size: rows per forward.
+        batch_size: rows per forward; default 16, and on a GPU as many as go well.
         device: auto, cpu, cuda or cuda:N.
         offload: where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
         rules: kinds of rules beside sculptor's own.
@@ -122,7 +123,7 @@ def card(
         with closing(loaded):
             use_template(loaded.tokenizer, chat_template)
             length = resolve_max_length(max_length, loaded.architecture.max_positions)
-            reading = Reading(length, batch_size, max_new_tokens, exact_match)
+            reading = Reading(length, batch_size or rows_at_once(loaded, length), max_new_tokens, exact_match)
             if samples is None:
                 samples = _samples(archive, loaded, length, left_out, progress)
             harm = measure_harm(loaded.model, samples, loaded.device, pad_id=loaded.pad_id) if samples else None
@@ -183,7 +184,12 @@ def _name(model: str | Path) -> str:
 
 
 def _open(
-    model: str | Path, max_length: int | None, batch_size: int, device: str, offload: ReadOffload, progress: Progress
+    model: str | Path,
+    max_length: int | None,
+    batch_size: int | None,
+    device: str,
+    offload: ReadOffload,
+    progress: Progress,
 ) -> LoadedModel:
     checkpoint = open_checkpoint(model)
     check_attention(checkpoint)
@@ -191,7 +197,7 @@ def _open(
     if architecture.kind != "causal":
         raise CheckpointError(f"{checkpoint.path}: only causal models have a card; use `sculptor evaluate`")
     check_head(checkpoint, architecture)
-    tokens = batch_size * resolve_max_length(max_length, architecture.max_positions)
+    tokens = (batch_size or PLANNED_ROWS) * resolve_max_length(max_length, architecture.max_positions)
     return open_model(checkpoint, resolve_device(device), architecture, offload, tokens=tokens, progress=progress)
 
 

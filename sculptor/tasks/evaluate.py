@@ -33,6 +33,7 @@ from sculptor.jobs.evaluate_request import EvaluateRequest
 from sculptor.jobs.job import open_model
 from sculptor.jobs.processes import check_alike, join
 from sculptor.model.load import LoadedModel, check_head, resolve_device
+from sculptor.model.room import PLANNED_ROWS, rows_at_once
 from sculptor.progress import Progress, silent
 from sculptor.tasks.routed import RoutedModel
 from sculptor.training.settings import ReadOffload
@@ -57,7 +58,7 @@ def evaluate(
     max_rows: int | None = None,
     max_length: int | None = None,
     chat_template: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     attn_implementation: str | None = None,
     device: str = "auto",
     offload: ReadOffload = "auto",
@@ -85,7 +86,7 @@ def evaluate(
         max_rows: rows to use of each of the data, and documents of a task, the first ones; default all.
         max_length: longest sequence in tokens; default 1024 or the model's limit.
         chat_template: for conversations: name of one of the tokenizer's templates, or a file; default its own.
-        batch_size: rows per forward.
+        batch_size: rows per forward; default 16, and on a GPU as many as go well.
         attn_implementation: eager, sdpa, ...; default transformers' choice.
         device: auto, cpu, cuda or cuda:N.
         offload: where the model's blocks wait that are not being computed: none, cpu, disk, or auto.
@@ -190,7 +191,7 @@ def _open(request: EvaluateRequest, bank: Bank | None) -> _Asked:
     if bank is not None:
         bank.check_base(checkpoint, request.progress)
         offload = "none"  # weights change from row to row
-    tokens = request.batch_size * length
+    tokens = (request.batch_size or PLANNED_ROWS) * length
     loaded = open_model(checkpoint, device, architecture, offload, tokens=tokens, progress=request.progress)
     return _Asked(loaded, rows, texts, manager, length, bank)
 
@@ -219,7 +220,8 @@ def _read(request: EvaluateRequest, architecture: Architecture) -> tuple[list[Ro
 
 def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluation:
     """All figures, of one model in memory."""
-    loaded, length, size, progress = asked.loaded, asked.length, request.batch_size, request.progress
+    loaded, length, progress = asked.loaded, asked.length, request.progress
+    size = request.batch_size or rows_at_once(loaded, length)
     use_template(loaded.tokenizer, request.chat_template)
     tell_unread("rows", asked.every_row, loaded.tokenizer, request.notice)
     tell_ends(asked.every_row, loaded.tokenizer, request.notice)
@@ -242,7 +244,7 @@ def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluatio
     if found.exact_match is not None or found.answers:
         tell_left_out(loaded, request.notice)
     watched = tuple(_watched(name, measure(text, None, Generation(exact_match=False))) for name, text in asked.texts)
-    return replace(found, watched=watched, tasks=_ask_tasks(request, asked))
+    return replace(found, watched=watched, tasks=_ask_tasks(request, asked, size))
 
 
 def _watched(name: str, found: Evaluation) -> Watched:
@@ -251,11 +253,11 @@ def _watched(name: str, found: Evaluation) -> Watched:
     return Watched(name, found.loss, found.perplexity, found.num_tokens)
 
 
-def _ask_tasks(request: EvaluateRequest, asked: _Asked) -> tuple[TaskResult, ...]:
+def _ask_tasks(request: EvaluateRequest, asked: _Asked, size: int) -> tuple[TaskResult, ...]:
     """What lm-eval's tasks say, if any are asked."""
     if not request.tasks:
         return ()
     return run_tasks(
-        asked.loaded, request.tasks, asked.manager, max_length=asked.length, batch_size=request.batch_size,
+        asked.loaded, request.tasks, asked.manager, max_length=asked.length, batch_size=size,
         max_rows=request.max_rows, num_fewshot=request.num_fewshot, chat=request.chat,
     )  # fmt: skip
