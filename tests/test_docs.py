@@ -245,11 +245,11 @@ def test_commands_on_data_and_evaluation_are_real(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_page_of_options_is_what_help_prints(name: str) -> None:
-    from click import Group
+    from click import Context, Group
     from sculptor_cli.main import main
 
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    command = main.commands[name]
+    command = main.get_command(Context(main), name)
     parts = [name, *(f"{name} {part}" for part in (command.commands if isinstance(command, Group) else ()))]
     for part in parts:
         help_ = CliRunner().invoke(main, [*part.split(), "--help"], prog_name="sculptor", terminal_width=100)
