@@ -163,6 +163,9 @@ def _lock(partial: Path) -> FileLock:
 
 def _check_output(output: Path, *, overwrite: bool, resume: bool | None) -> None:
     if not output.exists():
+        above = next((parent for parent in output.parents if parent.exists()), None)
+        if above is not None and not above.is_dir():
+            raise OutputError(f"{output}: {above} is a file, and no directory; choose another --output")
         return
     if resume and not overwrite:
         raise OutputError(f"{output}: exists already, there is nothing to resume; pass --overwrite to start anew")

@@ -18,9 +18,10 @@ from sculptor.model.load import LoadedModel
 CACHES = ("cache", "past_key_values")
 _WORTH = 8  # steps: recording takes as long as a few
 _LOOK = 16  # steps between looking whether all rows have ended, for which the device is waited for
-_CHECKED = 4  # rows of the last step that are predicted anew
+_CHECKED = 4  # rows that are predicted anew
 # Of the norm of what is predicted: bf16 differs by one or two hundredths, a step that saw something else by half or more.
-_SAME = 0.1
+_SAME, _SAME_OTHERS = {torch.float32: 1e-3, torch.float64: 1e-6}, 0.1
+_BEHIND = 5 * 0.1  # of the spread, by how much a likeliest token may be behind another one that bf16 rounds
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -97,7 +98,9 @@ def decode(
     # Whatever keeps a step from being recorded: a model's own code, its kernels, memory. There is another way.
     with suppress(RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
         steps.begin()
+        steps.note(1)
         play = record(steps.step)
+        steps.note(2)
         done, told = 2, 0
         while done < num_new:
             if done - told >= _LOOK:
@@ -107,6 +110,7 @@ def decode(
                     break
             play()
             done += 1
+        steps.note(done)
         if steps.is_as_predicted(ids, mask, done):
             steps.tell(heard, told, done)
             return steps.said[:, :done]
@@ -137,6 +141,8 @@ class _Steps:
         self.said = torch.full((rows, num_new), loaded.pad_id, device=ids.device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
         self.logits = torch.empty(0, device=ids.device)
+        self._checked = range(0, rows, max(1, rows // _CHECKED))
+        self._noted: list[tuple[int, Tensor]] = []
         self._cache: dict[str, Any] = {}
 
     @classmethod
@@ -198,17 +204,33 @@ class _Steps:
         if heard is not None:
             heard.put(self.said[:, start:stop].flatten())
 
-    def is_as_predicted(self, ids: Tensor, mask: Tensor, count: int) -> bool:
-        """Whether the last of `count` steps predicted what the model does of the same tokens, read at once.
+    def note(self, count: int) -> None:
+        """Keeps what step `count` predicted of the rows that are checked."""
+        self._noted.append((count, self.logits[self._checked.start :: self._checked.step].clone()))
 
-        What Python decides is decided once, when a step is recorded: a model whose code does this is found here.
+    def is_as_predicted(self, ids: Tensor, mask: Tensor, count: int) -> bool:
+        """Whether the steps that were noted predicted what the model does of the same tokens, read at once.
+
+        What Python decides is decided once, when a step is recorded, and a model may go by how long its cache is: both are found
+        here. Where likeliest tokens are said, all of `count` steps are looked at.
         """
-        apart, size = 0.0, 0.0
-        for row in range(0, len(ids), max(1, len(ids) // _CHECKED)):
-            read = torch.cat([ids[row][mask[row].bool()], self.said[row, : count - 1]])
-            wanted = self._loaded.model(input_ids=read[None]).logits[0, -1].double()
-            wanted -= wanted.mean()
-            found = self.logits[row].double()
-            apart += float(torch.linalg.vector_norm(found - found.mean() - wanted) ** 2)
-            size += float(torch.linalg.vector_norm(wanted) ** 2)
-        return apart <= _SAME**2 * size
+        apart, size = [0.0] * len(self._noted), [0.0] * len(self._noted)
+        for at, row in enumerate(self._checked):
+            prompt = ids[row][mask[row].bool()]
+            read = torch.cat([prompt, self.said[row, : count - 1]])
+            logits = self._loaded.model(input_ids=read[None]).logits[0, len(prompt) - 1 :]
+            for i, (step, found) in enumerate(self._noted):
+                wanted, own = logits[step - 1].double(), found[at].double()
+                apart[i] += float(torch.linalg.vector_norm(own - own.mean() - wanted + wanted.mean()) ** 2)
+                size[i] += float(torch.linalg.vector_norm(wanted - wanted.mean()) ** 2)
+            if self._temperature == 0 and not self._are_likeliest(logits.float(), self.said[row, :count]):
+                return False
+        near = _SAME.get(self.logits.dtype, _SAME_OTHERS)
+        return all(a <= near**2 * s for a, s in zip(apart, size, strict=True))
+
+    def _are_likeliest(self, logits: Tensor, said: Tensor) -> bool:
+        """Whether tokens up to the first end are those of the largest logits (tokens, vocabulary), or nearly."""
+        behind = logits.amax(dim=1) - logits.gather(1, said[:, None])[:, 0]
+        going = (said[:, None] == self._ends).any(dim=1).cumsum(0).roll(1)
+        going[0] = 0
+        return not bool(((behind > _BEHIND * logits.std(dim=1)) & (going == 0)).any())

@@ -103,12 +103,20 @@ def train(
         replay=to_read_again(replay, settings.max_rows), overwrite=overwrite,
         resume=resume, progress=progress, notice=notice, stop=stop, rules=rules,
     )  # fmt: skip
+    check_trackers(request.report_to)
+    request.check_used()
+    given = [] if subspaces is None else [subspaces]
+    _place_of(request).check([model, *given, *request.files()])
     head = wanted_head(request)
     if head is None:
         return _train(request)
     with with_new_head(head, request) as made:
         headed = replace(request, model=made.path, subspaces=made.archive, protect_data=(), resume=True)
         return _train(headed, made)
+
+
+def _place_of(request: TrainRequest) -> Place:
+    return Place(join(request.settings.device), request.output, "train", request.overwrite, request.resume)
 
 
 def _tell_own_archive(place: Path, notice: Callable[[str], object]) -> None:
@@ -121,14 +129,10 @@ def _tell_own_archive(place: Path, notice: Callable[[str], object]) -> None:
 
 def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport:
     """`train` of a model that has its head; `made` if that was made for it."""
-    check_trackers(request.report_to)
-    request.check_used()
     settings, output, progress, notice = request.settings, request.output, request.progress, request.notice
-    world, device = join(settings.device), resolve_device(settings.device)
-    place = Place(world, output, "train", request.overwrite, request.resume)
+    place, device = _place_of(request), resolve_device(settings.device)
+    world = place.world
     read, given = request.files(), request.subspaces if made is None else made.given_archive
-    if made is None:
-        place.check([request.model, *([] if given is None else [given]), *read])
     rows = None
     if request.subspaces is None:
         with world.together():

@@ -105,7 +105,13 @@ def test_existing_outputs_are_kept(cli: Callable[..., Result], made: dict[str, P
         one_line(said, "exists already")
     measured = ("--basis", "curvature", "--data", made["data"])
     one_line(cli("analyze", made["model"], *measured, "-o", made["out"], "--device", "cpu"), "exists already")
+    labelled = ("train", made["model"], "--data", made["data"], "--task", "sequence-classification", "-o", made["out"])
+    one_line(cli(*labelled, "--device", "cpu"), "exists already")
     made["data"].write_text(rows)
+    inside = made["archive"] / "archive.json" / "x"
+    for more in (("--subspaces", made["archive"]), ()):
+        said = cli("train", made["model"], *more, "--data", made["data"], "-o", inside, "--device", "cpu")
+        one_line(said, "archive.json is a file, and no directory; choose another --output" if not more else "input")
     assert (made["out"] / "precious").read_text() == "x"
     assert train(cli, made, "--overwrite").code == 0
     assert not (made["out"] / "precious").exists()

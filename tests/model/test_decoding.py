@@ -1,5 +1,6 @@
 """Steps of decoding that are recorded: the same tokens as `generate` says, and never others in silence."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -38,6 +39,12 @@ MADE: dict[str, Callable[[], Any]] = {
     ),
     "mamba": lambda: transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=0, pad_token_id=1)
+    ),
+    "gpt-neo": lambda: transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16,
+            max_position_embeddings=64, eos_token_id=0, pad_token_id=1, bos_token_id=0,
+        )
     ),
     "bloom": lambda: transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0, pad_token_id=1)
@@ -163,6 +170,40 @@ def test_a_recording_that_sees_something_else_is_thrown_away(tmp_path: Path, fro
     torch.manual_seed(0)
     assert decode(loaded, ids, mask, 20, [63], 1.0, record=run_again) is None
     assert len(kept) > 8
+
+
+def test_a_model_that_goes_by_the_length_of_its_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-Neo cuts its window by how long keys are, and those of a recorded step are as long as they will be."""
+    monkeypatch.setitem(FAMILIES, "gpt-neo", MADE["gpt-neo"])
+    loaded = load(tmp_path, "gpt-neo")
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    for length, within in ((4, True), (14, False), (30, False)):
+        ids, mask = prompts_of(loaded, [[4 + (7 * i * i + i * length) % 40 for i in range(length)]])
+        said = decode(loaded, ids, mask, 8, [63], 0.0, record=run_again)
+        assert (said is not None) == within
+        if said is not None:
+            assert said.tolist() == continue_prompts(loaded, ids.tolist(), 8, [63], 0.0)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_every_likeliest_token_is_looked_at(tmp_path: Path, wrong: bool) -> None:
+    """One step in the middle says another token; what follows goes on from there, and is right."""
+    loaded = load(tmp_path, "llama")
+    ids, mask = prompts_of(loaded, [[5, 6, 7]] * 3)
+    forward, steps = loaded.model.forward, iter(range(99))
+
+    @functools.wraps(forward)
+    def once(*given: Any, **more: Any) -> Any:
+        made = forward(*given, **more)
+        if more.get("use_cache") and more["input_ids"].shape[1] == 1 and next(steps) == 7 and wrong:
+            made.logits = made.logits.roll(5, dims=-1)
+        return made
+
+    loaded.model.forward = once
+    assert (decode(loaded, ids, mask, 20, [63], 0.0, record=run_again) is None) == wrong
 
 
 def test_what_cannot_be_recorded_is_said_the_usual_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
