@@ -10,7 +10,7 @@ PLANNED_ROWS = 16
 _ROWS = {"cpu": PLANNED_ROWS}
 _MOST = 256
 # Of keys and values, and of a copy of them; a GPU that the model fills has less.
-_ROOM, _SHARE = 6e9, 0.25
+_ROOM, _SHARE = 16e9, 0.25
 
 
 def cache_bytes(loaded: LoadedModel) -> float:
