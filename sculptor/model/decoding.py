@@ -18,10 +18,11 @@ from sculptor.model.load import LoadedModel
 CACHES = ("cache", "past_key_values")
 _WORTH = 8  # steps: recording takes as long as a few
 _LOOK = 16  # steps between looking whether all rows have ended, for which the device is waited for
+_PLAYED = 3  # the first step that is played: what recording itself leaves behind was not run
 _CHECKED = 4  # rows that are predicted anew
 # Of the norm of what is predicted: bf16 differs by one or two hundredths, a step that saw something else by half or more.
 _SAME, _SAME_OTHERS = {torch.float32: 1e-3, torch.float64: 1e-6}, 0.1
-_BEHIND = 5 * 0.1  # of the spread, by how much a likeliest token may be behind another one that bf16 rounds
+_BEHIND = 5  # times as much of the spread a likeliest token may be behind another one, by rounding
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -100,7 +101,6 @@ def decode(
         steps.begin()
         steps.note(1)
         play = record(steps.step)
-        steps.note(2)
         done, told = 2, 0
         while done < num_new:
             if done - told >= _LOOK:
@@ -110,6 +110,8 @@ def decode(
                     break
             play()
             done += 1
+            if done == _PLAYED:
+                steps.note(done)
         steps.note(done)
         if steps.is_as_predicted(ids, mask, done):
             steps.tell(heard, told, done)
@@ -214,6 +216,7 @@ class _Steps:
         What Python decides is decided once, when a step is recorded, and a model may go by how long its cache is: both are found
         here. Where likeliest tokens are said, all of `count` steps are looked at.
         """
+        near = _SAME.get(self.logits.dtype, _SAME_OTHERS)
         apart, size = [0.0] * len(self._noted), [0.0] * len(self._noted)
         for at, row in enumerate(self._checked):
             prompt = ids[row][mask[row].bool()]
@@ -223,14 +226,13 @@ class _Steps:
                 wanted, own = logits[step - 1].double(), found[at].double()
                 apart[i] += float(torch.linalg.vector_norm(own - own.mean() - wanted + wanted.mean()) ** 2)
                 size[i] += float(torch.linalg.vector_norm(wanted - wanted.mean()) ** 2)
-            if self._temperature == 0 and not self._are_likeliest(logits.float(), self.said[row, :count]):
+            if self._temperature == 0 and not self._are_likeliest(logits.float(), self.said[row, :count], near):
                 return False
-        near = _SAME.get(self.logits.dtype, _SAME_OTHERS)
         return all(a <= near**2 * s for a, s in zip(apart, size, strict=True))
 
-    def _are_likeliest(self, logits: Tensor, said: Tensor) -> bool:
+    def _are_likeliest(self, logits: Tensor, said: Tensor, near: float) -> bool:
         """Whether tokens up to the first end are those of the largest logits (tokens, vocabulary), or nearly."""
         behind = logits.amax(dim=1) - logits.gather(1, said[:, None])[:, 0]
         going = (said[:, None] == self._ends).any(dim=1).cumsum(0).roll(1)
         going[0] = 0
-        return not bool(((behind > _BEHIND * logits.std(dim=1)) & (going == 0)).any())
+        return not bool(((behind > _BEHIND * near * logits.std(dim=1)) & (going == 0)).any())

@@ -65,8 +65,10 @@ def prompts_of(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[T
 
 
 def run_again(run: Callable[[], None]) -> Callable[[], None]:
-    """Stands for a recording where there is no GPU: the step itself."""
+    """Stands for a recording where there is no GPU: the step itself. Recording runs nothing: what it predicts is not there yet."""
     run()
+    steps: Any = run.__self__  # type: ignore[attr-defined]
+    steps.logits = torch.full_like(steps.logits, torch.nan)
     return run
 
 
