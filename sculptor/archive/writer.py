@@ -17,7 +17,8 @@ from sculptor.archive.manifest import Manifest, MatrixRecord, Section, StoredTen
 from sculptor.archive.shards import MAX_SHARD_BYTES, Shard, ShardWriter
 from sculptor.archive.store import MANIFEST_NAME, Archive
 from sculptor.checkpoint.reader import identity
-from sculptor.checkpoint.staging import key_difference, write_json, writing
+from sculptor.checkpoint.run_keys import key_difference
+from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import read_tensor, write_tensors
 from sculptor.checkpoint.written import empty
 from sculptor.errors import OutputError

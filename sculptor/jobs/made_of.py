@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sculptor.archive.store import MANIFEST_NAME
-from sculptor.checkpoint.staging import key_difference, write_json
+from sculptor.checkpoint.run_keys import key_difference
+from sculptor.checkpoint.staging import write_json
 from sculptor.errors import OutputError
 from sculptor.validation import parse, read_file
 

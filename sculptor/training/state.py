@@ -17,7 +17,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from sculptor.checkpoint.durable import make_durable, make_names_durable
-from sculptor.checkpoint.staging import key_difference, write_json, writing
+from sculptor.checkpoint.run_keys import key_difference
+from sculptor.checkpoint.staging import write_json, writing
 from sculptor.checkpoint.tensors import digest, in_file_order, read_header, read_known, write_tensors
 from sculptor.edits.merge import same_fingerprint
 from sculptor.errors import OutputError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sculptor.checkpoint.staging import key_difference
+from sculptor.checkpoint.run_keys import key_difference
 from sculptor.errors import OutputError
 from sculptor.training.state import Position, StateStore
 from sculptor.training.stepping.updates import tensors_of
