@@ -1,7 +1,10 @@
 """How many rows go through a model at a time, where nobody says."""
 
+import inspect
+
 import torch
 
+from sculptor.model.head import find_head
 from sculptor.model.load import LoadedModel
 
 # Before a model is loaded: what is planned for.
@@ -31,7 +34,16 @@ def rows_at_once(loaded: LoadedModel, length: int) -> int:
     held = sum(value.nbytes for value in loaded.model.parameters())
     left = torch.cuda.get_device_properties(loaded.device).total_memory - held
     heads = loaded.architecture.heads if loaded.architecture.writes_scores else 0
-    return rows_within(min(_ROOM, _SHARE * max(0, left)), cache_bytes(loaded), length, heads)
+    per_token = cache_bytes(loaded) + (6 * loaded.architecture.vocab_size if _makes_all_logits(loaded) else 0)
+    return rows_within(min(_ROOM, _SHARE * max(0, left)), per_token, length, heads)
+
+
+def _makes_all_logits(loaded: LoadedModel) -> bool:
+    """Whether logits of every token are made, in the model's precision and in float32."""
+    if loaded.kind == "classifier":  # a few for each row
+        return False
+    accepted = inspect.signature(loaded.model.forward).parameters
+    return "logits_to_keep" not in accepted or find_head(loaded.model, loaded.kind) is None
 
 
 def rows_within(room: float, per_token: float, length: int, heads: int) -> int:
@@ -39,7 +51,7 @@ def rows_within(room: float, per_token: float, length: int, heads: int) -> int:
 
     Args:
         room: bytes.
-        per_token: of a token's keys and values.
+        per_token: of a token, whatever the row's length.
         length: of a row, in tokens.
         heads: whose scores are written out, a number for each two tokens, in its own precision and in float32; 0 for none.
     """

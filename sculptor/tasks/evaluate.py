@@ -244,7 +244,7 @@ def _measure(request: EvaluateRequest, asked: _Asked, world: World) -> Evaluatio
     if found.exact_match is not None or found.answers:
         tell_left_out(loaded, request.notice)
     watched = tuple(_watched(name, measure(text, None, Generation(exact_match=False))) for name, text in asked.texts)
-    return replace(found, watched=watched, tasks=_ask_tasks(request, asked, size))
+    return replace(found, watched=watched, tasks=_ask_tasks(request, asked))
 
 
 def _watched(name: str, found: Evaluation) -> Watched:
@@ -253,10 +253,11 @@ def _watched(name: str, found: Evaluation) -> Watched:
     return Watched(name, found.loss, found.perplexity, found.num_tokens)
 
 
-def _ask_tasks(request: EvaluateRequest, asked: _Asked, size: int) -> tuple[TaskResult, ...]:
+def _ask_tasks(request: EvaluateRequest, asked: _Asked) -> tuple[TaskResult, ...]:
     """What lm-eval's tasks say, if any are asked."""
     if not request.tasks:
         return ()
+    size = request.batch_size or PLANNED_ROWS  # lm-eval makes all logits of all rows, in float32
     return run_tasks(
         asked.loaded, request.tasks, asked.manager, max_length=asked.length, batch_size=size,
         max_rows=request.max_rows, num_fewshot=request.num_fewshot, chat=request.chat,

@@ -36,6 +36,18 @@ def test_rows_keep_to_the_room() -> None:
     assert with_scores * 1024 * (106_496 + 6 * 8 * 1024) <= 6e9 < (with_scores + 1) * 1024 * (106_496 + 6 * 8 * 1024)
 
 
+@pytest.mark.parametrize(("family", "all_logits"), [("llama", False), ("gpt2", False), ("t5", True), ("bert", True)])
+def test_logits_that_a_model_makes_of_all_tokens_count(
+    tmp_path: Path, family: str, all_logits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(open_checkpoint(save_checkpoint(tmp_path / family, family)), torch.device("cpu"))
+    held = sum(value.nbytes for value in loaded.model.parameters())
+    per_token = cache_bytes(loaded) + (6 * loaded.architecture.vocab_size if all_logits else 0)
+    total = SimpleNamespace(total_memory=held + 4 * 5.5 * 32 * per_token)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    assert rows_at_once(replace(loaded, device=torch.device("cuda")), 32) == 5
+
+
 def test_a_gpu_that_the_model_fills_takes_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(open_checkpoint(save_checkpoint(tmp_path / "model")), torch.device("cpu"))
     assert rows_at_once(loaded, 1024) == room.PLANNED_ROWS
