@@ -184,6 +184,7 @@ def test_a_model_that_goes_by_the_length_of_its_cache_is_found(tmp_path: Path, m
                 parameter.mul_(4)
     for length, within in ((4, True), (14, False), (30, False)):
         ids, mask = prompts_of(loaded, [[4 + (7 * i * i + i * length) % 40 for i in range(length)]])
+        assert (decode(loaded, ids, mask, 8, [63], 1.0, record=run_again) is not None) == within
         said = decode(loaded, ids, mask, 8, [63], 0.0, record=run_again)
         assert (said is not None) == within
         if said is not None:
