@@ -198,7 +198,7 @@ def logits_of(model: Any, batch: Batch, kind: ModelKind) -> Tensor:
 def inputs_of(model: Any, batch: Batch, kind: ModelKind) -> dict[str, Any]:
     """What a model reads of a batch, by the names of its arguments."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
-    if kind != "causal" or reads_mask(model):
+    if reads_mask(model):
         inputs["attention_mask"] = batch.attention_mask
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:  # a cache would be met again when blocks are recomputed

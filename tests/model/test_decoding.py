@@ -192,6 +192,23 @@ def test_a_model_that_goes_by_the_length_of_its_cache_is_found(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("wrong", [False, True])
+def test_the_first_prediction_is_looked_at(tmp_path: Path, wrong: bool) -> None:
+    loaded = load(tmp_path, "llama")
+    ids, mask = prompts_of(loaded, [[5, 6, 7]] * 3)
+    forward = loaded.model.forward
+
+    @functools.wraps(forward)
+    def begun(*given: Any, **more: Any) -> Any:
+        made = forward(*given, **more)
+        if more.get("use_cache") and more["input_ids"].shape[1] > 1 and wrong:
+            made.logits = made.logits.roll(5, dims=-1)
+        return made
+
+    loaded.model.forward = begun
+    assert (decode(loaded, ids, mask, 20, [63], 1.0, record=run_again) is None) == wrong
+
+
+@pytest.mark.parametrize("wrong", [False, True])
 def test_every_likeliest_token_is_looked_at(tmp_path: Path, wrong: bool) -> None:
     """One step in the middle says another token; what follows goes on from there, and is right."""
     loaded = load(tmp_path, "llama")
