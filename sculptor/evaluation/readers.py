@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sculptor.data.edges import target_ids
+from sculptor.model.decoding import padded_left
 from sculptor.model.load import LoadedModel
 from sculptor.model.loss import decoder_inputs
 
@@ -78,12 +79,9 @@ class _Cached:
         self.takes_positions = "position_ids" in accepted
         # Renamed in transformers 5.24.
         self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache"
-        width = max(map(len, prompts))
-        ids = [[loaded.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        self.mask = torch.tensor(mask, device=self.device)
+        ids, self.mask = padded_left(loaded, prompts)
         keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        output = self._run(torch.tensor(ids, device=self.device), self.mask, None, keep)
+        output = self._run(ids, self.mask, None, keep)
         self.cache = output[self.cache_name]
         self.first_logits = output.logits[:, -1].float()
 
