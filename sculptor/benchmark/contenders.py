@@ -24,6 +24,7 @@ from sculptor.data.mixture import Mixture
 from sculptor.data.rows import check_weights, read_sources
 from sculptor.edits.settings import Interpolate, Lines
 from sculptor.errors import SettingsError
+from sculptor.jobs.replay import check_replay
 from sculptor.methods.settings import SELF, AnalyzeSettings, Basis, Carry
 from sculptor.progress import Progress
 from sculptor.tasks.edit import edit
@@ -68,6 +69,9 @@ def check_contender(plan: Plan, method: Contender) -> None:
     """
     if method in ("joint", "replay", "esacl") and len({task.columns for task in plan.tasks}) > 1:
         raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
+    if method in ("lora", "olora", "osf") and plan.replay:
+        raise SettingsError(f"replay without effect with --method {method}: leave it out")
+    check_replay(plan.replay, plan.train)
     if method == "slm" and plan.train.offload in STREAMED:
         raise SettingsError(
             f"[train] offload = {plan.train.offload!r} with --method slm: rows have models of their own; use none"

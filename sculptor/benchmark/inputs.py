@@ -37,7 +37,7 @@ class Inputs:
 def files_of(plan: Plan) -> list[str]:
     """Every file and folder that a plan names."""
     rows = [file for task in plan.tasks for file in (*task.data, *task.test, *task.validation)]
-    rows += [*plan.watch, *plan.analyze.data, *plan.analyze.protected.values()]
+    rows += [*plan.watch, *plan.replay, *plan.analyze.data, *plan.analyze.protected.values()]
     return [plan.model, *local_files(rows), *_beside(plan).values()]
 
 
@@ -94,6 +94,8 @@ def _trained_digest(plan: Plan) -> str:
     for task in plan.tasks:
         settings = plan.train_settings(task)
         sources += read_sources(task.data, settings.max_rows, settings.columns)
+        replayed = [item for item in plan.replay if not is_self(item)]
+        sources += read_sources(replayed, settings.max_rows, settings.columns, mixed=True, all_renamed=False)
     parts = [(source.weight, digest_rows(source.rows)) for source in sources]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -142,6 +142,7 @@ class Learning:
             data,
             target,
             settings,
+            replay=self.plan.replay,
             resume=True,
             progress=self.progress,
             notice=lambda text: self.notice(f"{task.name}: {text}"),

@@ -129,6 +129,8 @@ class Plan:
     """How every stage is evaluated."""
     adapter: AdapterSettings
     """What the compared methods are told."""
+    replay: Texts = ()
+    """Mixed into the rows of every task, as `train --replay` does."""
 
     def train_settings(self, task: PlannedTask) -> TrainSettings:
         """The settings of one task."""
@@ -178,7 +180,7 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
         raise DataError(f"{path}: not a TOML file ({str(cause)[:160]})") from cause
     for override in overrides:
         _override(content, override)
-    known = {"model", "watch", "analyze", "train", "evaluate", "adapter", "tasks"}
+    known = {"model", "watch", "analyze", "train", "evaluate", "adapter", "tasks", "replay"}
     if "general" in content:
         raise SettingsError(f"{path}: general is called watch")
     _refuse_unknown(content, known, str(path))
@@ -195,8 +197,7 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
         raise SettingsError(f"{path}: two tasks are called {twice[0]}")
     analyze = _section(content, "analyze", path)
     if "data" in analyze:
-        files = _strings(analyze["data"], f"{path} [analyze]: data")
-        analyze["data"] = tuple(item if is_self(item) else locate(item, place) for item in files)
+        analyze["data"] = _data(analyze["data"], f"{path} [analyze]: data", place)
     if "protect" in analyze:
         named = (item.partition("=") for item in _strings(analyze["protect"], f"{path} [analyze]: protect"))
         analyze["protect"] = tuple(f"{name}{sign}{locate(item, place)}" for name, sign, item in named)
@@ -211,6 +212,7 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
         "train": _settings(TrainSettings, _section(content, "train", path), f"{path} [train]"),
         "evaluate": _settings(EvaluateSettings, _section(content, "evaluate", path), f"{path} [evaluate]"),
         "adapter": _settings(AdapterSettings, adapter, f"{path} [adapter]"),
+        "replay": _data(content.get("replay", ()), f"{path}: replay", place),
     }
     plan = _settings(Plan, parts, str(path))
     if plan.train.add_tokens:
@@ -270,6 +272,11 @@ def _strings(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(listed, list | tuple) or not all(isinstance(item, str) for item in listed):
         raise SettingsError(f"{where} is {value!r}; expected a string or a list of strings")
     return tuple(listed)
+
+
+def _data(value: Any, where: str, place: Path) -> tuple[str, ...]:
+    """Files seen from the plan, and `self`."""
+    return tuple(item if is_self(item) else locate(item, place) for item in _strings(value, where))
 
 
 def _task(values: Any, number: int, place: Path, path: Path) -> PlannedTask:

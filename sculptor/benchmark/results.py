@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from sculptor.benchmark.plan import Contender, Plan, Split
 from sculptor.checkpoint.reader import find_directory
-from sculptor.data.rows import names_of
+from sculptor.data.rows import names_of, weight_of
 from sculptor.evaluation.matrix import ContinualMetrics, continual_metrics
 from sculptor.jobs.readme import Readme, code, listed
 from sculptor.jobs.train_record import harm_figures
@@ -18,7 +18,7 @@ from sculptor.validation import STRICT, Count, Finite, Name, NotNegative, Share
 
 # Keys of a plan whose values are paths.
 _PATHS = ("model", "chat_template", "like")
-_DATA = ("data", "test", "validation", "watch")
+_DATA = ("data", "test", "validation", "watch", "replay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,8 @@ def published(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         return [published(item, name) for item in value]
     if name in _DATA and isinstance(value, str):
-        return names_of(value)[0]
+        weight = weight_of(value)
+        return names_of(value)[0] + ("" if weight is None else f":{weight:g}")  # two plans may differ by it alone
     if name == "protect" and isinstance(value, str):
         return f"{value.partition('=')[0]}={names_of(value.partition('=')[2])[0]}"
     return Path(value).name if name in _PATHS and isinstance(value, str) else value

@@ -16,6 +16,31 @@ from sculptor.training.settings import TrainSettings
 from sculptor.training.steps import Steps
 
 
+def check_replay(replay: Data, settings: TrainSettings) -> None:
+    """Refuses what can be refused before anything is read.
+
+    Raises:
+        SettingsError: for shares that leave nothing to the task, or samples that are there twice or steer, too.
+    """
+    whole = sum(_share(item) for item in as_items(replay))
+    if whole >= 1:
+        raise SettingsError(f"--replay: shares of {whole:g} in all leave nothing to the task; give less than 1")
+    own = [item for item in as_items(replay) if isinstance(item, str) and is_self(item)]
+    if len(own) > 1:
+        raise SettingsError("--replay self: given twice")
+    if own and settings.max_harm is not None:
+        raise SettingsError(
+            "--replay self with --max-harm: the samples that steer would be trained on, and say nothing any more; replay a file of "
+            "text that the model says, or leave one out"
+        )
+
+
+def _share(item: Any) -> float:
+    """Of an epoch."""
+    share = weight_of(item)
+    return DEFAULT_SHARE if share is None else share
+
+
 def read_replay(
     replay: Data,
     rows: Sequence[Row],
@@ -28,16 +53,14 @@ def read_replay(
     """The data that are mixed into a task's rows; of the archive's own samples only the share, until the archive is known.
 
     Raises:
-        SettingsError: for shares that leave nothing to the task, or samples that are there twice or steer, too.
+        SettingsError: as `check_replay`.
         DataError: if data cannot be used.
     """
+    check_replay(replay, settings)
     found = []
     for item in as_items(replay):
-        own = isinstance(item, str) and is_self(item)
-        share = weight_of(item)
-        share = DEFAULT_SHARE if share is None else share
-        if own:
-            found.append(Replay(SELF, share, ()))
+        if isinstance(item, str) and is_self(item):
+            found.append(Replay(SELF, _share(item), ()))
             continue
         (source,) = read_sources([item], settings.max_rows, settings.columns, notice, mixed=True, all_renamed=False)
         check_use([*rows, *source.rows], settings.chat_template)
@@ -45,18 +68,7 @@ def read_replay(
         name = names_of([item])[0]
         if (line := encoded.says(f"--replay {name}")) is not None:
             notice(line)
-        found.append(Replay(name, share, encoded.examples))
-    whole = sum(part.share for part in found)
-    if whole >= 1:
-        raise SettingsError(f"--replay: shares of {whole:g} in all leave nothing to the task; give less than 1")
-    names = [part.name for part in found]
-    if names.count(SELF) > 1:
-        raise SettingsError("--replay self: given twice")
-    if SELF in names and settings.max_harm is not None:
-        raise SettingsError(
-            "--replay self with --max-harm: the samples that steer would be trained on, and say nothing any more; replay a file of "
-            "text that the model says, or leave one out"
-        )
+        found.append(Replay(name, _share(item), encoded.examples))
     return tuple(found)
 
 

@@ -179,6 +179,12 @@ def test_one_general_text_may_stand_without_a_list(place: Path) -> None:
     assert read_plan(path).watch == (str(place / "general.txt"),)
 
 
+def test_what_is_mixed_in_is_relative_to_the_plan(place: Path) -> None:
+    assert read_plan(place / "plan.toml").replay == ()
+    plan = read_plan(place / "plan.toml", ['replay=["rows/old.jsonl:0.05","self:0.2"]'])
+    assert plan.replay == (f"{place / 'rows' / 'old.jsonl'}:0.05", "self:0.2")
+
+
 @pytest.mark.parametrize(
     ("override", "needles"),
     [
@@ -191,6 +197,7 @@ def test_one_general_text_may_stand_without_a_list(place: Path) -> None:
         ("tasks=[]", ("plan.toml", "no tasks")),
         ("tasks=[3]", ("plan.toml: task 1", "is no table")),
         ("model=3", ("plan.toml", "model is missing")),
+        ("replay=3", ("plan.toml: replay", "expected a string or a list")),
         ("trian.learning_rate=3", ("plan.toml", "unknown 'trian'", "train")),
         ("train.learning_rat=3", ("plan.toml [train]", "unknown 'learning_rat'", "learning_rate")),
         ("analyze.budgets=1", ("plan.toml [analyze]", "unknown 'budgets'")),

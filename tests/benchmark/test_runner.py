@@ -347,6 +347,9 @@ def test_overwriting_spares_calibration_rows(cli: Callable[..., Result], place: 
         (("--set", "train.learning_rate=-1"), 2, ("plan.toml [train]", "learning_rate -1")),
         (("--set", "trian.learning_rate=1"), 2, ("unknown 'trian'",)),
         (("--set", "watch=['nowhere.jsonl']"), 1, ("nowhere.jsonl", "no such data file")),
+        (("--set", "replay=['nowhere.jsonl']"), 1, ("nowhere.jsonl", "no such data file")),
+        (("--set", "replay=['self:0.6', 'general.jsonl:0.5']"), 2, ("--replay: shares of 1.1", "leave nothing")),
+        (("--set", "replay=self", "--method", "lora"), 2, ("replay without effect with --method lora",)),
         (("--set", "model=nowhere"), 1, ("nowhere",)),
         (("--method", "sculpter"), 2, ("sculpter",)),
     ],
@@ -369,6 +372,20 @@ def test_overrides_change_the_run(cli: Callable[..., Result], place: Path) -> No
     assert kept.name == "tools"
     assert report["watch_rise"] is report["harm"] is None
     assert all(score["exact_match"] is not None for stage in report["stages"] for score in stage["scores"].values())
+
+
+@pytest.mark.parametrize("method", ["sculptor", *slowly("full")])
+def test_rows_are_mixed_into_every_task(cli: Callable[..., Result], place: Path, method: str) -> None:
+    more = ("--set", 'replay=["general.jsonl:0.2"]', "--method", method)
+    found = cli("continual", place / "plan.toml", "-o", place / "out", "--json", *more)
+    assert found.code == 0, found.err
+    mixed = [line for line in found.err.splitlines() if "mixes in" in line]
+    assert [line.split(":")[0] for line in mixed] == ["first", "second"]
+    assert all("16 rows of the task and mixes in 4 from general.jsonl" in line for line in mixed)
+    plain = run(cli, place, "plain", "--method", method)
+    assert plain["stages"][1]["scores"] != found.json["stages"][1]["scores"]
+    written = json.loads((place / "out" / "continual.json").read_text())
+    assert written["plan"]["replay"] == ["general.jsonl:0.2"], "without its place"
 
 
 @pytest.mark.slow
@@ -581,15 +598,17 @@ def test_other_rows_are_not_mixed_into_a_resumed_matrix(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replaced", ["second.jsonl", "model", *slowly("first.jsonl", "general.jsonl")])
+@pytest.mark.parametrize("replaced", ["second.jsonl", "model", *slowly("first.jsonl", "general.jsonl", "mixed.jsonl")])
 def test_what_was_trained_on_may_not_change_before_a_resume(place: Path, replaced: str) -> None:
+    write_rows(place / "mixed.jsonl", task_rows("text", 4))
+    (place / "plan.toml").write_text('replay = "mixed.jsonl"\n' + PLAN)
     with pytest.raises(Stopped):
         continual(place / "plan.toml", place / "cut", stop=StopAt(5))
     if replaced == "model":
         (place / "base").rename(place / "old")
         save_checkpoint(place / "base", seed=7)
     else:
-        write_rows(place / replaced, task_rows("text" if replaced == "general.jsonl" else "pairs", 5))
+        write_rows(place / replaced, task_rows("pairs" if replaced in ("first.jsonl", "second.jsonl") else "text", 5))
     with pytest.raises(OutputError, match=r"another plan .*(files|rows)"):
         continual(place / "plan.toml", place / "cut", resume=True)
 

@@ -137,6 +137,12 @@ SUITES: dict[str, list[Run]] = {
         *(Run(order, "sculptor", 0.0, ("train.max_harm=0.02",), split="test") for order in ("6", "6r")),
         Run("2", "sculptor", 0.0, split="test"),
     ],
+    # How much text beside conversations protects text, and rows of its own answers what it answers.
+    "texts": [
+        *(Run(order, "sculptor", 0.0, seed=seed, split="test") for seed in range(3) for order in ("6", "6r")),
+        *(Run("6", "sculptor", 0.0, ('replay=["self:0.1"]',), seed=seed, split="test") for seed in range(3)),
+        *(Run(order, "sculptor", 0.0, ('analyze.data=["self","GENERAL"]',), split="test") for order in ("6", "6r")),
+    ],
     # Answers that are said: JSON, calls of functions, worked sums, a house's own style.
     "said": [
         *(Run("said", "sculptor", 0.0, seed=seed, split="test") for seed in range(3)),

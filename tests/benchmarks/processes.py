@@ -178,7 +178,7 @@ def analyze(model: Path, work: Path, basis: str, options: argparse.Namespace) ->
     world.once(lambda: write_rows(data, options.calibration // options.length, options.length, model))
     settings = sculptor.AnalyzeSettings(
         basis=basis, device=options.device, **({} if basis == "weights" else {"data": (str(data),), "max_length": options.length}),
-        **({"preserve": options.preserve} if basis == "weights" else {}),
+        **({"preserve": options.preserve} if basis == "weights" else {}), device_memory=options.device_memory,
     )  # fmt: skip
     inspect_architecture(open_checkpoint(model))  # imports what the model is made of
     world.gather(None)
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--stop-after", type=int, default=0, help="steps")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--preserve", type=float, default=0.5)
+    parser.add_argument("--device-memory", type=float, help="GB that an analysis may take")
     parser.add_argument("--calibration", type=int, default=100_000, help="tokens")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ SHAPES = {
     "7b-8": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "num_attention_heads": 32,
              "num_key_value_heads": 32},
     **{f"70b-{n}": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": n, "num_attention_heads": 64,
-                    "num_key_value_heads": 8} for n in (4, 8, 16)},
+                    "num_key_value_heads": 8} for n in (4, 8, 16, 40, 80)},
 }  # fmt: skip
 
 
