@@ -59,7 +59,11 @@ from .options import (
 )
 @click.option("--show", type=click.IntRange(0), default=0, help="Show what is answered to the first rows, so many.")
 @click.option("--max-length", type=int, help="Longest sequence in tokens [default: 1024 or the model's limit].")
-@click.option("--batch-size", type=int, help="Rows per forward [default: 16, and on a GPU as many as go well, but with --tasks 16].")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Rows per forward [default: 16, and on a GPU as many as go well, but with --tasks 16].",
+)
 @click.option(
     "--bank", type=click.Path(), help="Bank of MODEL: each row is answered by the task that it is nearest to."
 )

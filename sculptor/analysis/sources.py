@@ -1,5 +1,6 @@
 """What is calibrated on: rows of files, a part of the tokens each, and text that the model says by itself."""
 
+import functools
 from collections.abc import Sequence
 
 from sculptor.analysis.evidence import Source
@@ -15,6 +16,9 @@ from sculptor.methods.settings import SAMPLED_LENGTH, SAMPLED_ROWS, SELF, Analyz
 from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.model.sampling import sample_examples, template_tokens
 from sculptor.progress import Progress
+
+# Of what a chat model says, what it says outside of conversations: what it knows of other text is not all used in these.
+TEXT_SHARE = 0.25
 
 
 def calibration_sources(
@@ -73,9 +77,11 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, p
     if settings.max_length is None:  # a template's tokens are not the model's
         aside = template_tokens(loaded) if settings.chat and loaded.tokenizer.chat_template else 0
         max_length = min(max_length, sampled_length(settings.tokens_per_source) + aside)
-    examples = sample_examples(
-        loaded, settings.tokens_per_source, max_length, chat=settings.chat, seed=settings.seed, progress=progress
-    )
+    told = round(TEXT_SHARE * settings.tokens_per_source) if settings.chat else 0
+    sample = functools.partial(sample_examples, loaded, seed=settings.seed, progress=progress)
+    examples = sample(settings.tokens_per_source - told, max_length, chat=settings.chat)
+    if told > 1:
+        examples += sample(told, max_length, chat=False, name="sample text")
     scale, weight = _scale(data), weight_of(own)
     return [Source(SELF, examples, 1.0 if scale is None or weight is None else weight * scale)]
 

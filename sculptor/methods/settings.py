@@ -62,7 +62,7 @@ class AnalyzeSettings:
     """NAME=FILE[:WEIGHT]: also protect what these rows need (safety, a tool format, a language), as much as one of --data
     unless a weight says otherwise, and report on it by name; inputs, curvature; repeatable."""
     chat: bool = False
-    """With `--data self`: sample through the chat template."""
+    """With `--data self`: sample conversations through the chat template, and a quarter of the tokens as text without it."""
     chat_template: Name | None = None
     """For conversations: name of one of the tokenizer's templates, or a file [default: the tokenizer's own]."""
     columns: ColumnNames | None = None

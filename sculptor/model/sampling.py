@@ -21,6 +21,7 @@ _CACHE_BYTES = {"cuda": 6e9, "cpu": 1e9}
 _ROWS = (4, 512)
 _LIKELY = 0.7  # of the longest, before there is a mean: how long a conversation is
 _MAX_USER_TOKENS = 96
+_DRAWN = 64  # tokens until one is a word
 _MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
@@ -49,8 +50,9 @@ def sample_examples(
         loaded: a causal model.
         num_tokens: to stop at; the last sequence is cut to it.
         max_length: longest sequence.
-        chat: sample a user's turn and the answer through the chat template, with the loss on the answer; else text
-            from the beginning of a sequence.
+        chat: sample a user's turn and the answer through the chat template, with the loss on the answer; else text: of a
+            model with a chat template, whose sequences begin with a turn, from a word that is drawn,
+            and of others from the beginning of a sequence.
         seed: of the sampling.
         progress: makes a progress bar, of this name.
 
@@ -61,7 +63,6 @@ def sample_examples(
     tokenizer, place = loaded.tokenizer, loaded.checkpoint.path
     if loaded.kind != "causal":
         raise CheckpointError(f"{place}: only a causal model can sample text; give --data files instead of self")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if chat and not tokenizer.chat_template:
         raise CheckpointError(f"{place}: --chat needs a chat template, and the tokenizer has none; leave it out")
     devices = [loaded.device.index or 0] if loaded.device.type == "cuda" else []
@@ -79,10 +80,8 @@ def sample_examples(
             mean = total // len(found) if found else int(_LIKELY * max_length)
             likely = max(2, mean) if chat else max_length
             rows = max(1, min(most, math.ceil((_MORE if chat else 1.0) * (num_tokens - total) / likely)))
-            sampled = (
-                _converse(loaded, rows, max_length, heard) if chat else _speak(loaded, rows, start, max_length, heard)
-            )
-            for example in sampled:
+            speak = _converse if chat else _tell if tokenizer.chat_template else _speak
+            for example in speak(loaded, rows, max_length, heard):
                 kept = min(example.length, num_tokens - total)
                 if kept > 1:
                     found.append(Example(example.input_ids[:kept], example.labels[:kept]))
@@ -124,9 +123,36 @@ def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
     return int(min(max(fit, _ROWS[0]), _ROWS[1]))
 
 
-def _speak(loaded: LoadedModel, rows: int, start: int, max_length: int, heard: _Heard) -> list[Example]:
-    said = continue_prompts(loaded, [[start]] * rows, max_length - 1, [loaded.tokenizer.eos_token_id], heard=heard)
+def _speak(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> list[Example]:
+    """Text from the beginning of a sequence."""
+    tokenizer = loaded.tokenizer
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    said = continue_prompts(loaded, [[start]] * rows, max_length - 1, [tokenizer.eos_token_id], heard=heard)
     return [Example((start, *ids), (start, *ids)) for ids in said if ids]
+
+
+def _tell(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> list[Example]:
+    """Text that begins with a word."""
+    tokenizer = loaded.tokenizer
+    before = (
+        [] if tokenizer.bos_token_id is None else [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]
+    )
+    starts = [(*before, _word(loaded)) for _ in range(rows)]
+    said = continue_prompts(loaded, starts, max_length - len(starts[0]), [tokenizer.eos_token_id], heard=heard)
+    return [Example((*start, *ids), (*start, *ids)) for start, ids in zip(starts, said, strict=True) if ids]
+
+
+def _word(loaded: LoadedModel) -> int:
+    """A token of letters, any of them; of a vocabulary that has hardly any, a token."""
+    tokenizer = loaded.tokenizer
+    special = set(tokenizer.all_special_ids)
+    drawn: list[int] = torch.randint(min(len(tokenizer), loaded.architecture.vocab_size), (_DRAWN,)).tolist()
+    return next((i for i in drawn if i not in special and is_word(tokenizer.decode([i]))), drawn[0])
+
+
+def is_word(text: str) -> bool:
+    """Two letters or more, and nothing else."""
+    return len(text.strip()) > 1 and text.strip().isalpha()
 
 
 def template_tokens(loaded: LoadedModel) -> int:

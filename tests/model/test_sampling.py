@@ -20,7 +20,7 @@ from sculptor.errors import CheckpointError, DataError
 from sculptor.model import sampling
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.samples import draw_samples, kept_samples, num_predicted, tokens_to_draw
-from sculptor.model.sampling import continue_prompts, sample_examples, template_tokens
+from sculptor.model.sampling import continue_prompts, is_word, sample_examples, template_tokens
 from sculptor.progress import silent
 
 END = 0
@@ -128,6 +128,31 @@ def test_a_token_that_begins_sequences_comes_first(loaded: LoadedModel) -> None:
     assert {example.input_ids[0] for example in sample(loaded)} == {9}
 
 
+def test_text_of_a_chat_model_begins_with_words(loaded: LoadedModel) -> None:
+    """Its sequences begin with a turn: what it says from there is no text."""
+    loaded.tokenizer.chat_template = TEMPLATE
+    examples = sample(loaded, num_tokens=900, max_length=24)
+    words = {i for i in range(len(loaded.tokenizer)) if loaded.tokenizer.decode([i]).strip().isalpha()}
+    for example in examples:
+        assert example.labels == example.input_ids, "no prompt, so no answer whose beginning would count more"
+        assert END not in example.input_ids[:-1]
+        assert not words or example.input_ids[0] in words
+    assert len({example.input_ids[0] for example in examples}) > len(examples) / 3
+    assert num_tokens(examples) >= 899
+    assert sample(loaded, num_tokens=900, max_length=24) == examples
+    loaded.tokenizer.bos_token = "w5"
+    again = sample(loaded, num_tokens=900, max_length=24)
+    assert len({example.input_ids[0] for example in again}) > 9, (
+        "where the tokenizer puts none before text, none is put"
+    )
+
+
+def test_a_word_is_letters_alone() -> None:
+    assert [is_word(text) for text in (" river", "ab", "a", "x1", "<end>", " ", "don't", "\u00e9t\u00e9")] == [
+        True, True, False, False, False, False, False, True
+    ]  # fmt: skip
+
+
 def test_text_is_as_likely_as_the_model_says(loaded: LoadedModel) -> None:
     """Temperature 1 and no truncation, whatever the checkpoint's own generation settings are."""
     loaded.model.generation_config.temperature = 0.1
@@ -205,6 +230,19 @@ def test_a_template_s_tokens_are_not_the_model_s(
     longer = replace(settings, max_length=60)
     (source,) = sources.sample_sources(loaded, longer, ("self",), silent)
     assert max(example.length for example in source.examples) == 60
+
+
+def test_a_chat_model_is_calibrated_on_text_too(loaded: LoadedModel) -> None:
+    """A quarter of the tokens, beside conversations."""
+    loaded.tokenizer.chat_template = TEMPLATE
+    settings = AnalyzeSettings(basis="curvature", data=("self",), chat=True, calibration_tokens=800, max_length=40)
+    (source,) = sources.sample_sources(loaded, settings, ("self",), silent)
+    text = [example for example in source.examples if example.labels == example.input_ids]
+    said = [example for example in source.examples if example.labels[0] == IGNORED]
+    assert (len(text) + len(said), 198 <= num_tokens(text) <= 200) == (len(source.examples), True)
+    assert 590 <= num_tokens(said) <= 600
+    (alone,) = sources.sample_sources(loaded, replace(settings, chat=False), ("self",), silent)
+    assert all(example.labels == example.input_ids for example in alone.examples)
 
 
 def test_rows_are_as_many_as_their_caches_allow(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
