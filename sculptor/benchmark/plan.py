@@ -42,7 +42,7 @@ class EvaluateSettings:
     batch_size: AtLeastOne | None = None
     """Rows per forward [default: 16, and on a GPU as many as go well]."""
     exact_match: bool = True
-    """Also generate greedily and compare; takes longest."""
+    """Also generate greedily and compare, answers of conversations, too; takes longest."""
     harm: bool = True
     """Also measure KL(base || new) on what the base says by itself."""
 

@@ -68,9 +68,9 @@ def measure_stage(
 ) -> Measured:
     """Everything that is measured of one model; rows of one that is `routed` have weights of their own, and no harm."""
     options = plan.evaluate
-    generation = Generation(exact_match=None if options.exact_match else False)
+    generation = Generation(exact_match=None if options.exact_match else False, answers=True)
 
-    def measure(rows: Sequence[Row], labels: Sequence[str] | None) -> Evaluation:
+    def measure(rows: Sequence[Row], labels: Sequence[str] | None, generation: Generation) -> Evaluation:
         if routed is not None:
             return routed.evaluate(rows, labels, generation)
         return evaluate_rows(
@@ -86,9 +86,9 @@ def measure_stage(
 
     scores = {}
     for task in plan.tasks:
-        found = measure(inputs.rows[task.name], task.labels)
+        found = measure(inputs.rows[task.name], task.labels, generation)
         scores[task.name] = TaskScore(found.accuracy, found.exact_match, _loss(found))
-    texts = {name: measure(rows, None) for name, rows in inputs.watched.items()}
+    texts = {name: measure(rows, None, Generation(exact_match=False)) for name, rows in inputs.watched.items()}
     tokens = sum(found.num_tokens for found in texts.values())
     total = sum(_loss(found) * found.num_tokens for found in texts.values()) / tokens if texts else None
     harm = None if routed is not None else harm_to_base(loaded, partial, world)

@@ -30,6 +30,7 @@ class Generation:
 
     Attributes:
         exact_match: measure it; None for prompts without choices alone.
+        answers: with None, measure it of conversations, too.
         max_new_tokens: of an answer, at most; default as many as the longest that is expected.
         show: answers to look at, those of the first rows.
     """
@@ -37,6 +38,7 @@ class Generation:
     exact_match: bool | None = None
     max_new_tokens: int | None = None
     show: int = 0
+    answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +144,19 @@ def evaluate_rows(
         ranked = None if choosing else labels_of(pairs, labels)
         return _evaluate_pairs(loaded, pairs, ranked, length, batch_size, generation, progress, world)
     found = _evaluate_loss(loaded, rows, length, batch_size, progress, world)
-    asked = bool(generation.exact_match) or generation.show > 0
-    if not asked:
-        return found
     talked = [row for row in rows if isinstance(row, MessagesRow)]
+    wanted = generation.exact_match
+    if wanted is None:
+        wanted = generation.answers and loaded.kind == "causal" and len(talked) == len(rows)
+    if not wanted and not generation.show:
+        return found
     if not talked or loaded.kind != "causal":
         raise SettingsError("--exact-match and --show without effect: nothing is answered in 'text' rows")
     check_one_kind(len(talked), len(rows), "are conversations")
-    answered = talked if generation.exact_match else talked[: generation.show]
+    answered = talked if wanted else talked[: generation.show]
     with closing(progress(total=len(world.share(answered)), desc="answer", unit="row")) as bar:
         answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar, world)
-    exact = sum(answer.exact for answer in answers) / len(answers) if generation.exact_match else None
+    exact = sum(answer.exact for answer in answers) / len(answers) if wanted else None
     return replace(found, exact_match=exact, answers=tuple(answers[: generation.show]))
 
 

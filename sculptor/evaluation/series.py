@@ -22,7 +22,7 @@ from sculptor.model.load import LoadedModel
 from sculptor.numerics.ratio import Ratio, ratio_of_sums
 from sculptor.progress import Progress
 
-Figure = Literal["accuracy", "acc_norm", "exact_match", "loss", "refused", "followed", "instructions"]
+Figure = Literal["accuracy", "acc_norm", "exact_match", "loss", "refused", "followed", "instructions", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +120,15 @@ def _of_rows(figure: Figure, found: Sequence[bool | None]) -> Series:
 
 
 def refusal_series(loaded: LoadedModel, prompts: Sequence[str], reading: Reading, progress: Progress) -> list[Series]:
-    """How often a model refuses."""
+    """How often a model refuses, and how much it says."""
     said = _said(loaded, prompts, reading, reading.max_new_tokens or min(64, reading.max_length // 2), progress)
-    return [_of_rows("refused", [is_refusal(answer) for answer in said])]
+    return [_of_rows("refused", [is_refusal(answer) for answer in said]), _length(said)]
 
 
 def ifeval_series(
     loaded: LoadedModel, rows: Sequence[Mapping[str, Any]], check: Check, reading: Reading, progress: Progress
 ) -> list[Series]:
-    """How often all instructions of a prompt are followed, and how often one is."""
+    """How often all instructions of a prompt are followed, how often one is, and how much is said."""
     longest = min(1280, reading.max_length * 3 // 4)  # as lm-eval's task has it
     said = _said(loaded, [str(row["prompt"]) for row in rows], reading, reading.max_new_tokens or longest, progress)
     return followed_series(rows, said, check)
@@ -138,7 +138,12 @@ def followed_series(rows: Sequence[Mapping[str, Any]], said: Sequence[str], chec
     """`ifeval_series` of answers that were given."""
     followed = [check(row, answer) for row, answer in zip(rows, said, strict=True)]
     each = Series("instructions", tuple(float(sum(f)) for f in followed), tuple(map(len, followed)))
-    return [_of_rows("followed", [all(f) for f in followed]), each]
+    return [_of_rows("followed", [all(f) for f in followed]), each, _length(said)]
+
+
+def _length(said: Sequence[str]) -> Series:
+    """Characters of an answer: a tuning on short answers ends all of them sooner, at hardly any change of most tokens."""
+    return Series("length", tuple(float(len(answer)) for answer in said), (1,) * len(said))
 
 
 def _said(loaded: LoadedModel, prompts: Sequence[str], reading: Reading, max_new: int, progress: Progress) -> list[str]:

@@ -12,6 +12,7 @@ from sculptor.numerics.ratio import Z95, Ratio
 
 Role = Literal["task", "ability", "watched"]
 SHARES = ("accuracy", "acc_norm", "exact_match", "refused", "followed", "instructions")
+LENGTH = "length"
 _THRESHOLD = re.compile(r"\s*([^<>\s]+)\s*([<>])\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*")
 HARM, FIRST, LEAK, UNVERIFIED = "harm", "harm.first", "leak", "unverified"
 HARMS = (HARM, FIRST)
@@ -25,7 +26,8 @@ class Line:
     Attributes:
         name: of the measure, as `--fail-if` calls it.
         role: what it was given as.
-        figure: accuracy, acc_norm, exact_match, refused, followed or instructions, all shares; or loss, in nats a token.
+        figure: accuracy, acc_norm, exact_match, refused, followed or instructions, all shares; loss, in nats a token; or
+            length, characters of an answer.
         num_rows: rows, or sequences of a text.
         base, tuned: the figure; `base_error` and `tuned_error` its standard errors.
         change: tuned minus base, row by row; `change_error` its standard error, `low` and `high` the ends of its 95 %
@@ -210,7 +212,7 @@ def _found(
         if each.name == threshold.name:
             return Ratio(each.rise, each.rise_error), " nats"
     line = next(each for each in lines if threshold.name in (each.name, f"{each.name}.{each.figure}"))
-    unit = " points" if line.figure in SHARES else " nats"
+    unit = " points" if line.figure in SHARES else " characters" if line.figure == LENGTH else " nats"
     return Ratio(line.scale * line.change, line.scale * line.change_error), unit
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from sculptor.errors import SettingsError
-from sculptor.jobs.card_report import SHARES, CardReport, Leak, Line, TunedCard
+from sculptor.jobs.card_report import LENGTH, SHARES, CardReport, Leak, Line, TunedCard
 from sculptor.model.harm import Harm
 from sculptor.report.html.page import check_place
 from sculptor.report.text import WIDTH, first_text, harm_text, named_line, percent, table
@@ -19,6 +19,7 @@ _FIGURES = {
     "exact_match": "exact match",
     "followed": "prompts followed",
     "instructions": "instr. followed",
+    LENGTH: "answer's length",
 }
 
 
@@ -65,10 +66,11 @@ def tuned_text(report: CardReport, card: TunedCard) -> str:
 
 
 def line_row(line: Line) -> list[str]:
-    """A figure before and after: shares in %, their change in points; a loss in nats a token."""
+    """A figure before and after: shares in %, their change in points; a loss in nats a token, a length in characters."""
     share, scale = line.figure in SHARES, line.scale
-    value = percent if share else "{:.4f}".format
-    moved = "{:+.2f}" if share else "{:+.4f}"
+    digits = 2 if share else 0 if line.figure == LENGTH else 4
+    value = percent if share else f"{{:,.{digits}f}}".format
+    moved = f"{{:+,.{digits}f}}"
     ends = [moved.format(scale * end) if math.isfinite(end) else "?" for end in (line.low, line.high)]
     figure = _FIGURES.get(line.figure, line.figure)
     changed = moved.format(scale * line.change)
@@ -101,6 +103,8 @@ def notes_of(report: CardReport) -> list[str]:
         found.append(
             "Changes are in points of a percentage, or nats a token of a loss; intervals are of differences row by row."
         )
+    if any(line.figure == LENGTH for card in report.tuned for line in card.lines):
+        found.append("An answer's length is in characters, up to where its tokens are cut.")
     if report.harm_of is not None:
         whose = "kept in the archive, of the first base" if report.harm_of == "archive" else f"drawn from {report.base}"
         found.append(f"Harm is measured on samples {whose}.")

@@ -433,6 +433,25 @@ def test_answers_that_are_no_labels_are_compared_by_loss(cli: Callable[..., Resu
     assert all(f">{-value:.3f}</td>" in text for row in report["matrix"] for value in row)
 
 
+def test_conversations_are_answered_too(cli: Callable[..., Result], place: Path) -> None:
+    """Their exact matches are what tasks are compared by; watched texts are not answered."""
+    template = "{% for m in messages %}{{ m['content'] }} w2 {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
+    (place / "base" / "chat_template.jinja").write_text(template)
+
+    def talk(asked: str, said: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+
+    for name in ("first", "second"):
+        for file in (name, f"{name}-test"):
+            write_rows(place / f"{file}.jsonl", [talk(f"w{i} w{3 + i % 5}", f"w{i % 4}") for i in range(8)])
+    write_rows(place / "general.jsonl", [talk("w3 w4", "w5")])
+    found = run(cli, place, "out", "--method", "full", "--set", "evaluate.exact_match=true")
+    assert found["metric"] == "exact_match"
+    assert all(score["exact_match"] is not None for stage in found["stages"] for score in stage["scores"].values())
+    quiet = run(cli, place, "quiet", "--method", "full")
+    assert quiet["metric"] == "loss"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_picture_of_the_matrix(cli: Callable[..., Result], place: Path, suffix: str) -> None:

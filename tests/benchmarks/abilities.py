@@ -26,6 +26,7 @@ from sculptor.evaluation.answers import say
 from sculptor.evaluation.ifeval import Check, find_checker
 from sculptor.evaluation.rows import read_evaluation_rows
 from sculptor.evaluation.series import Figure, Reading, Series, change, followed_series, read_series
+from sculptor.jobs.card_report import SHARES
 from sculptor.jobs.job import open_model
 from sculptor.model.load import LoadedModel, resolve_device
 from sculptor.numerics.ratio import ratio_of_sums
@@ -86,7 +87,7 @@ def compare(base: Path, files: Sequence[Path], data: Path | None) -> None:
             rows = zip(*(each[figure].sums for each in group), strict=True)
             differences = [sum(row) / len(row) - was for row, was in zip(rows, old.sums, strict=True)]
             found = ratio_of_sums(differences, old.counts)
-            scale = 1 if old.figure == "loss" else 100
+            scale = 100 if old.figure in SHARES else 1
             each_seed = " ".join(f"{scale * one.mean:+.2f}" for one in moved)
             print(
                 f"{name:30} {figure:12} {scale * old.mean.mean:6.2f} {scale * (old.mean.mean + found.mean):6.2f} "

@@ -151,6 +151,13 @@ SUITES: dict[str, list[Run]] = {
         *(Run("said", method, 1e-4, split="test") for method in ("joint", "replay", "full")),
         Run("said", "lora", 2e-4, split="test"),
     ],
+    # The same with what keeps conversations that are of none of these tasks as they were.
+    "said-kept": [
+        *(Run("said", "sculptor", 0.0, (f"train.max_harm={limit}",), split="test") for limit in (0.02, 0.05, 0.1)),
+        *(Run("said", "sculptor", 0.0, (f'replay=["self:{share}"]',), split="test") for share in (0.1, 0.3)),
+        Run("said", "sculptor", 0.0, ("train.max_harm=0.05",), seed=1, split="test"),
+        Run("said", "full", 5e-5, ('replay=["self:0.1"]',), split="test"),
+    ],
     # Systems that needed more time or memory than the others.
     "rest": [
         *(Run("1", method, 1e-4, split="test") for method in ("l2", "eaft", "esacl")),

@@ -17,11 +17,14 @@ from conftest import Result, save_checkpoint, task_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, card, evaluate, train, verify
+from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.errors import DataError, OutputError, SculptorError, SettingsError
 from sculptor.evaluation.refusals import PHRASES, is_refusal
 from sculptor.evaluation.series import Series, change
 from sculptor.jobs.card_report import CardReport, failures, parse_threshold
 from sculptor.model.harm import Harm
+from sculptor.model.load import load_model
+from sculptor.model.sampling import continue_prompts
 from sculptor.report.card import check_card_file
 
 COVERS = ["sculptor.evaluation.series", "sculptor.report.card", "sculptor.jobs.card_report", "sculptor.jobs.measures"]
@@ -72,6 +75,14 @@ def test_it_is_what_evaluate_and_verify_say(cli: Callable[..., Result], made: Pa
     text = evaluate(made / "tuned", [made / "text.jsonl"], device="cpu")
     assert lines["text", "loss"]["tuned"] == pytest.approx(text.loss, rel=1e-6)
     assert 0 <= lines["asks", "refused"]["base"] <= 1
+    asked = [json.loads(line)["prompt"] for line in (made / "abilities" / "asks.jsonl").read_text().splitlines()]
+    for model in ("base", "tuned"):
+        loaded = load_model(open_checkpoint(made / model), torch.device("cpu"))
+        said = continue_prompts(loaded, loaded.tokenizer(asked).input_ids, 64, [loaded.tokenizer.eos_token_id], 0.0)
+        texts = loaded.tokenizer.batch_decode(said, skip_special_tokens=True)
+        assert lines["asks", "length"][model] == pytest.approx(
+            statistics.mean(len(text.strip()) for text in texts), abs=1
+        )
     assert all(phrase in found.out.replace("\n  ", " ") for phrase in PHRASES), "what counts is shown"
     assert content["phrases"] == list(PHRASES)
     proof = verify(made / "base", made / "tuned", made / "archive", device="cpu", harm=True)
