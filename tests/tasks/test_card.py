@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sculptor import AnalyzeSettings, TrainSettings, analyze, card, evaluate, train, verify
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.data.examples import resolve_max_length
 from sculptor.errors import DataError, OutputError, SculptorError, SettingsError
 from sculptor.evaluation.refusals import PHRASES, is_refusal
 from sculptor.evaluation.series import Series, change
@@ -78,7 +79,10 @@ def test_it_is_what_evaluate_and_verify_say(cli: Callable[..., Result], made: Pa
     asked = [json.loads(line)["prompt"] for line in (made / "abilities" / "asks.jsonl").read_text().splitlines()]
     for model in ("base", "tuned"):
         loaded = load_model(open_checkpoint(made / model), torch.device("cpu"))
-        said = continue_prompts(loaded, loaded.tokenizer(asked).input_ids, 64, [loaded.tokenizer.eos_token_id], 0.0)
+        most = resolve_max_length(None, loaded.architecture.max_positions) // 2
+        said = continue_prompts(
+            loaded, loaded.tokenizer(asked).input_ids, min(64, most), [loaded.tokenizer.eos_token_id], 0.0
+        )
         texts = loaded.tokenizer.batch_decode(said, skip_special_tokens=True)
         assert lines["asks", "length"][model] == pytest.approx(
             statistics.mean(len(text.strip()) for text in texts), abs=1
@@ -277,7 +281,9 @@ def test_instructions_are_checked_where_the_checker_is(
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval.utils", module)
     found = card(made / "base", [made / "tuned"], abilities=[rows], max_new_tokens=3, device="cpu")
-    assert [(line.figure, line.base) for line in found.tuned[0].lines] == [("followed", 0.5), ("instructions", 0.75)]
+    assert [(line.figure, line.base) for line in found.tuned[0].lines] == [
+        ("followed", 0.5), ("instructions", 0.75), ("length", pytest.approx(5.5))
+    ]  # fmt: skip
     module.process_results = lambda doc, said: 1 / 0
     with pytest.raises(SculptorError, match="cannot judge"):
         card(made / "base", [made / "tuned"], abilities=[rows], max_new_tokens=3, device="cpu")

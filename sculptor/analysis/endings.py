@@ -1,0 +1,32 @@
+"""Where an answer might end: what a tuning on short answers teaches all others, and what a calibration hardly sees.
+
+Every row of a task ends its answer, most tasks after a few words. What ends an answer becomes likelier wherever a sentence does,
+and is decided by one token in some twenty: the model's own text says it there with a chance of a thousandth, whose gradient is as
+small. After a tuning it is a third, and answers have half their length at hardly any change of most tokens. So some tokens of what
+is calibrated on, drawn by their row alone, are taken for the end: their gradient is that of ending there, and directions that end
+answers count as those do that say them. What it is worth is in docs/harm.md.
+"""
+
+import hashlib
+from array import array
+from dataclasses import replace
+
+import torch
+
+from sculptor.data.examples import IGNORED, Example
+
+SHARE = 0.1  # of the tokens with loss
+
+
+def with_endings(example: Example, end: int) -> Example:
+    """An example, some of whose labels are `end`, whatever it is measured with; what the model reads stays.
+
+    Args:
+        example: of a decoder, which reads no labels.
+        end: the token that ends an answer; which labels follows from the tokens of the row, whatever is beside it.
+    """
+    own = hashlib.sha256(array("q", example.input_ids).tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(own[:7], "little"))
+    drawn = (torch.rand(len(example.labels), generator=generator) < SHARE).tolist()
+    labels = (end if take and label != IGNORED else label for take, label in zip(drawn, example.labels, strict=True))
+    return replace(example, labels=tuple(labels))
