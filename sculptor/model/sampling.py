@@ -143,11 +143,12 @@ def _tell(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> lis
 
 
 def _word(loaded: LoadedModel) -> int:
-    """A token of letters, any of them; of a vocabulary that has hardly any, a token."""
+    """A token of letters, any of them; of a vocabulary that has hardly any, one that is not special."""
     tokenizer = loaded.tokenizer
     special = set(tokenizer.all_special_ids)
     drawn: list[int] = torch.randint(min(len(tokenizer), loaded.architecture.vocab_size), (_DRAWN,)).tolist()
-    return next((i for i in drawn if i not in special and is_word(tokenizer.decode([i]))), drawn[0])
+    plain = [i for i in drawn if i not in special] or drawn
+    return next((i for i in plain if is_word(tokenizer.decode([i]))), plain[0])
 
 
 def is_word(text: str) -> bool:

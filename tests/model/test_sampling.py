@@ -132,11 +132,11 @@ def test_text_of_a_chat_model_begins_with_words(loaded: LoadedModel) -> None:
     """Its sequences begin with a turn: what it says from there is no text."""
     loaded.tokenizer.chat_template = TEMPLATE
     examples = sample(loaded, num_tokens=900, max_length=24)
-    words = {i for i in range(len(loaded.tokenizer)) if loaded.tokenizer.decode([i]).strip().isalpha()}
+    special = set(loaded.tokenizer.all_special_ids)
     for example in examples:
         assert example.labels == example.input_ids, "no prompt, so no answer whose beginning would count more"
         assert END not in example.input_ids[:-1]
-        assert not words or example.input_ids[0] in words
+        assert example.input_ids[0] not in special, "there are no words of letters here"
     assert len({example.input_ids[0] for example in examples}) > len(examples) / 3
     assert num_tokens(examples) >= 899
     assert sample(loaded, num_tokens=900, max_length=24) == examples
@@ -145,6 +145,30 @@ def test_text_of_a_chat_model_begins_with_words(loaded: LoadedModel) -> None:
     assert len({example.input_ids[0] for example in again}) > 9, (
         "where the tokenizer puts none before text, none is put"
     )
+
+
+class Vocabulary(list[str]):
+    """A tokenizer of which only this is asked."""
+
+    all_special_ids = (0, 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [
+        (["<s>", "end", ".", " river", "x", "12", "stone"], {3, 6}),
+        (["<s>", "end", ".", "x", "12"], {2, 3, 4}),
+        (["<s>", "<e>"], {0, 1}),
+    ],
+)
+def test_words_are_drawn_where_there_are_some(words: list[str], allowed: set[int]) -> None:
+    loaded: Any = SimpleNamespace(tokenizer=Vocabulary(words), architecture=SimpleNamespace(vocab_size=len(words) + 9))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert {sampling._word(loaded) for _ in range(80)} == allowed
 
 
 def test_a_word_is_letters_alone() -> None:
