@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sculptor.analysis.beginnings import beginning_weights
-from sculptor.analysis.endings import with_endings
 from sculptor.analysis.expert_rows import watch_experts
 from sculptor.analysis.padded import Mask, activation_bytes, find_masks, make_batches
 from sculptor.checkpoint.architecture import Target, find_blocks
-from sculptor.data.edges import NO_TOKEN, answer_end
 from sculptor.data.examples import Example
 from sculptor.methods.settings import Labels, Weighting
 from sculptor.model.head import find_head
@@ -134,9 +132,6 @@ def measure_moments(
         """What a gradient counts is squared."""
         return beginning_weights(labels, loaded.kind).sqrt()
 
-    end = answer_end(loaded.tokenizer)
-    if gradients and loaded.kind == "causal" and end != NO_TOKEN:
-        examples = [with_endings(example, end) for example in examples]
     generator = torch.Generator(loaded.device).manual_seed(seed)
     model = loaded.model
     model.eval()

@@ -2,9 +2,10 @@
 
 Every row of a task ends its answer, most tasks after a few words. What ends an answer becomes likelier wherever a sentence does,
 and is decided by one token in some twenty: the model's own text says it there with a chance of a thousandth, whose gradient is as
-small. After a tuning it is a third, and answers have half their length at hardly any change of most tokens. So some tokens of what
-is calibrated on, drawn by their row alone, are taken for the end: their gradient is that of ending there, and directions that end
-answers count as those do that say them. What it is worth is in docs/harm.md.
+small. After a tuning it is a third, and answers have half their length at hardly any change of most tokens. So some tokens of the
+answers that a model says to be calibrated on, drawn by their row alone, are taken for the end: their gradient is that of ending
+there, and directions that end answers count as those do that say them. What it is worth is in docs/harm.md. Not of rows that
+somebody gives: what a model knows by heart has hardly any gradient of its own, and that of its end would be all that is seen.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ SHARE = 0.1  # of the tokens with loss
 
 
 def with_endings(example: Example, end: int) -> Example:
-    """An example, some of whose labels are `end`, whatever it is measured with; what the model reads stays.
+    """An example, some of whose labels are `end`; what the model reads stays.
 
     Args:
         example: of a decoder, which reads no labels.

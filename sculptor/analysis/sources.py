@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Sequence
 
+from sculptor.analysis.endings import with_endings
 from sculptor.analysis.evidence import Source
 from sculptor.archive.manifest import SourceFacts
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.data.chat import check_use, tell_unread, use_template
+from sculptor.data.edges import NO_TOKEN, answer_end
 from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
 from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sources, weight_of
@@ -80,6 +82,9 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, p
     told = round(TEXT_SHARE * settings.tokens_per_source) if settings.chat else 0
     sample = functools.partial(sample_examples, loaded, seed=settings.seed, progress=progress)
     examples = sample(settings.tokens_per_source - told, max_length, chat=settings.chat)
+    end = answer_end(loaded.tokenizer)
+    if settings.chat and end != NO_TOKEN:
+        examples = tuple(with_endings(example, end) for example in examples)
     if told > 1:
         examples += sample(told, max_length, chat=False, name="sample text")
     scale, weight = _scale(data), weight_of(own)

@@ -16,13 +16,11 @@ from conftest import FAMILIES, save_checkpoint
 from torch import Tensor, nn
 
 from sculptor.analysis.calibration import MeasuredMoments, measure_moments, moment_bytes, passes
-from sculptor.analysis.endings import with_endings
 from sculptor.analysis.evidence import _is_reached
 from sculptor.checkpoint.architecture import Target
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.checkpoint.windows import Window
 from sculptor.data.batches import Batch, make_batch
-from sculptor.data.edges import answer_end
 from sculptor.data.examples import IGNORED, Example
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.model.loss import batch_loss, sample_labels
@@ -196,11 +194,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 def test_moments_equal_a_float64_reference(tmp_path: Path, family: str) -> None:
     loaded = load(tmp_path, family)
     examples = make_examples(loaded.kind)
-    read = examples
-    if loaded.kind == "causal":
-        read = [with_endings(example, answer_end(loaded.tokenizer)) for example in examples]
-        assert read != examples
-    reference = Reference(loaded).read(to_batch(loaded, read))
+    reference = Reference(loaded).read(to_batch(loaded, examples))
     reference.check(measure(loaded, examples))
     reference.check(measure(loaded, examples, weighting="gradients"), "gradients")
 

@@ -262,9 +262,14 @@ def test_a_chat_model_is_calibrated_on_text_too(loaded: LoadedModel) -> None:
     settings = AnalyzeSettings(basis="curvature", data=("self",), chat=True, calibration_tokens=800, max_length=40)
     (source,) = sources.sample_sources(loaded, settings, ("self",), silent)
     text = [example for example in source.examples if example.labels == example.input_ids]
+    assert all(IGNORED not in example.labels for example in text), "nor is any of it taken for an end"
     said = [example for example in source.examples if example.labels[0] == IGNORED]
     assert (len(text) + len(said), 198 <= num_tokens(text) <= 200) == (len(source.examples), True)
     assert 590 <= num_tokens(said) <= 600
+    answers = [(i, label) for e in said for i, label in zip(e.input_ids, e.labels, strict=True) if label != IGNORED]
+    ends = [i for i, label in answers if label == END]
+    assert {label for i, label in answers if label != i} == {END}, "a tenth of what is said is taken for its end"
+    assert 0.03 < sum(i != END for i in ends) / len(answers) < 0.25
     (alone,) = sources.sample_sources(loaded, replace(settings, chat=False), ("self",), silent)
     assert all(example.labels == example.input_ids for example in alone.examples)
 
