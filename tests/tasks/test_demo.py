@@ -10,7 +10,6 @@ from conftest import Result
 COVERS = ["sculptor.jobs.demo_model"]
 
 
-@pytest.mark.slow
 def test_protection_keeps_what_plain_training_loses(cli: Callable[..., Result], tmp_path: Path) -> None:
     found = cli("demo", "--output", tmp_path / "demo", "--json")
     assert found.code == 0, found.err
