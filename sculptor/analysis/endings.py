@@ -8,12 +8,11 @@ there, and directions that end answers count as those do that say them. What it 
 somebody gives: what a model knows by heart has hardly any gradient of its own, and that of its end would be all that is seen.
 """
 
-import hashlib
-from array import array
 from dataclasses import replace
 
 import torch
 
+from sculptor.data.batches import row_generator
 from sculptor.data.examples import IGNORED, Example
 
 SHARE = 0.1  # of the tokens with loss
@@ -26,8 +25,6 @@ def with_endings(example: Example, end: int) -> Example:
         example: of a decoder, which reads no labels.
         end: the token that ends an answer; which labels follows from the tokens of the row, whatever is beside it.
     """
-    own = hashlib.sha256(array("q", example.input_ids).tobytes()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(own[:7], "little"))
-    drawn = (torch.rand(len(example.labels), generator=generator) < SHARE).tolist()
+    drawn = (torch.rand(len(example.labels), generator=row_generator(*example.input_ids)) < SHARE).tolist()
     labels = (end if take and label != IGNORED else label for take, label in zip(drawn, example.labels, strict=True))
     return replace(example, labels=tuple(labels))

@@ -117,13 +117,18 @@ def _pad(sequences: Sequence[Sequence[int]], value: int, widths: Widths) -> Tens
     return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences])
 
 
+def row_generator(*ids: int) -> torch.Generator:
+    """Draws what follows from a row alone, whatever batch it is in."""
+    own = hashlib.sha256(array("q", ids).tobytes()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(own[:7], "little"))
+
+
 def mask_tokens(example: Example, mask_id: int, vocab_size: int, seed: int) -> Example:
     """Masked language modelling (BERT): 15 % of the maskable tokens are to be predicted, at least one a row.
 
     What is masked follows from the row and the seed alone, whatever batch the row is in.
     """
-    own = hashlib.sha256(array("q", [seed, *example.input_ids]).tobytes()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(own[:7], "little"))
+    generator = row_generator(seed, *example.input_ids)
     ids, labels = torch.tensor(example.input_ids), torch.tensor(example.labels)
     chance = torch.rand(labels.shape, generator=generator)
     kind = torch.rand(labels.shape, generator=generator)
