@@ -1,8 +1,8 @@
 """Where an answer might end: what a tuning on short answers teaches all others, and what a calibration hardly sees.
 
-Every row of a task ends its answer, most tasks after a few words. What ends an answer becomes likelier wherever a sentence does,
-and is decided by one token in some twenty: the model's own text says it there with a chance of a thousandth, whose gradient is as
-small. After a tuning it is a third, and answers have half their length at hardly any change of most tokens. So some tokens of the
+Every row of a task ends its answer, most tasks after a few words. What ends an answer becomes likelier wherever one could end, and
+there one token decides about all that would follow: the model's own text says it seldom, and its gradient is as small as its
+chance. After a tuning answers can have half their length at hardly any change of most tokens. So some tokens of the
 answers that a model says to be calibrated on, drawn by their row alone, are taken for the end: their gradient is that of ending
 there, and directions that end answers count as those do that say them. What it is worth is in docs/harm.md. Not of rows that
 somebody gives: what a model knows by heart has hardly any gradient of its own, and that of its end would be all that is seen.
