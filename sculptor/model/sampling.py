@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sculptor.checkpoint.configuration import reason_of
+from sculptor.data.edges import special_ids
 from sculptor.data.examples import IGNORED, Example
 from sculptor.errors import CheckpointError, DataError
 from sculptor.model.decoding import CACHES, decode, padded_left
@@ -145,7 +146,7 @@ def _tell(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> lis
 def _word(loaded: LoadedModel) -> int:
     """A token of letters, any of them; of a vocabulary that has hardly any, one that is not special."""
     tokenizer = loaded.tokenizer
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     drawn: list[int] = torch.randint(min(len(tokenizer), loaded.architecture.vocab_size), (_DRAWN,)).tolist()
     plain = [i for i in drawn if i not in special] or drawn
     return next((i for i in plain if is_word(tokenizer.decode([i]))), plain[0])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -151,6 +151,8 @@ class Vocabulary(list[str]):
     """A tokenizer of which only this is asked."""
 
     all_special_ids = (0, 1)
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self[i] for i in ids)
