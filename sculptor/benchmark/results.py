@@ -60,6 +60,7 @@ class Stage:
         seconds: training and carrying the archive on.
         update: norm of everything that the training changed, None for the base.
         harm: KL(base || this) on samples of the base that nothing depended on; None if there are none.
+        peak_bytes: most memory of the GPU at a time while it was trained and carried on, as torch counts it; None on a CPU.
     """
 
     __pydantic_config__ = STRICT
@@ -72,6 +73,7 @@ class Stage:
     watched: Mapping[Name, Finite] = field(default_factory=dict)
     update: NotNegative | None = None
     harm: Harm | None = None
+    peak_bytes: Count | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from sculptor.benchmark.results import (
     published,
     report_of,
 )
-from sculptor.benchmark.stages import draw_once, measure_stage
+from sculptor.benchmark.stages import count_memory, draw_once, measure_stage, peak_memory
 from sculptor.checkpoint.architecture import inspect_architecture
 from sculptor.checkpoint.reader import identity, open_checkpoint
 from sculptor.checkpoint.staging import STAGED_NAME, move, put_in_place, write_json, writing
@@ -191,10 +191,11 @@ class _Run:
                 target = self.partial / f"{i:02d}-{name}"
                 if i >= len(self.stages):
                     started = time.perf_counter()
+                    device = resolve_device(self.plan.train.device)
+                    count_memory(device)
                     self.learning.learn(task, model, archive, target)
-                    self._finish_stage(
-                        name, str(target), self.learning.num_kept_bytes(target), time.perf_counter() - started, model
-                    )
+                    seconds, kept = time.perf_counter() - started, self.learning.num_kept_bytes(target)
+                    self._finish_stage(name, str(target), kept, seconds, model, peak_memory(device))
                     bar.update(1)
                 if i > 1:
                     before = self.partial / f"{i - 1:02d}-{steps[i - 2][0]}"
@@ -223,7 +224,13 @@ class _Run:
         return [("joint", together)]
 
     def _finish_stage(
-        self, name: str, model: str, archive_bytes: int | None, seconds: float, before: str | None = None
+        self,
+        name: str,
+        model: str,
+        archive_bytes: int | None,
+        seconds: float,
+        before: str | None = None,
+        peak_bytes: int | None = None,
     ) -> None:
         """Evaluates a checkpoint on everything and notes the row."""
         device, offload = resolve_device(self.plan.train.device), read_offload(self.plan.train.offload)
@@ -243,7 +250,17 @@ class _Run:
             found = measure_stage(loaded, self.plan, self.inputs, self.partial, self.progress, self.world, routed)
         start = self.plan.model if routes else before
         update = None if start is None else self.world.once(lambda: update_norm(open_checkpoint(start), after))
-        stage = Stage(name, found.scores, found.watch_loss, archive_bytes, seconds, found.watched, update, found.harm)
+        stage = Stage(
+            name,
+            found.scores,
+            found.watch_loss,
+            archive_bytes,
+            seconds,
+            found.watched,
+            update,
+            found.harm,
+            peak_bytes,
+        )
         self.stages.append(self.world.from_first(stage))
         noted = {"key": self.key, "stages": [asdict(stage) for stage in self.stages]}
         self.world.once(lambda: write_json(self.partial / SCORES_NAME, noted))

@@ -7,6 +7,8 @@ archive holds: no step and no analysis of any method sees them, and all methods 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sculptor.benchmark.inputs import Inputs
 from sculptor.benchmark.plan import Plan
 from sculptor.benchmark.results import Measured, TaskScore
@@ -27,6 +29,17 @@ SAMPLES_NAME = f"base_samples{SUFFIX}"
 # Of each prediction: the file goes with the run, so that the bound may be closer than an archive's (docs/harm.md).
 KEPT = 512
 _SEED = 2  # beyond that of the analysis, which calibrates on its own seed and keeps samples of the one after it
+
+
+def count_memory(device: torch.device) -> None:
+    """Begins to count a GPU's memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes of a GPU's memory at a time since; None on anything else."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def draw_once(loaded: LoadedModel, plan: Plan, partial: Path, progress: Progress) -> str | None:

@@ -117,6 +117,7 @@ def test_every_field_of_the_scores_wrong_in_every_way_is_one_line() -> None:
                 "watch_loss": 2.0,
                 "archive_bytes": 100,
                 "seconds": 3.5,
+                "peak_bytes": 7,
             }
         ],
     }

@@ -83,6 +83,7 @@ def _watched(report: ContinualReport) -> Child:
 
 def _stages(report: ContinualReport) -> Markup:
     watched = list(report.stages[0].watched)
+    counted = any(stage.peak_bytes is not None for stage in report.stages)
     rows = [
         [
             stage.name,
@@ -90,8 +91,10 @@ def _stages(report: ContinualReport) -> Markup:
             stage_harm(stage),
             f"{stage.seconds:.0f}",
             "–" if stage.archive_bytes is None else size(stage.archive_bytes),
+            *([] if not counted else ["–" if stage.peak_bytes is None else size(stage.peak_bytes)]),
         ]
         for stage in report.stages
     ]
     head = ["after", *(f"loss on {Path(name).name}" for name in watched), "harm", "seconds of training", "archive"]
+    head += ["GPU memory"] if counted else []
     return table(head, rows, "stages")
