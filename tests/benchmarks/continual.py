@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+Content = dict[str, Any]  # of continual.json
 
 ORDERS = {
     "1": ("dbpedia", "amazon", "yelp", "agnews"),
@@ -196,6 +198,7 @@ def run_suites(
     text_of: Callable[[Path, Path, Run], str],
     doc: str,
     after: Callable[[argparse.Namespace, Run], list[str]] = lambda *_: [],
+    follow: Callable[[dict[Run, Content | None]], list[Run]] = lambda _: [],
 ) -> None:
     """The command line: runs one of some suites, several runs side by side.
 
@@ -204,6 +207,7 @@ def run_suites(
         text_of: model, data and a run to its plan.
         doc: of the command.
         after: a command for a run that is given its output, too, and prints a line of JSON that goes with its results.
+        follow: what is to be run next, of what came out so far, None of runs that failed; what it named before counts once.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=suites)
@@ -219,6 +223,7 @@ def run_suites(
     arguments.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     waiting = list(enumerate(suites[arguments.suite]))
+    known, done = {run for _, run in waiting}, dict[Run, Content | None]()
     last = arguments.jobs if arguments.last_jobs is None else arguments.last_jobs
     slots = [
         gpu
@@ -237,8 +242,11 @@ def run_suites(
                     running[slot] = number, run, process, now
             for slot, (number, run, process, began) in list(running.items()):
                 if process.poll() is not None:
-                    report(run, number, now - began, arguments.output, results)
+                    done[run] = report(run, number, now - began, arguments.output, results)
                     del running[slot]
+                    more = [one for one in follow(done) if one not in known]
+                    waiting[:0] = list(enumerate(more, len(known)))
+                    known.update(more)
             if now > arguments.deadline:
                 for number, run, process, began in running.values():
                     os.killpg(process.pid, signal.SIGKILL)
@@ -246,6 +254,8 @@ def run_suites(
                     print(f"{run.name:70} stopped at the deadline", flush=True)
                     if (arguments.output / f"{number:03d}" / "continual.json").is_file():
                         report(run, number, now - began, arguments.output, results)  # what came after it is missing
+                    else:
+                        salvage(run, arguments.output / f"{number:03d}.partial" / "scores.json", results)
                 break
             time.sleep(0.5)
     print(f"{len(waiting)} runs not started; {time.perf_counter() - started:.0f} s", flush=True)
@@ -272,13 +282,20 @@ def start(
         return subprocess.Popen(["sh", "-c", line], stderr=log, env=environment, start_new_session=True)
 
 
-def report(run: Run, number: int, seconds: float, output: Path, results: TextIO) -> None:
-    """Prints and keeps the result of a run, and removes its checkpoint."""
+def salvage(run: Run, scores: Path, results: TextIO) -> None:
+    """Keeps the stages of a run that was stopped, as `stopped` in the place of `run`."""
+    if scores.is_file():
+        stages = json.loads(scores.read_text(encoding="utf-8"))["stages"]
+        print(json.dumps({"stopped": run.name, "stages": stages}), file=results, flush=True)
+
+
+def report(run: Run, number: int, seconds: float, output: Path, results: TextIO) -> Content | None:
+    """Prints and keeps the result of a run, and removes its checkpoint; None if it failed."""
     path = output / f"{number:03d}" / "continual.json"
     if not path.is_file():
         error = (output / f"{number:03d}.log").read_text(encoding="utf-8", errors="replace").strip()
         print(f"{run.name:70} FAILED {error[-300:]}", flush=True)
-        return
+        return None
     content = json.loads(path.read_text(encoding="utf-8"))
     metrics = content["metrics"]
     figures = [f"{key[:3].upper()} {100 * value:+6.2f}" for key, value in metrics.items() if value is not None]
@@ -291,8 +308,9 @@ def report(run: Run, number: int, seconds: float, output: Path, results: TextIO)
         f"{'/'.join(f'{100 * value:.1f}' for value in content['matrix'][-1])} {seconds:.0f} s",
         flush=True,
     )
-    print(json.dumps(content | {"run": run.name}), file=results, flush=True)
+    print(json.dumps(content | {"run": run.name, "wall": seconds}), file=results, flush=True)
     shutil.rmtree(path.parent)
+    return content
 
 
 if __name__ == "__main__":
