@@ -220,6 +220,7 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
             f"{path} [train]: add_tokens would be added by every task; make such a model first, by one `sculptor train`"
         )
     try:
+        plan.analyze.check_twice()
         make_method(plan.analyze, known_kinds(rules))
     except SettingsError as error:
         raise SettingsError(f"{path} [analyze]: {error}") from error

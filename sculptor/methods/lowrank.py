@@ -243,9 +243,7 @@ class LowRank:
     def check(self, shapes: Sequence[tuple[int, int]] = ()) -> list[str]:
         """What has no effect, or cannot be."""
         settings = self.settings
-        wrong = [
-            f"--data {item!r} is given twice" for item in sorted(set(settings.data)) if settings.data.count(item) > 1
-        ]
+        wrong = list[str]()
         idle = [] if settings.data else settings.given("calibration_tokens", "chat", "max_length", "chat_template")
         wrong += [f"{', '.join(idle)} without effect: there is no --data"] if idle else []
         least = min((shape[1] for shape in shapes), default=self.rank)

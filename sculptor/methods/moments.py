@@ -72,9 +72,6 @@ class Moments:
             )
             if idle:
                 wrong.append(f"{', '.join(idle)} without effect {basis}: for curvature only")
-        twice = sorted({item for item in settings.data if settings.data.count(item) > 1})
-        if twice:
-            wrong.append(f"--data {twice[0]!r} is given twice")
         least = max((self._least_budget(shape) for shape in shapes), default=0.0)
         if settings.free_budget < least - 1e-9:
             wrong.append(

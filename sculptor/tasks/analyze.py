@@ -76,6 +76,7 @@ def analyze(
     settings = settings or AnalyzeSettings()
     if data is not None and settings.data:
         raise SettingsError("data twice: as an argument and in the settings; give one of the two")
+    settings.check_twice()
     items, kinds = as_items(settings.data if data is None else data), known_kinds(rules)
     given = replace(settings, data=tuple(map(_named, items)))
     make_method(given, kinds)  # refuses before any work

@@ -342,7 +342,6 @@ def test_the_table_of_the_docs_is_that_of_the_code() -> None:
         ({"rule": "lowrank", "budget": 0.5}, "--budget without effect with --rule lowrank"),
         ({"rule": "lowrank", "preserve": 0.5}, "--preserve without effect with --rule lowrank"),
         ({"rule": "lowrank", "calibration_tokens": 9}, "--calibration-tokens without effect: there is no --data"),
-        ({"rule": "lowrank", "data": ("a", "a")}, "--data 'a' is given twice"),
         ({"rule": "mask", "dtype": "bfloat16"}, "--dtype without effect with --rule mask"),
         ({"rule": "mask", "data": ("a",)}, "--data without effect with --rule mask"),
         (

@@ -69,7 +69,6 @@ RANDOM: dict[str, Any] = {"basis": "random", "preserve": 0.5}
         (WEIGHTS | {"chat": True}, "--chat without effect with --basis weights"),
         # Options of the weights' directions choose these.
         ({"preserve": 0.5, "budget": 0.5}, "--budget without effect with --basis weights"),
-        (CURVATURE | {"data": ("self", "rows.jsonl", "self")}, "--data 'self' is given twice"),
     ],
 )
 def test_contradictions_are_named(wrong: dict[str, Any], message: str) -> None:
@@ -77,6 +76,13 @@ def test_contradictions_are_named(wrong: dict[str, Any], message: str) -> None:
         make_method(AnalyzeSettings(**wrong))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_data_that_are_given_twice_are_named() -> None:
+    for given in ({"basis": "curvature"}, {"rule": "lowrank"}):
+        with pytest.raises(SettingsError, match="--data 'self' is given twice"):
+            AnalyzeSettings(**given, data=("self", "rows.jsonl", "self")).check_twice()
+        make_method(AnalyzeSettings(**given, data=("rows.jsonl", "rows.jsonl")))  # names, as an archive has them
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

@@ -207,3 +207,18 @@ def test_a_budget_that_is_missed_is_said(
     assert free >= budget - 1e-9
     assert ("Asked for" in found.out) == (free - budget > 0.005)
     assert max(map(len, found.out.split("Wrote")[0].splitlines())) <= 100
+
+
+@pytest.mark.parametrize("rule", [{"basis": "curvature"}, {"rule": "lowrank"}])
+def test_files_of_one_name_in_two_folders(model: Path, tmp_path: Path, rule: dict[str, str]) -> None:
+    """The archive keeps names, and is read by them."""
+    files = []
+    for folder in ("news", "law"):
+        (tmp_path / folder).mkdir()
+        files.append(str(write_rows(tmp_path / folder / "train.jsonl", task_rows(folder, 6))))
+    settings = AnalyzeSettings(**rule, data=tuple(files), calibration_tokens=400, device="cpu")
+    report = analyze(model, tmp_path / "archive", settings)
+    assert [source.source for source in report.calibration] == ["train.jsonl"] * 2
+    assert Archive(tmp_path / "archive").method.terms.basis
+    with pytest.raises(SettingsError, match="is given twice"):
+        analyze(model, tmp_path / "again", AnalyzeSettings(**rule, data=(files[0],) * 2, device="cpu"))
