@@ -243,10 +243,10 @@ def _verdict(
     _check_protects(tuned, archive, measured)
     squares, touched, at_random = [0.0, 0.0, 0.0, 0.0], 0.0, 0.0
     for one, _ in measured:
-        found = one.violation
-        if found.touched is not None and found.touched_at_random is not None:
-            touched += found.touched
-            at_random += found.touched_at_random
+        found, detail = one.violation, one.detail
+        if detail.touched is not None and detail.touched_at_random is not None:
+            touched += detail.touched
+            at_random += detail.touched_at_random
         for i, value in enumerate((one.update, found.norm, one.rounding, found.rounding)):
             squares[i] += value**2 if one.update else 0.0
     matrices = tuple(judged for _, judged in measured)
@@ -301,15 +301,15 @@ def _judge(
     """
     if measured.update == 0:
         return MatrixVerification(record.name, record.role, 0.0, 0.0, 0.0, 0.0, declared)
-    found = measured.violation
+    found, detail = measured.violation, measured.detail
     leak, expected = found.norm / measured.update, found.rounding / measured.update
     weight = float(base.to(torch.float64).norm()) or measured.update
     relative = measured.update / weight
     holds = declared and leak <= leak_allowance(expected, found.num_pairs, relative) and leak * relative <= MOST_MOVED
     peak = None
-    if found.peak is not None and found.peak_rounding is not None:
-        allowed = peak_allowance(measured.update, weight, found.peak_rounding, found.num_pairs)
-        peak = found.peak / allowed
+    if detail.peak is not None and detail.peak_rounding is not None:
+        allowed = peak_allowance(measured.update, weight, detail.peak_rounding, found.num_pairs)
+        peak = detail.peak / allowed
         holds = holds and (peak <= 1 or explained())
     if strict:
         holds &= leak * max(1.0, relative) <= STRICT_LEAK
@@ -322,7 +322,7 @@ def _judge(
         eaten=min(1.0, measured.rounding / measured.update),
         holds=holds,
         peak=peak,
-        kept=1 - found.touched / found.touched_at_random
-        if found.touched is not None and found.touched_at_random
+        kept=1 - detail.touched / detail.touched_at_random
+        if detail.touched is not None and detail.touched_at_random
         else None,
     )

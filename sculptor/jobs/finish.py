@@ -222,7 +222,7 @@ class _Finish:
         return _Made(merged.tensor, record, derived, self._report(entry, record, weight, merged))
 
     def _report(self, entry: Entry, record: MatrixRecord, weight: Tensor, merged: Merged) -> MatrixReport:
-        measured = measure_leak(weight, merged.tensor, entry, self.device)
+        measured = measure_leak(weight, merged.tensor, entry, self.device, detailed=False)
         before, after = (to_device(each, record.transposed, self.device) for each in (weight, merged.tensor))
         norm = float(merged.update.norm())
         lost = float((after - before - merged.update.to(self.device)).norm())

@@ -17,6 +17,7 @@ from sculptor.errors import ArchiveError
 from sculptor.methods.method import Defaults, Derived, Evidence, Measures, Moment, Previous, Step, Terms
 from sculptor.methods.rule import (
     Cost,
+    Detail,
     Figures,
     Gradient,
     Narrowed,
@@ -166,8 +167,7 @@ class LowRankRule:
             norm=float(off.norm()),
             rounding=float(variance.sum(dim=0) @ axes.clamp_min(0)) ** 0.5,
             num_pairs=m * count,
-            peak=spectral_norm(off),
-            peak_rounding=noise_spectrum(variance),
+            detail=lambda: Detail(spectral_norm(off), noise_spectrum(variance)),
         )
 
     def projection(self, weight: Tensor, tensors: Tensors, soften: float = 0.0) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sculptor.errors import ArchiveError
 from sculptor.methods.method import Defaults, Derived, Evidence, Previous, Terms
-from sculptor.methods.rule import Cost, Figures, Gradient, Prepared, Rule, Tensors, Violation, Working, dense
+from sculptor.methods.rule import Cost, Detail, Figures, Gradient, Prepared, Rule, Tensors, Violation, Working, dense
 from sculptor.methods.settings import DEFAULT_FREE, AnalyzeSettings, Carry
 from sculptor.methods.weights import ENERGY_SHARE, FREE_SHARE
 from sculptor.numerics.masks import at_random, largest_share, num_words, pack, smallest, unpack
@@ -108,8 +108,7 @@ class MaskRule:
             norm=float(sizes.norm()),
             rounding=float(errors.sum()) ** 0.5,
             num_pairs=self.num_entries - self.free,
-            peak=None if worst is None else float(sizes[worst]),
-            peak_rounding=None if worst is None else float(halves[worst]),
+            detail=lambda: Detail() if worst is None else Detail(float(sizes[worst]), float(halves[worst])),
         )
 
     def figures(self) -> Figures:

@@ -18,6 +18,7 @@ from sculptor.methods.method import Defaults, Derived, Evidence, Previous, Terms
 from sculptor.methods.ranks import protected_count
 from sculptor.methods.rule import (
     Cost,
+    Detail,
     Figures,
     Gradient,
     Prepared,
@@ -143,8 +144,7 @@ class RotationRule:
             norm=float(off.norm()),
             rounding=math.sqrt(float(variance.sum()) * unexplained / (m * n)),
             num_pairs=unexplained,
-            peak=spectral_norm(off),
-            peak_rounding=noise_spectrum(variance),
+            detail=lambda: Detail(spectral_norm(off), noise_spectrum(variance)),
         )
 
     def figures(self) -> Figures:

@@ -85,6 +85,22 @@ class Prepared(NamedTuple):
     fingerprint: list[float]
 
 
+class Detail(NamedTuple):
+    """What `verify` asks of a violation beside its size.
+
+    Attributes:
+        peak: spectral norm of what is not allowed, or its largest entry; None where the rule does not tell.
+        peak_rounding: what rounding errors, which have no direction, can make of it.
+        touched: of what the rule weighs, what the update disturbs; None where it weighs nothing.
+        touched_at_random: the mean of that over all updates of this norm.
+    """
+
+    peak: float | None = None
+    peak_rounding: float | None = None
+    touched: float | None = None
+    touched_at_random: float | None = None
+
+
 class Violation(NamedTuple):
     """How far an update leaves what is allowed, in the units of ||dW||.
 
@@ -92,19 +108,13 @@ class Violation(NamedTuple):
         norm: of what is not allowed.
         rounding: its expectation from the rounding errors of what is stored.
         num_pairs: how many independent errors that sums up.
-        peak: spectral norm of what is not allowed, or its largest entry; None where the rule does not tell.
-        peak_rounding: what rounding errors, which have no direction, can make of it.
-        touched: of what the rule weighs, what the update disturbs; None where it weighs nothing.
-        touched_at_random: the mean of that over all updates of this norm.
+        detail: gives the rest, which takes several times as long.
     """
 
     norm: float
     rounding: float
     num_pairs: int
-    peak: float | None = None
-    peak_rounding: float | None = None
-    touched: float | None = None
-    touched_at_random: float | None = None
+    detail: Callable[[], Detail] = Detail
 
 
 class Figures(NamedTuple):

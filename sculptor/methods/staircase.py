@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sculptor.methods.rule import (
     Cost,
+    Detail,
     Figures,
     Gradient,
     Narrowed,
@@ -241,21 +242,23 @@ class StaircaseRule:
             name: Basis(tensors[name], side.form).to(update.device, torch.float64) for name, side, _ in self._sides()
         }
         output, input, staircase = sides.get("output"), sides.get("input"), self.staircase
-        touched = at_random = None
-        if self.moments:
-            g, c = self.factors(tensors)
-            touched = self.scale * curvature(update, g, c)
-            mean = c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
-            at_random = self.scale * float(update.square().sum()) * mean
         frozen = frozen_parts(update, staircase, output, input)
+
+        def detail() -> Detail:
+            touched = at_random = None
+            if self.moments:
+                g, c = self.factors(tensors)
+                touched = self.scale * curvature(update, g, c)
+                mean = c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
+                at_random = self.scale * float(update.square().sum()) * mean
+            peak = max((spectral_norm(part) for part in frozen), default=0.0)
+            return Detail(peak, noise_spectrum(variance), touched, at_random)
+
         return Violation(
             norm=math.hypot(*(float(part.norm()) for part in frozen)),
             rounding=frozen_variance(variance, staircase, output, input) ** 0.5,
             num_pairs=staircase.num_frozen,
-            peak=max((spectral_norm(part) for part in frozen), default=0.0),
-            peak_rounding=noise_spectrum(variance),
-            touched=touched,
-            touched_at_random=at_random,
+            detail=detail,
         )
 
     def projection(self, weight: Tensor, tensors: Tensors, soften: float = 0.0) -> Callable[[Tensor], Tensor]:

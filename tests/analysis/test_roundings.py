@@ -14,6 +14,7 @@ from sculptor.analysis.leak import measure_leak
 from sculptor.analysis.roundings import rounds_an_allowed
 from sculptor.archive.store import Entry
 from sculptor.checkpoint.reader import open_checkpoint
+from sculptor.methods.rule import Detail
 
 NAME = "model.layers.0.mlp.gate_proj.weight"
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def test_a_protected_direction_is_not(made: Path, size: float, generator: torch.
     hidden = 4 * weight.double().abs().mean() * 2**-8 * 256**0.5 * torch.outer(u[:, 0], v[0])
     changed = (sound.double() + hidden).to(torch.bfloat16)
     assert not rounds_an_allowed(weight, changed, entry, CPU)
-    before, after = (measure_leak(weight, tuned, entry, CPU).violation.peak for tuned in (sound, changed))
+    before, after = (measure_leak(weight, tuned, entry, CPU).detail.peak for tuned in (sound, changed))
     assert before is not None
     assert after is not None
     assert before < after
@@ -90,3 +91,17 @@ def test_a_few_directions_in_bf16_pass(made: Path, rate: float, tmp_path: Path) 
     assert found.passed, [item for item in found.matrices if not item.holds]
     peaks = [item.peak or 0.0 for item in found.matrices]
     assert rate > 1e-4 or max(peaks) > 0
+
+
+def test_sizes_alone_are_the_same_sizes(
+    made: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training asks for no more, and does not pay for the rest."""
+    weight, entry = matrix(made)
+    tuned = rounded(made, 0.2, 8, generator)
+    whole = measure_leak(weight, tuned, entry, CPU)
+    assert whole.detail.peak is not None
+    monkeypatch.setattr("sculptor.methods.staircase.spectral_norm", None)
+    brief = measure_leak(weight, tuned, entry, CPU, detailed=False)
+    assert (brief.update, brief.rounding, brief.violation) == (whole.update, whole.rounding, whole.violation)
+    assert brief.detail == Detail()

@@ -558,9 +558,10 @@ def test_a_frozen_entry_does_not_hide_in_the_rounding_of_all(tmp_path: Path) -> 
         found = rule.violation(tensors, base.double(), update, rounding_variance(stored))
         size, weight = float(update.norm()), float(base.double().norm())
         assert found.norm / size <= leak_allowance(found.rounding / size, found.num_pairs)
-        assert found.peak is not None
-        assert found.peak_rounding is not None
-        assert (found.peak <= peak_allowance(size, weight, found.peak_rounding, found.num_pairs)) is expected
+        detail = found.detail()
+        assert detail.peak is not None
+        assert detail.peak_rounding is not None
+        assert (detail.peak <= peak_allowance(size, weight, detail.peak_rounding, found.num_pairs)) is expected
 
 
 def test_what_is_judged_is_what_the_lineage_is_compared_with(
