@@ -9,6 +9,9 @@ import pytest
 from conftest import save_checkpoint, task_rows, write_rows
 
 import sculptor
+from sculptor.benchmark.contenders import analysis_of
+from sculptor.benchmark.plan import AdapterSettings, EvaluateSettings, Plan
+from sculptor.training.rates import default_relative_rate
 
 PLACE = Path(__file__).parent / "benchmarks"
 
@@ -80,3 +83,38 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert [row["depth"] for row in found["rows"]] == [2, 4, 8]
     assert all(row[stage] > 0 for row in found["rows"] for stage in found["exponents"])
     assert "exponent" in capsys.readouterr().out
+
+
+def _load(monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str, object]:
+    monkeypatch.syspath_prepend(str(PLACE))
+    return runpy.run_path(str(PLACE / name))
+
+
+def test_neighbours_are_run_at_the_best_of_three_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _load(monkeypatch, "neighbours.py")
+    follow, trials, neighbours = found["follow"], found["trials"], found["NEIGHBOURS"]
+    done = {}
+    for i, method in enumerate(neighbours):
+        for k, run in enumerate(trials(method)):
+            assert not [one for one in follow(done) if one.method == method], "not all of its rates have been tried"
+            done[run] = None if k == 0 and i == 2 else {"metrics": {"average": 0.1 * k + 0.01 * i}}
+    asked = follow(done)
+    assert {run.rate for run in asked} == {trials("lines")[2].rate}
+    assert [(run.order, run.method) for run in asked if run.seed == 0] == [(o, m) for m in neighbours for o in "12"]
+    assert {run.method for run in asked if run.seed} == set(neighbours[-2:]), "the best two"
+    assert {run.split for run in asked} == {"test"}
+
+
+def test_rates_of_neighbours_are_about_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the benchmark takes for a default is what an analysis says."""
+    found = _load(monkeypatch, "neighbours.py")
+    model = save_checkpoint(tmp_path / "model")
+    plan = Plan(
+        model=str(model), tasks=(), watch=(), analyze=sculptor.AnalyzeSettings(device="cpu"),
+        train=sculptor.TrainSettings(), evaluate=EvaluateSettings(), adapter=AdapterSettings(),
+    )  # fmt: skip
+    for method in ("full", "sara", "orthsr"):
+        sculptor.analyze(model, tmp_path / method, analysis_of(plan, method))
+        name, rate = found["default_rate"](method, model)
+        assert name == "relative_rate"
+        assert rate == pytest.approx(default_relative_rate(sculptor.Archive(tmp_path / method)), rel=0.05), method
