@@ -71,7 +71,7 @@ def check_contender(plan: Plan, method: Contender) -> None:
         raise SettingsError(f"--method {method}: tasks with different columns cannot be read together")
     if method in ("lora", "olora", "osf") and plan.replay:
         raise SettingsError(f"replay without effect with --method {method}: leave it out")
-    check_replay(plan.replay, plan.train)
+    check_replay(plan.replay)
     if method == "slm" and plan.train.offload in STREAMED:
         raise SettingsError(
             f"[train] offload = {plan.train.offload!r} with --method slm: rows have models of their own; use none"

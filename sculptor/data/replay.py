@@ -11,7 +11,10 @@ DEFAULT_SHARE = 0.1
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Replay:
-    """What is mixed in: `share` of the rows of an epoch, above 0 and below 1, are of `examples`."""
+    """What is mixed in: `share` of the rows of an epoch, above 0 and below 1, are of `examples`.
+
+    There may be none yet of what the model will say: then the task's longest row stands for each.
+    """
 
     name: str
     share: float
@@ -31,10 +34,13 @@ def with_replay(task: Encoded, replays: Sequence[Replay]) -> Encoded:
     rest = 1 - sum(replay.share for replay in replays)
     examples, sizes = list(task.examples), list(own.sizes)
     for replay in replays:
-        wanted = -(-own.num_epoch * replay.share // rest)
-        times = max(1, int(-(-wanted // len(replay.examples))))  # an epoch takes no row twice, but of these
-        examples += replay.examples * times
-        sizes.append(len(replay.examples) * times)
+        wanted, others = (
+            -(-own.num_epoch * replay.share // rest),
+            replay.examples or (max(task.examples, key=lambda row: row.length),),
+        )
+        times = max(1, int(-(-wanted // len(others))))  # an epoch takes no row twice, but of these
+        examples += others * times
+        sizes.append(len(others) * times)
     whole = sum(own.weights)
     weights = [weight * rest / whole for weight in own.weights] + [replay.share for replay in replays]
     return Encoded(

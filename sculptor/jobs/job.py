@@ -25,7 +25,7 @@ from sculptor.errors import DataError, SettingsError
 from sculptor.jobs.classification import check_task, head_of
 from sculptor.jobs.harm import measured_every, samples_for
 from sculptor.jobs.new_tokens import check_old_text, grow_tokenizer, tell_unseen
-from sculptor.jobs.replay import fill_in_samples, read_replay, steps_of
+from sculptor.jobs.replay import read_replay, steps_of
 from sculptor.jobs.train_request import TrainRequest
 from sculptor.methods.method import carries_of, measures_of
 from sculptor.model.load import LoadedModel, check_head, load_model, load_streamed, load_tokenizer
@@ -164,7 +164,6 @@ def open_job(
         raise SettingsError(
             "--select-rows with weights of the data: a choice among rows changes their shares; give one of the two"
         )
-    replays = fill_in_samples(rows.replays, samples)
     items = as_items(request.data)
     job = TrainJob(
         checkpoint,
@@ -184,13 +183,13 @@ def open_job(
         ungrown=None if new_head is None else new_head[0],
         samples=samples,
         named=read_protected(archive, architecture.vocab_size),
-        replays=replays,
+        replays=rows.replays,
         eval_data=names_of(as_items(request.eval_data)),
     )
     mixed = job.of_steps
-    if replays and settings.select_rows is None:  # else of fewer rows, which are not known yet
+    if rows.replays and settings.select_rows is None:  # else of fewer rows, which are not known yet
         notice(_replay_line(job, mixed))
-    steps = steps_of(rows.encoded, replays, settings)
+    steps = steps_of(rows.encoded, rows.replays, settings)
     settings = steps.settings
     if samples is not None:
         settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
@@ -201,7 +200,10 @@ def _replay_line(job: TrainJob, trained: Encoded) -> str:
     assert trained.mixture is not None
     counts = trained.mixture.counts[-len(job.replays) :]
     parts = zip(counts, job.replays, strict=True)
-    mixed = ", ".join(f"{count:,} from {replay.name} ({len(replay.examples):,} rows)" for count, replay in parts)
+    mixed = ", ".join(
+        f"{count:,} from {replay.name} ({f'{len(replay.examples):,} rows' if replay.examples else 'others in each'})"
+        for count, replay in parts
+    )
     return f"an epoch takes {job.encoded.num_epoch:,} rows of the task and mixes in {mixed}"
 
 

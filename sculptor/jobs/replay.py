@@ -1,4 +1,4 @@
-"""What `train --replay` mixes into a task's rows: data of any form, and the archive's own samples; and the steps of it all."""
+"""What `train --replay` mixes into a task's rows: data of any form, and what the model says; and the steps of it all."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,16 +11,15 @@ from sculptor.data.replay import DEFAULT_SHARE, Replay, with_replay
 from sculptor.data.rows import Data, Row, as_items, names_of, read_sources, weight_of
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import SELF, is_self
-from sculptor.model.samples import Samples
 from sculptor.training.settings import TrainSettings
 from sculptor.training.steps import Steps
 
 
-def check_replay(replay: Data, settings: TrainSettings) -> None:
+def check_replay(replay: Data) -> None:
     """Refuses what can be refused before anything is read.
 
     Raises:
-        SettingsError: for shares that leave nothing to the task, or samples that are there twice or steer, too.
+        SettingsError: for shares that leave nothing to the task, or `self` twice.
     """
     whole = sum(_share(item) for item in as_items(replay))
     if whole >= 1:
@@ -28,11 +27,6 @@ def check_replay(replay: Data, settings: TrainSettings) -> None:
     own = [item for item in as_items(replay) if isinstance(item, str) and is_self(item)]
     if len(own) > 1:
         raise SettingsError("--replay self: given twice")
-    if own and settings.max_harm is not None:
-        raise SettingsError(
-            "--replay self with --max-harm: the samples that steer would be trained on, and say nothing any more; replay a file of "
-            "text that the model says, or leave one out"
-        )
 
 
 def _share(item: Any) -> float:
@@ -50,16 +44,18 @@ def read_replay(
     settings: TrainSettings,
     notice: Callable[[str], object],
 ) -> tuple[Replay, ...]:
-    """The data that are mixed into a task's rows; of the archive's own samples only the share, until the archive is known.
+    """The data that are mixed into a task's rows; of what the model says only the share, until it is loaded.
 
     Raises:
         SettingsError: as `check_replay`.
         DataError: if data cannot be used.
     """
-    check_replay(replay, settings)
+    check_replay(replay)
     found = []
     for item in as_items(replay):
         if isinstance(item, str) and is_self(item):
+            if architecture.kind != "causal":
+                raise SettingsError("--replay self: only a causal model says something by itself; replay a file")
             found.append(Replay(SELF, _share(item), ()))
             continue
         (source,) = read_sources([item], settings.max_rows, settings.columns, notice, mixed=True, all_renamed=False)
@@ -72,32 +68,14 @@ def read_replay(
     return tuple(found)
 
 
-def fill_in_samples(replays: tuple[Replay, ...], samples: Samples | None) -> tuple[Replay, ...]:
-    """With the samples that steer in the place of `self`: those that report stay unseen.
-
-    Raises:
-        SettingsError: if they are asked for, and there are none.
-    """
-    found = []
-    for replay in replays:
-        if replay.name == SELF and not replay.examples:
-            if samples is None:
-                raise SettingsError("--replay self: the archive keeps no samples of the model; analyze with --samples")
-            examples = tuple(sample.example for sample in samples.steering)
-            replay = Replay(replay.name, replay.share, examples)
-        found.append(replay)
-    return tuple(found)
-
-
 def steps_of(encoded: Encoded, replays: Sequence[Replay], settings: TrainSettings) -> Steps:
     """What steps are made of where some of a task's rows are selected, and others mixed in.
 
     Args:
         encoded: all rows of the task.
-        replays: what is mixed in; samples of an archive that is not there yet may be missing.
+        replays: what is mixed in.
         settings: of the training.
     """
-    replays = [replay if replay.examples else replace(replay, examples=encoded.examples[:1]) for replay in replays]
     kept = encoded
     if settings.select_rows is not None:
         kept = replace(encoded, examples=encoded.examples[: settings.num_selected(len(encoded.examples))])

@@ -26,6 +26,7 @@ from sculptor.jobs.job import TrainJob, open_base, open_job, read_task
 from sculptor.jobs.memory import fit_memory
 from sculptor.jobs.new_tokens import open_grown, write_grown_base
 from sculptor.jobs.opening import open_rules
+from sculptor.jobs.own_rows import draw_own_rows
 from sculptor.jobs.plan import plan_job
 from sculptor.jobs.precision import load_precision
 from sculptor.jobs.processes import Place, check_alike, join
@@ -81,7 +82,7 @@ def train(
         protect_data: for that analysis, what the model should stay good at [default: what it says by itself].
         report_to: experiment trackers, through accelerate; what they write as files goes to the folder `runs` beside the output.
         replay: mixed into the task's rows: data as above whose weight is their share of an epoch [default: 0.1 each], or `self`,
-            the archive's own samples.
+            what the model says before the first step.
         overwrite: replace an existing output, at success; discard left-overs.
         resume: take up the newest saved state of a run that did not finish.
         progress: makes progress bars.
@@ -169,6 +170,7 @@ def _train(request: TrainRequest, made: HeadedBase | None = None) -> TrainReport
             examples = job.encoded.examples
             tell_expected(job.checkpoint, job.architecture, job.archive, job.steps, examples, job.settings, notice)
         job = open_rules(_grown(job, partial, progress, world), device, partial, progress, world)
+        job = draw_own_rows(job, device, partial, progress, notice, world)
         world.once(functools.partial(check_taken_up, job, partial))
         report = _run(request, job, device, partial, world)
         world.once(lambda: _place(partial, output, request.overwrite))

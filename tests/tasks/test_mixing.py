@@ -48,17 +48,20 @@ def test_replay_is_mixed_in_and_is_no_part_of_the_task(cli: Callable[..., Result
     task = write_rows(tmp_path / "task.jsonl", task_rows(count=18))
     text = write_rows(tmp_path / "text.jsonl", task_rows("text", 30))
     asked = ("--preserve", 0.5, "--device", "cpu")
-    assert cli("analyze", model, "-o", tmp_path / "archive", *asked, "--samples").code == 0
-    assert cli("analyze", model, "-o", tmp_path / "without", *asked).code == 0
+    assert cli("analyze", model, "-o", tmp_path / "archive", *asked).code == 0
 
-    def run(name: str, *more: object, archive: str = "archive") -> Result:
-        return cli("train", model, "--subspaces", tmp_path / archive, "--data", task, "-o", tmp_path / name, "--epochs", 1,
+    def run(name: str, *more: object) -> Result:
+        return cli("train", model, "--subspaces", tmp_path / "archive", "--data", task, "-o", tmp_path / name, "--epochs", 1,
                    "--batch-size", 4,
                    "--learning-rate", 1e-2, "--device", "cpu", *more)  # fmt: skip
 
     found = run("out", "--replay", f"{text}:0.2", "--replay", "self:0.2")
     assert found.code == 0, found.err
-    assert "an epoch takes 18 rows of the task and mixes in 6 from text.jsonl (30 rows), 6 from self (" in found.err
+    assert (
+        "an epoch takes 18 rows of the task and mixes in 6 from text.jsonl (30 rows), 6 from self (others in each)"
+        in found.err
+    )
+    assert "--replay self: 7 rows that the model says are drawn first" in found.err
     record = json.loads((tmp_path / "out" / "sculptor.json").read_text())
     assert record["result"]["steps"] == 8
     assert record["examples"]["rows"] == 18
@@ -66,13 +69,12 @@ def test_replay_is_mixed_in_and_is_no_part_of_the_task(cli: Callable[..., Result
     plain, mixed = (tmp_path / name / "model.safetensors" for name in ("plain", "out"))
     assert run("plain").code == 0
     assert plain.read_bytes() != mixed.read_bytes()
-    for more, archive, message in (
-        (("--replay", f"{text}:0.6", "--replay", "self:0.5"), "archive", "shares of 1.1 in all leave nothing"),
-        (("--replay", "self"), "without", "keeps no samples of the model"),
-        (("--replay", "self", "--max-harm", 0.1), "archive", "--replay self with --max-harm"),
-        (("--replay", tmp_path / "nothing.jsonl"), "archive", "nothing.jsonl"),
+    for more, message in (
+        (("--replay", f"{text}:0.6", "--replay", "self:0.5"), "shares of 1.1 in all leave nothing"),
+        (("--replay", "self", "--replay", "self:0.2"), "--replay self: given twice"),
+        (("--replay", tmp_path / "nothing.jsonl"), "nothing.jsonl"),
     ):
-        wrong = run("wrong", *more, archive=archive)
+        wrong = run("wrong", *more)
         assert wrong.code in (1, 2)
         assert wrong.err.count("\n") == 1
         assert message in wrong.err
