@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import save_checkpoint, task_rows, write_rows
@@ -118,3 +119,30 @@ def test_rates_of_neighbours_are_about_the_defaults(tmp_path: Path, monkeypatch:
         name, rate = found["default_rate"](method, model)
         assert name == "relative_rate"
         assert rate == pytest.approx(default_relative_rate(sculptor.Archive(tmp_path / method)), rel=0.05), method
+
+
+def test_a_suite_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs whose results are there are not run again, nor what follows from them."""
+    found = _load(monkeypatch, "continual.py")
+    run_of, started = found["Run"], list[str]()
+    first, second, third = (run_of("1", "full", rate) for rate in (1.0, 2.0, 3.0))
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps({"run": run.name}) + "\n" for run in (first, second)))
+
+    class Done:
+        def poll(self) -> int:
+            return 0
+
+    def start(run: Any, *_: object) -> Done:
+        started.append(run.name)
+        return Done()
+
+    scope = found["run_suites"].__globals__
+    monkeypatch.setitem(scope, "start", start)
+    monkeypatch.setitem(scope, "report", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["x", "all", *(f"--{name}={tmp_path}" for name in ("model", "data", "output"))])
+    follow = {1: [second], 2: [second, third], 3: [second, third]}
+    found["run_suites"]({"all": [first]}, lambda *_: "", "", follow=lambda done: follow[len(done)])
+    assert started == [third.name]
+    assert "0 runs not started" in capsys.readouterr().out

@@ -3,7 +3,7 @@
     python tests/benchmarks/continual.py SUITE --model DIR --data DIR --output DIR [--gpus 1] [--jobs 8] [--deadline 540]
 
 DATA holds cl/<task>/{train,validation,test}.jsonl and text/{general,wikitext2-test}.txt. Results of runs that finished
-are in OUTPUT/results.jsonl.
+are in OUTPUT/results.jsonl; those that are there are not run again, so a suite goes on where it was stopped.
 """
 
 import argparse
@@ -224,6 +224,12 @@ def run_suites(
     started = time.perf_counter()
     waiting = list(enumerate(suites[arguments.suite]))
     known, done = {run for _, run in waiting}, dict[Run, Content | None]()
+    before = finished_before(arguments.output / "results.jsonl")
+    while found := [run for _, run in waiting if run.name in before]:  # what follows from them may be there, too
+        done |= {run: before[run.name] for run in found}
+        more = [one for one in follow(done) if one not in known]
+        waiting = [item for item in waiting if item[1] not in done] + list(enumerate(more, len(known)))
+        known.update(more)
     last = arguments.jobs if arguments.last_jobs is None else arguments.last_jobs
     slots = [
         gpu
@@ -259,6 +265,14 @@ def run_suites(
                 break
             time.sleep(0.5)
     print(f"{len(waiting)} runs not started; {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def finished_before(results: Path) -> dict[str, Content]:
+    """Results of runs by name, of a call before."""
+    if not results.is_file():
+        return {}
+    lines = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    return {line["run"]: line for line in lines if "run" in line}
 
 
 def start(
