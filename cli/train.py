@@ -57,8 +57,8 @@ from .options import (
     "--replay",
     multiple=True,
     type=click.Path(),
-    help="Mixed into the task's rows: PLACE[:CONFIG][@SPLIT][:SHARE of an epoch], 0.1 by default; or self[:SHARE], the archive's "
-    "own samples; repeatable.",
+    help="Mixed into the task's rows: PLACE[:CONFIG][@SPLIT][:SHARE of an epoch], 0.1 by default; or self[:SHARE], what "
+    "MODEL says, drawn before the first step; repeatable.",
 )
 @settings_options(TrainSettings)
 @click.option(

@@ -100,6 +100,8 @@ def settings_of(plan: Plan, method: Contender, task: PlannedTask) -> TrainSettin
     settings = plan.train_settings(task)
     if method == "sculptor":
         return settings
+    if settings.max_harm is None:  # a limit is our own method's default, and none of theirs
+        settings = replace(settings, max_harm=0.0)
     if method == "crispedit":
         merged: TrainSettings = replace(settings, soften=None, carry=None)
         return merged

@@ -177,7 +177,7 @@ class _Finish:
             learning_rate=job.settings.learning_rate,
             relative_rate=job.settings.relative_rate,
             scaled=job.archive.method.defaults.scaled,
-            max_harm=job.settings.max_harm,
+            max_harm=result.max_harm,
             matrices={name: self.reports[name] for name in job.archive},
             new_tokens=job.growth.tokens if job.growth else (),
             classes=job.architecture.classes,

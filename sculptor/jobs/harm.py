@@ -1,5 +1,6 @@
 """`sculptor.harm`, for a training loop of one's own, and what the commands ask of the samples that it is measured on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ def samples_for(archive: Archive, architecture: Architecture, settings: TrainSet
     """
     samples = read_samples(archive, architecture.vocab_size) if architecture.kind == "causal" else None
     asked = {"--max-harm": settings.max_harm, "--harm-every": settings.harm_every}
-    needing = [option for option, value in asked.items() if value is not None]
+    needing = [option for option, value in asked.items() if value]
     if samples is None and needing:
         raise SettingsError(
             f"{', '.join(needing)}: {archive.path} keeps no samples of the model; analyze with --samples"
@@ -76,7 +77,25 @@ def samples_for(archive: Archive, architecture: Architecture, settings: TrainSet
     return samples
 
 
-def measured_every(settings: TrainSettings, steps: Steps, samples: Samples) -> int:
-    """Steps between measurements, unless it is said; a function of the data, so that every run has the same."""
+def with_measurements(
+    settings: TrainSettings, archive: Archive, steps: Steps, samples: Samples | None
+) -> TrainSettings:
+    """The settings with a limit of harm, and the steps between measurements, where they were not given.
+
+    There is a limit by itself for an archive of conversations that the model says. What else a model says by itself may mean
+    little: the demo's, which was trained on answers alone, says nothing that anybody asks for.
+
+    Args:
+        settings: with everything else resolved.
+        archive: that is trained in.
+        steps: of the run: a function of the data, so that every run measures as often.
+        samples: of the archive.
+    """
+    if samples is None or (settings.max_harm is None and not archive.manifest.settings.chat):
+        settings = replace(settings, max_harm=settings.max_harm or 0.0)
+    if samples is None or settings.harm_every is not None:
+        return settings
     every = steps_between(sum(sample.example.length for sample in samples.steering), steps.mean * steps.rows)
-    return every if settings.max_harm is None else min(every, max(1, steps.total // MEASUREMENTS))
+    if settings.max_harm != 0:
+        every = min(every, max(1, steps.total // MEASUREMENTS))
+    return replace(settings, harm_every=every)

@@ -23,7 +23,7 @@ from sculptor.data.replay import Replay, with_replay
 from sculptor.data.rows import Data, DataSource, as_items, digest_rows, names_of, read_rows, read_sources, task_name
 from sculptor.errors import DataError, SettingsError
 from sculptor.jobs.classification import check_task, head_of
-from sculptor.jobs.harm import measured_every, samples_for
+from sculptor.jobs.harm import samples_for, with_measurements
 from sculptor.jobs.new_tokens import check_old_text, grow_tokenizer, tell_unseen
 from sculptor.jobs.replay import read_replay, steps_of
 from sculptor.jobs.train_request import TrainRequest
@@ -191,8 +191,7 @@ def open_job(
         notice(_replay_line(job, mixed))
     steps = steps_of(rows.encoded, rows.replays, settings)
     settings = steps.settings
-    if samples is not None:
-        settings = replace(settings, harm_every=settings.harm_every or measured_every(settings, steps, samples))
+    settings = with_measurements(settings, archive, steps, samples)
     return replace(job, settings=settings, steps=steps)
 
 

@@ -56,7 +56,7 @@ class TrainReport:
         not_targeted: matrices that the archive has no rule for, and why.
         learning_rate: the absolute peak, if one was given; else None, and `relative_rate` is of each matrix's size (`scaled`),
             or of no unit.
-        max_harm: what was allowed, in nats a token.
+        max_harm: what was allowed, in nats a token; None without a limit.
         matrices: name -> what became of it.
         new_tokens: that the run added.
         classes: of a classifier.

@@ -153,7 +153,7 @@ def harm_lines(
         f"Of it at the first token of each, by which an answer begins: {first_text(harm)}.",
     ]
     if steering is not None and limit is not None:
-        lines.append(f"On the samples that steered it: {steering:.4f}, of {limit:g} allowed (--max-harm).")
+        lines.append(f"On the samples that steered it: {steering:.4f}, of {limit:.3g} allowed (--max-harm).")
     return lines + list(map(named_line, named))
 
 

@@ -35,12 +35,15 @@ def train_text(report: TrainReport, check: str | None = None) -> str:
     if report.new_tokens:
         shown = ", ".join(map(repr, report.new_tokens[:_MAX_LISTED]))
         lines.append(f"New tokens, whose rows were trained: {len(report.new_tokens)} ({shown}).")
-    lines += harm_lines(loop.harm, loop.steering_harm, report.max_harm, loop.named)
+    reached = report.max_harm if loop.scaled else None
+    lines += harm_lines(loop.harm, loop.steering_harm, reached, loop.named)
+    if loop.scaled:
+        lines.append(f"Updates were scaled back {loop.scaled:,} times to keep it there; --max-harm 0 sets no limit.")
     felt = loop.harm is not None and (loop.harm.nats > _FELT or loop.harm.first > _FELT_FIRST)
-    if felt and report.max_harm is None:
+    if felt:
         lines.append(
-            "Other answers have changed with it, too: `sculptor chat` with --base lets you hear how. --max-harm 0.02 keeps it "
-            "lower,\nor --replay self mixes in what the model says; and rows of other questions show where the task ends."
+            "Other answers have changed with it, too: `sculptor chat` with --base lets you hear how. A lower --max-harm keeps more "
+            "of\nthem, --replay self mixes in what the model says, and rows of other questions show where the task ends."
         )
     if report.also_trained:
         lines.append(f"Trained without protection: {', '.join(report.also_trained[:_MAX_LISTED])}.")

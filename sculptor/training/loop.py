@@ -51,6 +51,7 @@ class LoopResult:
         tokens: tokens read, padding excluded, None if a trainer counts none; `seconds` spent; over all parts of a resumed run.
         harm: of what is kept, on samples of the base that no step depended on; `steering_harm` on those that steer, both
             None without samples; `named` of protected names.
+        max_harm: the limit that held, None without one; `scaled` is how many times the update was scaled back for it.
     """
 
     steps: int
@@ -63,6 +64,8 @@ class LoopResult:
     harm: Harm | None = None
     steering_harm: float | None = None
     named: tuple[NamedHarm, ...] = ()
+    max_harm: float | None = None
+    scaled: int = 0
 
 
 def num_last(steps: int) -> int:
@@ -189,6 +192,8 @@ class TrainingLoop:
             harm=harm,
             steering_harm=steering,
             named=named,
+            max_harm=None if self.harm is None else self.harm.limit,
+            scaled=position.scaled,
         )
 
     @property
@@ -288,7 +293,8 @@ class TrainingLoop:
         found = control.check()
         if not math.isfinite(found.harm):
             raise TrainingError(f"harm {found.harm} after step {step}: not finite; lower {self._rate_setting}")
-        self.position = replace(self.position, harm=found.harm)
+        scaled = self.position.scaled + (found.scale < 1)
+        self.position = replace(self.position, harm=found.harm, scaled=scaled)
         limited = {} if control.limit is None else {"harm_scale": found.scale}
         self._log(step=step, harm=found.harm, **limited)
 

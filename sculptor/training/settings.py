@@ -139,11 +139,11 @@ class TrainSettings:
     """Steps between evaluations [default: a fifth of the run]."""
     kl_weight: Positive | None = None
     """Adds KL_WEIGHT * KL(base || new) on the rows' own tokens to the loss, for one more forward a step; not with offloading."""
-    max_harm: Positive | None = None
-    """Largest harm, as KL(base || new) in nats a token on what the model says by itself; updates that do more are scaled back
-    [default: only measured]."""
+    max_harm: NotNegative | None = None
+    """Largest harm, as KL(base || new) in nats a token on what the model says by itself; updates that do more are scaled back;
+    0 for no limit [default: of an archive of conversations that the model says, 0.02 more than where the task began; else 0]."""
     harm_every: AtLeastOne | None = None
-    """Steps between measurements of harm [default: a twentieth of the time; with --max-harm a twentieth of the run, too]."""
+    """Steps between measurements of harm [default: a twentieth of the time; with a limit a twentieth of the run, too]."""
 
     def __post_init__(self) -> None:
         resident, fused = self.offload == "none", self.optimizer_mode == "fused"

@@ -48,6 +48,7 @@ class Position:
         tokens: tokens read so far.
         seconds: time spent in the loop so far.
         harm: on the steering samples, when it was measured last.
+        scaled: how many times the update was scaled back for it.
     """
 
     __pydantic_config__ = STRICT
@@ -61,6 +62,7 @@ class Position:
     tokens: Count = 0
     seconds: NotNegative = 0.0
     harm: Finite | None = None
+    scaled: Count = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def one(given: argparse.Namespace, run: Run) -> dict[str, Any]:
     folder = given.data / run.task
     archive = Archive(given.output / "subspaces")
     settings = sculptor.TrainSettings(
-        relative_rate=run.times * default_relative_rate(archive), max_harm=run.limit, epochs=given.epochs,
+        relative_rate=run.times * default_relative_rate(archive), max_harm=run.limit or 0.0, epochs=given.epochs,
         max_rows=given.rows, batch_size=given.batch_size, max_length=given.max_length, carry="keep", save_every=10**6,
         device=given.device,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def main() -> None:
         tuned = options.out / "tuned"
         settings = sculptor.TrainSettings(
             learning_rate=rate, seed=seed, max_rows=options.rows, micro_batch_size=options.micro_batch_size,
-            device=options.device, offload="none", checkpoint_activations=False,
+            device=options.device, offload="none", checkpoint_activations=False, max_harm=0.0,
         )  # fmt: skip
         try:
             sculptor.train(options.model, options.out / "subspaces", [options.train], tuned, settings)

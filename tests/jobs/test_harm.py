@@ -16,6 +16,8 @@ import sculptor
 from sculptor import AnalyzeSettings, Archive, TrainSettings, analyze, train
 from sculptor.errors import ArchiveError, SettingsError, Stopped
 from sculptor.model.samples import SECTION, SUFFIX, read_samples
+from sculptor.report.train import train_text
+from sculptor.training.harm import ADDED
 
 FILE = SECTION + SUFFIX
 HOT = TrainSettings(max_steps=8, batch_size=8, learning_rate=3e-2, device="cpu", carry="keep")
@@ -89,7 +91,8 @@ def test_of_two_samples_nothing_is_said(
 def test_harm_is_measured_and_told_everywhere(cli: Callable[..., Result], made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = cli("train", made / "model", "--subspaces", made / "archive", "--data", made / "rows.jsonl", "-o", out, "--harm-every",
-                3, "--max-steps", 8, "--batch-size", 8, "--learning-rate", 3e-2, "--carry", "keep", "--device", "cpu")  # fmt: skip
+                3, "--max-steps", 8, "--batch-size", 8, "--learning-rate", 3e-2, "--carry", "keep", "--device", "cpu",
+                "--max-harm", 0)  # fmt: skip
     assert found.code == 0, found.err
     measured = lines(out, "harm")
     assert [line["step"] for line in measured] == [3, 6, 8]
@@ -99,7 +102,7 @@ def test_harm_is_measured_and_told_everywhere(cli: Callable[..., Result], made: 
     assert record["result"]["steering_harm"] == measured[-1]["harm"]
     assert 0 < harm["error"] < harm["nats"]
     assert f"{harm['nats']:.4f} ± {harm['error']:.4f} nats a token" in found.out
-    assert ("--max-harm 0.02 keeps it lower" in found.out) == (harm["nats"] > 0.05)
+    assert "Other answers have changed" in found.out or harm["nats"] <= 0.05
     assert f"{harm['nats']:.4f} ± {harm['error']:.4f}" in (out / "README.md").read_text(encoding="utf-8")
     verified = cli(
         "verify", made / "model", out, "--subspaces", made / "archive", "--harm", "--device", "cpu", "--json"
@@ -160,6 +163,65 @@ def test_what_is_evaluated_satisfies_the_limit(made: Path, tmp_path: Path) -> No
     report = run(made, tmp_path / "out", settings, eval_data=[made / "rows.jsonl"])
     assert [line["step"] for line in lines(tmp_path / "out", "harm")] == [2, 4, 6, 8]
     assert report.loop.steering_harm <= 0.02
+
+
+TALK = (
+    "{% for m in messages %}w1 {{ m['role'] == 'user' and 'w2' or 'w3' }} {{ m['content'] }} w4 {% endfor %}"
+    "{% if add_generation_prompt %}w1 w3 {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a model that talks."""
+    path = tmp_path_factory.mktemp("talking")
+    save_checkpoint(path / "model")
+    (path / "model" / "chat_template.jinja").write_text(TALK)
+    analyze(path / "model", path / "archive", replace(CURVED, chat=True, max_length=32))
+    analyze(path / "model", path / "text", replace(CURVED, max_length=32))
+    write_rows(path / "rows.jsonl", task_rows())
+    return path
+
+
+def test_a_task_of_a_model_that_talks_may_add_so_much(talking: Path, tmp_path: Path) -> None:
+    """Beyond what was there when it began, and whatever way it is trained; others have no limit."""
+    free = run(talking, tmp_path / "free", replace(HOT, max_harm=0.0))
+    assert (free.max_harm, free.loop.scaled) == (None, 0)
+    assert free.loop.steering_harm > 3 * ADDED
+    outputs = []
+    for offload in ("none", "cpu"):
+        held = run(talking, tmp_path / offload, replace(HOT, offload=offload))
+        assert held.max_harm == pytest.approx(ADDED, abs=1e-5)
+        assert held.loop.scaled > 0
+        assert 0.5 * ADDED < held.loop.steering_harm <= held.max_harm
+        outputs.append(load_file(tmp_path / offload / "model.safetensors"))
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+    assert f"of {ADDED:g} allowed (--max-harm)" in train_text(held)
+    first = tmp_path / "none"
+    second = train(first, first / "subspaces", [talking / "rows.jsonl"], tmp_path / "second", HOT)
+    assert second.max_harm == pytest.approx(held.loop.steering_harm + ADDED, rel=1e-3)
+    other = train(talking / "model", talking / "text", [talking / "rows.jsonl"], tmp_path / "other", HOT)
+    assert (other.max_harm, other.loop.scaled) == (None, 0)
+
+
+def test_a_limit_that_nobody_gave_is_the_same_for_a_run_that_goes_on(talking: Path, tmp_path: Path) -> None:
+    settings = replace(HOT, harm_every=3, save_every=1)
+    run(talking, tmp_path / "whole", settings)
+    polls = iter([0, 0, 0, 15])
+    with pytest.raises(Stopped):
+        run(talking, tmp_path / "halves", settings, stop=lambda: next(polls))
+    report = run(talking, tmp_path / "halves", settings, resume=True)
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert report.loop.scaled == sum(line["harm_scale"] < 1 for line in lines(tmp_path / "whole", "harm"))
+
+
+def test_a_gentle_run_is_the_one_without_a_limit(talking: Path, tmp_path: Path) -> None:
+    gentle = replace(HOT, learning_rate=1e-4)
+    run(talking, tmp_path / "held", gentle)
+    run(talking, tmp_path / "free", replace(gentle, max_harm=0.0))
+    held, free = (load_file(tmp_path / name / "model.safetensors") for name in ("held", "free"))
+    assert all(torch.equal(held[name], free[name]) for name in held)
 
 
 def test_damaged_samples_are_refused(made: Path, tmp_path: Path) -> None:

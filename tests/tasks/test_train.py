@@ -92,7 +92,10 @@ def test_the_report_the_record_and_the_metrics_say_the_same(made: Path, tmp_path
         shown = train_text(replace(report, loop=loop))
         assert ("Other answers have changed" in shown) is told, "in the mean, or in how they begin"
         assert f"begins: {first:.4f} ± 0.0100." in shown
-        assert "Other answers" not in train_text(replace(report, loop=loop, max_harm=0.1)), "who set a limit knows"
+        held = replace(report, loop=replace(loop, steering_harm=0.0196, scaled=3), max_harm=0.02)
+        assert "0.0196, of 0.02 allowed (--max-harm)." in train_text(held)
+        assert "Updates were scaled back 3 times" in train_text(held)
+        assert "allowed" not in train_text(replace(held, loop=loop)), "a limit that was never reached"
 
 
 def test_the_record_says_what_was_used_where_auto_was_asked_for(made: Path, tmp_path: Path) -> None:
