@@ -26,6 +26,8 @@ _DRAWN = 64  # tokens until one is a word
 _MIN_WORDS = 8  # of a conversation, beside its template
 _MARK = "\u241e"  # stands for the user's words while a template is taken apart
 _MAX_ROUNDS = 1000
+# Rounds on end of which so few rows say anything, until a model that says next to nothing is left with what there is.
+_POOR, _POOR_ROUNDS = 0.05, 8
 # What models raise where their caches do not go with how they are used.
 _BREAKS = (ValueError, RuntimeError, AttributeError, TypeError, IndexError, KeyError, NotImplementedError)
 _MORE = 1.15  # conversations than are likely to be needed
@@ -45,7 +47,7 @@ def sample_examples(
     progress: Progress,
     name: str = "sample",
 ) -> tuple[Example, ...]:
-    """Sequences sampled at temperature 1 until they hold `num_tokens` tokens.
+    """Sequences sampled at temperature 1 until they hold `num_tokens` tokens, or the model has next to nothing to say.
 
     Args:
         loaded: a causal model.
@@ -73,8 +75,9 @@ def sample_examples(
     with closing(progress(total=num_tokens, desc=name, unit="token")) as bar, torch.random.fork_rng(devices=devices):
         heard = _Heard(bar, num_tokens, loaded.pad_id)
         torch.manual_seed(seed)
+        poor = 0
         for _ in range(_MAX_ROUNDS):
-            if total >= num_tokens - 1:  # one token is no sequence
+            if total >= num_tokens - 1 or poor == _POOR_ROUNDS:  # one token is no sequence
                 break
             # Conversations end before the longest: as many as the mean of those so far asks for, and some more, since another
             # round for what is still lacking takes nearly as long as one of many rows.
@@ -82,7 +85,9 @@ def sample_examples(
             likely = max(2, mean) if chat else max_length
             rows = max(1, min(most, math.ceil((_MORE if chat else 1.0) * (num_tokens - total) / likely)))
             speak = _converse if chat else _tell if tokenizer.chat_template else _speak
-            for example in speak(loaded, rows, max_length, heard):
+            said = speak(loaded, rows, max_length, heard)
+            poor = poor + 1 if len(said) < _POOR * rows else 0
+            for example in said:
                 kept = min(example.length, num_tokens - total)
                 if kept > 1:
                     found.append(Example(example.input_ids[:kept], example.labels[:kept]))

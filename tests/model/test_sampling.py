@@ -91,6 +91,26 @@ def test_the_budget_is_kept(loaded: LoadedModel, wanted: int, max_length: int) -
     assert len(whole) == len(examples) - 1
 
 
+def test_a_model_that_says_next_to_nothing_is_left_with_it(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row in thirty has words: what there is after some rounds is all, and not a matter of hours."""
+    loaded.tokenizer.chat_template = TEMPLATE
+    rounds = list[int]()
+
+    def converse(loaded: LoadedModel, rows: int, *_: object) -> list[Example]:
+        rounds.append(rows)
+        return [Example((0, 5, 6), (IGNORED, 5, 6))] * (rows // 30)
+
+    monkeypatch.setattr("sculptor.model.sampling._converse", converse)
+    examples = sample(loaded, num_tokens=900, max_length=16, chat=True)
+    assert len(rounds) == 8
+    assert num_tokens(examples) == 3 * sum(count // 30 for count in rounds)
+    monkeypatch.setattr("sculptor.model.sampling._converse", lambda *_: [])
+    with pytest.raises(DataError, match="says nothing by itself"):
+        sample(loaded, num_tokens=900, max_length=16, chat=True)
+
+
 def test_one_token_that_is_left_over_ends_the_sampling(loaded: LoadedModel) -> None:
     """No sequence of one token is of use, so nothing is gained by asking for more."""
     loaded.model.generation_config.suppress_tokens = [END]  # every sequence has the full length
