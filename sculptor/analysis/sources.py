@@ -8,12 +8,13 @@ from sculptor.analysis.evidence import Source
 from sculptor.archive.manifest import SourceFacts
 from sculptor.checkpoint.architecture import Architecture
 from sculptor.checkpoint.reader import Checkpoint
+from sculptor.data.asking import turn_end
 from sculptor.data.chat import check_use, tell_unread, use_template
-from sculptor.data.edges import NO_TOKEN, answer_end
-from sculptor.data.examples import IGNORED, Example, encode, resolve_max_length
+from sculptor.data.edges import NO_TOKEN
+from sculptor.data.examples import IGNORED, Example, encode, no_embedding, resolve_max_length
 from sculptor.data.labelled import classes_of
 from sculptor.data.rows import Data, Notice, as_items, check_weights, read_sources, weight_of
-from sculptor.errors import SettingsError
+from sculptor.errors import DataError, SettingsError
 from sculptor.methods.settings import SAMPLED_LENGTH, SAMPLED_ROWS, SELF, AnalyzeSettings, is_self
 from sculptor.model.load import LoadedModel, load_tokenizer
 from sculptor.model.sampling import sample_examples, template_tokens
@@ -70,6 +71,7 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, p
 
     Raises:
         CheckpointError: if it cannot sample.
+        DataError: if what ends its answers is no token of the model's.
     """
     own = next((item for item in as_items(data) if isinstance(item, str) and is_self(item)), None)
     if own is None:
@@ -82,7 +84,9 @@ def sample_sources(loaded: LoadedModel, settings: AnalyzeSettings, data: Data, p
     told = round(TEXT_SHARE * settings.tokens_per_source) if settings.chat else 0
     sample = functools.partial(sample_examples, loaded, seed=settings.seed, progress=progress)
     examples = sample(settings.tokens_per_source - told, max_length, chat=settings.chat)
-    end = answer_end(loaded.tokenizer)
+    end, size = turn_end(loaded.tokenizer), loaded.architecture.vocab_size
+    if settings.chat and end >= size:
+        raise DataError(f"{loaded.checkpoint.path}: {no_embedding(end, size)}")
     if settings.chat and end != NO_TOKEN:
         examples = tuple(with_endings(example, end) for example in examples)
     if told > 1:

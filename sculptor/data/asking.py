@@ -98,6 +98,11 @@ def end_ids(tokenizer: Any) -> frozenset[int]:
     return _template_end(tokenizer) | {answer_end(tokenizer)}
 
 
+def turn_end(tokenizer: Any) -> int:
+    """The token that ends an answer of a conversation, as one is learned: the template's, else the tokenizer's; or `NO_TOKEN`."""
+    return min(_template_end(tokenizer), default=answer_end(tokenizer))
+
+
 def _template_end(tokenizer: Any) -> frozenset[int]:
     """The special token that the chat template writes behind the assistant's words, if there is one."""
     if not tokenizer.chat_template:

@@ -208,10 +208,14 @@ def encode_row(row: Row, tokenizer: Any, kind: ModelKind, max_length: int, vocab
 def _check_vocabulary(where: str, examples: Sequence[Example], vocab_size: int | None) -> None:
     largest = max((max((*example.input_ids, *example.labels)) for example in examples), default=0)
     if vocab_size is not None and largest >= vocab_size:
-        raise DataError(
-            f"{where}: the tokenizer gives id {largest}, the model has {vocab_size} embeddings; resize them or use its own "
-            "tokenizer"
-        )
+        raise DataError(f"{where}: {no_embedding(largest, vocab_size)}")
+
+
+def no_embedding(token: int, vocab_size: int) -> str:
+    """What is wrong with a token beyond the embeddings, and what to do."""
+    return (
+        f"the tokenizer gives id {token}, the model has {vocab_size} embeddings; resize them or use its own tokenizer"
+    )
 
 
 def _check_known(where: str, examples: Sequence[Example], tokenizer: Any) -> None:

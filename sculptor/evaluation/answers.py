@@ -10,7 +10,7 @@ from sculptor.data.asking import answer_part, end_ids, question_of, render_quest
 from sculptor.data.edges import prompt_ids, target_start
 from sculptor.data.examples import cut_middle
 from sculptor.data.row_types import MessagesRow
-from sculptor.errors import DataError, SettingsError
+from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation.readers import Reader, open_reader
 from sculptor.model.decoding import decode, padded_left
 from sculptor.model.load import LoadedModel
@@ -38,10 +38,18 @@ class Answer:
 
 
 def stops_of(loaded: LoadedModel) -> frozenset[int]:
-    """Tokens that end what the model says."""
+    """Tokens that end what the model says.
+
+    Raises:
+        CheckpointError: if its files name something else.
+    """
     own = getattr(loaded.model.generation_config, "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return end_ids(loaded.tokenizer) | {token for token in listed if token is not None}
+    listed = own if isinstance(own, list | tuple) else [] if own is None else [own]
+    odd = next((token for token in listed if not isinstance(token, int)), None)
+    if odd is not None:
+        place = loaded.checkpoint.path / "generation_config.json"
+        raise CheckpointError(f"{place}: eos_token_id has {odd!r}; expected numbers of tokens")
+    return end_ids(loaded.tokenizer) | frozenset(listed)
 
 
 # Of generation_config.json: what changes greedy answers, and the value that does not.

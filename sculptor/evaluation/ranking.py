@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sculptor.data.asking import spoken
 from sculptor.data.edges import completion_ids, prompt_ids, target_ids, target_start
-from sculptor.data.examples import cut_middle
+from sculptor.data.examples import cut_middle, no_embedding
 from sculptor.data.rows import CompletionRow
 from sculptor.errors import DataError
 from sculptor.evaluation.answers import greedy, stops_of
@@ -78,7 +78,7 @@ def score_rows(
     of the longest answer. Several processes divide the rows, and all get all results.
 
     Raises:
-        DataError: if a completion or label does not fit.
+        DataError: if a completion or label does not fit, or has a token that the model has not.
     """
     tokenizer = loaded.tokenizer
     wanted = [_candidates(row, labels) for row in rows]
@@ -94,6 +94,11 @@ def score_rows(
         )
         raise DataError(f"{where}: a label of {longest} tokens does not fit into {max_length}; raise --max-length")
     whole = [encode(tokenizer, row.prompt) for row in rows]
+    size = loaded.architecture.vocab_size
+    for row, prompt, texts in zip(rows, whole, wanted, strict=True):
+        largest = max((*prompt, *(token for text in texts for token in known[text])), default=0)
+        if largest >= size:
+            raise DataError(f"{row.where}: {no_embedding(largest, size)}")
     prompts = [cut_middle(prompt, budget) for prompt in whole]
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sculptor.data.examples import no_embedding
+from sculptor.errors import CheckpointError
 from sculptor.model.load import LoadedModel
 
 # What a cache is called by newer and older versions of transformers.
@@ -28,7 +30,14 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def padded_left(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Prompts as (rows, width), padded on the left, and the mask of what is no padding; where the model computes."""
+    """Prompts as (rows, width), padded on the left, and the mask of what is no padding; where the model computes.
+
+    Raises:
+        CheckpointError: if the model has no embedding for one of their tokens.
+    """
+    largest = max((max(prompt, default=0) for prompt in prompts), default=0)
+    if largest >= loaded.architecture.vocab_size:
+        raise CheckpointError(f"{loaded.checkpoint.path}: {no_embedding(largest, loaded.architecture.vocab_size)}")
     width = max(map(len, prompts))
     ids = [[loaded.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -93,7 +93,10 @@ def sample_examples(
                     found.append(Example(example.input_ids[:kept], example.labels[:kept]))
                     total += kept
             heard.up_to(total)
-    found = [example for example in found if set(example.labels) != {IGNORED}]
+    said = [example for example in found if set(example.labels) != {IGNORED}]
+    if found and not said:
+        raise DataError(f"{place}: {num_tokens} tokens end before an answer begins; raise --calibration-tokens")
+    found = said
     if not found:
         raise DataError(f"{place}: the model says nothing by itself; give --data files instead of self")
     return tuple(found)
@@ -131,10 +134,15 @@ def _rows_at_once(loaded: LoadedModel, max_length: int) -> int:
 
 def _speak(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> list[Example]:
     """Text from the beginning of a sequence."""
-    tokenizer = loaded.tokenizer
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    said = continue_prompts(loaded, [[start]] * rows, max_length - 1, [tokenizer.eos_token_id], heard=heard)
+    start = _start(loaded)
+    said = continue_prompts(loaded, [[start]] * rows, max_length - 1, [loaded.tokenizer.eos_token_id], heard=heard)
     return [Example((start, *ids), (start, *ids)) for ids in said if ids]
+
+
+def _start(loaded: LoadedModel) -> int:
+    """What a sequence begins with: the token for it, or that which ends the one before."""
+    tokenizer = loaded.tokenizer
+    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
 
 
 def _tell(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) -> list[Example]:
@@ -174,13 +182,28 @@ def template_tokens(loaded: LoadedModel) -> int:
 
 def _around_words(loaded: LoadedModel, *, answer: bool = False) -> tuple[str, str]:
     """What a chat template says before a user's words and after them."""
-    shown = loaded.tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=answer
-    )
+    shown = _shown(loaded, _MARK, answer=answer)
     before, found, after = shown.partition(_MARK)
     if not found:
         raise CheckpointError(f"{loaded.checkpoint.path}: the chat template leaves out the user's words")
     return before, after
+
+
+def _shown(loaded: LoadedModel, words: str, *, answer: bool) -> str:
+    """A user's turn by itself, as the chat template writes it.
+
+    Raises:
+        CheckpointError: if it takes no such turn.
+    """
+    talk = [{"role": "user", "content": words}]
+    try:
+        found = loaded.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=answer)
+    except Exception as cause:  # templates refuse what they like
+        raise CheckpointError(
+            f"{loaded.checkpoint.path}: the chat template takes no user's turn by itself ({reason_of(cause, 120)}); give another "
+            "by --chat-template, or data: --data self is text outside of conversations"
+        ) from cause
+    return str(found)
 
 
 def _ids(loaded: LoadedModel, text: str) -> list[int]:
@@ -194,20 +217,17 @@ def _converse(loaded: LoadedModel, rows: int, max_length: int, heard: _Heard) ->
     if left < _MIN_WORDS:
         raise CheckpointError(
             f"{loaded.checkpoint.path}: the chat template takes {max_length - left} tokens, and sequences have {max_length}: "
-            "too few for a conversation; give longer ones (--max-length), or leave out --chat"
+            "too few for a conversation; raise --max-length"
         )
     before, after = _around_words(loaded)
     ends = [tokenizer.eos_token_id, *_ids(loaded, after.lstrip())[:1]]
-    opening = _ids(loaded, before)
+    opening = _ids(loaded, before) or [_start(loaded)]
     questions = continue_prompts(loaded, [opening] * rows, min(_MAX_USER_TOKENS, left // 2), ends, heard=heard)
     prompts = []
     for ids in questions:
         text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True).strip()
         if text:
-            rendered = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=True, return_dict=True, add_generation_prompt=True
-            )
-            prompts.append(list(rendered["input_ids"]))
+            prompts.append(_ids(loaded, _shown(loaded, text, answer=True)))
     # Words that were cut inside of a character may take more tokens than they were.
     prompts = [prompt for prompt in prompts if len(prompt) < max_length]
     if not prompts:

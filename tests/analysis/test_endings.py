@@ -7,11 +7,15 @@ import pytest
 import torch
 from conftest import save_checkpoint
 
+from sculptor import AnalyzeSettings
 from sculptor.analysis.calibration import measure_moments
 from sculptor.analysis.endings import SHARE, with_endings
+from sculptor.analysis.sources import sample_sources
 from sculptor.checkpoint.reader import open_checkpoint
-from sculptor.data.edges import answer_end
+from sculptor.data.asking import end_ids, turn_end
+from sculptor.data.edges import answer_end, special_ids
 from sculptor.data.examples import IGNORED, Example
+from sculptor.errors import DataError
 from sculptor.model.load import LoadedModel, load_model
 from sculptor.progress import silent
 
@@ -73,3 +77,39 @@ def end_gradients(loaded: LoadedModel, module: str, rows: list[Example]) -> torc
         found.append(gradient[0])
     handle.remove()
     return torch.cat(found).double()
+
+
+def test_the_end_is_that_of_the_template(tmp_path: Path) -> None:
+    """What a tuning on conversations learns to say, and not the tokenizer's, where the two differ."""
+    loaded = load_model(open_checkpoint(save_checkpoint(tmp_path / "model")), torch.device("cpu"))
+    tokenizer = loaded.tokenizer
+    assert turn_end(tokenizer) == answer_end(tokenizer)
+    other = next(i for i in sorted(special_ids(tokenizer)) if i != answer_end(tokenizer))
+    word = tokenizer.convert_ids_to_tokens(other)
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {{ m['content'] }} "
+        + word
+        + " {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
+    )
+    end_ids.cache_clear()
+    assert turn_end(tokenizer) == other
+    settings = AnalyzeSettings(data=("self",), chat=True, calibration_tokens=400, max_length=24)
+    (found,) = sample_sources(loaded, settings, ("self",), silent)
+    conversations = [each for each in found.examples if IGNORED in each.labels]
+    taken = {
+        label
+        for each in conversations
+        for at, label in enumerate(each.labels)
+        if label not in (IGNORED, each.input_ids[at])
+    }
+    assert taken == {other}
+
+
+def test_an_end_that_the_model_has_not_is_named(tmp_path: Path) -> None:
+    loaded = load_model(open_checkpoint(save_checkpoint(tmp_path / "model")), torch.device("cpu"))
+    loaded.tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
+    loaded.tokenizer.answer_end_id = 10**6
+    end_ids.cache_clear()
+    settings = AnalyzeSettings(data=("self",), chat=True, calibration_tokens=200, max_length=24)
+    with pytest.raises(DataError, match="gives id 1000000, the model has"):
+        sample_sources(loaded, settings, ("self",), silent)

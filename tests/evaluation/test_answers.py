@@ -15,9 +15,9 @@ from sculptor import chat, evaluate
 from sculptor.checkpoint.reader import open_checkpoint
 from sculptor.data.asking import end_ids, question_of
 from sculptor.data.rows import MessagesRow, read_rows
-from sculptor.errors import DataError, SettingsError
+from sculptor.errors import CheckpointError, DataError, SettingsError
 from sculptor.evaluation import answers
-from sculptor.evaluation.answers import say
+from sculptor.evaluation.answers import say, stops_of
 from sculptor.model.decoding import decode
 from sculptor.model.load import load_model
 from sculptor.progress import silent
@@ -68,7 +68,7 @@ def test_choices_are_ranked_by_log_probability(tmp_path: Path, family: str) -> N
     with pytest.raises(SettingsError, match="--labels without effect"):
         evaluate(path, data, labels=["w1"], device="cpu")
     mixed = write_rows(tmp_path / "mixed.jsonl", [*CHOICES, *task_rows(count=5)])
-    with pytest.raises(DataError, match="9 of 14 rows have choices; evaluate one kind"):
+    with pytest.raises(DataError, match=r"mixed.jsonl:1: .* 9 of 14 have choices; evaluate one kind"):
         evaluate(path, mixed, device="cpu")
 
 
@@ -222,3 +222,14 @@ def test_what_does_not_fit_is_counted(tmp_path: Path) -> None:
     found = evaluate(path, write_rows(tmp_path / "b.jsonl", pairs), device="cpu", max_length=16)
     assert (found.num_rows, found.num_dropped, found.num_cut) == (2, 0, 1)
     assert ["rows with a prompt cut", "1"] in measures_rows(found)
+
+
+@pytest.mark.parametrize("eos", ["x", [3, "x"]])
+def test_an_end_that_is_no_token_is_named(tmp_path: Path, eos: object) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    loaded = load_model(open_checkpoint(model), torch.device("cpu"))
+    loaded.model.generation_config.eos_token_id = eos
+    with pytest.raises(
+        CheckpointError, match=r"generation_config.json: eos_token_id has 'x'; expected numbers of tokens"
+    ):
+        stops_of(loaded)

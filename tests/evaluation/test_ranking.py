@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_checkpoint, task_rows, write_rows
+import transformers
+from conftest import make_tokenizer, save_checkpoint, task_rows, write_rows
 
 from sculptor import evaluate
 from sculptor.checkpoint.reader import open_checkpoint
@@ -145,3 +146,23 @@ def test_masked_models_have_a_repeatable_loss(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "t.jsonl", task_rows("text"))
     first, second = (evaluate(path, [data], device="cpu") for _ in range(2))
     assert first == second
+
+
+def test_a_token_beyond_the_embeddings_is_named_with_its_row(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    small = transformers.AutoModelForCausalLM.from_pretrained(model)
+    small.resize_token_embeddings(20)
+    small.save_pretrained(model)
+    last = make_tokenizer().convert_ids_to_tokens(30)
+    plain = [{"prompt": f"w{i}", "completion": "w2"} for i in (1, 2)]
+    rows = write_rows(tmp_path / "rows.jsonl", [*plain, {"prompt": f"w1 {last}", "completion": "w2"}])
+    with pytest.raises(DataError, match=r"rows.jsonl:3: the tokenizer gives id 30, the model has 20 embeddings"):
+        evaluate(model, rows, device="cpu")
+
+
+def test_one_label_ranks_nothing(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", [row | {"completion": "w2"} for row in task_rows(count=6)])
+    found = evaluate(model, rows, device="cpu")
+    assert found.accuracy is None
+    assert found.loss is not None

@@ -439,3 +439,37 @@ def test_a_model_that_transformers_cannot_run_step_by_step_is_told_in_a_line(
     content, reason = kept_samples(loaded, 32, 0, silent)
     assert content is None
     assert "generates no text" in reason
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('a system message first') }}", "{% for m in messages %}{{ m.content }"]
+)
+def test_a_template_that_takes_no_lone_turn_is_one_line(loaded: LoadedModel, template: str) -> None:
+    loaded.tokenizer.chat_template = template
+    with pytest.raises(CheckpointError, match="takes no user's turn by itself") as caught:
+        sample(loaded, num_tokens=100, max_length=24, chat=True)
+    assert "\n" not in str(caught.value)
+    content, reason = kept_samples(loaded, 32, 0, silent)
+    assert content is None
+    assert "takes no user's turn" in reason, "harm is then left out, and nothing else"
+
+
+def test_a_conversation_may_begin_with_the_user_s_words(loaded: LoadedModel) -> None:
+    loaded.tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{{ ' w2 ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'w1 ' }}{% endif %}"
+    )
+    examples = sample(loaded, num_tokens=200, max_length=24, chat=True)
+    assert num_tokens(examples) >= 199
+
+
+def test_too_few_tokens_for_an_answer_are_told(loaded: LoadedModel) -> None:
+    loaded.tokenizer.chat_template = WORDY
+    with pytest.raises(DataError, match="20 tokens end before an answer begins; raise --calibration-tokens"):
+        sample(loaded, num_tokens=20, max_length=64, chat=True)
+
+
+def test_a_token_that_the_model_has_not_is_named(loaded: LoadedModel) -> None:
+    size = loaded.architecture.vocab_size
+    with pytest.raises(CheckpointError, match=f"gives id {size}, the model has {size} embeddings"):
+        continue_prompts(loaded, [[3], [size]], 2, [END])
