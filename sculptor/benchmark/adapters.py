@@ -61,6 +61,36 @@ def require_peft() -> None:
         raise SettingsError(f"this --method needs PEFT: {extra('baselines')}") from None
 
 
+def check_adapter_settings(settings: TrainSettings, method: str) -> None:
+    """Refuses settings of training that PEFT's methods have no use for.
+
+    Raises:
+        SettingsError: naming them.
+    """
+    unused = [
+        option
+        for option, given in (
+            ("relative_rate", settings.relative_rate),
+            ("weight_decay", settings.weight_decay),
+            ("optimizer", settings.optimizer != "adamw"),
+            ("optimizer_dtype", settings.optimizer_dtype != "float32"),
+            ("token_weights", settings.token_weights != "same"),
+            ("clip_by", settings.clip_by != "model"),
+            ("select_rows", settings.select_rows),
+            ("also_train", settings.also_train),
+            ("offload", settings.offload in STREAMED),
+            ("parallel", settings.parallel != "auto"),
+            ("optimizer_mode", settings.optimizer_mode != "exact"),
+            ("kl_weight", settings.kl_weight),
+            ("max_harm", settings.max_harm),
+            ("harm_every", settings.harm_every),
+        )
+        if given
+    ]
+    if unused:
+        raise SettingsError(f"[train] {', '.join(unused)} without effect with --method {method}; leave it out")
+
+
 def train_adapter(
     model: str | Path,
     data: Sequence[str | Path],
@@ -78,22 +108,7 @@ def train_adapter(
         SculptorError: if an input or the output cannot be used.
     """
     require_peft()
-    unused = [
-        option
-        for option, given in (
-            ("relative_rate", settings.relative_rate),
-            ("weight_decay", settings.weight_decay),
-            ("optimizer", settings.optimizer != "adamw"),
-            ("select_rows", settings.select_rows),
-            ("also_train", settings.also_train),
-            ("offload", settings.offload in STREAMED),
-            ("parallel", settings.parallel != "auto"),
-            ("optimizer_mode", settings.optimizer_mode != "exact"),
-        )
-        if given
-    ]
-    if unused:
-        raise SettingsError(f"[train] {', '.join(unused)} without effect with --method {method}; leave it out")
+    check_adapter_settings(settings, method)
     checkpoint = open_checkpoint(model, settings.attn_implementation)
     check_modules(checkpoint.path)
     architecture = inspect_architecture(checkpoint)

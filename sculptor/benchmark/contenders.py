@@ -21,7 +21,7 @@ from sculptor.benchmark.finished import read_finished
 from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
 from sculptor.checkpoint.reader import Checkpoint, open_checkpoint
 from sculptor.data.mixture import Mixture
-from sculptor.data.rows import check_weights, read_sources
+from sculptor.data.rows import check_weights, read_sources, unweighted, weight_of
 from sculptor.edits.settings import Interpolate, Lines
 from sculptor.errors import SettingsError
 from sculptor.jobs.replay import check_replay
@@ -47,6 +47,8 @@ def analysis_of(plan: Plan, method: Contender) -> AnalyzeSettings:
     if method == "sculptor":
         return settings
     shared = {name: getattr(settings, name) for name in ("seed", "targets", "exclude", "device")}
+    if plan.train.max_harm or plan.train.harm_every:
+        shared["samples"] = True  # which a limit is measured on
     if method == "crispedit":
         given = {name: getattr(settings, name) for name in _CALIBRATION}
         data = settings.data or (SELF,)
@@ -91,6 +93,14 @@ def check_contender(plan: Plan, method: Contender) -> None:
         raise SettingsError(
             f"[train] {', '.join(idle)} without effect with --method {method}: [adapter] says it; leave it out"
         )
+    if method == "esacl":
+        weighted = next(
+            (task.name for task in plan.tasks if any(weight_of(item) is not None for item in task.data)), None
+        )
+        if weighted is not None:
+            raise SettingsError(
+                f"--method esacl: a choice among rows changes the shares of data with weights (task {weighted}); leave these out"
+            )
     if method == "rescaled":
         norms_of(plan)
 
@@ -144,6 +154,19 @@ def jointly(plan: Plan) -> Plan:
     epochs = plan.train.epochs or max(settings.epochs or 1.0 for settings in found)
     rows = plan.train.batch_size or min(settings.batch_size or 1 for settings in found)
     return replace(plan, train=replace(plan.train, epochs=epochs, batch_size=rows))
+
+
+def joint_data(plan: Plan) -> tuple[str, ...]:
+    """The data of all tasks as those of one: where some have weights all get some, and each task the share that its rows are."""
+    files = tuple(item for task in plan.tasks for item in task.data)
+    if all(weight_of(item) is None for item in files):
+        return files
+    parts = [
+        pair
+        for task in plan.tasks
+        for pair in _weighted(plan.train_settings(task), task, float(sum(_sizes(plan.train_settings(task), task))))
+    ]
+    return tuple(f"{unweighted(item)}:{weight:g}" for item, weight in parts)
 
 
 def _sizes(settings: TrainSettings, task: PlannedTask) -> list[int]:

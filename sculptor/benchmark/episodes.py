@@ -13,7 +13,7 @@ from typing import Any
 from sculptor.benchmark.contenders import plainly
 from sculptor.benchmark.plan import Plan, PlannedTask
 from sculptor.data.row_types import CompletionRow
-from sculptor.data.rows import read_rows
+from sculptor.data.rows import read_rows, unweighted
 from sculptor.errors import SettingsError
 from sculptor.training.settings import TrainSettings
 
@@ -48,17 +48,19 @@ def episodes_of(plan: Plan, task: PlannedTask, settings: TrainSettings) -> tuple
     return episodes, replace(settings, max_steps=total - count * each)
 
 
+def check_episodes(plan: Plan) -> None:
+    """Refuses, before the first task, tasks that sub-tasks cannot be drawn from.
+
+    Raises:
+        SettingsError: naming one.
+    """
+    for task in plan.tasks:
+        _rows_and_labels(plan, task)
+
+
 def _sub_task(plan: Plan, task: PlannedTask, chance: random.Random) -> list[dict[str, Any]]:
     """Rows of a task with a few of its labels."""
-    settings = plan.train_settings(task)
-    read = read_rows(task.data, settings.max_rows, settings.columns)
-    rows = [row for row in read if isinstance(row, CompletionRow)]
-    labels = task.labels or tuple(dict.fromkeys(row.completion.strip() for row in rows))
-    if not rows or len(labels) > _MOST_LABELS:
-        raise SettingsError(
-            f"--method mamf: task {task.name} has no labels to draw sub-tasks from: its rows need completions, at most "
-            f"{_MOST_LABELS} different ones"
-        )
+    rows, labels = _rows_and_labels(plan, task)
     names = [label.strip() for label in labels]
     chosen = set(chance.sample(names, min(plan.adapter.ways, len(names))))
     return [
@@ -66,6 +68,19 @@ def _sub_task(plan: Plan, task: PlannedTask, chance: random.Random) -> list[dict
         for row in rows
         if row.completion.strip() in chosen
     ]
+
+
+def _rows_and_labels(plan: Plan, task: PlannedTask) -> tuple[list[CompletionRow], tuple[str, ...]]:
+    settings = plan.train_settings(task)
+    read = read_rows([unweighted(item) for item in task.data], settings.max_rows, settings.columns)
+    rows = [row for row in read if isinstance(row, CompletionRow)]
+    labels = task.labels or tuple(dict.fromkeys(row.completion.strip() for row in rows))
+    if not rows or len(labels) > _MOST_LABELS:
+        raise SettingsError(
+            f"--method mamf: task {task.name} has no labels to draw sub-tasks from: its rows need completions, at most "
+            f"{_MOST_LABELS} different ones"
+        )
+    return rows, labels
 
 
 _MOST_LABELS = 32

@@ -101,6 +101,12 @@ def _trained_digest(plan: Plan) -> str:
 
 
 def _told_apart(texts: Sequence[str]) -> list[str]:
-    """Names of files, with what is above them where two are called the same."""
-    names = names_of(texts)
-    return [text if names.count(name) > 1 else name for name, text in zip(names, texts, strict=True)]
+    """Names of files, with as much of what is above them as tells two of one name apart."""
+    found = list(names_of(texts))
+    parts = [Path(text).parts for text in texts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        found = [
+            "/".join(place[-depth:]) if found.count(name) > 1 else name
+            for name, place in zip(found, parts, strict=True)
+        ]
+    return found

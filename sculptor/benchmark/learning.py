@@ -17,7 +17,7 @@ from sculptor.benchmark.episodes import Episode, episodes_of
 from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
 from sculptor.checkpoint.staging import partial_path
 from sculptor.checkpoint.written import remove
-from sculptor.data.rows import Data
+from sculptor.data.rows import Data, check_weights, unweighted
 from sculptor.edits.settings import BankSettings, Prune
 from sculptor.jobs.bank_files import BANK_NAME, Bank
 from sculptor.jobs.job import read_offload
@@ -87,7 +87,7 @@ class Learning:
             self.bank,
             self.plan.model,
             target,
-            task.data,
+            [unweighted(item) for item in task.data],
             name=task.name,
             columns=columns,
             settings=settings,
@@ -180,19 +180,24 @@ class Learning:
         """
         moments, sparse, mask = (_beside(target, name) for name in ("moments", "sparse", "mask"))
         names = [one.name for one in self.plan.tasks]
-        earlier = [item for one in self.plan.tasks[: names.index(task.name)] for item in one.data]
         own: dict[str, Any] = {
             name: getattr(self.plan.analyze, name) for name in ("seed", "targets", "exclude", "device")
         }
         planned = self.plan.analyze
         curvature = planned if planned.resolved_basis == "curvature" else AnalyzeSettings(basis="curvature", **own)
-        curvature = replace(curvature, data=(*(planned.data or ("self",)), *earlier))
+        data = list(planned.data or ("self",))
+        there, mark = {unweighted(item) for item in data}, "" if check_weights(data) is None else ":1"
+        earlier = dict.fromkeys(item for one in self.plan.tasks[: names.index(task.name)] for item in one.data)
+        data += [f"{item}{mark}" for item in earlier if item not in there]
+        columns = planned.columns or (self.plan.train.columns if earlier else None)
+        curvature = replace(curvature, data=tuple(data), columns=columns)
         share = self.plan.adapter.sparsity
         self._analyze(model, moments, curvature)
         if not self.world.once(sparse.is_dir):
             settings = Prune(sparsity=share)
             self.world.once(lambda: prune(model, sparse, settings, subspaces=moments, progress=self.progress))
-        self._analyze(sparse, mask, AnalyzeSettings(rule="mask", free=share, **own))
+        limited = True if self.plan.train.max_harm or self.plan.train.harm_every else None
+        self._analyze(sparse, mask, AnalyzeSettings(rule="mask", free=share, samples=limited, **own))
         return sparse, mask
 
     def _run(self, episodes: list[Episode], task: PlannedTask, model: str, target: Path) -> str | Path:

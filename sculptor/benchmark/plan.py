@@ -12,6 +12,7 @@ from pydantic import Field
 
 from sculptor.data.examples import MIN_MAX_LENGTH
 from sculptor.data.reference import locate
+from sculptor.data.rows import given_twice
 from sculptor.errors import DataError, SettingsError
 from sculptor.methods.kinds import Kinds, known_kinds, make_method
 from sculptor.methods.settings import DEFAULT_BLOCK, DEFAULT_ENERGY, DEFAULT_FREE, AnalyzeSettings, is_self
@@ -220,7 +221,9 @@ def read_plan(path: str | Path, overrides: Sequence[str] = (), rules: Kinds | No
             f"{path} [train]: add_tokens would be added by every task; make such a model first, by one `sculptor train`"
         )
     try:
-        plan.analyze.check_twice()
+        again = given_twice(plan.analyze.data)
+        if again is not None:
+            raise SettingsError(f"data {again!r} is given twice")
         make_method(plan.analyze, known_kinds(rules))
     except SettingsError as error:
         raise SettingsError(f"{path} [analyze]: {error}") from error

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sculptor import __version__
-from sculptor.benchmark.adapters import require_peft
-from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, jointly, update_norm
+from sculptor.benchmark.adapters import check_adapter_settings, require_peft
+from sculptor.benchmark.contenders import OF_MOMENTS, check_contender, joint_data, jointly, update_norm
 from sculptor.benchmark.crispedit import KIND as CRISPEDIT
+from sculptor.benchmark.episodes import check_episodes
 from sculptor.benchmark.inputs import digests_beside, files_of, read_inputs
 from sculptor.benchmark.learning import Learning
 from sculptor.benchmark.plan import CONTENDERS, Contender, Plan, PlannedTask, Split, read_plan
@@ -103,6 +104,7 @@ def continual(
     check_contender(resolved, method)
     if method in ("lora", "olora", "osf"):
         require_peft()
+        check_adapter_settings(resolved.train, method)
     if method in ("lora", "olora", "osf", "slm") and world.size > 1:
         whose = "a bank's rows are" if method == "slm" else "PEFT's methods run"
         raise SettingsError(f"--method {method} with {world.size} processes: {whose} in one; start it alone")
@@ -159,6 +161,8 @@ class _Run:
         self.stop = stop
         self.learning = Learning(plan, method, partial, progress, notice, stop, self.rules, world)
         self.inputs = read_inputs(plan, split)  # before the first task is trained
+        if method == "mamf":
+            check_episodes(plan)
         own: dict[str, Any] = {
             "method": method,
             "split": split,
@@ -219,8 +223,7 @@ class _Run:
         tasks = self.plan.tasks
         if self.method != "joint":
             return [(task.name, task) for task in tasks]
-        files = tuple(file for task in tasks for file in task.data)
-        together = PlannedTask(name="joint", columns=tasks[0].columns, data=files, test=())
+        together = PlannedTask(name="joint", columns=tasks[0].columns, data=joint_data(self.plan), test=())
         return [("joint", together)]
 
     def _finish_stage(

@@ -1,10 +1,8 @@
 """A continual run as text."""
 
-from pathlib import Path
-
 from sculptor.benchmark.results import ContinualReport, Stage
 from sculptor.model.harm import Harm
-from sculptor.report.text import first_text, harm_text, table
+from sculptor.report.text import first_text, harm_text, short_name, table
 
 _MAX_NAME = 16  # characters of a column's head
 
@@ -21,12 +19,12 @@ def continual_text(report: ContinualReport) -> str:
         ]
         for stage, scores in zip(report.stages, report.matrix, strict=True)
     ]
-    head = ["after", *report.tasks, *(Path(name).stem[:_MAX_NAME] for name in watched)]
+    head = ["after", *report.tasks, *(short_name(name, _MAX_NAME) for name in watched)]
     head += [] if report.harm is None else ["harm"]
     shown = [f"{name} {value}" for name, value in metrics_text(report)]
     if report.watch_rise is not None:
         first, last = report.stages[0].watched, report.stages[-1].watched
-        each = [f"{Path(name).stem[:_MAX_NAME]} {last[name] - first[name]:+.3f}" for name in watched]
+        each = [f"{short_name(name, _MAX_NAME)} {last[name] - first[name]:+.3f}" for name in watched]
         shown.append(f"watched loss {report.watch_rise:+.3f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
     seconds = sum(stage.seconds for stage in report.stages)
     return "\n".join(
@@ -42,7 +40,7 @@ def continual_text(report: ContinualReport) -> str:
 
 def stage_harm(stage: Stage) -> str:
     """The harm of a stage, in the unit of `harm_line`."""
-    return "-" if stage.harm is None else f"{stage.harm.nats:.4f}"
+    return "-" if stage.harm is None else f"{round(stage.harm.nats, 4) + 0.0:.4f}"  # the base's is 0, not -0
 
 
 def harm_line(harm: Harm) -> str:

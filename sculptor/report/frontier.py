@@ -1,10 +1,9 @@
 """The frontier of several continual runs as text."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sculptor.benchmark.frontier import Frontier, Mean
-from sculptor.report.text import table
+from sculptor.report.text import short_name, table
 
 _MAX_TEXT = 14
 _MOST_TEXTS = 2
@@ -32,7 +31,7 @@ def frontier_text(found: Frontier) -> str:
 
 def frontier_head(found: Frontier, texts: Sequence[str] | None = None) -> list[str]:
     """Names of the columns of `frontier_rows`; `texts` in the place of short names of the watched texts."""
-    short = [Path(name).stem[:_MAX_TEXT] for name in texts_of(found)]
+    short = [short_name(name, _MAX_TEXT) for name in texts_of(found)]
     return ["AA", "BWT", "LA", "harm", "first", *(short if texts is None else texts), "seconds"]
 
 

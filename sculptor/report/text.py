@@ -1,7 +1,7 @@
 """Results as tables of at most 100 columns."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from sculptor.archive.manifest import FrozenMatrices, SourceFacts
 from sculptor.jobs.analyze_report import AnalyzeReport, RoleSummary
@@ -140,6 +140,17 @@ def harm_text(harm: Harm, new: str = "new") -> str:
 def first_text(harm: Harm) -> str:
     """The mean over the first tokens."""
     return f"{harm.first:.4f} ± {harm.first_error:.4f}"
+
+
+def shown_name(name: str) -> str:
+    """A file with the folders that tell it apart; reports of before have whole paths, which are nobody's business."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+def short_name(name: str, most: int) -> str:
+    """What heads a column of a file: its name without the ending, cut; where folders tell it apart, from the other side."""
+    short = str(PurePath(shown_name(name)).with_suffix(""))
+    return short[-most:] if "/" in short else short[:most]
 
 
 def harm_lines(

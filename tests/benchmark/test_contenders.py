@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from together import together
 
 from sculptor import AnalyzeSettings, analyze, evaluate, train
-from sculptor.benchmark.contenders import data_of, settings_of, update_norm
+from sculptor.benchmark.contenders import data_of, joint_data, settings_of, update_norm
 from sculptor.benchmark.episodes import episodes_of, shorten
 from sculptor.benchmark.plan import Contender, Plan, read_plan
 from sculptor.benchmark.runner import continual
@@ -370,3 +370,67 @@ def test_what_has_no_effect_is_refused(
     assert re.search(message, found.err), found.err
     assert found.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def tasks_of(place: Path, tmp_path: Path, **changes: str) -> Path:
+    """The plan with what its tasks are trained on in another way."""
+    text = PLAN
+    for name, data in changes.items():
+        found = f'data = ["{name}.jsonl"]'
+        assert found in text
+        text = text.replace(found, f"data = {data}")
+    for folder in ("base", "first.jsonl", "second.jsonl"):
+        (tmp_path / folder).symlink_to(place / folder)
+    (tmp_path / "plan.toml").write_text(text)
+    return tmp_path / "plan.toml"
+
+
+@pytest.mark.parametrize("method", ["slm", "mamf", "joint"])
+def test_weights_in_a_task_s_data(place: Path, tmp_path: Path, method: Contender) -> None:
+    plan = tasks_of(place, tmp_path, first='["first.jsonl:0.7", "second.jsonl:0.3"]')
+    steps = ["adapter.episodes=1", "evaluate.harm=false"]
+    report = continual(plan, tmp_path / "out", method=method, overrides=steps)
+    assert len(report.stages) == (2 if method == "joint" else 3)
+
+
+def test_joint_data_have_the_shares_of_their_tasks(place: Path, tmp_path: Path) -> None:
+    plan = read_plan(tasks_of(place, tmp_path, first='["first.jsonl:3", "second.jsonl:1"]'))
+    found = [item.rsplit(":", 1) for item in joint_data(plan)]
+    assert [(Path(name).name, float(weight)) for name, weight in found] == [
+        ("first.jsonl", 24.0), ("second.jsonl", 8.0), ("second.jsonl", 16.0),
+    ]  # fmt: skip
+    plain = read_plan(place / "plan.toml")
+    assert joint_data(plain) == tuple(item for task in plain.tasks for item in task.data)
+
+
+def test_esacl_refuses_weights_and_knows_data_that_calibrate_already(place: Path, tmp_path: Path) -> None:
+    weighted = tasks_of(place, tmp_path, first='["first.jsonl:0.7", "second.jsonl:0.3"]')
+    with pytest.raises(SettingsError, match=r"--method esacl: .* data with weights"):
+        continual(weighted, tmp_path / "out", method="esacl")
+    (place / "again.toml").write_text(
+        PLAN.replace("preserve = 0.5", 'basis = "curvature"\ndata = ["first.jsonl:2", "second.jsonl:1"]')
+    )
+    few = ["adapter.sparsity=0.5", "train.max_steps=1", "evaluate.harm=false", "analyze.calibration_tokens=200"]
+    assert len(continual(place / "again.toml", tmp_path / "esacl", method="esacl", overrides=few).stages) == 3
+
+
+def test_mamf_refuses_what_has_no_labels_before_any_work(place: Path, tmp_path: Path) -> None:
+    talk = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}] * 4
+    plan = tasks_of(place, tmp_path, second='["talk.jsonl"]')
+    write_rows(tmp_path / "talk.jsonl", talk)
+    with pytest.raises(SettingsError, match="--method mamf: task second has no labels"):
+        continual(plan, tmp_path / "out", method="mamf")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_limit_holds_for_other_methods_and_not_for_peft_s(place: Path, tmp_path: Path) -> None:
+    limit = ["train.max_harm=0.001", "train.harm_every=1"]
+    free, held = (
+        continual(place / "plan.toml", tmp_path / name, method="full", overrides=more)
+        for name, more in (("free", []), ("held", limit))
+    )
+    assert free.harm is not None
+    assert held.harm is not None
+    assert held.harm.nats < 0.01 < free.harm.nats
+    with pytest.raises(SettingsError, match=r"\[train\] max_harm, harm_every without effect with --method lora"):
+        continual(place / "plan.toml", tmp_path / "lora", method="lora", overrides=limit)

@@ -1,6 +1,7 @@
 """A sequence of two tasks by every method: the matrix, the model, what resumes, and what is refused."""
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -702,3 +703,20 @@ def test_the_table_shows_the_figures(cli: Callable[..., Result], place: Path) ->
     for word in ("first", "second", "base", "AA", "BWT", "LA", "FWT", "harm"):
         assert word in found.out
     assert max(len(line) for line in found.out.splitlines() if not line.startswith("Wrote ")) <= 100
+
+
+def test_watched_texts_of_one_name_are_told_apart_by_folders(cli: Callable[..., Result], place: Path) -> None:
+    for folder in ("a", "b"):
+        (place / folder).mkdir()
+        write_rows(place / folder / "text.jsonl", task_rows("text", 2))
+    plan = (place / "plan.toml").read_text()
+    assert plan.count("watch = [") == 1
+    (place / "two.toml").write_text(re.sub(r"watch = \[.*\]", 'watch = ["a/text.jsonl", "b/text.jsonl"]', plan))
+    found = cli("continual", place / "two.toml", "-o", place / "two", "--method", "full")
+    assert found.code == 0, found.err
+    content = (place / "two" / "continual.json").read_text()
+    assert str(place) not in content
+    assert list(json.loads(content)["stages"][0]["watched"]) == ["a/text.jsonl", "b/text.jsonl"]
+    assert "a/text" in found.out
+    assert "b/text" in found.out
+    assert "-0.0000" not in found.out

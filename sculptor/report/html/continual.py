@@ -1,13 +1,11 @@
 """The page of `continual`: the matrix of tasks, its figures, and the loss on watched texts."""
 
-from pathlib import Path
-
 from sculptor.benchmark.results import ContinualReport, Stage
 from sculptor.report.continual import method_of, metrics_text, score_text, stage_harm, unit_of
 from sculptor.report.html.curves import Curve, chart
 from sculptor.report.html.heat import Cell, Head, heat_map
 from sculptor.report.html.page import Child, Markup, element, page, section, table, tiles
-from sculptor.report.text import first_text, size
+from sculptor.report.text import first_text, shown_name, size
 
 _MEANINGS = {
     "AA": "average in the end",
@@ -77,7 +75,7 @@ def _watched(report: ContinualReport) -> Child:
         points = [(float(i), stage.watched[name]) for i, stage in enumerate(report.stages)]
         told = f"{points[0][1]:.3f} → {points[-1][1]:.3f} nats per token, {points[-1][1] - points[0][1]:+.3f}"
         curves = [Curve("loss", points)]
-        pictures.append(chart(Path(name).name, told, curves, "stage (0: base)", lambda value: f"{value:.3f}"))
+        pictures.append(chart(shown_name(name), told, curves, "stage (0: base)", lambda value: f"{value:.3f}"))
     return element("div", pictures, class_="grid small")
 
 
@@ -95,6 +93,6 @@ def _stages(report: ContinualReport) -> Markup:
         ]
         for stage in report.stages
     ]
-    head = ["after", *(f"loss on {Path(name).name}" for name in watched), "harm", "seconds of training", "archive"]
+    head = ["after", *(f"loss on {shown_name(name)}" for name in watched), "harm", "seconds of training", "archive"]
     head += ["GPU memory"] if counted else []
     return table(head, rows, "stages")
