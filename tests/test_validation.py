@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, JsonValue
 
-from sculptor import AnalyzeSettings, TrainSettings
+from sculptor import AnalyzeSettings, TrainSettings, analyze
 from sculptor.errors import ArchiveError, DataError, SettingsError
 from sculptor.methods.kinds import make_method
 from sculptor.validation import (
@@ -186,7 +186,7 @@ def test_an_unknown_rule_is_named_in_one_line(forms: list[str]) -> None:
 @pytest.mark.parametrize("forms", [ASCII, WIDE], ids=["ascii", "wide"])
 def test_a_file_given_twice_is_named_in_one_line(forms: list[str]) -> None:
     for form in forms:
-        assert shown(lambda form=form: make_method(AnalyzeSettings(basis="curvature", data=(form, form))))
+        assert shown(lambda form=form: analyze("nowhere", "out", AnalyzeSettings(basis="curvature", data=(form, form))))
 
 
 def test_facts_are_read_and_what_is_wrong_is_named() -> None:

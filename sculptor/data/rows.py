@@ -19,7 +19,8 @@ from sculptor.errors import DataError, SettingsError
 
 __all__ = [
     "CompletionRow", "Data", "DataSource", "Item", "MessagesRow", "Row", "TextRow", "as_items", "check_weights", "digest_rows",
-    "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "to_read_again", "unweighted", "weight_of",
+    "given_twice", "local_files", "names_of", "read_rows", "read_sources", "settle", "task_name", "to_read_again", "unweighted",
+    "weight_of",
 ]  # fmt: skip
 
 # A name (`PLACE[:CONFIG][@SPLIT][:WEIGHT]`), a Dataset, an iterable of dicts, or one of these with its weight.
@@ -142,6 +143,24 @@ def unweighted(item: str) -> str:
     """What data are called without the weight that they are given with."""
     opened = _open(item)
     return item if opened.reference is None else opened.reference.text
+
+
+def given_twice(data: Data) -> str | None:
+    """What is there twice among the data, whatever its weight or the way to it; None if nothing is."""
+    seen = set[tuple[str, str | None, str | None]]()
+    for item in as_items(data):
+        reference = _open(item).reference
+        if reference is None:
+            continue
+        key = (
+            os.path.realpath(reference.place) if reference.is_local else reference.place,
+            reference.config,
+            reference.split,
+        )
+        if key in seen:
+            return reference.text
+        seen.add(key)
+    return None
 
 
 def as_items(data: Data) -> list[Item]:

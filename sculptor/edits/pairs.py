@@ -93,6 +93,16 @@ def _floating(checkpoint: Checkpoint, places: Mapping[str, Place]) -> list[str]:
     return [name for name, info in checkpoint.infos.items() if name in places and info.dtype.is_floating_point]
 
 
+def _check_floating(checkpoint: Checkpoint, name: str, other: Checkpoint) -> None:
+    """Names a tensor that is there, and of whole numbers."""
+    info = checkpoint.infos.get(name)
+    if info is not None and not info.dtype.is_floating_point:
+        dtype = str(info.dtype).removeprefix("torch.")
+        raise EditError(
+            f"{checkpoint.path}: {name} is {dtype}; an edit needs floating-point numbers, as {other.path} has"
+        )
+
+
 def _match(
     mine: Checkpoint, own: Mapping[str, Place], theirs: Checkpoint, other: Mapping[str, Place]
 ) -> dict[str, str]:
@@ -103,7 +113,8 @@ def _match(
     found: dict[str, str] = {}
     for name in _floating(mine, own):
         partner = name if name in other else by_parameter.get(own[name].parameter) if own[name].whole else None
-        if partner is None or not theirs.infos[partner].dtype.is_floating_point:
+        _check_floating(theirs, partner or name, mine)
+        if partner is None:
             raise EditError(
                 f"{theirs.path}: no tensor for {name} of {mine.path}; an edit needs two checkpoints of one model"
             )
@@ -116,6 +127,7 @@ def _match(
     met = {other[partner].parameter for partner in found.values()}
     lost = [name for name in _floating(theirs, other) if other[name].parameter not in met]
     if lost:
+        _check_floating(mine, lost[0], theirs)
         raise EditError(
             f"{mine.path}: no tensor for {lost[0]} of {theirs.path}; an edit needs two checkpoints of one model"
         )

@@ -137,10 +137,10 @@ def evaluate_rows(
     rows = [settle(row, talks) for row in rows]
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs and loaded.kind != "masked":
-        check_one_kind(len(pairs), len(rows), "are prompt and completion")
+        check_one_kind(len(pairs), len(rows), "are prompt and completion", rows[0].where)
         choosing = sum(bool(row.choices) for row in pairs)
         if choosing:
-            check_one_kind(choosing, len(rows), "have choices")
+            check_one_kind(choosing, len(rows), "have choices", rows[0].where)
         ranked = None if choosing else labels_of(pairs, labels)
         return _evaluate_pairs(loaded, pairs, ranked, length, batch_size, generation, progress, world)
     found = _evaluate_loss(loaded, rows, length, batch_size, progress, world)
@@ -152,7 +152,7 @@ def evaluate_rows(
         return found
     if not talked or loaded.kind != "causal":
         raise SettingsError("--exact-match and --show without effect: nothing is answered in 'text' rows")
-    check_one_kind(len(talked), len(rows), "are conversations")
+    check_one_kind(len(talked), len(rows), "are conversations", rows[0].where)
     answered = talked if wanted else talked[: generation.show]
     with closing(progress(total=len(world.share(answered)), desc="answer", unit="row")) as bar:
         answers = answer_rows(loaded, answered, length, generation.max_new_tokens, batch_size, bar, world)
@@ -180,20 +180,22 @@ def read_evaluation_rows(
     rows = read_rows(data, max_rows, columns, notice, all_renamed=all_renamed, classes=classes)
     pairs = [row for row in rows if isinstance(row, CompletionRow)]
     if pairs:
-        check_one_kind(len(pairs), len(rows), "are prompt and completion")
+        check_one_kind(len(pairs), len(rows), "are prompt and completion", rows[0].where)
     if classes is None and labels is not None and (not pairs or any(row.choices for row in pairs)):
         raise SettingsError("--labels without effect: only 'prompt' and 'completion' rows without choices have labels")
     return rows
 
 
-def check_one_kind(count: int, total: int, what: str) -> None:
+def check_one_kind(count: int, total: int, what: str, first: str) -> None:
     """Refuses rows of which only some are of a kind.
 
     Raises:
-        DataError: saying how many.
+        DataError: saying how many, and where the first of all is.
     """
     if count < total:
-        raise DataError(f"{count} of {total} rows {what}; evaluate one kind of row at a time")
+        raise DataError(
+            f"{first}: of this and other rows {count} of {total} {what}; evaluate one kind of row at a time"
+        )
 
 
 def check_finite(path: Path, what: str, figure: float | None) -> None:
@@ -207,14 +209,14 @@ def check_finite(path: Path, what: str, figure: float | None) -> None:
 
 
 def labels_of(rows: Sequence[CompletionRow], given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """What is ranked for all rows; None if they have more distinct completions than labels are.
+    """What is ranked for all rows; None if they have more distinct completions than labels are, or one, which ranks nothing.
 
     Raises:
         SettingsError: if the labels that are given lack one.
     """
     found = tuple(sorted({row.completion for row in rows}))
     if given is None:
-        return found if len(found) <= MAX_IMPLIED_LABELS else None
+        return found if 1 < len(found) <= MAX_IMPLIED_LABELS else None
     # A label is written as a person says it; the rows' completions may start with the space that follows a prompt.
     leading = all(text.startswith(" ") for text in found)
     chosen = tuple(dict.fromkeys(f" {text.strip()}" if leading else text for text in given))

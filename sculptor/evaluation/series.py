@@ -73,12 +73,12 @@ def read_series(loaded: LoadedModel, rows: Sequence[Row], reading: Reading, prog
     settled = [settle(row, talks) for row in rows]
     pairs = [row for row in settled if isinstance(row, CompletionRow)]
     if pairs:
-        check_one_kind(len(pairs), len(rows), "are prompt and completion")
+        check_one_kind(len(pairs), len(rows), "are prompt and completion", rows[0].where)
         return _of_pairs(loaded, pairs, reading, progress)
     talked = [row for row in settled if isinstance(row, MessagesRow)]
     found = []
     if talked and reading.exact_match:
-        check_one_kind(len(talked), len(rows), "are conversations")
+        check_one_kind(len(talked), len(rows), "are conversations", rows[0].where)
         with closing(progress(total=len(talked), desc="answer", unit="row")) as bar:
             answers = answer_rows(loaded, talked, reading.max_length, reading.max_new_tokens, reading.batch_size, bar)
         found.append(_of_rows("exact_match", [answer.exact for answer in answers]))
@@ -96,7 +96,7 @@ def _loss(loaded: LoadedModel, rows: Sequence[Row], reading: Reading, progress: 
 def _of_pairs(loaded: LoadedModel, rows: Sequence[CompletionRow], reading: Reading, progress: Progress) -> list[Series]:
     choosing = sum(bool(row.choices) for row in rows)
     if choosing:
-        check_one_kind(choosing, len(rows), "have choices")
+        check_one_kind(choosing, len(rows), "have choices", rows[0].where)
     labels = None if choosing else labels_of(rows, None)
     exact = reading.exact_match if reading.exact_match is not None else not choosing
     with closing(progress(total=len(rows), desc="evaluate", unit="row")) as bar:

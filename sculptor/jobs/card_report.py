@@ -211,7 +211,8 @@ def _found(
     for each in named:
         if each.name == threshold.name:
             return Ratio(each.rise, each.rise_error), " nats"
-    line = next(each for each in lines if threshold.name in (each.name, f"{each.name}.{each.figure}"))
+    met = [each for each in lines if threshold.name in (each.name, f"{each.name}.{each.figure}")]
+    line = next((each for each in met if each.name == threshold.name), met[0])  # a whole name goes before a figure's
     unit = " points" if line.figure in SHARES else " characters" if line.figure == LENGTH else " nats"
     return Ratio(line.scale * line.change, line.scale * line.change_error), unit
 

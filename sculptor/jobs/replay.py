@@ -8,7 +8,7 @@ from sculptor.checkpoint.architecture import Architecture
 from sculptor.data.chat import check_use
 from sculptor.data.examples import Encoded, encode
 from sculptor.data.replay import DEFAULT_SHARE, Replay, with_replay
-from sculptor.data.rows import Data, Row, as_items, names_of, read_sources, weight_of
+from sculptor.data.rows import Data, Row, as_items, given_twice, names_of, read_sources, weight_of
 from sculptor.errors import SettingsError
 from sculptor.methods.settings import SELF, is_self
 from sculptor.training.settings import TrainSettings
@@ -19,14 +19,14 @@ def check_replay(replay: Data) -> None:
     """Refuses what can be refused before anything is read.
 
     Raises:
-        SettingsError: for shares that leave nothing to the task, or `self` twice.
+        SettingsError: for shares that leave nothing to the task, or data that are there twice.
     """
     whole = sum(_share(item) for item in as_items(replay))
     if whole >= 1:
         raise SettingsError(f"--replay: shares of {whole:g} in all leave nothing to the task; give less than 1")
-    own = [item for item in as_items(replay) if isinstance(item, str) and is_self(item)]
-    if len(own) > 1:
-        raise SettingsError("--replay self: given twice")
+    twice = given_twice(replay)
+    if twice is not None:
+        raise SettingsError(f"--replay {twice}: given twice")
 
 
 def _share(item: Any) -> float:

@@ -162,16 +162,6 @@ class AnalyzeSettings:
         """The part of the calibration tokens that each file, or sampled text, has."""
         return -(-(self.calibration_tokens or CALIBRATION_TOKENS) // max(1, len(self.data) + len(self.protect)))
 
-    def check_twice(self) -> None:
-        """Of settings as they were given: what an archive keeps of them are names, of which files in two folders may have one.
-
-        Raises:
-            SettingsError: if one of the data is there twice.
-        """
-        twice = sorted({item for item in self.data if self.data.count(item) > 1})
-        if twice:
-            raise SettingsError(f"--data {twice[0]!r} is given twice")
-
     @property
     def free_budget(self) -> float:
         """The budget, or its default."""

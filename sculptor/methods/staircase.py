@@ -245,21 +245,17 @@ class StaircaseRule:
         frozen = frozen_parts(update, staircase, output, input)
 
         def detail() -> Detail:
-            touched = at_random = None
-            if self.moments:
-                g, c = self.factors(tensors)
-                touched = self.scale * curvature(update, g, c)
-                mean = c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
-                at_random = self.scale * float(update.square().sum()) * mean
-            peak = max((spectral_norm(part) for part in frozen), default=0.0)
-            return Detail(peak, noise_spectrum(variance), touched, at_random)
+            peak = max((spectral_norm(part) for part in frozen), default=0.0), noise_spectrum(variance)
+            if not self.moments:
+                return Detail(*peak)
+            g, c = self.factors(tensors)
+            mean = c.trace / c.dim * (1.0 if g is None else g.trace / g.dim)
+            at_random = self.scale * float(update.square().sum()) * mean
+            return Detail(*peak, self.scale * curvature(update, g, c), at_random)
 
-        return Violation(
-            norm=math.hypot(*(float(part.norm()) for part in frozen)),
-            rounding=frozen_variance(variance, staircase, output, input) ** 0.5,
-            num_pairs=staircase.num_frozen,
-            detail=detail,
-        )
+        norm = math.hypot(*(float(part.norm()) for part in frozen))
+        rounding = frozen_variance(variance, staircase, output, input) ** 0.5
+        return Violation(norm, rounding, staircase.num_frozen, detail)
 
     def projection(self, weight: Tensor, tensors: Tensors, soften: float = 0.0) -> Callable[[Tensor], Tensor]:
         """On the free pairs, each times 1 / (1 + soften * importance over its mean): the gain of training, twice."""

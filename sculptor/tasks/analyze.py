@@ -22,7 +22,7 @@ from sculptor.checkpoint.architecture import NO_ROW, Architecture, NotTargeted, 
 from sculptor.checkpoint.reader import Checkpoint
 from sculptor.checkpoint.staging import commit
 from sculptor.data.examples import resolve_max_length
-from sculptor.data.rows import Data, Item, as_items, local_files, names_of
+from sculptor.data.rows import Data, Item, as_items, given_twice, local_files, names_of
 from sculptor.errors import CheckpointError, DataError, OutputError, SettingsError
 from sculptor.jobs.analyze_job import AnalyzeJob, files_key, new_records, open_analysis, run_key
 from sculptor.jobs.analyze_report import AnalyzeReport, report_of
@@ -76,8 +76,10 @@ def analyze(
     settings = settings or AnalyzeSettings()
     if data is not None and settings.data:
         raise SettingsError("data twice: as an argument and in the settings; give one of the two")
-    settings.check_twice()
     items, kinds = as_items(settings.data if data is None else data), known_kinds(rules)
+    twice = given_twice(items)
+    if twice is not None:
+        raise SettingsError(f"--data {twice!r} is given twice")
     given = replace(settings, data=tuple(map(_named, items)))
     make_method(given, kinds)  # refuses before any work
     output, world = Path(output).resolve(), join(given.device)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from conftest import task_rows, write_rows
 
-from sculptor.data.rows import CompletionRow, MessagesRow, TextRow, read_rows
+from sculptor.data.rows import CompletionRow, MessagesRow, TextRow, given_twice, read_rows
 from sculptor.errors import DataError
 
 
@@ -55,3 +56,17 @@ def test_missing_empty_and_binary_files(tmp_path: Path) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not readable as UTF-8"):
         read_rows([tmp_path / "binary.jsonl"])
+
+
+def test_what_is_given_twice_whatever_its_weight_or_the_way_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_rows(tmp_path / folder / "t.jsonl", task_rows(count=2))
+    assert given_twice(["a/t.jsonl", "b/t.jsonl", "self"]) is None
+    assert given_twice([task_rows(), task_rows()]) is None, "rows that are in memory have no place"
+    for twice in ("./a/t.jsonl", "b/../a/t.jsonl", "a/t.jsonl:2", str(tmp_path / "a" / "t.jsonl")):
+        assert given_twice(["a/t.jsonl", twice]) == twice.removesuffix(":2")
+    assert given_twice(["self:1", "self:2"]) == "self"

@@ -51,7 +51,7 @@ NORM = "model.norm.weight"
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing": (lambda found: found.pop(NORM), f"no tensor for {NORM}"),
     "shape": (lambda found: found.update({NORM: torch.zeros(7)}), r"norm.weight has shape \[(7|32)\]"),
-    "integers": (lambda found: found.update({NORM: torch.zeros(32, dtype=torch.int32)}), f"no tensor for {NORM}"),
+    "integers": (lambda found: found.update({NORM: torch.zeros(32, dtype=torch.int32)}), f"{NORM} is int32"),
 }
 
 
@@ -64,7 +64,7 @@ def test_what_is_of_another_model_is_refused(case: str, copy_base: bool, tmp_pat
     change_tensors(tuned, change)
     with pytest.raises(EditError, match=message) as error:
         open_pairs(base, tuned, copy_base=copy_base)
-    assert "an edit needs two checkpoints of one model" in str(error.value)
+    assert "; an edit needs " in str(error.value)
 
 
 @pytest.mark.parametrize("copy_base", [True, False])

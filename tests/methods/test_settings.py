@@ -78,11 +78,9 @@ def test_contradictions_are_named(wrong: dict[str, Any], message: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_data_that_are_given_twice_are_named() -> None:
+def test_an_archive_keeps_names_of_which_two_files_may_have_one() -> None:
     for given in ({"basis": "curvature"}, {"rule": "lowrank"}):
-        with pytest.raises(SettingsError, match="--data 'self' is given twice"):
-            AnalyzeSettings(**given, data=("self", "rows.jsonl", "self")).check_twice()
-        make_method(AnalyzeSettings(**given, data=("rows.jsonl", "rows.jsonl")))  # names, as an archive has them
+        make_method(AnalyzeSettings(**given, data=("rows.jsonl", "rows.jsonl")))
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

@@ -11,8 +11,6 @@ from sculptor import AnalyzeSettings, TrainSettings, analyze, train
 from sculptor.errors import OutputError, SettingsError, Stopped
 from sculptor.jobs.job import open_base, read_task
 
-COVERS = ["sculptor.jobs.replay"]
-
 
 def test_weights_decide_an_epoch(cli: Callable[..., Result], tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
