@@ -26,8 +26,8 @@ _SHARE, _FORWARD = 0.05, 1 / 3
 # A scale that satisfies the budget is good enough where it uses this share of it.
 _CLOSE = 0.95
 _TRIES = 8
-# What a task may add where nobody says how much: of 39 runs on single tasks none learned less for it, and in a sequence of
-# conversations it is what keeps the tasks of before (docs/benchmarks.md).
+# What a task may add where nobody says how much: single tasks learn as much within it, but for noise (docs/harm.md), and in a
+# sequence of conversations it is what keeps the tasks of before (docs/benchmarks.md).
 ADDED = 0.02
 
 
