@@ -17,13 +17,13 @@ from safetensors.torch import save
 
 from sculptor.checkpoint.staging import write_bytes
 from sculptor.data.chat import use_template
-from sculptor.data.examples import IGNORED, Example
+from sculptor.data.examples import Example
 from sculptor.errors import CheckpointError, DataError
 from sculptor.jobs.job import TrainJob, open_model, read_offload
 from sculptor.methods.settings import SELF
 from sculptor.model.load import LoadedModel
-from sculptor.model.samples import CHAT_LENGTH, LENGTH
-from sculptor.model.sampling import sample_examples, template_tokens
+from sculptor.model.samples import sequences_as_tensors, sequences_of, usual_length
+from sculptor.model.sampling import sample_examples
 from sculptor.progress import Progress
 from sculptor.world import World
 
@@ -90,7 +90,7 @@ def _draw(job: TrainJob, count: int, device: torch.device, progress: Progress) -
 def _say(loaded: LoadedModel, count: int, max_length: int, seed: int, progress: Progress) -> tuple[Example, ...]:
     """As many rows, or as they come in a few rounds; conversations of a model that has a chat template."""
     chat = bool(loaded.tokenizer.chat_template)
-    length = min(CHAT_LENGTH + template_tokens(loaded) if chat else LENGTH, max_length)
+    length = usual_length(loaded, max_length)
     found: list[Example] = []
     for i in range(_ROUNDS):
         lacking = count - len(found)
@@ -105,12 +105,7 @@ def _say(loaded: LoadedModel, count: int, max_length: int, seed: int, progress: 
 
 
 def _packed(examples: tuple[Example, ...], asked: Mapping[str, object]) -> bytes:
-    tensors = {
-        "input_ids": torch.tensor([token for each in examples for token in each.input_ids], dtype=torch.int32),
-        "has_loss": torch.tensor([label != IGNORED for each in examples for label in each.labels]),
-        "lengths": torch.tensor([each.length for each in examples], dtype=torch.int32),
-    }
-    content: bytes = save(tensors, {"asked": json.dumps(asked, sort_keys=True)})
+    content: bytes = save(sequences_as_tensors(examples), {"asked": json.dumps(asked, sort_keys=True)})
     return content
 
 
@@ -120,13 +115,6 @@ def _read(path: Path, asked: Mapping[str, object]) -> tuple[Example, ...] | None
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("asked") != json.dumps(asked, sort_keys=True):
                 return None
-            ids, loss, lengths = (file.get_tensor(name).tolist() for name in ("input_ids", "has_loss", "lengths"))
+            return tuple(sequences_of({name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError):
         return None
-    found, start = [], 0
-    for length in lengths:
-        tokens = tuple(ids[start : start + length])
-        carries = loss[start : start + length]
-        found.append(Example(tokens, tuple(i if has else IGNORED for i, has in zip(tokens, carries, strict=True))))
-        start += length
-    return tuple(found)

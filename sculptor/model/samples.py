@@ -84,8 +84,7 @@ def draw_samples(
         DataError: if it says too little.
     """
     chat = bool(loaded.tokenizer.chat_template)
-    own = CHAT_LENGTH if chat else LENGTH
-    length = min(own + (template_tokens(loaded) if chat else 0), max_length)
+    own, length = CHAT_LENGTH if chat else LENGTH, usual_length(loaded, max_length)
     # The template's tokens are not the model's: as much of its own words is drawn with a long one as with none.
     num_tokens = tokens_to_draw(loaded) * length // min(own, length)
     examples = sample_examples(
@@ -95,6 +94,12 @@ def draw_samples(
     if len(examples) < _FEWEST:
         raise DataError(f"{loaded.checkpoint.path}: the model says too little by itself to keep samples of it")
     return describe(loaded, examples, seed, kept)
+
+
+def usual_length(loaded: LoadedModel, max_length: int) -> int:
+    """Longest sequence in tokens: of a model with a chat template, what that adds goes beside its own words."""
+    beside = CHAT_LENGTH + template_tokens(loaded) if loaded.tokenizer.chat_template else LENGTH
+    return min(beside, max_length)
 
 
 def tokens_to_draw(loaded: LoadedModel) -> int:
@@ -156,15 +161,29 @@ def write_samples(samples: Samples) -> bytes:
 def tensors_of(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Samples as tensors; `parse_tensors` reads them."""
     examples = [sample.example for sample in samples]
-    found = {
-        "input_ids": torch.tensor([token for each in examples for token in each.input_ids], dtype=torch.int32),
-        "has_loss": torch.tensor([label != IGNORED for each in examples for label in each.labels]),
-        "lengths": torch.tensor([each.length for each in examples], dtype=torch.int32),
+    found = sequences_as_tensors(examples) | {
         "top_ids": torch.cat([sample.base.ids for sample in samples]),
         "log_probabilities": torch.cat([sample.base.log_probabilities for sample in samples]),
     }
     drawn = (torch.cat([sample.base.drawn for sample in samples]), torch.cat([s.base.log_shares for s in samples]))
     return found | dict(zip(_DRAWN, drawn, strict=True)) if drawn[0].shape[1] else found
+
+
+def sequences_as_tensors(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Sequences alone; `sequences_of` reads them."""
+    return {
+        "input_ids": torch.tensor([token for each in examples for token in each.input_ids], dtype=torch.int32),
+        "has_loss": torch.tensor([label != IGNORED for each in examples for label in each.labels]),
+        "lengths": torch.tensor([each.length for each in examples], dtype=torch.int32),
+    }
+
+
+def sequences_of(tensors: Mapping[str, Tensor]) -> Iterator[Example]:
+    """What `sequences_as_tensors` made."""
+    lengths = tensors["lengths"].tolist()
+    for ids, on in zip(*(torch.split(tensors[name], lengths) for name in ("input_ids", "has_loss")), strict=True):
+        tokens = tuple(ids.tolist())
+        yield Example(tokens, tuple(t if loss else IGNORED for t, loss in zip(tokens, on.tolist(), strict=True)))
 
 
 def read_samples(archive: Archive, vocab_size: int | None = None) -> Samples | None:
@@ -214,11 +233,8 @@ def _parse(tensors: Mapping[str, Tensor], vocab_size: int | None) -> Iterator[Sa
     nothing = torch.zeros(len(tensors.get("top_ids", ())), 0)
     tensors = {"drawn_ids": nothing.to(torch.int32), "log_shares": nothing, **tensors}
     _check(tensors, vocab_size)
-    lengths = tensors["lengths"].tolist()
     at = 0
-    for ids, on in zip(*(torch.split(tensors[name], lengths) for name in ("input_ids", "has_loss")), strict=True):
-        tokens = tuple(ids.tolist())
-        example = Example(tokens, tuple(t if loss else IGNORED for t, loss in zip(tokens, on.tolist(), strict=True)))
+    for example in sequences_of(tensors):
         count = num_predicted(example)
         if not count or at + count > len(tensors["top_ids"]):
             raise ValueError("predictions do not go with the sequences")
