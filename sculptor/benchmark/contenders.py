@@ -47,8 +47,7 @@ def analysis_of(plan: Plan, method: Contender) -> AnalyzeSettings:
     if method == "sculptor":
         return settings
     shared = {name: getattr(settings, name) for name in ("seed", "targets", "exclude", "device")}
-    if plan.train.max_harm or plan.train.harm_every:
-        shared["samples"] = True  # which a limit is measured on
+    shared["samples"] = samples_of(plan)
     if method == "crispedit":
         given = {name: getattr(settings, name) for name in _CALIBRATION}
         data = settings.data or (SELF,)
@@ -61,6 +60,11 @@ def analysis_of(plan: Plan, method: Contender) -> AnalyzeSettings:
     preserve = 0.0 if method != "random" else 0.5 if settings.preserve is None else settings.preserve
     basis: Basis = "random" if method == "random" else "weights"
     return AnalyzeSettings(basis=basis, constraint=settings.constraint, preserve=preserve, **shared)
+
+
+def samples_of(plan: Plan) -> bool | None:
+    """Whether archives of methods that would keep no samples need some: a limit is measured on them."""
+    return True if plan.train.max_harm or plan.train.harm_every else None
 
 
 def check_contender(plan: Plan, method: Contender) -> None:

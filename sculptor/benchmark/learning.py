@@ -12,7 +12,7 @@ from typing import Any
 
 from sculptor.archive.store import Archive
 from sculptor.benchmark.adapters import train_adapter
-from sculptor.benchmark.contenders import SHRUNK, analysis_of, data_of, settings_of, shrink
+from sculptor.benchmark.contenders import SHRUNK, analysis_of, data_of, samples_of, settings_of, shrink
 from sculptor.benchmark.episodes import Episode, episodes_of
 from sculptor.benchmark.plan import RULES_OF, Contender, Plan, PlannedTask
 from sculptor.checkpoint.staging import partial_path
@@ -196,8 +196,7 @@ class Learning:
         if not self.world.once(sparse.is_dir):
             settings = Prune(sparsity=share)
             self.world.once(lambda: prune(model, sparse, settings, subspaces=moments, progress=self.progress))
-        limited = True if self.plan.train.max_harm or self.plan.train.harm_every else None
-        self._analyze(sparse, mask, AnalyzeSettings(rule="mask", free=share, samples=limited, **own))
+        self._analyze(sparse, mask, AnalyzeSettings(rule="mask", free=share, samples=samples_of(self.plan), **own))
         return sparse, mask
 
     def _run(self, episodes: list[Episode], task: PlannedTask, model: str, target: Path) -> str | Path:

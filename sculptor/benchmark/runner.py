@@ -104,7 +104,8 @@ def continual(
     check_contender(resolved, method)
     if method in ("lora", "olora", "osf"):
         require_peft()
-        check_adapter_settings(resolved.train, method)
+        for task in resolved.tasks:
+            check_adapter_settings(resolved.train_settings(task), method)
     if method in ("lora", "olora", "osf", "slm") and world.size > 1:
         whose = "a bank's rows are" if method == "slm" else "PEFT's methods run"
         raise SettingsError(f"--method {method} with {world.size} processes: {whose} in one; start it alone")

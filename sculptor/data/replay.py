@@ -34,10 +34,8 @@ def with_replay(task: Encoded, replays: Sequence[Replay]) -> Encoded:
     rest = 1 - sum(replay.share for replay in replays)
     examples, sizes = list(task.examples), list(own.sizes)
     for replay in replays:
-        wanted, others = (
-            -(-own.num_epoch * replay.share // rest),
-            replay.examples or (max(task.examples, key=lambda row: row.length),),
-        )
+        wanted = -(-own.num_epoch * replay.share // rest)
+        others = replay.examples or (max(task.examples, key=lambda row: row.length),)
         times = max(1, int(-(-wanted // len(others))))  # an epoch takes no row twice, but of these
         examples += others * times
         sizes.append(len(others) * times)

@@ -94,9 +94,9 @@ def score_rows(
         )
         raise DataError(f"{where}: a label of {longest} tokens does not fit into {max_length}; raise --max-length")
     whole = [encode(tokenizer, row.prompt) for row in rows]
-    size = loaded.architecture.vocab_size
+    size, last = loaded.architecture.vocab_size, {text: max(ids, default=0) for text, ids in known.items()}
     for row, prompt, texts in zip(rows, whole, wanted, strict=True):
-        largest = max((*prompt, *(token for text in texts for token in known[text])), default=0)
+        largest = max(max(prompt, default=0), *(last[text] for text in texts))
         if largest >= size:
             raise DataError(f"{row.where}: {no_embedding(largest, size)}")
     prompts = [cut_middle(prompt, budget) for prompt in whole]
